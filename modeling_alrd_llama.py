@@ -1,0 +1,513 @@
+"""Llama with low-rank key and value projections, whose latents live in a packed `KIVILatentCache`."""
+
+import threading
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, LlamaConfig, LlamaForCausalLM
+from transformers import initialization as init
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaMLP,
+    LlamaModel,
+    LlamaPreTrainedModel,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from configuration_alrd_llama import ALRDLlamaConfig
+from modules.kivi_cache import KIVILatentCache, Tile, create_kivi_cache
+from modules.latent_attention import Rope, latent_attention
+from modules.quant_utils import quantize_latent, require
+from modules.svd_linear import ALinear, SVDLinear, factor_groups, join_factors
+
+# ---- loading a dense checkpoint
+
+
+class SplitProjection(ConversionOps):
+    """Factor one dense weight while it is loaded: plain SVD per head group, the rotation folded in."""
+
+    def __init__(self, ranks: tuple[int, ...], rotate: bool):
+        self.ranks, self.rotate = ranks, rotate
+
+    @torch.no_grad()
+    def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
+        tensors = input_dict[source_patterns[0]]
+        weight = tensors[0] if isinstance(tensors, list) else tensors
+        a, b = join_factors(factor_groups(weight, self.ranks), self.rotate, weight.dtype)
+        return {target_patterns[0]: b, target_patterns[1]: a}
+
+
+def register_dense_conversion(config: ALRDLlamaConfig) -> None:
+    """Tell the library how the dense weights of a Llama become those of a model with this configuration."""
+    conversions = []
+    for i in range(config.num_hidden_layers):
+        for projection, rotate in (("k_proj", config.k_hadamard), ("v_proj", config.v_hadamard)):
+            ranks = config.group_ranks(i, projection)
+            if ranks is not None:
+                name = f"layers.{i}.self_attn.{projection}"
+                factors = [f"{name}.BLinear.weight", f"{name}.ALinear.weight"]
+                conversions.append(WeightConverter(f"{name}.weight", factors, [SplitProjection(ranks, rotate)]))
+                conversions.append(WeightRenaming(f"{name}.bias", f"{name}.ALinear.bias"))
+    register_checkpoint_conversion_mapping(config.model_type, conversions, overwrite=True)
+
+
+#: The library keeps conversions per model type, ours differ per configuration: one load at a time.
+_loading = threading.Lock()
+
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+
+
+def _check_stored_factors(path, config: ALRDLlamaConfig, hub_arguments: dict) -> None:
+    """Refuse a configuration whose factors differ from those that a split checkpoint stores."""
+    stored = ALRDLlamaConfig.from_pretrained(path, **hub_arguments)
+    if not stored.truncation_ranks:
+        return
+    for projection, rotation in (("k_proj", "k_hadamard"), ("v_proj", "v_hadamard")):
+        for i in range(config.num_hidden_layers):
+            ranks = stored.group_ranks(i, projection)
+            if ranks != config.group_ranks(i, projection):
+                raise ValueError(
+                    f"truncation_ranks: {projection} of layer {i} is stored with group ranks {ranks}, the given config "
+                    f"asks for {config.group_ranks(i, projection)}; split the dense checkpoint again to change them"
+                )
+            if ranks is not None and getattr(stored, rotation) != getattr(config, rotation):
+                raise ValueError(
+                    f"{rotation}={getattr(config, rotation)}: the checkpoint's factors are stored with "
+                    f"{rotation}={getattr(stored, rotation)}; split the dense checkpoint again to change it"
+                )
+
+
+# ---- model
+
+
+@dataclass(frozen=True)
+class LatentStep:
+    """What every layer must know about the new tokens of a forward pass over a `KIVILatentCache`.
+
+    Attributes:
+        positions: `[B, L]`, position of each token in its row; a pad has that of the token before it.
+        real: `[B, L]` bool on the CPU, false for pads; `None`: no pads.
+        lengths: Tokens that each row holds already.
+        rope: Frequencies for the cached keys.
+        weights_length: Slots of the attention weights to return; `None` returns none.
+        slots: `[B, weights_length]`, position of the token in each slot, -1 for pads; goes with `weights_length`.
+    """
+
+    positions: torch.Tensor
+    real: torch.Tensor | None
+    lengths: list[int]
+    rope: Rope
+    slots: torch.Tensor | None = None
+
+    @property
+    def has_past(self) -> bool:
+        return any(self.lengths)
+
+    def new_tile(self, keys: torch.Tensor, values: torch.Tensor) -> Tile:
+        """The new tokens' latents `[B, L, C]` as a tile: pads moved behind the row's real tokens."""
+        device = keys.device
+        start = torch.tensor(self.lengths, dtype=torch.int32, device=device)[:, None]
+        if self.real is None:
+            count = torch.full_like(start, keys.shape[1])
+        else:
+            real = self.real.to(device)
+            count = real.sum(dim=1, keepdim=True, dtype=torch.int32)
+            order = (~real).to(torch.int8).argsort(dim=1, stable=True)[..., None]
+            keys, values = (x.gather(1, order.expand_as(x)) for x in (keys, values))
+        return Tile(keys[:, None], values[:, None], start, count)
+
+
+class ALRDLlamaAttention(LlamaAttention):
+    """Llama attention whose keys and values pass through latents; stock unless the cache is a `KIVILatentCache`."""
+
+    def __init__(self, config: ALRDLlamaConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        for name, bits in (("k_proj", config.k_bits), ("v_proj", config.v_bits)):
+            ranks = config.group_ranks(layer_idx, name)
+            if ranks is None:
+                continue
+            dense, heads = getattr(self, name), config.num_key_value_heads
+            split = SVDLinear(dense.in_features, dense.out_features, ranks, heads, dense.bias is not None)
+            if not config.use_kivi:
+                split.latent_transform = SimpleRounding(bits, config.group_size)
+            setattr(self, name, split)
+        self.value_widths = config.cached_widths(layer_idx, "v_proj")
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values=None,
+        latent_step: LatentStep | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if latent_step is None:
+            return super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
+
+        query = self._heads(self.q_proj(hidden_states))
+        key_latents = to_latents(self.k_proj, hidden_states)
+        value_latents = to_latents(self.v_proj, hidden_states)
+        layer = past_key_values.layers[self.layer_idx]
+
+        if latent_step.has_past:
+            output, weights = self._attend_cache(query, key_latents, value_latents, layer, latent_step)
+        else:
+            key = self._heads(from_latents(self.k_proj, key_latents))
+            value = self._heads(from_latents(self.v_proj, value_latents))
+            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+            output, weights = attend(
+                self,
+                query,
+                key,
+                value,
+                attention_mask,
+                dropout=self.attention_dropout if self.training else 0.0,
+                scaling=self.scaling,
+                **kwargs,
+            )
+        layer.append(key_latents, value_latents, latent_step.real)
+        return self.o_proj(output.flatten(2)), weights
+
+    def _heads(self, states: torch.Tensor) -> torch.Tensor:
+        """`[B, L, H * d]` to `[B, H, L, d]`."""
+        return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def _attend_cache(self, query, key_latents, value_latents, layer, step: LatentStep):
+        """Attention of new tokens over the packed cache and themselves; returns `[B, L, H_q, d]` and weights."""
+
+        def tiles():
+            yield from layer.tiles()
+            yield step.new_tile(key_latents, value_latents)
+
+        summed, weights = latent_attention(
+            query,
+            step.positions.to(query.device),
+            tiles(),
+            lambda latents: from_latents(self.k_proj, latents),
+            self.value_widths,
+            step.rope,
+            self.scaling,
+            None if step.slots is None else step.slots.shape[1],
+        )
+        summed = summed.to(query.dtype)
+        output = self.v_proj.ALinear(summed, per_head=True) if isinstance(self.v_proj, SVDLinear) else summed
+        if weights is not None:
+            slots = step.slots.to(weights.device)[:, None, None].expand_as(weights)
+            weights = weights.gather(3, slots.clamp(min=0)).masked_fill(slots < 0, 0.0).to(query.dtype)
+        return output.transpose(1, 2), weights
+
+
+def to_latents(projection: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """What the cache stores of a projection: its latents, or, of a dense one, its output."""
+    return projection.BLinear(hidden_states) if isinstance(projection, SVDLinear) else projection(hidden_states)
+
+
+def from_latents(projection: nn.Module, latents: torch.Tensor) -> torch.Tensor:
+    """Keys or values `[..., H_kv * d]` from what the cache stores."""
+    return projection.ALinear(latents) if isinstance(projection, SVDLinear) else latents
+
+
+class SimpleRounding(nn.Module):
+    """The simple scheme of `use_kivi=False`: every latent rounded on its way to keys or values, except in training."""
+
+    def __init__(self, n_bits: float, group_size: int):
+        super().__init__()
+        self.n_bits, self.group_size = n_bits, group_size
+
+    def extra_repr(self) -> str:
+        return f"n_bits={self.n_bits}, group_size={self.group_size}"
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents if self.training else quantize_latent(latents, self.n_bits, self.group_size)
+
+
+class ALRDLlamaDecoderLayer(LlamaDecoderLayer):
+    def __init__(self, config: ALRDLlamaConfig, layer_idx: int):
+        super(LlamaDecoderLayer, self).__init__()
+        self.hidden_size = config.hidden_size
+        self.self_attn = ALRDLlamaAttention(config, layer_idx)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
+    config: ALRDLlamaConfig
+    config_class = ALRDLlamaConfig
+    _no_split_modules = ["ALRDLlamaDecoderLayer"]
+    _can_record_outputs = {"hidden_states": ALRDLlamaDecoderLayer, "attentions": ALRDLlamaAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, ALinear):
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, output_loading_info=False, **kwargs):
+        """Load a split checkpoint, or a dense Llama, whose projections are split as `config` says while loading.
+
+        Takes the arguments of `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            ValueError: A parameter would stay at its random initialisation, or `config` asks for other factors than a
+                split checkpoint stores.
+        """
+        if config is not None and pretrained_model_name_or_path is not None:
+            hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+            _check_stored_factors(pretrained_model_name_or_path, config, hub_arguments)
+        with _loading:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, config=config, output_loading_info=True, **kwargs
+            )
+        unloaded = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+        if unloaded:
+            raise ValueError(
+                f"{pretrained_model_name_or_path}: the checkpoint has no fitting weights for {', '.join(unloaded)}; "
+                "they would be random"
+            )
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
+        """Save the factors as they are; with `save_original_format=True` the dense Llama of `to_dense`."""
+        if save_original_format:
+            return self.to_dense().save_pretrained(save_directory, *args, **kwargs)
+        return super().save_pretrained(save_directory, *args, save_original_format=False, **kwargs)
+
+    def create_kivi_cache(self, **settings) -> KIVILatentCache:
+        """An empty packed cache for this model.
+
+        Args:
+            settings: Override the config's `k_bits`, `v_bits`, `group_size`, `residual_length` or `sink_length`.
+
+        Raises:
+            ValueError: A setting is out of range.
+        """
+        self.config.check_latent_cache()
+        names = ("k_bits", "v_bits", "group_size", "residual_length", "sink_length")
+        unknown = sorted(set(settings) - set(names))
+        if unknown:
+            raise ValueError(f"{', '.join(unknown)}: no such setting of the cache; there are {', '.join(names)}")
+        return create_kivi_cache(**{n: settings.get(n, getattr(self.config, n)) for n in names}, config=self.config)
+
+
+class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):
+    def __init__(self, config: ALRDLlamaConfig):
+        config.check_latent_cache()
+        register_dense_conversion(config)
+        super(LlamaModel, self).__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList([ALRDLlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """As `LlamaModel.forward`; makes a `KIVILatentCache` when a cache is wanted, none is given and `use_kivi`.
+
+        With such a cache, `attention_mask` is `None` or `[B, past slots + L]`, and `position_ids`, if given, count
+        the tokens of each row from 0, pads not counted.
+        """
+        wanted = self.config.use_cache if use_cache is None else use_cache
+        if past_key_values is None and wanted and self.config.use_kivi and not self.training:
+            past_key_values = self.create_kivi_cache()
+        latent = isinstance(past_key_values, KIVILatentCache)
+        return (self._forward_latent if latent else super().forward)(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def _forward_latent(
+        self, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=None, **kwargs
+    ) -> BaseModelOutputWithPast:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        step = self._plan_step(hidden_states, attention_mask, position_ids, past_key_values, kwargs)
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=step.positions)
+        # The first chunk attends to itself by the library's functions; later ones read the cache by its own lengths.
+        causal_mask = None
+        if not step.has_past:
+            causal_mask = create_causal_mask(self.config, hidden_states, attention_mask, past_key_values=None)
+
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=causal_mask,
+                position_ids=step.positions,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=position_embeddings,
+                latent_step=step,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _plan_step(self, embeds, attention_mask, position_ids, cache: KIVILatentCache, kwargs) -> LatentStep:
+        """Lengths, pads and positions of the new tokens, checked against what the cache holds."""
+        batch, length = embeds.shape[:2]
+        lengths = cache.row_tokens() or [0] * batch
+        if len(lengths) != batch:
+            raise ValueError(f"input_ids: batch of {batch} must be the {len(lengths)} rows of the cache")
+        slots = cache.get_seq_length()
+        real = self._new_tokens(attention_mask, lengths, slots, length)
+
+        past = torch.tensor(lengths, device=embeds.device)[:, None]
+        if real is None:
+            positions = past + torch.arange(length, device=embeds.device)
+        else:
+            positions = (past + real.to(embeds.device).cumsum(1) - 1).clamp(min=0)
+        if position_ids is not None:
+            agrees = position_ids == positions
+            agrees = agrees if real is None else agrees | ~real.to(agrees.device)
+            require(
+                agrees.all(),
+                "position_ids: must count the tokens of each row from 0 without gaps, pads not counted, and go on "
+                "where the cache ends; leave them out to have them made",
+            )
+
+        weight_slots = None
+        if kwargs.get("output_attentions", self.config.output_attentions):
+            weight_slots = self._slot_positions(cache, real, batch, slots + length)
+        # Dynamic NTK changes the frequencies with the length, so they are read after the embedding has seen it.
+        self.rotary_emb(embeds, position_ids=positions)
+        rope = Rope(self.rotary_emb.inv_freq, self.rotary_emb.attention_scaling)
+        return LatentStep(positions, real, lengths, rope, weight_slots)
+
+    @staticmethod
+    def _new_tokens(attention_mask, lengths: list[int], slots: int, length: int) -> torch.Tensor | None:
+        """`[B, L]` on the CPU, which of the new slots hold tokens; `None` if all do."""
+        if attention_mask is None:
+            return None
+        expected = (len(lengths), slots + length)
+        if not isinstance(attention_mask, torch.Tensor) or tuple(attention_mask.shape) != expected:
+            shape = tuple(attention_mask.shape) if isinstance(attention_mask, torch.Tensor) else type(attention_mask)
+            raise ValueError(
+                f"attention_mask: {shape} must be [batch, past slots + new tokens] = {expected} with a "
+                "KIVILatentCache; later turns pass the full mask"
+            )
+        mask = attention_mask != 0
+        if length == 1 and mask.device.type != "cpu":
+            # One token at a time on an accelerator: no wait for the mask, which must say that the tokens are real.
+            require(mask[:, -1].all(), "attention_mask: a step of one token must not be a pad on an accelerator")
+            return None
+        mask = mask.cpu()
+        if mask[:, :slots].sum(1).tolist() != lengths:
+            raise ValueError(f"attention_mask: its past part must mark the {lengths} tokens that the rows hold")
+        real = mask[:, slots:]
+        return None if real.all() else real
+
+    @staticmethod
+    def _slot_positions(cache: KIVILatentCache, real, batch: int, total: int) -> torch.Tensor:
+        """`[B, total]` position of the token in each slot, -1 for pads."""
+        mask = torch.ones((batch, total), dtype=torch.bool)
+        for row_mask, row in zip(mask, cache.layers[0].rows):
+            for start, stop in row.pads:
+                row_mask[start:stop] = False
+        if real is not None:
+            mask[:, total - real.shape[1] :] = real
+        return (mask.cumsum(1) - 1).masked_fill(~mask, -1)
+
+
+class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, GenerationMixin):
+    def __init__(self, config: ALRDLlamaConfig):
+        super(LlamaForCausalLM, self).__init__(config)
+        self.model = ALRDLlamaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        """Give `generate` a packed cache of our own where it would make a `DynamicCache`."""
+        given = model_kwargs.get("past_key_values") is not None
+        stock = generation_config.use_cache is False or generation_config.cache_implementation is not None
+        if self.config.use_kivi and not given and not stock:
+            model_kwargs["past_key_values"] = self.create_kivi_cache()
+            return
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+    @classmethod
+    def from_dense(cls, dense: LlamaForCausalLM, config: ALRDLlamaConfig, statistics=None) -> "ALRDLlamaForCausalLM":
+        """Split a loaded Llama.
+
+        Args:
+            dense: The model; it is not changed, and no weight is shared with it.
+            config: Which projections to split, and into which ranks.
+            statistics: For each layer, keyword arguments of `SVDLinear.from_linear` by projection name, e.g.
+                `[{"k_proj": {"input_covariance": …, "metric": …}, "v_proj": {…}}, …]`; default: plain SVD.
+        """
+        model = cls(config).to(dense.dtype)
+        state = {name: tensor.detach().clone() for name, tensor in dense.state_dict().items()}
+        for i, layer in enumerate(dense.model.layers):
+            for projection, rotate in (("k_proj", config.k_hadamard), ("v_proj", config.v_hadamard)):
+                ranks = config.group_ranks(i, projection)
+                if ranks is None:
+                    continue
+                name, linear = f"model.layers.{i}.self_attn.{projection}", getattr(layer.self_attn, projection)
+                how = statistics[i][projection] if statistics else {}
+                split = SVDLinear.from_linear(linear, ranks, config.num_key_value_heads, **how, rotate=rotate)
+                state = {key: tensor for key, tensor in state.items() if not key.startswith(f"{name}.")}
+                state.update({f"{name}.{key}": tensor for key, tensor in split.state_dict().items()})
+        model.load_state_dict(state)
+        model.generation_config = dense.generation_config
+        return model.to(dense.device).eval()
+
+    @torch.no_grad()
+    def to_dense(self) -> LlamaForCausalLM:
+        """A plain Llama with the products of the factors, which `LlamaForCausalLM` loads and saves."""
+        fields = self.config.to_dict()
+        for name in ("model_type", "architectures", *ALRDLlamaConfig.__annotations__):
+            fields.pop(name, None)
+        state = self.state_dict()
+        for name, module in self.named_modules():
+            if isinstance(module, SVDLinear):
+                bias = state.get(f"{name}.ALinear.bias")
+                state = {key: tensor for key, tensor in state.items() if not key.startswith(f"{name}.")}
+                state[f"{name}.weight"] = module.dense_weight()
+                if bias is not None:
+                    state[f"{name}.bias"] = bias
+        dense = LlamaForCausalLM(LlamaConfig(**fields)).to(self.dtype)
+        dense.load_state_dict(state)
+        dense.generation_config = self.generation_config
+        return dense.to(self.device).eval()
+
+
+AutoModel.register(ALRDLlamaConfig, ALRDLlamaModel, exist_ok=True)
+AutoModelForCausalLM.register(ALRDLlamaConfig, ALRDLlamaForCausalLM, exist_ok=True)
+
+__all__ = ["ALRDLlamaForCausalLM", "ALRDLlamaModel", "ALRDLlamaPreTrainedModel"]

@@ -1,0 +1,490 @@
+r"""A packed KV cache: full-precision sinks, immutable quantized blocks, a full-precision window.
+
+A row of a layer holds, in the order of its tokens: the first `sink_length` ones as they are; blocks of G tokens in a
+pool (`modules/block_pool.py`), reached through the row's block table; and a window of between `residual_length` and
+`residual_length + G - 1` of the newest tokens. A block is written once, as soon as `residual_length` newer tokens
+exist; beam search, crops and shared prefixes edit the table and copy no packed byte.
+
+The states of a token are a flat vector of channels. Latents `[B, 1, T, r]` are stored as they are; the `[B, H, T, D]`
+states of any other model lose their heads to the channels, and each head keeps scales of its own.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+from configuration_alrd_llama import ALRDLlamaConfig, check_bits, check_count
+from modules.block_pool import BlockPool, block_nbytes, make_codec
+from modules.quant_utils import DEFAULT_BLOCK_LENGTH, KIVIQuantizer
+
+#: Channels of each head group of the keys and of the values of one layer.
+LayerWidths = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class CacheScheme:
+    """What a cache stores and how; the fields are those of `ALRDLlamaConfig`."""
+
+    k_bits: float = 2
+    v_bits: float = 2
+    group_size: int = 128
+    residual_length: int = 32
+    sink_length: int = 4
+
+    def __post_init__(self):
+        for field in ("k_bits", "v_bits"):
+            check_bits(field, getattr(self, field))
+        for field in ("group_size", "residual_length", "sink_length"):
+            check_count(field, getattr(self, field))
+
+    @property
+    def block_length(self) -> int:
+        """Tokens per block, G."""
+        return self.group_size or DEFAULT_BLOCK_LENGTH
+
+    def codecs(self, widths: LayerWidths, dtype: torch.dtype) -> dict:
+        """Codec of each side: keys per channel, values per token."""
+        sides = (("keys", self.k_bits, True, widths[0]), ("values", self.v_bits, False, widths[1]))
+        return {
+            side: make_codec(bits, per_channel, self.group_size, self.block_length, width, dtype)
+            for side, bits, per_channel, width in sides
+        }
+
+    def flushed_blocks(self, window: int) -> int:
+        """Blocks that leave a window which has grown to this many tokens."""
+        return max(0, (window - self.residual_length) // self.block_length)
+
+    def layer_nbytes(self, length: int, widths: LayerWidths, dtype: torch.dtype) -> int:
+        """Bytes that one row of `length` tokens takes in a layer, everything counted (`nbytes_used` of the cache)."""
+        exact = min(length, self.sink_length)
+        blocks = self.flushed_blocks(length - exact)
+        exact = length - blocks * self.block_length
+        block = sum(block_nbytes(codec) for codec in self.codecs(widths, dtype).values())
+        return blocks * (block + _TABLE_ENTRY_NBYTES) + exact * sum(map(sum, widths)) * dtype.itemsize
+
+
+#: A block costs a row three int32 in its table: slot, first position, valid tokens.
+_TABLE_ENTRY_NBYTES = 12
+
+
+@dataclass(frozen=True)
+class Row:
+    """Bookkeeping of one row of the batch, on the host: counts of tokens, and where its pads were.
+
+    Attributes:
+        sinks, window: Tokens in full precision at the start and at the end.
+        blocks: Slots of its packed blocks in the pool.
+        counts: Valid tokens of each block: all of them, unless a crop has cut it.
+        pads: Half-open ranges of the row's slots that held no token.
+    """
+
+    sinks: int = 0
+    window: int = 0
+    blocks: tuple[int, ...] = ()
+    counts: tuple[int, ...] = ()
+    pads: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def packed(self) -> int:
+        return sum(self.counts)
+
+    @property
+    def tokens(self) -> int:
+        return self.sinks + self.packed + self.window
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A piece of the cache as attention reads it: m runs of t tokens per row, dequantized.
+
+    Attributes:
+        keys, values: `[B, m, t, C_k]` and `[B, m, t, C_v]`.
+        start: `[B, m]` int32, position of the first token of each run.
+        count: `[B, m]` int32, how many of its t tokens are valid.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    start: torch.Tensor
+    count: torch.Tensor
+
+
+def _pad_ranges(real: list[bool], offset: int) -> tuple[tuple[int, int], ...]:
+    """Half-open ranges of consecutive pads, shifted by `offset`."""
+    edges = [i for i in range(len(real) + 1) if (real[i - 1] if i else True) != (real[i] if i < len(real) else True)]
+    return tuple((start + offset, stop + offset) for start, stop in zip(edges[::2], edges[1::2], strict=True))
+
+
+class KIVILatentLayer(CacheLayerMixin):
+    """The cache of one layer. States enter as `[B, H, L, D]` through `update`, or flat as `[B, L, C]` by `append`.
+
+    Args:
+        scheme: Widths, group size, window and sinks.
+        widths: Channels of each head group of keys and values; `None` takes one group per head of the first states.
+    """
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = True
+
+    def __init__(self, scheme: CacheScheme, widths: LayerWidths | None = None):
+        super().__init__()
+        self.scheme = scheme
+        self.given_widths = widths
+        self._clear()
+
+    def _clear(self) -> None:
+        self.is_initialized = False
+        self.slots = 0
+        self.rows: list[Row] = []
+        self.pool: BlockPool | None = None
+        self._table: torch.Tensor | None = None
+        self._exact: dict[str, torch.Tensor] = {}
+
+    # ---- appending
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Allocate for the batch, type and device of `[B, H, L, D]` states."""
+        scheme, (batch, key_heads, _, key_size) = self.scheme, key_states.shape
+        widths = self.given_widths or ((key_size,) * key_heads, (value_states.shape[3],) * value_states.shape[1])
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.channels = {"keys": sum(widths[0]), "values": sum(widths[1])}
+        self.rows = [Row()] * batch
+        self.pool = BlockPool(scheme.codecs(widths, self.dtype), self.device)
+        rooms = {"sink": scheme.sink_length, "window": scheme.residual_length + scheme.block_length}
+        self._exact = {
+            f"{room}_{side}": torch.empty((batch, length, channels), dtype=self.dtype, device=self.device)
+            for room, length in rooms.items()
+            for side, channels in self.channels.items()
+        }
+        self.is_initialized = True
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor | None = None) -> None:
+        """Store new tokens, then pack every block that has become old enough.
+
+        Args:
+            keys, values: `[B, L, C_k]` and `[B, L, C_v]` states in full precision.
+            real: `[B, L]` bool on the CPU, false for the pads, which are not stored; `None`: no pads.
+
+        Raises:
+            ValueError: The states do not fit the cache, or a block that is due holds NaN, Inf or values beyond the
+                range of its scales; the cache is then as it was before.
+        """
+        keys, values = keys.detach(), values.detach()
+        if not self.is_initialized:
+            self.lazy_initialization(keys.unsqueeze(1), values.unsqueeze(1))
+        self._check_states(keys, values)
+        if real is None and keys.shape[1] == 1 and self._has_room_for_one():
+            self._append_one(keys, values)
+        else:
+            self._append_many({"keys": keys, "values": values}, real)
+        self.slots += keys.shape[1]
+
+    def _check_states(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        for side, states in (("keys", keys), ("values", values)):
+            expected = (len(self.rows), keys.shape[1], self.channels[side])
+            if tuple(states.shape) != expected or states.dtype != self.dtype:
+                raise ValueError(
+                    f"{side}: [batch, tokens, channels] of {list(states.shape)} in {states.dtype} must be "
+                    f"{list(expected)} in {self.dtype}, as the cache was started"
+                )
+
+    def _has_room_for_one(self) -> bool:
+        limit = self.scheme.residual_length + self.scheme.block_length - 1
+        return all(row.sinks == self.scheme.sink_length and row.window < limit for row in self.rows)
+
+    def _append_one(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """The common decode step: one token per row into the window, nothing to pack."""
+        rows = torch.arange(len(self.rows), device=self.device)
+        ends = torch.tensor([row.window for row in self.rows], device=self.device)
+        self._exact["window_keys"][rows, ends] = keys[:, 0]
+        self._exact["window_values"][rows, ends] = values[:, 0]
+        self.rows = [replace(row, window=row.window + 1) for row in self.rows]
+
+    def _append_many(self, states: dict[str, torch.Tensor], real: torch.Tensor | None) -> None:
+        length = self.scheme.block_length
+        # Everything that can fail comes first, so that a refused append leaves the cache as it was.
+        plans = []
+        for index, row in enumerate(self.rows):
+            new = {s: x[index] if real is None else x[index][real[index].to(x.device)] for s, x in states.items()}
+            to_sinks = 0 if row.window or row.blocks else min(self.scheme.sink_length - row.sinks, len(new["keys"]))
+            sinks = {side: x[:to_sinks] for side, x in new.items()}
+            stream = {
+                side: torch.cat([self._exact[f"window_{side}"][index, : row.window], x[to_sinks:]])
+                for side, x in new.items()
+            }
+            flushed = self.scheme.flushed_blocks(len(stream["keys"]))
+            due = {side: x[: flushed * length].unflatten(0, (flushed, length)) for side, x in stream.items()}
+            kept = {side: x[flushed * length :] for side, x in stream.items()}
+            plans.append((sinks, self.pool.encode(due) if flushed else None, kept))
+
+        for index, (sinks, encoded, kept) in enumerate(plans):
+            row = self.rows[index]
+            slots = self.pool.write(encoded) if encoded else ()
+            for side in states:
+                self._exact[f"sink_{side}"][index, row.sinks : row.sinks + len(sinks[side])] = sinks[side]
+                self._exact[f"window_{side}"][index, : len(kept[side])] = kept[side]
+            pads = () if real is None else _pad_ranges(real[index].tolist(), self.slots)
+            self.rows[index] = Row(
+                sinks=row.sinks + len(sinks["keys"]),
+                window=len(kept["keys"]),
+                blocks=row.blocks + slots,
+                counts=row.counts + (length,) * len(slots),
+                pads=row.pads + pads,
+            )
+        self._table = None
+
+    # ---- reading
+
+    def block_table(self) -> torch.Tensor:
+        """`[3, B, blocks]` int32: slot in the pool, first position, valid tokens; rows with fewer blocks end in 0."""
+        if self._table is None:
+            widest = max((len(row.blocks) for row in self.rows), default=0)
+            entries: list[list[list[int]]] = [[], [], []]
+            for row in self.rows:
+                starts, position = [], row.sinks
+                for count in row.counts:
+                    starts.append(position)
+                    position += count
+                fill = [0] * (widest - len(row.blocks))
+                for entry, column in zip(entries, (row.blocks, starts, row.counts), strict=True):
+                    entry.append([*column, *fill])
+            shape = (3, len(self.rows), widest)
+            self._table = torch.tensor(entries, dtype=torch.int32, device=self.device).view(shape)
+        return self._table
+
+    def tiles(self, tokens: int = 256) -> Iterator[Tile]:
+        """The cached tokens in order, about `tokens` at a time: sinks, packed blocks, window."""
+        yield from self._exact_tile("sink", [0 for _ in self.rows], [row.sinks for row in self.rows])
+        slots, start, count = self.block_table()
+        step = max(1, tokens // self.scheme.block_length)
+        for j in range(0, slots.shape[1], step):
+            piece = slots[:, j : j + step]
+            keys, values = self.pool.read("keys", piece), self.pool.read("values", piece)
+            yield Tile(keys, values, start[:, j : j + step], count[:, j : j + step])
+        yield from self._exact_tile(
+            "window", [row.sinks + row.packed for row in self.rows], [row.window for row in self.rows]
+        )
+
+    def _exact_tile(self, room: str, starts: list[int], counts: list[int]) -> Iterator[Tile]:
+        longest = max(counts)
+        if longest:
+            keys, values = (self._exact[f"{room}_{side}"][:, None, :longest] for side in ("keys", "values"))
+            index = torch.tensor([starts, counts], dtype=torch.int32, device=self.device).unsqueeze(-1)
+            # What lies beyond a row's count was never written; it must not reach a product as a NaN.
+            valid = torch.arange(longest, device=self.device) < index[1][..., None]
+            zero = torch.zeros((), dtype=self.dtype, device=self.device)
+            keys, values = (torch.where(valid[..., None], x, zero) for x in (keys, values))
+            yield Tile(keys, values, index[0], index[1])
+
+    def states(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """All cached states, dequantized: `[B, T, C_k]` and `[B, T, C_v]`.
+
+        Raises:
+            ValueError: The rows hold different numbers of tokens.
+        """
+        if len({row.tokens for row in self.rows}) > 1:
+            raise ValueError(f"rows of {[row.tokens for row in self.rows]} tokens cannot be read as one tensor")
+        parts: dict[str, list[torch.Tensor]] = {"keys": [], "values": []}
+        for tile in self.tiles():
+            for run, count in enumerate(tile.count[0].tolist()):
+                parts["keys"].append(tile.keys[:, run, :count])
+                parts["values"].append(tile.values[:, run, :count])
+        batch = len(self.rows)
+        empty = {s: [torch.empty((batch, 0, c), dtype=self.dtype, device=self.device)] for s, c in self.channels.items()}
+        return tuple(torch.cat(empty[side] + parts[side], dim=1) for side in ("keys", "values"))
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Append `[B, H, L, D]` states; returns what their attention sees, `[B, H, T, D]` keys and values.
+
+        The new tokens and the window are in full precision, older ones as they are stored; blocks that have become
+        old enough are packed before the call returns. Every token counts: a model that passes no mask has its pads
+        treated as tokens.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        new = [x.transpose(1, 2).flatten(2) for x in (key_states, value_states)]
+        self._check_states(*new)
+        seen = [torch.cat(pair, dim=1) for pair in zip(self.states(), new, strict=True)]
+        self.append(*new)
+        shapes = (key_states.shape, value_states.shape)
+        return tuple(x.unflatten(2, (shape[1], shape[3])).transpose(1, 2) for x, shape in zip(seen, shapes, strict=True))
+
+    def get_seq_length(self) -> int:
+        """Slots fed to the cache, pads included, as the library counts them."""
+        return self.slots
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.slots + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    # ---- editing
+
+    def _select(self, indices: list[int]) -> None:
+        """Make row i a copy of row `indices[i]`, without touching a packed byte."""
+        old, self.rows = self.rows, [self.rows[i] for i in indices]
+        for row in self.rows:
+            self.pool.retain(row.blocks)
+        for row in old:
+            self.pool.release(row.blocks)
+        index = torch.tensor(indices, dtype=torch.long, device=self.device)
+        self._exact = {name: exact.index_select(0, index) for name, exact in self._exact.items()}
+        self._trim()
+
+    def _trim(self) -> None:
+        moved = self.pool.trim()
+        self.rows = [replace(row, blocks=tuple(moved[slot] for slot in row.blocks)) for row in self.rows]
+        self._table = None
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        if self.is_initialized:
+            self._select(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.is_initialized:
+            self._select([i for i in range(len(self.rows)) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        if self.is_initialized:
+            self._select(torch.arange(len(self.rows))[indices.cpu()].tolist())
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last slots; `tokens_to_remove` is 0 or negative, as for `DynamicCache`.
+
+        A cut inside a packed block lowers the block's count of valid tokens: nothing is quantized again, and the next
+        block starts after it.
+
+        Raises:
+            ValueError: `tokens_to_remove` is positive or exceeds the slots held.
+        """
+        if not -self.slots <= tokens_to_remove <= 0:
+            raise ValueError(
+                f"tokens_to_remove={tokens_to_remove}: must be 0 or negative, the slots to remove of {self.slots}"
+            )
+        if tokens_to_remove and self.is_initialized:
+            slots = self.slots + tokens_to_remove
+            self.rows = [self._cropped(row, slots) for row in self.rows]
+            self.slots = slots
+            self._trim()
+
+    def _cropped(self, row: Row, slots: int) -> Row:
+        pads = tuple((start, min(stop, slots)) for start, stop in row.pads if start < slots)
+        left = slots - sum(stop - start for start, stop in pads)
+        sinks = min(left, row.sinks)
+        left -= sinks
+        counts = []
+        for count in row.counts:
+            if left == 0:
+                break
+            counts.append(min(count, left))
+            left -= counts[-1]
+        self.pool.release(row.blocks[len(counts) :])
+        return Row(sinks, left, row.blocks[: len(counts)], tuple(counts), pads)
+
+    def reset(self) -> None:
+        """Forget every token and free the memory."""
+        self._clear()
+
+    # ---- size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all storages, allocated room included."""
+        if not self.is_initialized:
+            return 0
+        exact = sum(t.untyped_storage().nbytes() for t in self._exact.values())
+        return self.pool.nbytes + exact + self.block_table().untyped_storage().nbytes()
+
+    @property
+    def nbytes_used(self) -> int:
+        """Bytes of the tokens held: codes, scales, zero points, table, window and sinks. Shared blocks count once."""
+        if not self.is_initialized:
+            return 0
+        exact = sum(row.sinks + row.window for row in self.rows) * sum(self.channels.values()) * self.dtype.itemsize
+        entries = sum(len(row.blocks) for row in self.rows) * _TABLE_ENTRY_NBYTES
+        return self.pool.used * self.pool.slot_nbytes + exact + entries
+
+
+class KIVILatentCache(Cache):
+    """A `transformers` cache whose history is packed; for the latents of `ALRDLlamaForCausalLM` and for any model.
+
+    Args:
+        scheme: Widths, group size, window and sinks.
+        widths: Channels of the head groups, per layer; `None` adds layers as they come, one group per head.
+    """
+
+    def __init__(self, scheme: CacheScheme | None = None, widths: list[LayerWidths] | None = None):
+        self.scheme = scheme or CacheScheme()
+        if widths is None:
+            # Not `layer_class_to_replicate`: a cache of its own must stay copyable and must know its scheme.
+            super().__init__(layers=[])
+        else:
+            super().__init__(layers=[KIVILatentLayer(self.scheme, w) for w in widths])
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+        while len(self.layers) <= layer_idx:
+            self.layers.append(KIVILatentLayer(self.scheme))
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def row_tokens(self) -> list[int]:
+        """Tokens that each row holds, pads not counted; empty before the first one."""
+        return [row.tokens for row in self.layers[0].rows] if self.layers else []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all storages, allocated room included."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def nbytes_used(self) -> int:
+        """Bytes of the tokens held, everything counted; the formula is `CacheScheme.layer_nbytes`."""
+        return sum(layer.nbytes_used for layer in self.layers)
+
+    def __repr__(self) -> str:
+        s, tokens = self.scheme, self.row_tokens()
+        held = f"rows of {tokens} tokens" if tokens else "empty"
+        slack = self.nbytes - self.nbytes_used
+        return (
+            f"KIVILatentCache(keys {s.k_bits}-bit per channel, values {s.v_bits}-bit per token, "
+            f"group_size={s.group_size}, residual_length={s.residual_length}, sink_length={s.sink_length}; "
+            f"{len(self.layers)} layers, {held}, {self.nbytes_used:,} bytes used + {slack:,} slack)"
+        )
+
+
+def config_widths(config: ALRDLlamaConfig) -> list[LayerWidths]:
+    """Channels that each layer of a model caches, by head group."""
+    layers = range(config.num_hidden_layers)
+    return [(config.cached_widths(i, "k_proj"), config.cached_widths(i, "v_proj")) for i in layers]
+
+
+def create_kivi_cache(
+    k_bits: float = 2,
+    v_bits: float = 2,
+    group_size: int = 128,
+    residual_length: int = 32,
+    sink_length: int = 4,
+    config: ALRDLlamaConfig | None = None,
+) -> KIVILatentCache:
+    """Make an empty `KIVILatentCache`.
+
+    Args:
+        k_bits, v_bits: 2, 3, 4, 8, or 16 for the lossless mode.
+        group_size: Elements per scale; 0: one per channel and block of 128 tokens, one per token and head group.
+        residual_length: At least this many of the newest tokens stay in full precision.
+        sink_length: This many of the first tokens stay in full precision.
+        config: The latent model that will use the cache (its settings are not read, only its ranks); `None` makes a
+            drop-in cache for any model.
+
+    Raises:
+        ValueError: A setting is out of range; the message names field, value and rule.
+    """
+    scheme = CacheScheme(k_bits, v_bits, group_size, residual_length, sink_length)
+    return KIVILatentCache(scheme, None if config is None else config_widths(config))
+
+
+__all__ = ["CacheScheme", "KIVILatentCache", "KIVIQuantizer", "Tile", "config_widths", "create_kivi_cache"]

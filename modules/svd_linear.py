@@ -1,0 +1,274 @@
+r"""Low-rank linear layers `W ≈ A·B` and the factorizations that make them.
+
+`k = W x` is split into a latent `c = B x` (`BLinear`), which is what a cache stores, and its expansion `A c`
+(`ALinear`, which carries the bias). The heads are cut into groups with a decomposition of their own; then `A` is
+block-diagonal and the groups' latents lie side by side.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from modules.hadamard_utils import fuse_rotation
+
+# ---- factorizations
+
+
+class Factors(NamedTuple):
+    """`a` `[out, r]`, `b` `[r, in]`, and `energy` `[out]`: the error that each latent direction removes, descending."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    energy: torch.Tensor
+
+
+def output_covariance(weight: torch.Tensor, input_covariance: torch.Tensor | None = None) -> torch.Tensor:
+    """`E[(W x)(W x)ᵀ]`, `[out, out]` float64, from `W` `[out, in]` and `E[x xᵀ]` `[in, in]` (default: identity)."""
+    w = weight.double()
+    return w @ w.T if input_covariance is None else w @ input_covariance.double() @ w.T
+
+
+def query_key_metric(query_energy: torch.Tensor, num_key_value_heads: int, floor: float = 1e-3) -> torch.Tensor:
+    """Diagonal metric under which the error of a key is the mean squared error of its logits.
+
+    Averaged over relative positions, RoPE leaves `Σ_f E|q_f|² |Δk_f|²` for the complex pair `(f, f + d/2)`.
+
+    Args:
+        query_energy: `[H_q, d/2]`, `E|q_f|²` of each query head, bias included.
+        num_key_value_heads: Heads that the query heads share.
+        floor: Smallest weight, as a share of the mean one.
+
+    Returns:
+        `[H_kv * d]` float64: the energies of the query heads that share a key head, summed.
+    """
+    energy = query_energy.double().unflatten(0, (num_key_value_heads, -1)).sum(1)
+    energy = energy.clamp(min=floor * energy.mean().clamp(min=torch.finfo(torch.float64).tiny))
+    return torch.cat([energy, energy], dim=-1).flatten()
+
+
+def value_output_metric(
+    o_weight: torch.Tensor, num_heads: int, num_key_value_heads: int, overlap: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Metric under which the error of a value is its squared error after the output projection.
+
+    Args:
+        o_weight: `[C, H_q * d]` weight of `o_proj`.
+        num_heads, num_key_value_heads: H_q and H_kv.
+        overlap: `[H_q, H_q]`, `E Σ_j p_j^h p_j^h'` of the heads' attention; default: the identity, which leaves the
+            block-diagonal metric.
+
+    Returns:
+        `[H_kv * d, H_kv * d]` float64, positive semidefinite.
+    """
+    o = o_weight.double().unflatten(1, (num_heads, -1))
+    overlap = torch.eye(num_heads) if overlap is None else overlap
+    blocks = torch.einsum("cpd,pq,cqe->pdqe", o, overlap.to(o), o)
+    shared = num_heads // num_key_value_heads
+    blocks = blocks.unflatten(0, (num_key_value_heads, shared)).unflatten(3, (num_key_value_heads, shared))
+    metric = blocks.sum(dim=(1, 4))
+    size = metric.shape[0] * metric.shape[1]
+    return metric.reshape(size, size)
+
+
+def _root_and_inverse(metric: torch.Tensor | None, size: int, like: torch.Tensor, floor: float = 1e-6):
+    """Symmetric root of a metric (`None`, `[n]` diagonal or `[n, n]`) and its inverse, small eigenvalues raised."""
+    if metric is None:
+        return torch.eye(size).to(like), torch.eye(size).to(like)
+    metric = metric.to(like)
+    values, vectors = (metric, torch.eye(size).to(like)) if metric.dim() == 1 else torch.linalg.eigh(metric)
+    root = values.clamp(min=floor * values.max().clamp(min=torch.finfo(torch.float64).tiny)).sqrt()
+    return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
+
+
+def factor_weight(
+    weight: torch.Tensor,
+    rank: int,
+    input_covariance: torch.Tensor | None = None,
+    metric: torch.Tensor | None = None,
+) -> Factors:
+    r"""Rank-`rank` factors of `W` with the least expected error `E‖M^{1/2}(W x - A B x)‖²`.
+
+    The optimal projector is spanned by the top eigenvectors `U` of the output covariance `S W X Wᵀ S` with
+    `S = M^{1/2}`: `A = S^{-1} U`, `B = Uᵀ S W`. `X` is never inverted, so singular statistics and rank-deficient
+    weights need no special case; at full rank `A B = W` whatever the statistics.
+
+    Args:
+        weight: `[out, in]`.
+        rank: From 1 to `min(out, in)`.
+        input_covariance: `X = E[x xᵀ]`, `[in, in]`; default: the identity (plain SVD of the weight).
+        metric: `M`, the weight of an output error: `[out]` (diagonal) or `[out, out]`; default: the identity.
+
+    Returns:
+        float64 `Factors`. The signs are fixed: the largest entry of every column of `U` is positive.
+
+    Raises:
+        ValueError: A rank out of range, or statistics that are not finite or of the wrong size.
+    """
+    out, size = weight.shape
+    if not 1 <= rank <= min(out, size):
+        raise ValueError(f"rank={rank}: must be from 1 to min(out, in)={min(out, size)}")
+    for name, statistic, expected in (
+        ("weight", weight, (tuple(weight.shape),)),
+        ("input_covariance", input_covariance, ((size, size),)),
+        ("metric", metric, ((out,), (out, out))),
+    ):
+        if statistic is not None and tuple(statistic.shape) not in expected:
+            raise ValueError(f"{name}: shape {tuple(statistic.shape)} must be {' or '.join(map(str, expected))}")
+        if statistic is not None and not torch.isfinite(statistic).all():
+            raise ValueError(f"{name}: must be finite, found NaN or Inf")
+
+    root, inverse_root = _root_and_inverse(metric, out, weight.double())
+    w = root @ weight.double()
+    covariance = output_covariance(w, input_covariance)
+    if input_covariance is not None:
+        # A trace of the weight's own covariance orders the directions that the text never excites, so that the
+        # product at full rank is exact for any input.
+        covariance = covariance + 1e-7 * input_covariance.double().trace() / size * output_covariance(w)
+    energy, vectors = torch.linalg.eigh(covariance)
+    u = vectors.flip(1)[:, :rank]
+    u = u * torch.where(u.gather(0, u.abs().argmax(0, keepdim=True)) < 0, -1.0, 1.0)
+    return Factors(inverse_root @ u, u.T @ w, energy.flip(0).clamp(min=0))
+
+
+def factor_groups(
+    weight: torch.Tensor,
+    ranks: tuple[int, ...],
+    input_covariance: torch.Tensor | None = None,
+    metric: torch.Tensor | None = None,
+) -> list[Factors]:
+    """`factor_weight` of each head group: `len(ranks)` equal slices of the rows of `weight`, and of `metric`."""
+    rows = weight.shape[0] // len(ranks)
+    spans = [slice(i * rows, (i + 1) * rows) for i in range(len(ranks))]
+    metrics = [None if metric is None else metric[s] if metric.dim() == 1 else metric[s, s] for s in spans]
+    return [factor_weight(weight[s], r, input_covariance, m) for s, r, m in zip(spans, ranks, metrics, strict=True)]
+
+
+def join_factors(groups: list[Factors], rotate: bool, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weights of `ALinear` `[out, max r]` and `BLinear` `[Σ r, in]` from the factors of the head groups.
+
+    Args:
+        groups: One `Factors` per head group.
+        rotate: Fold a Hadamard rotation into each group's latent.
+        dtype: Type of the result.
+
+    Raises:
+        ValueError: A factor does not fit `dtype`.
+    """
+    pairs = [fuse_rotation(f.a, f.b) if rotate else (f.a, f.b) for f in groups]
+    widest = max(a.shape[1] for a, _ in pairs)
+    a = torch.cat([nn.functional.pad(a, (0, widest - a.shape[1])) for a, _ in pairs]).to(dtype)
+    b = torch.cat([b for _, b in pairs]).to(dtype)
+    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+        raise ValueError(f"factors: values beyond the range of {dtype}; load the model in bfloat16 or float32")
+    return a.contiguous(), b.contiguous()
+
+
+# ---- modules
+
+
+class BLinear(nn.Linear):
+    """Projects hidden states `[..., C]` to latents `[..., Σ r]`; no bias."""
+
+    def __init__(self, in_features: int, ranks: tuple[int, ...]):
+        super().__init__(in_features, sum(ranks), bias=False)
+
+
+class ALinear(nn.Module):
+    """Expands latents to keys or values, head group by head group.
+
+    `weight` is `[H_kv * d, max r]`: the rows of group i use its first `ranks[i]` columns, the rest are zero. `bias` is
+    `[H_kv * d]` or absent.
+    """
+
+    def __init__(self, ranks: tuple[int, ...], out_features: int, num_heads: int, bias: bool):
+        super().__init__()
+        self.ranks, self.num_heads = tuple(ranks), num_heads
+        self.weight = nn.Parameter(torch.empty(out_features, max(ranks)))
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        nn.init.kaiming_uniform_(self.weight, a=5**0.5)
+
+    def extra_repr(self) -> str:
+        return f"ranks={list(self.ranks)}, out_features={self.weight.shape[0]}, bias={self.bias is not None}"
+
+    def forward(self, latent: torch.Tensor, per_head: bool = False) -> torch.Tensor:
+        """Expand latents, or sums of latents.
+
+        Args:
+            latent: `[..., Σ r]`; with `per_head`, `[..., H_q, L, max r]`: for every query head its own combination
+                of the latents of its group.
+            per_head: Expand with the rows of each query head's key/value head only.
+
+        Returns:
+            `[..., H_kv * d]`; with `per_head`, `[..., H_q, L, d]`. The bias is added once: combinations are expected
+            to have weights that sum to one.
+        """
+        if per_head:
+            weight = self.weight.unflatten(0, (self.num_heads, -1))
+            grouped = latent.unflatten(-3, (self.num_heads, -1)).flatten(-3, -2)
+            states = grouped @ weight.transpose(-1, -2)
+            if self.bias is not None:
+                states = states + self.bias.view(self.num_heads, 1, -1)
+            return states.unflatten(-2, (-1, latent.shape[-2])).flatten(-4, -3)
+        if len(self.ranks) == 1:
+            return nn.functional.linear(latent, self.weight, self.bias)
+        weight = self.weight.unflatten(0, (len(self.ranks), -1))
+        states = torch.einsum("...nr,nor->...no", split_groups(latent, self.ranks), weight).flatten(-2)
+        return states if self.bias is None else states + self.bias
+
+
+def split_groups(latent: torch.Tensor, ranks: tuple[int, ...]) -> torch.Tensor:
+    """Split latents `[..., Σ r]` into their groups, `[..., n, max r]`, shorter ones filled with zeros."""
+    if len(set(ranks)) == 1:
+        return latent.unflatten(-1, (len(ranks), ranks[0]))
+    widest = max(ranks)
+    groups = [nn.functional.pad(g, (0, widest - g.shape[-1])) for g in latent.split(ranks, dim=-1)]
+    return torch.stack(groups, dim=-2)
+
+
+class SVDLinear(nn.Module):
+    """A linear layer of rank `Σ r` for the keys or values of `num_heads` heads: `ALinear(BLinear(x))`.
+
+    Args:
+        in_features, out_features: C and `H_kv * d`.
+        ranks: One rank per head group.
+        num_heads: H_kv.
+        bias: Whether `ALinear` has a bias.
+    """
+
+    def __init__(self, in_features: int, out_features: int, ranks: tuple[int, ...], num_heads: int, bias: bool = False):
+        super().__init__()
+        self.BLinear = BLinear(in_features, ranks)
+        self.ALinear = ALinear(ranks, out_features, num_heads, bias)
+        #: Applied to the latent on its way from B to A; the simple scheme of `use_kivi=False` rounds it here.
+        self.latent_transform = nn.Identity()
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.ALinear(self.latent_transform(self.BLinear(hidden_states)))
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, ranks, num_heads: int, input_covariance=None, metric=None, rotate: bool = True
+    ) -> "SVDLinear":
+        """Split a dense layer; arguments as `factor_groups` and `join_factors`."""
+        split = cls(linear.in_features, linear.out_features, ranks, num_heads, linear.bias is not None)
+        split = split.to(linear.weight)
+        factors = factor_groups(linear.weight.detach(), ranks, input_covariance, metric)
+        a, b = join_factors(factors, rotate, linear.weight.dtype)
+        with torch.no_grad():
+            split.ALinear.weight.copy_(a)
+            split.BLinear.weight.copy_(b)
+            if linear.bias is not None:
+                split.ALinear.bias.copy_(linear.bias)
+        return split
+
+    @torch.no_grad()
+    def dense_weight(self) -> torch.Tensor:
+        """The product `A·B`, `[out, in]`, multiplied in float32 and returned in the layer's type."""
+        return dense_product(self.ALinear.weight, self.BLinear.weight, self.ALinear.ranks)
+
+
+def dense_product(a: torch.Tensor, b: torch.Tensor, ranks: tuple[int, ...]) -> torch.Tensor:
+    """`[out, in]` product of the weights of an `ALinear` and a `BLinear`."""
+    groups = zip(a.float().chunk(len(ranks)), b.float().split(ranks), ranks, strict=True)
+    return torch.cat([ai[:, :r] @ bi for ai, bi, r in groups]).to(a.dtype)
