@@ -293,9 +293,8 @@ class KIVILatentLayer(CacheLayerMixin):
             for run, count in enumerate(tile.count[0].tolist()):
                 parts["keys"].append(tile.keys[:, run, :count])
                 parts["values"].append(tile.values[:, run, :count])
-        batch = len(self.rows)
-        empty = {s: [torch.empty((batch, 0, c), dtype=self.dtype, device=self.device)] for s, c in self.channels.items()}
-        return tuple(torch.cat(empty[side] + parts[side], dim=1) for side in ("keys", "values"))
+        empty = {side: self._exact[f"window_{side}"][:, :0] for side in parts}
+        return tuple(torch.cat([empty[side], *parts[side]], dim=1) for side in ("keys", "values"))
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Append `[B, H, L, D]` states; returns what their attention sees, `[B, H, T, D]` keys and values.
@@ -310,8 +309,8 @@ class KIVILatentLayer(CacheLayerMixin):
         self._check_states(*new)
         seen = [torch.cat(pair, dim=1) for pair in zip(self.states(), new, strict=True)]
         self.append(*new)
-        shapes = (key_states.shape, value_states.shape)
-        return tuple(x.unflatten(2, (shape[1], shape[3])).transpose(1, 2) for x, shape in zip(seen, shapes, strict=True))
+        heads = (key_states.shape[1], value_states.shape[1])
+        return tuple(x.unflatten(2, (h, -1)).transpose(1, 2) for x, h in zip(seen, heads, strict=True))
 
     def get_seq_length(self) -> int:
         """Slots fed to the cache, pads included, as the library counts them."""

@@ -77,7 +77,8 @@ def latent_attention(
         scores = (shared @ keys.permute(0, 1, 3, 4, 2)) * scaling
         scores = scores.reshape(batch, runs, heads, length, tokens)
         key_positions = tile.start[..., None] + offsets
-        seen = (offsets < tile.count[..., None])[:, :, None] & (key_positions[:, :, None] <= positions[:, None, :, None])
+        valid = (offsets < tile.count[..., None])[:, :, None]
+        seen = valid & (key_positions[:, :, None] <= positions[:, None, :, None])
         scores = scores.masked_fill(~seen[:, :, None], -torch.inf).permute(0, 2, 3, 1, 4).flatten(3)
         if weights_length is not None:
             scored.append((scores, key_positions.flatten(1)))
