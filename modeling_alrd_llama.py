@@ -100,20 +100,18 @@ class LatentStep:
         positions: `[B, L]`, position of each token in its row; a pad has that of the token before it.
         real: `[B, L]` bool on the CPU, false for pads; `None`: no pads.
         lengths: Tokens that each row holds already.
+        has_past: Whether the cache has been fed before.
         rope: Frequencies for the cached keys.
-        weights_length: Slots of the attention weights to return; `None` returns none.
-        slots: `[B, weights_length]`, position of the token in each slot, -1 for pads; goes with `weights_length`.
+        slots: `[B, past slots + L]`, position of the token in each slot, -1 for pads, if attention weights are to be
+            returned; else `None`.
     """
 
     positions: torch.Tensor
     real: torch.Tensor | None
     lengths: list[int]
+    has_past: bool
     rope: Rope
     slots: torch.Tensor | None = None
-
-    @property
-    def has_past(self) -> bool:
-        return any(self.lengths)
 
     def new_tile(self, keys: torch.Tensor, values: torch.Tensor) -> Tile:
         """The new tokens' latents `[B, L, C]` as a tile: pads moved behind the row's real tokens."""
@@ -358,8 +356,14 @@ class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        step = self._plan_step(hidden_states, attention_mask, position_ids, past_key_values, kwargs)
-        position_embeddings = self.rotary_emb(hidden_states, position_ids=step.positions)
+        positions, real, lengths = self._place_tokens(hidden_states, attention_mask, position_ids, past_key_values)
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=positions)
+        # Dynamic NTK changes the frequencies with the length, so they are read after the embedding has seen it.
+        rope = Rope(self.rotary_emb.inv_freq, self.rotary_emb.attention_scaling)
+        slots = None
+        if kwargs.get("output_attentions", self.config.output_attentions):
+            slots = self._slot_positions(past_key_values, real, *positions.shape)
+        step = LatentStep(positions, real, lengths, past_key_values.get_seq_length() > 0, rope, slots)
         # The first chunk attends to itself by the library's functions; later ones read the cache by its own lengths.
         causal_mask = None
         if not step.has_past:
@@ -378,36 +382,27 @@ class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
-    def _plan_step(self, embeds, attention_mask, position_ids, cache: KIVILatentCache, kwargs) -> LatentStep:
-        """Lengths, pads and positions of the new tokens, checked against what the cache holds."""
+    def _place_tokens(self, embeds, attention_mask, position_ids, cache: KIVILatentCache):
+        """`LatentStep`'s positions, pads and lengths of the new tokens, checked against what the cache holds."""
         batch, length = embeds.shape[:2]
         lengths = cache.row_tokens() or [0] * batch
         if len(lengths) != batch:
             raise ValueError(f"input_ids: batch of {batch} must be the {len(lengths)} rows of the cache")
-        slots = cache.get_seq_length()
-        real = self._new_tokens(attention_mask, lengths, slots, length)
-
+        real = self._new_tokens(attention_mask, lengths, cache.get_seq_length(), length)
         past = torch.tensor(lengths, device=embeds.device)[:, None]
         if real is None:
             positions = past + torch.arange(length, device=embeds.device)
         else:
             positions = (past + real.to(embeds.device).cumsum(1) - 1).clamp(min=0)
         if position_ids is not None:
-            agrees = position_ids == positions
-            agrees = agrees if real is None else agrees | ~real.to(agrees.device)
+            agrees = position_ids.to(embeds.device) == positions
+            agrees = agrees if real is None else agrees | ~real.to(embeds.device)
             require(
                 agrees.all(),
                 "position_ids: must count the tokens of each row from 0 without gaps, pads not counted, and go on "
                 "where the cache ends; leave them out to have them made",
             )
-
-        weight_slots = None
-        if kwargs.get("output_attentions", self.config.output_attentions):
-            weight_slots = self._slot_positions(cache, real, batch, slots + length)
-        # Dynamic NTK changes the frequencies with the length, so they are read after the embedding has seen it.
-        self.rotary_emb(embeds, position_ids=positions)
-        rope = Rope(self.rotary_emb.inv_freq, self.rotary_emb.attention_scaling)
-        return LatentStep(positions, real, lengths, rope, weight_slots)
+        return positions, real, lengths
 
     @staticmethod
     def _new_tokens(attention_mask, lengths: list[int], slots: int, length: int) -> torch.Tensor | None:
@@ -433,14 +428,15 @@ class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):
         return None if real.all() else real
 
     @staticmethod
-    def _slot_positions(cache: KIVILatentCache, real, batch: int, total: int) -> torch.Tensor:
-        """`[B, total]` position of the token in each slot, -1 for pads."""
-        mask = torch.ones((batch, total), dtype=torch.bool)
+    def _slot_positions(cache: KIVILatentCache, real, batch: int, length: int) -> torch.Tensor:
+        """`[B, past slots + L]` position of the token in each slot, -1 for pads."""
+        past = cache.get_seq_length()
+        mask = torch.ones((batch, past + length), dtype=torch.bool)
         for row_mask, row in zip(mask, cache.layers[0].rows):
             for start, stop in row.pads:
                 row_mask[start:stop] = False
         if real is not None:
-            mask[:, total - real.shape[1] :] = real
+            mask[:, past:] = real
         return (mask.cumsum(1) - 1).masked_fill(~mask, -1)
 
 

@@ -9,10 +9,14 @@ The states of a token are a flat vector of channels. Latents `[B, 1, T, r]` are 
 states of any other model lose their heads to the channels, and each head keeps scales of its own.
 """
 
+import json
+import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
@@ -65,6 +69,9 @@ class CacheScheme:
         block = sum(block_nbytes(codec) for codec in self.codecs(widths, dtype).values())
         return blocks * (block + _TABLE_ENTRY_NBYTES) + exact * sum(map(sum, widths)) * dtype.itemsize
 
+
+#: Kind and version of a saved cache, in the file's metadata.
+_FILE_KEY, _FILE_VERSION = "kivi_latent_cache", 1
 
 #: A block costs a row three int32 in its table: slot, first position, valid tokens.
 _TABLE_ENTRY_NBYTES = 12
@@ -148,15 +155,17 @@ class KIVILatentLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocate for the batch, type and device of `[B, H, L, D]` states."""
-        scheme, (batch, key_heads, _, key_size) = self.scheme, key_states.shape
-        widths = self.given_widths or ((key_size,) * key_heads, (value_states.shape[3],) * value_states.shape[1])
-        self.dtype, self.device = key_states.dtype, key_states.device
+        widths = self.given_widths or tuple((x.shape[3],) * x.shape[1] for x in (key_states, value_states))
+        self._allocate(len(key_states), widths, key_states.dtype, key_states.device)
+
+    def _allocate(self, batch: int, widths: LayerWidths, dtype: torch.dtype, device: torch.device) -> None:
+        scheme, self.widths, self.dtype, self.device = self.scheme, widths, dtype, device
         self.channels = {"keys": sum(widths[0]), "values": sum(widths[1])}
         self.rows = [Row()] * batch
         self.pool = BlockPool(scheme.codecs(widths, self.dtype), self.device)
         rooms = {"sink": scheme.sink_length, "window": scheme.residual_length + scheme.block_length}
         self._exact = {
-            f"{room}_{side}": torch.empty((batch, length, channels), dtype=self.dtype, device=self.device)
+            f"{room}_{side}": torch.zeros((batch, length, channels), dtype=self.dtype, device=self.device)
             for room, length in rooms.items()
             for side, channels in self.channels.items()
         }
@@ -389,6 +398,50 @@ class KIVILatentLayer(CacheLayerMixin):
         """Forget every token and free the memory."""
         self._clear()
 
+    # ---- persistence
+
+    def export(self) -> tuple[dict[str, torch.Tensor], dict]:
+        """The tokens held: tensors without slack, and the bookkeeping as JSON types."""
+        if not self.is_initialized:
+            return {}, {"slots": 0}
+        live = sorted({slot for row in self.rows for slot in row.blocks})
+        moved = {slot: i for i, slot in enumerate(live)}
+        tensors = {
+            f"{side}.{name}": t[live] for side, fields in self.pool.storage.items() for name, t in fields.items()
+        }
+        tensors.update({name: exact.clone() for name, exact in self._exact.items()})
+        rows = [asdict(replace(row, blocks=tuple(moved[slot] for slot in row.blocks))) for row in self.rows]
+        return tensors, {"slots": self.slots, "widths": self.widths, "rows": rows}
+
+    def restore(self, tensors: dict[str, torch.Tensor], record: dict) -> None:
+        """Inverse of `export` for a fresh layer."""
+        self._clear()
+        if not record["slots"]:
+            return
+        first = tensors["window_keys"]
+        widths = tuple(tuple(side) for side in record["widths"])
+        self._allocate(len(record["rows"]), widths, first.dtype, first.device)
+        self._exact = {name: tensors[name] for name in self._exact}
+        blocks = {
+            side: {name: tensors[f"{side}.{name}"] for name in codec.fields()}
+            for side, codec in self.pool.codecs.items()
+        }
+        slots = self.pool.write(blocks)
+        self.rows = [
+            Row(
+                sinks=row["sinks"],
+                window=row["window"],
+                blocks=tuple(slots[i] for i in row["blocks"]),
+                counts=tuple(row["counts"]),
+                pads=tuple((start, stop) for start, stop in row["pads"]),
+            )
+            for row in record["rows"]
+        ]
+        for row in self.rows:
+            self.pool.retain(row.blocks)
+        self.pool.release(slots)
+        self.slots = record["slots"]
+
     # ---- size
 
     @property
@@ -433,6 +486,41 @@ class KIVILatentCache(Cache):
     def row_tokens(self) -> list[int]:
         """Tokens that each row holds, pads not counted; empty before the first one."""
         return [row.tokens for row in self.layers[0].rows] if self.layers else []
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the cache, packed as it is, to a safetensors file; an interrupted save leaves an old file whole."""
+        tensors, layers = {}, []
+        for i, layer in enumerate(self.layers):
+            exported, record = layer.export()
+            tensors.update({f"{i}.{name}": tensor for name, tensor in exported.items()})
+            layers.append(record)
+        header = {"version": _FILE_VERSION, "scheme": asdict(self.scheme), "layers": layers}
+        partial = f"{os.fspath(path)}.{os.getpid()}.part"
+        try:
+            save_file(tensors, partial, metadata={_FILE_KEY: json.dumps(header)})
+            os.replace(partial, path)
+        finally:
+            if os.path.exists(partial):
+                os.remove(partial)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, device: torch.device | str = "cpu") -> "KIVILatentCache":
+        """Read a cache that `save` has written.
+
+        Raises:
+            ValueError: The file is of another kind or version.
+        """
+        with safe_open(path, "pt", device=str(device)) as file:
+            header = json.loads((file.metadata() or {}).get(_FILE_KEY, "{}"))
+            if header.get("version") != _FILE_VERSION:
+                raise ValueError(f"{path}: version {header.get('version')} must be {_FILE_VERSION}, a saved cache")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        cache = cls(CacheScheme(**header["scheme"]))
+        for i, record in enumerate(header["layers"]):
+            layer = KIVILatentLayer(cache.scheme)
+            layer.restore({n.removeprefix(f"{i}."): t for n, t in tensors.items() if n.startswith(f"{i}.")}, record)
+            cache.layers.append(layer)
+        return cache
 
     @property
     def nbytes(self) -> int:

@@ -1,0 +1,22 @@
+PYTHON ?= python3
+RUN := .venv/bin/python
+
+.PHONY: demo test check
+
+# One installation, made again when the requirements change.
+.venv/installed: requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --requirement requirements.txt --editable .
+	touch $@
+
+# Split the bundled model, measure it through the packed cache, plot, generate. Results in build/demo.
+demo: .venv/installed
+	$(RUN) scripts/demo.py
+
+# Everything a developer checks; CI calls the same.
+test: .venv/installed check
+	$(RUN) -m pytest -q
+
+check: .venv/installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .

@@ -1,0 +1,237 @@
+"""What the command line programs share: options, loading, sizes, records."""
+
+import json
+import os
+import platform
+import subprocess
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, LlamaConfig, PreTrainedTokenizerBase
+
+import modeling_alrd_llama  # noqa: F401  (makes the auto classes know the model)
+from configuration_alrd_llama import ALRDLlamaConfig, check_bits, check_count
+
+ROOT = Path(__file__).resolve().parent.parent
+
+#: The small Llama that ships with the repository, as a path relative to it.
+BUNDLED_MODEL = "models/tiny-python-llama"
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+Config = TypeVar("Config")
+
+# ---- options
+
+
+@dataclass
+class CacheOptions:
+    """Settings of the packed cache; the base of the scripts' configs."""
+
+    k_bits: float | None = field(
+        default=None, metadata={"help": "Bits of a cached key code: 2, 3, 4, 8 or 16. None: the checkpoint's, or 2."}
+    )
+    v_bits: float | None = field(
+        default=None, metadata={"help": "Bits of a cached value code: 2, 3, 4, 8 or 16. None: the checkpoint's, or 2."}
+    )
+    group_size: int | None = field(
+        default=None, metadata={"help": "Elements that share a scale; 0: no bound. None: the checkpoint's, or 128."}
+    )
+    residual_length: int | None = field(
+        default=None,
+        metadata={"help": "Newest tokens that stay in full precision, at least. None: the checkpoint's, or 32."},
+    )
+    sink_length: int | None = field(
+        default=None, metadata={"help": "First tokens that stay in full precision. None: the checkpoint's, or 4."}
+    )
+
+    def __post_init__(self):
+        for name, value in self.cache_settings().items():
+            (check_bits if name.endswith("_bits") else check_count)(name, value)
+
+    def cache_settings(self) -> dict[str, int | float]:
+        """The settings that were given, by the names of `ALRDLlamaConfig`; whole numbers of bits as int."""
+        given = {f.name: getattr(self, f.name) for f in fields(CacheOptions) if getattr(self, f.name) is not None}
+        return {name: int(value) if value == int(value) else value for name, value in given.items()}
+
+
+class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Shows the defaults, and the description as it is written."""
+
+
+def parse_config(config_class: type[Config], description: str | None) -> Config:
+    """The options of the command line; a `ValueError` of the config becomes a usage error."""
+    parser = HfArgumentParser(config_class, description=description, formatter_class=_HelpFormatter)
+    try:
+        return parser.parse_args_into_dataclasses(look_for_args_file=False)[0]
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def check_positive(name: str, *values: float) -> None:
+    """Raise a `ValueError` naming the field `name` unless all `values` are above 0."""
+    for value in values:
+        if not value > 0:
+            raise ValueError(f"{name}={value!r}: must be above 0")
+
+
+# ---- models
+
+
+def find_model(name_or_path: str) -> str:
+    """A folder that exists here or in the repository, or else the name of a model on the hub.
+
+    Raises:
+        ValueError: It can be neither.
+    """
+    for path in (Path(name_or_path).expanduser(), ROOT / name_or_path):
+        if path.is_dir():
+            return str(path)
+    if name_or_path == BUNDLED_MODEL or name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")):
+        raise ValueError(f"model={name_or_path!r}: must be an existing folder or a hub name like 'owner/name'")
+    return name_or_path
+
+
+def load_model(
+    name_or_path: str,
+    dtype: torch.dtype | str = "auto",
+    device_map: str | dict | None = None,
+    config: ALRDLlamaConfig | None = None,
+) -> tuple[transformers.LlamaForCausalLM, PreTrainedTokenizerBase]:
+    """Load a dense Llama or an `alrd_llama` checkpoint with its tokenizer.
+
+    Args:
+        name_or_path: Folder or hub name.
+        dtype: Type of the weights; "auto": the checkpoint's.
+        device_map: As for `from_pretrained`.
+        config: Splits a dense checkpoint while it is loaded; `None` loads what is stored.
+
+    Raises:
+        ValueError: Not a Llama, or the weights do not fit.
+    """
+    path = find_model(name_or_path)
+    ALRDLlamaConfig.get_config_dict(path)  # refuses other architectures by name
+    model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, device_map=device_map)
+    return model.eval(), AutoTokenizer.from_pretrained(path)
+
+
+def latent_config(
+    name_or_path: str, rank: float, head_group_size: int | None = None, settings: dict[str, Any] | None = None
+) -> tuple[ALRDLlamaConfig, bool]:
+    """Configuration of the latent model that a checkpoint is, or that a dense one is to become.
+
+    Args:
+        name_or_path: Folder or hub name; only its `config.json` is read.
+        rank: For a dense checkpoint, the rank of every projection: a share of the full rank up to 1, or the total
+            rank itself, a whole number above 1. A split checkpoint keeps its ranks.
+        head_group_size: Key/value heads that share a latent; `None`: all, or the split checkpoint's.
+        settings: Fields of `ALRDLlamaConfig` to set.
+
+    Returns:
+        The configuration, and whether the checkpoint is a split one.
+
+    Raises:
+        ValueError: A field is out of range, or disagrees with a split checkpoint.
+    """
+    config = ALRDLlamaConfig.from_pretrained(find_model(name_or_path))
+    for name, value in (settings or {}).items():
+        setattr(config, name, value)
+    is_split = bool(config.truncation_ranks)
+    if is_split and head_group_size not in (None, config.head_group_size or config.num_key_value_heads):
+        raise ValueError(
+            f"head_group_size={head_group_size!r}: the checkpoint is stored with {config.head_group_size or 'all'} "
+            "heads per group; split the dense checkpoint again to change it"
+        )
+    if is_split:
+        config.check_latent_cache()
+    else:
+        set_ranks(config, rank, head_group_size)
+    return config, is_split
+
+
+def set_ranks(config: ALRDLlamaConfig, rank: float, head_group_size: int | None = None) -> None:
+    """Give every key and value projection the same rank; arguments and errors as `latent_config`."""
+    config.head_group_size = head_group_size
+    config.check_latent_cache()
+    groups = config.num_head_groups
+    full = groups * config.full_group_rank
+    if not 0 < rank <= full or (rank > 1 and rank != int(rank)):
+        raise ValueError(f"rank={rank!r}: must be a share in (0, 1], or a whole number from 2 to the full rank {full}")
+    total = max(groups, round(rank * full)) if rank <= 1 else int(rank)
+    layers, projections = range(config.num_hidden_layers), ("k_proj", "v_proj")
+    config.truncation_ranks = {f"model.layers.{i}.self_attn.{p}": total for i in layers for p in projections}
+    config.check_latent_cache()
+
+
+# ---- sizes
+
+
+def dense_nbytes(config: LlamaConfig, length: int, dtype: torch.dtype, batch_size: int = 1) -> int:
+    """Bytes of a dense cache: 2 · layers · H_kv · d · bytes · batch · T."""
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+    return per_token * batch_size * length
+
+
+def human_bytes(nbytes: float) -> str:
+    """Bytes in binary units with three or more digits, e.g. `512 KiB` and `1.50 GiB`."""
+    units = ["B", "KiB", "MiB", "GiB", "TiB"]
+    while abs(nbytes) >= 1024 and len(units) > 1:
+        nbytes /= 1024
+        units.pop(0)
+    digits = 0 if nbytes == int(nbytes) or nbytes >= 100 else 1 if nbytes >= 10 else 2
+    return f"{nbytes:.{digits}f} {units[0]}"
+
+
+def format_table(header: list[str], rows: list[list[str]]) -> str:
+    """Text table with columns aligned to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in [header, *rows])
+
+
+# ---- records
+
+
+def cpu_name() -> str:
+    """Model name of the processor, as Linux gives it, or what Python knows elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def git_commit() -> str | None:
+    """Commit of the repository, `-dirty` if tracked files differ from it; `None` outside a checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """What a figure depends on beside the options: versions, commit, machine."""
+    device = torch.device(device)
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "commit": git_commit(),
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    }
+
+
+def write_json(path: str | Path, record: dict[str, Any]) -> None:
+    """Write `record` so that `path` holds either the old text or the new one; makes the folders above it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,151 @@
+"""What a KV cache will take, before anything is loaded: packed latents against dense keys and values.
+
+Reads nothing but the model's config.json. Everything is counted: codes, scales and zero points, the full-precision
+window and sinks, the block table.
+
+    python scripts/estimate_memory.py --model meta-llama/Llama-2-7b-hf --dtype float16 --rank 0.5
+    python scripts/estimate_memory.py --rank 128 --k_bits 4 --v_bits 3 --length 4096 32768 --batch_size 8
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from modules.block_pool import block_nbytes
+from modules.kivi_cache import CacheScheme, LayerWidths, config_widths
+from scripts.common import (
+    BUNDLED_MODEL,
+    DTYPES,
+    CacheOptions,
+    check_positive,
+    dense_nbytes,
+    environment,
+    format_table,
+    human_bytes,
+    latent_config,
+    parse_config,
+    write_json,
+)
+
+
+@dataclass
+class EstimateConfig(CacheOptions):
+    """Options of the estimate."""
+
+    model: str = field(
+        default=BUNDLED_MODEL,
+        metadata={"help": "Folder or hub name of a Llama, dense or split; only its config.json is read."},
+    )
+    length: list[int] = field(
+        default_factory=lambda: [4096, 32768, 131072], metadata={"help": "Tokens per sequence, one or more."}
+    )
+    batch_size: int = field(default=1, metadata={"help": "Sequences."})
+    rank: float = field(
+        default=0.5,
+        metadata={
+            "help": "Rank of every key and value projection: up to 1 a share of the full rank, above 1 the total rank "
+            "itself. A checkpoint that is split already keeps its ranks."
+        },
+    )
+    head_group_size: int | None = field(
+        default=None, metadata={"help": "Key/value heads that share a latent. None: all, or the split checkpoint's."}
+    )
+    dtype: Literal[DTYPES] | None = field(
+        default=None, metadata={"help": "Type of the model. None: the checkpoint's, or float16 if it names none."}
+    )
+    output: str | None = field(default=None, metadata={"help": "JSON file to write."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_positive("length", *self.length)
+        check_positive("batch_size", self.batch_size)
+
+
+def layer_breakdown(scheme: CacheScheme, length: int, widths: LayerWidths, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes of one row of `length` tokens in one layer by what they hold; the sum is `scheme.layer_nbytes`."""
+    blocks = scheme.flushed_blocks(length - min(length, scheme.sink_length))
+    codes, parameters = 0, 0
+    for codec in scheme.codecs(widths, dtype).values():
+        for name, (shape, field_dtype) in codec.fields().items():
+            nbytes = blocks * torch.Size(shape).numel() * field_dtype.itemsize
+            if name in ("scale", "zero_point"):
+                parameters += nbytes
+            else:
+                codes += nbytes
+    exact = (length - blocks * scheme.block_length) * sum(map(sum, widths)) * dtype.itemsize
+    total = scheme.layer_nbytes(length, widths, dtype)
+    return {"codes": codes, "parameters": parameters, "exact": exact, "table": total - codes - parameters - exact}
+
+
+def layer_room(scheme: CacheScheme, length: int, widths: LayerWidths, dtype: torch.dtype, batch_size: int) -> int:
+    """Bytes that a layer of `batch_size` rows allocates at most: the pool grows by a quarter, the window has room."""
+    used = layer_breakdown(scheme, length, widths, dtype)
+    blocks = batch_size * scheme.flushed_blocks(length - min(length, scheme.sink_length))
+    slot = sum(block_nbytes(codec) for codec in scheme.codecs(widths, dtype).values())
+    tokens = scheme.sink_length + scheme.residual_length + scheme.block_length
+    exact = tokens * sum(map(sum, widths)) * dtype.itemsize
+    return (blocks + blocks // 4) * slot + batch_size * (used["table"] + exact)
+
+
+def main(config: EstimateConfig) -> dict[str, Any]:
+    """Print the table; returns the figures in bytes."""
+    model, is_split = latent_config(config.model, config.rank, config.head_group_size, config.cache_settings())
+    dtype = getattr(torch, config.dtype) if config.dtype else model.dtype or torch.float16
+    names = ("k_bits", "v_bits", "group_size", "residual_length", "sink_length")
+    scheme = CacheScheme(**{name: getattr(model, name) for name in names})
+    widths = config_widths(model)
+
+    estimates = []
+    for length in config.length:
+        parts = [layer_breakdown(scheme, length, layer, dtype) for layer in widths]
+        breakdown = {name: config.batch_size * sum(part[name] for part in parts) for name in parts[0]}
+        dense, packed = dense_nbytes(model, length, dtype, config.batch_size), sum(breakdown.values())
+        estimates.append(
+            {
+                "length": length,
+                "dense": dense,
+                "packed": packed,
+                "ratio": dense / packed,
+                "dense_per_token": dense / (length * config.batch_size),
+                "packed_per_token": packed / (length * config.batch_size),
+                "breakdown": breakdown,
+                "allocated_at_most": sum(
+                    layer_room(scheme, length, layer, dtype, config.batch_size) for layer in widths
+                ),
+            }
+        )
+
+    channels = [[sum(side) for side in layer] for layer in widths]
+    full = model.num_key_value_heads * model.head_dim
+    print(f"{config.model}: {model.num_hidden_layers} layers, {full} key and value channels, {dtype}, ", end="")
+    print(f"batch {config.batch_size}")
+    print("ranks of the split checkpoint, --rank is not used" if is_split else f"--rank {config.rank:g}", end=": ")
+    print(
+        ", ".join(f"{s} {min(c)}–{max(c)}" if min(c) < max(c) else f"{s} {c[0]}" for s, c in zip("kv", zip(*channels)))
+    )
+    print(", ".join(f"{name} {value:g}" for name, value in asdict(scheme).items()), end="\n\n")
+    header = ["length", "dense", "packed", "ratio", "dense/token", "packed/token"]
+    header += ["codes", "scales+zeros", "window+sinks", "table", "allocated at most"]
+    rows = []
+    for e in estimates:
+        sizes = (e["dense_per_token"], e["packed_per_token"], *e["breakdown"].values(), e["allocated_at_most"])
+        row = [f"{e['length']:,}", human_bytes(e["dense"]), human_bytes(e["packed"]), f"{e['ratio']:.2f}"]
+        rows.append(row + [human_bytes(size) for size in sizes])
+    print(format_table(header, rows))
+
+    result = {
+        "config": asdict(config),
+        "dtype": str(dtype).removeprefix("torch."),
+        "cache": asdict(scheme),
+        "truncation_ranks": model.truncation_ranks,
+        "estimates": estimates,
+        "environment": environment(),
+    }
+    if config.output:
+        write_json(config.output, result)
+    return result
+
+
+if __name__ == "__main__":
+    main(parse_config(EstimateConfig, __doc__))

@@ -1,0 +1,228 @@
+"""Perplexity, KL divergence and top-1 agreement measured *through* the packed cache, with the bytes it takes.
+
+    python scripts/eval_perplexity.py --model build/half --dense models/tiny-python-llama --bits 16 4 2
+
+One forward pass over a window never reads a quantized token, so each window is fed as a prefill and then in
+teacher-forced chunks. Only tokens nine tenths of whose context is packed are scored, the same ones for every cache.
+The loop also runs with the dense model and with the latent in 16 bits: the loss from the first to the second is due to
+the rank, the rest to the bits.
+"""
+
+import math
+import time
+from dataclasses import asdict, dataclass, field
+
+import torch
+from tqdm import tqdm
+from transformers import AutoTokenizer, DynamicCache, HfArgumentParser
+
+from modeling_alrd_llama import ALRDLlamaForCausalLM
+from modules.kivi_cache import KIVILatentCache, config_widths
+from scripts.common import BUNDLED_MODEL, environment, load_model, write_json
+from scripts.corpus import describe, load_documents, tokenize_windows
+
+
+@dataclass
+class EvalConfig:
+    """Which caches to measure, on which text, fed how."""
+
+    model: str = field(
+        metadata={"help": "Split checkpoint, or a dense one, whose full keys and values are then cached."}
+    )
+    dense: str | None = field(
+        default=str(BUNDLED_MODEL), metadata={"help": "Dense checkpoint to compare with; 'none': compare with 16 bits."}
+    )
+    bits: list[str] = field(
+        default_factory=lambda: ["16", "8", "4", "3", "2"],
+        metadata={"help": "Widths to measure: one for both sides ('2') or keys:values ('3:2')."},
+    )
+    group_size: int | None = field(default=None, metadata={"help": "Elements per scale; default: the checkpoint's."})
+    residual_length: int | None = field(default=None, metadata={"help": "Window; default: the checkpoint's."})
+    sink_length: int | None = field(default=None, metadata={"help": "Sinks; default: the checkpoint's."})
+    text: str = field(default="stdlib:test", metadata={"help": "Text to measure on: see scripts/corpus.py."})
+    windows: int = field(default=16, metadata={"help": "Windows of text, spread evenly over it."})
+    length: int = field(default=2048, metadata={"help": "Tokens per window."})
+    prefill: int = field(default=1664, metadata={"help": "Tokens of a window that are fed at once."})
+    chunk: int = field(default=1, metadata={"help": "Tokens per step after the prefill; 1 is decoding."})
+    batch_size: int = field(default=8, metadata={"help": "Windows at a time."})
+    dtype: str = field(default="auto", metadata={"help": "Type of the models: float32, bfloat16, float16, auto."})
+    output: str | None = field(default=None, metadata={"help": "JSON file for the results."})
+
+
+@dataclass
+class Tally:
+    """Sums over scored tokens of one cache."""
+
+    nll: list[torch.Tensor] = field(default_factory=list)
+    kl: list[torch.Tensor] = field(default_factory=list)
+    agree: list[torch.Tensor] = field(default_factory=list)
+    bytes_used: int = 0
+    tokens_held: int = 0
+    seconds: float = 0.0
+
+    def add(self, logits: torch.Tensor, labels: torch.Tensor, reference: torch.Tensor) -> None:
+        """Score `[N, V]` logits against `[N]` labels and the reference's `[N, V]` log probabilities."""
+        logs = logits.float().log_softmax(-1)
+        self.nll.append(-logs.gather(1, labels[:, None]).squeeze(1))
+        self.kl.append((reference.exp() * (reference - logs)).sum(-1))
+        self.agree.append((logs.argmax(-1) == reference.argmax(-1)).float())
+
+    def result(self) -> dict:
+        nll, kl, agree = (torch.cat(x).double() for x in (self.nll, self.kl, self.agree))
+        return {
+            "perplexity": math.exp(nll.mean()),
+            "nll": nll.mean().item(),
+            "kl_mean": kl.mean().item(),
+            "kl_p99": kl.quantile(0.99).item(),
+            "top1_agreement": agree.mean().item(),
+            "tokens": len(nll),
+            "seconds": round(self.seconds, 1),
+        }
+
+
+@torch.no_grad()
+def run_through_cache(model, cache, windows: torch.Tensor, prefill: int, chunk: int) -> torch.Tensor:
+    """Feed `[B, T]` windows as one prefill and teacher-forced chunks.
+
+    Returns:
+        `[B, T - prefill, V]` logits of the tokens from `prefill` on: each predicts the token after it, from the cache.
+    """
+    model(windows[:, :prefill], past_key_values=cache, logits_to_keep=1)
+    pieces = windows[:, prefill:].split(chunk, dim=1)
+    return torch.cat([model(piece, past_key_values=cache).logits for piece in pieces], dim=1)
+
+
+def scored_positions(length: int, prefill: int, chunk: int, schemes: list) -> torch.Tensor:
+    """`[T - prefill - 1]` bool: fed tokens after the prefill at least nine tenths of whose context is packed, in every
+    scheme. The context of token i is the i + 1 tokens it attends to; what is packed is so before its chunk starts."""
+    fed = torch.arange(prefill, length - 1)
+    chunk_starts = prefill + (fed - prefill) // chunk * chunk
+    scored = torch.ones(len(fed), dtype=torch.bool)
+    for s in schemes:
+        packed = torch.tensor([s.flushed_blocks(start - s.sink_length) for start in chunk_starts.tolist()])
+        scored &= packed * s.block_length >= 0.9 * (fed + 1)
+    return scored
+
+
+def parse_bits(text: str) -> tuple[float, float]:
+    """'2' or '3:2' to (k_bits, v_bits)."""
+    try:
+        k_bits, v_bits = (text.split(":") * 2)[:2] if text.count(":") < 1 else text.split(":")
+        return tuple(int(b) if float(b).is_integer() else float(b) for b in (k_bits, v_bits))
+    except ValueError:
+        raise ValueError(f"bits={text!r}: must be a width, or two of them as keys:values") from None
+
+
+def main(config: EvalConfig) -> dict:
+    """Measure every cache; returns the results."""
+    if not 0 < config.prefill < config.length - 1:
+        raise ValueError(f"prefill={config.prefill}: must leave at least two of length={config.length} tokens")
+    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    model = ALRDLlamaForCausalLM.from_pretrained(config.model, dtype=config.dtype)
+    dense = load_model(config.dense, config.dtype)[0] if config.dense not in (None, "none") else None
+    reference_name = "dense" if dense is not None else "16"
+
+    overrides = {n: getattr(config, n) for n in ("group_size", "residual_length", "sink_length")}
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    settings = {}
+    for bits in dict.fromkeys([*(["16"] if dense is None else []), *config.bits]):
+        k_bits, v_bits = parse_bits(bits)
+        settings[bits] = {"k_bits": k_bits, "v_bits": v_bits, **overrides}
+    schemes = {name: model.create_kivi_cache(**setting).scheme for name, setting in settings.items()}
+
+    documents = load_documents(config.text)
+    windows = tokenize_windows(documents, tokenizer, config.length)
+    if len(windows) < config.windows:
+        raise ValueError(
+            f"windows={config.windows}: {config.text!r} has {len(windows)} windows of {config.length} tokens"
+        )
+    windows = windows[torch.linspace(0, len(windows) - 1, config.windows).round().long()]
+    scored = scored_positions(config.length, config.prefill, config.chunk, list(schemes.values()))
+    if not scored.any():
+        raise ValueError(
+            f"length={config.length}: no token has nine tenths of its context packed; take longer windows, a smaller "
+            "group_size or a shorter residual_length"
+        )
+
+    tallies = {name: Tally() for name in ([reference_name] if dense is not None else []) + list(settings)}
+    progress = tqdm(total=len(tallies) * -(-len(windows) // config.batch_size), desc="Batches")
+    for batch in windows.to(model.device).split(config.batch_size):
+        labels = batch[:, config.prefill + 1 :][:, scored].flatten()
+        reference = None
+        for name, tally in tallies.items():
+            started = time.perf_counter()
+            cache = DynamicCache() if name == "dense" else model.create_kivi_cache(**settings[name])
+            logits = run_through_cache(dense if name == "dense" else model, cache, batch, config.prefill, config.chunk)
+            logits = logits[:, :-1][:, scored].flatten(0, 1)
+            reference = logits.float().log_softmax(-1) if reference is None else reference
+            tally.add(logits, labels, reference)
+            tally.seconds += time.perf_counter() - started
+            tally.tokens_held += batch.numel()
+            tally.bytes_used += cache_bytes(cache)
+            if name != "dense" and not all(layer.pool.used for layer in cache.layers):
+                raise RuntimeError(f"{name}: a layer of the cache has packed nothing; the figures would not measure it")
+            progress.update()
+    progress.close()
+
+    results = {}
+    dense_token = 2 * model.config.num_hidden_layers * model.config.num_key_value_heads * model.config.head_dim
+    dense_token *= model.dtype.itemsize
+    for name, tally in tallies.items():
+        sizes = {"measured": tally.bytes_used / tally.tokens_held}
+        for length in (4096, 32768):
+            sizes[str(length)] = dense_token if name == "dense" else token_bytes(model, schemes[name], length)
+        results[name] = {
+            **tally.result(),
+            "bytes_per_token": sizes,
+            "ratio": {length: dense_token / size for length, size in sizes.items()},
+        }
+    for name, result in results.items():
+        result["perplexity_increase"] = result["perplexity"] / results[reference_name]["perplexity"] - 1
+        if dense is not None and "16" in results and name not in ("dense", "16"):
+            result["increase_due_to_rank"] = results["16"]["perplexity"] / results["dense"]["perplexity"] - 1
+            result["increase_due_to_bits"] = result["perplexity"] / results["16"]["perplexity"] - 1
+
+    record = {
+        "config": asdict(config),
+        "environment": environment(),
+        "text": describe(documents),
+        "dtype": str(model.dtype),
+        "scored_tokens_per_window": int(scored.sum()),
+        "results": results,
+    }
+    print(table(results))
+    if config.output:
+        write_json(config.output, record)
+    return record
+
+
+def cache_bytes(cache) -> int:
+    """Bytes that the tokens held in a cache take."""
+    if isinstance(cache, KIVILatentCache):
+        return cache.nbytes_used
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+def token_bytes(model, scheme, length: int) -> float:
+    """Bytes per token of a cache that holds one row of `length` tokens, by the formula."""
+    return sum(scheme.layer_nbytes(length, w, model.dtype) for w in config_widths(model.config)) / length
+
+
+def table(results: dict) -> str:
+    """The results as a Markdown table; bytes are those of a 4,096-token cache, everything counted."""
+    lines = [
+        "| cache | perplexity | increase | KL mean | KL p99 | top-1 | bytes/token at 4k | smaller at 4k | at 32k |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, r in results.items():
+        label = name if name == "dense" else f"latent, {name} bit"
+        lines.append(
+            f"| {label} | {r['perplexity']:.3f} | {r['perplexity_increase']:+.2%} | {r['kl_mean']:.4f} | "
+            f"{r['kl_p99']:.3f} | {r['top1_agreement']:.1%} | {r['bytes_per_token']['4096']:,.0f} | "
+            f"{r['ratio']['4096']:.1f}× | {r['ratio']['32768']:.1f}× |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main(*HfArgumentParser(EvalConfig).parse_args_into_dataclasses())
