@@ -24,8 +24,8 @@ class Rope:
     attention_scaling: float = 1.0
 
     def rotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Rotate float32 `x` `[..., d]` to `positions`, which broadcast to `x.shape[:-1]`."""
-        angle = positions[..., None].float() * self.inv_freq.to(x.device, torch.float32)
+        """Rotate `x` `[..., d]` to `positions`, which broadcast to `x.shape[:-1]`, in the type of `x`."""
+        angle = positions[..., None].to(x.dtype) * self.inv_freq.to(x)
         cos, sin = angle.cos() * self.attention_scaling, angle.sin() * self.attention_scaling
         low, high = x.chunk(2, dim=-1)
         return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
@@ -41,7 +41,7 @@ def latent_attention(
     scaling: float,
     weights_length: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    r"""Softmax attention of queries over tiles of latents, all arithmetic in float32.
+    r"""Softmax attention of queries over tiles of latents, all arithmetic in float32 (float64 for float64 queries).
 
     Args:
         query: `[B, H_q, L, d]` before RoPE.
@@ -54,12 +54,12 @@ def latent_attention(
         weights_length: Return the attention weights over positions 0 … weights_length - 1 too.
 
     Returns:
-        `[B, H_q, L, max(value_widths)]` float32: for every query head the weighted sum of its group's value latents,
+        `[B, H_q, L, max(value_widths)]`: for every query head the weighted sum of its group's value latents,
         shorter groups filled with zeros; zero where a query sees nothing. And the weights `[B, H_q, L,
-        weights_length]` float32, or `None`.
+        weights_length]`, or `None`.
     """
     batch, heads, length, size = query.shape
-    query = query.float()
+    query = query.to(torch.promote_types(query.dtype, torch.float32))
     highest = query.new_full((batch, heads, length, 1), -torch.inf)
     total = torch.zeros_like(highest)
     summed = query.new_zeros((batch, heads, length, max(value_widths)))
@@ -68,7 +68,7 @@ def latent_attention(
     for tile in tiles:
         runs, tokens = tile.keys.shape[1:3]
         offsets = torch.arange(tokens, device=query.device)
-        keys = expand_keys(tile.keys).unflatten(-1, (-1, size)).float()
+        keys = expand_keys(tile.keys).unflatten(-1, (-1, size)).to(query.dtype)
         keys = rope.rotate(keys, offsets[:, None])
         shifted = rope.rotate(query[:, None], (positions[:, None] - tile.start[..., None])[:, :, None])
 
@@ -87,7 +87,7 @@ def latent_attention(
         reference = higher.masked_fill(higher == -torch.inf, 0.0)
         weights = (scores - reference).exp()
         decay = (highest - reference).exp()
-        values = split_groups(tile.values.float().flatten(1, 2), value_widths).transpose(1, 2)
+        values = split_groups(tile.values.to(query.dtype).flatten(1, 2), value_widths).transpose(1, 2)
         gained = weights.unflatten(1, (len(value_widths), -1)).flatten(2, 3) @ values
         summed = summed * decay + gained.reshape(summed.shape)
         total = total * decay + weights.sum(dim=-1, keepdim=True)

@@ -121,7 +121,7 @@ def quantize(x: torch.Tensor, n_bits: int, widths: tuple[int, ...]):
 def dequantize(codes, scale, zero_point, widths: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Inverse of `quantize`: `[..., sum(widths)]` in `dtype`, kept inside its finite range."""
     x = codes * expand_groups(scale.float(), widths) + expand_groups(zero_point.float(), widths)
-    limit = torch.finfo(dtype).max
+    limit = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
     return x.clamp_(-limit, limit).to(dtype)
 
 

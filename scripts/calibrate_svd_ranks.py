@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig, HfArgumentParser
+from transformers import AutoConfig
 
 from configuration_alrd_llama import ALRDLlamaConfig
 from modeling_alrd_llama import ALRDLlamaForCausalLM
 from modules.calibration import collect_statistics, group_energies, projection_statistics, water_fill
-from scripts.common import BUNDLED_MODEL, environment, load_model, write_json
+from scripts.common import BUNDLED_MODEL, environment, find_model, load_model, parse_config, write_json
 from scripts.corpus import describe, load_documents, tokenize_windows
 
 
@@ -25,7 +25,7 @@ from scripts.corpus import describe, load_documents, tokenize_windows
 class CalibrationConfig:
     """What to split, on which text, into how much."""
 
-    model: str = field(default=str(BUNDLED_MODEL), metadata={"help": "Dense Llama: a local folder or a hub name."})
+    model: str = field(default=BUNDLED_MODEL, metadata={"help": "Dense Llama: a local folder or a hub name."})
     output: str = field(default="build/calibrated", metadata={"help": "Folder of the split checkpoint."})
     share: float = field(default=0.5, metadata={"help": "Share of the latent channels to keep, over all layers."})
     head_group_size: int | None = field(
@@ -45,7 +45,7 @@ class CalibrationConfig:
 def main(config: CalibrationConfig) -> dict:
     """Write the checkpoint; returns the report."""
     started = time.perf_counter()
-    source = AutoConfig.from_pretrained(config.model)
+    source = AutoConfig.from_pretrained(find_model(config.model))
     if source.model_type != "llama":
         raise ValueError(f"model={config.model!r}: must be a dense Llama, is of type {source.model_type!r}")
     fields = {name: getattr(config, name) for name in ("k_bits", "v_bits", "group_size", "residual_length")}
@@ -97,4 +97,4 @@ def main(config: CalibrationConfig) -> dict:
 
 
 if __name__ == "__main__":
-    main(*HfArgumentParser(CalibrationConfig).parse_args_into_dataclasses())
+    main(parse_config(CalibrationConfig, __doc__))

@@ -18,8 +18,8 @@ from configuration_alrd_llama import ALRDLlamaConfig, check_bits, check_count
 
 ROOT = Path(__file__).resolve().parent.parent
 
-#: The small Llama that ships with the repository, as a path relative to it.
-BUNDLED_MODEL = "models/tiny-python-llama"
+#: The small Llama that ships with the repository, as seen from the current folder.
+BUNDLED_MODEL = os.path.relpath(ROOT / "models" / "tiny-python-llama")
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -83,14 +83,17 @@ def check_positive(name: str, *values: float) -> None:
 
 
 def find_model(name_or_path: str) -> str:
-    """A folder that exists here or in the repository, or else the name of a model on the hub.
+    """The folder of a model, or else the name of one on the hub.
 
     Raises:
-        ValueError: It can be neither.
+        ValueError: It can be neither, or the folder holds no model.
     """
-    for path in (Path(name_or_path).expanduser(), ROOT / name_or_path):
-        if path.is_dir():
-            return str(path)
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        # The library takes a folder without this file for a model with the default configuration.
+        if not (path / "config.json").is_file():
+            raise ValueError(f"model={name_or_path!r}: must be a checkpoint folder, with a config.json")
+        return str(path)
     if name_or_path == BUNDLED_MODEL or name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")):
         raise ValueError(f"model={name_or_path!r}: must be an existing folder or a hub name like 'owner/name'")
     return name_or_path

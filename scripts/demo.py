@@ -11,11 +11,11 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from transformers import AutoTokenizer, HfArgumentParser
+from transformers import AutoTokenizer
 
 from modeling_alrd_llama import ALRDLlamaForCausalLM
 from scripts import calibrate_svd_ranks, eval_perplexity
-from scripts.common import BUNDLED_MODEL
+from scripts.common import BUNDLED_MODEL, parse_config
 from scripts.corpus import load_documents
 
 matplotlib.use("Agg")
@@ -26,7 +26,7 @@ from matplotlib import pyplot
 class DemoConfig:
     """The model to show, and how much work to spend on it."""
 
-    model: str = field(default=str(BUNDLED_MODEL), metadata={"help": "Dense Llama: a local folder or a hub name."})
+    model: str = field(default=BUNDLED_MODEL, metadata={"help": "Dense Llama: a local folder or a hub name."})
     share: float = field(default=0.5, metadata={"help": "Share of the latent channels to keep."})
     windows: int = field(default=8, metadata={"help": "Windows of 2,048 tokens to measure on."})
     text: str = field(default="stdlib:test", metadata={"help": "Text to measure on: see scripts/corpus.py."})
@@ -101,4 +101,4 @@ def main(config: DemoConfig) -> dict:
 
 
 if __name__ == "__main__":
-    main(*HfArgumentParser(DemoConfig).parse_args_into_dataclasses())
+    main(parse_config(DemoConfig, __doc__))

@@ -14,11 +14,11 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer, DynamicCache, HfArgumentParser
+from transformers import AutoTokenizer, DynamicCache
 
 from modeling_alrd_llama import ALRDLlamaForCausalLM
 from modules.kivi_cache import KIVILatentCache, config_widths
-from scripts.common import BUNDLED_MODEL, environment, load_model, write_json
+from scripts.common import BUNDLED_MODEL, environment, find_model, load_model, parse_config, write_json
 from scripts.corpus import describe, load_documents, tokenize_windows
 
 
@@ -30,7 +30,7 @@ class EvalConfig:
         metadata={"help": "Split checkpoint, or a dense one, whose full keys and values are then cached."}
     )
     dense: str | None = field(
-        default=str(BUNDLED_MODEL), metadata={"help": "Dense checkpoint to compare with; 'none': compare with 16 bits."}
+        default=BUNDLED_MODEL, metadata={"help": "Dense checkpoint to compare with; 'none': compare with 16 bits."}
     )
     bits: list[str] = field(
         default_factory=lambda: ["16", "8", "4", "3", "2"],
@@ -117,8 +117,9 @@ def main(config: EvalConfig) -> dict:
     """Measure every cache; returns the results."""
     if not 0 < config.prefill < config.length - 1:
         raise ValueError(f"prefill={config.prefill}: must leave at least two of length={config.length} tokens")
-    tokenizer = AutoTokenizer.from_pretrained(config.model)
-    model = ALRDLlamaForCausalLM.from_pretrained(config.model, dtype=config.dtype)
+    path = find_model(config.model)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = ALRDLlamaForCausalLM.from_pretrained(path, dtype=config.dtype)
     dense = load_model(config.dense, config.dtype)[0] if config.dense not in (None, "none") else None
     reference_name = "dense" if dense is not None else "16"
 
@@ -225,4 +226,4 @@ def table(results: dict) -> str:
 
 
 if __name__ == "__main__":
-    main(*HfArgumentParser(EvalConfig).parse_args_into_dataclasses())
+    main(parse_config(EvalConfig, __doc__))

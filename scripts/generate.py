@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from transformers import DynamicCache, TextStreamer, set_seed
 
 from scripts.common import (

@@ -1,0 +1,86 @@
+"""Tiny models for the tests, with weights large enough that a wrong key or value changes the result."""
+
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from configuration_alrd_llama import ALRDLlamaConfig
+from modeling_alrd_llama import ALRDLlamaForCausalLM
+
+#: Fields of the tiny Llama: 3 layers, head size 16, 8 query heads on 4 key/value heads. No token ends a text.
+TINY_LLAMA = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.2,
+    "eos_token_id": None,
+    "bos_token_id": None,
+    "pad_token_id": 0,
+}
+
+
+@torch.no_grad()
+def randomize_vectors(model: torch.nn.Module) -> None:
+    """Give norm weights and biases, which the library sets to one and zero, values that matter."""
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.add_(0.3 * torch.randn_like(parameter))
+
+
+def tiny_dense(seed: int = 0, dtype: torch.dtype = torch.float32, **overrides) -> LlamaForCausalLM:
+    """A random Llama; the same one for the same arguments.
+
+    Args:
+        seed: Of the weights.
+        dtype: Of the weights.
+        overrides: Fields of `LlamaConfig`, e.g. `num_key_value_heads=8` for MHA or `attention_bias=True`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(LlamaConfig(**{**TINY_LLAMA, **overrides}))
+        randomize_vectors(model)
+    return model.to(dtype).eval()
+
+
+def all_ranks(num_layers: int, ranks: int | dict[str, int | list[int]]) -> dict[str, int | list[int]]:
+    """`truncation_ranks` with the same rank in every layer, for both projections or by `"k_proj"` and `"v_proj"`."""
+    by_projection = ranks if isinstance(ranks, dict) else {"k_proj": ranks, "v_proj": ranks}
+    return {
+        f"model.layers.{i}.self_attn.{projection}": rank
+        for i in range(num_layers)
+        for projection, rank in by_projection.items()
+    }
+
+
+def tiny_split(
+    tmp_path: Path,
+    ranks: int | dict[str, int | list[int]] = 32,
+    head_group_size: int | None = None,
+    dense: LlamaForCausalLM | None = None,
+    **config_fields,
+) -> ALRDLlamaForCausalLM:
+    """Save a dense model and load it split.
+
+    Args:
+        tmp_path: A directory of the test; the dense model is saved in its `dense`.
+        ranks: One rank for all projections, or ranks by `"k_proj"` and `"v_proj"`, or by full names.
+        head_group_size: Key/value heads per latent.
+        dense: The model to split; default: `tiny_dense()`.
+        config_fields: Other fields of `ALRDLlamaConfig`.
+    """
+    dense = tiny_dense() if dense is None else dense
+    dense.save_pretrained(tmp_path / "dense")
+    full_names = isinstance(ranks, dict) and any(name.startswith("model.") for name in ranks)
+    config = ALRDLlamaConfig.from_llama(
+        dense.config,
+        truncation_ranks=ranks if full_names else all_ranks(dense.config.num_hidden_layers, ranks),
+        head_group_size=head_group_size,
+        **config_fields,
+    )
+    return ALRDLlamaForCausalLM.from_pretrained(tmp_path / "dense", config=config, dtype=dense.dtype).eval()

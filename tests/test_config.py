@@ -1,0 +1,263 @@
+"""`ALRDLlamaConfig`: defaults, sources, saving, and every refusal."""
+
+import json
+
+import pytest
+import torch
+from helpers import TINY_LLAMA, all_ranks, tiny_dense, tiny_split
+from transformers import AutoConfig, LlamaConfig, Qwen2Config
+
+from configuration_alrd_llama import ALRDLlamaConfig
+from modeling_alrd_llama import ALRDLlamaForCausalLM
+from modules import KIVILatentCache, KIVIMixedQuantizer, KIVIQuantizer, create_kivi_cache
+from modules.kivi_cache import CacheScheme
+
+K0, V2 = "model.layers.0.self_attn.k_proj", "model.layers.2.self_attn.v_proj"
+
+DEFAULTS = {
+    "k_bits": 2,
+    "v_bits": 2,
+    "group_size": 128,
+    "residual_length": 32,
+    "use_kivi": True,
+    "sink_length": 4,
+    "head_group_size": None,
+    "k_hadamard": True,
+    "v_hadamard": True,
+    "truncation_ranks": {},
+}
+
+
+def tiny_config(**fields) -> ALRDLlamaConfig:
+    return ALRDLlamaConfig(**{**TINY_LLAMA, **fields})
+
+
+# ---- defaults and sources
+
+
+@pytest.mark.parametrize("field, value", DEFAULTS.items())
+def test_defaults(field, value):
+    found = getattr(ALRDLlamaConfig(), field)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_defaults_of_cache_and_quantizers_agree_with_the_config():
+    cache_fields = {name: DEFAULTS[name] for name in ("k_bits", "v_bits", "group_size", "residual_length")}
+    assert CacheScheme() == CacheScheme(**cache_fields, sink_length=DEFAULTS["sink_length"])
+    assert create_kivi_cache().scheme == CacheScheme()
+    assert KIVIQuantizer() == KIVIQuantizer(n_bits=2, group_size=128, per_channel=True)
+    assert KIVIMixedQuantizer() == KIVIMixedQuantizer(n_bits=2, group_size=128, residual_length=32, per_channel=True)
+
+
+def test_instances_do_not_share_their_ranks():
+    first, second = ALRDLlamaConfig(), ALRDLlamaConfig()
+    first.truncation_ranks[K0] = 8
+    assert second.truncation_ranks == {}
+
+
+def test_from_a_plain_llama_directory(tmp_path):
+    plain = LlamaConfig(**TINY_LLAMA, rms_norm_eps=3e-5)
+    plain.save_pretrained(tmp_path)
+    config = ALRDLlamaConfig.from_pretrained(tmp_path, truncation_ranks={K0: 8}, k_bits=4)
+    assert config.model_type == "alrd_llama" == config.to_dict()["model_type"]
+    assert (config.truncation_ranks, config.k_bits, config.v_bits) == ({K0: 8}, 4, 2)
+    for field in (*TINY_LLAMA, "rms_norm_eps", "rope_parameters"):
+        assert getattr(config, field) == getattr(plain, field), field
+
+
+def test_from_llama_keeps_every_field_of_the_model():
+    plain = LlamaConfig(
+        **TINY_LLAMA, attention_bias=True, rope_parameters={"rope_type": "default", "rope_theta": 500.0}
+    )
+    config = ALRDLlamaConfig.from_llama(plain, truncation_ranks={V2: 5}, v_bits=3)
+    assert config.model_type == "alrd_llama"
+    assert (config.truncation_ranks, config.v_bits) == ({V2: 5}, 3)
+    ours = config.to_dict()
+    assert {name: ours[name] for name in plain.to_dict() if name != "model_type"} == {
+        name: value for name, value in plain.to_dict().items() if name != "model_type"
+    }
+
+
+def test_another_architecture_is_refused(tmp_path):
+    Qwen2Config(hidden_size=64, num_attention_heads=4, num_hidden_layers=2).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"model_type='qwen2'.*must be 'llama' or 'alrd_llama'"):
+        ALRDLlamaConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("rank", [24, [24, 7]])
+def test_save_and_load(tmp_path, rank):
+    changed = {
+        "truncation_ranks": {K0: rank, V2: [1, 32]},
+        "head_group_size": 2,
+        "use_kivi": False,
+        "k_bits": 3,
+        "v_bits": 8.0,
+        "group_size": 0,
+        "residual_length": 0,
+        "sink_length": 0,
+        "k_hadamard": False,
+        "v_hadamard": False,
+    }
+    tiny_config(**changed).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "alrd_llama"
+    for loaded in (ALRDLlamaConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
+        assert type(loaded) is ALRDLlamaConfig
+        assert {field: getattr(loaded, field) for field in changed} == changed
+
+
+# ---- ranks
+
+
+def test_an_int_rank_is_spread_over_the_groups():
+    config = tiny_config(truncation_ranks={K0: 11, V2: [9, 32]}, head_group_size=2)
+    assert config.group_ranks(0, "k_proj") == (6, 5)
+    assert config.group_ranks(2, "v_proj") == (9, 32)
+    assert config.group_ranks(1, "k_proj") is None
+    assert config.cached_widths(0, "k_proj") == (6, 5)
+    assert config.cached_widths(1, "v_proj") == (16, 16, 16, 16)
+
+
+@pytest.mark.parametrize("size, groups, full", [(None, 1, 64), (4, 1, 64), (2, 2, 32), (1, 4, 16)])
+def test_full_rank_by_head_group(size, groups, full):
+    config = tiny_config(head_group_size=size, truncation_ranks={K0: full * groups, V2: [full] * groups})
+    assert config.num_head_groups == groups
+    assert config.group_ranks(0, "k_proj") == config.group_ranks(2, "v_proj") == (full,) * groups
+    with pytest.raises(ValueError, match=rf"={full * groups + 1}: must be .*{full * groups}"):
+        tiny_config(head_group_size=size, truncation_ranks={K0: full * groups + 1})
+
+
+def test_full_rank_is_bounded_by_the_hidden_size():
+    config = tiny_config(num_key_value_heads=8, truncation_ranks={K0: 64})
+    assert config.full_group_rank == 64
+    with pytest.raises(ValueError, match=r"=65: must be from 1 to the full rank 64"):
+        tiny_config(num_key_value_heads=8, truncation_ranks={K0: 65})
+
+
+# ---- refusals
+
+
+def ranks(rank, name=K0, **fields) -> dict:
+    return {"truncation_ranks": {name: rank}, **fields}
+
+
+#: Fields, and what the message must say: field, value, rule.
+REFUSALS = {
+    "unknown projection": (
+        ranks(8, "model.layers.0.self_attn.q_proj"),
+        r"truncation_ranks\['model.layers.0.self_attn.q_proj'\].*no such projection.*k_proj",
+    ),
+    "short name": (ranks(8, "layers.0.self_attn.k_proj"), r"'layers.0.self_attn.k_proj'.*no such projection"),
+    "name with a tail": (ranks(8, K0 + ".weight"), r"k_proj.weight'.*no such projection"),
+    "layer too high": (ranks(8, "model.layers.3.self_attn.k_proj"), r"layers.3.*no such projection.*from 0 to 2"),
+    "name not text": (ranks(8, 0), r"truncation_ranks\[0\].*no such projection"),
+    "ranks not a dict": ({"truncation_ranks": [8]}, r"truncation_ranks=\[8\]: must map"),
+    "rank zero": (ranks(0), r"k_proj'\]=0: must be from 1"),
+    "rank negative": (ranks(-3), r"k_proj'\]=-3: must be from 1"),
+    "rank too large": (ranks(65, V2), r"v_proj'\]=65: must be from 1 to the full rank 64"),
+    "rank bool": (ranks(True), r"k_proj'\]=True: must be an int"),
+    "rank float": (ranks(8.0), r"k_proj'\]=8\.0: must be an int"),
+    "rank text": (ranks("8"), r"k_proj'\]='8': must be an int"),
+    "rank none": (ranks(None), r"k_proj'\]=None: must be an int"),
+    "too few for the groups": (ranks(3, head_group_size=1), r"k_proj'\]=3: must be from 4.*4 head groups"),
+    "list too short": (ranks([8], head_group_size=2), r"k_proj'\]=\[8\]: must have one rank for each of 2"),
+    "list empty": (ranks([]), r"k_proj'\]=\[\]: must have one rank for each of 1"),
+    "list with zero": (ranks([8, 0], head_group_size=2), r"k_proj'\]=\[8, 0\]: must be from 1.*32 per head group"),
+    "list too large": (ranks([33, 8], head_group_size=2), r"k_proj'\]=\[33, 8\]: must be.*32 per head group"),
+    "list with bool": (ranks([True, 8], head_group_size=2), r"k_proj'\]=\[True, 8\]: must be an int"),
+    "group size negative": ({"group_size": -1}, r"group_size=-1: must be an integer of at least 0"),
+    "group size float": ({"group_size": 32.0}, r"group_size=32\.0: must be an integer"),
+    "group size bool": ({"group_size": True}, r"group_size=True: must be an integer"),
+    "window negative": ({"residual_length": -32}, r"residual_length=-32: must be an integer of at least 0"),
+    "window bool": ({"residual_length": True}, r"residual_length=True: must be an integer"),
+    "sinks negative": ({"sink_length": -1}, r"sink_length=-1: must be an integer of at least 0"),
+    "sinks bool": ({"sink_length": False}, r"sink_length=False: must be an integer"),
+    "head group not a divisor": ({"head_group_size": 3}, r"head_group_size=3: must divide num_key_value_heads=4"),
+    "head group too large": ({"head_group_size": 8}, r"head_group_size=8: must divide num_key_value_heads=4"),
+    "head group zero": ({"head_group_size": 0}, r"head_group_size=0: must divide"),
+    "head group negative": ({"head_group_size": -2}, r"head_group_size=-2: must divide"),
+    "head group bool": ({"head_group_size": True}, r"head_group_size=True: must divide"),
+    "use_kivi int": ({"use_kivi": 1}, r"use_kivi=1: must be True or False"),
+    "rotation text": ({"k_hadamard": "on"}, r"k_hadamard='on': must be True or False"),
+    "rotation none": ({"v_hadamard": None}, r"v_hadamard=None: must be True or False"),
+}
+REFUSALS |= {
+    f"{field} {bits!r}": ({field: bits}, rf"{field}={bits!r}: must be one of 2, 3, 4, 8, 16 bits")
+    for field in ("k_bits", "v_bits")
+    for bits in (0, 1, 5, 7, 32, -2, 1.5, 1.58, 2.5, True, "2", None)
+}
+
+
+@pytest.mark.parametrize("fields, message", REFUSALS.values(), ids=REFUSALS.keys())
+def test_refused_at_construction(fields, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(**fields)
+
+
+@pytest.mark.parametrize("fields, message", REFUSALS.values(), ids=REFUSALS.keys())
+def test_refused_when_a_model_is_built(fields, message):
+    config = tiny_config()
+    for field, value in fields.items():
+        setattr(config, field, value)
+    with pytest.raises(ValueError, match=message):
+        ALRDLlamaForCausalLM(config)
+
+
+@pytest.mark.parametrize("fields, message", REFUSALS.values(), ids=REFUSALS.keys())
+def test_refused_when_a_cache_is_built(fields, message):
+    config = tiny_config()
+    for field, value in fields.items():
+        setattr(config, field, value)
+    with pytest.raises(ValueError, match=message):
+        create_kivi_cache(config=config)
+
+
+@pytest.mark.parametrize("field", ["k_bits", "v_bits", "group_size", "residual_length", "sink_length"])
+@pytest.mark.parametrize("value", [-1, True, "4", None, 1.5])
+def test_refused_by_a_cache_without_config(field, value):
+    with pytest.raises(ValueError, match=rf"{field}={value!r}: must be"):
+        create_kivi_cache(**{field: value})
+
+
+def test_assigned_fields_are_read_and_checked_by_a_loaded_model(tmp_path):
+    model = tiny_split(tmp_path, ranks=8)
+    model.config.k_bits, model.config.group_size = 4, 64
+    assert model.create_kivi_cache().scheme == CacheScheme(k_bits=4, group_size=64)
+    assert model.create_kivi_cache(k_bits=8).scheme == CacheScheme(k_bits=8, group_size=64)
+    with pytest.raises(ValueError, match="k_bits=5: must be one of"):
+        model.create_kivi_cache(k_bits=5)
+    with pytest.raises(ValueError, match="bits: no such setting"):
+        model.create_kivi_cache(bits=4)
+
+    model.config.k_bits = 5
+    ids = torch.arange(1, 9)[None]
+    for build in (
+        model.create_kivi_cache,
+        lambda: model(ids, use_cache=True),
+        lambda: model.generate(ids, max_new_tokens=2),
+    ):
+        with pytest.raises(ValueError, match="k_bits=5: must be one of 2, 3, 4, 8, 16 bits"):
+            build()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8, 16, 2.0, 3.0, 16.0])
+def test_widths_that_exist(bits):
+    config = tiny_config(k_bits=bits, v_bits=bits, truncation_ranks=all_ranks(3, 9))
+    assert (config.k_bits, config.v_bits) == (bits, bits)
+    model = ALRDLlamaForCausalLM(config).eval()
+    cache = model(torch.arange(1, 9)[None], use_cache=True).past_key_values
+    assert isinstance(cache, KIVILatentCache)
+    assert cache.scheme.k_bits == bits
+
+
+def test_rank_and_length_that_no_group_divides():
+    config = tiny_config(truncation_ranks=all_ranks(3, [7, 13]), head_group_size=2, group_size=5, residual_length=0)
+    model = ALRDLlamaForCausalLM(config).eval()
+    cache = model(torch.arange(1, 24)[None], use_cache=True).past_key_values
+    assert cache.row_tokens() == [23]
+    assert cache.layers[0].pool.used == 3
+
+
+def test_helpers_make_the_same_dense_model_twice():
+    first, second = tiny_dense(), tiny_dense()
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
