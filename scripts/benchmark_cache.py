@@ -59,7 +59,7 @@ class BenchmarkConfig(CacheOptions):
         metadata={"help": "Cached tokens at which appends are timed, in rising order; steps are measured at the last."},
     )
     appends: int = field(
-        default=512, metadata={"help": "Consecutive appends to time at each length; at least two blocks."}
+        default=256, metadata={"help": "Consecutive appends to time at each length; at least two blocks."}
     )
     dtype: Literal[DTYPES] = field(
         default="bfloat16", metadata={"help": "Type of the layer; half types are the stricter case for the memory."}

@@ -287,7 +287,7 @@ def test_red_gate_reports_nothing(monkeypatch, tmp_path, side):
 
 
 def test_benchmark_refuses():
-    with pytest.raises(ValueError, match=r"lengths=\[1024, 1100\]: must rise by at least appends=512"):
+    with pytest.raises(ValueError, match=r"lengths=\[1024, 1100\]: must rise by at least appends=256"):
         BenchmarkConfig(lengths=[1024, 1100])
     with pytest.raises(ValueError, match="appends=100: must be at least two blocks, 256"):
         benchmark_cache.main(BenchmarkConfig(lengths=[1024], appends=100, threads=torch.get_num_threads()))
