@@ -141,7 +141,7 @@ class ALRDLlamaAttention(LlamaAttention):
             if not config.use_kivi:
                 split.latent_transform = SimpleRounding(bits, config.group_size)
             setattr(self, name, split)
-        self.value_widths = config.cached_widths(layer_idx, "v_proj")
+        self.widths = tuple(config.cached_widths(layer_idx, name) for name in ("k_proj", "v_proj"))
 
     def forward(
         self,
@@ -158,7 +158,7 @@ class ALRDLlamaAttention(LlamaAttention):
         query = self._heads(self.q_proj(hidden_states))
         key_latents = to_latents(self.k_proj, hidden_states)
         value_latents = to_latents(self.v_proj, hidden_states)
-        layer = past_key_values.layers[self.layer_idx]
+        layer = past_key_values.layer(self.layer_idx, self.widths)
 
         if latent_step.has_past:
             output, weights = self._attend_cache(query, key_latents, value_latents, layer, latent_step)
@@ -196,7 +196,7 @@ class ALRDLlamaAttention(LlamaAttention):
             step.positions.to(query.device),
             tiles(),
             lambda latents: from_latents(self.k_proj, latents),
-            self.value_widths,
+            self.widths[1],
             step.rope,
             self.scaling,
             None if step.slots is None else step.slots.shape[1],

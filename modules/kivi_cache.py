@@ -472,16 +472,18 @@ class KIVILatentCache(Cache):
 
     def __init__(self, scheme: CacheScheme | None = None, widths: list[LayerWidths] | None = None):
         self.scheme = scheme or CacheScheme()
-        if widths is None:
-            # Not `layer_class_to_replicate`: a cache of its own must stay copyable and must know its scheme.
-            super().__init__(layers=[])
-        else:
-            super().__init__(layers=[KIVILatentLayer(self.scheme, w) for w in widths])
+        super().__init__(layers=[KIVILatentLayer(self.scheme, w) for w in widths or ()])
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+    def layer(self, layer_idx: int, widths: LayerWidths | None = None) -> KIVILatentLayer:
+        """The cache of a layer, added if need be; `widths` are those of the model that asks."""
         while len(self.layers) <= layer_idx:
             self.layers.append(KIVILatentLayer(self.scheme))
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        layer = self.layers[layer_idx]
+        layer.given_widths = layer.given_widths or widths
+        return layer
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+        return self.layer(layer_idx).update(key_states, value_states, *args, **kwargs)
 
     def row_tokens(self) -> list[int]:
         """Tokens that each row holds, pads not counted; empty before the first one."""

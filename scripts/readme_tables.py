@@ -21,9 +21,10 @@ def perplexity(record: dict) -> str:
     return (
         f"{perplexity_table(record['results'])}\n\n"
         f"{tokens:,} scored tokens, nine tenths of whose context is packed, of {c['windows']} windows of "
-        f"{c['length']:,} tokens (prefill {c['prefill']:,}, then steps of {c['chunk']}); text: Python {text['python']} standard "
-        f"library, held-out modules, sha256 {text['sha256'][:12]}; {record['dtype'].removeprefix('torch.')} on "
-        f"{e['cpu']}, torch {e['torch']}, transformers {e['transformers']}."
+        f"{c['length']:,} tokens (prefill {c['prefill']:,}, then steps of {c['chunk']}). Text: standard library of "
+        f"Python {text['python']}, held-out modules, sha256 {text['sha256'][:12]}. "
+        f"{record['dtype'].removeprefix('torch.')} on {e['cpu']}, torch {e['torch']}, "
+        f"transformers {e['transformers']}."
     )
 
 

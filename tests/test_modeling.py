@@ -6,7 +6,7 @@ from transformers import DynamicCache, StaticCache
 
 from configuration_alrd_llama import ALRDLlamaConfig
 from modeling_alrd_llama import ALRDLlamaForCausalLM
-from modules.kivi_cache import KIVILatentCache
+from modules.kivi_cache import KIVILatentCache, create_kivi_cache
 from tests.helpers import TINY_LLAMA, tiny_dense, tiny_split
 from tests.simulated_model import ExactRotaryEmbedding, simulated_caches, simulated_forward
 
@@ -307,6 +307,18 @@ def test_simple_scheme_rounds_every_latent_and_keeps_stock_caches(tmp_path):
 
 def _without_rounding(config: ALRDLlamaConfig) -> ALRDLlamaConfig:
     return ALRDLlamaConfig(**{**config.to_dict(), "k_bits": 16, "v_bits": 16})
+
+
+@pytest.mark.parametrize("group", [None, 2])
+def test_a_cache_made_by_hand_serves_the_model(tmp_path, group):
+    model = tiny_split(tmp_path, 40, group, group_size=16)
+    ids = torch.randint(1, 97, (2, 150))
+    by_hand = create_kivi_cache(k_bits=2, v_bits=2, group_size=16, residual_length=32)
+    settings = {"max_new_tokens": 10, "do_sample": False}
+    text = model.generate(ids, past_key_values=by_hand, **settings)
+    own = model.create_kivi_cache()
+    assert torch.equal(text, model.generate(ids, past_key_values=own, **settings))
+    assert by_hand.nbytes_used == own.nbytes_used and by_hand.layers[0].pool.used
 
 
 class TestRefusals:
