@@ -93,9 +93,7 @@ class TrainingConfig:
     )
     long_fraction: float = field(
         default=0.3,
-        metadata={
-            "help": "Part of the steps, the last ones, with long sequences and decaying learning rate."
-        },
+        metadata={"help": "Part of the steps, the last ones, with long sequences and decaying learning rate."},
     )
     learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of AdamW."})
     warmup_steps: int = field(default=100, metadata={"help": "Steps of linear warm-up to the peak."})
@@ -191,8 +189,7 @@ def evaluate(model: LlamaForCausalLM, windows: torch.Tensor, bf16: bool) -> dict
     losses = torch.cat([token_losses(model, window[None], bf16) for window in windows])
     # Column j predicts position j + 1.
     by_position = {
-        f"{start}-{end - 1}": losses[:, max(start - 1, 0) : end - 1].mean().item()
-        for start, end in POSITION_BUCKETS
+        f"{start}-{end - 1}": losses[:, max(start - 1, 0) : end - 1].mean().item() for start, end in POSITION_BUCKETS
     }
     return {"loss": losses.mean().item(), "windows": len(windows), "loss_by_position": by_position}
 
