@@ -118,6 +118,11 @@ class Tile:
     start: torch.Tensor
     count: torch.Tensor
 
+    def masked(self) -> "Tile":
+        """The tile with zeros beyond the counts: what lies there is another row's, and may be NaN or Inf."""
+        valid = (torch.arange(self.keys.shape[2], device=self.keys.device) < self.count[..., None])[..., None]
+        return replace(self, keys=self.keys.where(valid, 0), values=self.values.where(valid, 0))
+
 
 def _pad_ranges(real: list[bool], offset: int) -> tuple[tuple[int, int], ...]:
     """Half-open ranges of consecutive pads, shifted by `offset`."""
@@ -155,11 +160,13 @@ class KIVILatentLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocate for the batch, type and device of `[B, H, L, D]` states."""
-        widths = self.given_widths or tuple((x.shape[3],) * x.shape[1] for x in (key_states, value_states))
-        self._allocate(len(key_states), widths, key_states.dtype, key_states.device)
+        self._allocate(len(key_states), self._head_widths(key_states, value_states), key_states)
 
-    def _allocate(self, batch: int, widths: LayerWidths, dtype: torch.dtype, device: torch.device) -> None:
-        scheme, self.widths, self.dtype, self.device = self.scheme, widths, dtype, device
+    def _head_widths(self, *states: torch.Tensor) -> LayerWidths:
+        return self.given_widths or tuple((x.shape[3],) * x.shape[1] for x in states)
+
+    def _allocate(self, batch: int, widths: LayerWidths, like: torch.Tensor) -> None:
+        scheme, self.widths, self.dtype, self.device = self.scheme, widths, like.dtype, like.device
         self.channels = {"keys": sum(widths[0]), "values": sum(widths[1])}
         self.rows = [Row()] * batch
         self.pool = BlockPool(scheme.codecs(widths, self.dtype), self.device)
@@ -182,17 +189,25 @@ class KIVILatentLayer(CacheLayerMixin):
             ValueError: The states do not fit the cache, or a block that is due holds NaN, Inf or values beyond the
                 range of its scales; the cache is then as it was before.
         """
-        keys, values = keys.detach(), values.detach()
-        if not self.is_initialized:
-            self.lazy_initialization(keys.unsqueeze(1), values.unsqueeze(1))
-        self._check_states(keys, values)
-        if real is None and keys.shape[1] == 1 and self._has_room_for_one():
-            self._append_one(keys, values)
-        else:
-            self._append_many({"keys": keys, "values": values}, real)
+        self._append(keys, values, real, self.given_widths or ((keys.shape[2],), (values.shape[2],)))
+
+    def _append(self, keys, values, real, widths: LayerWidths) -> None:
+        keys, values, fresh = keys.detach(), values.detach(), not self.is_initialized
+        if fresh:
+            self._allocate(len(keys), widths, keys)
+        try:
+            self._check_states(keys, values, real)
+            if real is None and keys.shape[1] == 1 and self._has_room_for_one():
+                self._append_one(keys, values)
+            else:
+                self._append_many({"keys": keys, "values": values}, real)
+        except ValueError:
+            if fresh:
+                self._clear()
+            raise
         self.slots += keys.shape[1]
 
-    def _check_states(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def _check_states(self, keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor | None = None) -> None:
         for side, states in (("keys", keys), ("values", values)):
             expected = (len(self.rows), keys.shape[1], self.channels[side])
             if tuple(states.shape) != expected or states.dtype != self.dtype:
@@ -200,6 +215,10 @@ class KIVILatentLayer(CacheLayerMixin):
                     f"{side}: [batch, tokens, channels] of {list(states.shape)} in {states.dtype} must be "
                     f"{list(expected)} in {self.dtype}, as the cache was started"
                 )
+        if real is not None and (real.dtype != torch.bool or real.shape != keys.shape[:2]):
+            raise ValueError(
+                f"real: {list(real.shape)} of {real.dtype} must be a bool for each of {list(keys.shape[:2])}"
+            )
 
     def _has_room_for_one(self) -> bool:
         limit = self.scheme.residual_length + self.scheme.block_length - 1
@@ -269,11 +288,17 @@ class KIVILatentLayer(CacheLayerMixin):
         """The cached tokens in order, about `tokens` at a time: sinks, packed blocks, window."""
         yield from self._exact_tile("sink", [0 for _ in self.rows], [row.sinks for row in self.rows])
         slots, start, count = self.block_table()
+        uniform = {row.counts for row in self.rows} == {(self.scheme.block_length,) * slots.shape[1]}
         step = max(1, tokens // self.scheme.block_length)
         for j in range(0, slots.shape[1], step):
             piece = slots[:, j : j + step]
-            keys, values = self.pool.read("keys", piece), self.pool.read("values", piece)
-            yield Tile(keys, values, start[:, j : j + step], count[:, j : j + step])
+            tile = Tile(
+                self.pool.read("keys", piece),
+                self.pool.read("values", piece),
+                start[:, j : j + step],
+                count[:, j : j + step],
+            )
+            yield tile if uniform else tile.masked()
         yield from self._exact_tile(
             "window", [row.sinks + row.packed for row in self.rows], [row.window for row in self.rows]
         )
@@ -283,20 +308,19 @@ class KIVILatentLayer(CacheLayerMixin):
         if longest:
             keys, values = (self._exact[f"{room}_{side}"][:, None, :longest] for side in ("keys", "values"))
             index = torch.tensor([starts, counts], dtype=torch.int32, device=self.device).unsqueeze(-1)
-            # What lies beyond a row's count was never written; it must not reach a product as a NaN.
-            valid = torch.arange(longest, device=self.device) < index[1][..., None]
-            zero = torch.zeros((), dtype=self.dtype, device=self.device)
-            keys, values = (torch.where(valid[..., None], x, zero) for x in (keys, values))
-            yield Tile(keys, values, index[0], index[1])
+            yield Tile(keys, values, index[0], index[1]).masked()
 
     def states(self) -> tuple[torch.Tensor, torch.Tensor]:
         """All cached states, dequantized: `[B, T, C_k]` and `[B, T, C_v]`.
 
         Raises:
-            ValueError: The rows hold different numbers of tokens.
+            ValueError: The rows hold different numbers of tokens, or hold them in different blocks.
         """
-        if len({row.tokens for row in self.rows}) > 1:
-            raise ValueError(f"rows of {[row.tokens for row in self.rows]} tokens cannot be read as one tensor")
+        if len({(row.sinks, row.counts, row.window) for row in self.rows}) > 1:
+            raise ValueError(
+                f"rows of {[row.tokens for row in self.rows]} tokens, blocks of {[row.counts for row in self.rows]}, "
+                "cannot be read as one tensor"
+            )
         parts: dict[str, list[torch.Tensor]] = {"keys": [], "values": []}
         for tile in self.tiles():
             for run, count in enumerate(tile.count[0].tolist()):
@@ -312,12 +336,12 @@ class KIVILatentLayer(CacheLayerMixin):
         old enough are packed before the call returns. Every token counts: a model that passes no mask has its pads
         treated as tokens.
         """
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
         new = [x.transpose(1, 2).flatten(2) for x in (key_states, value_states)]
-        self._check_states(*new)
-        seen = [torch.cat(pair, dim=1) for pair in zip(self.states(), new, strict=True)]
-        self.append(*new)
+        seen = new
+        if self.is_initialized:
+            self._check_states(*new)
+            seen = [torch.cat(pair, dim=1) for pair in zip(self.states(), new, strict=True)]
+        self._append(*new, None, self._head_widths(key_states, value_states))
         heads = (key_states.shape[1], value_states.shape[1])
         return tuple(x.unflatten(2, (h, -1)).transpose(1, 2) for x, h in zip(seen, heads, strict=True))
 
@@ -334,7 +358,7 @@ class KIVILatentLayer(CacheLayerMixin):
     # ---- editing
 
     def _select(self, indices: list[int]) -> None:
-        """Make row i a copy of row `indices[i]`, without touching a packed byte."""
+        """Make row i a copy of row `indices[i]`: an edit of the table, unless much room is to be freed."""
         old, self.rows = self.rows, [self.rows[i] for i in indices]
         for row in self.rows:
             self.pool.retain(row.blocks)
@@ -418,9 +442,8 @@ class KIVILatentLayer(CacheLayerMixin):
         self._clear()
         if not record["slots"]:
             return
-        first = tensors["window_keys"]
         widths = tuple(tuple(side) for side in record["widths"])
-        self._allocate(len(record["rows"]), widths, first.dtype, first.device)
+        self._allocate(len(record["rows"]), widths, tensors["window_keys"])
         self._exact = {name: tensors[name] for name in self._exact}
         blocks = {
             side: {name: tensors[f"{side}.{name}"] for name in codec.fields()}
@@ -546,7 +569,8 @@ class KIVILatentCache(Cache):
 
 
 def config_widths(config: ALRDLlamaConfig) -> list[LayerWidths]:
-    """Channels that each layer of a model caches, by head group."""
+    """Channels that each layer of a model caches, by head group; checks the config."""
+    config.check_latent_cache()
     layers = range(config.num_hidden_layers)
     return [(config.cached_widths(i, "k_proj"), config.cached_widths(i, "v_proj")) for i in layers]
 
@@ -576,4 +600,12 @@ def create_kivi_cache(
     return KIVILatentCache(scheme, None if config is None else config_widths(config))
 
 
-__all__ = ["CacheScheme", "KIVILatentCache", "KIVIQuantizer", "Tile", "config_widths", "create_kivi_cache"]
+__all__ = [
+    "CacheScheme",
+    "KIVILatentCache",
+    "KIVILatentLayer",
+    "KIVIQuantizer",
+    "Tile",
+    "config_widths",
+    "create_kivi_cache",
+]

@@ -6,7 +6,8 @@ Affine quantization (KIVI, arXiv:2402.02750, eq. 1) of a group of elements to `b
 
 with `zero_point` the group's minimum and `scale` its range over `2**b - 1`. All arithmetic is float32. The zero point
 is rounded down and the scale up to the type they are stored in *before* the codes are computed from the stored
-values, so |x - x̂| is at most 0.501 stored scales, whatever the group's offset and range. A group of one value has
+values, so |x - x̂| is at most 0.501 stored scales, whatever the group's offset and range (x̂ before it is rounded to the
+type of the states). A group of one value has
 scale 0: its codes are 0 and its zero point comes back.
 
 Packed layout
@@ -107,9 +108,9 @@ def quantize(x: torch.Tensor, n_bits: int, widths: tuple[int, ...]):
     zero_point = _round_directed(low, dtype, up=False)
     scale = _round_directed((high - zero_point.float()) / steps, dtype, up=True)
     require(
-        torch.isfinite(scale).all() & torch.isfinite(zero_point).all(),
-        f"x: values to quantize must be finite and their range must fit {dtype} (the type of the stored scales); "
-        "NaN, Inf or larger values were found (a bfloat16 model has bfloat16 scales)",
+        torch.isfinite(scale).all() & torch.isfinite(zero_point).all() & (high <= torch.finfo(dtype).max).all(),
+        f"x: values to quantize must be finite, and they and their range must fit {dtype} (the type of the stored "
+        "scales); NaN, Inf or larger values were found (a bfloat16 model has bfloat16 scales)",
     )
 
     step = expand_groups(scale.float(), widths)
@@ -168,6 +169,9 @@ def unpack_codes(packed: torch.Tensor, n_bits: int, length: int) -> torch.Tensor
 def _round_trip(x: torch.Tensor, n_bits: int, group_size: int):
     """Quantize along the last dimension and back; returns (states, scale, zero_point)."""
     widths = group_widths(x.shape[-1], group_size)
+    if x.numel() == 0:
+        parameter = x.new_empty((*x.shape[:-1], len(widths)), dtype=parameter_dtype(x.dtype))
+        return x, parameter, parameter
     codes, scale, zero_point = quantize(x, n_bits, widths)
     return dequantize(codes, scale, zero_point, widths, x.dtype), scale, zero_point
 
@@ -212,7 +216,7 @@ def kivi_quantize_per_token(x: torch.Tensor, n_bits: int, group_size: int = 128)
 
 @dataclass(frozen=True)
 class KIVIQuantizer:
-    """Round trip of `[B, L, r]` states of any length, as a callable: same shape and type out."""
+    """Round trip of `[B, L, r]` states of any length, as a callable: same shape and type out; 16 bits: untouched."""
 
     n_bits: int = 2
     group_size: int = 128
@@ -223,7 +227,7 @@ class KIVIQuantizer:
         check_count("group_size", self.group_size)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self.n_bits == 16 or x.shape[-2] == 0:
+        if self.n_bits == 16:
             return x
         quantize_states = kivi_quantize_per_channel if self.per_channel else kivi_quantize_per_token
         return quantize_states(x, self.n_bits, self.group_size)[0]

@@ -71,14 +71,23 @@ def value_output_metric(
     return metric.reshape(size, size)
 
 
-def _root_and_inverse(metric: torch.Tensor | None, size: int, like: torch.Tensor, floor: float = 1e-6):
-    """Symmetric root of a metric (`None`, `[n]` diagonal or `[n, n]`) and its inverse, small eigenvalues raised."""
+def _root_and_inverse(metric: torch.Tensor | None, size: int, floor: float = 1e-4):
+    """Symmetric root of a metric (`None`, `[n]` diagonal or `[n, n]`), its inverse, and the metric's unit.
+
+    The metric is divided by its largest eigenvalue, the unit, and smaller eigenvalues than `floor` are raised to it:
+    the factors are stored in narrow types, so their sizes must neither depend on the unit nor differ too much. A metric
+    of zeros (a pruned head) orders nothing; the identity stands in for it.
+    """
+    identity = torch.eye(size, dtype=torch.float64)
     if metric is None:
-        return torch.eye(size).to(like), torch.eye(size).to(like)
-    metric = metric.to(like)
-    values, vectors = (metric, torch.eye(size).to(like)) if metric.dim() == 1 else torch.linalg.eigh(metric)
-    root = values.clamp(min=floor * values.max().clamp(min=torch.finfo(torch.float64).tiny)).sqrt()
-    return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
+        return identity, identity, 1.0
+    metric = metric.double()
+    values, vectors = (metric, identity) if metric.dim() == 1 else torch.linalg.eigh(metric)
+    unit = values.max().item()
+    if unit <= 0:
+        return identity, identity, 0.0
+    root = (values / unit).clamp(min=floor).sqrt()
+    return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T, unit
 
 
 def factor_weight(
@@ -118,7 +127,7 @@ def factor_weight(
         if statistic is not None and not torch.isfinite(statistic).all():
             raise ValueError(f"{name}: must be finite, found NaN or Inf")
 
-    root, inverse_root = _root_and_inverse(metric, out, weight.double())
+    root, inverse_root, unit = _root_and_inverse(metric, out)
     w = root @ weight.double()
     covariance = output_covariance(w, input_covariance)
     if input_covariance is not None:
@@ -128,7 +137,7 @@ def factor_weight(
     energy, vectors = torch.linalg.eigh(covariance)
     u = vectors.flip(1)[:, :rank]
     u = u * torch.where(u.gather(0, u.abs().argmax(0, keepdim=True)) < 0, -1.0, 1.0)
-    return Factors(inverse_root @ u, u.T @ w, energy.flip(0).clamp(min=0))
+    return Factors(inverse_root @ u, u.T @ w, unit * energy.flip(0).clamp(min=0))
 
 
 def factor_groups(

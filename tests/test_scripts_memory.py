@@ -311,19 +311,21 @@ def test_allocated_bytes():
 # ---- command line
 
 
-def test_help():
+@pytest.mark.parametrize(
+    ("program", "config_class"),
+    [
+        (["scripts/estimate_memory.py"], EstimateConfig),
+        (["scripts/benchmark_cache.py"], BenchmarkConfig),
+        (["-m", "scripts.generate"], GenerateConfig),
+    ],
+)
+def test_help(program, config_class):
     """As a file and as a module, the help names every option and the defaults."""
-    configs = {"estimate_memory": EstimateConfig, "benchmark_cache": BenchmarkConfig, "generate": GenerateConfig}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
-    started = []
-    for name in configs:
-        program = ["-m", "scripts.generate"] if name == "generate" else [f"scripts/{name}.py"]
-        started.append(subprocess.Popen([sys.executable, *program, "--help"], **pipes))
-    for process, config_class in zip(started, configs.values()):
-        text, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
-        assert all(f"--{option}" in text for option in config_class.__dataclass_fields__)
-        assert "(default: " in text
+    command = [sys.executable, *program, "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert all(f"--{option}" in done.stdout for option in config_class.__dataclass_fields__)
+    assert "(default: " in done.stdout
 
 
 def test_a_bad_value_is_a_usage_error(monkeypatch, capsys):
