@@ -76,7 +76,7 @@ class ALRDLlamaConfig(LlamaConfig):
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        model_type = config_dict.get("model_type", cls.model_type)
+        model_type = config_dict.get("model_type")
         if model_type not in ("llama", cls.model_type):
             raise ValueError(
                 f"model_type={model_type!r} of {pretrained_model_name_or_path!r}: must be 'llama' or {cls.model_type!r}"

@@ -129,8 +129,8 @@ def block_nbytes(codec: BlockCodec) -> int:
 class BlockPool:
     """Slots for blocks that are written once, with reference counts; one slot holds a block of both sides.
 
-    The storages grow by copying, to a quarter more than is needed, so that an append is amortised O(1) and the slack
-    is bounded.
+    The storages grow by copying, to an eighth more than is needed, so that an append is amortised O(1); blocks that are
+    released leave slack of at most a quarter (`trim`).
 
     Args:
         codecs: Codec of each side, `{"keys": …, "values": …}`.
@@ -173,7 +173,7 @@ class BlockPool:
         missing = count - len(self.free)
         if missing > 0:
             needed = len(self.references) + missing
-            self._resize(torch.arange(len(self.references)), needed + needed // 4)
+            self._resize(torch.arange(len(self.references)), needed + needed // 8)
         slots = [self.free.pop() for _ in range(count)]
         for side, fields in encoded.items():
             for name, tensor in fields.items():

@@ -260,7 +260,7 @@ def measure_steps(config: ALRDLlamaConfig, options: BenchmarkConfig, latents: La
         }
 
     def fill() -> None:
-        # Most in one piece, which leaves a quarter of slack in the pool; the rest block by block.
+        # Most in one piece, which leaves an eighth of slack in the pool; the rest block by block.
         layer.append(*latents(target * 4 // 5))
         while (missing := target - layer.get_seq_length()) > 0:
             layer.append(*latents(min(block, missing)))

@@ -79,7 +79,7 @@ def layer_breakdown(scheme: CacheScheme, length: int, widths: LayerWidths, dtype
 
 
 def layer_room(scheme: CacheScheme, length: int, widths: LayerWidths, dtype: torch.dtype, batch_size: int) -> int:
-    """Bytes that a layer of `batch_size` rows allocates at most: the pool grows by a quarter, the window has room."""
+    """Bytes that a layer of `batch_size` rows allocates at most: the pool has a quarter of slack, the window room."""
     used = layer_breakdown(scheme, length, widths, dtype)
     blocks = batch_size * scheme.flushed_blocks(length - min(length, scheme.sink_length))
     slot = sum(block_nbytes(codec) for codec in scheme.codecs(widths, dtype).values())

@@ -261,3 +261,8 @@ def test_rank_and_length_that_no_group_divides():
 def test_helpers_make_the_same_dense_model_twice():
     first, second = tiny_dense(), tiny_dense()
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_a_folder_without_a_config_is_refused(tmp_path):
+    with pytest.raises((ValueError, OSError)):
+        ALRDLlamaConfig.from_pretrained(tmp_path)
