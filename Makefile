@@ -1,7 +1,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: demo test check
+.PHONY: demo test check results
 
 # One installation, made again when the requirements change.
 .venv/installed: requirements.txt pyproject.toml
@@ -12,6 +12,13 @@ RUN := .venv/bin/python
 # Split the bundled model, measure it through the packed cache, plot, generate. Results in build/demo.
 demo: .venv/installed
 	$(RUN) scripts/demo.py
+
+# Measure what the README states and write its tables (about ten minutes).
+results: .venv/installed
+	$(RUN) scripts/demo.py --windows 16 --output build/results
+	$(RUN) scripts/benchmark_cache.py --output scripts/results/benchmark_cache.json
+	cp build/results/perplexity.json build/results/perplexity.png scripts/results/
+	$(RUN) scripts/readme_tables.py
 
 # Everything a developer checks; CI calls the same.
 test: .venv/installed check

@@ -33,12 +33,12 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
-    HfArgumentParser,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
 
+from scripts.common import cpu_name, parse_config
 from scripts.corpus import Document, describe, stdlib_documents, tokenize_windows
 
 BOS, PAD = "<|endoftext|>", "<|pad|>"
@@ -53,7 +53,7 @@ MODEL = {
     "max_position_embeddings": 2048,
     "tie_word_embeddings": True,
     "rms_norm_eps": 1e-5,
-    # About 1 / sqrt(hidden_size): at this width the usual 0.02 learns more slowly at first.
+    # About 1 / sqrt(hidden_size); with the usual 0.02 short trials learned more slowly (LOG.md).
     "initializer_range": 0.05,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }
@@ -198,15 +198,6 @@ def write_atomically(path: Path, state: dict[str, Any]) -> None:
     """Save `state` so that `path` holds either the old state or the new one, whenever the process ends."""
     torch.save(state, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
-
-
-def cpu_name() -> str:
-    """Model name of the processor, as Linux gives it, or what Python knows elsewhere."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def train(
@@ -438,4 +429,4 @@ def main(config: TrainingConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(HfArgumentParser(TrainingConfig).parse_args_into_dataclasses()[0])
+    main(parse_config(TrainingConfig, __doc__))
