@@ -29,6 +29,7 @@ class DemoConfig:
     model: str = field(default=BUNDLED_MODEL, metadata={"help": "Dense Llama: a local folder or a hub name."})
     share: float = field(default=0.5, metadata={"help": "Share of the latent channels to keep."})
     windows: int = field(default=8, metadata={"help": "Windows of 2,048 tokens to measure on."})
+    prefill: int = field(default=1792, metadata={"help": "Tokens of a window that are fed at once, before the steps."})
     text: str = field(default="stdlib:test", metadata={"help": "Text to measure on: see scripts/corpus.py."})
     output: str = field(default="build/demo", metadata={"help": "Folder for everything that the demo writes."})
 
@@ -89,6 +90,7 @@ def main(config: DemoConfig) -> dict:
             model=str(checkpoint),
             dense=config.model,
             windows=config.windows,
+            prefill=config.prefill,
             text=config.text,
             output=str(folder / "perplexity.json"),
         )

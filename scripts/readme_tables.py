@@ -30,7 +30,7 @@ def perplexity(record: dict) -> str:
 
 def benchmark_cache(record: dict) -> str:
     lines = [
-        "| tokens cached | packed: median / mean | `DynamicCache`: median / mean | ratio of the means |",
+        "| tokens cached | packed: median / mean | `DynamicCache`: median / mean | ratio of the medians |",
         "|---|---|---|---|",
     ]
     for r in record["appends"]:
