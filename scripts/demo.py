@@ -11,7 +11,7 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, set_seed
 
 from modeling_alrd_llama import ALRDLlamaForCausalLM
 from scripts import calibrate_svd_ranks, eval_perplexity
@@ -48,6 +48,9 @@ def plot(results: dict, path: Path) -> None:
     axes.plot(dense["bytes_per_token"]["4096"], dense["perplexity"], "s", color="black", label="dense")
     axes.axhline(dense["perplexity"], color="black", linewidth=0.7, linestyle=":")
     axes.set(xscale="log", xlabel="bytes per token of cache (4,096 tokens, everything counted)", ylabel="perplexity")
+    sizes = [r["bytes_per_token"]["4096"] for r in results.values()]
+    axes.set_xticks(sizes, [f"{size:,.0f}" for size in sizes])
+    axes.set_xticks([], minor=True)
     axes.set_title("Perplexity through the cache: low rank, then bits")
     axes.margins(x=0.15, y=0.15)
     axes.legend()
@@ -62,14 +65,15 @@ def continue_code(checkpoint: Path, text: str, prompt_tokens: int = 600, new_tok
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     model = ALRDLlamaForCausalLM.from_pretrained(checkpoint, dtype="auto")
     prompt = tokenizer(load_documents(text)[0].text, return_tensors="pt").input_ids[:, :prompt_tokens]
-    cache = model.create_kivi_cache()
+    cache = model.create_kivi_cache(k_bits=4, v_bits=4)
+    set_seed(0)
     output = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
         past_key_values=cache,
         max_new_tokens=new_tokens,
-        do_sample=False,
-        repetition_penalty=1.1,
+        do_sample=True,
+        temperature=0.6,
     )
     print("…" + tokenizer.decode(prompt[0, -60:]) + "\n>>> generated from here >>>")
     print(tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True))
@@ -96,7 +100,7 @@ def main(config: DemoConfig) -> dict:
         )
     )
     plot(record["results"], folder / "perplexity.png")
-    print(f"\n3. Plot: {folder / 'perplexity.png'}\n\n4. Generate through the 2-bit cache\n")
+    print(f"\n3. Plot: {folder / 'perplexity.png'}\n\n4. Generate through the 4-bit cache\n")
     continue_code(checkpoint, config.text)
     print(f"\nDone in {time.perf_counter() - started:.0f} s.")
     return record

@@ -58,7 +58,9 @@ def test_evaluation_attributes_the_loss(half, tmp_path):
         1 + two["perplexity_increase"]
     )
     assert results["16"]["bytes_per_token"]["4096"] == pytest.approx(0.5 * 6144, rel=0.02)
-    assert two["ratio"]["4096"] > results["3:2"]["ratio"]["4096"] > results["4"]["ratio"]["4096"] > 6
+    assert two["ratio"]["4096"] > results["3:2"]["ratio"]["4096"] > results["4"]["ratio"]["4096"]
+    # 4 bits in groups of 16 are 6 bits with their parameters: twice 16/6, and a little for the window.
+    assert 5 < results["4"]["ratio"]["4096"] < 2 * 16 / 6
 
 
 def test_chunks_and_single_steps_score_nearly_the_same(half):
