@@ -41,7 +41,7 @@ def benchmark_cache(record: dict) -> str:
         f"\n\nTemporary memory of a decode step at {step['cached_tokens']:,} tokens: at most "
         f"{human_bytes(step['temporary_bytes'])}, {step['temporary_share']:.1%} of the layer's dense keys and values "
         f"({human_bytes(step['dense_layer_bytes'])}). {record['config']['dtype']} on {e['cpu']}, "
-        f"{e['threads']} threads, torch {e['torch']}."
+        f"{e['threads']} thread{'s' * (e['threads'] > 1)}, torch {e['torch']}."
     )
 
 
