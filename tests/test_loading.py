@@ -163,7 +163,7 @@ class TestNothingStaysRandom:
         with pytest.raises(ValueError, match=r"v_hadamard=False: .* stored with v_hadamard=True"):
             ALRDLlamaForCausalLM.from_pretrained(tmp_path / "split", config=config_for(dense, 40, v_hadamard=False))
 
-    def test_split_checkpoint_in_a_plain_llama_is_not_ours_to_load(self, tmp_path, dense):
+    def test_config_of_another_size(self, tmp_path, dense):
         other = ALRDLlamaConfig.from_llama(
             tiny_dense(hidden_size=32, head_dim=16, num_attention_heads=2, num_key_value_heads=2).config
         )
