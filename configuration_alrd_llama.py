@@ -1,12 +1,14 @@
 """Configuration of a Llama model with low-rank key/value projections and a quantized latent KV cache."""
 
 import re
+from dataclasses import asdict, dataclass, replace
 from numbers import Real
 
 from transformers import AutoConfig, LlamaConfig
 
-#: Widths that the packed cache can store. 16 is the lossless mode: the model's own dtype, untouched.
-SUPPORTED_BITS = (2, 3, 4, 8, 16)
+#: Widths that the packed cache can store. 1.58 is ternary; 1.5 has half of the channels at 2 bits and half at 1; 16 is
+#: the lossless mode: the model's own dtype, untouched.
+SUPPORTED_BITS = (1, 1.5, 1.58, 2, 3, 4, 8, 16)
 
 _PROJECTION_NAME = re.compile(r"model\.layers\.(\d+)\.self_attn\.([kv]_proj)")
 
@@ -23,6 +25,142 @@ def check_count(field: str, value: int) -> None:
         raise ValueError(f"{field}={value!r}: must be an integer of at least 0")
 
 
+def check_choice(field: str, value, choices: tuple) -> None:
+    """Raise a `ValueError` naming `field` unless `value` is one of `choices`, and of the same type."""
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
+        raise ValueError(f"{field}={value!r}: must be one of {', '.join(map(repr, choices))}")
+
+
+@dataclass(frozen=True)
+class QuantScheme:
+    """How one side of the cache, keys or values, is quantized; `to_dict` gives JSON types.
+
+    Args:
+        bits: Width of a code, one of `SUPPORTED_BITS`.
+        orientation: "per_channel": one scale per channel and group of tokens; "per_token": one per token and group of
+            channels.
+        group_size: Elements that share a scale. 0: per channel the 128 tokens of a block, per token a whole head group.
+        symmetric: Levels around 0, no zero point is stored. `None`: below two bits only. Ternary is always symmetric.
+        range_method: "minmax": the levels span the group's range; "mse": the range of least measured squared error.
+            `None`: "minmax", below two bits "mse".
+        rotation: Rotate each head group by a Hadamard matrix before quantizing and back on reading. For the states of
+            other models: the latents of a split model are rotated by their factors (`k_hadamard`, `v_hadamard`).
+        static: Scales per channel come from calibration (`modules/calibrated_int8.py`) and are stored once per layer.
+        protected: Share of the tokens of a block, in [0, 1), that is kept at `protected_bits`.
+        protected_bits: Width of a protected token, above `bits`.
+        quantizer: Name under which a quantizer of your own is registered (`modules/codecs.py`); `None`: by `bits`.
+
+    Raises:
+        ValueError: A field, or a combination, is out of range; the message names field, value and rule.
+    """
+
+    bits: float = 2
+    orientation: str = "per_channel"
+    group_size: int = 128
+    symmetric: bool | None = None
+    range_method: str | None = None
+    rotation: bool = False
+    static: bool = False
+    protected: float = 0.0
+    protected_bits: float = 4
+    quantizer: str | None = None
+
+    def __post_init__(self):
+        check_bits("bits", self.bits)
+        check_choice("orientation", self.orientation, ("per_channel", "per_token"))
+        check_count("group_size", self.group_size)
+        check_choice("symmetric", self.symmetric, (True, False, None))
+        check_choice("range_method", self.range_method, ("minmax", "mse", None))
+        check_choice("rotation", self.rotation, (True, False))
+        check_choice("static", self.static, (True, False))
+        if not isinstance(self.protected, Real) or isinstance(self.protected, bool) or not 0 <= self.protected < 1:
+            raise ValueError(f"protected={self.protected!r}: must be a share in [0, 1)")
+        check_bits("protected_bits", self.protected_bits)
+        if self.quantizer is not None and not isinstance(self.quantizer, str):
+            raise ValueError(f"quantizer={self.quantizer!r}: must be the name of a registered quantizer, or None")
+        if self.bits == int(self.bits):
+            object.__setattr__(self, "bits", int(self.bits))
+        object.__setattr__(self, "symmetric", self.bits in (1, 1.58) if self.symmetric is None else self.symmetric)
+        object.__setattr__(self, "range_method", self.range_method or ("mse" if self.bits < 2 else "minmax"))
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        if self.bits == 1.58 and not self.symmetric:
+            raise ValueError("symmetric=False: ternary codes (bits=1.58) are symmetric")
+        if self.bits == 1.5 and (self.symmetric or not self.per_channel):
+            raise ValueError(
+                f"bits=1.5: keeps the channels of widest range at 2 bits, so it must be per_channel and not symmetric, "
+                f"got orientation={self.orientation!r}, symmetric={self.symmetric}"
+            )
+        if self.range_method == "minmax" and self.symmetric and self.bits < 2:
+            raise ValueError(
+                f"range_method='minmax': symmetric codes of {self.bits} bits have no level at zero or none at the "
+                "extremes; their scale is chosen by 'mse'"
+            )
+        if self.static and not (
+            self.per_channel and self.bits in (2, 3, 4, 8) and not self.rotation and not self.protected
+        ):
+            raise ValueError(
+                "static=True: calibrated scales are per_channel, of 2, 3, 4 or 8 bits, without rotation or "
+                f"protected tokens; got {self.orientation}, {self.bits} bits, rotation={self.rotation}, "
+                f"protected={self.protected}"
+            )
+        if self.protected and not self.bits < self.protected_bits:
+            raise ValueError(f"protected_bits={self.protected_bits}: must be above bits={self.bits}")
+
+    @property
+    def per_channel(self) -> bool:
+        return self.orientation == "per_channel"
+
+    def to_dict(self) -> dict:
+        """The fields, in types that JSON keeps; `QuantScheme(**d)` is the way back."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        """E.g. `2-bit per channel in groups of 128 (mse)`, what differs from the defaults in brackets."""
+        notes = [self.range_method] if self.range_method != ("mse" if self.bits < 2 else "minmax") else []
+        notes += ["symmetric"] if self.symmetric and self.bits >= 2 else []
+        notes += ["asymmetric"] if self.bits == 1 and not self.symmetric else []
+        notes += [name for name in ("static", "rotation") if getattr(self, name)]
+        notes += [f"{self.protected:.0%} of tokens at {self.protected_bits} bits"] if self.protected else []
+        notes += [self.quantizer] if self.quantizer else []
+        return f"{self.bits}-bit {self.orientation.replace('_', ' ')}" + (f" ({', '.join(notes)})" if notes else "")
+
+
+#: The six formats of QLUTATTN (blocks of 128 tokens and 128 channels): keys per token, values per channel.
+QLUTATTN = {
+    f"{side}{bits}": QuantScheme(bits=bits, orientation=orientation)
+    for side, orientation in (("K", "per_token"), ("V", "per_channel"))
+    for bits in (1, 2, 4)
+}
+
+
+def side_scheme(side: str, bits: float, group_size: int, fields: dict | QuantScheme | None) -> QuantScheme:
+    """The `QuantScheme` that the settings of a cache mean.
+
+    Args:
+        side: "k": keys, per channel unless `fields` say otherwise; "v": values, per token.
+        bits: The setting `k_bits` or `v_bits`.
+        group_size: The setting `group_size`.
+        fields: The setting `k_scheme` or `v_scheme`: other fields of `QuantScheme` by name.
+
+    Raises:
+        ValueError: As for `QuantScheme`; the message begins with the setting.
+    """
+    check_bits(f"{side}_bits", bits)
+    check_count("group_size", group_size)
+    fields = {} if fields is None else fields
+    names = [name for name in QuantScheme.__dataclass_fields__ if name != "bits"]
+    if not isinstance(fields, dict) or not set(fields) <= set(names):
+        raise ValueError(f"{side}_scheme={fields!r}: must be a dictionary with keys among {', '.join(names)}")
+    base = QuantScheme(orientation="per_channel" if side == "k" else "per_token", group_size=group_size)
+    try:
+        # `None` stands for a default that follows from the width.
+        return replace(base, **{"symmetric": None, "range_method": None, **fields, "bits": bits})
+    except ValueError as error:
+        raise ValueError(f"{side}_scheme, with {side}_bits={bits}: {error}") from None
+
+
 class ALRDLlamaConfig(LlamaConfig):
     r"""A `LlamaConfig` plus the ranks of the split projections and the settings of their KV cache.
 
@@ -37,12 +175,14 @@ class ALRDLlamaConfig(LlamaConfig):
         use_kivi (`bool`, defaults to `True`):
             Whether the model makes a packed `KIVILatentCache` when it needs a cache and is given none. `False` is
             the simple scheme: latents are rounded per token and full keys and values go to a stock cache.
-        k_bits, v_bits (`int` or `float`, default to 2): Width of a cached key or value code, one of 2, 3, 4, 8, 16.
+        k_bits, v_bits (`int` or `float`, default to 2): Width of a cached key or value code, one of `SUPPORTED_BITS`.
         group_size (`int`, defaults to 128):
             Elements that share a scale. 0: one scale per channel and block of 128 tokens for keys, one per token
             over the whole rank of a head group for values.
         residual_length (`int`, defaults to 32): At least this many of the newest tokens stay in full precision.
         sink_length (`int`, defaults to 4): The first tokens of a row that stay in full precision.
+        k_scheme, v_scheme (`dict`, *optional*):
+            Other fields of `QuantScheme` for keys or values, e.g. `{"range_method": "mse"}` or `{"group_size": 64}`.
         k_hadamard, v_hadamard (`bool`, default to `True`):
             Whether the latent is rotated by an orthogonal Hadamard matrix, folded into the factors when a dense
             weight is split. Stored factors are never rotated again.
@@ -62,6 +202,8 @@ class ALRDLlamaConfig(LlamaConfig):
     group_size: int = 128
     residual_length: int = 32
     sink_length: int = 4
+    k_scheme: dict | None = None
+    v_scheme: dict | None = None
     k_hadamard: bool = True
     v_hadamard: bool = True
 
@@ -114,9 +256,11 @@ class ALRDLlamaConfig(LlamaConfig):
 
     def check_latent_cache(self) -> None:
         """Check the fields of this class; see the class docstring for the rules."""
-        for field in ("k_bits", "v_bits"):
-            check_bits(field, getattr(self, field))
-        for field in ("group_size", "residual_length", "sink_length"):
+        for side in ("k", "v"):
+            scheme = side_scheme(side, getattr(self, f"{side}_bits"), self.group_size, getattr(self, f"{side}_scheme"))
+            if not self.use_kivi and scheme.bits == 1.5:
+                raise ValueError(f"{side}_bits=1.5: the simple scheme (use_kivi=False) rounds each token by itself")
+        for field in ("residual_length", "sink_length"):
             check_count(field, getattr(self, field))
         for field in ("use_kivi", "k_hadamard", "v_hadamard"):
             if not isinstance(getattr(self, field), bool):
@@ -153,4 +297,4 @@ class ALRDLlamaConfig(LlamaConfig):
 
 AutoConfig.register(ALRDLlamaConfig.model_type, ALRDLlamaConfig, exist_ok=True)
 
-__all__ = ["SUPPORTED_BITS", "ALRDLlamaConfig"]
+__all__ = ["QLUTATTN", "SUPPORTED_BITS", "ALRDLlamaConfig", "QuantScheme"]

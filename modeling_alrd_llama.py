@@ -1,7 +1,8 @@
 """Llama with low-rank key and value projections, whose latents live in a packed `KIVILatentCache`."""
 
 import threading
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 
 import torch
 from torch import nn
@@ -27,8 +28,8 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from configuration_alrd_llama import ALRDLlamaConfig
-from modules.kivi_cache import KIVILatentCache, Tile, create_kivi_cache
-from modules.latent_attention import Rope, latent_attention
+from modules.kivi_cache import CacheScheme, KIVILatentCache, Tile, create_kivi_cache
+from modules.latent_attention import Rope, attention_received, latent_attention
 from modules.quant_utils import quantize_latent, require
 from modules.svd_linear import ALinear, SVDLinear, factor_groups, join_factors
 
@@ -160,6 +161,16 @@ class ALRDLlamaAttention(LlamaAttention):
         value_latents = to_latents(self.v_proj, hidden_states)
         layer = past_key_values.layer(self.layer_idx, self.widths)
 
+        received = None
+        if layer.score == "attention":
+            received = attention_received(
+                query,
+                latent_step.positions.to(query.device),
+                latent_step.real,
+                self._tiles(key_latents, value_latents, layer, latent_step),
+                max(latent_step.lengths) + query.shape[2],
+                **self._latent_arguments(latent_step),
+            )
         if latent_step.has_past:
             output, weights = self._attend_cache(query, key_latents, value_latents, layer, latent_step)
         else:
@@ -177,29 +188,35 @@ class ALRDLlamaAttention(LlamaAttention):
                 scaling=self.scaling,
                 **kwargs,
             )
-        layer.append(key_latents, value_latents, latent_step.real)
+        layer.append(key_latents, value_latents, latent_step.real, received)
         return self.o_proj(output.flatten(2)), weights
 
     def _heads(self, states: torch.Tensor) -> torch.Tensor:
         """`[B, L, H * d]` to `[B, H, L, d]`."""
         return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
+    def _tiles(self, key_latents, value_latents, layer, step: LatentStep) -> Iterator[Tile]:
+        """What the new tokens may see: the cache and themselves."""
+        if step.has_past:
+            yield from layer.tiles()
+        yield step.new_tile(key_latents, value_latents)
+
+    def _latent_arguments(self, step: LatentStep) -> dict:
+        return {
+            "expand_keys": lambda latents: from_latents(self.k_proj, latents),
+            "value_widths": self.widths[1],
+            "rope": step.rope,
+            "scaling": self.scaling,
+        }
+
     def _attend_cache(self, query, key_latents, value_latents, layer, step: LatentStep):
         """Attention of new tokens over the packed cache and themselves; returns `[B, L, H_q, d]` and weights."""
-
-        def tiles():
-            yield from layer.tiles()
-            yield step.new_tile(key_latents, value_latents)
-
         summed, weights = latent_attention(
             query,
             step.positions.to(query.device),
-            tiles(),
-            lambda latents: from_latents(self.k_proj, latents),
-            self.widths[1],
-            step.rope,
-            self.scaling,
-            None if step.slots is None else step.slots.shape[1],
+            self._tiles(key_latents, value_latents, layer, step),
+            weights_length=None if step.slots is None else step.slots.shape[1],
+            **self._latent_arguments(step),
         )
         summed = summed.to(query.dtype)
         output = self.v_proj.ALinear(summed, per_head=True) if isinstance(self.v_proj, SVDLinear) else summed
@@ -292,17 +309,23 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
         """An empty packed cache for this model.
 
         Args:
-            settings: Override the config's `k_bits`, `v_bits`, `group_size`, `residual_length` or `sink_length`.
+            settings: Override the config's `k_bits`, `v_bits`, `group_size`, `residual_length`, `sink_length`,
+                `k_scheme` or `v_scheme`; or `quantization_config` in place of them all; `backend` and `token_score`.
+                See the function `create_kivi_cache`.
 
         Raises:
             ValueError: A setting is out of range.
         """
         self.config.check_latent_cache()
-        names = ("k_bits", "v_bits", "group_size", "residual_length", "sink_length")
-        unknown = sorted(set(settings) - set(names))
+        names = tuple(f.name for f in fields(CacheScheme))
+        others = ("quantization_config", "backend", "token_score")
+        unknown = sorted(set(settings) - set(names) - set(others))
         if unknown:
-            raise ValueError(f"{', '.join(unknown)}: no such setting of the cache; there are {', '.join(names)}")
-        return create_kivi_cache(**{n: settings.get(n, getattr(self.config, n)) for n in names}, config=self.config)
+            known = ", ".join(names + others)
+            raise ValueError(f"{', '.join(unknown)}: no such setting of the cache; there are {known}")
+        if settings.get("quantization_config") is None:
+            settings = {name: getattr(self.config, name) for name in names} | settings
+        return create_kivi_cache(**settings, config=self.config)
 
 
 class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):

@@ -1,4 +1,10 @@
-"""Orthogonal rotations that spread energy evenly over the channels of a latent, folded into its factors offline."""
+"""Orthogonal rotations that spread energy evenly over channels.
+
+Those of a latent are folded into its factors offline (`fuse_rotation`); states that come without factors are rotated
+by `rotate` and `rotate_back`.
+"""
+
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -32,3 +38,38 @@ def fuse_rotation(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch
     """
     rotation = hadamard_matrix(b.shape[0]).to(b)
     return a @ rotation.T, rotation @ b
+
+
+def _transform(x: torch.Tensor) -> torch.Tensor:
+    """The Kronecker product of `hadamard_matrix`, without its signs, applied to `[..., n]`; its own inverse.
+
+    Only element-wise operations, so that a row's result does not depend on how many rows there are.
+    """
+    n = x.shape[-1]
+    power_of_two = n & -n
+    odd = n // power_of_two
+    half = 1
+    while half < power_of_two:
+        pairs = x.unflatten(-1, (-1, 2, half * odd))
+        x = torch.stack([pairs[..., 0, :] + pairs[..., 1, :], pairs[..., 0, :] - pairs[..., 1, :]], dim=-2).flatten(-3)
+        half *= 2
+    if odd > 1:
+        matrix = torch.from_numpy(hartley(odd)).to(x)
+        columns = x.unflatten(-1, (power_of_two, odd))
+        x = sum(columns[..., j : j + 1] * matrix[j] for j in range(odd)).flatten(-2)
+    return x * power_of_two**-0.5
+
+
+@lru_cache
+def _signs(n: int, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng([0, n]).choice([-1.0, 1.0], size=n)).float().to(device)
+
+
+def rotate(x: torch.Tensor) -> torch.Tensor:
+    """`x @ hadamard_matrix(n).T` of float32 `[..., n]`."""
+    return _transform(x * _signs(x.shape[-1], x.device))
+
+
+def rotate_back(x: torch.Tensor) -> torch.Tensor:
+    """Inverse of `rotate`."""
+    return _transform(x) * _signs(x.shape[-1], x.device)

@@ -11,8 +11,9 @@ states of any other model lose their heads to the channels, and each head keeps 
 
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property, partial
 
 import torch
 from safetensors import safe_open
@@ -20,41 +21,81 @@ from safetensors.torch import save_file
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from configuration_alrd_llama import ALRDLlamaConfig, check_bits, check_count
-from modules.block_pool import BlockPool, block_nbytes, make_codec
-from modules.quant_utils import DEFAULT_BLOCK_LENGTH, KIVIQuantizer
+from configuration_alrd_llama import ALRDLlamaConfig, QuantScheme, check_choice, check_count, side_scheme
+from modules.block_pool import BlockPool
+from modules.codecs import StaticScales, block_length, block_nbytes, make_codec
+from modules.kernels import BACKENDS, Backend, get_backend
+from modules.quant_utils import KIVIQuantizer
+from modules.vidkv import parse_quantization_config
 
 #: Channels of each head group of the keys and of the values of one layer.
 LayerWidths = tuple[tuple[int, ...], tuple[int, ...]]
 
 
+#: Calibrated scales of a layer by side, "keys" and "values".
+LayerScales = dict[str, StaticScales]
+
+#: Worth of new tokens `[B, L]`, from the layer's index and their `[B, L, C]` keys and values.
+TokenScore = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
 @dataclass(frozen=True)
 class CacheScheme:
-    """What a cache stores and how; the fields are those of `ALRDLlamaConfig`."""
+    """What a cache stores and how; the fields are those of `ALRDLlamaConfig`.
+
+    `keys` and `values` are the `QuantScheme` of each side, `block_length` the tokens per block, G.
+    """
 
     k_bits: float = 2
     v_bits: float = 2
     group_size: int = 128
     residual_length: int = 32
     sink_length: int = 4
+    k_scheme: dict = field(default_factory=dict)
+    v_scheme: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        for field in ("k_bits", "v_bits"):
-            check_bits(field, getattr(self, field))
-        for field in ("group_size", "residual_length", "sink_length"):
-            check_count(field, getattr(self, field))
+        for name in ("k_scheme", "v_scheme"):
+            object.__setattr__(self, name, getattr(self, name) or {})
+        for name in ("residual_length", "sink_length"):
+            check_count(name, getattr(self, name))
+        self.keys, self.values  # noqa: B018 - checks both sides
 
-    @property
+    @classmethod
+    def from_config(cls, config: ALRDLlamaConfig) -> "CacheScheme":
+        """The settings of a model's configuration."""
+        return cls(**{f.name: getattr(config, f.name) for f in fields(cls)})
+
+    @classmethod
+    def of(cls, keys: QuantScheme, values: QuantScheme, **window) -> "CacheScheme":
+        """The scheme of two sides; `window`: `residual_length` and `sink_length`."""
+        sides = [asdict(side) for side in (keys, values)]
+        k_bits, v_bits = (side.pop("bits") for side in sides)
+        return cls(k_bits, v_bits, keys.group_size, **window, k_scheme=sides[0], v_scheme=sides[1])
+
+    @cached_property
+    def keys(self) -> QuantScheme:
+        return side_scheme("k", self.k_bits, self.group_size, self.k_scheme)
+
+    @cached_property
+    def values(self) -> QuantScheme:
+        return side_scheme("v", self.v_bits, self.group_size, self.v_scheme)
+
+    @cached_property
     def block_length(self) -> int:
-        """Tokens per block, G."""
-        return self.group_size or DEFAULT_BLOCK_LENGTH
+        return block_length(self.keys, self.values)
 
-    def codecs(self, widths: LayerWidths, dtype: torch.dtype) -> dict:
-        """Codec of each side: keys per channel, values per token."""
-        sides = (("keys", self.k_bits, True, widths[0]), ("values", self.v_bits, False, widths[1]))
+    def codecs(
+        self,
+        widths: LayerWidths,
+        dtype: torch.dtype,
+        backend: Backend | None = None,
+        static_scales: LayerScales | None = None,
+    ) -> dict:
+        """Quantizer of each side, `{"keys": …, "values": …}`; the arguments are those of `make_codec`."""
         return {
-            side: make_codec(bits, per_channel, self.group_size, self.block_length, width, dtype)
-            for side, bits, per_channel, width in sides
+            side: make_codec(scheme, self.block_length, width, dtype, backend, (static_scales or {}).get(side))
+            for side, scheme, width in (("keys", self.keys, widths[0]), ("values", self.values, widths[1]))
         }
 
     def flushed_blocks(self, window: int) -> int:
@@ -71,7 +112,7 @@ class CacheScheme:
 
 
 #: Kind and version of a saved cache, in the file's metadata.
-_FILE_KEY, _FILE_VERSION = "kivi_latent_cache", 1
+_FILE_KEY, _FILE_VERSION = "kivi_latent_cache", 2
 
 #: A block costs a row three int32 in its table: slot, first position, valid tokens.
 _TABLE_ENTRY_NBYTES = 12
@@ -136,16 +177,30 @@ class KIVILatentLayer(CacheLayerMixin):
     Args:
         scheme: Widths, group size, window and sinks.
         widths: Channels of each head group of keys and values; `None` takes one group per head of the first states.
+        static_scales: Calibrated scales of each side that the scheme calls static.
+        backend: Name of the back end (`modules/kernels`); `None`: chosen by the device.
+        score: Worth `[B, L]` of new tokens from their keys and values, for protected tokens; "attention": the model
+            passes it to `append`; `None`: the quantizer goes by its own error.
     """
 
     is_sliding = False
     is_compileable = False
     is_croppable = True
 
-    def __init__(self, scheme: CacheScheme, widths: LayerWidths | None = None):
+    def __init__(
+        self,
+        scheme: CacheScheme,
+        widths: LayerWidths | None = None,
+        static_scales: LayerScales | None = None,
+        backend: str | None = None,
+        score: Callable | str | None = None,
+    ):
         super().__init__()
         self.scheme = scheme
         self.given_widths = widths
+        self.static_scales = static_scales
+        self.backend_name = backend
+        self.score = score if scheme.keys.protected or scheme.values.protected else None
         self._clear()
 
     def _clear(self) -> None:
@@ -169,39 +224,60 @@ class KIVILatentLayer(CacheLayerMixin):
         scheme, self.widths, self.dtype, self.device = self.scheme, widths, like.dtype, like.device
         self.channels = {"keys": sum(widths[0]), "values": sum(widths[1])}
         self.rows = [Row()] * batch
-        self.pool = BlockPool(scheme.codecs(widths, self.dtype), self.device)
+        if self.static_scales is not None:
+            moved = {side: tuple(t.to(self.device) for t in pair) for side, pair in self.static_scales.items()}
+            self.static_scales = moved
+        self.backend = get_backend(self.backend_name, self.device)
+        self.pool = BlockPool(scheme.codecs(widths, self.dtype, self.backend, self.static_scales), self.device)
         rooms = {"sink": scheme.sink_length, "window": scheme.residual_length + scheme.block_length}
         self._exact = {
             f"{room}_{side}": torch.zeros((batch, length, channels), dtype=self.dtype, device=self.device)
             for room, length in rooms.items()
             for side, channels in self.channels.items()
         }
+        if self.score is not None:
+            self._exact["window_score"] = torch.zeros((batch, rooms["window"]), device=self.device)
         self.is_initialized = True
 
-    def append(self, keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor | None = None) -> None:
+    def append(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        real: torch.Tensor | None = None,
+        received: torch.Tensor | None = None,
+    ) -> None:
         """Store new tokens, then pack every block that has become old enough.
 
         Args:
             keys, values: `[B, L, C_k]` and `[B, L, C_v]` states in full precision.
             real: `[B, L]` bool on the CPU, false for the pads, which are not stored; `None`: no pads.
+            received: `[B, P]`, attention that the tokens at positions 0 … P - 1 of each row, the new ones included,
+                have received in this step; for `score="attention"`.
 
         Raises:
             ValueError: The states do not fit the cache, or a block that is due holds NaN, Inf or values beyond the
                 range of its scales; the cache is then as it was before.
         """
-        self._append(keys, values, real, self.given_widths or ((keys.shape[2],), (values.shape[2],)))
+        widths = self.given_widths or ((keys.shape[2],), (values.shape[2],))
+        self._append(keys, values, real, widths, received)
 
-    def _append(self, keys, values, real, widths: LayerWidths) -> None:
+    def _append(self, keys, values, real, widths: LayerWidths, received=None) -> None:
         keys, values, fresh = keys.detach(), values.detach(), not self.is_initialized
         if fresh:
             self._allocate(len(keys), widths, keys)
+        scores = self._exact.get("window_score")
         try:
             self._check_states(keys, values, real)
+            states = {"keys": keys, "values": values}
+            if self.score is not None:
+                states["score"] = self._scores(keys, values, real, received)
             if real is None and keys.shape[1] == 1 and self._has_room_for_one():
-                self._append_one(keys, values)
+                self._append_one(states)
             else:
-                self._append_many({"keys": keys, "values": values}, real)
+                self._append_many(states, real)
         except ValueError:
+            if scores is not None:
+                self._exact["window_score"] = scores
             if fresh:
                 self._clear()
             raise
@@ -220,16 +296,34 @@ class KIVILatentLayer(CacheLayerMixin):
                 f"real: {list(real.shape)} of {real.dtype} must be a bool for each of {list(keys.shape[:2])}"
             )
 
+    def _scores(self, keys, values, real: torch.Tensor | None, received: torch.Tensor | None) -> torch.Tensor:
+        """Score `[B, L]` of the new tokens; attention that the window has received is added to its scores."""
+        if self.score != "attention":
+            score = self.score(keys, values)
+            if tuple(score.shape) != tuple(keys.shape[:2]):
+                raise ValueError(f"token_score: returned {list(score.shape)}, must be {list(keys.shape[:2])}")
+            return score.float()
+        if received is None:
+            raise ValueError("token_score='attention': only ALRDLlamaForCausalLM tells the cache; give a function")
+        new = keys.new_zeros(keys.shape[:2], dtype=torch.float32)
+        self._exact["window_score"] = self._exact["window_score"].clone()
+        for i, row in enumerate(self.rows):
+            start, stop = row.sinks + row.packed, row.tokens
+            self._exact["window_score"][i, : row.window] += received[i, start:stop]
+            tokens = slice(None) if real is None else real[i].to(keys.device)
+            new[i, tokens] = received[i, stop : stop + len(new[i, tokens])]
+        return new
+
     def _has_room_for_one(self) -> bool:
         limit = self.scheme.residual_length + self.scheme.block_length - 1
         return all(row.sinks == self.scheme.sink_length and row.window < limit for row in self.rows)
 
-    def _append_one(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def _append_one(self, states: dict[str, torch.Tensor]) -> None:
         """The common decode step: one token per row into the window, nothing to pack."""
         rows = torch.arange(len(self.rows), device=self.device)
         ends = torch.tensor([row.window for row in self.rows], device=self.device)
-        self._exact["window_keys"][rows, ends] = keys[:, 0]
-        self._exact["window_values"][rows, ends] = values[:, 0]
+        for name, x in states.items():
+            self._exact[f"window_{name}"][rows, ends] = x[:, 0]
         self.rows = [replace(row, window=row.window + 1) for row in self.rows]
 
     def _append_many(self, states: dict[str, torch.Tensor], real: torch.Tensor | None) -> None:
@@ -237,24 +331,27 @@ class KIVILatentLayer(CacheLayerMixin):
         # Everything that can fail comes first, so that a refused append leaves the cache as it was.
         plans = []
         for index, row in enumerate(self.rows):
-            new = {s: x[index] if real is None else x[index][real[index].to(x.device)] for s, x in states.items()}
+            new = {name: x[index] for name, x in states.items()}
+            if real is not None:
+                new = {name: x[real[index].to(x.device)] for name, x in new.items()}
             to_sinks = 0 if row.window or row.blocks else min(self.scheme.sink_length - row.sinks, len(new["keys"]))
-            sinks = {side: x[:to_sinks] for side, x in new.items()}
+            sinks = {side: new[side][:to_sinks] for side in self.channels}
             stream = {
-                side: torch.cat([self._exact[f"window_{side}"][index, : row.window], x[to_sinks:]])
-                for side, x in new.items()
+                name: torch.cat([self._exact[f"window_{name}"][index, : row.window], x[to_sinks:]])
+                for name, x in new.items()
             }
             flushed = self.scheme.flushed_blocks(len(stream["keys"]))
-            due = {side: x[: flushed * length].unflatten(0, (flushed, length)) for side, x in stream.items()}
-            kept = {side: x[flushed * length :] for side, x in stream.items()}
-            plans.append((sinks, self.pool.encode(due) if flushed else None, kept))
+            due = {name: x[: flushed * length].unflatten(0, (flushed, length)) for name, x in stream.items()}
+            kept = {name: x[flushed * length :] for name, x in stream.items()}
+            plans.append((sinks, self.pool.encode(due, due.get("score")) if flushed else None, kept))
 
         for index, (sinks, encoded, kept) in enumerate(plans):
             row = self.rows[index]
             slots = self.pool.write(encoded) if encoded else ()
-            for side in states:
-                self._exact[f"sink_{side}"][index, row.sinks : row.sinks + len(sinks[side])] = sinks[side]
-                self._exact[f"window_{side}"][index, : len(kept[side])] = kept[side]
+            for side, x in sinks.items():
+                self._exact[f"sink_{side}"][index, row.sinks : row.sinks + len(x)] = x
+            for name, x in kept.items():
+                self._exact[f"window_{name}"][index, : len(x)] = x
             pads = () if real is None else _pad_ranges(real[index].tolist(), self.slots)
             self.rows[index] = Row(
                 sinks=row.sinks + len(sinks["keys"]),
@@ -434,6 +531,8 @@ class KIVILatentLayer(CacheLayerMixin):
             f"{side}.{name}": t[live] for side, fields in self.pool.storage.items() for name, t in fields.items()
         }
         tensors.update({name: exact.clone() for name, exact in self._exact.items()})
+        for side, pair in (self.static_scales or {}).items():
+            tensors.update({f"static.{side}.{name}": t for name, t in zip(("scale", "zero_point"), pair)})
         rows = [asdict(replace(row, blocks=tuple(moved[slot] for slot in row.blocks))) for row in self.rows]
         return tensors, {"slots": self.slots, "widths": self.widths, "rows": rows}
 
@@ -443,6 +542,11 @@ class KIVILatentLayer(CacheLayerMixin):
         if not record["slots"]:
             return
         widths = tuple(tuple(side) for side in record["widths"])
+        self.static_scales = {
+            side: (tensors[f"static.{side}.scale"], tensors[f"static.{side}.zero_point"])
+            for side in ("keys", "values")
+            if f"static.{side}.scale" in tensors
+        }
         self._allocate(len(record["rows"]), widths, tensors["window_keys"])
         self._exact = {name: tensors[name] for name in self._exact}
         blocks = {
@@ -473,34 +577,75 @@ class KIVILatentLayer(CacheLayerMixin):
         if not self.is_initialized:
             return 0
         exact = sum(t.untyped_storage().nbytes() for t in self._exact.values())
-        return self.pool.nbytes + exact + self.block_table().untyped_storage().nbytes()
+        return self.pool.nbytes + exact + self.block_table().untyped_storage().nbytes() + self._static_nbytes
+
+    @property
+    def _static_nbytes(self) -> int:
+        return sum(t.nbytes for pair in (self.static_scales or {}).values() for t in pair)
 
     @property
     def nbytes_used(self) -> int:
-        """Bytes of the tokens held: codes, scales, zero points, table, window and sinks. Shared blocks count once."""
+        """Bytes of the tokens held: codes, scales, zero points, table, window and sinks. Shared blocks count once.
+
+        Not in `CacheScheme.layer_nbytes`: static scales, and four bytes per token of a window that is scored.
+        """
         if not self.is_initialized:
             return 0
         exact = sum(row.sinks + row.window for row in self.rows) * sum(self.channels.values()) * self.dtype.itemsize
+        exact += 0 if self.score is None else sum(row.window for row in self.rows) * 4
         entries = sum(len(row.blocks) for row in self.rows) * _TABLE_ENTRY_NBYTES
-        return self.pool.used * self.pool.slot_nbytes + exact + entries
+        return self.pool.used * self.pool.slot_nbytes + exact + entries + self._static_nbytes
 
 
 class KIVILatentCache(Cache):
     """A `transformers` cache whose history is packed; for the latents of `ALRDLlamaForCausalLM` and for any model.
 
     Args:
-        scheme: Widths, group size, window and sinks.
+        scheme: What every layer stores.
         widths: Channels of the head groups, per layer; `None` adds layers as they come, one group per head.
+        layer_schemes: What single layers store instead, by index; window and sinks must be those of `scheme`.
+        static_scales: Calibrated scales of each layer, by index.
+        backend: "reference", "triton", or `None`: chosen by the device (`modules/kernels`).
+        token_score: For protected tokens: a function `(layer_idx, keys, values) -> [B, L]` of the flat `[B, L, C]`
+            states of new tokens; "attention": what they receive in `ALRDLlamaForCausalLM`; `None`: the quantizer's own
+            error.
     """
 
-    def __init__(self, scheme: CacheScheme | None = None, widths: list[LayerWidths] | None = None):
+    def __init__(
+        self,
+        scheme: CacheScheme | None = None,
+        widths: list[LayerWidths] | None = None,
+        layer_schemes: dict[int, CacheScheme] | None = None,
+        static_scales: dict[int, LayerScales] | None = None,
+        backend: str | None = None,
+        token_score: TokenScore | str | None = None,
+    ):
         self.scheme = scheme or CacheScheme()
-        super().__init__(layers=[KIVILatentLayer(self.scheme, w) for w in widths or ()])
+        self.layer_schemes = dict(layer_schemes or {})
+        self.static_scales = dict(static_scales or {})
+        self.backend, self.token_score = backend, token_score
+        if token_score is not None and token_score != "attention" and not callable(token_score):
+            raise ValueError(f"token_score={token_score!r}: must be a function, 'attention' or None")
+        for i, other in self.layer_schemes.items():
+            for name in ("residual_length", "sink_length", "block_length"):
+                if getattr(other, name) != getattr(self.scheme, name):
+                    raise ValueError(f"layer_schemes[{i}]: {name} must be {getattr(self.scheme, name)} as in scheme")
+        check_choice("backend", backend, (*BACKENDS, None))
+        super().__init__(layers=[self._new_layer(i, w) for i, w in enumerate(widths or ())])
+
+    def _new_layer(self, layer_idx: int, widths: LayerWidths | None = None) -> KIVILatentLayer:
+        return KIVILatentLayer(
+            self.layer_schemes.get(layer_idx, self.scheme),
+            widths,
+            self.static_scales.get(layer_idx),
+            self.backend,
+            partial(self.token_score, layer_idx) if callable(self.token_score) else self.token_score,
+        )
 
     def layer(self, layer_idx: int, widths: LayerWidths | None = None) -> KIVILatentLayer:
         """The cache of a layer, added if need be; `widths` are those of the model that asks."""
         while len(self.layers) <= layer_idx:
-            self.layers.append(KIVILatentLayer(self.scheme))
+            self.layers.append(self._new_layer(len(self.layers)))
         layer = self.layers[layer_idx]
         layer.given_widths = layer.given_widths or widths
         return layer
@@ -519,7 +664,12 @@ class KIVILatentCache(Cache):
             exported, record = layer.export()
             tensors.update({f"{i}.{name}": tensor for name, tensor in exported.items()})
             layers.append(record)
-        header = {"version": _FILE_VERSION, "scheme": asdict(self.scheme), "layers": layers}
+        header = {
+            "version": _FILE_VERSION,
+            "scheme": asdict(self.scheme),
+            "layer_schemes": {str(i): asdict(scheme) for i, scheme in self.layer_schemes.items()},
+            "layers": layers,
+        }
         partial = f"{os.fspath(path)}.{os.getpid()}.part"
         try:
             save_file(tensors, partial, metadata={_FILE_KEY: json.dumps(header)})
@@ -540,11 +690,11 @@ class KIVILatentCache(Cache):
             if header.get("version") != _FILE_VERSION:
                 raise ValueError(f"{path}: version {header.get('version')} must be {_FILE_VERSION}, a saved cache")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        cache = cls(CacheScheme(**header["scheme"]))
+        layer_schemes = {int(i): CacheScheme(**scheme) for i, scheme in header["layer_schemes"].items()}
+        cache = cls(CacheScheme(**header["scheme"]), layer_schemes=layer_schemes)
         for i, record in enumerate(header["layers"]):
-            layer = KIVILatentLayer(cache.scheme)
-            layer.restore({n.removeprefix(f"{i}."): t for n, t in tensors.items() if n.startswith(f"{i}.")}, record)
-            cache.layers.append(layer)
+            restored = {n.removeprefix(f"{i}."): t for n, t in tensors.items() if n.startswith(f"{i}.")}
+            cache.layer(i).restore(restored, record)
         return cache
 
     @property
@@ -561,9 +711,12 @@ class KIVILatentCache(Cache):
         s, tokens = self.scheme, self.row_tokens()
         held = f"rows of {tokens} tokens" if tokens else "empty"
         slack = self.nbytes - self.nbytes_used
+        backends = sorted({str(layer.backend) for layer in self.layers if layer.is_initialized})
+        special = f", {len(self.layer_schemes)} layers of their own" if self.layer_schemes else ""
         return (
-            f"KIVILatentCache(keys {s.k_bits}-bit per channel, values {s.v_bits}-bit per token, "
-            f"group_size={s.group_size}, residual_length={s.residual_length}, sink_length={s.sink_length}; "
+            f"KIVILatentCache(keys {s.keys}, values {s.values}{special}, group_size={s.group_size}, "
+            f"residual_length={s.residual_length}, sink_length={s.sink_length}; "
+            f"backend {' and '.join(backends) or self.backend or 'by device'}; "
             f"{len(self.layers)} layers, {held}, {self.nbytes_used:,} bytes used + {slack:,} slack)"
         )
 
@@ -582,22 +735,36 @@ def create_kivi_cache(
     residual_length: int = 32,
     sink_length: int = 4,
     config: ALRDLlamaConfig | None = None,
+    *,
+    k_scheme: dict | None = None,
+    v_scheme: dict | None = None,
+    quantization_config: dict | str | None = None,
+    backend: str | None = None,
+    token_score: TokenScore | str | None = None,
 ) -> KIVILatentCache:
     """Make an empty `KIVILatentCache`.
 
     Args:
-        k_bits, v_bits: 2, 3, 4, 8, or 16 for the lossless mode.
+        k_bits, v_bits: One of `SUPPORTED_BITS`; 16 is the lossless mode.
         group_size: Elements per scale; 0: one per channel and block of 128 tokens, one per token and head group.
         residual_length: At least this many of the newest tokens stay in full precision.
         sink_length: This many of the first tokens stay in full precision.
         config: The latent model that will use the cache (its settings are not read, only its ranks); `None` makes a
             drop-in cache for any model.
+        k_scheme, v_scheme: Other fields of `QuantScheme` for keys or values.
+        quantization_config: VidKV's dictionary or string instead of the settings above (`modules/vidkv.py`).
+        backend, token_score: As for `KIVILatentCache`.
 
     Raises:
         ValueError: A setting is out of range; the message names field, value and rule.
     """
-    scheme = CacheScheme(k_bits, v_bits, group_size, residual_length, sink_length)
-    return KIVILatentCache(scheme, None if config is None else config_widths(config))
+    scheme = CacheScheme(k_bits, v_bits, group_size, residual_length, sink_length, k_scheme or {}, v_scheme or {})
+    if quantization_config is not None:
+        if scheme != CacheScheme():
+            raise ValueError("quantization_config: stands for all settings of the cache; give no others beside it")
+        scheme = CacheScheme(**parse_quantization_config(quantization_config))
+    widths = None if config is None else config_widths(config)
+    return KIVILatentCache(scheme, widths, backend=backend, token_score=token_score)
 
 
 __all__ = [

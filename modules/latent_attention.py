@@ -16,6 +16,10 @@ from modules.kivi_cache import Tile
 from modules.svd_linear import split_groups
 
 
+#: Queries at a time whose attention weights are formed when only their sum is wanted.
+_QUERIES = 64
+
+
 @dataclass(frozen=True)
 class Rope:
     """Frequencies `[d/2]` of a rotary embedding and the factor that scales its cosines and sines (yarn)."""
@@ -102,3 +106,24 @@ def latent_attention(
         index = key_positions.clamp(max=weights_length - 1).long()[:, None, None].expand_as(weights)
         result.scatter_add_(3, index, weights)
     return summed / total, result
+
+
+@torch.no_grad()
+def attention_received(
+    query: torch.Tensor, positions: torch.Tensor, real: torch.Tensor | None, tiles: Iterable[Tile], length: int, **how
+) -> torch.Tensor:
+    """Attention that the tokens at positions 0 … length - 1 receive from all queries and heads: `[B, length]`.
+
+    Args:
+        query, positions, tiles: As for `latent_attention`.
+        real: `[B, L]` bool, false for queries of pads, which do not count; `None`: no pads.
+        how: The other arguments of `latent_attention`.
+    """
+    tiles, received = list(tiles), query.new_zeros((len(query), length), dtype=torch.float32)
+    for start in range(0, query.shape[2], _QUERIES):
+        piece = slice(start, start + _QUERIES)
+        weights = latent_attention(query[:, :, piece], positions[:, piece], tiles, weights_length=length, **how)[1]
+        if real is not None:
+            weights = weights * real[:, None, piece, None].to(weights)
+        received += weights.sum((1, 2)).float()
+    return received

@@ -1,37 +1,60 @@
-r"""Quantization as pure functions: ranges, codes, packed words.
+r"""Quantization as pure functions: ranges, codes, packed words. The reference of the kernels in `modules/kernels`.
 
-Affine quantization (KIVI, arXiv:2402.02750, eq. 1) of a group of elements to `b` bits:
+A group of elements is stored as codes on a uniform grid of L levels (KIVI, arXiv:2402.02750, eq. 1):
 
-    code = round((x - zero_point) / scale),    x̂ = code * scale + zero_point,    0 <= code <= 2**b - 1
+    code = round((x - zero_point) / step),    x̂ = code * step + zero_point,    0 <= code <= L - 1
 
-with `zero_point` the group's minimum and `scale` its range over `2**b - 1`. All arithmetic is float32. The zero point
-is rounded down and the scale up to the type they are stored in *before* the codes are computed from the stored
-values, so |x - x̂| is at most 0.501 stored scales, whatever the group's offset and range (x̂ before it is rounded to the
-type of the states). A group of one value has
-scale 0: its codes are 0 and its zero point comes back.
+    bits        L     step          zero_point, if symmetric      x̂, if symmetric
+    1           2     2 * scale     -scale                        ±scale                 (VidKV, arXiv:2503.16257)
+    1.58        3     scale         -scale                        -scale, 0, +scale      always symmetric
+    b = 2 … 8   2^b   scale         -scale * 2^(b-1)              signed b-bit integers times scale
+
+A symmetric zero point is not stored. All arithmetic is float32; scale and zero point are stored in two bytes, and the
+codes are computed from the stored values.
+
+Two ways to choose the range:
+
+* `minmax`: the zero point is the group's minimum, rounded down, and the scale its range over L - 1 steps, rounded up.
+  Then |x - x̂| is at most 0.501 stored steps, whatever the group's offset and range (x̂ before it is rounded to the type
+  of the states).
+* `mse`: the range of least measured squared error: the best of 16 shrunk ranges, then three rounds of least squares
+  of x on its codes (Lloyd's algorithm on a uniform grid). Kept only if it beats `minmax`, so the sum of squared errors
+  of a group is at most that of `minmax`; for 1 symmetric bit and ternary, which have no `minmax`, at most that of
+  storing zeros. For 1 symmetric bit the result is scale = mean|x|. Sums are taken over integers (x as a multiple of
+  2^-20 of the range), so that every back end gets the same bits in whatever order it adds.
+
+A group of one value has scale 0: its codes are 0 and its zero point comes back.
 
 Packed layout
 -------------
 Codes are packed along the tokens of a block. The block `[T, C]` (tokens, channels) becomes `[W, C]` int32 words: word
 `w` of a channel holds the codes of `32 // b` consecutive tokens, element `i` of the word at bits `i·b … i·b + b - 1`,
 bit 0 the least significant. A decode kernel that walks the channels reads consecutive addresses. The last word of a
-plane is filled with zeros when the tokens do not fill it; with T a multiple of 32 nothing is lost at any width.
+plane is filled with zeros when the tokens do not fill it; with T a multiple of 32 nothing is lost at any whole width.
 
 Width 3 costs exactly 3.0 bits: a plane of the codes' low two bits, as for `b = 2`, is followed by a plane of their
 high bit, as for `b = 1`.
+
+Ternary codes (0, 1, 2) stand five to a byte, 20 to a word: 1.6 bits, 1.75 for the 7 words of 128 tokens. Element
+`i = 5j + k` of a word is digit `k`, the most significant first, of byte `j` (byte 0 the least significant of the
+word). A byte is `ceil(v * 256 / 243)` of its digits' value `v = c_0·81 + c_1·27 + c_2·9 + c_3·3 + c_4`, so that digit
+`k` is read without a division: `((byte * 3^k mod 256) * 3) >> 8`.
 
 Worked example, one channel, `b = 2`, tokens with codes 3, 0, 2, 1:
     3 << 0 | 0 << 2 | 2 << 4 | 1 << 6  =  0b01_10_00_11  =  0x63        one word (of 16 tokens' room)
 and `b = 3`, codes 5 (101), 2 (010), 7 (111), 4 (100):
     low plane   1 << 0 | 2 << 2 | 3 << 4 | 0 << 6  =  0x39
     high plane  1 << 0 | 0 << 1 | 1 << 2 | 1 << 3  =  0x0D              the words [0x39, 0x0D]
+and ternary, codes 2, 0, 1, 1, 2:
+    v = 162 + 0 + 9 + 3 + 2 = 176,  byte 0 = ceil(176 * 256 / 243) = 186 = 0xBA
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from configuration_alrd_llama import check_bits, check_count
+from configuration_alrd_llama import QuantScheme, check_bits, check_count
 
 #: Tokens of a block when `group_size=0` puts no bound on the scale's reach.
 DEFAULT_BLOCK_LENGTH = 128
@@ -86,42 +109,192 @@ def expand_groups(parameter: torch.Tensor, widths: tuple[int, ...]) -> torch.Ten
     return parameter.repeat_interleave(torch.tensor(widths, device=parameter.device), dim=-1)
 
 
-def quantize(x: torch.Tensor, n_bits: int, widths: tuple[int, ...]):
+class Grid(NamedTuple):
+    """Levels of a width: `L`, the step in units of the scale, and minus the symmetric zero point in the same units."""
+
+    levels: int
+    spacing: int
+    offset: int
+
+
+def grid(n_bits: float) -> Grid:
+    if n_bits == 1:
+        return Grid(2, 2, 1)
+    if n_bits == 1.58:
+        return Grid(3, 1, 1)
+    return Grid(2**n_bits, 1, 2 ** (n_bits - 1))
+
+
+def _by_group(reduce, x: torch.Tensor, widths: tuple[int, ...]) -> torch.Tensor:
+    """`reduce(group)` `[...]` of each group along the last dimension: `[..., len(widths)]`."""
+    return torch.stack([reduce(group) for group in x.split(widths, dim=-1)], dim=-1)
+
+
+def _codes(x: torch.Tensor, step: torch.Tensor, zero_point: torch.Tensor, levels: int) -> torch.Tensor:
+    """Nearest levels of `x`, halves rounded up, as float32 integers; 0 where the step is 0."""
+    codes = torch.where(step > 0, (x - zero_point) / step, 0)
+    return (codes.clamp_(0, levels - 1) + 0.5).floor_()
+
+
+#: Shares of a group's range that `mse` tries.
+RATIOS = tuple(2 ** (-i / 6) for i in range(16))
+#: Rounds of least squares after the best of them, and units of the integer sums.
+REFITS, UNIT, ERROR_UNIT, ERROR_LIMIT = 3, 2.0**20, 2.0**30, 2.0**20
+
+
+def _squared_error(difference: torch.Tensor, widths: tuple[int, ...]) -> torch.Tensor:
+    """Sum of squares by group, int64, of differences in units of the range."""
+    squares = difference.square().clamp_(max=ERROR_LIMIT) * ERROR_UNIT
+    return _by_group(lambda group: group.sum(-1), squares.long(), widths)
+
+
+def _least_error_range(u: torch.Tensor, n_bits: float, widths: tuple[int, ...], symmetric: bool):
+    """Step and zero point, float32 by group, of least squared error of `u`, whose groups lie in [0, 1] or [-1, 1]."""
+    levels, spacing, offset = grid(n_bits)
+    middle = offset / spacing
+    full = 1 / (levels - 1 - middle) if symmetric else 1 / (levels - 1)
+    best_error = best_step = best_zero = None
+    for ratio in RATIOS:
+        step = u.new_full((*u.shape[:-1], len(widths)), ratio * full)
+        zero = step * -middle if symmetric else torch.full_like(step, (1 - ratio) / 2)
+        steps, zeros = expand_groups(step, widths), expand_groups(zero, widths)
+        error = _squared_error(u - (_codes(u, steps, zeros, levels) * steps + zeros), widths)
+        if best_error is None:
+            best_error, best_step, best_zero = error, step, zero
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_step, best_zero = torch.where(better, step, best_step), torch.where(better, zero, best_zero)
+
+    step, zero = best_step, best_zero
+    fixed = (u * UNIT + 0.5).floor_().long()
+    counts = torch.tensor(widths, device=u.device)
+    for _ in range(REFITS):
+        codes = _codes(u, expand_groups(step, widths), expand_groups(zero, widths), levels).long()
+        if symmetric:
+            doubled = 2 * codes - round(2 * middle)  # twice the signed code, so that one bit is an integer too
+            square = _by_group(lambda g: g.sum(-1), doubled * doubled, widths)
+            product = _by_group(lambda g: g.sum(-1), doubled * fixed, widths)
+            new_step = product.float() * 2 / square.clamp(min=1).float() / UNIT
+            fits = (square > 0) & (new_step > 0)
+            step = torch.where(fits, new_step, step)
+            zero = step * -middle
+        else:
+            c, cc, x, cx = (
+                _by_group(lambda g: g.sum(-1), t, widths) for t in (codes, codes * codes, fixed, codes * fixed)
+            )
+            square = counts * cc - c * c
+            new_step = (counts * cx - c * x).float() / square.clamp(min=1).float() / UNIT
+            new_zero = (x.float() / UNIT - new_step * c.float()) / counts.float()
+            fits = (square > 0) & (new_step > 0)
+            step, zero = torch.where(fits, new_step, step), torch.where(fits, new_zero, zero)
+    return step, zero
+
+
+def find_range(x: torch.Tensor, widths: tuple[int, ...] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Minimum and maximum of each group of `[N, T, C]` states, float32; NaN where the group holds one.
+
+    Args:
+        x: States, any floating type.
+        widths: Channels of each group of a token: `[N, T, len(widths)]` each; `None`: all tokens of a channel,
+            `[N, C]`.
+    """
+    if widths is None:
+        low, high = torch.aminmax(x.float(), dim=1)
+        return low, high
+    groups = x.float().split(widths, dim=-1)
+    return torch.stack([g.amin(-1) for g in groups], -1), torch.stack([g.amax(-1) for g in groups], -1)
+
+
+def quantize(
+    x: torch.Tensor,
+    n_bits: float,
+    widths: tuple[int, ...],
+    symmetric: bool = False,
+    range_method: str = "minmax",
+    scale_dtype: torch.dtype | None = None,
+):
     """Quantize groups along the last dimension.
 
     Args:
         x: `[..., sum(widths)]`, any floating type.
-        n_bits: Width of a code, at most 8.
+        n_bits: 1, 1.58, or a whole width of at most 8.
         widths: Elements of each group, in order.
+        symmetric: Levels around 0; always so for 1.58 bits.
+        range_method: "minmax" or "mse"; symmetric codes below two bits have only "mse".
+        scale_dtype: Two-byte type of the stored scales; default: `parameter_dtype(x.dtype)`.
 
     Returns:
-        `codes` uint8, shape of `x`; `scale` and `zero_point` `[..., len(widths)]` in `parameter_dtype(x.dtype)`.
-
-    Raises:
-        ValueError: A group contains NaN or Inf, or values beyond the range of the stored type.
+        `codes` uint8, shape of `x`; `scale` `[..., len(widths)]` in `scale_dtype`; `zero_point` likewise, or `None` if
+        symmetric. A group that contains NaN or Inf, or values or a range beyond `scale_dtype`, has scale NaN:
+        `check_scale` makes an error of it.
     """
-    dtype, x, steps = parameter_dtype(x.dtype), x.float(), 2**n_bits - 1
-    extremes = [torch.aminmax(group, dim=-1) for group in x.split(widths, dim=-1)]
-    low = torch.stack([e.min for e in extremes], dim=-1)
-    high = torch.stack([e.max for e in extremes], dim=-1)
+    dtype, x = scale_dtype or parameter_dtype(x.dtype), x.float()
+    levels, spacing, offset = grid(n_bits)
+    limit = torch.finfo(dtype).max
+    low = _by_group(lambda group: group.amin(-1), x, widths)
+    high = _by_group(lambda group: group.amax(-1), x, widths)
 
-    zero_point = _round_directed(low, dtype, up=False)
-    scale = _round_directed((high - zero_point.float()) / steps, dtype, up=True)
+    zero_point = None
+    if symmetric:
+        needed = torch.maximum(-low / offset, high / (levels - 1 - offset)) if n_bits >= 2 else low
+        scale = _round_directed(needed, dtype, up=True)
+    else:
+        zero_point = _round_directed(low, dtype, up=False)
+        scale = _round_directed((high - zero_point.float()) / ((levels - 1) * spacing), dtype, up=True)
+    fits = (low >= -limit) & (high <= limit)
+    if n_bits >= 2 or not symmetric:
+        fits &= torch.isfinite(scale)
+
+    if range_method == "mse" or (symmetric and n_bits < 2):
+        base = torch.zeros_like(low) if symmetric else low
+        unit = torch.maximum(-low, high) if symmetric else high - low
+        unit = torch.where(fits & (unit > 0), unit, 1)
+        bases, units = expand_groups(base, widths), expand_groups(unit, widths)
+        u = torch.where(expand_groups(fits, widths), (x - bases) / units, 0)
+        step, zero = _least_error_range(u, n_bits, widths, symmetric)
+        best_scale = (step / spacing * unit).clamp(max=limit).to(dtype)
+        best_zero = None if symmetric else (base + zero * unit).clamp(-limit, limit).to(dtype)
+        best_scale = torch.where(high > low, best_scale, 0) if not symmetric else torch.where(unit > 0, best_scale, 0)
+        if n_bits >= 2 or not symmetric:
+            errors = []
+            for s, z in ((scale, zero_point), (best_scale, best_zero)):
+                steps, zeros = (expand_groups(p, widths) for p in _step_and_zero(s, z, n_bits))
+                difference = (x - (_codes(x, steps, zeros, levels) * steps + zeros)) / units
+                errors.append(_squared_error(torch.where(expand_groups(fits, widths), difference, 0), widths))
+            better = errors[1] < errors[0]
+            best_scale = torch.where(better, best_scale, scale)
+            best_zero = None if symmetric else torch.where(better, best_zero, zero_point)
+        scale, zero_point = best_scale, best_zero
+
+    scale = torch.where(fits, scale, torch.nan)
+    steps, zeros = (expand_groups(p, widths) for p in _step_and_zero(scale, zero_point, n_bits))
+    return _codes(x, steps, zeros, levels).to(torch.uint8), scale, zero_point
+
+
+def _step_and_zero(scale: torch.Tensor, zero_point: torch.Tensor | None, n_bits: float):
+    """Step and zero point in float32 of stored parameters."""
+    scale, (_, spacing, offset) = scale.float(), grid(n_bits)
+    return scale * spacing, scale * -offset if zero_point is None else zero_point.float()
+
+
+def check_scale(scale: torch.Tensor) -> None:
+    """Raise a `ValueError` if a group could not be quantized (see `quantize`)."""
     require(
-        torch.isfinite(scale).all() & torch.isfinite(zero_point).all() & (high <= torch.finfo(dtype).max).all(),
-        f"x: values to quantize must be finite, and they and their range must fit {dtype} (the type of the stored "
-        "scales); NaN, Inf or larger values were found (a bfloat16 model has bfloat16 scales)",
+        torch.isfinite(scale).all(),
+        f"x: values to quantize must be finite, and they and their range must fit {scale.dtype} (the type of the "
+        "stored scales); NaN, Inf or larger values were found (a bfloat16 model has bfloat16 scales)",
     )
 
-    step = expand_groups(scale.float(), widths)
-    offset = x - expand_groups(zero_point.float(), widths)
-    codes = torch.where(step > 0, (offset / step).round_(), 0).clamp_(0, steps)
-    return codes.to(torch.uint8), scale, zero_point
 
+def dequantize(
+    codes, scale, zero_point, widths: tuple[int, ...], dtype: torch.dtype, n_bits: float = 8
+) -> torch.Tensor:
+    """Inverse of `quantize`: `[..., sum(widths)]` in `dtype`, kept inside its finite range.
 
-def dequantize(codes, scale, zero_point, widths: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Inverse of `quantize`: `[..., sum(widths)]` in `dtype`, kept inside its finite range."""
-    x = codes * expand_groups(scale.float(), widths) + expand_groups(zero_point.float(), widths)
+    `n_bits` matters to symmetric codes (`zero_point=None`) and to one bit.
+    """
+    step, zero = _step_and_zero(scale, zero_point, n_bits)
+    x = codes * expand_groups(step, widths) + expand_groups(zero, widths)
     limit = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
     return x.clamp_(-limit, limit).to(dtype)
 
@@ -129,100 +302,214 @@ def dequantize(codes, scale, zero_point, widths: tuple[int, ...], dtype: torch.d
 # ---- packing
 
 
-def _planes(n_bits: int) -> tuple[tuple[int, int], ...]:
-    """(bits, position in the code) of the bit planes that a width is stored as."""
-    return ((2, 0), (1, 2)) if n_bits == 3 else ((n_bits, 0),)
+class Plane(NamedTuple):
+    """One plane of packed codes: which bits of the code it holds, and how many codes stand in a word."""
+
+    bits: float
+    position: int
+    per_word: int
 
 
-def packed_words(length: int, n_bits: int) -> int:
+def _planes(n_bits: float) -> tuple[Plane, ...]:
+    """The bit planes that a width is stored as."""
+    if n_bits == 3:
+        return (Plane(2, 0, 16), Plane(1, 2, 32))
+    return (Plane(n_bits, 0, 20 if n_bits == 1.58 else 32 // n_bits),)
+
+
+def packed_words(length: int, n_bits: float) -> int:
     """int32 words per channel for a block of `length` tokens."""
-    return sum(-(-length // (32 // bits)) for bits, _ in _planes(n_bits))
+    return sum(-(-length // plane.per_word) for plane in _planes(n_bits))
 
 
-def pack_codes(codes: torch.Tensor, n_bits: int) -> torch.Tensor:
+def _pack_ternary(codes: torch.Tensor) -> torch.Tensor:
+    """Words `[..., C]` of `[..., 20, C]` ternary codes."""
+    powers = torch.tensor([81, 27, 9, 3, 1], dtype=torch.int32, device=codes.device)[:, None]
+    values = (codes.unflatten(-2, (4, 5)) * powers).sum(-2, dtype=torch.int32)
+    shifts = torch.arange(0, 32, 8, dtype=torch.int32, device=codes.device)[:, None]
+    return (((values * 256 + 242) // 243) << shifts).sum(-2, dtype=torch.int32)
+
+
+def _unpack_ternary(words: torch.Tensor) -> torch.Tensor:
+    """Ternary codes `[..., 20, C]` of words `[..., C]`."""
+    shifts = torch.arange(0, 32, 8, dtype=torch.int32, device=words.device)[:, None, None]
+    powers = torch.tensor([1, 3, 9, 27, 81], dtype=torch.int32, device=words.device)[:, None]
+    digits = (words[..., None, None, :] >> shifts & 255) * powers & 255
+    return (digits * 3 >> 8).flatten(-3, -2)
+
+
+def pack_codes(codes: torch.Tensor, n_bits: float) -> torch.Tensor:
     """Pack `[..., T, C]` integer codes into `[..., W, C]` int32 words (layout: module docstring)."""
     planes = []
-    for bits, position in _planes(n_bits):
-        per_word = 32 // bits
-        plane = (codes.to(torch.int32) >> position) & (2**bits - 1)
-        plane = torch.nn.functional.pad(plane, (0, 0, 0, -plane.shape[-2] % per_word))
-        shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=codes.device)[:, None]
-        planes.append((plane.unflatten(-2, (-1, per_word)) << shifts).sum(-2, dtype=torch.int32))
+    for bits, position, per_word in _planes(n_bits):
+        plane = codes.to(torch.int32)
+        plane = torch.nn.functional.pad(plane, (0, 0, 0, -plane.shape[-2] % per_word)).unflatten(-2, (-1, per_word))
+        if n_bits == 1.58:
+            planes.append(_pack_ternary(plane))
+        else:
+            shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=codes.device)[:, None]
+            planes.append((((plane >> position) & (2**bits - 1)) << shifts).sum(-2, dtype=torch.int32))
     return torch.cat(planes, dim=-2)
 
 
-def unpack_codes(packed: torch.Tensor, n_bits: int, length: int) -> torch.Tensor:
+def unpack_codes(packed: torch.Tensor, n_bits: float, length: int) -> torch.Tensor:
     """Inverse of `pack_codes`: `[..., W, C]` int32 words to `[..., length, C]` int32 codes."""
     codes, start = 0, 0
-    for bits, position in _planes(n_bits):
-        words = -(-length // (32 // bits))
-        shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=packed.device)[:, None]
-        plane = (packed[..., start : start + words, :].unsqueeze(-2) >> shifts) & (2**bits - 1)
+    for bits, position, per_word in _planes(n_bits):
+        words = packed[..., start : start + -(-length // per_word), :]
+        start += words.shape[-2]
+        if n_bits == 1.58:
+            plane = _unpack_ternary(words)
+        else:
+            shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=packed.device)[:, None]
+            plane = (words.unsqueeze(-2) >> shifts) & (2**bits - 1)
         codes = codes | plane.flatten(-3, -2)[..., :length, :] << position
-        start += words
     return codes
+
+
+# ---- packed blocks
+
+
+def quantize_and_pack(
+    x: torch.Tensor,
+    n_bits: float,
+    widths: tuple[int, ...] | None = None,
+    symmetric: bool = False,
+    range_method: str = "minmax",
+    scale_dtype: torch.dtype | None = None,
+    static: tuple[torch.Tensor, torch.Tensor] | None = None,
+):
+    """Quantize and pack blocks of states.
+
+    Args:
+        x: `[N, T, C]`, any floating type.
+        n_bits, symmetric, range_method, scale_dtype: As for `quantize`.
+        widths: Channels that share a scale of a token, in order; `None`: one scale per channel and block.
+        static: Float32 scale and zero point `[C]` of every block, by which values are clipped; `None`: measured.
+
+    Returns:
+        `packed` `[N, W, C]` int32; `scale` `[N, C]`, or `[N, T, len(widths)]`, or the given ones; `zero_point`
+        likewise, `None` if symmetric.
+
+    Raises:
+        ValueError: See `check_scale`; static: `x` is not finite.
+    """
+    if static is not None:
+        require(torch.isfinite(x).all(), "x: values to quantize must be finite; NaN or Inf were found")
+        step, zero = _step_and_zero(*static, n_bits)
+        codes, (scale, zero_point) = _codes(x.float(), step, zero, grid(n_bits).levels), static
+    elif widths is None:
+        whole = (x.shape[1],)
+        codes, scale, zero_point = quantize(x.transpose(1, 2), n_bits, whole, symmetric, range_method, scale_dtype)
+        codes, scale = codes.transpose(1, 2), scale.squeeze(-1)
+        zero_point = None if zero_point is None else zero_point.squeeze(-1)
+    else:
+        codes, scale, zero_point = quantize(x, n_bits, widths, symmetric, range_method, scale_dtype)
+    check_scale(scale)
+    return pack_codes(codes, n_bits), scale, zero_point
+
+
+def unpack_and_dequantize(
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    n_bits: float,
+    length: int,
+    dtype: torch.dtype,
+    widths: tuple[int, ...] | None = None,
+) -> torch.Tensor:
+    """States `[N, length, C]` in `dtype` of what `quantize_and_pack` returns (static scales: `[1, C]` or `[N, C]`)."""
+    codes = unpack_codes(packed, n_bits, length)
+    if widths is not None:
+        return dequantize(codes, scale, zero_point, widths, dtype, n_bits)
+    scale, zero_point = scale.unsqueeze(-1), None if zero_point is None else zero_point.unsqueeze(-1)
+    return dequantize(codes.transpose(1, 2), scale, zero_point, (length,), dtype, n_bits).transpose(1, 2)
 
 
 # ---- round trips on latents
 
 
-def _round_trip(x: torch.Tensor, n_bits: int, group_size: int):
+def _round_trip(x: torch.Tensor, n_bits: float, group_size: int, symmetric: bool | None, range_method: str | None):
     """Quantize along the last dimension and back; returns (states, scale, zero_point)."""
+    n_bits, symmetric, range_method = _check_quantizer(n_bits, group_size, symmetric, range_method)
     widths = group_widths(x.shape[-1], group_size)
     if x.numel() == 0:
         parameter = x.new_empty((*x.shape[:-1], len(widths)), dtype=parameter_dtype(x.dtype))
-        return x, parameter, parameter
-    codes, scale, zero_point = quantize(x, n_bits, widths)
-    return dequantize(codes, scale, zero_point, widths, x.dtype), scale, zero_point
+        return x, parameter, None if symmetric else parameter
+    codes, scale, zero_point = quantize(x, n_bits, widths, symmetric, range_method)
+    check_scale(scale)
+    return dequantize(codes, scale, zero_point, widths, x.dtype, n_bits), scale, zero_point
 
 
-def _check_quantizer(n_bits, group_size: int) -> int:
+def _check_quantizer(n_bits, group_size: int, symmetric: bool | None, range_method: str | None):
+    """The checked width, and `symmetric` and `range_method` with `None` resolved, as `QuantScheme` does it."""
     check_bits("n_bits", n_bits)
     check_count("group_size", group_size)
     if n_bits == 16:
-        raise ValueError("n_bits=16: 16 bits is the untouched state and has no scale and zero point; use 2, 3, 4 or 8")
-    return int(n_bits)
+        raise ValueError("n_bits=16: 16 bits is the untouched state and has no scale and zero point")
+    if n_bits == 1.5:
+        raise ValueError("n_bits=1.5: mixes two widths by channel, which only the cache stores; use 1, 1.58 or 2")
+    scheme = QuantScheme(n_bits, group_size=group_size, symmetric=symmetric, range_method=range_method)
+    return n_bits if n_bits == 1.58 else int(n_bits), scheme.symmetric, scheme.range_method
 
 
-def kivi_quantize_per_channel(x: torch.Tensor, n_bits: int, group_size: int = 128):
+def kivi_quantize_per_channel(
+    x: torch.Tensor,
+    n_bits: float,
+    group_size: int = 128,
+    symmetric: bool | None = None,
+    range_method: str | None = None,
+):
     """Round trip of key latents with one scale per channel and group of tokens (KIVI, section 3.2).
 
     Args:
         x: `[B, L, r]` states.
-        n_bits: 2, 3, 4 or 8.
+        n_bits: 1, 1.58, 2, 3, 4 or 8.
         group_size: Tokens per group; the last group may be shorter. 0: all tokens in one.
+        symmetric, range_method: As for `QuantScheme`.
 
     Returns:
-        states `[B, L, r]` in the type of `x`; `scale` and `zero_point` `[B, ceil(L / group_size), r]`.
+        states `[B, L, r]` in the type of `x`; `scale` and `zero_point` `[B, ceil(L / group_size), r]`, the latter
+        `None` if symmetric.
 
     Raises:
         ValueError: A bad width or group size, or values that are not finite or do not fit the stored type.
     """
-    n_bits = _check_quantizer(n_bits, group_size)
-    states, scale, zero_point = _round_trip(x.transpose(-1, -2), n_bits, group_size)
-    return states.transpose(-1, -2), scale.transpose(-1, -2), zero_point.transpose(-1, -2)
+    results = _round_trip(x.transpose(-1, -2), n_bits, group_size, symmetric, range_method)
+    return tuple(None if t is None else t.transpose(-1, -2) for t in results)
 
 
-def kivi_quantize_per_token(x: torch.Tensor, n_bits: int, group_size: int = 128):
+def kivi_quantize_per_token(
+    x: torch.Tensor,
+    n_bits: float,
+    group_size: int = 128,
+    symmetric: bool | None = None,
+    range_method: str | None = None,
+):
     """Round trip of value latents with one scale per token and group of channels (KIVI, section 3.2).
 
     Args, errors: as `kivi_quantize_per_channel`, with groups of channels (0: the whole rank).
 
     Returns:
-        states `[B, L, r]` in the type of `x`; `scale` and `zero_point` `[B, L, ceil(r / group_size)]`.
+        states `[B, L, r]` in the type of `x`; `scale` and `zero_point` `[B, L, ceil(r / group_size)]`, the latter
+        `None` if symmetric.
     """
-    return _round_trip(x, _check_quantizer(n_bits, group_size), group_size)
+    return _round_trip(x, n_bits, group_size, symmetric, range_method)
 
 
 @dataclass(frozen=True)
 class KIVIQuantizer:
     """Round trip of `[B, L, r]` states of any length, as a callable: same shape and type out; 16 bits: untouched."""
 
-    n_bits: int = 2
+    n_bits: float = 2
     group_size: int = 128
     per_channel: bool = True
+    symmetric: bool | None = None
+    range_method: str | None = None
 
     def __post_init__(self):
+        if self.n_bits != 16:
+            _check_quantizer(self.n_bits, self.group_size, self.symmetric, self.range_method)
         check_bits("n_bits", self.n_bits)
         check_count("group_size", self.group_size)
 
@@ -230,14 +517,14 @@ class KIVIQuantizer:
         if self.n_bits == 16:
             return x
         quantize_states = kivi_quantize_per_channel if self.per_channel else kivi_quantize_per_token
-        return quantize_states(x, self.n_bits, self.group_size)[0]
+        return quantize_states(x, self.n_bits, self.group_size, self.symmetric, self.range_method)[0]
 
 
 @dataclass(frozen=True)
 class KIVIMixedQuantizer:
     """`KIVIQuantizer` on all but the last `residual_length` tokens of `[B, L, r]`, which come back untouched."""
 
-    n_bits: int = 2
+    n_bits: float = 2
     group_size: int = 128
     residual_length: int = 32
     per_channel: bool = True
@@ -251,11 +538,11 @@ class KIVIMixedQuantizer:
         return torch.cat([KIVIQuantizer(self.n_bits, self.group_size, self.per_channel)(old), recent], dim=-2)
 
 
-def quantize_latent(x: torch.Tensor, n_bits: int, group_size: int = 0) -> torch.Tensor:
+def quantize_latent(x: torch.Tensor, n_bits: float, group_size: int = 0) -> torch.Tensor:
     """The simple scheme (`use_kivi=False`): round every token of `[..., L, r]` latents by itself, at once."""
     return KIVIQuantizer(n_bits, group_size, per_channel=False)(x)
 
 
-def quantize_latent_mixed(x: torch.Tensor, n_bits: int, residual_length: int, group_size: int = 0) -> torch.Tensor:
+def quantize_latent_mixed(x: torch.Tensor, n_bits: float, residual_length: int, group_size: int = 0) -> torch.Tensor:
     """`quantize_latent` on all but the last `residual_length` tokens."""
     return KIVIMixedQuantizer(n_bits, group_size, residual_length, per_channel=False)(x)

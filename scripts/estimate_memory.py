@@ -69,7 +69,7 @@ def layer_breakdown(scheme: CacheScheme, length: int, widths: LayerWidths, dtype
     for codec in scheme.codecs(widths, dtype).values():
         for name, (shape, field_dtype) in codec.fields().items():
             nbytes = blocks * torch.Size(shape).numel() * field_dtype.itemsize
-            if name in ("scale", "zero_point"):
+            if name.endswith(("scale", "zero_point")):
                 parameters += nbytes
             else:
                 codes += nbytes
@@ -92,8 +92,7 @@ def main(config: EstimateConfig) -> dict[str, Any]:
     """Print the table; returns the figures in bytes."""
     model, is_split = latent_config(config.model, config.rank, config.head_group_size, config.cache_settings())
     dtype = getattr(torch, config.dtype) if config.dtype else model.dtype or torch.float16
-    names = ("k_bits", "v_bits", "group_size", "residual_length", "sink_length")
-    scheme = CacheScheme(**{name: getattr(model, name) for name in names})
+    scheme = CacheScheme.from_config(model)
     widths = config_widths(model)
 
     estimates = []
@@ -124,7 +123,11 @@ def main(config: EstimateConfig) -> dict[str, Any]:
     print(
         ", ".join(f"{s} {min(c)}–{max(c)}" if min(c) < max(c) else f"{s} {c[0]}" for s, c in zip("kv", zip(*channels)))
     )
-    print(", ".join(f"{name} {value:g}" for name, value in asdict(scheme).items()), end="\n\n")
+    print(f"keys {scheme.keys}, values {scheme.values}", end=", ")
+    print(
+        ", ".join(f"{name} {getattr(scheme, name)}" for name in ("group_size", "residual_length", "sink_length")),
+        end="\n\n",
+    )
     header = ["length", "dense", "packed", "ratio", "dense/token", "packed/token"]
     header += ["codes", "scales+zeros", "window+sinks", "table", "allocated at most"]
     rows = []

@@ -31,7 +31,7 @@ def round_trip(groups: np.ndarray, bits: int, dtype: torch.dtype) -> np.ndarray:
     zero_point = round_parameter(groups.min(1, keepdims=True), dtype, up=False)
     scale = round_parameter((groups.max(1, keepdims=True) - zero_point) / np.float32(2**bits - 1), dtype, up=True)
     divisor = np.where(scale == 0, np.float32(np.inf), scale)
-    codes = np.clip(np.rint((groups - zero_point) / divisor), 0, 2**bits - 1)
+    codes = np.floor(np.clip((groups - zero_point) / divisor, 0, 2**bits - 1) + np.float32(0.5))
     return codes * scale + zero_point
 
 

@@ -66,5 +66,5 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_another_file_is_refused(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="version None must be 1"):
+    with pytest.raises(ValueError, match="version None must be 2"):
         KIVILatentCache.load(tmp_path / "other.safetensors")

@@ -289,7 +289,7 @@ def test_blocks_are_written_once(setting, monkeypatch):
     layer.append(keys[:, :1], values[:, :1])
     encoded, written = [], []
     encode, write = layer.pool.encode, layer.pool.write
-    monkeypatch.setattr(layer.pool, "encode", lambda states: encoded.append(states["keys"].shape) or encode(states))
+    monkeypatch.setattr(layer.pool, "encode", lambda states, _: encoded.append(states["keys"].shape) or encode(states))
     monkeypatch.setattr(layer.pool, "write", lambda blocks: written.append(write(blocks)) or written[-1])
     held: list[dict[str, torch.Tensor]] = [{}, {}]
     start = 1

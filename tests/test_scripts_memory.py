@@ -118,7 +118,7 @@ def test_estimate_output(dense_path, split_path, tmp_path, capsys):
     assert result["dtype"] == "float32"  # what the checkpoint names
     assert result["environment"]["torch"] == torch.__version__
     printed = capsys.readouterr().out
-    for text in ("rank 12", "k_bits 3", "777", human_bytes(result["estimates"][0]["packed"])):
+    for text in ("rank 12", "keys 3-bit per channel", "777", human_bytes(result["estimates"][0]["packed"])):
         assert text in printed
     estimate_memory.main(EstimateConfig(model=split_path, rank=0.9))
     assert "--rank is not used: k 10, v 10–11" in capsys.readouterr().out
@@ -332,4 +332,4 @@ def test_a_bad_value_is_a_usage_error(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["estimate_memory.py", "--v_bits", "6"])
     with pytest.raises(SystemExit, match="2"):
         common.parse_config(EstimateConfig, "What it does.")
-    assert "error: v_bits=6: must be one of 2, 3, 4, 8, 16 bits" in capsys.readouterr().err
+    assert "error: v_bits=6: must be one of 1, 1.5, 1.58, 2, 3, 4, 8, 16 bits" in capsys.readouterr().err

@@ -12,8 +12,14 @@ ORDER = [
     "modules.hadamard_utils",
     "modules.quant_utils",
     "modules.svd_linear",
+    "modules.kernels.quantize",
+    "modules.kernels",
+    "modules.codecs",
+    "modules.token_scores",
+    "modules.vidkv",
     "modules.block_pool",
     "modules.kivi_cache",
+    "modules.calibrated_int8",
     "modules.latent_attention",
     "modules.calibration",
     "modules",
@@ -38,7 +44,9 @@ def imported(path: Path) -> set[str]:
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative imports cannot be loaded as hub code"
-            names.add(node.module)
+            # `from modules import codecs` imports a module, not the package.
+            submodules = {f"{node.module}.{alias.name}" for alias in node.names}
+            names.update(submodules if submodules <= set(ORDER) else {node.module})
     return names
 
 

@@ -1,0 +1,430 @@
+"""Quantizers of packed blocks: each turns the states of a block into tensors and back.
+
+A quantizer is a class with the members of `BlockCodec`. To add one, write the class and register it:
+
+    @register_quantizer("mine")
+    class MyCodec: ...
+
+Then `QuantScheme(quantizer="mine")` uses it for keys or values of any cache.
+"""
+
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+
+from configuration_alrd_llama import QuantScheme
+from modules.hadamard_utils import rotate, rotate_back
+from modules.kernels import Backend, get_backend
+from modules.quant_utils import DEFAULT_BLOCK_LENGTH, group_widths, packed_words, parameter_dtype
+
+Fields = dict[str, torch.Tensor]
+
+#: Scale and zero point `[C]`, float32, from calibration.
+StaticScales = tuple[torch.Tensor, torch.Tensor]
+
+
+class BlockCodec(Protocol):
+    """How the states of one block are stored.
+
+    Args of the constructor:
+        scheme: What the user asked for.
+        length: Tokens of a block, T.
+        widths: Channels of each head group; C is their sum.
+        dtype: Type of the decoded states.
+        backend: Functions that quantize and pack (`modules/kernels`).
+        scale_dtype: Two-byte type of scales and zero points.
+    """
+
+    def __init__(
+        self,
+        scheme: QuantScheme,
+        length: int,
+        widths: tuple[int, ...],
+        dtype: torch.dtype,
+        backend: Backend,
+        scale_dtype: torch.dtype,
+    ): ...
+
+    def fields(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and type of each tensor that one block takes."""
+
+    def encode(self, states: torch.Tensor, score: torch.Tensor | None = None) -> Fields:
+        """Store `[N, T, C]` states of N blocks; `score` `[N, T]`: what each token is worth, if somebody knows."""
+
+    def decode(self, fields: Fields) -> torch.Tensor:
+        """States `[..., T, C]` from fields with any leading dimensions."""
+
+
+#: Quantizers of users, by the name that `QuantScheme.quantizer` gives.
+QUANTIZERS: dict[str, type[BlockCodec]] = {}
+
+
+def register_quantizer(name: str):
+    """Class decorator: make a quantizer known under a name, for `QuantScheme.quantizer`."""
+
+    def register(codec_class: type[BlockCodec]) -> type[BlockCodec]:
+        QUANTIZERS[name] = codec_class
+        return codec_class
+
+    return register
+
+
+class _Codec:
+    """The constructor that all quantizers share."""
+
+    def __init__(self, scheme, length, widths, dtype, backend, scale_dtype):
+        self.scheme, self.length, self.widths = scheme, length, tuple(widths)
+        self.dtype, self.backend, self.scale_dtype = dtype, backend, scale_dtype
+
+    def _with(self, scheme: QuantScheme, length: int, widths: tuple[int, ...], dtype: torch.dtype) -> BlockCodec:
+        """The quantizer of a part of the states."""
+        return make_codec(scheme, length, widths, dtype, self.backend, scale_dtype=self.scale_dtype)
+
+
+class ExactCodec(_Codec):
+    """16 bits, the lossless mode: the states in their own type."""
+
+    def fields(self):
+        return {"states": ((self.length, sum(self.widths)), self.dtype)}
+
+    def encode(self, states: torch.Tensor, score=None) -> Fields:
+        return {"states": states}
+
+    def decode(self, fields: Fields) -> torch.Tensor:
+        return fields["states"]
+
+
+class UniformCodec(_Codec):
+    """Codes on a uniform grid (`modules/quant_utils.py`).
+
+    Per channel a block holds groups of g tokens, the last one shorter if need be, each packed by itself; per token,
+    groups of the channels of a head group. With two-byte parameters and whole widths that is `bits + 32 / g` bits per
+    element (symmetric: 16 / g).
+    """
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        scheme, channels = self.scheme, sum(self.widths)
+        if scheme.per_channel:
+            #: Tokens of each group that is packed by itself, and channels of each group of a token.
+            self.runs, self.groups = group_widths(self.length, scheme.group_size), None
+            parameter = (len(self.runs), channels)
+        else:
+            self.runs = (self.length,)
+            self.groups = tuple(g for width in self.widths for g in group_widths(width, scheme.group_size))
+            parameter = (self.length, len(self.groups))
+        words = sum(packed_words(run, scheme.bits) for run in self.runs)
+        self._fields = {"packed": ((words, channels), torch.int32), "scale": (parameter, self.scale_dtype)}
+        if not scheme.symmetric:
+            self._fields["zero_point"] = (parameter, self.scale_dtype)
+
+    def _equal_runs(self) -> tuple[tuple[int, int], ...]:
+        """(how many, tokens) of the groups of equal length."""
+        full = self.runs.count(self.runs[0])
+        return ((full, self.runs[0]), *((1, run) for run in self.runs[full:]))
+
+    def fields(self):
+        return self._fields
+
+    def encode(self, states: torch.Tensor, score=None) -> Fields:
+        scheme, blocks, channels = self.scheme, len(states), states.shape[-1]
+        pieces: dict[str, list[torch.Tensor]] = {name: [] for name in self._fields}
+        for part, (count, run) in zip(states.split([n * run for n, run in self._equal_runs()], 1), self._equal_runs()):
+            results = self.backend.quantize_and_pack(
+                part.reshape(blocks * count, run, channels),
+                scheme.bits,
+                self.groups,
+                scheme.symmetric,
+                scheme.range_method,
+                self.scale_dtype,
+            )
+            for name, tensor in zip(("packed", "scale", "zero_point"), results):
+                if tensor is not None:
+                    pieces[name].append(tensor.reshape(blocks, -1, tensor.shape[-1]))
+        return {name: torch.cat(parts, dim=1) for name, parts in pieces.items()}
+
+    def decode(self, fields: Fields) -> torch.Tensor:
+        lead, channels = fields["packed"].shape[:-2], sum(self.widths)
+        runs, bits = self._equal_runs(), self.scheme.bits
+        pieces = []
+        for name in ("packed", "scale", "zero_point"):
+            if name not in fields:
+                pieces.append([None] * len(runs))
+                continue
+            # Rows that a group takes: its words, one row of parameters per channel, or one per token.
+            sizes = [
+                packed_words(run, bits) if name == "packed" else 1 if self.groups is None else run for _, run in runs
+            ]
+            counts = [count * size for (count, _), size in zip(runs, sizes)]
+            parts = fields[name].flatten(0, -3).split(counts, dim=1)
+            flat = name != "packed" and self.groups is None
+            pieces.append(
+                [p.flatten(0, 1) if flat else p.unflatten(1, (-1, n)).flatten(0, 1) for p, n in zip(parts, sizes)]
+            )
+        states = [
+            self.backend.unpack_and_dequantize(*tensors, bits, run, self.dtype, self.groups).reshape(
+                -1, count * run, channels
+            )
+            for (count, run), tensors in zip(runs, zip(*pieces))
+        ]
+        return torch.cat(states, dim=1).reshape(*lead, self.length, channels)
+
+
+class StaticCodec(_Codec):
+    """Codes by scales from calibration, which are stored once, not per block: exactly `bits` bits per element."""
+
+    def __init__(self, *args, scales: StaticScales):
+        super().__init__(*args)
+        self.scales = scales
+
+    def fields(self):
+        return {"packed": ((packed_words(self.length, self.scheme.bits), sum(self.widths)), torch.int32)}
+
+    def encode(self, states: torch.Tensor, score=None) -> Fields:
+        return {"packed": self.backend.quantize_and_pack(states, self.scheme.bits, static=self.scales)[0]}
+
+    def decode(self, fields: Fields) -> torch.Tensor:
+        packed = fields["packed"]
+        scale, zero_point = (x.unsqueeze(0) for x in self.scales)
+        states = self.backend.unpack_and_dequantize(
+            packed.flatten(0, -3), scale, zero_point, self.scheme.bits, self.length, self.dtype
+        )
+        return states.reshape(*packed.shape[:-2], *states.shape[1:])
+
+
+class RotatedCodec(_Codec):
+    """Each head group rotated by a Hadamard matrix before it is quantized, and back after."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        plain = replace(self.scheme, rotation=False)
+        self.inner = self._with(plain, self.length, self.widths, torch.float32)
+
+    def fields(self):
+        return self.inner.fields()
+
+    def encode(self, states: torch.Tensor, score=None) -> Fields:
+        rotated = [rotate(group.float()) for group in states.split(self.widths, dim=-1)]
+        return self.inner.encode(torch.cat(rotated, dim=-1), score)
+
+    def decode(self, fields: Fields) -> torch.Tensor:
+        groups = self.inner.decode(fields).split(self.widths, dim=-1)
+        limit = min(torch.finfo(self.dtype).max, torch.finfo(torch.float32).max)
+        return torch.cat([rotate_back(g) for g in groups], dim=-1).clamp_(-limit, limit).to(self.dtype)
+
+
+class MixedChannelCodec(_Codec):
+    """1.5 bits: of each head group the half of the channels with the widest range in a block at 2 bits, the others
+    rotated among themselves by an orthonormal transform and kept at 1 bit (VidKV, arXiv:2503.16257, section 3.2).
+
+    The choice is a bit per channel and block. VidKV transforms by a full complex FFT, which doubles what is stored; a
+    real orthonormal transform does not.
+    """
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        wide = tuple(-(-width // 2) for width in self.widths)
+        narrow = tuple(width - w for width, w in zip(self.widths, wide))
+        self.narrow = tuple(width for width in narrow if width)
+        low = replace(self.scheme, bits=1, symmetric=True, range_method="mse")
+        self.parts = {"wide": self._with(replace(self.scheme, bits=2), self.length, wide, torch.float32)}
+        if self.narrow:
+            self.parts["narrow"] = self._with(low, self.length, self.narrow, torch.float32)
+        group = torch.arange(len(self.widths)).repeat_interleave(torch.tensor(self.widths))
+        self._group = group
+        self._wide_of_group = torch.tensor(wide)[group]
+
+    def fields(self):
+        own = {"is_wide": ((_mask_bytes(sum(self.widths)),), torch.uint8)}
+        return own | {f"{part}.{n}": f for part, codec in self.parts.items() for n, f in codec.fields().items()}
+
+    def _order(self, is_wide: torch.Tensor) -> torch.Tensor:
+        """Channels `[..., C]` in the order of storage: the wide ones by head group, then the narrow ones."""
+        group = self._group.to(is_wide.device)
+        return (group + (~is_wide).long() * len(self.widths)).argsort(dim=-1, stable=True)
+
+    def encode(self, states: torch.Tensor, score=None) -> Fields:
+        low, high = self.backend.find_range(states)
+        group = self._group.to(states.device)
+        # Rank of each channel's range in its group: sorted by falling range, then by group, both stably.
+        falling = (low - high).argsort(dim=-1, stable=True)
+        by_group = falling.gather(-1, group[falling].argsort(dim=-1, stable=True))
+        starts = torch.tensor([sum(self.widths[:i]) for i in range(len(self.widths))], device=states.device)
+        rank = by_group.argsort(dim=-1) - starts[group]
+        is_wide = rank < self._wide_of_group.to(states.device)
+
+        sorted_states = states.float().gather(-1, self._order(is_wide)[:, None].expand_as(states))
+        wide, narrow = sorted_states.split([sum(self.parts["wide"].widths), sum(self.narrow)], dim=-1)
+        encoded = {f"wide.{n}": t for n, t in self.parts["wide"].encode(wide).items()}
+        if self.narrow:
+            rotated = torch.cat([rotate(group) for group in narrow.split(self.narrow, dim=-1)], dim=-1)
+            encoded |= {f"narrow.{n}": t for n, t in self.parts["narrow"].encode(rotated).items()}
+        return {"is_wide": _pack_mask(is_wide)} | encoded
+
+    def decode(self, fields: Fields) -> torch.Tensor:
+        decoded = {
+            part: codec.decode({n.removeprefix(f"{part}."): t for n, t in fields.items() if n.startswith(f"{part}.")})
+            for part, codec in self.parts.items()
+        }
+        groups = [decoded["wide"]]
+        if self.narrow:
+            groups += [rotate_back(group) for group in decoded["narrow"].split(self.narrow, dim=-1)]
+        order = self._order(_unpack_mask(fields["is_wide"], sum(self.widths)))
+        states = torch.cat(groups, dim=-1)
+        states = states.gather(-1, order.argsort(dim=-1)[..., None, :].expand_as(states))
+        limit = min(torch.finfo(self.dtype).max, torch.finfo(torch.float32).max)
+        return states.clamp_(-limit, limit).to(self.dtype)
+
+
+class ProtectedTokenCodec(_Codec):
+    """A share of each block's tokens at a higher width (VidKV's selective token protection, section 3.3).
+
+    The tokens of the highest score are protected; without scores those that the lower width would hurt most, by their
+    squared error. The choice is a bit per token and block.
+    """
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        scheme = self.scheme
+        self.count = max(1, round(scheme.protected * self.length))
+        if self.count >= self.length:
+            raise ValueError(f"protected={scheme.protected}: must leave tokens of a block of {self.length} unprotected")
+        low = replace(scheme, protected=0.0)
+        by_width = {"symmetric": None, "range_method": None if scheme.range_method == "minmax" else "mse"}
+        high = replace(low, bits=scheme.protected_bits, **by_width)
+        self.unprotected = self._with(low, self.length, self.widths, torch.float32)
+        self.parts = {
+            "high": self._with(high, self.count, self.widths, self.dtype),
+            "low": self._with(low, self.length - self.count, self.widths, self.dtype),
+        }
+
+    def fields(self):
+        own = {"is_protected": ((_mask_bytes(self.length),), torch.uint8)}
+        return own | {f"{part}.{n}": f for part, codec in self.parts.items() for n, f in codec.fields().items()}
+
+    def encode(self, states: torch.Tensor, score: torch.Tensor | None = None) -> Fields:
+        if score is None:
+            low = self.unprotected.decode(self.unprotected.encode(states))
+            score = (states.float() - low).square().sum(-1)
+        chosen = score.argsort(dim=-1, descending=True, stable=True)[:, : self.count]
+        is_protected = torch.zeros(states.shape[:2], dtype=torch.bool, device=states.device).scatter(1, chosen, True)
+        order = _mask_order(is_protected)
+        sorted_states = states.gather(1, order[..., None].expand_as(states))
+        high, low = sorted_states.tensor_split([self.count], dim=1)
+        encoded = {"high": self.parts["high"].encode(high), "low": self.parts["low"].encode(low)}
+        own = {"is_protected": _pack_mask(is_protected)}
+        return own | {f"{part}.{n}": t for part, fields in encoded.items() for n, t in fields.items()}
+
+    def decode(self, fields: Fields) -> torch.Tensor:
+        decoded = [
+            codec.decode({n.removeprefix(f"{part}."): t for n, t in fields.items() if n.startswith(f"{part}.")})
+            for part, codec in self.parts.items()
+        ]
+        states = torch.cat(decoded, dim=-2)
+        order = _mask_order(_unpack_mask(fields["is_protected"], self.length))
+        return states.gather(-2, order.argsort(dim=-1)[..., None].expand_as(states))
+
+
+# ---- masks of a bit per element
+
+
+def _mask_bytes(length: int) -> int:
+    return -(-length // 8)
+
+
+def _pack_mask(mask: torch.Tensor) -> torch.Tensor:
+    """`[..., ceil(n / 8)]` uint8 of a bool `[..., n]`; element `i` is bit `i % 8` of byte `i // 8`."""
+    padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, -mask.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    return (padded << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(-1).to(torch.uint8)
+
+
+def _unpack_mask(packed: torch.Tensor, length: int) -> torch.Tensor:
+    bits = packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
+    return bits.flatten(-2)[..., :length].bool()
+
+
+def _mask_order(mask: torch.Tensor) -> torch.Tensor:
+    """Positions `[..., n]`: those in the mask, then the others, each in their own order."""
+    return (~mask).to(torch.uint8).argsort(dim=-1, stable=True)
+
+
+# ---- choice
+
+
+def make_codec(
+    scheme: QuantScheme,
+    length: int,
+    widths: tuple[int, ...],
+    dtype: torch.dtype,
+    backend: Backend | None = None,
+    static_scales: StaticScales | None = None,
+    scale_dtype: torch.dtype | None = None,
+) -> BlockCodec:
+    """Quantizer of one side of a layer.
+
+    Args:
+        scheme: What to store.
+        length: Tokens per block.
+        widths: Channels of each head group.
+        dtype: Type of the states.
+        backend: Default: the reference.
+        static_scales: For `scheme.static`.
+        scale_dtype: Default: `parameter_dtype(dtype)`.
+
+    Raises:
+        ValueError: The scheme asks for what does not exist or was not given.
+    """
+    arguments = (
+        scheme,
+        length,
+        widths,
+        dtype,
+        backend or get_backend("reference", torch.device("cpu")),
+        scale_dtype or parameter_dtype(dtype),
+    )
+    if scheme.static:
+        if static_scales is None:
+            raise ValueError("static=True: needs calibrated scales, static_scales (see modules/calibrated_int8.py)")
+        return StaticCodec(*arguments, scales=static_scales)
+    if scheme.bits == 16:
+        return ExactCodec(*arguments)
+    if scheme.protected:
+        return ProtectedTokenCodec(*arguments)
+    if scheme.rotation:
+        return RotatedCodec(*arguments)
+    if scheme.quantizer is None:
+        return MixedChannelCodec(*arguments) if scheme.bits == 1.5 else UniformCodec(*arguments)
+    if scheme.quantizer not in QUANTIZERS:
+        known = ", ".join(sorted(QUANTIZERS)) or "none"
+        raise ValueError(f"quantizer={scheme.quantizer!r}: must be registered (registered are: {known})")
+    return QUANTIZERS[scheme.quantizer](*arguments)
+
+
+def block_length(*schemes: QuantScheme) -> int:
+    """Tokens of a block that all sides share, G: the larger group size; with protected tokens at least 128."""
+    length = max(scheme.group_size or DEFAULT_BLOCK_LENGTH for scheme in schemes)
+    if any(scheme.protected for scheme in schemes):
+        length *= -(-DEFAULT_BLOCK_LENGTH // length)
+    return length
+
+
+def block_nbytes(codec: BlockCodec) -> int:
+    """Bytes that one block takes, everything counted."""
+    return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in codec.fields().values())
+
+
+__all__ = [
+    "QUANTIZERS",
+    "BlockCodec",
+    "ExactCodec",
+    "MixedChannelCodec",
+    "ProtectedTokenCodec",
+    "RotatedCodec",
+    "StaticCodec",
+    "UniformCodec",
+    "block_length",
+    "block_nbytes",
+    "make_codec",
+    "register_quantizer",
+]

@@ -1,0 +1,37 @@
+"""Scores by which the tokens of a block are protected (`QuantScheme.protected`), for `token_score` of a cache.
+
+A score is a function `(layer_idx, keys, values) -> [B, L]` of new tokens, the higher the more worth keeping. Besides the
+one here there are `token_score="attention"`, the attention that a token has received by the time it is packed (in
+`ALRDLlamaForCausalLM`), and `None`: what the lower width would do to the token.
+"""
+
+from collections.abc import Mapping
+
+import torch
+
+
+class QuerySimilarity:
+    """Cosine similarity of a token's keys to given query states (VidKV's cross-modal score, arXiv:2503.16257).
+
+    Args:
+        query_states: By layer, `[Q, C_k]` states that keys are compared with, in the space that the cache stores: for
+            another model its post-RoPE keys, heads side by side; for `ALRDLlamaForCausalLM` its key latents. A token's
+            score is its similarity to the nearest of them.
+
+    Raises:
+        ValueError: A layer has no query states, or of another number of channels.
+    """
+
+    def __init__(self, query_states: Mapping[int, torch.Tensor]):
+        self.query_states = dict(query_states)
+
+    def __call__(self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        queries = self.query_states.get(layer_idx)
+        if queries is None or queries.shape[-1] != keys.shape[-1]:
+            shape = None if queries is None else list(queries.shape)
+            raise ValueError(f"query_states[{layer_idx}]: {shape} must be [queries, {keys.shape[-1]}]")
+        queries = torch.nn.functional.normalize(queries.to(keys.device, torch.float32), dim=-1)
+        return (torch.nn.functional.normalize(keys.float(), dim=-1) @ queries.T).amax(-1)
+
+
+__all__ = ["QuerySimilarity"]
