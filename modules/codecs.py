@@ -174,9 +174,9 @@ class UniformCodec(_Codec):
 class StaticCodec(_Codec):
     """Codes by scales from calibration, which are stored once, not per block: exactly `bits` bits per element."""
 
-    def __init__(self, *args, scales: StaticScales):
+    def __init__(self, *args, scales: StaticScales | None):
         super().__init__(*args)
-        self.scales = scales
+        self.scales = scales  # `None`: the codec only tells the size
 
     def fields(self):
         return {"packed": ((packed_words(self.length, self.scheme.bits), sum(self.widths)), torch.int32)}
@@ -369,7 +369,7 @@ def make_codec(
         widths: Channels of each head group.
         dtype: Type of the states.
         backend: Default: the reference.
-        static_scales: For `scheme.static`.
+        static_scales: For `scheme.static`; without them its codec only tells the size.
         scale_dtype: Default: `parameter_dtype(dtype)`.
 
     Raises:
@@ -384,8 +384,6 @@ def make_codec(
         scale_dtype or parameter_dtype(dtype),
     )
     if scheme.static:
-        if static_scales is None:
-            raise ValueError("static=True: needs calibrated scales, static_scales (see modules/calibrated_int8.py)")
         return StaticCodec(*arguments, scales=static_scales)
     if scheme.bits == 16:
         return ExactCodec(*arguments)

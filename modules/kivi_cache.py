@@ -224,6 +224,9 @@ class KIVILatentLayer(CacheLayerMixin):
         scheme, self.widths, self.dtype, self.device = self.scheme, widths, like.dtype, like.device
         self.channels = {"keys": sum(widths[0]), "values": sum(widths[1])}
         self.rows = [Row()] * batch
+        for side, its_scheme in (("keys", scheme.keys), ("values", scheme.values)):
+            if its_scheme.static and side not in (self.static_scales or {}):
+                raise ValueError(f"static=True of the {side}: needs calibrated scales (modules/calibrated_int8.py)")
         if self.static_scales is not None:
             moved = {side: tuple(t.to(self.device) for t in pair) for side, pair in self.static_scales.items()}
             self.static_scales = moved

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig
+from transformers import AutoConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from configuration_alrd_llama import ALRDLlamaConfig
 from modeling_alrd_llama import ALRDLlamaForCausalLM
 from modules.calibration import collect_statistics, group_energies, projection_statistics, water_fill
-from scripts.common import BUNDLED_MODEL, environment, find_model, load_model, parse_config, write_json
+from scripts.common import BUNDLED_MODEL, environment, find_model, load_model, parse_config, parse_json, write_json
 from scripts.corpus import describe, load_documents, tokenize_windows
 
 
@@ -36,22 +36,43 @@ class CalibrationConfig:
     length: int = field(default=1024, metadata={"help": "Tokens per window."})
     plain_svd: bool = field(default=False, metadata={"help": "Ignore the text: uniform ranks, SVD of the weights."})
     rank_multiple: int = field(default=8, metadata={"help": "Ranks are multiples of this."})
-    k_bits: float = field(default=2, metadata={"help": "Width of cached keys written to the config: 2, 3, 4, 8, 16."})
+    k_bits: float = field(default=2, metadata={"help": "Width of cached keys written to the config: 1 … 16."})
     v_bits: float = field(default=2, metadata={"help": "Width of cached values written to the config."})
     group_size: int = field(default=128, metadata={"help": "Elements per scale written to the config."})
     residual_length: int = field(default=32, metadata={"help": "Newest tokens kept in full precision."})
+    k_scheme: str | None = field(
+        default=None, metadata={"help": "Other fields of QuantScheme for keys written to the config, as JSON."}
+    )
+    v_scheme: str | None = field(default=None, metadata={"help": "The same for values."})
 
 
-def main(config: CalibrationConfig) -> dict:
-    """Write the checkpoint; returns the report."""
-    started = time.perf_counter()
+@dataclass
+class Calibration:
+    """A dense model and how to split it."""
+
+    dense: LlamaForCausalLM
+    tokenizer: PreTrainedTokenizerBase
+    stored_dtype: torch.dtype
+    statistics: list | None
+    energies: dict[str, list[torch.Tensor]]
+    target: ALRDLlamaConfig
+    text: dict
+
+    def split(self, **fields) -> ALRDLlamaForCausalLM:
+        """The split model in the type of the dense checkpoint, with other `fields` of its configuration."""
+        target = ALRDLlamaConfig.from_llama(self.target, **fields)
+        return ALRDLlamaForCausalLM.from_dense(self.dense, target, self.statistics).to(self.stored_dtype)
+
+
+def calibrate(config: CalibrationConfig) -> Calibration:
+    """Load the dense model, collect the statistics, choose the ranks."""
     source = AutoConfig.from_pretrained(find_model(config.model))
     if source.model_type != "llama":
         raise ValueError(f"model={config.model!r}: must be a dense Llama, is of type {source.model_type!r}")
     fields = {name: getattr(config, name) for name in ("k_bits", "v_bits", "group_size", "residual_length")}
-    target = ALRDLlamaConfig.from_llama(source, head_group_size=config.head_group_size, **fields)
+    schemes = {name: parse_json(name, getattr(config, name)) for name in ("k_scheme", "v_scheme")}
+    target = ALRDLlamaConfig.from_llama(source, head_group_size=config.head_group_size, **fields, **schemes)
     dense, tokenizer = load_model(config.model, torch.float32)
-    stored_dtype = source.dtype or torch.float32
 
     documents = load_documents(config.text)
     statistics = None
@@ -68,19 +89,26 @@ def main(config: CalibrationConfig) -> dict:
     energies = group_energies(dense, target, statistics)
     if config.plain_svd:
         rank = max(1, round(config.share * target.full_group_rank))
-        ranks = {name: [rank] * len(groups) for name, groups in energies.items()}
+        target.truncation_ranks = {name: [rank] * len(groups) for name, groups in energies.items()}
     else:
-        ranks = water_fill(energies, config.share, config.rank_multiple)
-    target.truncation_ranks = ranks
-    split = ALRDLlamaForCausalLM.from_dense(dense, target, statistics).to(stored_dtype)
-    split.save_pretrained(config.output)
-    tokenizer.save_pretrained(config.output)
+        target.truncation_ranks = water_fill(energies, config.share, config.rank_multiple)
+    stored_dtype = source.dtype or torch.float32
+    return Calibration(dense, tokenizer, stored_dtype, statistics, energies, target, describe(documents))
 
+
+def main(config: CalibrationConfig) -> dict:
+    """Write the checkpoint; returns the report."""
+    started = time.perf_counter()
+    calibration = calibrate(config)
+    calibration.split().save_pretrained(config.output)
+    calibration.tokenizer.save_pretrained(config.output)
+
+    energies, ranks = calibration.energies, calibration.target.truncation_ranks
     full = sum(len(e) for groups in energies.values() for e in groups)
     report = {
         "config": asdict(config),
         "environment": environment(),
-        "text": describe(documents),
+        "text": calibration.text,
         "share": sum(map(sum, ranks.values())) / full,
         "truncation_ranks": ranks,
         "energy_kept": {

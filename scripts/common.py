@@ -14,7 +14,8 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, LlamaConfig, PreTrainedTokenizerBase
 
 import modeling_alrd_llama  # noqa: F401  (makes the auto classes know the model)
-from configuration_alrd_llama import ALRDLlamaConfig, check_bits, check_count
+from configuration_alrd_llama import ALRDLlamaConfig
+from modules.kivi_cache import CacheScheme
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,10 +34,10 @@ class CacheOptions:
     """Settings of the packed cache; the base of the scripts' configs."""
 
     k_bits: float | None = field(
-        default=None, metadata={"help": "Bits of a cached key code: 2, 3, 4, 8 or 16. None: the checkpoint's, or 2."}
+        default=None, metadata={"help": "Bits of a cached key code: 1 … 16. None: the checkpoint's, or 2."}
     )
     v_bits: float | None = field(
-        default=None, metadata={"help": "Bits of a cached value code: 2, 3, 4, 8 or 16. None: the checkpoint's, or 2."}
+        default=None, metadata={"help": "Bits of a cached value code: 1 … 16. None: the checkpoint's, or 2."}
     )
     group_size: int | None = field(
         default=None, metadata={"help": "Elements that share a scale; 0: no bound. None: the checkpoint's, or 128."}
@@ -49,14 +50,34 @@ class CacheOptions:
         default=None, metadata={"help": "First tokens that stay in full precision. None: the checkpoint's, or 4."}
     )
 
-    def __post_init__(self):
-        for name, value in self.cache_settings().items():
-            (check_bits if name.endswith("_bits") else check_count)(name, value)
+    k_scheme: str | None = field(
+        default=None,
+        metadata={
+            "help": 'Other fields of QuantScheme for keys, as JSON: {"range_method": "mse"}. None: checkpoint\'s.'
+        },
+    )
+    v_scheme: str | None = field(default=None, metadata={"help": "The same for values."})
 
-    def cache_settings(self) -> dict[str, int | float]:
+    def __post_init__(self):
+        CacheScheme(**self.cache_settings())
+
+    def cache_settings(self) -> dict[str, Any]:
         """The settings that were given, by the names of `ALRDLlamaConfig`; whole numbers of bits as int."""
         given = {f.name: getattr(self, f.name) for f in fields(CacheOptions) if getattr(self, f.name) is not None}
-        return {name: int(value) if value == int(value) else value for name, value in given.items()}
+        return {name: parse_json(name, x) if isinstance(x, str) else whole(x) for name, x in given.items()}
+
+
+def whole(value: float) -> int | float:
+    """A whole number as int."""
+    return int(value) if value == int(value) else value
+
+
+def parse_json(name: str, text: str | None) -> Any:
+    """The value of the option `name`, which is JSON or not given."""
+    try:
+        return None if text is None else json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{name}={text!r}: must be JSON ({error})") from None
 
 
 class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):

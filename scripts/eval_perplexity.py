@@ -11,14 +11,25 @@ the rank, the rest to the bits.
 import math
 import time
 from dataclasses import asdict, dataclass, field
+from functools import partial
 
 import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer, DynamicCache
 
 from modeling_alrd_llama import ALRDLlamaForCausalLM
-from modules.kivi_cache import KIVILatentCache, config_widths
-from scripts.common import BUNDLED_MODEL, environment, find_model, load_model, parse_config, write_json
+from modules.codecs import block_nbytes
+from modules.kivi_cache import KIVILatentCache
+from scripts.common import (
+    BUNDLED_MODEL,
+    environment,
+    find_model,
+    load_model,
+    parse_config,
+    parse_json,
+    whole,
+    write_json,
+)
 from scripts.corpus import describe, load_documents, tokenize_windows
 
 
@@ -39,6 +50,10 @@ class EvalConfig:
     group_size: int | None = field(default=None, metadata={"help": "Elements per scale; default: the checkpoint's."})
     residual_length: int | None = field(default=None, metadata={"help": "Window; default: the checkpoint's."})
     sink_length: int | None = field(default=None, metadata={"help": "Sinks; default: the checkpoint's."})
+    k_scheme: str | None = field(
+        default=None, metadata={"help": 'Other fields of QuantScheme for keys, as JSON, e.g. {"range_method": "mse"}.'}
+    )
+    v_scheme: str | None = field(default=None, metadata={"help": "The same for values."})
     text: str = field(default="stdlib:test", metadata={"help": "Text to measure on: see scripts/corpus.py."})
     windows: int = field(default=16, metadata={"help": "Windows of text, spread evenly over it."})
     length: int = field(default=2048, metadata={"help": "Tokens per window."})
@@ -108,28 +123,58 @@ def parse_bits(text: str) -> tuple[float, float]:
     """'2' or '3:2' to (k_bits, v_bits)."""
     try:
         k_bits, v_bits = (text.split(":") * 2)[:2] if text.count(":") < 1 else text.split(":")
-        return tuple(int(b) if float(b).is_integer() else float(b) for b in (k_bits, v_bits))
+        return tuple(whole(float(bits)) for bits in (k_bits, v_bits))
     except ValueError:
         raise ValueError(f"bits={text!r}: must be a width, or two of them as keys:values") from None
 
 
 def main(config: EvalConfig) -> dict:
     """Measure every cache; returns the results."""
-    if not 0 < config.prefill < config.length - 1:
-        raise ValueError(f"prefill={config.prefill}: must leave at least two of length={config.length} tokens")
     path = find_model(config.model)
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = ALRDLlamaForCausalLM.from_pretrained(path, dtype=config.dtype)
     dense = load_model(config.dense, config.dtype)[0] if config.dense not in (None, "none") else None
-    reference_name = "dense" if dense is not None else "16"
 
     overrides = {n: getattr(config, n) for n in ("group_size", "residual_length", "sink_length")}
     overrides = {name: value for name, value in overrides.items() if value is not None}
+    for name in ("k_scheme", "v_scheme"):
+        if getattr(config, name) is not None:
+            overrides[name] = parse_json(name, getattr(config, name))
     settings = {}
     for bits in dict.fromkeys([*(["16"] if dense is None else []), *config.bits]):
         k_bits, v_bits = parse_bits(bits)
         settings[bits] = {"k_bits": k_bits, "v_bits": v_bits, **overrides}
-    schemes = {name: model.create_kivi_cache(**setting).scheme for name, setting in settings.items()}
+        for side in ("k", "v"):
+            if settings[bits][f"{side}_bits"] == 16:
+                settings[bits][f"{side}_scheme"] = {}  # its fields are about codes
+    caches = {bits: (model, partial(model.create_kivi_cache, **s)) for bits, s in settings.items()}
+    record = measure(config, tokenizer, dense, caches)
+    print(table(record["results"]))
+    if config.output:
+        write_json(config.output, record)
+    return record
+
+
+def measure(config: EvalConfig, tokenizer, dense, caches: dict[str, tuple]) -> dict:
+    """Measure caches on the same tokens.
+
+    Args:
+        config: Text, windows and how they are fed.
+        tokenizer: Of the models.
+        dense: Model to compare with, through a `DynamicCache`; `None`: the cache called "16".
+        caches: By name, a model and a function that makes an empty `KIVILatentCache` for it.
+
+    Returns:
+        The record: config, environment, text, and `results` by name.
+
+    Raises:
+        ValueError: The text is too short, or no token has nine tenths of its context packed.
+    """
+    if not 0 < config.prefill < config.length - 1:
+        raise ValueError(f"prefill={config.prefill}: must leave at least two of length={config.length} tokens")
+    reference_name = "dense" if dense is not None else "16"
+    schemes = {name: make_cache().scheme for name, (_, make_cache) in caches.items()}
+    any_model = next(iter(caches.values()))[0]
 
     documents = load_documents(config.text)
     windows = tokenize_windows(documents, tokenizer, config.length)
@@ -145,15 +190,17 @@ def main(config: EvalConfig) -> dict:
             "group_size or a shorter residual_length"
         )
 
-    tallies = {name: Tally() for name in ([reference_name] if dense is not None else []) + list(settings)}
+    tallies = {name: Tally() for name in ([reference_name] if dense is not None else []) + list(caches)}
+    last_cache = {}
     progress = tqdm(total=len(tallies) * -(-len(windows) // config.batch_size), desc="Batches")
-    for batch in windows.to(model.device).split(config.batch_size):
+    for batch in windows.to(any_model.device).split(config.batch_size):
         labels = batch[:, config.prefill + 1 :][:, scored].flatten()
         reference = None
         for name, tally in tallies.items():
             started = time.perf_counter()
-            cache = DynamicCache() if name == "dense" else model.create_kivi_cache(**settings[name])
-            logits = run_through_cache(dense if name == "dense" else model, cache, batch, config.prefill, config.chunk)
+            model, make_cache = (dense, DynamicCache) if name == "dense" else caches[name]
+            cache = make_cache()
+            logits = run_through_cache(model, cache, batch, config.prefill, config.chunk)
             logits = logits[:, :-1][:, scored].flatten(0, 1)
             reference = logits.float().log_softmax(-1) if reference is None else reference
             tally.add(logits, labels, reference)
@@ -162,20 +209,24 @@ def main(config: EvalConfig) -> dict:
             tally.bytes_used += cache_bytes(cache)
             if name != "dense" and not all(layer.pool.used for layer in cache.layers):
                 raise RuntimeError(f"{name}: a layer of the cache has packed nothing; the figures would not measure it")
+            last_cache[name] = cache
             progress.update()
     progress.close()
 
     results = {}
-    dense_token = 2 * model.config.num_hidden_layers * model.config.num_key_value_heads * model.config.head_dim
-    dense_token *= model.dtype.itemsize
+    c = any_model.config
+    dense_token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * any_model.dtype.itemsize
     for name, tally in tallies.items():
-        sizes = {"measured": tally.bytes_used / tally.tokens_held}
+        sizes, bits = {"measured": tally.bytes_used / tally.tokens_held}, None
         for length in (4096, 32768):
-            sizes[str(length)] = dense_token if name == "dense" else token_bytes(model, schemes[name], length)
+            sizes[str(length)] = dense_token if name == "dense" else token_bytes(last_cache[name], length)
+        if name != "dense":
+            bits = true_bits(last_cache[name])
         results[name] = {
             **tally.result(),
             "bytes_per_token": sizes,
             "ratio": {length: dense_token / size for length, size in sizes.items()},
+            "bits_per_element": bits,
         }
     for name, result in results.items():
         result["perplexity_increase"] = result["perplexity"] / results[reference_name]["perplexity"] - 1
@@ -183,18 +234,15 @@ def main(config: EvalConfig) -> dict:
             result["increase_due_to_rank"] = results["16"]["perplexity"] / results["dense"]["perplexity"] - 1
             result["increase_due_to_bits"] = result["perplexity"] / results["16"]["perplexity"] - 1
 
-    record = {
+    return {
         "config": asdict(config),
         "environment": environment(),
         "text": describe(documents),
-        "dtype": str(model.dtype),
+        "dtype": str(any_model.dtype),
         "scored_tokens_per_window": int(scored.sum()),
+        "settings": {name: asdict(scheme) for name, scheme in schemes.items()},
         "results": results,
     }
-    print(table(results))
-    if config.output:
-        write_json(config.output, record)
-    return record
 
 
 def cache_bytes(cache) -> int:
@@ -204,9 +252,19 @@ def cache_bytes(cache) -> int:
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
-def token_bytes(model, scheme, length: int) -> float:
-    """Bytes per token of a cache that holds one row of `length` tokens, by the formula."""
-    return sum(scheme.layer_nbytes(length, w, model.dtype) for w in config_widths(model.config)) / length
+def token_bytes(cache: KIVILatentCache, length: int) -> float:
+    """Bytes per token of the cache if it held one row of `length` tokens, by the formula."""
+    return sum(layer.scheme.layer_nbytes(length, layer.widths, layer.dtype) for layer in cache.layers) / length
+
+
+def true_bits(cache: KIVILatentCache) -> dict[str, float]:
+    """Bits per element of the packed keys and values, everything in a block counted, over all layers."""
+    bits, elements = dict.fromkeys(("keys", "values"), 0), dict.fromkeys(("keys", "values"), 0)
+    for layer in cache.layers:
+        for side, codec in layer.pool.codecs.items():
+            bits[side] += 8 * block_nbytes(codec)
+            elements[side] += layer.scheme.block_length * sum(codec.widths)
+    return {side: bits[side] / elements[side] for side in bits}
 
 
 def table(results: dict) -> str:

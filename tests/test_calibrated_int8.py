@@ -1008,5 +1008,5 @@ def test_a_packed_cache_of_calibrated_scales_generates_and_is_saved(tmp_path):
 
 def test_static_scales_must_be_given():
     cache = KIVILatentCache(CacheScheme(8, 8, k_scheme={"static": True}))
-    with pytest.raises(ValueError, match="static=True: needs calibrated scales"):
+    with pytest.raises(ValueError, match="static=True of the keys: needs calibrated scales"):
         cache.update(torch.zeros(1, 1, 3, 4), torch.zeros(1, 1, 3, 4), 0)

@@ -4,7 +4,6 @@
 `modules/kernels/quantize.py`; it runs on CUDA devices, and for tests in Triton's interpreter on the CPU.
 """
 
-import importlib
 import os
 import warnings
 from collections.abc import Callable
@@ -58,15 +57,16 @@ def get_backend(name: str | None, device: torch.device) -> Backend:
     if name == "reference" or (name is None and device.type != "cuda"):
         return _backend("reference", quant_utils)
     try:
-        module = importlib.import_module("modules.kernels.quantize")
+        # Here, so that triton is imported only where it is chosen.
+        import modules.kernels.quantize as kernels
     except ImportError as error:
         if name is not None:
             raise ValueError(f"{field}={name!r}: triton must be installed, but importing it failed: {error}") from error
         warnings.warn(f"backend: chose 'reference' on {device}, since triton cannot be imported: {error}", stacklevel=2)
         return _backend("reference", quant_utils)
-    if device.type != "cuda" and not module.INTERPRETED:
+    if device.type != "cuda" and not kernels.INTERPRETED:
         raise ValueError(
-            f"{field}={name!r}: must be 'reference' for tensors on {device}; triton runs on CUDA devices, and elsewhere "
-            "only in its interpreter, with TRITON_INTERPRET=1 set before it is first imported"
+            f"{field}={name!r}: must be 'reference' for tensors on {device}: triton runs on CUDA devices, and "
+            "elsewhere only in its interpreter (TRITON_INTERPRET=1, set before the kernels are imported)"
         )
-    return _backend("triton", module)
+    return _backend("triton", kernels)
