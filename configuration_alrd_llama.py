@@ -127,14 +127,6 @@ class QuantScheme:
         return f"{self.bits}-bit {self.orientation.replace('_', ' ')}" + (f" ({', '.join(notes)})" if notes else "")
 
 
-#: The six formats of QLUTATTN (blocks of 128 tokens and 128 channels): keys per token, values per channel.
-QLUTATTN = {
-    f"{side}{bits}": QuantScheme(bits=bits, orientation=orientation)
-    for side, orientation in (("K", "per_token"), ("V", "per_channel"))
-    for bits in (1, 2, 4)
-}
-
-
 def side_scheme(side: str, bits: float, group_size: int, fields: dict | QuantScheme | None) -> QuantScheme:
     """The `QuantScheme` that the settings of a cache mean.
 
@@ -297,4 +289,4 @@ class ALRDLlamaConfig(LlamaConfig):
 
 AutoConfig.register(ALRDLlamaConfig.model_type, ALRDLlamaConfig, exist_ok=True)
 
-__all__ = ["QLUTATTN", "SUPPORTED_BITS", "ALRDLlamaConfig", "QuantScheme"]
+__all__ = ["SUPPORTED_BITS", "ALRDLlamaConfig", "QuantScheme"]

@@ -310,15 +310,15 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
 
         Args:
             settings: Override the config's `k_bits`, `v_bits`, `group_size`, `residual_length`, `sink_length`,
-                `k_scheme` or `v_scheme`; or `quantization_config` in place of them all; `backend` and `token_score`.
-                See the function `create_kivi_cache`.
+                `k_scheme` or `v_scheme`; or `quantization_config` in place of them all; `layer_schemes`, `backend`
+                and `token_score`. See the function `create_kivi_cache`.
 
         Raises:
             ValueError: A setting is out of range.
         """
         self.config.check_latent_cache()
         names = tuple(f.name for f in fields(CacheScheme))
-        others = ("quantization_config", "backend", "token_score")
+        others = ("quantization_config", "layer_schemes", "backend", "token_score")
         unknown = sorted(set(settings) - set(names) - set(others))
         if unknown:
             known = ", ".join(names + others)

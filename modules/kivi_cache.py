@@ -742,6 +742,7 @@ def create_kivi_cache(
     k_scheme: dict | None = None,
     v_scheme: dict | None = None,
     quantization_config: dict | str | None = None,
+    layer_schemes: dict[int, CacheScheme] | None = None,
     backend: str | None = None,
     token_score: TokenScore | str | None = None,
 ) -> KIVILatentCache:
@@ -756,7 +757,7 @@ def create_kivi_cache(
             drop-in cache for any model.
         k_scheme, v_scheme: Other fields of `QuantScheme` for keys or values.
         quantization_config: VidKV's dictionary or string instead of the settings above (`modules/vidkv.py`).
-        backend, token_score: As for `KIVILatentCache`.
+        layer_schemes, backend, token_score: As for `KIVILatentCache`.
 
     Raises:
         ValueError: A setting is out of range; the message names field, value and rule.
@@ -767,7 +768,7 @@ def create_kivi_cache(
             raise ValueError("quantization_config: stands for all settings of the cache; give no others beside it")
         scheme = CacheScheme(**parse_quantization_config(quantization_config))
     widths = None if config is None else config_widths(config)
-    return KIVILatentCache(scheme, widths, backend=backend, token_score=token_score)
+    return KIVILatentCache(scheme, widths, layer_schemes, backend=backend, token_score=token_score)
 
 
 __all__ = [

@@ -15,7 +15,6 @@ import torch
 from modules.kivi_cache import Tile
 from modules.svd_linear import split_groups
 
-
 #: Queries at a time whose attention weights are formed when only their sum is wanted.
 _QUERIES = 64
 

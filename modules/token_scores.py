@@ -1,7 +1,7 @@
 """Scores by which the tokens of a block are protected (`QuantScheme.protected`), for `token_score` of a cache.
 
-A score is a function `(layer_idx, keys, values) -> [B, L]` of new tokens, the higher the more worth keeping. Besides the
-one here there are `token_score="attention"`, the attention that a token has received by the time it is packed (in
+A score is a function `(layer_idx, keys, values) -> [B, L]` of new tokens, the higher the more worth keeping. Besides
+the one here there are `token_score="attention"`, the attention that a token has received by the time it is packed (in
 `ALRDLlamaForCausalLM`), and `None`: what the lower width would do to the token.
 """
 

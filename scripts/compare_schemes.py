@@ -13,9 +13,10 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
-from configuration_alrd_llama import QLUTATTN, QuantScheme
+from configuration_alrd_llama import QuantScheme
 from modules.calibrated_int8 import calibrate as calibrate_int8
 from modules.kivi_cache import CacheScheme, KIVILatentCache, create_kivi_cache
+from modules.qlutattn import QLUTATTN, layer_schemes_by_range
 from scripts.calibrate_svd_ranks import CalibrationConfig, calibrate
 from scripts.common import BUNDLED_MODEL, parse_config, write_json
 from scripts.corpus import load_documents, tokenize_windows
@@ -29,7 +30,7 @@ class CompareConfig:
     model: str = field(default=BUNDLED_MODEL, metadata={"help": "Dense Llama: a local folder or a hub name."})
     share: float = field(default=0.5, metadata={"help": "Share of the latent channels to keep."})
     text: str = field(default="stdlib:selection", metadata={"help": "Text to measure on: see scripts/corpus.py."})
-    windows: int = field(default=16, metadata={"help": "Windows of text."})
+    windows: int = field(default=8, metadata={"help": "Windows of text."})
     length: int = field(default=2048, metadata={"help": "Tokens per window."})
     prefill: int = field(default=1664, metadata={"help": "Tokens of a window that are fed at once."})
     chunk: int = field(default=32, metadata={"help": "Tokens per step after the prefill."})
@@ -103,6 +104,9 @@ def drop_in_caches(config: CompareConfig, dense, tokenizer) -> dict:
     }
     windows = tokenize_windows(load_documents("stdlib:calibration"), tokenizer, 1024)[:32]
     scales = calibrate_int8(dense, windows.split(4))
+    sample = create_kivi_cache(16, 16)
+    dense(windows[:8], past_key_values=sample)
+    by_range = layer_schemes_by_range(layer.states() for layer in sample.layers)
     return {
         "16 bit": partial(create_kivi_cache, 16, 16),
         "2": create_kivi_cache,
@@ -112,6 +116,7 @@ def drop_in_caches(config: CompareConfig, dense, tokenizer) -> dict:
         ),
         "4": partial(create_kivi_cache, 4, 4),
         **{name: partial(KIVILatentCache, scheme) for name, scheme in one_side.items()},
+        "QLUTATTN by range and variance": partial(create_kivi_cache, layer_schemes=by_range),
         **{name: partial(create_kivi_cache, quantization_config=c) for name, c in VIDKV.items()},
         "calibrated INT8": partial(scales.create_cache, residual_length=32),
     }
@@ -133,8 +138,10 @@ def main(config: CompareConfig) -> dict:
         missing = {n: c for n, c in caches.items() if n not in done.get(part, {})}
         if config.only:
             missing = {n: c for n, c in missing.items() if n in config.only}
-        for name, cache in missing.items():
-            measured = measure(evaluation, calibration.tokenizer, dense, {name: cache})
+        # A few at a time: each call measures the dense model too, and is lost if it is interrupted.
+        for start in range(0, len(missing), 6):
+            caches = dict(list(missing.items())[start : start + 6])
+            measured = measure(evaluation, calibration.tokenizer, dense, caches)
             done.setdefault(part, {}).update(measured.pop("results"))
             settings = record.setdefault("settings", {}).setdefault(part, {})
             settings.update(measured.pop("settings"))

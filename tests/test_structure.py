@@ -19,6 +19,7 @@ ORDER = [
     "modules.vidkv",
     "modules.block_pool",
     "modules.kivi_cache",
+    "modules.qlutattn",
     "modules.calibrated_int8",
     "modules.latent_attention",
     "modules.calibration",
