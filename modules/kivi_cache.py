@@ -710,15 +710,27 @@ class KIVILatentCache(Cache):
         """Bytes of the tokens held, everything counted; the formula is `CacheScheme.layer_nbytes`."""
         return sum(layer.nbytes_used for layer in self.layers)
 
+    @property
+    def bits_per_element(self) -> dict[str, float]:
+        """True bits per element of the packed keys and values: all that a block takes, over all layers started."""
+        bits, elements = dict.fromkeys(("keys", "values"), 0), dict.fromkeys(("keys", "values"), 0)
+        for layer in self.layers:
+            for side, codec in (layer.pool.codecs if layer.is_initialized else {}).items():
+                bits[side] += 8 * block_nbytes(codec)
+                elements[side] += layer.scheme.block_length * layer.channels[side]
+        return {side: bits[side] / elements[side] for side in bits if elements[side]}
+
     def __repr__(self) -> str:
         s, tokens = self.scheme, self.row_tokens()
         held = f"rows of {tokens} tokens" if tokens else "empty"
         slack = self.nbytes - self.nbytes_used
         backends = sorted({str(layer.backend) for layer in self.layers if layer.is_initialized})
+        true_bits = " / ".join(f"{bits:.3g}" for bits in self.bits_per_element.values())
         special = f", {len(self.layer_schemes)} layers of their own" if self.layer_schemes else ""
         return (
             f"KIVILatentCache(keys {s.keys}, values {s.values}{special}, group_size={s.group_size}, "
             f"residual_length={s.residual_length}, sink_length={s.sink_length}; "
+            f"{true_bits + ' true bits; ' if true_bits else ''}"
             f"backend {' and '.join(backends) or self.backend or 'by device'}; "
             f"{len(self.layers)} layers, {held}, {self.nbytes_used:,} bytes used + {slack:,} slack)"
         )

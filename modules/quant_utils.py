@@ -106,6 +106,8 @@ def expand_groups(parameter: torch.Tensor, widths: tuple[int, ...]) -> torch.Ten
     """Repeat the `[..., n]` values of n groups over their elements: `[..., sum(widths)]`."""
     if len(widths) == 1:
         return parameter.expand(*parameter.shape[:-1], widths[0])
+    if len(set(widths)) == 1:
+        return parameter.unsqueeze(-1).expand(*parameter.shape, widths[0]).flatten(-2)
     return parameter.repeat_interleave(torch.tensor(widths, device=parameter.device), dim=-1)
 
 

@@ -28,7 +28,7 @@ from transformers import DynamicCache
 
 from configuration_alrd_llama import ALRDLlamaConfig
 from modeling_alrd_llama import ALRDLlamaModel
-from modules.kivi_cache import KIVILatentCache, create_kivi_cache
+from modules.kivi_cache import CacheScheme, KIVILatentCache, config_widths
 from modules.quant_utils import KIVIQuantizer
 from scripts.common import (
     DTYPES,
@@ -81,6 +81,17 @@ class BenchmarkConfig(CacheOptions):
 
     def __post_init__(self):
         super().__post_init__()
+        scheme = CacheScheme(**self.cache_settings())
+        for name, s in (("k_scheme", scheme.keys), ("v_scheme", scheme.values)):
+            if (
+                s.bits == 1.5
+                or s.rotation
+                or s.protected
+                or s.static
+                or s.quantizer
+                or (s.per_channel and s.group_size and scheme.block_length % s.group_size)
+            ):
+                raise ValueError(f"{name}: the correctness gate compares with KIVIQuantizer, which does not know {s}")
         if self.quick:
             self.lengths, self.appends = [256, 512], 256
         check_positive("lengths", *self.lengths)
@@ -117,8 +128,7 @@ class Latents:
 
 
 def new_cache(config: ALRDLlamaConfig) -> KIVILatentCache:
-    names = ("k_bits", "v_bits", "group_size", "residual_length", "sink_length")
-    return create_kivi_cache(**{name: getattr(config, name) for name in names}, config=config)
+    return KIVILatentCache(CacheScheme.from_config(config), config_widths(config))
 
 
 # ---- gate
@@ -140,9 +150,12 @@ def check_cache(config: ALRDLlamaConfig, latents: Latents) -> int:
         layer.append(*token)
 
     widths = [config.cached_widths(0, projection) for projection in ("k_proj", "v_proj")]
+    # Per channel a group never reaches beyond its block; `KIVIQuantizer` knows no block.
     quantizers = [
-        KIVIQuantizer(scheme.k_bits, block, per_channel=True),
-        KIVIQuantizer(scheme.v_bits, scheme.group_size, per_channel=False),
+        KIVIQuantizer(
+            s.bits, s.group_size or (block if s.per_channel else 0), s.per_channel, s.symmetric, s.range_method
+        )
+        for s in (scheme.keys, scheme.values)
     ]
     for side, x, held, groups, quantizer in zip(("keys", "values"), states, layer.states(), widths, quantizers):
         expected = x.clone()

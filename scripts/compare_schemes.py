@@ -20,7 +20,7 @@ from modules.qlutattn import QLUTATTN, layer_schemes_by_range
 from scripts.calibrate_svd_ranks import CalibrationConfig, calibrate
 from scripts.common import BUNDLED_MODEL, parse_config, write_json
 from scripts.corpus import load_documents, tokenize_windows
-from scripts.eval_perplexity import EvalConfig, measure
+from scripts.eval_perplexity import EvalConfig, measure, table
 
 
 @dataclass
@@ -36,6 +36,10 @@ class CompareConfig:
     chunk: int = field(default=32, metadata={"help": "Tokens per step after the prefill."})
     only: list[str] = field(default_factory=list, metadata={"help": "Measure only these schemes, by name."})
     output: str | None = field(default=None, metadata={"help": "JSON file for the results."})
+    recommended: bool = field(
+        default=False,
+        metadata={"help": "Only the recommended schemes beside the default, as eval_perplexity.py does it."},
+    )
 
 
 #: Both sides in the "mse" range.
@@ -52,12 +56,28 @@ SCHEMES = {
         "v_bits": 1.58,
         "v_scheme": {"protected": 0.2, "protected_bits": 2},
     },
+    "keys 2 mse, values ternary": {"v_bits": 1.58, "k_scheme": MSE},
+    "… 20% of the values at 4, by error": {
+        "v_bits": 1.58,
+        "k_scheme": MSE,
+        "v_scheme": {"protected": 0.2, "protected_bits": 4},
+    },
+    "… 20% of the values at 4, by attention": {
+        "v_bits": 1.58,
+        "k_scheme": MSE,
+        "v_scheme": {"protected": 0.2, "protected_bits": 4},
+        "token_score": "attention",
+    },
     "2": {},
     "2 mse": {"k_scheme": MSE, "v_scheme": MSE},
+    "keys 2 mse, values 2": {"k_scheme": MSE},
+    "keys 2, values 2 mse": {"v_scheme": MSE},
     "2 symmetric mse": {"k_scheme": MSE | {"symmetric": True}, "v_scheme": MSE | {"symmetric": True}},
     "2, groups of 32": {"group_size": 32},
     "2 mse, groups of 64": {"group_size": 64, "k_scheme": MSE, "v_scheme": MSE},
     "2 mse, groups of 32": {"group_size": 32, "k_scheme": MSE, "v_scheme": MSE},
+    "keys 3, values ternary": {"k_bits": 3, "v_bits": 1.58},
+    "keys 3, values 2 mse": {"k_bits": 3, "v_scheme": MSE},
     "keys 3 mse, values 2 mse": {"k_bits": 3, "k_scheme": MSE, "v_scheme": MSE},
     "keys 2 mse, values 3 mse": {"v_bits": 3, "k_scheme": MSE, "v_scheme": MSE},
     "3": {"k_bits": 3, "v_bits": 3},
@@ -68,6 +88,8 @@ SCHEMES = {
     "8 symmetric": {"k_bits": 8, "v_bits": 8, "k_scheme": {"symmetric": True}, "v_scheme": {"symmetric": True}},
     "both per channel, 2 mse": {"k_scheme": MSE, "v_scheme": MSE | {"orientation": "per_channel"}},
     "both per token, 2 mse": {"k_scheme": MSE | {"orientation": "per_token"}, "v_scheme": MSE},
+    "both per token, keys 3, values 2 mse": {"k_bits": 3, "k_scheme": {"orientation": "per_token"}, "v_scheme": MSE},
+    "both per token, 3": {"k_bits": 3, "v_bits": 3, "k_scheme": {"orientation": "per_token"}},
     **{
         f"QLUTATTN K{bits} V{bits}": {
             "k_bits": bits,
@@ -92,6 +114,17 @@ VIDKV = {
         **_VIDKV,
         "vidkv_stp": 0.2,
     },
+}
+
+
+#: Best at about equal bytes, with the side that is rotated; `--recommended` measures them on another text.
+RECOMMENDED = {
+    "keys 1.5, values ternary": "values",
+    "keys 1.5, values 2 mse": "values",
+    "both per token, 2 mse": "both",
+    "keys 3, values 2 mse": "both",
+    "3": "both",
+    "4": "both",
 }
 
 
@@ -124,15 +157,17 @@ def drop_in_caches(config: CompareConfig, dense, tokenizer) -> dict:
 
 def main(config: CompareConfig) -> dict:
     """Measure what is not in the output yet; returns the record."""
+    names = ("model", "text", "windows", "length", "prefill", "chunk")
+    evaluation = EvalConfig(**{name: getattr(config, name) for name in names})
+    calibration = calibrate(CalibrationConfig(model=config.model, share=config.share))
+    dense = calibration.dense.to(calibration.stored_dtype)
+    if config.recommended:
+        return _measure_recommended(config, evaluation, calibration, dense)
     path = Path(config.output) if config.output else None
     record = json.loads(path.read_text()) if path and path.exists() else {"config": asdict(config), "results": {}}
     done = record["results"]
     if {**record["config"], "only": [], "output": None} != {**asdict(config), "only": [], "output": None}:
         raise ValueError(f"output={config.output!r}: holds results of other options; name another file")
-    calibration = calibrate(CalibrationConfig(model=config.model, share=config.share))
-    dense = calibration.dense.to(calibration.stored_dtype)
-    names = ("model", "text", "windows", "length", "prefill", "chunk")
-    evaluation = EvalConfig(**{name: getattr(config, name) for name in names})
 
     def run(part: str, caches: dict) -> None:
         missing = {n: c for n, c in caches.items() if n not in done.get(part, {})}
@@ -155,6 +190,21 @@ def main(config: CompareConfig) -> dict:
         run(rotation, {n: (model, partial(model.create_kivi_cache, **s)) for n, s in schemes.items()})
     run("drop-in", {n: (dense, make) for n, make in drop_in_caches(config, dense, calibration.tokenizer).items()})
     print(latent_table(record), drop_in_table(record), sep="\n\n")
+    return record
+
+
+def _measure_recommended(config: CompareConfig, evaluation: EvalConfig, calibration, dense) -> dict:
+    """`measure` of the recommended schemes and of the defaults."""
+    caches = {}
+    for name, rotation in {"2": "both", **RECOMMENDED}.items():
+        keys, values = ROTATIONS[rotation]
+        model = calibration.split(k_hadamard=keys, v_hadamard=values).eval()
+        label = f"{name}; {rotation} rotated" + (", the default" if name == "2" else "")
+        caches[label] = (model, partial(model.create_kivi_cache, **SCHEMES[name]))
+    record = measure(evaluation, calibration.tokenizer, dense, caches)
+    print(table(record["results"]))
+    if config.output:
+        write_json(config.output, record)
     return record
 
 

@@ -9,6 +9,7 @@ the rank, the rest to the bits.
 """
 
 import math
+import re
 import time
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -18,7 +19,6 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, DynamicCache
 
 from modeling_alrd_llama import ALRDLlamaForCausalLM
-from modules.codecs import block_nbytes
 from modules.kivi_cache import KIVILatentCache
 from scripts.common import (
     BUNDLED_MODEL,
@@ -221,7 +221,7 @@ def measure(config: EvalConfig, tokenizer, dense, caches: dict[str, tuple]) -> d
         for length in (4096, 32768):
             sizes[str(length)] = dense_token if name == "dense" else token_bytes(last_cache[name], length)
         if name != "dense":
-            bits = true_bits(last_cache[name])
+            bits = last_cache[name].bits_per_element
         results[name] = {
             **tally.result(),
             "bytes_per_token": sizes,
@@ -257,16 +257,6 @@ def token_bytes(cache: KIVILatentCache, length: int) -> float:
     return sum(layer.scheme.layer_nbytes(length, layer.widths, layer.dtype) for layer in cache.layers) / length
 
 
-def true_bits(cache: KIVILatentCache) -> dict[str, float]:
-    """Bits per element of the packed keys and values, everything in a block counted, over all layers."""
-    bits, elements = dict.fromkeys(("keys", "values"), 0), dict.fromkeys(("keys", "values"), 0)
-    for layer in cache.layers:
-        for side, codec in layer.pool.codecs.items():
-            bits[side] += 8 * block_nbytes(codec)
-            elements[side] += layer.scheme.block_length * sum(codec.widths)
-    return {side: bits[side] / elements[side] for side in bits}
-
-
 def table(results: dict) -> str:
     """The results as a Markdown table; bytes are those of a 4,096-token cache, everything counted."""
     lines = [
@@ -274,7 +264,7 @@ def table(results: dict) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, r in results.items():
-        label = name if name == "dense" else f"latent, {name} bit"
+        label = f"latent, {name} bit" if re.fullmatch(r"[\d.:]+", name) else name
         lines.append(
             f"| {label} | {r['perplexity']:.3f} | {r['perplexity_increase']:+.2%} | {r['kl_mean']:.4f} | "
             f"{r['kl_p99']:.3f} | {r['top1_agreement']:.1%} | {r['bytes_per_token']['4096']:,.0f} | "
