@@ -88,8 +88,6 @@ def _round_directed(x: torch.Tensor, dtype: torch.dtype, up: bool) -> torch.Tens
     bits = y.view(torch.int16)
     away_from_zero = (bits >= 0) == up
     stepped = torch.where(away_from_zero, bits + 1, bits - 1).view(dtype)
-    smallest = torch.tensor(1, dtype=torch.int16, device=x.device).view(dtype)
-    stepped = torch.where(y == 0, smallest if up else -smallest, stepped)
     return torch.where(wrong, stepped, y)
 
 
@@ -156,7 +154,9 @@ def _least_error_range(u: torch.Tensor, n_bits: float, widths: tuple[int, ...], 
     middle = offset / spacing
     full = 1 / (levels - 1 - middle) if symmetric else 1 / (levels - 1)
     best_error = best_step = best_zero = None
-    for ratio in RATIOS:
+    # The codes of one symmetric bit are signs, whatever the step: one round of least squares gives mean|x|.
+    ratios, refits = (RATIOS[:1], 1) if n_bits == 1 and symmetric else (RATIOS, REFITS)
+    for ratio in ratios:
         step = u.new_full((*u.shape[:-1], len(widths)), ratio * full)
         zero = step * -middle if symmetric else torch.full_like(step, (1 - ratio) / 2)
         steps, zeros = expand_groups(step, widths), expand_groups(zero, widths)
@@ -170,7 +170,7 @@ def _least_error_range(u: torch.Tensor, n_bits: float, widths: tuple[int, ...], 
     step, zero = best_step, best_zero
     fixed = (u * UNIT + 0.5).floor_().long()
     counts = torch.tensor(widths, device=u.device)
-    for _ in range(REFITS):
+    for _ in range(refits):
         codes = _codes(u, expand_groups(step, widths), expand_groups(zero, widths), levels).long()
         if symmetric:
             doubled = 2 * codes - round(2 * middle)  # twice the signed code, so that one bit is an integer too
@@ -233,16 +233,18 @@ def quantize(
     dtype, x = scale_dtype or parameter_dtype(x.dtype), x.float()
     levels, spacing, offset = grid(n_bits)
     limit = torch.finfo(dtype).max
+    # A tensor: by a number, CUDA multiplies with the reciprocal.
+    span = x.new_full((), (levels - 1 - offset) if symmetric else (levels - 1) * spacing)
     low = _by_group(lambda group: group.amin(-1), x, widths)
     high = _by_group(lambda group: group.amax(-1), x, widths)
 
     zero_point = None
     if symmetric:
-        needed = torch.maximum(-low / offset, high / (levels - 1 - offset)) if n_bits >= 2 else low
+        needed = torch.maximum(-low / offset, high / span) if n_bits >= 2 else low
         scale = _round_directed(needed, dtype, up=True)
     else:
         zero_point = _round_directed(low, dtype, up=False)
-        scale = _round_directed((high - zero_point.float()) / ((levels - 1) * spacing), dtype, up=True)
+        scale = _round_directed((high - zero_point.float()) / span, dtype, up=True)
     fits = (low >= -limit) & (high <= limit)
     if n_bits >= 2 or not symmetric:
         fits &= torch.isfinite(scale)
@@ -256,7 +258,7 @@ def quantize(
         step, zero = _least_error_range(u, n_bits, widths, symmetric)
         best_scale = (step / spacing * unit).clamp(max=limit).to(dtype)
         best_zero = None if symmetric else (base + zero * unit).clamp(-limit, limit).to(dtype)
-        best_scale = torch.where(high > low, best_scale, 0) if not symmetric else torch.where(unit > 0, best_scale, 0)
+        best_scale = torch.where(torch.maximum(-low, high) > 0 if symmetric else high > low, best_scale, 0)
         if n_bits >= 2 or not symmetric:
             errors = []
             for s, z in ((scale, zero_point), (best_scale, best_zero)):

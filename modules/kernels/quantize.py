@@ -185,7 +185,8 @@ def _least_error_range(
     """Step and zero point of least squared error of each group, in units of its range; `u` is the group if `HELD`."""
     none = tl.zeros(base.shape, tl.int64)
     step, zero, best_error = none.to(tl.float32), none.to(tl.float32), none + _NO_ERROR_YET
-    for i in range(_RATIOS):
+    SIGNS: tl.constexpr = LEVELS == 2 and SYMMETRIC  # one round of least squares gives mean|x|
+    for i in range(1 if SIGNS else _RATIOS):
         new_step, new_zero = tl.load(candidates + i), tl.load(candidates + _RATIOS + i)
         error = none
         for chunk in range(chunks):
@@ -197,7 +198,7 @@ def _least_error_range(
         best_error = tl.where(better, error, best_error)
         step, zero = tl.where(better, new_step, step), tl.where(better, new_zero, zero)
 
-    for _ in range(_REFITS):
+    for _ in range(1 if SIGNS else _REFITS):
         sum_c, sum_cc, sum_x, sum_cx = none, none, none, none
         for chunk in range(chunks):
             if not HELD:
@@ -412,7 +413,7 @@ def _quantize_kernel(
             )
             new_scale = tl.minimum(new_scale * (1 / SPACING) * unit, LIMIT)
             new_zero = tl.minimum(tl.maximum(base + new_zero * unit, -LIMIT), LIMIT)
-            new_scale = tl.where(high > low, new_scale, 0) if not SYMMETRIC else new_scale
+            new_scale = tl.where(tl.maximum(-low, high) > 0 if SYMMETRIC else high > low, new_scale, 0)
             new_scale, new_zero = _widen(_narrow(new_scale, DTYPE)), _widen(_narrow(new_zero, DTYPE))
             better = fits
             if MINMAX:
