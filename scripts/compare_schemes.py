@@ -166,7 +166,7 @@ def main(config: CompareConfig) -> dict:
     path = Path(config.output) if config.output else None
     record = json.loads(path.read_text()) if path and path.exists() else {"config": asdict(config), "results": {}}
     done = record["results"]
-    if {**record["config"], "only": [], "output": None} != {**asdict(config), "only": [], "output": None}:
+    if any(record["config"][name] != getattr(config, name) for name in (*names, "share")):
         raise ValueError(f"output={config.output!r}: holds results of other options; name another file")
 
     def run(part: str, caches: dict) -> None:

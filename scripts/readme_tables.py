@@ -1,16 +1,19 @@
-"""Write the tables of README.md from the JSON that the scripts measured, so that no figure is typed by hand.
+"""Write the tables of README.md and KIVI_INTEGRATION.md from measured JSON, so that no figure is typed by hand.
 
     python scripts/readme_tables.py
 
-Each table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME.json is in scripts/results.
+Each table stands between `<!-- table: NAME -->` and `<!-- end -->`; the JSON is in scripts/results.
 """
 
 import json
 import re
 from pathlib import Path
 
+from modules.qlutattn import QLUTATTN
 from scripts.common import ROOT, human_bytes
+from scripts.compare_schemes import drop_in_table, latent_table
 from scripts.eval_perplexity import table as perplexity_table
+from scripts.measure_distortion import table as distortion_table
 
 RESULTS = ROOT / "scripts" / "results"
 
@@ -45,7 +48,81 @@ def benchmark_cache(record: dict) -> str:
     )
 
 
-RENDERERS = {"perplexity": perplexity, "benchmark_cache": benchmark_cache}
+def distortion(record: dict) -> str:
+    e = record["environment"]
+    return (
+        f"{distortion_table(record, 128)}\n\nBlocks of 128 tokens, groups of 128; those of 32 are in "
+        f"`scripts/results/distortion.json`. torch {e['torch']}."
+    )
+
+
+def _schemes_note(record: dict) -> str:
+    c, e, text = record["config"], record["environment"], record["text"]
+    tokens = next(iter(record["results"]["both"].values()))["tokens"]
+    return (
+        f"{tokens:,} scored tokens of {c['windows']} windows of {c['length']:,} (prefill {c['prefill']:,}, then "
+        f"steps of {c['chunk']}). Text: standard library of Python {text['python']}, modules for selection, "
+        f"sha256 {text['sha256'][:12]}. {record['dtype'].removeprefix('torch.')} on {e['cpu']}, torch {e['torch']}."
+    )
+
+
+def schemes(record: dict) -> str:
+    dense = record["results"]["both"]["dense"]["perplexity"]
+    return f"{latent_table(record)}\n\nIncrease over the dense model's {dense:.3f}. {_schemes_note(record)}"
+
+
+def drop_in(record: dict) -> str:
+    dense = record["results"]["drop-in"]["dense"]["perplexity"]
+    return f"{drop_in_table(record)}\n\nDense: {dense:.3f}. {_schemes_note(record)}"
+
+
+#: QLUTATTN's targets: perplexity increase of keys and of values, memory saved, bytes packed per second.
+PERPLEXITY_TARGETS, MEMORY_TARGET, THROUGHPUT_TARGET = {"K": 0.1, "V": 0.05}, (0.75, 0.875), 10e9
+
+
+def qlutattn(schemes_record: dict, quantize_record: dict) -> str:
+    results = schemes_record["results"]["drop-in"]
+    lines = [
+        "| format | perplexity increase (target) | memory saved (target 75 to 87.5%) | packed (target 10 GB/s) |",
+        "|---|---|---|---|",
+    ]
+    for side, name in (("K", "keys"), ("V", "values")):
+        for bits in (1, 2, 4):
+            result = results[f"QLUTATTN {side}{bits}"]
+            increase = result["perplexity"] - results["16 bit"]["perplexity"]
+            saved = 1 - result["bits_per_element"][name] / 16
+            speed = max(
+                1e9 * r["pack"]["states_gb_per_s"]
+                for r in quantize_record["results"]
+                if r["scheme"] == QLUTATTN[f"{side}{bits}"].to_dict()
+            )
+            cells = (
+                (f"{increase:+.3f} (< {PERPLEXITY_TARGETS[side]})", increase < PERPLEXITY_TARGETS[side]),
+                (f"{saved:.1%}", saved >= MEMORY_TARGET[0]),
+                (f"{speed / 1e9:.2f} GB/s", speed >= THROUGHPUT_TARGET),
+            )
+            lines.append(
+                f"| {side}{bits} | " + " | ".join(f"{c}, {'met' if met else 'missed'}" for c, met in cells) + " |"
+            )
+    e = quantize_record["environment"]
+    device = e["cpu"] if e["device"] == "cpu" else e["device"]
+    return "\n".join(lines) + (
+        f"\n\nOne side at a time, the other in 16 bits; the perplexity of the dense model is "
+        f"{results['dense']['perplexity']:.3f}. Throughput of the states on {device}, "
+        f"{e['threads']} thread{'s' * (e['threads'] > 1)}."
+    )
+
+
+#: What is written between the marks of a table: the JSON files in scripts/results, and how they are shown.
+RENDERERS = {
+    "perplexity": (["perplexity"], perplexity),
+    "benchmark_cache": (["benchmark_cache"], benchmark_cache),
+    "distortion": (["distortion"], distortion),
+    "schemes": (["schemes"], schemes),
+    "drop_in": (["schemes"], drop_in),
+    "recommended": (["recommended"], perplexity),
+    "qlutattn": (["schemes", "benchmark_quantize"], qlutattn),
+}
 
 
 def with_tables(text: str) -> str:
@@ -53,14 +130,20 @@ def with_tables(text: str) -> str:
 
     def render(match: re.Match) -> str:
         name = match[1]
-        record = json.loads((RESULTS / f"{name}.json").read_text())
-        return f"<!-- table: {name} -->\n{RENDERERS[name](record)}\n<!-- end -->"
+        sources, renderer = RENDERERS[name]
+        records = [json.loads((RESULTS / f"{source}.json").read_text()) for source in sources]
+        return f"<!-- table: {name} -->\n{renderer(*records)}\n<!-- end -->"
 
     return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", render, text, flags=re.DOTALL)
 
 
-def main(path: Path = ROOT / "README.md") -> None:
-    path.write_text(with_tables(path.read_text()))
+#: The documents with tables.
+DOCUMENTS = (ROOT / "README.md", ROOT / "KIVI_INTEGRATION.md")
+
+
+def main(documents: tuple[Path, ...] = DOCUMENTS) -> None:
+    for path in documents:
+        path.write_text(with_tables(path.read_text()))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,21 @@
 """The checks of the other tests, called on code that is broken on purpose: each must notice."""
 
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import test_codecs
+import test_token_scores
+import test_vidkv
 import torch
+from test_codecs import poisoned_bytes  # noqa: F401 - a fixture
 from test_kivi_cache import SMALL, Setting, check_feeding_order, check_reorder, check_rows_are_independent
 from test_quant_utils import check_constant_groups, check_error_bound, check_packed_layout
 
-from modules import block_pool, codecs, quant_utils
+import modeling_alrd_llama
+from configuration_alrd_llama import QuantScheme
+from modules import block_pool, codecs, hadamard_utils, quant_utils, vidkv
 from modules.kivi_cache import CacheScheme, KIVILatentLayer
 
 
@@ -211,7 +219,147 @@ def sides_are_swapped(monkeypatch):
     monkeypatch.setattr("modules.kivi_cache.make_codec", swapped)
 
 
+# ---- widths below two bits, ranges, signs
+
+
+def ternary_digits_are_in_reverse(monkeypatch):
+    """The least significant first, in both directions."""
+
+    def flip(codes):
+        return codes.unflatten(-2, (-1, 5)).flip(-2).flatten(-3, -2)
+
+    pack, unpack = quant_utils._pack_ternary, quant_utils._unpack_ternary
+    patch_quant(monkeypatch, "_pack_ternary", lambda codes: pack(flip(codes)))
+    patch_quant(monkeypatch, "_unpack_ternary", lambda words: flip(unpack(words)))
+
+
+def one_bit_takes_the_largest_magnitude(monkeypatch):
+    quantize = quant_utils.quantize
+
+    def broken(x, n_bits, widths, *args):
+        codes, scale, zero_point = quantize(x, n_bits, widths, *args)
+        largest = torch.stack([group.abs().amax(-1) for group in x.split(widths, -1)], -1)
+        return codes, largest.to(scale.dtype), zero_point
+
+    patch_quant(monkeypatch, "quantize", broken)
+
+
+def the_range_is_never_clipped(monkeypatch):
+    monkeypatch.setattr(quant_utils, "RATIOS", (1.0,))
+    monkeypatch.setattr(quant_utils, "REFITS", 0)
+
+
+def the_clipped_range_is_not_refitted(monkeypatch):
+    monkeypatch.setattr(quant_utils, "REFITS", 0)
+
+
+def symmetric_codes_are_shifted(monkeypatch):
+    grid = quant_utils.grid
+    monkeypatch.setattr(quant_utils, "grid", lambda n_bits: grid(n_bits)._replace(offset=grid(n_bits).offset + 1))
+
+
+def one_bit_is_zero_or_the_scale(monkeypatch):
+    """As VidKV's released code has it."""
+    grid = vidkv.grid
+    monkeypatch.setattr(vidkv, "grid", lambda n_bits: grid(n_bits)._replace(offset=0))
+
+
+# ---- whole blocks
+
+
+def groups_of_a_block_share_a_scale(monkeypatch):
+    monkeypatch.setattr(codecs, "group_widths", lambda length, group_size: (length,))
+
+
+def the_narrowest_channels_get_two_bits(monkeypatch):
+    find_range = quant_utils.find_range
+    patch_quant(monkeypatch, "find_range", lambda *args: find_range(*args)[::-1])
+
+
+def nothing_is_rotated(monkeypatch):
+    monkeypatch.setattr(codecs, "rotate", lambda x: x)
+    monkeypatch.setattr(codecs, "rotate_back", lambda x: x)
+
+
+def the_rotation_has_no_signs(monkeypatch):
+    monkeypatch.setattr(hadamard_utils, "_signs", lambda n, device: torch.ones(n, device=device))
+
+
+def bits_of_a_mask_are_in_reverse(monkeypatch):
+    pack, unpack = codecs._pack_mask, codecs._unpack_mask
+
+    def mirrored(packed):
+        return sum((packed >> i & 1) << (7 - i) for i in range(8)).to(torch.uint8)
+
+    monkeypatch.setattr(codecs, "_pack_mask", lambda mask: mirrored(pack(mask)))
+    monkeypatch.setattr(codecs, "_unpack_mask", lambda packed, length: unpack(mirrored(packed), length))
+
+
+def the_least_worthy_tokens_are_protected(monkeypatch):
+    encode = codecs.ProtectedTokenCodec.encode
+
+    def broken(self, states, score=None):
+        return encode(self, states, None if score is None else -score)
+
+    monkeypatch.setattr(codecs.ProtectedTokenCodec, "encode", broken)
+
+
+def scores_are_not_used(monkeypatch):
+    encode = block_pool.BlockPool.encode
+    monkeypatch.setattr(block_pool.BlockPool, "encode", lambda self, states, score=None: encode(self, states))
+
+
+def scores_stay_when_rows_move(monkeypatch):
+    select = KIVILatentLayer._select
+
+    def broken(self, indices):
+        score = self._exact.get("window_score")
+        select(self, indices)
+        if score is not None:
+            self._exact["window_score"] = score
+
+    monkeypatch.setattr(KIVILatentLayer, "_select", broken)
+
+
+def queries_of_pads_count(monkeypatch):
+    received = modeling_alrd_llama.attention_received
+
+    def broken(query, positions, real, *args, **how):
+        return received(query, positions, None, *args, **how)
+
+    monkeypatch.setattr(modeling_alrd_llama, "attention_received", broken)
+
+
+def attention_is_not_added_up(monkeypatch):
+    scores = KIVILatentLayer._scores
+
+    def broken(self, *args):
+        self._exact["window_score"] = torch.zeros_like(self._exact["window_score"])
+        return scores(self, *args)
+
+    monkeypatch.setattr(KIVILatentLayer, "_scores", broken)
+
+
+def a_refused_append_keeps_its_scores(monkeypatch):
+    scores = KIVILatentLayer._scores
+
+    def broken(self, keys, values, real, received):
+        kept = self._exact["window_score"]
+        new = scores(self, keys, values, real, received)
+        kept.copy_(self._exact["window_score"])
+        return new
+
+    monkeypatch.setattr(KIVILatentLayer, "_scores", broken)
+
+
+def check_attention() -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        test_token_scores.test_attention_is_that_of_a_stock_llama(Path(directory), 4, "sdpa")
+
+
 CACHE = Setting(3, 2, 20, 5, 4)
+PROTECTED = QuantScheme(1.58, "per_channel", 20, protected=0.2, protected_bits=4)
+SCORED = test_codecs.Case(PROTECTED, QuantScheme(2, group_size=20), scored=True)
 CHECKS = {
     "constant groups": lambda: check_constant_groups(2, torch.float32),
     "error bound": lambda: check_error_bound("gaussian", torch.float32, 8, 16, True),
@@ -221,6 +369,21 @@ CHECKS = {
     "reorder": lambda: check_reorder(SMALL[0]),
     "reorder, 16 bits": lambda: check_reorder(SMALL[3]),
     "cache": lambda: check_feeding_order(CACHE),
+    "layout, ternary": lambda: check_packed_layout(1.58, 100, 3),
+    "one bit": lambda: test_codecs.test_one_bit_is_the_mean_magnitude("per_channel", torch.float32),
+    "clipped": test_codecs.test_the_clipped_range_is_near_the_best_one,
+    "symmetric": lambda: test_codecs.test_symmetric_codes_are_signed_integers_times_scale(3),
+    "one bit of VidKV": test_vidkv.test_one_bit_is_plus_and_minus_the_scale_and_ternary_is_scaled,
+    "block": lambda: test_codecs.check_stored_block(QuantScheme(2, group_size=20)),
+    "rotated block": lambda: test_codecs.check_stored_block(QuantScheme(3, "per_token", 8, rotation=True)),
+    "protected block": lambda: test_codecs.check_stored_block(PROTECTED),
+    "mixed channels": lambda: test_codecs.test_mixed_channels_keep_the_widest_at_two_bits((13, 7)),
+    "rotation": lambda: test_codecs.test_rotation_is_the_product_with_the_matrix(24),
+    "protected tokens": lambda: test_codecs.test_protected_tokens_are_those_of_the_highest_score(0.2, 128),
+    "scored cache": lambda: test_codecs.check_case(SCORED),
+    "scores": test_token_scores.test_scores_follow_their_rows_and_cost_four_bytes,
+    "refused scores": lambda: test_token_scores.test_a_refused_append_keeps_the_attention_received(True),
+    "attention": check_attention,
 }
 MUTATIONS = [
     (constant_scale_is_one, "constant groups"),
@@ -250,6 +413,25 @@ MUTATIONS = [
     (reorder_forgets_to_count_references, "reorder"),
     (blocks_leave_the_window_early, "cache"),
     (sides_are_swapped, "cache"),
+    (ternary_digits_are_in_reverse, "layout, ternary"),
+    (one_bit_takes_the_largest_magnitude, "one bit"),
+    (the_range_is_never_clipped, "clipped"),
+    (the_clipped_range_is_not_refitted, "clipped"),
+    (symmetric_codes_are_shifted, "symmetric"),
+    (one_bit_is_zero_or_the_scale, "one bit of VidKV"),
+    (groups_of_a_block_share_a_scale, "block"),
+    (the_narrowest_channels_get_two_bits, "mixed channels"),
+    (nothing_is_rotated, "mixed channels"),
+    (nothing_is_rotated, "rotated block"),
+    (the_rotation_has_no_signs, "rotation"),
+    (the_rotation_has_no_signs, "rotated block"),
+    (bits_of_a_mask_are_in_reverse, "protected block"),
+    (the_least_worthy_tokens_are_protected, "protected tokens"),
+    (scores_are_not_used, "scored cache"),
+    (scores_stay_when_rows_move, "scores"),
+    (queries_of_pads_count, "attention"),
+    (attention_is_not_added_up, "attention"),
+    (a_refused_append_keeps_its_scores, "refused scores"),
 ]
 
 

@@ -221,8 +221,24 @@ def test_distortion_of_a_gaussian(n_bits, group_size, per_channel):
 # ---- packing
 
 
-def reference_words(codes: list[int], n_bits: int) -> list[int]:
+def reference_ternary_words(codes: list[int]) -> list[int]:
+    """The words of one channel of ternary codes, digit by digit, from the module's documentation; unsigned."""
+    words = []
+    for start in range(0, len(codes), 20):
+        digits = [*codes[start : start + 20], *[0] * 20][:20]
+        word = 0
+        for j in range(4):
+            c = digits[5 * j : 5 * j + 5]
+            value = c[0] * 81 + c[1] * 27 + c[2] * 9 + c[3] * 3 + c[4]
+            word += -(-value * 256 // 243) * 256**j
+        words.append(word)
+    return words
+
+
+def reference_words(codes: list[int], n_bits: float) -> list[int]:
     """The words of one channel, bit by bit, from the module's documentation; unsigned."""
+    if n_bits == 1.58:
+        return reference_ternary_words(codes)
     planes = [[(code & 3, 2) for code in codes], [(code >> 2, 1) for code in codes]]
     words = []
     for plane in planes if n_bits == 3 else [[(code, n_bits) for code in codes]]:
@@ -238,9 +254,9 @@ def reference_words(codes: list[int], n_bits: int) -> list[int]:
     return words
 
 
-def check_packed_layout(n_bits: int, length: int, channels: int) -> None:
+def check_packed_layout(n_bits: float, length: int, channels: int) -> None:
     """Words as the reference makes them, and codes back."""
-    codes = torch.randint(0, 2**n_bits, (2, length, channels), dtype=torch.uint8)
+    codes = torch.randint(0, 3 if n_bits == 1.58 else 2**n_bits, (2, length, channels), dtype=torch.uint8)
     packed = quant_utils.pack_codes(codes, n_bits)
     assert packed.dtype == torch.int32
     assert packed.shape == (2, quant_utils.packed_words(length, n_bits), channels)
@@ -253,23 +269,23 @@ def check_packed_layout(n_bits: int, length: int, channels: int) -> None:
     assert torch.equal(unpacked.long(), codes.long())
 
 
-@pytest.mark.parametrize("n_bits", BITS)
-@pytest.mark.parametrize("length", [1, 31, 32, 100, 128])
+@pytest.mark.parametrize("n_bits", [1, 1.58, *BITS])
+@pytest.mark.parametrize("length", [1, 20, 31, 32, 100, 128])
 @pytest.mark.parametrize("channels", [1, 5])
 def test_packed_layout(n_bits, length, channels):
     check_packed_layout(n_bits, length, channels)
 
 
-@pytest.mark.parametrize("n_bits", BITS)
+@pytest.mark.parametrize("n_bits", [1, 1.58, *BITS])
 @pytest.mark.parametrize("length", [1, 31, 100])
 def test_extreme_codes_survive_packing(n_bits, length):
-    for value in (0, 2**n_bits - 1):
+    for value in (0, 2 if n_bits == 1.58 else 2**n_bits - 1):
         codes = torch.full((length, 3), value, dtype=torch.uint8)
         unpacked = quant_utils.unpack_codes(quant_utils.pack_codes(codes, n_bits), n_bits, length)
         assert torch.equal(unpacked.long(), codes.long())
 
 
-@pytest.mark.parametrize("n_bits, words", [(2, 8), (3, 12), (4, 16), (8, 32)])
+@pytest.mark.parametrize("n_bits, words", [(1, 4), (2, 8), (3, 12), (4, 16), (8, 32)])
 def test_full_blocks_cost_their_width_exactly(n_bits, words):
     assert quant_utils.packed_words(128, n_bits) == words == 128 * n_bits / 32
     packed = quant_utils.pack_codes(torch.zeros(128, 7, dtype=torch.uint8), n_bits)
@@ -279,6 +295,26 @@ def test_full_blocks_cost_their_width_exactly(n_bits, words):
 def test_worked_example_of_the_documentation():
     assert quant_utils.pack_codes(torch.tensor([[3], [0], [2], [1]]), 2).tolist() == [[0x63]]
     assert quant_utils.pack_codes(torch.tensor([[5], [2], [7], [4]]), 3).tolist() == [[0x39], [0x0D]]
+    assert quant_utils.pack_codes(torch.tensor([[2], [0], [1], [1], [2]]), 1.58).tolist() == [[0xBA]]
+
+
+def test_ternary_digits_are_read_without_a_division():
+    """All 243 bytes: digit k is `((byte * 3^k mod 256) * 3) >> 8`, and no byte is used twice."""
+    values = range(243)
+    packed = {-(-value * 256 // 243) for value in values}
+    assert len(packed) == 243
+    for value in values:
+        byte, digits = -(-value * 256 // 243), [value // 3 ** (4 - k) % 3 for k in range(5)]
+        assert [(byte * 3**k % 256) * 3 >> 8 for k in range(5)] == digits
+        word = quant_utils.pack_codes(torch.tensor(digits)[:, None], 1.58)
+        assert word.tolist() == [[byte]]
+        assert quant_utils.unpack_codes(word, 1.58, 5).flatten().tolist() == digits
+
+
+def test_full_ternary_blocks_cost_seven_words():
+    assert quant_utils.packed_words(128, 1.58) == 7
+    assert 7 * 32 / 128 == 1.75
+    assert [quant_utils.packed_words(n, 1.58) for n in (1, 20, 21, 40, 100)] == [1, 1, 2, 2, 5]
 
 
 # ---- quantizers
@@ -342,6 +378,42 @@ def test_quantizers_refuse_widths_that_do_not_exist(n_bits):
         KIVIMixedQuantizer(residual_length=-1)
     with pytest.raises(ValueError, match="group_size=-1: must be"):
         KIVIQuantizer(group_size=-1)
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize(
+    "n_bits, symmetric, method", [(1, None, None), (1.58, None, None), (2, True, "mse"), (3, None, "mse")]
+)
+def test_quantizer_passes_on_symmetry_and_range(per_channel, n_bits, symmetric, method):
+    x = torch.randn(2, 50, 9) ** 3
+    name = "kivi_quantize_per_channel" if per_channel else "kivi_quantize_per_token"
+    expected, scale, zero_point = getattr(quant_utils, name)(x, n_bits, 16, symmetric, method)
+    found = KIVIQuantizer(n_bits, 16, per_channel, symmetric, method)(x)
+    assert torch.equal(found, expected)
+    assert (zero_point is None) == (symmetric or n_bits < 2)
+    if n_bits >= 2:
+        plain = KIVIQuantizer(n_bits, 16, per_channel)(x)
+        assert not torch.equal(found, plain)
+        assert (found - x).square().sum() < (plain - x).square().sum()
+    else:
+        spread_scale = spread(scale, x, 16, per_channel)
+        signed = expected.double() / spread_scale
+        assert torch.allclose(signed, signed.round(), atol=1e-6)
+        assert set(signed.round().unique().tolist()) == ({-1, 1} if n_bits == 1 else {-1, 0, 1})
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"n_bits": 1.58, "symmetric": False}, "symmetric=False: ternary"),
+        ({"n_bits": 1, "range_method": "minmax"}, "range_method='minmax'"),
+        ({"range_method": "max"}, "range_method='max': must be"),
+        ({"symmetric": 1}, "symmetric=1: must be"),
+    ],
+)
+def test_quantizers_refuse_what_schemes_refuse(fields, message):
+    with pytest.raises(ValueError, match=message):
+        KIVIQuantizer(**fields)
 
 
 # ---- rotation
