@@ -117,14 +117,16 @@ class QuantScheme:
         return asdict(self)
 
     def __str__(self) -> str:
-        """E.g. `2-bit per channel in groups of 128 (mse)`, what differs from the defaults in brackets."""
+        """E.g. `2-bit per channel in groups of 128 (mse)`, what differs from the defaults of the width in brackets."""
         notes = [self.range_method] if self.range_method != ("mse" if self.bits < 2 else "minmax") else []
         notes += ["symmetric"] if self.symmetric and self.bits >= 2 else []
         notes += ["asymmetric"] if self.bits == 1 and not self.symmetric else []
         notes += [name for name in ("static", "rotation") if getattr(self, name)]
         notes += [f"{self.protected:.0%} of tokens at {self.protected_bits} bits"] if self.protected else []
         notes += [self.quantizer] if self.quantizer else []
-        return f"{self.bits}-bit {self.orientation.replace('_', ' ')}" + (f" ({', '.join(notes)})" if notes else "")
+        reach = f" in groups of {self.group_size}" if self.group_size else ""
+        notes = f" ({', '.join(notes)})" if notes else ""
+        return f"{self.bits}-bit {self.orientation.replace('_', ' ')}{reach}{notes}"
 
 
 def side_scheme(side: str, bits: float, group_size: int, fields: dict | QuantScheme | None) -> QuantScheme:
@@ -250,6 +252,10 @@ class ALRDLlamaConfig(LlamaConfig):
         """Check the fields of this class; see the class docstring for the rules."""
         for side in ("k", "v"):
             scheme = side_scheme(side, getattr(self, f"{side}_bits"), self.group_size, getattr(self, f"{side}_scheme"))
+            if not self.use_kivi and getattr(self, f"{side}_scheme"):
+                raise ValueError(
+                    f"{side}_scheme: the simple scheme (use_kivi=False) reads {side}_bits and group_size only"
+                )
             if not self.use_kivi and scheme.bits == 1.5:
                 raise ValueError(f"{side}_bits=1.5: the simple scheme (use_kivi=False) rounds each token by itself")
         for field in ("residual_length", "sink_length"):

@@ -385,7 +385,7 @@ def make_codec(
     )
     if scheme.static:
         return StaticCodec(*arguments, scales=static_scales)
-    if scheme.bits == 16:
+    if scheme.bits == 16 and scheme.quantizer is None:
         return ExactCodec(*arguments)
     if scheme.protected:
         return ProtectedTokenCodec(*arguments)

@@ -56,7 +56,9 @@ class CacheScheme:
 
     def __post_init__(self):
         for name in ("k_scheme", "v_scheme"):
-            object.__setattr__(self, name, getattr(self, name) or {})
+            fields_of_side = getattr(self, name)
+            copied = dict(fields_of_side) if isinstance(fields_of_side, dict) else fields_of_side or {}
+            object.__setattr__(self, name, copied)
         for name in ("residual_length", "sink_length"):
             check_count(name, getattr(self, name))
         self.keys, self.values  # noqa: B018 - checks both sides
@@ -278,7 +280,7 @@ class KIVILatentLayer(CacheLayerMixin):
                 self._append_one(states)
             else:
                 self._append_many(states, real)
-        except ValueError:
+        except Exception:
             if scores is not None:
                 self._exact["window_score"] = scores
             if fresh:
@@ -305,9 +307,14 @@ class KIVILatentLayer(CacheLayerMixin):
             score = self.score(keys, values)
             if tuple(score.shape) != tuple(keys.shape[:2]):
                 raise ValueError(f"token_score: returned {list(score.shape)}, must be {list(keys.shape[:2])}")
-            return score.float()
+            return score.detach().float()
         if received is None:
             raise ValueError("token_score='attention': only ALRDLlamaForCausalLM tells the cache; give a function")
+        new_tokens = [keys.shape[1]] * len(keys) if real is None else real.sum(1).tolist()
+        longest = max(row.tokens + new for row, new in zip(self.rows, new_tokens))
+        if received.dim() != 2 or len(received) != len(keys) or received.shape[1] < longest:
+            raise ValueError(f"received: {list(received.shape)} must be [{len(keys)}, positions up to {longest}]")
+        received = received.detach()
         new = keys.new_zeros(keys.shape[:2], dtype=torch.float32)
         self._exact["window_score"] = self._exact["window_score"].clone()
         for i, row in enumerate(self.rows):
@@ -670,6 +677,7 @@ class KIVILatentCache(Cache):
         header = {
             "version": _FILE_VERSION,
             "scheme": asdict(self.scheme),
+            "token_score": "function" if callable(self.token_score) else self.token_score,
             "layer_schemes": {str(i): asdict(scheme) for i, scheme in self.layer_schemes.items()},
             "layers": layers,
         }
@@ -682,11 +690,22 @@ class KIVILatentCache(Cache):
                 os.remove(partial)
 
     @classmethod
-    def load(cls, path: str | os.PathLike, device: torch.device | str = "cpu") -> "KIVILatentCache":
+    def load(
+        cls,
+        path: str | os.PathLike,
+        device: torch.device | str = "cpu",
+        backend: str | None = None,
+        token_score: TokenScore | None = None,
+    ) -> "KIVILatentCache":
         """Read a cache that `save` has written.
 
+        Args:
+            path, device: The file, and where the tensors go.
+            backend: As for `KIVILatentCache`.
+            token_score: The function of a cache that had one; it is not in the file.
+
         Raises:
-            ValueError: The file is of another kind or version.
+            ValueError: The file is of another kind or version, or `token_score` is missing.
         """
         with safe_open(path, "pt", device=str(device)) as file:
             header = json.loads((file.metadata() or {}).get(_FILE_KEY, "{}"))
@@ -694,7 +713,11 @@ class KIVILatentCache(Cache):
                 raise ValueError(f"{path}: version {header.get('version')} must be {_FILE_VERSION}, a saved cache")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         layer_schemes = {int(i): CacheScheme(**scheme) for i, scheme in header["layer_schemes"].items()}
-        cache = cls(CacheScheme(**header["scheme"]), layer_schemes=layer_schemes)
+        if header["token_score"] == "function" and token_score is None:
+            raise ValueError(f"{path}: token_score must be given, the function by which the saved cache scored tokens")
+        token_score = token_score or header["token_score"]
+        scheme = CacheScheme(**header["scheme"])
+        cache = cls(scheme, layer_schemes=layer_schemes, backend=backend, token_score=token_score)
         for i, record in enumerate(header["layers"]):
             restored = {n.removeprefix(f"{i}."): t for n, t in tensors.items() if n.startswith(f"{i}.")}
             cache.layer(i).restore(restored, record)
@@ -728,7 +751,7 @@ class KIVILatentCache(Cache):
         true_bits = " / ".join(f"{bits:.3g}" for bits in self.bits_per_element.values())
         special = f", {len(self.layer_schemes)} layers of their own" if self.layer_schemes else ""
         return (
-            f"KIVILatentCache(keys {s.keys}, values {s.values}{special}, group_size={s.group_size}, "
+            f"KIVILatentCache(keys {s.keys}, values {s.values}{special}, "
             f"residual_length={s.residual_length}, sink_length={s.sink_length}; "
             f"{true_bits + ' true bits; ' if true_bits else ''}"
             f"backend {' and '.join(backends) or self.backend or 'by device'}; "

@@ -270,6 +270,8 @@ def quantize(
             best_zero = None if symmetric else torch.where(better, best_zero, zero_point)
         scale, zero_point = best_scale, best_zero
 
+    step, zero = _step_and_zero(scale, zero_point, n_bits)
+    fits &= torch.isfinite(step * (levels - 1)) & torch.isfinite(zero)
     scale = torch.where(fits, scale, torch.nan)
     steps, zeros = (expand_groups(p, widths) for p in _step_and_zero(scale, zero_point, n_bits))
     return _codes(x, steps, zeros, levels).to(torch.uint8), scale, zero_point

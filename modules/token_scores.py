@@ -30,8 +30,9 @@ class QuerySimilarity:
         if queries is None or queries.shape[-1] != keys.shape[-1]:
             shape = None if queries is None else list(queries.shape)
             raise ValueError(f"query_states[{layer_idx}]: {shape} must be [queries, {keys.shape[-1]}]")
-        queries = torch.nn.functional.normalize(queries.to(keys.device, torch.float32), dim=-1)
-        return (torch.nn.functional.normalize(keys.float(), dim=-1) @ queries.T).amax(-1)
+        # In float64, so that a token's score does not depend on how many others come with it.
+        queries = torch.nn.functional.normalize(queries.to(keys.device, torch.float64), dim=-1)
+        return (torch.nn.functional.normalize(keys.double(), dim=-1) @ queries.T).amax(-1).float()
 
 
 __all__ = ["QuerySimilarity"]

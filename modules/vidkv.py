@@ -64,6 +64,8 @@ def parse_quantization_config(config: dict | str) -> dict:
     k_scheme, v_scheme = ({"orientation": "per_token" if axis == 0 else "per_channel"} for axis in axes.values())
     if k_bits == 1.5 and backend == "QuantizedCacheLM":
         raise ValueError("nbits=1.5: keys of two widths need backend 'QuantizedCacheVLM' or 'QuantizedCacheVLMSTP'")
+    if k_bits == 1.5 and axes["axis_key"] == 0:
+        raise ValueError("axis_key=0: keys of 1.5 bits are per channel, axis_key=-1")
     if v_bits == 1.5:
         raise ValueError(f"nbits={nbits!r}: 1.5 is a width of keys; give a pair [1.5, width of the values]")
     if k_bits == 1 and backend != "QuantizedCacheLM":
@@ -90,7 +92,7 @@ def _parse_dictionary(text: str):
     for parse in (json.loads, ast.literal_eval):
         try:
             return parse(text)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError):
             continue
     raise ValueError(f"quantization_config={text!r}: must be a dictionary in Python or JSON")
 
@@ -122,7 +124,8 @@ def unpack_tensor(v_code: torch.Tensor, bits: float, pack_dim: int, length: int 
     _check_packed_bits(bits)
     words = v_code.shape[pack_dim]
     if length is None:
-        length = words * 20 if bits == 1.58 else int(words * 32 // bits)
+        # Three words hold 32 codes of 3 bits; a last group of up to 16 codes has two, of its low and its high plane.
+        length = words // 3 * 32 + words % 3 // 2 * 16 if bits == 3 else words * (20 if bits == 1.58 else 32 // bits)
     if packed_words(length, bits) != words:
         raise ValueError(f"length={length}: {words} words of {bits} bits must be what it packs into")
     codes = unpack_codes(v_code.movedim(pack_dim, -1).unsqueeze(-1), bits, length)

@@ -125,7 +125,7 @@ def main(config: EstimateConfig) -> dict[str, Any]:
     )
     print(f"keys {scheme.keys}, values {scheme.values}", end=", ")
     print(
-        ", ".join(f"{name} {getattr(scheme, name)}" for name in ("group_size", "residual_length", "sink_length")),
+        ", ".join(f"{name} {getattr(scheme, name)}" for name in ("residual_length", "sink_length")),
         end="\n\n",
     )
     header = ["length", "dense", "packed", "ratio", "dense/token", "packed/token"]

@@ -115,7 +115,6 @@ def main(config: DistortionConfig) -> dict:
         rows.append(
             {
                 "scheme": scheme.to_dict(),
-                "name": str(scheme),
                 "bits_per_element": measured["Gaussian"][1],
                 "distortion": {name: error for name, (error, _) in measured.items()},
                 "expected": EXPECTED.get((scheme.bits, scheme.group_size))
@@ -133,13 +132,13 @@ def main(config: DistortionConfig) -> dict:
 def table(record: dict, group_size: int | None = None) -> str:
     """The record as a Markdown table."""
     names = list(record["rows"][0]["distortion"])
-    lines = [f"| scheme | group | bits/element | DESIGN | {' | '.join(names)} |", "|---" * (len(names) + 4) + "|"]
+    lines = [f"| scheme | bits/element | DESIGN | {' | '.join(names)} |", "|---" * (len(names) + 3) + "|"]
     for row in record["rows"]:
         if group_size is None or row["scheme"]["group_size"] == group_size:
             expected = "" if row["expected"] is None else f"{row['expected']:.4g}"
             figures = " | ".join(f"{error:.3g}" for error in row["distortion"].values())
-            size, bits = row["scheme"]["group_size"], row["bits_per_element"]
-            lines.append(f"| {row['name']} | {size} | {bits:.3f} | {expected} | {figures} |")
+            name = QuantScheme(**row["scheme"])
+            lines.append(f"| {name} | {row['bits_per_element']:.3f} | {expected} | {figures} |")
     return "\n".join(lines)
 
 

@@ -11,14 +11,14 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-#: What an integer element holds that nobody wrote.
-GARBAGE = -0x5A5A5A5B
-
 
 def poisoned_empty(*args, **kwargs) -> torch.Tensor:
-    """`torch.empty`, floating elements NaN and integer ones `GARBAGE`."""
+    """`torch.empty`, floating elements NaN and the bytes of integer ones 0xA5."""
     fresh = torch.empty(*args, **kwargs)
-    return fresh.fill_(torch.nan if fresh.is_floating_point() else GARBAGE)
+    if fresh.is_floating_point():
+        return fresh.fill_(torch.nan)
+    fresh.view(torch.uint8).fill_(0xA5)
+    return fresh
 
 
 class PoisonedTorch:

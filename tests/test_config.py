@@ -236,7 +236,7 @@ def test_assigned_fields_are_read_and_checked_by_a_loaded_model(tmp_path):
         lambda: model(ids, use_cache=True),
         lambda: model.generate(ids, max_new_tokens=2),
     ):
-        with pytest.raises(ValueError, match="k_bits=5: must be one of 1, 1.5, 1.58, 2, 3, 4, 8, 16 bits"):
+        with pytest.raises(ValueError, match=r"k_bits=5: must be one of 1, 1\.5, 1\.58, 2, 3, 4, 8, 16 bits"):
             build()
 
 

@@ -201,7 +201,9 @@ def test_generate_from_a_split_checkpoint(split_path):
     options = {"model": split_path, "prompt": "x" * 100, "max_new_tokens": 5, "do_sample": True, "residual_length": 0}
     first, second = (generate.main(GenerateConfig(**options, seed=seed)) for seed in (1, 1))
     assert first["packed"]["token_ids"] == second["packed"]["token_ids"]
-    assert first["cache"]["description"].startswith("KIVILatentCache(keys 4-bit per channel, values 2-bit per token")
+    assert first["cache"]["description"].startswith(
+        "KIVILatentCache(keys 4-bit per channel in groups of 32, values 2-bit per token"
+    )
     config = ALRDLlamaConfig.from_pretrained(split_path)
     scheme = CacheScheme(k_bits=4, group_size=32, residual_length=0)
     expected = sum(scheme.layer_nbytes(104, layer, torch.float32) for layer in config_widths(config))
@@ -276,8 +278,8 @@ def test_gate_passes(settings):
 def test_red_gate_reports_nothing(monkeypatch, tmp_path, side):
     quantizer = benchmark_cache.KIVIQuantizer
 
-    def broken(n_bits, group_size, per_channel):
-        return quantizer(n_bits, group_size if per_channel != (side == "keys") else 32, per_channel)
+    def broken(n_bits, group_size, per_channel, *how):
+        return quantizer(n_bits, group_size if per_channel != (side == "keys") else 32, per_channel, *how)
 
     monkeypatch.setattr(benchmark_cache, "KIVIQuantizer", broken)
     output = tmp_path / "benchmark.json"

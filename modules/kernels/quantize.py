@@ -430,6 +430,8 @@ def _quantize_kernel(
                 better = new_error < error
             best_scale, best_zero = tl.where(better, new_scale, best_scale), tl.where(better, new_zero, best_zero)
 
+        step, zero = _step_and_zero(best_scale, best_zero, SYMMETRIC, SPACING, OFFSET)
+        fits &= (step * (LEVELS - 1) < _INFINITY) & (tl.abs(zero) < _INFINITY)
         best_scale = tl.where(fits, best_scale, _NAN)
         if PER_CHANNEL:
             at, exists = n * channels + columns, columns < end
