@@ -124,50 +124,41 @@ class UniformCodec(_Codec):
         full = self.runs.count(self.runs[0])
         return ((full, self.runs[0]), *((1, run) for run in self.runs[full:]))
 
+    def _rows(self, name: str, run: int) -> int:
+        """Rows of a field that a group takes: its words; one row of parameters per channel, or one per token."""
+        return packed_words(run, self.scheme.bits) if name == "packed" else 1 if self.groups is None else run
+
     def fields(self):
         return self._fields
 
     def encode(self, states: torch.Tensor, score=None) -> Fields:
-        scheme, blocks, channels = self.scheme, len(states), states.shape[-1]
+        scheme, blocks = self.scheme, len(states)
+        how = (scheme.bits, self.groups, scheme.symmetric, scheme.range_method, self.scale_dtype)
         pieces: dict[str, list[torch.Tensor]] = {name: [] for name in self._fields}
-        for part, (count, run) in zip(states.split([n * run for n, run in self._equal_runs()], 1), self._equal_runs()):
-            results = self.backend.quantize_and_pack(
-                part.reshape(blocks * count, run, channels),
-                scheme.bits,
-                self.groups,
-                scheme.symmetric,
-                scheme.range_method,
-                self.scale_dtype,
-            )
+        runs = self._equal_runs()
+        for part, (_, run) in zip(states.split([count * run for count, run in runs], dim=1), runs):
+            results = self.backend.quantize_and_pack(part.reshape(-1, run, part.shape[-1]), *how)
             for name, tensor in zip(("packed", "scale", "zero_point"), results):
-                if tensor is not None:
+                if name in pieces:
                     pieces[name].append(tensor.reshape(blocks, -1, tensor.shape[-1]))
         return {name: torch.cat(parts, dim=1) for name, parts in pieces.items()}
 
     def decode(self, fields: Fields) -> torch.Tensor:
-        lead, channels = fields["packed"].shape[:-2], sum(self.widths)
-        runs, bits = self._equal_runs(), self.scheme.bits
-        pieces = []
-        for name in ("packed", "scale", "zero_point"):
-            if name not in fields:
-                pieces.append([None] * len(runs))
-                continue
-            # Rows that a group takes: its words, one row of parameters per channel, or one per token.
-            sizes = [
-                packed_words(run, bits) if name == "packed" else 1 if self.groups is None else run for _, run in runs
-            ]
-            counts = [count * size for (count, _), size in zip(runs, sizes)]
-            parts = fields[name].flatten(0, -3).split(counts, dim=1)
-            flat = name != "packed" and self.groups is None
-            pieces.append(
-                [p.flatten(0, 1) if flat else p.unflatten(1, (-1, n)).flatten(0, 1) for p, n in zip(parts, sizes)]
+        lead, channels, runs = fields["packed"].shape[:-2], sum(self.widths), self._equal_runs()
+        split = {
+            name: tensor.flatten(0, -3).split([count * self._rows(name, run) for count, run in runs], dim=1)
+            for name, tensor in fields.items()
+        }
+        states = []
+        for i, (count, run) in enumerate(runs):
+            groups = {name: parts[i].unflatten(1, (count, -1)).flatten(0, 1) for name, parts in split.items()}
+            parameters = [groups.get(name) for name in ("scale", "zero_point")]
+            if self.groups is None:
+                parameters = [None if p is None else p.squeeze(1) for p in parameters]
+            part = self.backend.unpack_and_dequantize(
+                groups["packed"], *parameters, self.scheme.bits, run, self.dtype, self.groups
             )
-        states = [
-            self.backend.unpack_and_dequantize(*tensors, bits, run, self.dtype, self.groups).reshape(
-                -1, count * run, channels
-            )
-            for (count, run), tensors in zip(runs, zip(*pieces))
-        ]
+            states.append(part.reshape(-1, count * run, channels))
         return torch.cat(states, dim=1).reshape(*lead, self.length, channels)
 
 
@@ -237,7 +228,7 @@ class MixedChannelCodec(_Codec):
 
     def fields(self):
         own = {"is_wide": ((_mask_bytes(sum(self.widths)),), torch.uint8)}
-        return own | {f"{part}.{n}": f for part, codec in self.parts.items() for n, f in codec.fields().items()}
+        return own | _join({name: codec.fields() for name, codec in self.parts.items()})
 
     def _order(self, is_wide: torch.Tensor) -> torch.Tensor:
         """Channels `[..., C]` in the order of storage: the wide ones by head group, then the narrow ones."""
@@ -256,17 +247,14 @@ class MixedChannelCodec(_Codec):
 
         sorted_states = states.float().gather(-1, self._order(is_wide)[:, None].expand_as(states))
         wide, narrow = sorted_states.split([sum(self.parts["wide"].widths), sum(self.narrow)], dim=-1)
-        encoded = {f"wide.{n}": t for n, t in self.parts["wide"].encode(wide).items()}
+        encoded = {"wide": self.parts["wide"].encode(wide)}
         if self.narrow:
             rotated = torch.cat([rotate(group) for group in narrow.split(self.narrow, dim=-1)], dim=-1)
-            encoded |= {f"narrow.{n}": t for n, t in self.parts["narrow"].encode(rotated).items()}
-        return {"is_wide": _pack_mask(is_wide)} | encoded
+            encoded["narrow"] = self.parts["narrow"].encode(rotated)
+        return {"is_wide": _pack_mask(is_wide)} | _join(encoded)
 
     def decode(self, fields: Fields) -> torch.Tensor:
-        decoded = {
-            part: codec.decode({n.removeprefix(f"{part}."): t for n, t in fields.items() if n.startswith(f"{part}.")})
-            for part, codec in self.parts.items()
-        }
+        decoded = {name: codec.decode(_part(fields, name)) for name, codec in self.parts.items()}
         groups = [decoded["wide"]]
         if self.narrow:
             groups += [rotate_back(group) for group in decoded["narrow"].split(self.narrow, dim=-1)]
@@ -301,7 +289,7 @@ class ProtectedTokenCodec(_Codec):
 
     def fields(self):
         own = {"is_protected": ((_mask_bytes(self.length),), torch.uint8)}
-        return own | {f"{part}.{n}": f for part, codec in self.parts.items() for n, f in codec.fields().items()}
+        return own | _join({name: codec.fields() for name, codec in self.parts.items()})
 
     def encode(self, states: torch.Tensor, score: torch.Tensor | None = None) -> Fields:
         if score is None:
@@ -313,20 +301,25 @@ class ProtectedTokenCodec(_Codec):
         sorted_states = states.gather(1, order[..., None].expand_as(states))
         high, low = sorted_states.tensor_split([self.count], dim=1)
         encoded = {"high": self.parts["high"].encode(high), "low": self.parts["low"].encode(low)}
-        own = {"is_protected": _pack_mask(is_protected)}
-        return own | {f"{part}.{n}": t for part, fields in encoded.items() for n, t in fields.items()}
+        return {"is_protected": _pack_mask(is_protected)} | _join(encoded)
 
     def decode(self, fields: Fields) -> torch.Tensor:
-        decoded = [
-            codec.decode({n.removeprefix(f"{part}."): t for n, t in fields.items() if n.startswith(f"{part}.")})
-            for part, codec in self.parts.items()
-        ]
-        states = torch.cat(decoded, dim=-2)
+        states = torch.cat([codec.decode(_part(fields, name)) for name, codec in self.parts.items()], dim=-2)
         order = _mask_order(_unpack_mask(fields["is_protected"], self.length))
         return states.gather(-2, order.argsort(dim=-1)[..., None].expand_as(states))
 
 
-# ---- masks of a bit per element
+# ---- fields of parts, masks of a bit per element
+
+
+def _join(parts: dict[str, dict]) -> dict:
+    """The fields of all parts, each with its part's name before its own."""
+    return {f"{part}.{name}": field for part, fields in parts.items() for name, field in fields.items()}
+
+
+def _part(fields: Fields, part: str) -> Fields:
+    """The fields of one part by their own names."""
+    return {n.removeprefix(f"{part}."): t for n, t in fields.items() if n.startswith(f"{part}.")}
 
 
 def _mask_bytes(length: int) -> int:

@@ -9,7 +9,6 @@ import test_codecs
 import test_token_scores
 import test_vidkv
 import torch
-from test_codecs import poisoned_bytes  # noqa: F401 - a fixture
 from test_kivi_cache import SMALL, Setting, check_feeding_order, check_reorder, check_rows_are_independent
 from test_quant_utils import check_constant_groups, check_error_bound, check_packed_layout
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
-from test_codecs import CASES, SCHEMES, assert_same, poisoned_bytes, raw, same_bits  # noqa: F401 - a fixture
+from test_codecs import CASES, SCHEMES, assert_same, raw, same_bits
 from test_kivi_cache import feed
 
 from modules import quant_utils

@@ -206,8 +206,9 @@ def test_float32_values_beyond_float16_are_refused(values, n_bits):
             round_trip(states, n_bits, 0, per_channel)
 
 
-#: DESIGN, section 3: MSE / σ² of a unit Gaussian.
+#: DESIGN, section 3: MSE / σ² of a unit Gaussian, by width and group size.
 DISTORTION = {(2, 32): 0.154, (2, 128): 0.251, (3, 32): 0.028, (3, 128): 0.046, (4, 32): 0.0061, (4, 128): 0.0099}
+DISTORTION |= {(1, 32): 0.352, (1, 128): 0.361, (1.58, 32): 0.182, (1.58, 128): 0.189}
 
 
 @pytest.mark.parametrize("n_bits, group_size", DISTORTION)
@@ -215,7 +216,7 @@ DISTORTION = {(2, 32): 0.154, (2, 128): 0.251, (3, 32): 0.028, (3, 128): 0.046, 
 def test_distortion_of_a_gaussian(n_bits, group_size, per_channel):
     x = torch.randn(1, 1024, 512)
     error = (round_trip(x, n_bits, group_size, per_channel)[0] - x).square().mean().item()
-    assert error == pytest.approx(DISTORTION[n_bits, group_size], rel=0.05)
+    assert error == pytest.approx(DISTORTION[n_bits, group_size], rel=0.03)
 
 
 # ---- packing

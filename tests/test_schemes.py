@@ -9,7 +9,6 @@ from dataclasses import FrozenInstanceError
 import pytest
 import torch
 from helpers import TINY_LLAMA, tiny_split
-from test_codecs import poisoned_bytes  # noqa: F401 - a fixture
 from transformers import AutoConfig
 
 from configuration_alrd_llama import SUPPORTED_BITS, ALRDLlamaConfig, QuantScheme, side_scheme

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import tiny_dense, tiny_split
-from test_codecs import poisoned_bytes, read_bits, same_bits  # noqa: F401 - a fixture
+from test_codecs import read_bits, same_bits
 from test_kivi_cache import chunks_of, feed, raw_row
 from transformers import DynamicCache
 

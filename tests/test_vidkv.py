@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import tiny_dense, tiny_split
-from test_codecs import poisoned_bytes, read_bits, read_block, read_codes, words_of  # noqa: F401 - a fixture
+from test_codecs import read_bits, read_block, read_codes, words_of
 from test_kivi_cache import same_bits
 
 from configuration_alrd_llama import QuantScheme
