@@ -155,7 +155,7 @@ def main(config: EvalConfig) -> dict:
     return record
 
 
-def measure(config: EvalConfig, tokenizer, dense, caches: dict[str, tuple]) -> dict:
+def measure(config: EvalConfig, tokenizer, dense, caches: dict[str, tuple], others: list | None = None) -> dict:
     """Measure caches on the same tokens.
 
     Args:
@@ -163,6 +163,8 @@ def measure(config: EvalConfig, tokenizer, dense, caches: dict[str, tuple]) -> d
         tokenizer: Of the models.
         dense: Model to compare with, through a `DynamicCache`; `None`: the cache called "16".
         caches: By name, a model and a function that makes an empty `KIVILatentCache` for it.
+
+        others: Schemes of caches that are measured in other calls: the same tokens are scored if all calls know all.
 
     Returns:
         The record: config, environment, text, and `results` by name.
@@ -183,7 +185,8 @@ def measure(config: EvalConfig, tokenizer, dense, caches: dict[str, tuple]) -> d
             f"windows={config.windows}: {config.text!r} has {len(windows)} windows of {config.length} tokens"
         )
     windows = windows[torch.linspace(0, len(windows) - 1, config.windows).round().long()]
-    scored = scored_positions(config.length, config.prefill, config.chunk, list(schemes.values()))
+    every_scheme = [*schemes.values(), *(others or [])]
+    scored = scored_positions(config.length, config.prefill, config.chunk, every_scheme)
     if not scored.any():
         raise ValueError(
             f"length={config.length}: no token has nine tenths of its context packed; take longer windows, a smaller "
