@@ -122,8 +122,8 @@ RECOMMENDED = {
     "keys 1.5, values ternary": "values",
     "keys 1.5, values 2 mse": "values",
     "both per token, 2 mse": "both",
-    "keys 3, values 2 mse": "both",
-    "3": "both",
+    "both per token, keys 3, values 2 mse": "both",
+    "both per token, 3": "both",
     "4": "both",
 }
 
