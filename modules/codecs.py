@@ -275,9 +275,7 @@ class ProtectedTokenCodec(_Codec):
     def __init__(self, *args):
         super().__init__(*args)
         scheme = self.scheme
-        self.count = max(1, round(scheme.protected * self.length))
-        if self.count >= self.length:
-            raise ValueError(f"protected={scheme.protected}: must leave tokens of a block of {self.length} unprotected")
+        self.count = _protected_count(scheme, self.length)
         low = replace(scheme, protected=0.0)
         by_width = {"symmetric": None, "range_method": None if scheme.range_method == "minmax" else "mse"}
         high = replace(low, bits=scheme.protected_bits, **by_width)
@@ -345,6 +343,20 @@ def _mask_order(mask: torch.Tensor) -> torch.Tensor:
 # ---- choice
 
 
+def _protected_count(scheme: QuantScheme, length: int) -> int:
+    """Tokens of a block that are protected."""
+    return max(1, round(scheme.protected * length))
+
+
+def check_codec(scheme: QuantScheme, length: int) -> None:
+    """Raise a `ValueError` for a scheme that has no quantizer for blocks of `length` tokens."""
+    if scheme.quantizer is not None and scheme.quantizer not in QUANTIZERS:
+        known = ", ".join(sorted(QUANTIZERS)) or "none"
+        raise ValueError(f"quantizer={scheme.quantizer!r}: must be registered (registered are: {known})")
+    if scheme.protected and _protected_count(scheme, length) >= length:
+        raise ValueError(f"protected={scheme.protected}: must leave tokens of a block of {length} unprotected")
+
+
 def make_codec(
     scheme: QuantScheme,
     length: int,
@@ -376,6 +388,7 @@ def make_codec(
         backend or get_backend("reference", torch.device("cpu")),
         scale_dtype or parameter_dtype(dtype),
     )
+    check_codec(scheme, length)
     if scheme.static:
         return StaticCodec(*arguments, scales=static_scales)
     if scheme.bits == 16 and scheme.quantizer is None:
@@ -386,9 +399,6 @@ def make_codec(
         return RotatedCodec(*arguments)
     if scheme.quantizer is None:
         return MixedChannelCodec(*arguments) if scheme.bits == 1.5 else UniformCodec(*arguments)
-    if scheme.quantizer not in QUANTIZERS:
-        known = ", ".join(sorted(QUANTIZERS)) or "none"
-        raise ValueError(f"quantizer={scheme.quantizer!r}: must be registered (registered are: {known})")
     return QUANTIZERS[scheme.quantizer](*arguments)
 
 

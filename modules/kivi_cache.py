@@ -23,7 +23,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from configuration_alrd_llama import ALRDLlamaConfig, QuantScheme, check_choice, check_count, side_scheme
 from modules.block_pool import BlockPool
-from modules.codecs import StaticScales, block_length, block_nbytes, make_codec
+from modules.codecs import StaticScales, block_length, block_nbytes, check_codec, make_codec
 from modules.kernels import BACKENDS, Backend, get_backend
 from modules.quant_utils import KIVIQuantizer
 from modules.vidkv import parse_quantization_config
@@ -61,7 +61,8 @@ class CacheScheme:
             object.__setattr__(self, name, copied)
         for name in ("residual_length", "sink_length"):
             check_count(name, getattr(self, name))
-        self.keys, self.values  # noqa: B018 - checks both sides
+        for side in (self.keys, self.values):
+            check_codec(side, self.block_length)
 
     @classmethod
     def from_config(cls, config: ALRDLlamaConfig) -> "CacheScheme":

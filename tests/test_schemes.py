@@ -263,7 +263,7 @@ def test_values_of_two_widths_must_be_made_per_channel():
         (QuantScheme(1.5), QuantScheme(1.58, "per_token")),
         (QuantScheme(2, "per_token", 64, True, "mse", True), QuantScheme(1, protected=0.2, protected_bits=2)),
         (QuantScheme(16), QuantScheme(1, symmetric=False, range_method="minmax")),
-        (QuantScheme(8, static=True, group_size=0), QuantScheme(3, quantizer="mine")),
+        (QuantScheme(8, static=True, group_size=0), QuantScheme(3, symmetric=True)),
     ],
     ids=str,
 )
@@ -280,6 +280,13 @@ def test_cache_scheme_of_two_sides(keys, values):
         CacheScheme.of(keys, values, residual_length=-1)
     with pytest.raises(FrozenInstanceError):
         scheme.k_bits = 4
+
+
+def test_what_no_quantizer_can_store_is_refused_when_the_cache_is_made():
+    with pytest.raises(ValueError, match="quantizer='nobody': must be registered"):
+        create_kivi_cache(k_scheme={"quantizer": "nobody"})
+    with pytest.raises(ValueError, match=r"protected=0\.999: must leave tokens of a block of 128 unprotected"):
+        create_kivi_cache(v_scheme={"protected": 0.999})
 
 
 @pytest.mark.parametrize(
