@@ -57,9 +57,13 @@ def schemes() -> Iterator[QuantScheme]:
                 for method in ("minmax", "mse") if bits >= 2 else ("mse",):
                     yield QuantScheme(bits, **place, range_method=method)
             yield QuantScheme(1, **place, symmetric=False)
-            yield QuantScheme(4, **place, symmetric=True)
-            yield QuantScheme(8, **place, symmetric=True)
+            for bits in (2, 3, 4, 8):
+                yield QuantScheme(bits, **place, symmetric=True)
+            yield QuantScheme(2, **place, rotation=True)
+            yield QuantScheme(2, **place, rotation=True, range_method="mse")
             yield QuantScheme(1.58, **place, protected=0.2, protected_bits=2)
+            yield QuantScheme(1.58, **place, protected=0.2, protected_bits=4)
+    yield QuantScheme(8, static=True)
 
 
 def synthetic(tokens: int, channels: int) -> dict[str, torch.Tensor]:
@@ -93,11 +97,18 @@ def latents(config: DistortionConfig) -> dict[str, list[torch.Tensor]]:
 
 
 def distortion(scheme: QuantScheme, groups: list[torch.Tensor]) -> tuple[float, float]:
-    """Squared error over variance (of each channel, summed over all), and true bits per element."""
+    """Squared error over variance (of each channel, summed over all), and true bits per element.
+
+    Static scales are those of the data's own range.
+    """
     error = variance = bits = elements = 0.0
     for states in groups:
         blocks = states.reshape(-1, 128, states.shape[-1])
-        codec = make_codec(scheme, 128, (blocks.shape[-1],), torch.float32)
+        static = None
+        if scheme.static:
+            low, high = blocks.amin((0, 1)), blocks.amax((0, 1))
+            static = ((high - low) / 255, low)
+        codec = make_codec(scheme, 128, (blocks.shape[-1],), torch.float32, static_scales=static)
         error += (codec.decode(codec.encode(blocks)) - blocks).double().square().sum().item()
         flat = blocks.flatten(0, 1).double()
         variance += (flat - flat.mean(0)).square().sum().item()
