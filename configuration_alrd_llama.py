@@ -80,6 +80,7 @@ class QuantScheme:
             raise ValueError(f"quantizer={self.quantizer!r}: must be the name of a registered quantizer, or None")
         if self.bits == int(self.bits):
             object.__setattr__(self, "bits", int(self.bits))
+        object.__setattr__(self, "protected", float(self.protected))
         object.__setattr__(self, "symmetric", self.bits in (1, 1.58) if self.symmetric is None else self.symmetric)
         object.__setattr__(self, "range_method", self.range_method or ("mse" if self.bits < 2 else "minmax"))
         self._check_combinations()
@@ -107,6 +108,10 @@ class QuantScheme:
             )
         if self.protected and not self.bits < self.protected_bits:
             raise ValueError(f"protected_bits={self.protected_bits}: must be above bits={self.bits}")
+        if self.protected and self.protected_bits == 1.5 and not self.per_channel:
+            raise ValueError("protected_bits=1.5: mixes two widths by channel, so it must be per_channel")
+        if self.static and self.quantizer is not None:
+            raise ValueError(f"quantizer={self.quantizer!r}: static=True has a quantizer of its own")
 
     @property
     def per_channel(self) -> bool:
@@ -118,6 +123,8 @@ class QuantScheme:
 
     def __str__(self) -> str:
         """E.g. `2-bit per channel in groups of 128 (mse)`, what differs from the defaults of the width in brackets."""
+        if self.bits == 16 and self.quantizer is None:
+            return "16-bit"  # the states themselves, whatever the other fields say
         notes = [self.range_method] if self.range_method != ("mse" if self.bits < 2 else "minmax") else []
         notes += ["symmetric"] if self.symmetric and self.bits >= 2 else []
         notes += ["asymmetric"] if self.bits == 1 and not self.symmetric else []
@@ -129,7 +136,7 @@ class QuantScheme:
         return f"{self.bits}-bit {self.orientation.replace('_', ' ')}{reach}{notes}"
 
 
-def side_scheme(side: str, bits: float, group_size: int, fields: dict | QuantScheme | None) -> QuantScheme:
+def side_scheme(side: str, bits: float, group_size: int, fields: dict | None) -> QuantScheme:
     """The `QuantScheme` that the settings of a cache mean.
 
     Args:

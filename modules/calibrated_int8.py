@@ -39,6 +39,7 @@ from torch import nn
 
 from configuration_alrd_llama import check_count
 from modules.kivi_cache import CacheScheme, KIVILatentCache
+from modules.quant_utils import to_finite
 
 SIDES = ("keys", "values")
 
@@ -189,8 +190,7 @@ def fake_quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor
     """Tokens `[N, C]` to INT8 and back (module docstring), in float32, returned in the type of `x`."""
     codes = torch.where(scale > 0, (x.float() - zero_point) / scale, 0).clamp_(0, 255)
     codes = (codes + 0.5).floor_()  # nearest, halves up, as the packed cache does it
-    limit = min(torch.finfo(x.dtype).max, torch.finfo(torch.float32).max)
-    return (codes * scale + zero_point).clamp_(-limit, limit).to(x.dtype)
+    return to_finite(codes * scale + zero_point, x.dtype)
 
 
 def _to_tokens(states: torch.Tensor) -> torch.Tensor:
@@ -629,7 +629,8 @@ class CalibratedScales:
             residual_length, sink_length: As for `create_kivi_cache`; the document's cache keeps no token exact.
             options: `backend` of `KIVILatentCache`.
         """
-        layers = self.by_layer(self.model["num_hidden_layers"])
+        last = max(module.layer_idx for module in self.modules.values())
+        layers = self.by_layer(self.model["num_hidden_layers"] or last + 1)
         window = (group_size, residual_length, sink_length)
         static = {"static": True, "orientation": "per_channel"}
         exact = CacheScheme(16, 16, *window)

@@ -16,7 +16,7 @@ import torch
 from configuration_alrd_llama import QuantScheme
 from modules.hadamard_utils import rotate, rotate_back
 from modules.kernels import Backend, get_backend
-from modules.quant_utils import DEFAULT_BLOCK_LENGTH, group_widths, packed_words, parameter_dtype
+from modules.quant_utils import DEFAULT_BLOCK_LENGTH, group_widths, packed_words, parameter_dtype, to_finite
 
 Fields = dict[str, torch.Tensor]
 
@@ -53,7 +53,7 @@ class BlockCodec(Protocol):
         """Store `[N, T, C]` states of N blocks; `score` `[N, T]`: what each token is worth, if somebody knows."""
 
     def decode(self, fields: Fields) -> torch.Tensor:
-        """States `[..., T, C]` from fields with any leading dimensions."""
+        """States `[..., T, C]` from fields with one or more leading dimensions."""
 
 
 #: Quantizers of users, by the name that `QuantScheme.quantizer` gives.
@@ -201,8 +201,7 @@ class RotatedCodec(_Codec):
 
     def decode(self, fields: Fields) -> torch.Tensor:
         groups = self.inner.decode(fields).split(self.widths, dim=-1)
-        limit = min(torch.finfo(self.dtype).max, torch.finfo(torch.float32).max)
-        return torch.cat([rotate_back(g) for g in groups], dim=-1).clamp_(-limit, limit).to(self.dtype)
+        return to_finite(torch.cat([rotate_back(g) for g in groups], dim=-1), self.dtype)
 
 
 class MixedChannelCodec(_Codec):
@@ -261,8 +260,7 @@ class MixedChannelCodec(_Codec):
         order = self._order(_unpack_mask(fields["is_wide"], sum(self.widths)))
         states = torch.cat(groups, dim=-1)
         states = states.gather(-1, order.argsort(dim=-1)[..., None, :].expand_as(states))
-        limit = min(torch.finfo(self.dtype).max, torch.finfo(torch.float32).max)
-        return states.clamp_(-limit, limit).to(self.dtype)
+        return to_finite(states, self.dtype)
 
 
 class ProtectedTokenCodec(_Codec):

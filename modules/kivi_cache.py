@@ -269,10 +269,10 @@ class KIVILatentLayer(CacheLayerMixin):
 
     def _append(self, keys, values, real, widths: LayerWidths, received=None) -> None:
         keys, values, fresh = keys.detach(), values.detach(), not self.is_initialized
-        if fresh:
-            self._allocate(len(keys), widths, keys)
         scores = self._exact.get("window_score")
         try:
+            if fresh:
+                self._allocate(len(keys), widths, keys)
             self._check_states(keys, values, real)
             states = {"keys": keys, "values": values}
             if self.score is not None:
@@ -534,30 +534,34 @@ class KIVILatentLayer(CacheLayerMixin):
 
     def export(self) -> tuple[dict[str, torch.Tensor], dict]:
         """The tokens held: tensors without slack, and the bookkeeping as JSON types."""
+        static = {
+            f"static.{side}.{name}": tensor
+            for side, pair in (self.static_scales or {}).items()
+            for name, tensor in zip(("scale", "zero_point"), pair)
+        }
         if not self.is_initialized:
-            return {}, {"slots": 0}
+            return static, {"slots": 0}
         live = sorted({slot for row in self.rows for slot in row.blocks})
         moved = {slot: i for i, slot in enumerate(live)}
         tensors = {
             f"{side}.{name}": t[live] for side, fields in self.pool.storage.items() for name, t in fields.items()
         }
         tensors.update({name: exact.clone() for name, exact in self._exact.items()})
-        for side, pair in (self.static_scales or {}).items():
-            tensors.update({f"static.{side}.{name}": t for name, t in zip(("scale", "zero_point"), pair)})
+        tensors.update(static)
         rows = [asdict(replace(row, blocks=tuple(moved[slot] for slot in row.blocks))) for row in self.rows]
         return tensors, {"slots": self.slots, "widths": self.widths, "rows": rows}
 
     def restore(self, tensors: dict[str, torch.Tensor], record: dict) -> None:
         """Inverse of `export` for a fresh layer."""
         self._clear()
-        if not record["slots"]:
-            return
-        widths = tuple(tuple(side) for side in record["widths"])
         self.static_scales = {
             side: (tensors[f"static.{side}.scale"], tensors[f"static.{side}.zero_point"])
             for side in ("keys", "values")
             if f"static.{side}.scale" in tensors
         }
+        if not record["slots"]:
+            return
+        widths = tuple(tuple(side) for side in record["widths"])
         self._allocate(len(record["rows"]), widths, tensors["window_keys"])
         self._exact = {name: tensors[name] for name in self._exact}
         blocks = {
@@ -638,6 +642,9 @@ class KIVILatentCache(Cache):
         if token_score is not None and token_score != "attention" and not callable(token_score):
             raise ValueError(f"token_score={token_score!r}: must be a function, 'attention' or None")
         for i, other in self.layer_schemes.items():
+            check_count("layer_schemes: index of a layer", i)
+            if widths is not None and i >= len(widths):
+                raise ValueError(f"layer_schemes[{i}]: the model has {len(widths)} layers")
             for name in ("residual_length", "sink_length", "block_length"):
                 if getattr(other, name) != getattr(self.scheme, name):
                     raise ValueError(f"layer_schemes[{i}]: {name} must be {getattr(self.scheme, name)} as in scheme")
@@ -671,6 +678,8 @@ class KIVILatentCache(Cache):
     def save(self, path: str | os.PathLike) -> None:
         """Write the cache, packed as it is, to a safetensors file; an interrupted save leaves an old file whole."""
         tensors, layers = {}, []
+        if self.static_scales:
+            self.layer(max(self.static_scales))  # so that each set of scales has a layer to be written with
         for i, layer in enumerate(self.layers):
             exported, record = layer.export()
             tensors.update({f"{i}.{name}": tensor for name, tensor in exported.items()})
@@ -716,6 +725,8 @@ class KIVILatentCache(Cache):
         layer_schemes = {int(i): CacheScheme(**scheme) for i, scheme in header["layer_schemes"].items()}
         if header["token_score"] == "function" and token_score is None:
             raise ValueError(f"{path}: token_score must be given, the function by which the saved cache scored tokens")
+        if token_score is not None and header["token_score"] != "function":
+            raise ValueError(f"{path}: token_score must not be given, the saved cache had {header['token_score']!r}")
         token_score = token_score or header["token_score"]
         scheme = CacheScheme(**header["scheme"])
         cache = cls(scheme, layer_schemes=layer_schemes, backend=backend, token_score=token_score)

@@ -91,6 +91,12 @@ def _round_directed(x: torch.Tensor, dtype: torch.dtype, up: bool) -> torch.Tens
     return torch.where(wrong, stepped, y)
 
 
+def to_finite(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Float32 `x` in `dtype`, values beyond its range at the end of it."""
+    limit = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+    return x.clamp(-limit, limit).to(dtype)
+
+
 # ---- codes
 
 
@@ -301,8 +307,7 @@ def dequantize(
     """
     step, zero = _step_and_zero(scale, zero_point, n_bits)
     x = codes * expand_groups(step, widths) + expand_groups(zero, widths)
-    limit = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
-    return x.clamp_(-limit, limit).to(dtype)
+    return to_finite(x, dtype)
 
 
 # ---- packing

@@ -16,7 +16,7 @@ from modules.kernels import get_backend
 from modules.quant_utils import grid, pack_codes, packed_words, unpack_codes
 
 #: Back ends of `QUANTIZATION_CONFIG`.
-BACKENDS = ("QuantizedCacheLM", "QuantizedCacheVLM", "QuantizedCacheVLMSTP")
+VIDKV_BACKENDS = ("QuantizedCacheLM", "QuantizedCacheVLM", "QuantizedCacheVLMSTP")
 
 _KEYS = ("backend", "nbits", "q_group_size", "residual_length", "axis_key", "axis_value", "vidkv_stp")
 
@@ -52,7 +52,7 @@ def parse_quantization_config(config: dict | str) -> dict:
         if key not in config:
             raise ValueError(f"quantization_config: {key!r} is missing")
     backend, nbits, protected = config["backend"], config["nbits"], config.get("vidkv_stp")
-    check_choice("backend", backend, BACKENDS)
+    check_choice("backend", backend, VIDKV_BACKENDS)
     k_bits, v_bits = _key_value_bits(nbits)
     group_size, residual_length = config.get("q_group_size", 32), config.get("residual_length", 128)
     check_count("q_group_size", group_size)
@@ -245,7 +245,7 @@ class QuantizedTensorFunction:
 
 
 __all__ = [
-    "BACKENDS",
+    "VIDKV_BACKENDS",
     "QuantizedTensorFunction",
     "pack_tensor",
     "parse_quantization_config",

@@ -4,7 +4,7 @@
 
 First the latents of the model split at a share of its rank, each scheme with the rotation folded into the factors of
 keys and values or not; then the full keys and values of the dense model, through the drop-in cache: QLUTATTN's
-formats one side at a time, VidKV's documented configurations, calibrated INT8. Results are kept as they come, and a
+formats one side at a time, VidKV's configurations, calibrated INT8. Results are kept as they come, and a
 run that was interrupted goes on where it stopped.
 """
 
@@ -102,7 +102,7 @@ SCHEMES = {
 }
 ROTATIONS = {"both": (True, True), "keys": (True, False), "values": (False, True), "neither": (False, False)}
 
-#: VidKV's documented configurations, but for a window of 32 tokens (not 128), as all others have it.
+#: VidKV's documented configurations but for a window of 32 tokens (not 128), as all others have it.
 _VIDKV = {"q_group_size": 32, "residual_length": 32, "axis_key": -1, "axis_value": -1}
 VIDKV = {
     "VidKV K2 V2": {"backend": "QuantizedCacheLM", "nbits": 2, **_VIDKV},
@@ -178,6 +178,9 @@ def main(config: CompareConfig) -> dict:
         for start in range(0, len(missing), 6):
             some = dict(list(missing.items())[start : start + 6])
             measured = measure(evaluation, calibration.tokenizer, dense, some, schemes)
+            scored = measured["results"]["dense"]["tokens"]
+            if any(result["tokens"] != scored for result in done.get(part, {}).values()):
+                raise ValueError(f"output={config.output!r}: {part} was scored on other tokens; name another file")
             done.setdefault(part, {}).update(measured.pop("results"))
             settings = record.setdefault("settings", {}).setdefault(part, {})
             settings.update(measured.pop("settings"))

@@ -1010,3 +1010,17 @@ def test_static_scales_must_be_given():
     cache = KIVILatentCache(CacheScheme(8, 8, k_scheme={"static": True}))
     with pytest.raises(ValueError, match="static=True of the keys: needs calibrated scales"):
         cache.update(torch.zeros(1, 1, 3, 4), torch.zeros(1, 1, 3, 4), 0)
+
+
+def test_an_empty_cache_keeps_its_scales_through_a_file(tmp_path):
+    model, ids = tiny_dense(), torch.randint(1, 97, (2, 70))
+    scales = calibrate(model, [ids])
+    scales.create_cache(group_size=16).save(tmp_path / "empty.safetensors")
+    loaded, fresh = KIVILatentCache.load(tmp_path / "empty.safetensors"), scales.create_cache(group_size=16)
+    for cache in (loaded, fresh):
+        model(ids, past_key_values=cache)
+    for a, b in zip(loaded.layers, fresh.layers, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a.states(), b.states(), strict=True))
+    fresh.reset()
+    fresh.save(tmp_path / "reset.safetensors")
+    model(ids, past_key_values=KIVILatentCache.load(tmp_path / "reset.safetensors"))

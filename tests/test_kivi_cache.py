@@ -1079,3 +1079,11 @@ def test_a_packed_cache_generates_and_really_packs(make):
         model(text[:, :-1], past_key_values=stock)
     dense = sum(layer.keys.nbytes + layer.values.nbytes for layer in stock.layers)
     assert cache.nbytes_used < 0.5 * dense
+
+
+def test_a_back_end_that_cannot_run_leaves_the_cache_empty(monkeypatch):
+    monkeypatch.setattr("modules.kivi_cache.get_backend", lambda *_: (_ for _ in ()).throw(ValueError("backend")))
+    cache = create_kivi_cache()
+    with pytest.raises(ValueError, match="backend"):
+        cache.update(torch.zeros(2, 1, 3, 4), torch.zeros(2, 1, 3, 4), 0)
+    assert cache.row_tokens() == [] and not cache.layers[0].is_initialized

@@ -30,7 +30,9 @@ FIELDS = {
 }
 
 
-def allowed(bits, orientation, group_size, symmetric, range_method, rotation, static, protected, protected_bits, _):
+def allowed(
+    bits, orientation, group_size, symmetric, range_method, rotation, static, protected, protected_bits, quantizer
+):
     """The rules of the documentation, told a second time."""
     if bits == 1.58 and symmetric is False:
         return False
@@ -39,7 +41,7 @@ def allowed(bits, orientation, group_size, symmetric, range_method, rotation, st
     around_zero = bits in (1, 1.58) if symmetric is None else symmetric
     if bits < 2 and around_zero and range_method == "minmax":
         return False
-    if static and (orientation == "per_token" or bits not in (2, 3, 4, 8) or rotation or protected):
+    if static and (orientation == "per_token" or bits not in (2, 3, 4, 8) or rotation or protected or quantizer):
         return False
     return not (protected and protected_bits <= bits)
 
@@ -280,6 +282,19 @@ def test_cache_scheme_of_two_sides(keys, values):
         CacheScheme.of(keys, values, residual_length=-1)
     with pytest.raises(FrozenInstanceError):
         scheme.k_bits = 4
+
+
+@pytest.mark.parametrize("index", [2, -1, "0"])
+def test_layer_schemes_are_of_layers_that_exist(index, tmp_path):
+    model = tiny_split(tmp_path, ranks=8, dense=None)
+    index = 3 if index == 2 else index
+    with pytest.raises(ValueError, match="layer_schemes"):
+        model.create_kivi_cache(layer_schemes={index: CacheScheme(4)})
+
+
+def test_protected_bits_that_no_codec_has_are_refused():
+    with pytest.raises(ValueError, match=r"protected_bits=1\.5: .* per_channel"):
+        QuantScheme(1, "per_token", protected=0.1, protected_bits=1.5)
 
 
 def test_what_no_quantizer_can_store_is_refused_when_the_cache_is_made():

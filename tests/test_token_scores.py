@@ -397,3 +397,10 @@ def test_vidkv_with_query_similarity_through_a_stock_model():
         assert len(found) == 26
         assert min(worth[token] for token in found) >= worth.sort(descending=True).values[25] - 1e-4
     assert cache.scheme.values == QuantScheme(1.58, group_size=32, protected=0.2, protected_bits=2)
+
+
+def test_a_score_that_the_saved_cache_did_not_have_is_refused(tmp_path):
+    for token_score in (None, "attention"):
+        KIVILatentCache(SCHEME, [WIDTHS], token_score=token_score).save(tmp_path / "cache")
+        with pytest.raises(ValueError, match="token_score must not be given"):
+            KIVILatentCache.load(tmp_path / "cache", token_score=by_first_channel)

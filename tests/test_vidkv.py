@@ -18,7 +18,7 @@ from test_kivi_cache import same_bits
 from configuration_alrd_llama import QuantScheme
 from modules.kivi_cache import CacheScheme, create_kivi_cache
 from modules.vidkv import (
-    BACKENDS,
+    VIDKV_BACKENDS,
     QuantizedTensorFunction,
     pack_tensor,
     parse_quantization_config,
@@ -266,7 +266,7 @@ def test_it_stands_for_all_settings(other, tmp_path):
 
 
 def test_names_of_the_backends():
-    assert BACKENDS == ("QuantizedCacheLM", "QuantizedCacheVLM", "QuantizedCacheVLMSTP")
+    assert VIDKV_BACKENDS == ("QuantizedCacheLM", "QuantizedCacheVLM", "QuantizedCacheVLMSTP")
 
 
 # ---- packing

@@ -50,7 +50,7 @@ def get_backend(name: str | None, device: torch.device) -> Backend:
         ValueError: Another name, or triton is asked for where it cannot run.
     """
     field = "backend"
-    if name is None and BACKEND_VARIABLE in os.environ:
+    if name is None and os.environ.get(BACKEND_VARIABLE):
         field, name = BACKEND_VARIABLE, os.environ[BACKEND_VARIABLE]
     if name is not None:
         check_choice(field, name, BACKENDS)

@@ -1,0 +1,76 @@
+"""The scripts that compare quantization schemes, on little text."""
+
+import json
+
+import pytest
+import torch
+
+from configuration_alrd_llama import QuantScheme
+from modules.kivi_cache import create_kivi_cache
+from scripts import compare_schemes, measure_distortion
+from scripts.benchmark_quantize import BenchmarkConfig
+from scripts.benchmark_quantize import main as benchmark
+from scripts.compare_schemes import ROTATIONS, CompareConfig
+from scripts.measure_distortion import DistortionConfig, distortion
+
+
+def test_distortion_of_every_scheme(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(measure_distortion, "latents", lambda config: {})
+    output = tmp_path / "distortion.json"
+    record = measure_distortion.main(DistortionConfig(tokens=256, channels=32, output=str(output)))
+    assert json.loads(output.read_text()) == record
+    assert {row["scheme"]["bits"] for row in record["rows"]} == {1, 1.5, 1.58, 2, 3, 4, 8}
+    by_scheme = {QuantScheme(**row["scheme"]): row for row in record["rows"]}
+    assert len(by_scheme) == len(record["rows"])
+    two, ternary = by_scheme[QuantScheme()], by_scheme[QuantScheme(1.58)]
+    clipped = by_scheme[QuantScheme(range_method="mse")]
+    assert two["bits_per_element"] == clipped["bits_per_element"] == 2.25
+    assert clipped["distortion"]["Gaussian"] < 0.8 * two["distortion"]["Gaussian"]
+    assert ternary["distortion"]["Gaussian"] < two["distortion"]["Gaussian"]
+    assert "| 1.58-bit per channel in groups of 128 | 1.875 | 0.189 |" in capsys.readouterr().out
+
+
+def test_distortion_is_the_error_over_the_variance_of_each_channel():
+    x = torch.randn(3, 128, 8) * torch.arange(1, 9) + 100 * torch.arange(8)
+    found, bits = distortion(QuantScheme(8, static=True), [x])
+    flat = x.flatten(0, 1).double()
+    step = (flat.amax(0) - flat.amin(0)) / 255
+    assert bits == 8
+    assert found == pytest.approx((step.square().sum() / 12 / flat.var(0, correction=0).sum()).item(), rel=0.1)
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """Two schemes and one drop-in cache on one window, measured once."""
+    output = tmp_path_factory.mktemp("compare") / "schemes.json"
+    small = {"windows": 1, "length": 1400, "prefill": 1380, "chunk": 10}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare_schemes, "SCHEMES", {n: compare_schemes.SCHEMES[n] for n in ("2", "4")})
+        patch.setattr(compare_schemes, "drop_in_caches", lambda *_: {"4": lambda: create_kivi_cache(4, 4)})
+        patch.setattr(compare_schemes, "ROTATIONS", {"both": (True, True)})
+        record = compare_schemes.main(CompareConfig(**small, output=str(output)))
+        with pytest.raises(ValueError, match="holds results of other options"):
+            compare_schemes.main(CompareConfig(**{**small, "chunk": 5}, output=str(output)))
+        patch.setattr(compare_schemes, "measure", lambda *_: pytest.fail("measured again"))
+        assert compare_schemes.main(CompareConfig(**small, output=str(output))) == record
+    return record
+
+
+def test_schemes_are_measured_once_and_on_the_same_tokens(compared):
+    both, drop_in = compared["results"]["both"], compared["results"]["drop-in"]
+    assert list(both) == ["dense", "16", "2", "4"] and list(drop_in) == ["dense", "4"]
+    assert len({r["tokens"] for r in (*both.values(), *drop_in.values())}) == 1
+    assert both["2"]["kl_mean"] > both["4"]["kl_mean"] > both["16"]["kl_mean"] > 0
+    assert both["2"]["bits_per_element"]["keys"] == 2.25
+    assert compared["settings"]["both"]["4"]["k_bits"] == 4
+
+
+def test_all_rotations_of_the_table():
+    assert set(ROTATIONS.values()) == {(a, b) for a in (True, False) for b in (True, False)}
+
+
+def test_benchmark_of_quantization(tmp_path, capsys):
+    record = benchmark(BenchmarkConfig(quick=True, device="cpu", bits=[1.58, 4], output=str(tmp_path / "b.json")))
+    assert record["gate"]["passed"] and len(record["results"]) == 6
+    assert all(r["pack"]["states_gb_per_s"] > 0 and "target_gb_per_s" in r for r in record["results"])
+    assert "target of packing on a CPU, 10 GB/s" in capsys.readouterr().out
