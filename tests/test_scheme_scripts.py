@@ -10,6 +10,7 @@ from modules.kivi_cache import create_kivi_cache
 from scripts import compare_schemes, measure_distortion
 from scripts.benchmark_quantize import BenchmarkConfig
 from scripts.benchmark_quantize import main as benchmark
+from scripts.calibrate_svd_ranks import CalibrationConfig, calibrate
 from scripts.compare_schemes import ROTATIONS, CompareConfig
 from scripts.measure_distortion import DistortionConfig, distortion
 
@@ -44,7 +45,11 @@ def compared(tmp_path_factory):
     """Two schemes and one drop-in cache on one window, measured once."""
     output = tmp_path_factory.mktemp("compare") / "schemes.json"
     small = {"windows": 1, "length": 1400, "prefill": 1380, "chunk": 10}
+    # The `seeded` fixture of a test comes later: two threads on a busy core wait for each other.
+    torch.set_num_threads(1)
+    calibration = calibrate(CalibrationConfig(windows=2, length=256))
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare_schemes, "calibrate", lambda config: calibration)
         patch.setattr(compare_schemes, "SCHEMES", {n: compare_schemes.SCHEMES[n] for n in ("2", "4")})
         patch.setattr(compare_schemes, "drop_in_caches", lambda *_: {"4": lambda: create_kivi_cache(4, 4)})
         patch.setattr(compare_schemes, "ROTATIONS", {"both": (True, True)})
