@@ -7,9 +7,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
-# Read when the kernels are first imported: without a GPU they run in Triton's interpreter.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+def pytest_configure(config):
+    """Kernels run in Triton's interpreter, unless the `gpu` tests are asked for; read when they are first imported."""
+    chosen = config.option.markexpr
+    if "gpu" not in chosen or "not gpu" in chosen:
+        os.environ["TRITON_INTERPRET"] = "1"
 
 
 def poisoned_empty(*args, **kwargs) -> torch.Tensor:

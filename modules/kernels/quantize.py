@@ -276,6 +276,19 @@ def _load_words(packed, word, columns, column_end, stride, length, PER_WORD: tl.
 
 
 @triton.jit
+def _program(
+    table, channels, groups, blocks, token_blocks, PER_CHANNEL: tl.constexpr, ALIGN: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """Row, token block, group, columns and their end of this program."""
+    pid = tl.program_id(0)
+    group = pid // blocks % groups
+    n = (pid // blocks // groups // token_blocks).to(tl.int64)
+    start, end = _channels(table, group, groups, channels, PER_CHANNEL, ALIGN)
+    columns = start + pid % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    return n, pid // blocks // groups % token_blocks, group, columns, end
+
+
+@triton.jit
 def _find_range_kernel(
     x,
     low,
@@ -295,17 +308,16 @@ def _find_range_kernel(
 ):
     AXIS: tl.constexpr = 0 if PER_CHANNEL else 1
     STEP: tl.constexpr = BLOCK_T if PER_CHANNEL else BLOCK_C
-    pid = tl.program_id(0)
-    block, group = pid % blocks, pid // blocks % groups
-    n = (pid // blocks // groups // token_blocks).to(tl.int64)
-    start, end = _channels(table, group, groups, channels, PER_CHANNEL, ALIGN)
-    rows = pid // blocks // groups % token_blocks * BLOCK_T + tl.arange(0, BLOCK_T)
-    columns = start + block * BLOCK_C + tl.arange(0, BLOCK_C)
+    n, token_block, group, columns, end = _program(
+        table, channels, groups, blocks, token_blocks, PER_CHANNEL, ALIGN, BLOCK_C
+    )
+    rows = token_block * BLOCK_T + tl.arange(0, BLOCK_T)
     place = (x + tl.multiple_of(n * stride_n, ALIGN), rows, columns, length, end, stride_t)
 
     nothing = tl.zeros((BLOCK_C if PER_CHANNEL else BLOCK_T,), tl.float32)
     lowest, highest, bad = nothing + _INFINITY, nothing - _INFINITY, nothing.to(tl.int32)
-    for chunk in range(tl.cdiv(length if PER_CHANNEL else end - start, STEP)):
+    count = length if PER_CHANNEL else tl.load(table + groups + group)
+    for chunk in range(tl.cdiv(count, STEP)):
         tile, valid = _load_chunk(place, chunk, AXIS, STEP, ALIGN)
         lowest, highest, bad = _extend_range(lowest, highest, bad, tile, valid, AXIS)
     if PER_CHANNEL:
@@ -352,15 +364,13 @@ def _quantize_kernel(
     TOKENS: tl.constexpr = BLOCK_T // 8 * 5 if TERNARY else BLOCK_T
     STEP: tl.constexpr = TOKENS if PER_CHANNEL else BLOCK_C
     MINMAX: tl.constexpr = LEVELS > 3 or not SYMMETRIC
-    pid = tl.program_id(0)
-    block, group = pid % blocks, pid // blocks % groups
-    n = (pid // blocks // groups // token_blocks).to(tl.int64)
-    start, end = _channels(table, group, groups, channels, PER_CHANNEL, ALIGN)
-    first = pid // blocks // groups % token_blocks * BLOCK_T
+    n, token_block, group, columns, end = _program(
+        table, channels, groups, blocks, token_blocks, PER_CHANNEL, ALIGN, BLOCK_C
+    )
+    first = token_block * BLOCK_T
     rows = _tokens(first + tl.arange(0, BLOCK_T), TERNARY)
-    columns = start + block * BLOCK_C + tl.arange(0, BLOCK_C)
     place = (x + tl.multiple_of(n * stride_n, ALIGN), rows, columns, length, end, stride_t)
-    count = length if PER_CHANNEL else end - start
+    count = length if PER_CHANNEL else tl.load(table + groups + group)
     chunks = 1 if HELD else tl.cdiv(count, STEP)
     tile, valid = _load_chunk(place, 0, AXIS, STEP, ALIGN)
 
@@ -488,13 +498,11 @@ def _dequantize_kernel(
     TERNARY: tl.constexpr = BITS == 0
     SLOTS: tl.constexpr = 32 if TERNARY else 16 if BITS == 3 else 32 // BITS
     BLOCK_W: tl.constexpr = BLOCK_T // SLOTS
-    pid = tl.program_id(0)
-    block, group = pid % blocks, pid // blocks % groups
-    n = (pid // blocks // groups // token_blocks).to(tl.int64)
-    start, end = _channels(table, group, groups, channels, PER_CHANNEL, ALIGN)
-    word = pid // blocks // groups % token_blocks * BLOCK_W + tl.arange(0, BLOCK_W)
+    n, token_block, group, columns, end = _program(
+        table, channels, groups, blocks, token_blocks, PER_CHANNEL, ALIGN, BLOCK_C
+    )
+    word = token_block * BLOCK_W + tl.arange(0, BLOCK_W)
     slot = tl.arange(0, SLOTS)
-    columns = start + block * BLOCK_C + tl.arange(0, BLOCK_C)
     rows = _tokens(word[:, None] * SLOTS + slot[None, :], TERNARY)
     packed += tl.multiple_of(n * stride_n, ALIGN)
 
