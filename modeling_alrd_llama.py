@@ -161,16 +161,7 @@ class ALRDLlamaAttention(LlamaAttention):
         value_latents = to_latents(self.v_proj, hidden_states)
         layer = past_key_values.layer(self.layer_idx, self.widths)
 
-        received = None
-        if layer.score == "attention":
-            received = attention_received(
-                query,
-                latent_step.positions.to(query.device),
-                latent_step.real,
-                self._tiles(key_latents, value_latents, layer, latent_step),
-                max(latent_step.lengths) + query.shape[2],
-                **self._latent_arguments(latent_step),
-            )
+        received = self._attention_received(query, key_latents, value_latents, layer, latent_step)
         if latent_step.has_past:
             output, weights = self._attend_cache(query, key_latents, value_latents, layer, latent_step)
         else:
@@ -208,6 +199,19 @@ class ALRDLlamaAttention(LlamaAttention):
             "rope": step.rope,
             "scaling": self.scaling,
         }
+
+    def _attention_received(self, query, key_latents, value_latents, layer, step: LatentStep) -> torch.Tensor | None:
+        """What `KIVILatentLayer.append` takes, if the cache chooses its protected tokens by it."""
+        if layer.score != "attention":
+            return None
+        return attention_received(
+            query,
+            step.positions.to(query.device),
+            step.real,
+            self._tiles(key_latents, value_latents, layer, step),
+            max(step.lengths) + query.shape[2],
+            **self._latent_arguments(step),
+        )
 
     def _attend_cache(self, query, key_latents, value_latents, layer, step: LatentStep):
         """Attention of new tokens over the packed cache and themselves; returns `[B, L, H_q, d]` and weights."""
