@@ -1,14 +1,30 @@
-"""Configuration of a Llama model with low-rank key/value projections and a quantized latent KV cache."""
+"""Configuration of a Llama, Mistral or Qwen2 with low-rank key/value projections and a quantized latent KV cache."""
 
 import re
 from dataclasses import asdict, dataclass, replace
 from numbers import Real
 
-from transformers import AutoConfig, LlamaConfig
+from transformers import CONFIG_MAPPING, AutoConfig, LlamaConfig, PreTrainedConfig
 
 #: Widths that the packed cache can store. 1.58 is ternary; 1.5 has half of the channels at 2 bits and half at 1; 16 is
 #: the lossless mode: the model's own dtype, untouched.
 SUPPORTED_BITS = (1, 1.5, 1.58, 2, 3, 4, 8, 16)
+
+#: Model types of dense checkpoints that can be split: decoders of Llama's layers.
+DENSE_MODEL_TYPES = ("llama", "mistral", "qwen2")
+
+#: What other decoders would need that a Llama does not have; only for the error message.
+_NOT_SUPPORTED = {
+    "gemma": "scaled embeddings and norms of weight 1 + w",
+    "gemma2": "soft-capped scores, sliding windows, scaled embeddings and norms of weight 1 + w",
+    "gemma3_text": "normalised queries and keys (q_norm, k_norm), sliding windows and scaled embeddings",
+    "mixtral": "a mixture of experts",
+    "olmo2": "normalised queries and keys (q_norm, k_norm)",
+    "phi3": "fused projections (qkv_proj, gate_up_proj)",
+    "qwen2_moe": "a mixture of experts",
+    "qwen3": "normalised queries and keys (q_norm, k_norm)",
+    "qwen3_moe": "normalised queries and keys (q_norm, k_norm) and a mixture of experts",
+}
 
 _PROJECTION_NAME = re.compile(r"model\.layers\.(\d+)\.self_attn\.([kv]_proj)")
 
@@ -29,6 +45,14 @@ def check_choice(field: str, value, choices: tuple) -> None:
     """Raise a `ValueError` naming `field` unless `value` is one of `choices`, and of the same type."""
     if not any(type(value) is type(choice) and value == choice for choice in choices):
         raise ValueError(f"{field}={value!r}: must be one of {', '.join(map(repr, choices))}")
+
+
+def check_dense_model_type(field: str, value: str | None) -> None:
+    """Raise a `ValueError` naming `field` and what is missing unless `value` is one of `DENSE_MODEL_TYPES`."""
+    if value not in DENSE_MODEL_TYPES:
+        missing = _NOT_SUPPORTED.get(value, "other decoders' attention and layers")
+        choices = ", ".join(map(repr, DENSE_MODEL_TYPES))
+        raise ValueError(f"{field}={value!r}: must be one of {choices}; not supported: {missing}")
 
 
 @dataclass(frozen=True)
@@ -165,7 +189,14 @@ def side_scheme(side: str, bits: float, group_size: int, fields: dict | None) ->
 class ALRDLlamaConfig(LlamaConfig):
     r"""A `LlamaConfig` plus the ranks of the split projections and the settings of their KV cache.
 
+    It also describes a split Mistral or Qwen2, whose fields that a Llama does not have are kept for the way back. As
+    every token is cached and attended to, `sliding_window` must be `None` or at least `max_position_embeddings`, where
+    it never acts; `use_sliding_window` must be off and `layer_types`, if given, `"full_attention"`.
+
     Args:
+        dense_model_type (`str`, defaults to `"llama"`):
+            Model type of the dense checkpoint, one of `DENSE_MODEL_TYPES`: what `to_dense` gives back. A Mistral has
+            no biases, a Qwen2 has them on q, k and v: for these two `attention_bias` and `mlp_bias` follow from it.
         truncation_ranks (`dict[str, int | list[int]]`, defaults to `{}`):
             Rank of each split projection by its name, `"model.layers.{i}.self_attn.{k,v}_proj"`. An int is the
             projection's total rank, spread evenly over its head groups (the first groups take the remainder); a list
@@ -195,6 +226,7 @@ class ALRDLlamaConfig(LlamaConfig):
 
     model_type = "alrd_llama"
 
+    dense_model_type: str = "llama"
     truncation_ranks: dict | None = None
     head_group_size: int | None = None
     use_kivi: bool = True
@@ -209,8 +241,14 @@ class ALRDLlamaConfig(LlamaConfig):
     v_hadamard: bool = True
 
     def __post_init__(self, **kwargs):
-        # A plain Llama's dictionary brings its own model_type; kept, it would hide our weight conversion.
-        kwargs.pop("model_type", None)
+        # A dense model's dictionary brings its own model_type; kept, it would hide our weight conversion.
+        source = kwargs.pop("model_type", self.model_type)
+        if source != self.model_type:
+            check_dense_model_type("model_type", source)
+            self.dense_model_type = source
+        if self.dense_model_type != "llama":
+            self.attention_bias, self.mlp_bias = self.dense_model_type == "qwen2", False
+            kwargs.setdefault("sliding_window", None)  # left out, it would be exported as Mistral's default
         if self.truncation_ranks is None:
             self.truncation_ranks = {}
         super().__post_init__(**kwargs)
@@ -220,16 +258,25 @@ class ALRDLlamaConfig(LlamaConfig):
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         model_type = config_dict.get("model_type")
-        if model_type not in ("llama", cls.model_type):
-            raise ValueError(
-                f"model_type={model_type!r} of {pretrained_model_name_or_path!r}: must be 'llama' or {cls.model_type!r}"
-            )
-        return {**config_dict, "model_type": cls.model_type}, kwargs
+        if model_type != cls.model_type:
+            check_dense_model_type(f"{pretrained_model_name_or_path}: model_type", model_type)
+            # A missing key means the default of the dense model's own class.
+            config_dict = cls.from_llama(AutoConfig.for_model(**config_dict)).to_dict()
+        return config_dict, kwargs
 
     @classmethod
-    def from_llama(cls, config: LlamaConfig, **fields) -> "ALRDLlamaConfig":
-        """Return the configuration of `config`'s model with the given `fields` of this class set."""
+    def from_llama(cls, config: PreTrainedConfig, **fields) -> "ALRDLlamaConfig":
+        """Return the configuration of a dense or split model's `config` with the given `fields` of this class set."""
         return cls(**{**config.to_dict(), **fields})
+
+    def to_dense(self) -> PreTrainedConfig:
+        """The configuration of the dense model, of its own class."""
+        dense_class = CONFIG_MAPPING[self.dense_model_type]
+        foreign = set(type(self).__dataclass_fields__) - set(dense_class.__dataclass_fields__)
+        if self.head_dim != self.hidden_size // self.num_attention_heads:
+            foreign.discard("head_dim")  # a Qwen2 reads it, though it is no field of its class
+        foreign |= {"model_type", "architectures"}
+        return dense_class(**{name: value for name, value in self.to_dict().items() if name not in foreign})
 
     @property
     def num_head_groups(self) -> int:
@@ -257,6 +304,8 @@ class ALRDLlamaConfig(LlamaConfig):
 
     def check_latent_cache(self) -> None:
         """Check the fields of this class; see the class docstring for the rules."""
+        check_dense_model_type("dense_model_type", self.dense_model_type)
+        self._check_full_attention()
         for side in ("k", "v"):
             scheme = side_scheme(side, getattr(self, f"{side}_bits"), self.group_size, getattr(self, f"{side}_scheme"))
             if not self.use_kivi and getattr(self, f"{side}_scheme"):
@@ -278,6 +327,19 @@ class ALRDLlamaConfig(LlamaConfig):
             raise ValueError(f"truncation_ranks={self.truncation_ranks!r}: must map projection names to ranks")
         for name, rank in self.truncation_ranks.items():
             self._check_rank(name, rank)
+
+    def _check_full_attention(self) -> None:
+        if getattr(self, "use_sliding_window", False):
+            raise ValueError("use_sliding_window=True: must be False; attention over a sliding window is not supported")
+        window, longest = getattr(self, "sliding_window", None), self.max_position_embeddings
+        if window is not None and window < longest:
+            raise ValueError(
+                f"sliding_window={window!r}: must be None or at least max_position_embeddings={longest}, where it "
+                "never acts; attention over a sliding window is not supported"
+            )
+        others = sorted(set(getattr(self, "layer_types", None) or ()) - {"full_attention"})
+        if others:
+            raise ValueError(f"layer_types: must all be 'full_attention'; not supported: {', '.join(others)}")
 
     def _check_rank(self, name: str, rank: int | list[int]) -> None:
         field = f"truncation_ranks[{name!r}]"
@@ -302,4 +364,4 @@ class ALRDLlamaConfig(LlamaConfig):
 
 AutoConfig.register(ALRDLlamaConfig.model_type, ALRDLlamaConfig, exist_ok=True)
 
-__all__ = ["SUPPORTED_BITS", "ALRDLlamaConfig", "QuantScheme"]
+__all__ = ["DENSE_MODEL_TYPES", "SUPPORTED_BITS", "ALRDLlamaConfig", "QuantScheme"]

@@ -1,4 +1,4 @@
-"""Llama with low-rank key and value projections, whose latents live in a packed `KIVILatentCache`."""
+"""Llama, Mistral or Qwen2 with low-rank key and value projections, whose latents live in a `KIVILatentCache`."""
 
 import threading
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, LlamaForCausalLM, PreTrainedModel
 from transformers import initialization as init
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
@@ -51,7 +51,7 @@ class SplitProjection(ConversionOps):
 
 
 def register_dense_conversion(config: ALRDLlamaConfig) -> None:
-    """Tell the library how the dense weights of a Llama become those of a model with this configuration."""
+    """Tell the library how the dense weights of a checkpoint become those of a model with this configuration."""
     conversions = []
     for i in range(config.num_hidden_layers):
         for projection, rotate in (("k_proj", config.k_hadamard), ("v_proj", config.v_hadamard)):
@@ -70,9 +70,19 @@ _loading = threading.Lock()
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
-def _check_stored_factors(path, config: ALRDLlamaConfig, hub_arguments: dict) -> None:
-    """Refuse a configuration whose factors differ from those that a split checkpoint stores."""
+def _check_dense_model_type(stored: ALRDLlamaConfig, config: ALRDLlamaConfig) -> None:
+    """Refuse a configuration of another kind of model than the weights are of: it would leave out their biases."""
+    if stored.dense_model_type != config.dense_model_type:
+        raise ValueError(
+            f"dense_model_type={config.dense_model_type!r}: must be {stored.dense_model_type!r}, as the weights are; "
+            "make the config from that of the checkpoint"
+        )
+
+
+def _check_stored_model(path, config: ALRDLlamaConfig, hub_arguments: dict) -> None:
+    """Refuse a configuration whose model type or factors differ from those that a checkpoint stores."""
     stored = ALRDLlamaConfig.from_pretrained(path, **hub_arguments)
+    _check_dense_model_type(stored, config)
     if not stored.truncation_ranks:
         return
     for projection, rotation in (("k_proj", "k_hadamard"), ("v_proj", "v_hadamard")):
@@ -133,6 +143,8 @@ class ALRDLlamaAttention(LlamaAttention):
 
     def __init__(self, config: ALRDLlamaConfig, layer_idx: int):
         super().__init__(config, layer_idx)
+        if config.dense_model_type == "qwen2":
+            self.o_proj.bias = None  # `attention_bias` is for q, k and v only
         for name, bits in (("k_proj", config.k_bits), ("v_proj", config.v_bits)):
             ranks = config.group_ranks(layer_idx, name)
             if ranks is None:
@@ -280,17 +292,17 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, output_loading_info=False, **kwargs):
-        """Load a split checkpoint, or a dense Llama, whose projections are split as `config` says while loading.
+        """Load a split checkpoint, or a dense one, whose projections are split as `config` says while loading.
 
         Takes the arguments of `PreTrainedModel.from_pretrained`.
 
         Raises:
-            ValueError: A parameter would stay at its random initialisation, or `config` asks for other factors than a
-                split checkpoint stores.
+            ValueError: A parameter would stay at its random initialisation, or `config` asks for another kind of model
+                or other factors than the checkpoint stores.
         """
         if config is not None and pretrained_model_name_or_path is not None:
             hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-            _check_stored_factors(pretrained_model_name_or_path, config, hub_arguments)
+            _check_stored_model(pretrained_model_name_or_path, config, hub_arguments)
         with _loading:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *args, config=config, output_loading_info=True, **kwargs
@@ -304,7 +316,7 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
-        """Save the factors as they are; with `save_original_format=True` the dense Llama of `to_dense`."""
+        """Save the factors as they are; with `save_original_format=True` the dense model of `to_dense`."""
         if save_original_format:
             return self.to_dense().save_pretrained(save_directory, *args, **kwargs)
         return super().save_pretrained(save_directory, *args, save_original_format=False, **kwargs)
@@ -485,15 +497,19 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     @classmethod
-    def from_dense(cls, dense: LlamaForCausalLM, config: ALRDLlamaConfig, statistics=None) -> "ALRDLlamaForCausalLM":
-        """Split a loaded Llama.
+    def from_dense(cls, dense: PreTrainedModel, config: ALRDLlamaConfig, statistics=None) -> "ALRDLlamaForCausalLM":
+        """Split a loaded Llama, Mistral or Qwen2.
 
         Args:
             dense: The model; it is not changed, and no weight is shared with it.
             config: Which projections to split, and into which ranks.
             statistics: For each layer, keyword arguments of `SVDLinear.from_linear` by projection name, e.g.
                 `[{"k_proj": {"input_covariance": …, "metric": …}, "v_proj": {…}}, …]`; default: plain SVD.
+
+        Raises:
+            ValueError: `dense` is a model that cannot be split, or `config` is for another kind of model.
         """
+        _check_dense_model_type(ALRDLlamaConfig.from_llama(dense.config), config)
         model = cls(config).to(dense.dtype)
         state = {name: tensor.detach().clone() for name, tensor in dense.state_dict().items()}
         for i, layer in enumerate(dense.model.layers):
@@ -511,11 +527,8 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
         return model.to(dense.device).eval()
 
     @torch.no_grad()
-    def to_dense(self) -> LlamaForCausalLM:
-        """A plain Llama with the products of the factors, which `LlamaForCausalLM` loads and saves."""
-        fields = self.config.to_dict()
-        for name in ("model_type", "architectures", *ALRDLlamaConfig.__annotations__):
-            fields.pop(name, None)
+    def to_dense(self) -> PreTrainedModel:
+        """A plain model of the config's `dense_model_type` with the products of the factors."""
         state = self.state_dict()
         for name, module in self.named_modules():
             if isinstance(module, SVDLinear):
@@ -524,7 +537,7 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
                 state[f"{name}.weight"] = module.dense_weight()
                 if bias is not None:
                     state[f"{name}.bias"] = bias
-        dense = LlamaForCausalLM(LlamaConfig(**fields)).to(self.dtype)
+        dense = AutoModelForCausalLM.from_config(self.config.to_dense()).to(self.dtype)
         dense.load_state_dict(state)
         dense.generation_config = self.generation_config
         return dense.to(self.device).eval()

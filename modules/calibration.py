@@ -1,9 +1,9 @@
-"""Statistics of a dense Llama on text, and the choice of ranks from them."""
+"""Statistics of a dense model on text, and the choice of ranks from them."""
 
 from dataclasses import dataclass
 
 import torch
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from configuration_alrd_llama import ALRDLlamaConfig
 from modules.svd_linear import factor_groups, query_key_metric, value_output_metric
@@ -23,8 +23,8 @@ class LayerStatistics:
 
 
 @torch.no_grad()
-def collect_statistics(model: LlamaForCausalLM, batches) -> list[LayerStatistics]:
-    """Run a dense Llama over text in one pass, accumulating in float64.
+def collect_statistics(model: PreTrainedModel, batches) -> list[LayerStatistics]:
+    """Run a dense Llama, Mistral or Qwen2 over text in one pass, accumulating in float64.
 
     Args:
         model: The dense model.
@@ -37,7 +37,7 @@ def collect_statistics(model: LlamaForCausalLM, batches) -> list[LayerStatistics
         ValueError: There is no token.
     """
     config, handles, tokens = model.config, [], 0
-    size, half = config.hidden_size, config.head_dim // 2
+    size, half = config.hidden_size, model.model.layers[0].self_attn.head_dim // 2
     sums = [
         LayerStatistics(torch.zeros(size, size).double(), torch.zeros(config.num_attention_heads, half).double())
         for _ in model.model.layers
@@ -66,7 +66,7 @@ def collect_statistics(model: LlamaForCausalLM, batches) -> list[LayerStatistics
     return [LayerStatistics(s.input_covariance / tokens, s.query_energy / tokens) for s in sums]
 
 
-def projection_statistics(model: LlamaForCausalLM, statistics: list[LayerStatistics]) -> list[dict[str, dict]]:
+def projection_statistics(model: PreTrainedModel, statistics: list[LayerStatistics]) -> list[dict[str, dict]]:
     """What `factor_groups` takes for each projection: keys weighted by queries, values by the output projection."""
     config = model.config
     heads = (config.num_attention_heads, config.num_key_value_heads)
@@ -81,7 +81,7 @@ def projection_statistics(model: LlamaForCausalLM, statistics: list[LayerStatist
 
 
 def group_energies(
-    model: LlamaForCausalLM, config: ALRDLlamaConfig, statistics: list[dict[str, dict]] | None = None
+    model: PreTrainedModel, config: ALRDLlamaConfig, statistics: list[dict[str, dict]] | None = None
 ) -> dict[str, list[torch.Tensor]]:
     """Energy that each latent direction removes, descending, for every head group of every projection by its name."""
     energies = {}

@@ -1,4 +1,4 @@
-"""Turn a dense Llama into a split checkpoint: statistics on text, ranks by water-filling, factors, report.
+"""Turn a dense model into a split checkpoint: statistics on text, ranks by water-filling, factors, report.
 
     python scripts/calibrate_svd_ranks.py --model models/tiny-python-llama --share 0.5 --output build/half
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from configuration_alrd_llama import ALRDLlamaConfig
 from modeling_alrd_llama import ALRDLlamaForCausalLM
@@ -25,7 +25,7 @@ from scripts.corpus import describe, load_documents, tokenize_windows
 class CalibrationConfig:
     """What to split, on which text, into how much."""
 
-    model: str = field(default=BUNDLED_MODEL, metadata={"help": "Dense Llama: a local folder or a hub name."})
+    model: str = field(default=BUNDLED_MODEL, metadata={"help": "Dense Llama, Mistral or Qwen2: folder or hub name."})
     output: str = field(default="build/calibrated", metadata={"help": "Folder of the split checkpoint."})
     share: float = field(default=0.5, metadata={"help": "Share of the latent channels to keep, over all layers."})
     head_group_size: int | None = field(
@@ -50,7 +50,7 @@ class CalibrationConfig:
 class Calibration:
     """A dense model and how to split it."""
 
-    dense: LlamaForCausalLM
+    dense: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     stored_dtype: torch.dtype
     statistics: list | None
@@ -66,9 +66,9 @@ class Calibration:
 
 def calibrate(config: CalibrationConfig) -> Calibration:
     """Load the dense model, collect the statistics, choose the ranks."""
-    source = AutoConfig.from_pretrained(find_model(config.model))
-    if source.model_type != "llama":
-        raise ValueError(f"model={config.model!r}: must be a dense Llama, is of type {source.model_type!r}")
+    source = ALRDLlamaConfig.from_pretrained(find_model(config.model))
+    if source.truncation_ranks:
+        raise ValueError(f"model={config.model!r}: must be a dense checkpoint, is split already")
     fields = {name: getattr(config, name) for name in ("k_bits", "v_bits", "group_size", "residual_length")}
     schemes = {name: parse_json(name, getattr(config, name)) for name in ("k_scheme", "v_scheme")}
     target = ALRDLlamaConfig.from_llama(source, head_group_size=config.head_group_size, **fields, **schemes)

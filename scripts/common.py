@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, LlamaConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
 
 import modeling_alrd_llama  # noqa: F401  (makes the auto classes know the model)
 from configuration_alrd_llama import ALRDLlamaConfig
@@ -125,8 +125,8 @@ def load_model(
     dtype: torch.dtype | str = "auto",
     device_map: str | dict | None = None,
     config: ALRDLlamaConfig | None = None,
-) -> tuple[transformers.LlamaForCausalLM, PreTrainedTokenizerBase]:
-    """Load a dense Llama or an `alrd_llama` checkpoint with its tokenizer.
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a dense Llama, Mistral or Qwen2, or an `alrd_llama` checkpoint with its tokenizer.
 
     Args:
         name_or_path: Folder or hub name.
@@ -135,7 +135,7 @@ def load_model(
         config: Splits a dense checkpoint while it is loaded; `None` loads what is stored.
 
     Raises:
-        ValueError: Not a Llama, or the weights do not fit.
+        ValueError: Another kind of model, or the weights do not fit.
     """
     path = find_model(name_or_path)
     ALRDLlamaConfig.get_config_dict(path)  # refuses other architectures by name
@@ -194,7 +194,7 @@ def set_ranks(config: ALRDLlamaConfig, rank: float, head_group_size: int | None 
 # ---- sizes
 
 
-def dense_nbytes(config: LlamaConfig, length: int, dtype: torch.dtype, batch_size: int = 1) -> int:
+def dense_nbytes(config: ALRDLlamaConfig, length: int, dtype: torch.dtype, batch_size: int = 1) -> int:
     """Bytes of a dense cache: 2 · layers · H_kv · d · bytes · batch · T."""
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
     return per_token * batch_size * length

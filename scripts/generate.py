@@ -1,7 +1,7 @@
 """Generate text through the packed latent cache, and say what the cache took.
 
-A dense Llama is split on the way in (plain SVD of every key and value projection, to --rank); a checkpoint that is
-split already, such as one of scripts/calibrate_svd_ranks.py, is used as it is.
+A dense Llama, Mistral or Qwen2 is split on the way in (plain SVD of every key and value projection, to --rank); a
+checkpoint that is split already, such as one of scripts/calibrate_svd_ranks.py, is used as it is.
 
     python scripts/generate.py --prompt "def read_lines(path):" --rank 0.5 --k_bits 4 --v_bits 4
     python scripts/generate.py --model meta-llama/Llama-2-7b-hf --prompt_file notes.txt --compare_dense
@@ -35,7 +35,7 @@ DEFAULT_PROMPT = 'def read_lines(path):\n    """Return the lines of a text file.
 class GenerateConfig(CacheOptions):
     """Options of the generation."""
 
-    model: str = field(default=BUNDLED_MODEL, metadata={"help": "Folder or hub name of a Llama, dense or split."})
+    model: str = field(default=BUNDLED_MODEL, metadata={"help": "Folder or hub name of a model, dense or split."})
     prompt: str | None = field(default=None, metadata={"help": "Text to go on from. None: a line of Python."})
     prompt_file: str | None = field(default=None, metadata={"help": "UTF-8 file with the prompt, in place of it."})
     max_new_tokens: int = field(default=128, metadata={"help": "Tokens to generate at most."})

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from helpers import TINY_LLAMA, all_ranks, tiny_dense, tiny_split
-from transformers import AutoConfig, LlamaConfig, Qwen2Config
+from transformers import AutoConfig, LlamaConfig, Qwen3Config
 
 from configuration_alrd_llama import ALRDLlamaConfig
 from modeling_alrd_llama import ALRDLlamaForCausalLM
@@ -15,6 +15,7 @@ from modules.kivi_cache import CacheScheme
 K0, V2 = "model.layers.0.self_attn.k_proj", "model.layers.2.self_attn.v_proj"
 
 DEFAULTS = {
+    "dense_model_type": "llama",
     "k_bits": 2,
     "v_bits": 2,
     "group_size": 128,
@@ -80,8 +81,8 @@ def test_from_llama_keeps_every_field_of_the_model():
 
 
 def test_another_architecture_is_refused(tmp_path):
-    Qwen2Config(hidden_size=64, num_attention_heads=4, num_hidden_layers=2).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"model_type='qwen2'.*must be 'llama' or 'alrd_llama'"):
+    Qwen3Config(hidden_size=64, num_attention_heads=4, num_hidden_layers=2).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"model_type='qwen3': must be one of 'llama', 'mistral', 'qwen2'; .*q_norm"):
         ALRDLlamaConfig.from_pretrained(tmp_path)
 
 

@@ -103,7 +103,7 @@ class TestRefusals:
             calibrate(CalibrationConfig(output=str(tmp_path / "x"), text=str(tmp_path / "short.txt"), length=64))
 
     def test_a_split_checkpoint_cannot_be_split_again(self, half, tmp_path):
-        with pytest.raises(ValueError, match="must be a dense Llama"):
+        with pytest.raises(ValueError, match="must be a dense checkpoint, is split already"):
             calibrate(CalibrationConfig(model=str(half[0]), output=str(tmp_path)))
 
     @pytest.mark.parametrize("bits", ["x", "2:3:4", ""])
