@@ -230,7 +230,7 @@ def test_export_of_a_low_rank(tmp_path, model_type):
 
 
 def test_statistics(tmp_path, model_type):
-    dense, ids = tiny(model_type), torch.randint(1, 97, (4, 40))
+    dense, ids = tiny(model_type, head_dim=None), torch.randint(1, 97, (4, 40))
     statistics = collect_statistics(dense, ids.split(2))
     attention = dense.model.layers[0].self_attn
     x = dense.model.layers[0].input_layernorm(dense.get_input_embeddings()(ids)).flatten(0, 1)
@@ -257,7 +257,7 @@ def test_statistics(tmp_path, model_type):
 def checkpoint(request, tmp_path_factory):
     """A folder with a random dense model and a byte-level tokenizer."""
     path = tmp_path_factory.mktemp(request.param)
-    tiny(request.param, vocab_size=300, num_hidden_layers=2).save_pretrained(path)
+    tiny(request.param, vocab_size=300, num_hidden_layers=2, head_dim=None).save_pretrained(path)
     alphabet = ["<s>", *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -314,7 +314,7 @@ def test_the_same_commands(checkpoint, tmp_path):
 
     for source in (half, str(path)):
         estimate = estimate_memory.main(estimate_memory.EstimateConfig(model=source, length=[4096]))["estimates"][0]
-        assert estimate["dense_per_token"] == 2 * 2 * 4 * 16 * 4 and estimate["ratio"] > 3
+        assert estimate["dense_per_token"] == 2 * 2 * 4 * 8 * 4 and estimate["ratio"] > 3
     generated = generate.main(
         generate.GenerateConfig(
             model=str(path), prompt="def f(x):", rank=1.0, k_bits=16, v_bits=16, max_new_tokens=60, compare_dense=True
