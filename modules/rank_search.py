@@ -1,8 +1,8 @@
 r"""Ranks as other projects choose them, to compare `water_fill` of `modules/calibration.py` with.
 
     uniform       every head group keeps the same share
-    Fisher        ranks in proportion to the gradients of the loss (Palu, arXiv:2407.21118, section 3.3)
-    sensitivity   a threshold on the perplexity that truncating one projection costs (ASVD, arXiv:2312.05821, section 3.3)
+    Fisher        ranks in proportion to the gradients of the loss (Palu, arXiv:2407.21118)
+    sensitivity   a threshold on the perplexity after truncating one projection (ASVD, arXiv:2312.05821)
 
 A search measures the dense model once; the ranks for any share then follow by a pure function. All return
 `truncation_ranks`: by projection name, `"model.layers.{i}.self_attn.k_proj"`, one rank per head group.
@@ -234,9 +234,7 @@ def asvd_sensitivity(
     return found
 
 
-def asvd_ranks(
-    sensitivity: dict[str, dict[int, float]], config: ALRDLlamaConfig, share: float
-) -> dict[str, list[int]]:
+def asvd_ranks(sensitivity: dict[str, dict[int, float]], config: ALRDLlamaConfig, share: float) -> dict[str, list[int]]:
     """ASVD's search: every projection takes the lowest rank whose perplexity is at most a common threshold.
 
     The threshold is found by binary search over the sorted perplexities: the lowest one at which the ranks are no more
