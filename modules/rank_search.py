@@ -71,13 +71,14 @@ def proportional_ranks(
     if budget < 0:
         raise ValueError(f"share={share}: must be at least {smallest / full:.4f}, ranks of {multiple} everywhere")
     offers = [
-        (weight / (start / multiple + 0.5), name, group, min(multiple, full - start))
+        (weight / (start / multiple + 0.5), name, group, start, min(multiple, full - start))
         for name, groups in weights.items()
         for group, weight in enumerate(groups)
         for start in range(multiple, full, multiple)
     ]
-    for _, name, group, channels in sorted(offers, key=lambda offer: -offer[0]):
-        if channels <= budget:
+    for _, name, group, start, channels in sorted(offers, key=lambda offer: -offer[0]):
+        # The last unit may be smaller than one before it that did not fit.
+        if channels <= budget and ranks[name][group] == start:
             ranks[name][group] += channels
             budget -= channels
     return ranks
