@@ -37,7 +37,7 @@ from modules.rank_search import (
 )
 from scripts.common import BUNDLED_MODEL, find_model, load_model, parse_config, write_json
 from scripts.corpus import describe, load_documents, tokenize_windows
-from scripts.eval_perplexity import EvalConfig, measure, paired_bootstrap
+from scripts.eval_perplexity import EvalConfig, measure, paired_bootstrap, scored_positions
 
 PARTS = ("transformers", "KIVI", "Palu", "ASVD", "searches", "checkpoints")
 
@@ -62,7 +62,7 @@ class PeersConfig:
     calibration_text: str = field(default="stdlib:calibration", metadata={"help": "Text for statistics and searches."})
     calibration_windows: int = field(default=32, metadata={"help": "Windows of it."})
     calibration_length: int = field(default=1024, metadata={"help": "Tokens per window of it."})
-    sensitivity_windows: int = field(default=4, metadata={"help": "Windows of it that ASVD's search measures on."})
+    sensitivity_windows: int = field(default=8, metadata={"help": "Windows of it that ASVD's search measures on."})
     rank_multiple: int = field(default=8, metadata={"help": "Ranks are multiples of this."})
     output: str | None = field(default=None, metadata={"help": "JSON file for the results."})
 
@@ -357,8 +357,9 @@ def folder_sha256(path: str) -> str | None:
     return digest.hexdigest()
 
 
-def record_key(config: PeersConfig) -> dict:
-    """Everything that the results of two runs must share to stand in one file."""
+def record_key(config: PeersConfig, schemes: list) -> dict:
+    """Everything that the results of two runs must share to stand in one file; `schemes` are those of all peers."""
+    scored = scored_positions(config.length, config.prefill, config.chunk, schemes)
     options = asdict(config)
     for name in ("checkpoints", "parts", "output"):  # which to measure, not how
         del options[name]
@@ -367,13 +368,16 @@ def record_key(config: PeersConfig) -> dict:
         "model_sha256": folder_sha256(find_model(config.model)),
         "text_sha256": describe(load_documents(config.text))["sha256"],
         "calibration_sha256": describe(load_documents(config.calibration_text))["sha256"],
+        "scored_sha256": hashlib.sha256(bytes(scored.tolist())).hexdigest(),
         "threads": torch.get_num_threads(),  # moves the rounding of bfloat16 products
     }
 
 
 def main(config: PeersConfig) -> dict:
     """Measure what is not in the output yet; returns the record."""
-    key, everything = record_key(config), peers(config)
+    everything = peers(config)
+    schemes = [peer.scheme for peer in everything.values()]
+    key = record_key(config, schemes)
     path = Path(config.output) if config.output else None
     record = json.loads(path.read_text()) if path and path.exists() else {"key": key, "results": {}}
     differing = [name for name, value in key.items() if record["key"].get(name) != value]
@@ -400,13 +404,8 @@ def main(config: PeersConfig) -> dict:
     for start in range(0, len(ready), 4):
         some = dict(ready[start : start + 4])
         caches = {name: (model := peer.model(models), partial(peer.new_cache, model)) for name, peer in some.items()}
-        measured = measure(
-            evaluation, models.tokenizer, models.dense, caches, [peer.scheme for peer in everything.values()]
-        )
-        dense = measured["results"]["dense"]
-        if "dense" in results and dense["tokens"] != results["dense"]["tokens"]:
-            raise ValueError(f"output={config.output!r}: was scored on other tokens; name another file")
-        results.setdefault("dense", {**dense, "engine": "transformers DynamicCache"})
+        measured = measure(evaluation, models.tokenizer, models.dense, caches, schemes)
+        results.setdefault("dense", {**measured["results"]["dense"], "engine": "transformers DynamicCache"})
         for name, peer in some.items():
             results[name] = {
                 **measured["results"][name],

@@ -65,7 +65,7 @@ class TestProportional:
         assert list(ranks) == [f"model.layers.{i}.self_attn.{p}" for i in range(3) for p in ("k_proj", "v_proj")]
         assert {r for groups in ranks.values() for r in groups} == {12, 16}
         assert abs(total(ranks) - 0.4 * 6 * 64) < 4
-        assert uniform_ranks(config, 0.5, 4) == dict.fromkeys(ranks, [16, 16])
+        assert uniform_ranks(config, 0.5, 4) == {name: [16, 16] for name in ranks}
 
     def test_refusals(self):
         with pytest.raises(ValueError, match="share=0"):
