@@ -259,7 +259,7 @@ class TestPeers:
         asvd = models.asvd(0.25)
         assert not asvd.config.k_hadamard
         assert 0.15 < sum(map(sum, asvd.config.truncation_ranks.values())) / (6 * 64) <= 0.25
-        assert models.weighted_sensitivity is not models.asvd_sensitivity
+        assert models.weighted_sensitivity != models.asvd_sensitivity
 
     def test_refusals(self):
         with pytest.raises(ValueError, match="parts="):
@@ -305,9 +305,12 @@ class TestMain:
             return really(*args)
 
         monkeypatch.setattr(compare_peers, "measure", counted)
+        record["results"]["KIVI, 4 bit (our engine)"] = absent  # as if it could be run only now
+        output.write_text(json.dumps(record))
         checkpoints = [str(tmp_path / "ours")]
         again = compare_peers.main(PeersConfig(**config, checkpoints=checkpoints))
-        assert measured == ["ours"]
+        assert measured == ["KIVI, 4 bit (our engine)", "ours"]
+        assert again["results"]["KIVI, 4 bit (our engine)"]["nll_by_window"] == four["nll_by_window"]
         assert again["results"]["KIVI, 2 bit (our engine)"] == two
         assert list(again["results"])[-1] == "ours" and again["results"]["ours"]["part"] == "checkpoints"
         assert again["results"]["ours"]["truncation_ranks"]
@@ -317,7 +320,7 @@ class TestMain:
         path = tmp_path / "ours" / "config.json"
         path.write_text(path.read_text().replace('"k_bits": 2', '"k_bits": 4'))
         changed = compare_peers.main(PeersConfig(**config, checkpoints=checkpoints))
-        assert measured == ["ours", "ours"]
+        assert measured[2:] == ["ours"]
         assert changed["results"]["ours"]["kl_mean"] != again["results"]["ours"]["kl_mean"]
         with pytest.raises(ValueError, match=r"other options \(batch_size\)"):
             compare_peers.main(PeersConfig(**{**config, "batch_size": 1}))

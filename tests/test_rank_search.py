@@ -47,6 +47,9 @@ class TestProportional:
         assert proportional_ranks({"a": [3.0], "b": [1.0]}, 8, 0.5, 1) == {"a": [6], "b": [2]}
         # 100 : 1 of 12 channels would be 11.9; the full rank takes 8, what is left goes to the other.
         assert proportional_ranks({"a": [100.0], "b": [1.0]}, 8, 0.75, 1) == {"a": [8], "b": [4]}
+        # Eight channels of 48 by 5.3 : 1.6 : 1.1 are rounded to the nearest.
+        weights = {"a": [5.3], "b": [1.6], "c": [1.1]}
+        assert proportional_ranks(weights, 16, 8 / 48, 1) == {"a": [5], "b": [2], "c": [1]}
         # A weight of nothing keeps the smallest rank.
         assert proportional_ranks({"a": [1.0, 0.0], "b": [1.0, 2.0]}, 16, 0.5, 2) == {"a": [8, 2], "b": [8, 14]}
 
