@@ -211,3 +211,37 @@ def tokenize_windows(
     if windows < 1 or len(tokens) < windows * length:
         raise ValueError(f"{len(tokens)} tokens are too few for {max(windows, 1)} windows of {length}")
     return torch.tensor(tokens[: windows * length], dtype=torch.int64).view(windows, length)
+
+
+def document_windows(
+    documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase", length: int, count: int | None = None
+) -> "torch.Tensor":
+    """The first `length` tokens, `bos_token` included, of each document that has as many.
+
+    Args:
+        documents: the text.
+        tokenizer: a Hugging Face tokenizer.
+        length: tokens per document.
+        count: documents to return, the first ones; all of them when None.
+
+    Returns:
+        int64 tensor of shape [count, length], one row per document.
+
+    Raises:
+        ValueError: if fewer than `count` documents, or none, are long enough.
+    """
+    import torch
+
+    if length < 1 or (count is not None and count < 1):
+        raise ValueError(f"length and count must be at least 1, got {length} and {count}")
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    rows: list[list[int]] = []
+    for document in documents:
+        if count is not None and len(rows) == count:
+            break
+        tokens = bos + tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
+        if len(tokens) >= length:
+            rows.append(tokens[:length])
+    if len(rows) < (count or 1):
+        raise ValueError(f"{len(rows)} documents of {length} tokens are too few for {count or 1} windows")
+    return torch.tensor(rows, dtype=torch.int64)

@@ -30,7 +30,7 @@ from scripts.common import (
     whole,
     write_json,
 )
-from scripts.corpus import describe, load_documents, tokenize_windows
+from scripts.corpus import describe, document_windows, load_documents, tokenize_windows
 
 
 @dataclass
@@ -56,6 +56,9 @@ class EvalConfig:
     v_scheme: str | None = field(default=None, metadata={"help": "The same for values."})
     text: str = field(default="stdlib:test", metadata={"help": "Text to measure on: see scripts/corpus.py."})
     windows: int = field(default=16, metadata={"help": "Windows of text, spread evenly over it."})
+    per_document: bool = field(
+        default=False, metadata={"help": "Take the windows from the starts of as many different documents."}
+    )
     length: int = field(default=2048, metadata={"help": "Tokens per window."})
     prefill: int = field(default=1664, metadata={"help": "Tokens of a window that are fed at once."})
     chunk: int = field(default=1, metadata={"help": "Tokens per step after the prefill; 1 is decoding."})
@@ -82,11 +85,13 @@ class Tally:
         self.kl.append((reference.exp() * (reference - logs)).sum(-1))
         self.agree.append((logs.argmax(-1) == reference.argmax(-1)).float())
 
-    def result(self) -> dict:
+    def result(self, windows: int) -> dict:
+        """Means over all scored tokens, and the mean loss of each of the windows that they come from in equal parts."""
         nll, kl, agree = (torch.cat(x).double() for x in (self.nll, self.kl, self.agree))
         return {
             "perplexity": math.exp(nll.mean()),
             "nll": nll.mean().item(),
+            "nll_by_window": nll.view(windows, -1).mean(1).tolist(),
             "kl_mean": kl.mean().item(),
             "kl_p99": kl.quantile(0.99).item(),
             "top1_agreement": agree.mean().item(),
@@ -162,8 +167,9 @@ def measure(config: EvalConfig, tokenizer, dense, caches: dict[str, tuple], othe
         config: Text, windows and how they are fed.
         tokenizer: Of the models.
         dense: Model to compare with, through a `DynamicCache`; `None`: the cache called "16".
-        caches: By name, a model and a function that makes an empty `KIVILatentCache` for it.
-
+        caches: By name, a model and a function that makes an empty cache for it: a `KIVILatentCache`, or another one
+            with a `scheme` that tells what is packed when (as `scored_positions` asks), `has_packed`, `nbytes_used`,
+            `bits_per_element`, and `token_nbytes(length)`, the bytes per token of one row.
         others: Schemes of caches that are measured in other calls: the same tokens are scored if all calls know all.
 
     Returns:
@@ -179,7 +185,8 @@ def measure(config: EvalConfig, tokenizer, dense, caches: dict[str, tuple], othe
     any_model = next(iter(caches.values()))[0]
 
     documents = load_documents(config.text)
-    windows = tokenize_windows(documents, tokenizer, config.length)
+    cut = document_windows if config.per_document else tokenize_windows
+    windows = cut(documents, tokenizer, config.length)
     if len(windows) < config.windows:
         raise ValueError(
             f"windows={config.windows}: {config.text!r} has {len(windows)} windows of {config.length} tokens"
@@ -210,7 +217,7 @@ def measure(config: EvalConfig, tokenizer, dense, caches: dict[str, tuple], othe
             tally.seconds += time.perf_counter() - started
             tally.tokens_held += batch.numel()
             tally.bytes_used += cache_bytes(cache)
-            if name != "dense" and not all(layer.pool.used for layer in cache.layers):
+            if name != "dense" and not has_packed(cache):
                 raise RuntimeError(f"{name}: a layer of the cache has packed nothing; the figures would not measure it")
             last_cache[name] = cache
             progress.update()
@@ -226,7 +233,7 @@ def measure(config: EvalConfig, tokenizer, dense, caches: dict[str, tuple], othe
         if name != "dense":
             bits = last_cache[name].bits_per_element
         results[name] = {
-            **tally.result(),
+            **tally.result(len(windows)),
             "bytes_per_token": sizes,
             "ratio": {length: dense_token / size for length, size in sizes.items()},
             "bits_per_element": bits,
@@ -250,14 +257,51 @@ def measure(config: EvalConfig, tokenizer, dense, caches: dict[str, tuple], othe
 
 def cache_bytes(cache) -> int:
     """Bytes that the tokens held in a cache take."""
+    if isinstance(cache, DynamicCache):
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    return cache.nbytes_used
+
+
+def has_packed(cache) -> bool:
+    """Whether every layer of the cache holds packed tokens."""
     if isinstance(cache, KIVILatentCache):
-        return cache.nbytes_used
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        return all(layer.pool.used for layer in cache.layers)
+    return cache.has_packed
 
 
-def token_bytes(cache: KIVILatentCache, length: int) -> float:
-    """Bytes per token of the cache if it held one row of `length` tokens, by the formula."""
+def token_bytes(cache, length: int) -> float:
+    """Bytes per token of the cache if it held one row of `length` tokens, by our formula or as another cache tells."""
+    if not isinstance(cache, KIVILatentCache):
+        return cache.token_nbytes(length)
     return sum(layer.scheme.layer_nbytes(length, layer.widths, layer.dtype) for layer in cache.layers) / length
+
+
+def paired_bootstrap(
+    a: list[float], b: list[float], resamples: int = 10_000, level: float = 0.95, seed: int = 0
+) -> dict[str, float]:
+    """How far the perplexity of one cache is from that of another on the same documents, `exp(mean a - mean b)`.
+
+    The percentile interval of the paired bootstrap: documents are drawn with replacement, the same ones for both.
+
+    Args:
+        a, b: Mean loss of each document, in nats per token, in the same order and of equally many tokens.
+        resamples: Draws of as many documents as there are.
+        level: Share of the draws within the interval.
+        seed: Of the draws.
+
+    Returns:
+        `ratio` of the perplexities, and `low` and `high` ends of its interval.
+
+    Raises:
+        ValueError: Not the same number of documents, or fewer than two.
+    """
+    if len(a) != len(b) or len(a) < 2:
+        raise ValueError(f"nll_by_window: {len(a)} and {len(b)} documents; must be the same two or more")
+    difference = torch.tensor(a, dtype=torch.float64) - torch.tensor(b, dtype=torch.float64)
+    drawn = torch.randint(len(a), (resamples, len(a)), generator=torch.Generator().manual_seed(seed))
+    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    low, high = difference[drawn].mean(1).quantile(ends).exp().tolist()
+    return {"ratio": math.exp(difference.mean()), "low": low, "high": high}
 
 
 def table(results: dict) -> str:

@@ -23,6 +23,7 @@ ORDER = [
     "modules.calibrated_int8",
     "modules.latent_attention",
     "modules.calibration",
+    "modules.rank_search",
     "modules",
     "modeling_alrd_llama",
     "scripts",

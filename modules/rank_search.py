@@ -1,0 +1,275 @@
+r"""Ranks as other projects choose them, to compare `water_fill` of `modules/calibration.py` with.
+
+    uniform       every head group keeps the same share
+    Fisher        ranks in proportion to the gradients of the loss (Palu, arXiv:2407.21118)
+    sensitivity   a threshold on the perplexity after truncating one projection (ASVD, arXiv:2312.05821)
+
+A search measures the dense model once; the ranks for any share then follow by a pure function. All return
+`truncation_ranks`: by projection name, `"model.layers.{i}.self_attn.k_proj"`, one rank per head group.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.func import functional_call
+from transformers import LlamaForCausalLM
+
+from configuration_alrd_llama import ALRDLlamaConfig
+from modules.svd_linear import factor_groups
+
+#: Shares of a projection's rank whose perplexity ASVD's search tries.
+RATIOS = tuple(i / 10 for i in range(1, 10))
+
+
+def projection_names(config: ALRDLlamaConfig) -> list[str]:
+    """Names of all key and value projections, in the order of the layers."""
+    return [f"model.layers.{i}.self_attn.{p}" for i in range(config.num_hidden_layers) for p in ("k_proj", "v_proj")]
+
+
+def _check_share(share: float) -> None:
+    if not 0 < share <= 1:
+        raise ValueError(f"share={share}: must be above 0 and at most 1")
+
+
+# ---- uniform and Fisher
+
+
+def uniform_ranks(config: ALRDLlamaConfig, share: float, multiple: int = 8) -> dict[str, list[int]]:
+    """The same rank everywhere, up to one `multiple`; arguments and errors as `proportional_ranks`."""
+    weights = {name: [1.0] * config.num_head_groups for name in projection_names(config)}
+    return proportional_ranks(weights, config.full_group_rank, share, multiple)
+
+
+def proportional_ranks(
+    weights: dict[str, list[float]], full: int, share: float, multiple: int = 8
+) -> dict[str, list[int]]:
+    """Spend a share of all channels in proportion to weights.
+
+    Every rank is its weight times one common factor, rounded to units of `multiple` and clamped to between one unit and
+    the full rank; the factor is the one at which the total meets the share (Webster's apportionment: the k-th unit goes
+    by weight / (k - 1/2)).
+
+    Args:
+        weights: One positive weight per head group, by projection.
+        full: Full rank of a head group.
+        share: Share of all channels to keep, in (0, 1].
+        multiple: Ranks are multiples of this, except that none exceeds the full one.
+
+    Returns:
+        One rank per head group, by projection; their sum is within `multiple` of the share.
+
+    Raises:
+        ValueError: A share out of range or too small for the smallest ranks, or a weight that is not finite.
+    """
+    _check_share(share)
+    if not all(0 <= w < float("inf") for groups in weights.values() for w in groups):
+        raise ValueError("weights: must be finite and at least 0")
+    smallest, total = min(multiple, full), full * sum(map(len, weights.values()))
+    ranks = {name: [smallest] * len(groups) for name, groups in weights.items()}
+    budget = round(share * total) - sum(map(sum, ranks.values()))
+    if budget < 0:
+        raise ValueError(f"share={share}: must be at least {smallest / full:.4f}, ranks of {multiple} everywhere")
+    offers = [
+        (weight / (start / multiple + 0.5), name, group, start, min(multiple, full - start))
+        for name, groups in weights.items()
+        for group, weight in enumerate(groups)
+        for start in range(multiple, full, multiple)
+    ]
+    for _, name, group, start, channels in sorted(offers, key=lambda offer: -offer[0]):
+        # The last unit may be smaller than one before it that did not fit.
+        if channels <= budget and ranks[name][group] == start:
+            ranks[name][group] += channels
+            budget -= channels
+    return ranks
+
+
+def fisher_information(
+    model: LlamaForCausalLM, batches: Iterable[torch.Tensor], config: ALRDLlamaConfig
+) -> dict[str, list[float]]:
+    """Palu's measure of each head group of the key and value projections.
+
+    Root of the mean square, over texts, of the gradient of the language modelling loss, averaged over the group's part
+    of the weight: `mean_ij sqrt(E_text (∂L/∂W_ij)²)`. The paper speaks of squared gradients, the published code takes
+    their root; this follows the code.
+
+    Args:
+        model: The dense model; neither its gradients nor its `requires_grad` change.
+        batches: `[B, T]` token ids without pads; each row is a text of its own.
+        config: Cuts the heads into groups.
+
+    Returns:
+        One number per head group, by projection.
+
+    Raises:
+        ValueError: There is no text.
+    """
+    squares = {name: 0.0 for name in projection_names(config)}
+    texts = 0
+    for row in (row for batch in batches for row in batch.to(model.device).split(1)):
+        weights = {name: model.get_parameter(f"{name}.weight").detach().requires_grad_() for name in squares}
+        with torch.enable_grad():
+            replaced = {f"{name}.weight": weight for name, weight in weights.items()}
+            inputs = {"input_ids": row, "labels": row, "use_cache": False}
+            loss = functional_call(model, replaced, kwargs=inputs).loss
+            gradients = torch.autograd.grad(loss, list(weights.values()))
+        for name, gradient in zip(squares, gradients):
+            squares[name] = squares[name] + gradient.double().square()
+        texts += 1
+    if texts == 0:
+        raise ValueError("batches: must hold at least one text")
+    return {
+        name: [group.mean().item() for group in (square / texts).sqrt().chunk(config.num_head_groups)]
+        for name, square in squares.items()
+    }
+
+
+def fisher_ranks(
+    information: dict[str, list[float]], config: ALRDLlamaConfig, share: float, multiple: int = 8
+) -> dict[str, list[int]]:
+    """Ranks in proportion to `fisher_information`; the other arguments and errors as `proportional_ranks`."""
+    return proportional_ranks(information, config.full_group_rank, share, multiple)
+
+
+# ---- sensitivity
+
+
+@torch.no_grad()
+def mean_absolute_inputs(model: LlamaForCausalLM, batches: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """`[C]` float64 mean of `|x|` over a text (`[B, T]` batches of ids), per layer, x being what keys are made from."""
+    sums, tokens, handles = [torch.zeros(model.config.hidden_size).double() for _ in model.model.layers], 0, []
+    for layer, total in zip(model.model.layers, sums):
+
+        def observe(module, inputs, total=total):
+            total += inputs[0].flatten(0, 1).abs().double().sum(0).cpu()
+
+        handles.append(layer.self_attn.k_proj.register_forward_pre_hook(observe))
+    try:
+        for batch in batches:
+            model.model(batch.to(model.device), use_cache=False)
+            tokens += batch.numel()
+    finally:
+        for handle in handles:
+            handle.remove()
+    if tokens == 0:
+        raise ValueError("batches: must hold at least one token")
+    return [total / tokens for total in sums]
+
+
+def asvd_statistics(inputs: list[torch.Tensor], alpha: float = 0.5) -> list[dict[str, dict]]:
+    """ASVD's activation-aware scaling as the statistics that `factor_groups` takes.
+
+    ASVD scales the columns of the weight by `s_j = mean|x_j|^alpha`, truncates the SVD of `W S` and divides `S` out
+    again: `U_r U_rᵀ (W S) S⁻¹ = U_r U_rᵀ W`, with `U_r` the leading left singular vectors of `W S`. Those are the
+    leading eigenvectors of `W S² Wᵀ`, which is what `factor_weight` projects on for the input covariance `S²`: the
+    product of the factors is the same. (But for the latter's ridge, which adds 1e-7 of its mean to `S²`. The latents
+    differ by an invertible map, which nothing sees unless they are quantized: ASVD splits the singular values evenly.)
+
+    Args:
+        inputs: `mean_absolute_inputs`.
+        alpha: Exponent; the paper's 0.5.
+
+    Returns:
+        By layer and projection, `{"input_covariance": [C, C]}`.
+    """
+    covariances = [torch.diag((x.double() ** alpha + 1e-6) ** 2) for x in inputs]
+    return [{p: {"input_covariance": c} for p in ("k_proj", "v_proj")} for c in covariances]
+
+
+@contextmanager
+def replaced_weight(linear: torch.nn.Linear, weight: torch.Tensor) -> Iterator[None]:
+    """Put `weight` in place of the layer's for a while; the very tensor that was there comes back, whatever happens."""
+    saved = linear.weight.data
+    linear.weight.data = weight.to(saved)
+    try:
+        yield
+    finally:
+        linear.weight.data = saved
+
+
+@torch.no_grad()
+def perplexity(model: LlamaForCausalLM, batches: list[torch.Tensor]) -> float:
+    """Of `[B, T]` token ids in plain forward passes."""
+    nll, tokens = 0.0, 0
+    for ids in (batch.to(model.device) for batch in batches):
+        scored = ids[:, 1:].numel()
+        nll += model(ids, labels=ids, use_cache=False).loss.double().item() * scored
+        tokens += scored
+    return float(torch.tensor(nll / tokens, dtype=torch.float64).exp())
+
+
+@torch.no_grad()
+def asvd_sensitivity(
+    model: LlamaForCausalLM,
+    batches: list[torch.Tensor],
+    config: ALRDLlamaConfig,
+    statistics: list[dict[str, dict]],
+    ratios: tuple[float, ...] = RATIOS,
+    multiple: int = 8,
+) -> dict[str, dict[int, float]]:
+    """Perplexity of the model when one projection alone is truncated, for every projection and ratio.
+
+    Args:
+        model: The dense model; every weight is as it was afterwards, to the bit.
+        batches: `[B, T]` token ids to measure on.
+        config: Cuts the heads into groups, each of which gets the same rank.
+        statistics: For `factor_groups`, by layer and projection: `asvd_statistics`, or any other.
+        ratios: Shares of the full rank to try.
+        multiple: Ranks are multiples of this, at least one of them, at most the full rank.
+
+    Returns:
+        By projection, the perplexity for each rank of a head group.
+    """
+    full, groups = config.full_group_rank, config.num_head_groups
+    ranks = sorted({min(full, max(1, round(ratio * full / multiple)) * multiple) for ratio in ratios})
+    found = {}
+    for name in projection_names(config):
+        layer, projection = int(name.split(".")[2]), name.split(".")[-1]
+        linear = model.get_submodule(name)
+        factors = factor_groups(linear.weight.detach().cpu(), (full,) * groups, **statistics[layer][projection])
+        found[name] = {}
+        for rank in ranks:
+            truncated = torch.cat([f.a[:, :rank] @ f.b[:rank] for f in factors])
+            with replaced_weight(linear, truncated):
+                found[name][rank] = perplexity(model, batches)
+    return found
+
+
+def asvd_ranks(sensitivity: dict[str, dict[int, float]], config: ALRDLlamaConfig, share: float) -> dict[str, list[int]]:
+    """ASVD's search: every projection takes the lowest rank whose perplexity is at most a common threshold.
+
+    The threshold is found by binary search over the sorted perplexities: the lowest one at which the ranks are no more
+    than the share. A projection all of whose ranks cost more stays at the full rank.
+
+    Args:
+        sensitivity: Perplexities of `asvd_sensitivity`.
+        config: Cuts the heads into groups.
+        share: Share of all channels to keep, in (0, 1].
+
+    Returns:
+        One rank per head group, by projection. They sum up to the share or less: the ranks tried are coarse.
+
+    Raises:
+        ValueError: A share out of range, or smaller than the lowest ranks tried.
+    """
+    _check_share(share)
+    full = config.full_group_rank
+
+    def ranks_at(threshold: float) -> dict[str, int]:
+        return {
+            name: min((rank for rank, ppl in found.items() if ppl <= threshold), default=full)
+            for name, found in sensitivity.items()
+        }
+
+    thresholds = [0.0, *sorted({ppl for found in sensitivity.values() for ppl in found.values()})]
+    budget = share * full * len(sensitivity)
+    if sum(ranks_at(thresholds[-1]).values()) > budget:
+        raise ValueError(f"share={share}: must be at least the lowest rank tried in every projection")
+    low, high = 0, len(thresholds) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if sum(ranks_at(thresholds[middle]).values()) <= budget:
+            high = middle
+        else:
+            low = middle + 1
+    return {name: [rank] * config.num_head_groups for name, rank in ranks_at(thresholds[low]).items()}

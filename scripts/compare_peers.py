@@ -1,0 +1,463 @@
+"""Perplexity through the caches of other projects and of ours: the same model, the same tokens, every byte counted.
+
+    python scripts/compare_peers.py --checkpoints build/half --output scripts/results/peers.json
+
+The peers: `transformers.QuantizedCache` with quanto and with hqq (where they are installed; the table says where not),
+and, as configurations of our own engine and named so, KIVI on full keys and values, Palu, plain ASVD, and our factors
+with the ranks of each search. Windows are the starts of different documents, and intervals come from a paired bootstrap
+over these. Results are kept as they come, and a run that was interrupted goes on where it stopped.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+import transformers
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, QuantizedCache
+
+from configuration_alrd_llama import ALRDLlamaConfig
+from modeling_alrd_llama import ALRDLlamaForCausalLM
+from modules.calibration import collect_statistics, group_energies, projection_statistics, water_fill
+from modules.kivi_cache import CacheScheme, KIVILatentCache, config_widths
+from modules.rank_search import (
+    asvd_ranks,
+    asvd_sensitivity,
+    asvd_statistics,
+    fisher_information,
+    fisher_ranks,
+    mean_absolute_inputs,
+    uniform_ranks,
+)
+from scripts.common import BUNDLED_MODEL, find_model, load_model, parse_config, write_json
+from scripts.corpus import describe, load_documents, tokenize_windows
+from scripts.eval_perplexity import EvalConfig, measure, paired_bootstrap, scored_positions
+
+PARTS = ("transformers", "KIVI", "Palu", "ASVD", "searches", "checkpoints")
+
+
+@dataclass
+class PeersConfig:
+    """The model, the text, and which peers to measure."""
+
+    model: str = field(default=BUNDLED_MODEL, metadata={"help": "Dense Llama: a local folder or a hub name."})
+    checkpoints: list[str] = field(
+        default_factory=list, metadata={"help": "Split checkpoints of ours, each with the cache that its config says."}
+    )
+    parts: list[str] = field(
+        default_factory=lambda: list(PARTS), metadata={"help": f"Measure these: {', '.join(PARTS)}."}
+    )
+    text: str = field(default="stdlib:test", metadata={"help": "Text to measure on: see scripts/corpus.py."})
+    windows: int = field(default=15, metadata={"help": "Documents, of each of which the first tokens are fed."})
+    length: int = field(default=2048, metadata={"help": "Tokens per window."})
+    prefill: int = field(default=1664, metadata={"help": "Tokens of a window that are fed at once."})
+    chunk: int = field(default=1, metadata={"help": "Tokens per step after the prefill; 1 is decoding."})
+    batch_size: int = field(default=5, metadata={"help": "Windows at a time."})
+    calibration_text: str = field(default="stdlib:calibration", metadata={"help": "Text for statistics and searches."})
+    calibration_windows: int = field(default=32, metadata={"help": "Windows of it."})
+    calibration_length: int = field(default=1024, metadata={"help": "Tokens per window of it."})
+    sensitivity_windows: int = field(default=8, metadata={"help": "Windows of it that ASVD's search measures on."})
+    rank_multiple: int = field(default=8, metadata={"help": "Ranks are multiples of this."})
+    output: str | None = field(default=None, metadata={"help": "JSON file for the results."})
+
+    def __post_init__(self):
+        if not set(self.parts) <= set(PARTS):
+            raise ValueError(f"parts={self.parts}: must be among {', '.join(PARTS)}")
+        names = [Path(folder).resolve().name for folder in self.checkpoints]
+        if len(set(names)) < len(names):
+            raise ValueError(f"checkpoints={self.checkpoints}: must differ in the names of their folders")
+
+
+# ---- transformers' own cache
+
+#: What the back ends of `QuantizedCache` need, and the axis that its documentation recommends for each.
+BACKENDS = {"quanto": ("optimum-quanto", 0), "hqq": ("hqq", 1)}
+
+
+@dataclass(frozen=True)
+class FlushScheme:
+    """What a `QuantizedCache` has packed when, in the terms of `CacheScheme` that `scored_positions` asks for.
+
+    The prompt is packed at once, to its last token. Each step's tokens then join the residual, and the step that brings
+    it to `residual_length` packs the whole history anew, itself included.
+    """
+
+    backend: str
+    nbits: int
+    axis: int
+    prefill: int
+    chunk: int
+    q_group_size: int = 64
+    residual_length: int = 128
+    sink_length: ClassVar[int] = 0
+    block_length: ClassVar[int] = 1
+
+    def flushed_blocks(self, tokens: int) -> int:
+        """Packed tokens of the `tokens` held before a step."""
+        period = -(-self.residual_length // self.chunk) * self.chunk
+        return self.prefill + (tokens - self.prefill) // period * period
+
+
+class CountedQuantizedCache(QuantizedCache):
+    """`QuantizedCache` as it is, and what `measure` reads.
+
+    Args:
+        scheme: Back end, width and groups.
+        config: Of the model.
+    """
+
+    def __init__(self, scheme: FlushScheme, config: LlamaConfig):
+        axes = {"axis_key": scheme.axis, "axis_value": scheme.axis}
+        groups = {"q_group_size": scheme.q_group_size, "residual_length": scheme.residual_length}
+        super().__init__(scheme.backend, config, scheme.nbits, **axes, **groups)
+        self.scheme, self.model_config = scheme, config
+
+    @property
+    def has_packed(self) -> bool:
+        return all(stored_nbytes(layer._quantized_keys) > 0 for layer in self.layers)
+
+    @property
+    def nbytes_used(self) -> int:
+        return sum(stored_nbytes(vars(layer)) for layer in self.layers)
+
+    def filled_layer(self, length: int):
+        """A layer of one row of `length` random tokens; the residual is half full, as it is on average."""
+        layer = CountedQuantizedCache(self.scheme, self.model_config).layers[0]
+        dtype, residual = self.layers[0].dtype, self.scheme.residual_length // 2
+        for tokens in (length - residual, residual):
+            shape = (1, self.model_config.num_key_value_heads, tokens, self.model_config.head_dim)
+            layer.update(*torch.randn(2, *shape).to(dtype))
+        return layer
+
+    def token_nbytes(self, length: int) -> float:
+        """Bytes per token of a row of `length` tokens: those of all tensors that a layer filled with them holds."""
+        return len(self.layers) * stored_nbytes(vars(self.filled_layer(length))) / length
+
+    @property
+    def bits_per_element(self) -> dict[str, float]:
+        """Bits per element of the packed keys and values, scales and shifts included."""
+        layer, tokens = self.filled_layer(4096), 4096 - self.scheme.residual_length // 2
+        elements = tokens * self.model_config.num_key_value_heads * self.model_config.head_dim
+        packed = {"keys": layer._quantized_keys, "values": layer._quantized_values}
+        return {side: 8 * stored_nbytes(states) / elements for side, states in packed.items()}
+
+
+def stored_nbytes(stored) -> int:
+    """Bytes of the storages of all tensors in nested containers and tensor subclasses, each storage once."""
+    storages = {}
+
+    def visit(item) -> None:
+        if hasattr(item, "__tensor_flatten__"):
+            visit([getattr(item, name) for name in item.__tensor_flatten__()[0]])
+        elif isinstance(item, torch.Tensor):
+            storages[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
+        elif isinstance(item, dict):
+            visit(list(item.values()))
+        elif isinstance(item, list | tuple):
+            for inner in item:
+                visit(inner)
+
+    visit(stored)
+    return sum(storages.values())
+
+
+def installed_version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+# ---- the models that our engine runs
+
+
+class Models:
+    """The dense model and splits of it as other projects make them; each statistic is measured when first asked for."""
+
+    def __init__(self, config: PeersConfig):
+        self.config = config
+        self.dense, self.tokenizer = load_model(config.model)
+        self.exact = load_model(config.model, torch.float32)[0]
+
+    @cached_property
+    def calibration(self) -> torch.Tensor:
+        """`[windows, length]` token ids, spread over the calibration text."""
+        c = self.config
+        windows = tokenize_windows(load_documents(c.calibration_text), self.tokenizer, c.calibration_length)
+        if len(windows) < c.calibration_windows:
+            raise ValueError(f"calibration_windows={c.calibration_windows}: the text has only {len(windows)}")
+        return windows[torch.linspace(0, len(windows) - 1, c.calibration_windows).round().long()]
+
+    def batches(self, of: str) -> tqdm:
+        return tqdm(self.calibration.split(1), desc=of)
+
+    def target(self, heads_per_group: int | None = None, **fields) -> ALRDLlamaConfig:
+        """Configuration of a split: in groups of so many heads, or as many as divide the model's."""
+        heads = self.dense.config.num_key_value_heads
+        size = max(n for n in range(1, min(heads_per_group or heads, heads) + 1) if heads % n == 0)
+        return ALRDLlamaConfig.from_llama(self.dense.config, head_group_size=size, **fields)
+
+    def split(self, target: ALRDLlamaConfig, ranks: dict, statistics: list) -> ALRDLlamaForCausalLM:
+        target.truncation_ranks = ranks
+        return ALRDLlamaForCausalLM.from_dense(self.exact, target, statistics).to(self.dense.dtype).eval()
+
+    @cached_property
+    def moments(self) -> list:
+        return collect_statistics(self.exact, self.batches("Statistics"))
+
+    @cached_property
+    def weighted(self) -> list:
+        """What our factors are fitted to: inputs, queries, output projection."""
+        return projection_statistics(self.exact, self.moments)
+
+    @cached_property
+    def scaled(self) -> list:
+        """What ASVD's factors are fitted to."""
+        return asvd_statistics(mean_absolute_inputs(self.exact, self.batches("Input scales")))
+
+    def sensitivity(self, statistics: list) -> dict:
+        print("Sensitivity: one projection truncated at a time")
+        few = list(self.calibration[: self.config.sensitivity_windows].split(1))
+        return asvd_sensitivity(self.exact, few, self.target(), statistics, multiple=self.config.rank_multiple)
+
+    @cached_property
+    def asvd_sensitivity(self) -> dict:
+        return self.sensitivity(self.scaled)
+
+    @cached_property
+    def weighted_sensitivity(self) -> dict:
+        return self.sensitivity(self.weighted)
+
+    def fisher(self, target: ALRDLlamaConfig) -> dict:
+        return fisher_information(self.exact, self.batches("Fisher information"), target)
+
+    @cached_property
+    def palu_fisher(self) -> dict:
+        return self.fisher(self.target(4))
+
+    @cached_property
+    def joint_fisher(self) -> dict:
+        return self.fisher(self.target())
+
+    def palu(self, share: float) -> ALRDLlamaForCausalLM:
+        """Groups of four heads, SVD whitened by the input covariance, Fisher ranks, Hadamard-rotated latents."""
+        whitened = [{p: {"input_covariance": s.input_covariance} for p in ("k_proj", "v_proj")} for s in self.moments]
+        target = self.target(4, k_hadamard=True, v_hadamard=True)
+        ranks = fisher_ranks(self.palu_fisher, target, share, self.config.rank_multiple)
+        return self.split(target, ranks, whitened)
+
+    def asvd(self, share: float) -> ALRDLlamaForCausalLM:
+        """Activation-aware scaling, ranks by perplexity sensitivity and binary search."""
+        target = self.target(k_hadamard=False, v_hadamard=False)
+        return self.split(target, asvd_ranks(self.asvd_sensitivity, target, share), self.scaled)
+
+    def searched(self, search: str, share: float) -> ALRDLlamaForCausalLM:
+        """Our factors with the ranks of a search."""
+        target, multiple = self.target(k_hadamard=False, v_hadamard=False), self.config.rank_multiple
+        ranks = {
+            "uniform": lambda: uniform_ranks(target, share, multiple),
+            "Fisher": lambda: fisher_ranks(self.joint_fisher, target, share, multiple),
+            "sensitivity": lambda: asvd_ranks(self.weighted_sensitivity, target, share),
+            "water-filling": lambda: water_fill(group_energies(self.exact, target, self.weighted), share, multiple),
+        }[search]()
+        return self.split(target, ranks, self.weighted)
+
+
+# ---- the peers
+
+
+@dataclass(frozen=True)
+class Peer:
+    """What to measure: a cache scheme, the function that makes its model, and whose engine runs it."""
+
+    part: str
+    scheme: CacheScheme | FlushScheme
+    model: Callable[[Models], LlamaForCausalLM]
+    engine: str = "ours"
+    missing: str | None = None  # package that is not installed
+    sha256: str | None = None  # of a checkpoint
+
+    def new_cache(self, model: LlamaForCausalLM):
+        if isinstance(self.scheme, FlushScheme):
+            return CountedQuantizedCache(self.scheme, model.config)
+        if self.part == "checkpoints":
+            return model.create_kivi_cache()
+        return KIVILatentCache(
+            self.scheme, config_widths(model.config) if isinstance(model, ALRDLlamaForCausalLM) else None
+        )
+
+
+def peers(config: PeersConfig) -> dict[str, Peer]:
+    """All peers by name, those of parts that are not asked for included: the scored tokens depend on them."""
+    found, engine = {}, f"transformers {transformers.__version__} QuantizedCache"
+    for backend, (package, axis) in BACKENDS.items():
+        has = installed_version(package)
+        for bits in (4, 2):
+            scheme = FlushScheme(backend, bits, axis, config.prefill, config.chunk)
+            ran_by = f"{engine}, {backend} {has or ''}".strip()
+            found[f"QuantizedCache, {backend} {bits} bit"] = Peer(
+                "transformers", scheme, lambda models: models.dense, ran_by, None if has else package
+            )
+    # KIVI, arXiv:2402.02750: groups of 32, a window of 128 tokens. Ours is never shorter than that, theirs is for keys.
+    for bits in (4, 2):
+        for group_size, window in ((32, 128), (128, 32)):
+            note = "" if group_size == 32 else f", groups of {group_size}, window of {window}"
+            scheme = CacheScheme(bits, bits, group_size, window, sink_length=0)
+            found[f"KIVI, {bits} bit{note} (our engine)"] = Peer("KIVI", scheme, lambda models: models.dense)
+    # Palu, arXiv:2407.21118: one scale per token and latent of a head group, every token of the latent.
+    for share in (0.7, 0.5, 0.3):
+        model = memoized(partial(Models.palu, share=share))
+        for bits in (4, 3):
+            scheme = CacheScheme(bits, bits, 0, 0, 0, k_scheme={"orientation": "per_token"})
+            found[f"Palu, {share:.0%} of ranks, {bits} bit (our engine)"] = Peer("Palu", scheme, model)
+    exact = CacheScheme(16, 16)
+    for share in (0.5, 0.25):
+        name = f"ASVD, {share:.0%} of ranks, 16 bit (our engine)"
+        found[name] = Peer("ASVD", exact, memoized(partial(Models.asvd, share=share)))
+    for share in (0.5, 0.25):
+        for search in ("uniform", "Fisher", "sensitivity", "water-filling"):
+            model = memoized(partial(Models.searched, search=search, share=share))
+            found[f"our factors, {search} ranks, {share:.0%}, 16 bit"] = Peer("searches", exact, model)
+    for folder in config.checkpoints:
+        path = find_model(folder)
+        scheme = CacheScheme.from_config(ALRDLlamaConfig.from_pretrained(path))
+        load = memoized(lambda models, path=path: ALRDLlamaForCausalLM.from_pretrained(path, dtype="auto").eval())
+        found[Path(folder).resolve().name] = Peer("checkpoints", scheme, load, sha256=folder_sha256(path))
+    return found
+
+
+def memoized(make: Callable) -> Callable:
+    """`make`, which is called once for several peers."""
+    made = []
+
+    def once(models: Models):
+        if not made:
+            made.append(make(models))
+        return made[0]
+
+    return once
+
+
+def folder_sha256(path: str) -> str | None:
+    """SHA-256 of the configuration and weights in a folder; `None` for a name on the hub."""
+    if not Path(path).is_dir():
+        return None
+    digest = hashlib.sha256()
+    for file in sorted([Path(path) / "config.json", *Path(path).glob("*.safetensors")]):
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            while piece := stream.read(1 << 24):
+                digest.update(piece)
+    return digest.hexdigest()
+
+
+def record_key(config: PeersConfig, schemes: list) -> dict:
+    """Everything that the results of two runs must share to stand in one file; `schemes` are those of all peers."""
+    scored = scored_positions(config.length, config.prefill, config.chunk, schemes)
+    options = asdict(config)
+    for name in ("checkpoints", "parts", "output"):  # which to measure, not how
+        del options[name]
+    return {
+        **options,
+        "model_sha256": folder_sha256(find_model(config.model)),
+        "text_sha256": describe(load_documents(config.text))["sha256"],
+        "calibration_sha256": describe(load_documents(config.calibration_text))["sha256"],
+        "scored_sha256": hashlib.sha256(bytes(scored.tolist())).hexdigest(),
+        "threads": torch.get_num_threads(),  # moves the rounding of bfloat16 products
+    }
+
+
+def main(config: PeersConfig) -> dict:
+    """Measure what is not in the output yet; returns the record."""
+    everything = peers(config)
+    schemes = [peer.scheme for peer in everything.values()]
+    key = record_key(config, schemes)
+    path = Path(config.output) if config.output else None
+    record = json.loads(path.read_text()) if path and path.exists() else {"key": key, "results": {}}
+    differing = [name for name, value in key.items() if record["key"].get(name) != value]
+    if differing:
+        raise ValueError(
+            f"output={config.output!r}: holds results of other options ({', '.join(differing)}); name another file"
+        )
+    results = record["results"]
+    names = ("model", "text", "windows", "length", "prefill", "chunk", "batch_size")
+    evaluation = EvalConfig(**{name: getattr(config, name) for name in names}, per_document=True)
+    missing = {
+        name: peer
+        for name, peer in everything.items()
+        if peer.part in config.parts
+        and ("perplexity" not in results.get(name, {}) or results[name].get("sha256") != peer.sha256)
+    }
+    absent = {name: peer for name, peer in missing.items() if peer.missing}
+    for name, peer in absent.items():
+        results[name] = {"part": peer.part, "engine": peer.engine, "not_installed": peer.missing}
+        print(f"{name}: not measured, {peer.missing} is not installed")
+    ready = [item for item in missing.items() if item[0] not in absent]
+    models = Models(config) if ready else None
+    # A few at a time: each call measures the dense model too, and is lost if it is interrupted.
+    for start in range(0, len(ready), 4):
+        some = dict(ready[start : start + 4])
+        caches = {name: (model := peer.model(models), partial(peer.new_cache, model)) for name, peer in some.items()}
+        measured = measure(evaluation, models.tokenizer, models.dense, caches, schemes)
+        results.setdefault("dense", {**measured["results"]["dense"], "engine": "transformers DynamicCache"})
+        for name, peer in some.items():
+            results[name] = {
+                **measured["results"][name],
+                "part": peer.part,
+                "engine": peer.engine,
+                "sha256": peer.sha256,
+                "settings": measured["settings"][name],
+                "truncation_ranks": getattr(caches[name][0].config, "truncation_ranks", None),
+            }
+        record.update({n: measured[n] for n in ("environment", "text", "dtype")})
+        if path:
+            write_json(path, record)
+    order = ["dense", *everything, *results]  # of the peers, whatever the order in which they were measured
+    record["results"] = dict(sorted(results.items(), key=lambda item: order.index(item[0])))
+    if path:
+        write_json(path, record)
+    print(table(record))
+    return record
+
+
+def _increase(a: dict, b: dict) -> str:
+    """How much larger the perplexity of `a` is than that of `b`, with its interval over documents."""
+    if a is b:
+        return ""
+    if len(a["nll_by_window"]) == 1:
+        return f"{a['perplexity'] / b['perplexity'] - 1:+.2%}"
+    found = paired_bootstrap(a["nll_by_window"], b["nll_by_window"])
+    return f"{found['ratio'] - 1:+.2%} [{found['low'] - 1:+.2%}, {found['high'] - 1:+.2%}]"
+
+
+def table(record: dict) -> str:
+    """The results as a Markdown table: increases over dense, and, for every checkpoint of ours, over that checkpoint.
+
+    In brackets the 95% interval of the paired bootstrap over documents; bytes per token count everything.
+    """
+    results = record["results"]
+    ours = [name for name, r in results.items() if r.get("part") == "checkpoints"]
+    heads = ["cache", "engine", "perplexity", "increase over dense", *(f"over {name}" for name in ours)]
+    heads += ["KL mean", "top-1", "bytes/token at 4k", "at 32k", "smaller at 4k", "at 32k"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name, r in results.items():
+        if "not_installed" in r:
+            cells = [f"not installed: {r['not_installed']}", *[""] * (len(heads) - 3)]
+        else:
+            cells = [f"{r['perplexity']:.3f}"]
+            cells += [_increase(r, results[other]) for other in ("dense", *ours)]
+            cells += [f"{r['kl_mean']:.4f}", f"{r['top1_agreement']:.1%}"]
+            cells += [f"{r['bytes_per_token'][length]:,.0f}" for length in ("4096", "32768")]
+            cells += [f"{r['ratio'][length]:.1f}×" for length in ("4096", "32768")]
+        lines.append(f"| {name} | {r['engine']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main(parse_config(PeersConfig, __doc__))

@@ -1,0 +1,330 @@
+"""Peers through one evaluation: when transformers' cache packs, what it stores, windows by document, the bootstrap.
+
+`QuantizedCache` runs with a back end of our own in place of quanto's, whose bytes are known; quanto itself and hqq were
+run by `scripts/compare_peers.py`.
+"""
+
+import json
+import math
+from functools import partial
+
+import pytest
+import torch
+from transformers import cache_utils
+
+from modules.kivi_cache import CacheScheme, create_kivi_cache
+from scripts import compare_peers
+from scripts.common import BUNDLED_MODEL, load_model
+from scripts.compare_peers import CountedQuantizedCache, FlushScheme, PeersConfig, peers, stored_nbytes
+from scripts.corpus import Document, document_windows, load_documents, tokenize_windows
+from scripts.eval_perplexity import EvalConfig, has_packed, measure, paired_bootstrap, scored_positions
+from tests.helpers import tiny_dense, tiny_split
+
+
+class WrappedCodes(torch.Tensor):
+    """A tensor subclass that stores its elements elsewhere, as quanto's do."""
+
+    @staticmethod
+    def __new__(cls, packed, size):
+        return torch.Tensor._make_wrapper_subclass(cls, size, dtype=torch.bfloat16)
+
+    def __init__(self, packed, size):
+        self.packed = packed
+
+    def __tensor_flatten__(self):
+        return ["packed"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, *args):
+        raise NotImplementedError
+
+
+class FourBitLayer(cache_utils.QuantizedLayer):
+    """Keeps the states and, beside them, as many bytes as four-bit codes with a scale and a zero per 64 would take."""
+
+    def _quantize(self, tensor, axis):
+        groups = tensor.numel() // self.q_group_size
+        codes = torch.empty(tensor.numel() // 2, dtype=torch.uint8)
+        meta = {"scale": torch.empty(groups, 1).bfloat16(), "zero": torch.empty(groups, 1).bfloat16(), "axis": axis}
+        return WrappedCodes(codes, tensor.shape), {**meta, "read": lambda: tensor}  # a closure is no storage
+
+    def _dequantize(self, stored):
+        return stored[1]["read"]()
+
+
+@pytest.fixture
+def four_bit(monkeypatch):
+    monkeypatch.setattr(cache_utils, "QuantoQuantizedLayer", FourBitLayer)
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    return load_model(BUNDLED_MODEL)
+
+
+class TestFlushScheme:
+    @pytest.mark.parametrize("chunk", [1, 5, 12, 20])
+    @pytest.mark.parametrize("prefill", [30, 64])
+    def test_follows_the_layer(self, chunk, prefill):
+        scheme = FlushScheme("quanto", 4, 0, prefill, chunk, q_group_size=8, residual_length=12)
+        layer = FourBitLayer(q_group_size=8, residual_length=12)
+        layer.update(*torch.randn(2, 1, 2, prefill, 4))
+        for start in range(prefill, prefill + 100, chunk):
+            packed = layer._dequantize(layer._quantized_keys).shape[2]
+            assert packed + (layer.keys.shape[2] if layer.keys.dim() == 4 else 0) == start
+            assert scheme.flushed_blocks(start) == packed
+            layer.update(*torch.randn(2, 1, 2, chunk, 4))
+
+    def test_scored_positions(self):
+        scheme = FlushScheme("quanto", 4, 0, prefill=100, chunk=1, residual_length=20)
+        scored = scored_positions(200, 100, 1, [scheme])
+        # Packed: 100 of 101 … 111 tokens are nine tenths, of 112 … 120 not; 120 of 121 … 133, then again 140.
+        for i in range(100, 199):
+            assert scored[i - 100] == ((100 + (i - 100) // 20 * 20) >= 0.9 * (i + 1))
+        assert scored[110 - 100] and not scored[111 - 100] and scored[120 - 100]
+
+    def test_chunks_see_what_was_packed_before_them(self):
+        scheme = FlushScheme("quanto", 4, 0, prefill=100, chunk=16, residual_length=20)
+        scored = scored_positions(200, 100, 16, [scheme])
+        # Two chunks make 32 ≥ 20 tokens: 100 are packed up to token 131, 132 from there to 163.
+        assert scored.tolist()[:46] == [True] * 11 + [False] * 21 + [True] * 14
+
+
+class TestBytes:
+    def test_containers_subclasses_and_views(self):
+        base = torch.zeros(10, dtype=torch.int32)
+        assert stored_nbytes(base[:2]) == 40
+        assert stored_nbytes([base[:2], {"again": base[5:]}, (torch.zeros(3).half(), "text", None, 7)]) == 46
+        assert stored_nbytes(WrappedCodes(torch.zeros(5, dtype=torch.uint8), (20,))) == 5
+        assert stored_nbytes({"empty": torch.tensor([])}) == 0
+
+    def test_of_a_cache(self, four_bit):
+        model = tiny_dense(dtype=torch.bfloat16)
+        cache = CountedQuantizedCache(FlushScheme("quanto", 4, 0, 96, 1), model.config)
+        assert not has_packed(cache)
+        model(torch.randint(1, 97, (2, 96)), past_key_values=cache)
+        model(torch.randint(1, 97, (2, 8)), past_key_values=cache)
+        assert has_packed(cache)
+        # Three layers, keys and values, two rows, four heads of 16: codes, 4 bytes of parameters per 64 elements.
+        elements = 3 * 2 * 2 * 4 * 16
+        assert cache.nbytes_used == elements * 96 / 2 + elements * 96 / 64 * 4 + elements * 8 * 2
+        # One row, of which 64 tokens are residual.
+        per_token = 3 * 2 * 4 * 16
+        for length in (4096, 32768):
+            expected = per_token * ((length - 64) * (0.5 + 4 / 64) + 64 * 2) / length
+            assert cache.token_nbytes(length) == pytest.approx(expected)
+        assert cache.bits_per_element == {"keys": 4.5, "values": 4.5}
+
+
+class TestMeasure:
+    SMALL = {"windows": 2, "length": 260, "prefill": 240, "chunk": 1, "batch_size": 1, "per_document": True}
+
+    def test_a_foreign_cache(self, four_bit, bundled):
+        dense, tokenizer = bundled
+        scheme = FlushScheme("quanto", 4, 0, 240, 1)
+        config = EvalConfig(model=BUNDLED_MODEL, **self.SMALL)
+        caches = {
+            "exact": (dense, lambda: CountedQuantizedCache(scheme, dense.config)),
+            "2": (dense, partial(create_kivi_cache, group_size=16, residual_length=0)),
+        }
+        record = measure(config, tokenizer, dense, caches)
+        exact, two, reference = (record["results"][name] for name in ("exact", "2", "dense"))
+        assert exact["kl_mean"] == 0 and exact["nll_by_window"] == reference["nll_by_window"]
+        assert two["kl_mean"] > 0
+        assert record["settings"]["exact"]["residual_length"] == 128
+        assert exact["bits_per_element"] == {"keys": 4.5, "values": 4.5}
+        assert exact["ratio"]["32768"] == pytest.approx(16 / 4.5, rel=0.02)
+
+        # By hand: the losses of the starts of two documents, in one pass.
+        documents = document_windows(load_documents("stdlib:test"), tokenizer, 260)
+        chosen = documents[[0, len(documents) - 1]]
+        logs = dense.float()(chosen).logits.log_softmax(-1)
+        dense.bfloat16()
+        positions = 240 + scored_positions(260, 240, 1, [scheme, create_kivi_cache(2, 2, 16, 0).scheme]).nonzero()[:, 0]
+        assert reference["tokens"] == 2 * len(positions)
+        expected = [
+            -torch.stack([logs[i, p, chosen[i, p + 1]] for p in positions]).mean().item() for i in range(len(chosen))
+        ]
+        assert reference["nll_by_window"] == pytest.approx(expected, rel=0.01)
+        assert sum(reference["nll_by_window"]) / 2 == pytest.approx(reference["nll"])
+
+    def test_batches_do_not_mix_windows(self, bundled):
+        dense, tokenizer = bundled
+        caches = {"2": (dense, partial(create_kivi_cache, group_size=16, residual_length=0))}
+        found = [
+            measure(
+                EvalConfig(model=BUNDLED_MODEL, **{**self.SMALL, "windows": 3, "batch_size": n}),
+                tokenizer,
+                dense,
+                caches,
+            )["results"]["dense"]["nll_by_window"]
+            for n in (1, 2)
+        ]
+        assert found[0] == pytest.approx(found[1], rel=2e-3) and len(set(found[0])) == 3
+
+    def test_a_cache_that_packs_nothing(self, four_bit, bundled, monkeypatch):
+        dense, tokenizer = bundled
+        monkeypatch.setattr(CountedQuantizedCache, "has_packed", False)
+        caches = {"idle": (dense, lambda: CountedQuantizedCache(FlushScheme("quanto", 4, 0, 240, 1), dense.config))}
+        with pytest.raises(RuntimeError, match="idle: a layer of the cache has packed nothing"):
+            measure(EvalConfig(model=BUNDLED_MODEL, **self.SMALL), tokenizer, dense, caches)
+
+
+def test_windows_by_document(bundled):
+    tokenizer = bundled[1]
+    documents = [Document("a", "x = 1\n" * 50), Document("b", "y"), Document("c", "def f(z):\n    return z\n" * 30)]
+    windows = document_windows(documents, tokenizer, 40)
+    assert windows.shape == (2, 40) and (windows[:, 0] == tokenizer.bos_token_id).all()
+    assert torch.equal(windows[:1], tokenize_windows(documents[:1], tokenizer, 40, 1))
+    assert torch.equal(windows[1:], tokenize_windows(documents[2:], tokenizer, 40, 1))
+    assert torch.equal(document_windows(documents, tokenizer, 40, 1), windows[:1])
+    with pytest.raises(ValueError, match="2 documents of 40 tokens are too few for 3"):
+        document_windows(documents, tokenizer, 40, 3)
+    with pytest.raises(ValueError, match="0 documents"):
+        document_windows(documents, tokenizer, 4000)
+
+
+class TestBootstrap:
+    def test_of_a_constant_difference(self):
+        found = paired_bootstrap([1.0, 5.0, 3.0], [0.9, 4.9, 2.9])
+        # The documents differ by nats and the pairs by a tenth: only an unpaired bootstrap would have an interval.
+        assert all(found[name] == pytest.approx(math.exp(0.1)) for name in ("ratio", "low", "high"))
+
+    def test_of_two_documents(self):
+        # Means of the draws: 0 once in four, 1/2 twice, 1 once.
+        a, b = [2.0, 1.0], [2.0, 0.0]
+        assert paired_bootstrap(a, b) == pytest.approx({"ratio": math.exp(0.5), "low": 1.0, "high": math.e})
+        assert paired_bootstrap(a, b, level=0.4) == pytest.approx(
+            dict.fromkeys(("ratio", "low", "high"), math.exp(0.5))
+        )
+
+    def test_of_many_documents(self):
+        n = 400
+        difference = torch.linspace(-1, 1, n).double()
+        found = paired_bootstrap((1 + difference).tolist(), [1.0] * n)
+        half = 1.96 * difference.std(correction=0).item() / n**0.5
+        assert math.log(found["high"]) == pytest.approx(half, rel=0.05)
+        assert math.log(found["low"]) == pytest.approx(-half, rel=0.05)
+
+    def test_is_seeded(self):
+        a, b = torch.rand(2, 9).tolist()
+        assert paired_bootstrap(a, b) == paired_bootstrap(a, b) != paired_bootstrap(a, b, seed=1)
+
+    def test_refusals(self):
+        with pytest.raises(ValueError, match="2 and 1 documents"):
+            paired_bootstrap([1.0, 2.0], [1.0])
+        with pytest.raises(ValueError, match="1 and 1 documents"):
+            paired_bootstrap([1.0], [1.0])
+
+
+class TestPeers:
+    def test_all_are_there_and_ours_are_named(self):
+        found = peers(PeersConfig())
+        by_part = {part: [n for n, p in found.items() if p.part == part] for part in compare_peers.PARTS}
+        assert {part: len(names) for part, names in by_part.items()} == {
+            "transformers": 4, "KIVI": 4, "Palu": 6, "ASVD": 2, "searches": 8, "checkpoints": 0
+        }  # fmt: skip
+        for name, peer in found.items():
+            assert ("our" in name) == (peer.engine == "ours") == (peer.part != "transformers")
+        assert found["KIVI, 2 bit (our engine)"].scheme == CacheScheme(2, 2, 32, 128, 0)
+        palu = found["Palu, 50% of ranks, 3 bit (our engine)"].scheme
+        assert not palu.keys.per_channel and not palu.values.per_channel and palu.keys.group_size == 0
+
+    def test_default_feeding_scores_tokens_of_every_peer(self):
+        config = PeersConfig()
+        schemes = [peer.scheme for peer in peers(config).values()]
+        assert scored_positions(config.length, config.prefill, config.chunk, schemes).sum() > 300
+
+    def test_models(self, tmp_path, monkeypatch, bundled):
+        """Palu in groups of four heads, ASVD joint; shares met; every search spends the same."""
+        models = object.__new__(compare_peers.Models)
+        models.config, models.exact = (
+            PeersConfig(rank_multiple=4, sensitivity_windows=1),
+            tiny_dense(num_key_value_heads=8),
+        )
+        models.dense = models.exact
+        models.__dict__["calibration"] = torch.randint(1, 97, (2, 40))
+        for share in (0.7, 0.3):
+            palu = models.palu(share)
+            assert palu.config.head_group_size == 4 and palu.config.k_hadamard
+            assert abs(sum(map(sum, palu.config.truncation_ranks.values())) - share * 6 * 128) < 4
+        palu(models.calibration[:, :8])
+        full = {}
+        for search in ("uniform", "Fisher", "sensitivity", "water-filling"):
+            model = models.searched(search, 0.5)
+            assert model.config.num_head_groups == 1
+            full[search] = sum(map(sum, model.config.truncation_ranks.values())) / (6 * 64)
+        assert 0.4 < full.pop("sensitivity") <= 0.5
+        assert all(abs(share - 0.5) < 4 / 384 for share in full.values())
+        asvd = models.asvd(0.25)
+        assert not asvd.config.k_hadamard
+        assert 0.15 < sum(map(sum, asvd.config.truncation_ranks.values())) / (6 * 64) <= 0.25
+        assert models.weighted_sensitivity != models.asvd_sensitivity
+
+    def test_refusals(self):
+        with pytest.raises(ValueError, match="parts="):
+            PeersConfig(parts=["Palu", "palu"])
+        with pytest.raises(ValueError, match="must differ in the names"):
+            PeersConfig(checkpoints=["a/half", "b/half"])
+
+
+class TestMain:
+    SMALL = {"windows": 2, "length": 1482, "prefill": 1472, "chunk": 5, "batch_size": 2}
+
+    @pytest.fixture
+    def few(self, monkeypatch):
+        """Two peers of our engine, one of transformers' whose package is not there, and checkpoints."""
+        kept = ("QuantizedCache, hqq 2 bit", "KIVI, 2 bit (our engine)", "KIVI, 4 bit (our engine)")
+        every = peers
+        monkeypatch.setattr(compare_peers, "installed_version", lambda package: None)
+        monkeypatch.setattr(
+            compare_peers,
+            "peers",
+            lambda config: {n: p for n, p in every(config).items() if n in kept or p.part == "checkpoints"},
+        )
+
+    def test_resumes(self, few, monkeypatch, tmp_path, capsys):
+        output = tmp_path / "peers.json"
+        tiny_split(tmp_path, 64, dense=load_model(BUNDLED_MODEL)[0]).save_pretrained(tmp_path / "ours")
+        config = {**self.SMALL, "output": str(output)}
+        record = compare_peers.main(PeersConfig(**config, parts=["KIVI", "transformers"]))
+        assert json.loads(output.read_text()) == record
+        two, four = (record["results"][f"KIVI, {bits} bit (our engine)"] for bits in (2, 4))
+        assert two["kl_mean"] > four["kl_mean"] > 0 and two["engine"] == "ours"
+        assert len(two["nll_by_window"]) == 2
+        absent = record["results"]["QuantizedCache, hqq 2 bit"]
+        assert absent["not_installed"] == "hqq" and "perplexity" not in absent
+        printed = capsys.readouterr().out
+        assert "hqq 2 bit: not measured, hqq is not installed" in printed
+        assert "| not installed: hqq |" in printed
+
+        measured, really = [], measure
+
+        def counted(*args):
+            measured.extend(args[3])
+            return really(*args)
+
+        monkeypatch.setattr(compare_peers, "measure", counted)
+        record["results"]["KIVI, 4 bit (our engine)"] = absent  # as if it could be run only now
+        output.write_text(json.dumps(record))
+        checkpoints = [str(tmp_path / "ours")]
+        again = compare_peers.main(PeersConfig(**config, checkpoints=checkpoints))
+        assert measured == ["KIVI, 4 bit (our engine)", "ours"]
+        assert again["results"]["KIVI, 4 bit (our engine)"]["nll_by_window"] == four["nll_by_window"]
+        assert again["results"]["KIVI, 2 bit (our engine)"] == two
+        assert list(again["results"])[-1] == "ours" and again["results"]["ours"]["part"] == "checkpoints"
+        assert again["results"]["ours"]["truncation_ranks"]
+        assert "over ours" in capsys.readouterr().out
+
+        # A checkpoint that has changed under its name is measured again; other options are another file's.
+        path = tmp_path / "ours" / "config.json"
+        path.write_text(path.read_text().replace('"k_bits": 2', '"k_bits": 4'))
+        changed = compare_peers.main(PeersConfig(**config, checkpoints=checkpoints))
+        assert measured[2:] == ["ours"]
+        assert changed["results"]["ours"]["kl_mean"] != again["results"]["ours"]["kl_mean"]
+        with pytest.raises(ValueError, match=r"other options \(batch_size\)"):
+            compare_peers.main(PeersConfig(**{**config, "batch_size": 1}))
+        # Nothing of a checkpoint with so long a window would be packed where the others are scored.
+        path.write_text(path.read_text().replace('"residual_length": 32', '"residual_length": 192'))
+        with pytest.raises(ValueError, match=r"other options \(scored_sha256\)"):
+            compare_peers.main(PeersConfig(**config, checkpoints=checkpoints))
