@@ -3,6 +3,7 @@
 import re
 from dataclasses import asdict, dataclass, replace
 from numbers import Real
+from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, LlamaConfig, PreTrainedConfig
 
@@ -41,6 +42,25 @@ def check_count(field: str, value: int) -> None:
         raise ValueError(f"{field}={value!r}: must be an integer of at least 0")
 
 
+def check_tiers(tiers: Any) -> tuple[tuple[tuple[int, Real], ...], ...]:
+    """`tiers` as tuples: for each head group the (channels, bits) of its width tiers.
+
+    Raises:
+        ValueError: It has another form, a tier has no channel, or a width is not one that the cache stores.
+    """
+    form = "for each head group a list of [channels, bits]"
+    if not isinstance(tiers, (list, tuple)) or not tiers or not all(isinstance(g, (list, tuple)) and g for g in tiers):
+        raise ValueError(f"tiers={tiers!r}: must be {form}")
+    for tier in (tier for group in tiers for tier in group):
+        if not isinstance(tier, (list, tuple)) or len(tier) != 2:
+            raise ValueError(f"tiers={tiers!r}: must be {form}")
+        check_count("tiers: channels", tier[0])
+        if tier[0] == 0:
+            raise ValueError(f"tiers={tiers!r}: a tier must have a channel")
+        check_bits("tiers: bits", tier[1])
+    return tuple(tuple((channels, bits) for channels, bits in group) for group in tiers)
+
+
 def check_choice(field: str, value, choices: tuple) -> None:
     """Raise a `ValueError` naming `field` unless `value` is one of `choices`, and of the same type."""
     if not any(type(value) is type(choice) and value == choice for choice in choices):
@@ -73,6 +93,8 @@ class QuantScheme:
         protected: Share of the tokens of a block, in [0, 1), that is kept at `protected_bits`.
         protected_bits: Width of a protected token, above `bits`.
         quantizer: Name under which a quantizer of your own is registered (`modules/codecs.py`); `None`: by `bits`.
+        tiers: For each head group the (channels, bits) of its width tiers, in the order of the channels; `bits` then
+            says nothing. `None`: one width.
 
     Raises:
         ValueError: A field, or a combination, is out of range; the message names field, value and rule.
@@ -88,6 +110,7 @@ class QuantScheme:
     protected: float = 0.0
     protected_bits: float = 4
     quantizer: str | None = None
+    tiers: tuple[tuple[tuple[int, float], ...], ...] | None = None
 
     def __post_init__(self):
         check_bits("bits", self.bits)
@@ -109,7 +132,28 @@ class QuantScheme:
         object.__setattr__(self, "range_method", self.range_method or ("mse" if self.bits < 2 else "minmax"))
         self._check_combinations()
 
+    def at_width(self, bits: float) -> "QuantScheme":
+        """The scheme of one width tier."""
+        by_width = {"symmetric": False} if self.static else {"symmetric": None, "range_method": None}
+        if bits == 16:
+            by_width = {"symmetric": None, "range_method": None, "static": False}
+        elif self.range_method == "mse" and bits <= 2:
+            by_width["range_method"] = "mse"
+        return replace(self, bits=bits, tiers=None, **by_width)
+
+    def _check_tiers(self) -> None:
+        object.__setattr__(self, "tiers", check_tiers(self.tiers))
+        if self.rotation or self.protected or self.quantizer is not None:
+            raise ValueError(
+                "tiers: give each channel its width, so rotation, protected and quantizer must not be set; got "
+                f"rotation={self.rotation}, protected={self.protected}, quantizer={self.quantizer!r}"
+            )
+        for bits in {bits for group in self.tiers for _, bits in group}:
+            self.at_width(bits)
+
     def _check_combinations(self) -> None:
+        if self.tiers is not None:
+            return self._check_tiers()
         if self.bits == 1.58 and not self.symmetric:
             raise ValueError("symmetric=False: ternary codes (bits=1.58) are symmetric")
         if self.bits == 1.5 and (self.symmetric or not self.per_channel):
@@ -123,12 +167,16 @@ class QuantScheme:
                 "extremes; their scale is chosen by 'mse'"
             )
         if self.static and not (
-            self.per_channel and self.bits in (2, 3, 4, 8) and not self.rotation and not self.protected
+            self.per_channel
+            and self.bits in (1, 2, 3, 4, 8)
+            and not (self.symmetric and self.bits == 1)
+            and not self.rotation
+            and not self.protected
         ):
             raise ValueError(
-                "static=True: calibrated scales are per_channel, of 2, 3, 4 or 8 bits, without rotation or "
-                f"protected tokens; got {self.orientation}, {self.bits} bits, rotation={self.rotation}, "
-                f"protected={self.protected}"
+                "static=True: calibrated scales are per_channel, of 1 (not symmetric), 2, 3, 4 or 8 bits, without "
+                f"rotation or protected tokens; got {self.orientation}, {self.bits} bits, symmetric={self.symmetric}, "
+                f"rotation={self.rotation}, protected={self.protected}"
             )
         if self.protected and not self.bits < self.protected_bits:
             raise ValueError(f"protected_bits={self.protected_bits}: must be above bits={self.bits}")
@@ -155,6 +203,9 @@ class QuantScheme:
         notes += [name for name in ("static", "rotation") if getattr(self, name)]
         notes += [f"{self.protected:.0%} of tokens at {self.protected_bits} bits"] if self.protected else []
         notes += [self.quantizer] if self.quantizer else []
+        if self.tiers:
+            widths = "/".join(map(str, sorted({b for group in self.tiers for _, b in group}, reverse=True)))
+            return f"{widths}-bit tiers {self.orientation.replace('_', ' ')}" + (" (static)" if self.static else "")
         reach = f" in groups of {self.group_size}" if self.group_size else ""
         notes = f" ({', '.join(notes)})" if notes else ""
         return f"{self.bits}-bit {self.orientation.replace('_', ' ')}{reach}{notes}"
@@ -215,6 +266,13 @@ class ALRDLlamaConfig(LlamaConfig):
         sink_length (`int`, defaults to 4): The first tokens of a row that stay in full precision.
         k_scheme, v_scheme (`dict`, *optional*):
             Other fields of `QuantScheme` for keys or values, e.g. `{"range_method": "mse"}` or `{"group_size": 64}`.
+        width_tiers (`dict[str, list]`, defaults to `{}`):
+            Widths by channel of the latents of split projections, by name as in `truncation_ranks`: for each head group
+            a list of `[channels, bits]` in the order of its channels, e.g. `[[[1, 16], [24, 4], [60, 2]]]`. A side
+            whose projection is named has these widths in place of `k_bits` or `v_bits`.
+        k_mean_split, v_mean_split (`bool`, default to `False`):
+            Whether calibrated factors have the mean of the keys or values in one channel, the first of each head group
+            (`factor_weight`); the others then average to zero.
         k_hadamard, v_hadamard (`bool`, default to `True`):
             Whether the latent is rotated by an orthogonal Hadamard matrix, folded into the factors when a dense
             weight is split. Stored factors are never rotated again.
@@ -237,6 +295,9 @@ class ALRDLlamaConfig(LlamaConfig):
     sink_length: int = 4
     k_scheme: dict | None = None
     v_scheme: dict | None = None
+    width_tiers: dict | None = None
+    k_mean_split: bool = False
+    v_mean_split: bool = False
     k_hadamard: bool = True
     v_hadamard: bool = True
 
@@ -251,6 +312,8 @@ class ALRDLlamaConfig(LlamaConfig):
             kwargs.setdefault("sliding_window", None)  # left out, it would be exported as Mistral's default
         if self.truncation_ranks is None:
             self.truncation_ranks = {}
+        if self.width_tiers is None:
+            self.width_tiers = {}
         super().__post_init__(**kwargs)
         self.check_latent_cache()
 
@@ -302,6 +365,14 @@ class ALRDLlamaConfig(LlamaConfig):
         """Channels that the cache stores per token, by group: the latent's ranks, or one head size per dense head."""
         return self.group_ranks(layer_idx, projection) or (self.head_dim,) * self.num_key_value_heads
 
+    def tiered_scheme(self, layer_idx: int, projection: str) -> QuantScheme | None:
+        """What the cache stores of `projection` ("k_proj" or "v_proj") in a layer, if it has width tiers."""
+        tiers, side = self.width_tiers.get(f"model.layers.{layer_idx}.self_attn.{projection}"), projection[0]
+        if tiers is None:
+            return None
+        fields = {**(getattr(self, f"{side}_scheme") or {}), "tiers": tiers}
+        return side_scheme(side, getattr(self, f"{side}_bits"), self.group_size, fields)
+
     def check_latent_cache(self) -> None:
         """Check the fields of this class; see the class docstring for the rules."""
         check_dense_model_type("dense_model_type", self.dense_model_type)
@@ -316,7 +387,7 @@ class ALRDLlamaConfig(LlamaConfig):
                 raise ValueError(f"{side}_bits=1.5: the simple scheme (use_kivi=False) rounds each token by itself")
         for field in ("residual_length", "sink_length"):
             check_count(field, getattr(self, field))
-        for field in ("use_kivi", "k_hadamard", "v_hadamard"):
+        for field in ("use_kivi", "k_hadamard", "v_hadamard", "k_mean_split", "v_mean_split"):
             if not isinstance(getattr(self, field), bool):
                 raise ValueError(f"{field}={getattr(self, field)!r}: must be True or False")
 
@@ -327,6 +398,24 @@ class ALRDLlamaConfig(LlamaConfig):
             raise ValueError(f"truncation_ranks={self.truncation_ranks!r}: must map projection names to ranks")
         for name, rank in self.truncation_ranks.items():
             self._check_rank(name, rank)
+        if not isinstance(self.width_tiers, dict):
+            raise ValueError(f"width_tiers={self.width_tiers!r}: must map projection names to tiers")
+        if self.width_tiers and not self.use_kivi:
+            raise ValueError("width_tiers: the simple scheme (use_kivi=False) has one width for all channels")
+        for name in self.width_tiers:
+            self._check_tiers(name)
+
+    def _check_tiers(self, name: str) -> None:
+        field, match = f"width_tiers[{name!r}]", _PROJECTION_NAME.fullmatch(str(name))
+        if match is None or name not in self.truncation_ranks:
+            raise ValueError(f"{field}: must be a projection that truncation_ranks names")
+        ranks = self.group_ranks(int(match[1]), match[2])
+        try:
+            channels = tuple(sum(n for n, _ in group) for group in self.tiered_scheme(int(match[1]), match[2]).tiers)
+        except ValueError as error:
+            raise ValueError(f"{field}: {error}") from None
+        if channels != ranks:
+            raise ValueError(f"{field}: tiers of {list(channels)} channels must fill the group ranks {list(ranks)}")
 
     def _check_full_attention(self) -> None:
         if getattr(self, "use_sliding_window", False):

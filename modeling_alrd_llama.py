@@ -150,7 +150,8 @@ class ALRDLlamaAttention(LlamaAttention):
             if ranks is None:
                 continue
             dense, heads = getattr(self, name), config.num_key_value_heads
-            split = SVDLinear(dense.in_features, dense.out_features, ranks, heads, dense.bias is not None)
+            static = bool((getattr(config, f"{name[0]}_scheme") or {}).get("static"))
+            split = SVDLinear(dense.in_features, dense.out_features, ranks, heads, dense.bias is not None, static)
             if not config.use_kivi:
                 split.latent_transform = SimpleRounding(bits, config.group_size)
             setattr(self, name, split)
@@ -327,21 +328,52 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
         Args:
             settings: Override the config's `k_bits`, `v_bits`, `group_size`, `residual_length`, `sink_length`,
                 `k_scheme` or `v_scheme`; or `quantization_config` in place of them all; `layer_schemes`, `backend`
-                and `token_score`. See the function `create_kivi_cache`.
+                and `token_score`. See the function `create_kivi_cache`. A side whose bits or scheme are given here
+                has one width for all channels: the config's width tiers and scheme, calibrated for each other, are
+                not used for it.
 
         Raises:
             ValueError: A setting is out of range.
         """
-        self.config.check_latent_cache()
+        config = self.config
+        config.check_latent_cache()
         names = tuple(f.name for f in fields(CacheScheme))
         others = ("quantization_config", "layer_schemes", "backend", "token_score")
         unknown = sorted(set(settings) - set(names) - set(others))
         if unknown:
             known = ", ".join(names + others)
             raise ValueError(f"{', '.join(unknown)}: no such setting of the cache; there are {known}")
-        if settings.get("quantization_config") is None:
-            settings = {name: getattr(self.config, name) for name in names} | settings
-        return create_kivi_cache(**settings, config=self.config)
+        if settings.get("quantization_config") is not None:
+            return create_kivi_cache(**settings, config=config)
+        tiered = {name[-6:] for name in config.width_tiers}
+        own = {name: getattr(config, name) for name in names}
+        for side in ("k", "v"):
+            if f"{side}_proj" in tiered and {f"{side}_bits", f"{side}_scheme"} & set(settings):
+                tiered.remove(f"{side}_proj")
+                own[f"{side}_scheme"] = None
+        settings = own | settings
+        if tiered and settings.get("layer_schemes") is None:
+            settings["layer_schemes"] = self._tiered_schemes(tiered, {name: settings[name] for name in names})
+        return create_kivi_cache(**settings, static_scales=self._static_scales(), config=config)
+
+    def _tiered_schemes(self, projections: set[str], settings: dict) -> dict[int, CacheScheme]:
+        """What each layer stores, given the sides that have width tiers."""
+        schemes = {}
+        for i in range(self.config.num_hidden_layers):
+            tiers = {p: self.config.width_tiers.get(f"model.layers.{i}.self_attn.{p}") for p in projections}
+            own = {f"{p[0]}_scheme": {**(settings[f"{p[0]}_scheme"] or {}), "tiers": t} for p, t in tiers.items() if t}
+            schemes[i] = CacheScheme(**(settings | own))
+        return schemes
+
+    def _static_scales(self) -> dict[int, dict]:
+        """Calibrated scales that the checkpoint brings, by layer and side."""
+        found = {}
+        for i, layer in enumerate(self.get_decoder().layers):
+            for side, projection in (("keys", layer.self_attn.k_proj), ("values", layer.self_attn.v_proj)):
+                if isinstance(projection, SVDLinear) and projection.latent_scale is not None:
+                    scales = (projection.latent_scale.float(), projection.latent_zero_point.float())
+                    found.setdefault(i, {})[side] = scales
+        return found
 
 
 class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):
@@ -504,7 +536,7 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
             dense: The model; it is not changed, and no weight is shared with it.
             config: Which projections to split, and into which ranks.
             statistics: For each layer, keyword arguments of `SVDLinear.from_linear` by projection name, e.g.
-                `[{"k_proj": {"input_covariance": …, "metric": …}, "v_proj": {…}}, …]`; default: plain SVD.
+                `[{"k_proj": {"covariance": …, "metric": …}, "v_proj": {…}}, …]`; default: plain SVD.
 
         Raises:
             ValueError: `dense` is a model that cannot be split, or `config` is for another kind of model.
@@ -519,7 +551,8 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
                     continue
                 name, linear = f"model.layers.{i}.self_attn.{projection}", getattr(layer.self_attn, projection)
                 how = statistics[i][projection] if statistics else {}
-                split = SVDLinear.from_linear(linear, ranks, config.num_key_value_heads, **how, rotate=rotate)
+                tiers = config.width_tiers.get(name)
+                split = SVDLinear.from_linear(linear, ranks, config.num_key_value_heads, rotate, tiers, **how)
                 state = {key: tensor for key, tensor in state.items() if not key.startswith(f"{name}.")}
                 state.update({f"{name}.{key}": tensor for key, tensor in split.state_dict().items()})
         model.load_state_dict(state)

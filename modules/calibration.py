@@ -1,137 +1,204 @@
-"""Statistics of a dense model on text, and the choice of ranks from them."""
+"""What a factorization minimises: the error that the model can see, from the statistics of a text.
 
-from dataclasses import dataclass
+The objectives are how an error of the keys and values is weighted, and on which inputs; DESIGN of each in `OBJECTIVES`.
+"""
+
+from collections.abc import Callable
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
-from configuration_alrd_llama import ALRDLlamaConfig
-from modules.svd_linear import factor_groups, query_key_metric, value_output_metric
+from configuration_alrd_llama import ALRDLlamaConfig, check_choice
+from modules.statistics import LayerStatistics
+from modules.svd_linear import Factors, factor_groups, query_key_metric, value_output_metric
+
+PROJECTIONS = ("k_proj", "v_proj")
+
+#: Offsets between a query and a key over which `rope_key_metric` averages, spread evenly over their logarithms.
+_OFFSETS = 256
 
 
-@dataclass
-class LayerStatistics:
-    """Moments of one attention layer over a text.
+def rope_key_metric(
+    query_covariance: torch.Tensor, num_key_value_heads: int, inv_freq: torch.Tensor, longest: int
+) -> torch.Tensor:
+    r"""Metric under which the error of a key is the mean squared error of its logits, slow frequencies included.
 
-    Attributes:
-        input_covariance: `[C, C]` float64, `E[x xᵀ]` of the normalised hidden states.
-        query_energy: `[H_q, d/2]` float64, `E|q_f|²` of each head and frequency.
+    `M = E[R_Δᵀ q qᵀ R_Δ]` over offsets Δ from 1 to `longest`, spread evenly over their logarithms. `query_key_metric` is
+    its limit when every frequency has turned many times.
+
+    Args:
+        query_covariance: `[H_q, d, d]`, `E[q qᵀ]` before RoPE.
+        num_key_value_heads: Heads that the query heads share.
+        inv_freq: `[d/2]`, angle per position.
+        longest: Largest offset.
+
+    Returns:
+        `[H_kv * d, H_kv * d]` float64, block-diagonal.
     """
+    q = query_covariance.double().unflatten(0, (num_key_value_heads, -1)).sum(1)
+    half = inv_freq.double().cpu()
+    eye = torch.eye(q.shape[-1], dtype=torch.float64)
+    total = torch.zeros_like(q)
+    for offset in torch.linspace(0, torch.tensor(float(longest)).log().item(), _OFFSETS).exp().round().tolist():
+        cos, sin = (offset * half).cos(), (offset * half).sin()
+        low, high = eye.chunk(2, dim=-1)
+        rotation = torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
+        total += rotation.T @ q @ rotation
+    return torch.block_diag(*(total / _OFFSETS))
 
-    input_covariance: torch.Tensor
-    query_energy: torch.Tensor
+
+def _weight(model: PreTrainedModel, layer_idx: int, stats: LayerStatistics) -> dict[str, dict]:
+    return {"k_proj": {}, "v_proj": {}}
 
 
-@torch.no_grad()
-def collect_statistics(model: PreTrainedModel, batches) -> list[LayerStatistics]:
-    """Run a dense Llama, Mistral or Qwen2 over text in one pass, accumulating in float64.
+def _input(model: PreTrainedModel, layer_idx: int, stats: LayerStatistics) -> dict[str, dict]:
+    return {p: {"covariance": getattr(stats, p).covariance} for p in PROJECTIONS}
+
+
+def _query_output(model: PreTrainedModel, layer_idx: int, stats: LayerStatistics) -> dict[str, dict]:
+    how, heads = _input(model, layer_idx, stats), model.config.num_key_value_heads
+    o_weight = model.model.layers[layer_idx].self_attn.o_proj.weight.detach().cpu()
+    how["k_proj"]["metric"] = query_key_metric(stats.query_energy, heads)
+    how["v_proj"]["metric"] = value_output_metric(o_weight, model.config.num_attention_heads, heads)
+    return how
+
+
+def _query_output_rope(model: PreTrainedModel, layer_idx: int, stats: LayerStatistics) -> dict[str, dict]:
+    how, config = _query_output(model, layer_idx, stats), model.config
+    inv_freq, longest = model.model.rotary_emb.inv_freq, min(config.max_position_embeddings, 8192)
+    metric = rope_key_metric(stats.query_covariance, config.num_key_value_heads, inv_freq, longest)
+    how["k_proj"]["metric"] = metric
+    return how
+
+
+def _fisher(model: PreTrainedModel, layer_idx: int, stats: LayerStatistics) -> dict[str, dict]:
+    how = _input(model, layer_idx, stats)
+    for p in PROJECTIONS:
+        fisher = getattr(stats, p).fisher
+        if fisher is None:
+            raise ValueError("objective='fisher': needs statistics that were collected with fisher=True")
+        how[p]["metric"] = fisher / 2
+    return how
+
+
+#: Objectives by name: functions of the model, a layer's index and its statistics that give, for each projection,
+#: keyword arguments of `factor_groups`.
+#: - weight: error of the weight (plain SVD);
+#: - input: error of keys and values on the text (SVD-LLM, Palu);
+#: - query_output: error of the logits, averaged over the angles of RoPE, and of the output of `o_proj`;
+#: - query_output_rope: the same with the offsets that occur, in place of all angles;
+#: - fisher: KL divergence of the next-token distribution to second order, `½ tr(E[δ δᵀ] E[g gᵀ])`, errors δ of tokens
+#:   taken as independent of each other and of the gradients g. It knows what the layers above make of an error.
+OBJECTIVES: dict[str, Callable[[PreTrainedModel, int, LayerStatistics], dict[str, dict]]] = {
+    "weight": _weight,
+    "input": _input,
+    "query_output": _query_output,
+    "query_output_rope": _query_output_rope,
+    "fisher": _fisher,
+}
+
+
+def projection_factors(
+    model: PreTrainedModel, config: ALRDLlamaConfig, statistics: list[LayerStatistics] | None, objective: str = "fisher"
+) -> dict[str, list[Factors]]:
+    """Factors of full rank for every head group of every projection, by its name; channels by falling energy.
 
     Args:
         model: The dense model.
-        batches: Iterable of `[B, T]` token ids without pads.
-
-    Returns:
-        One `LayerStatistics` per layer.
+        config: Head groups, and whether the mean is split off.
+        statistics: Of every layer; `None`, with "weight" only: none.
+        objective: One of `OBJECTIVES`.
 
     Raises:
-        ValueError: There is no token.
+        ValueError: Another objective, or one that needs statistics that are not there.
     """
-    config, handles, tokens = model.config, [], 0
-    size, half = config.hidden_size, model.model.layers[0].self_attn.head_dim // 2
-    sums = [
-        LayerStatistics(torch.zeros(size, size).double(), torch.zeros(config.num_attention_heads, half).double())
-        for _ in model.model.layers
-    ]
-
-    def observer(total: LayerStatistics):
-        def observe(module, inputs, queries):
-            x = inputs[0].flatten(0, 1).double().cpu()
-            q = queries.flatten(0, 1).double().cpu().unflatten(-1, (-1, 2, half))
-            total.input_covariance += x.T @ x
-            total.query_energy += q.square().sum(dim=(0, 2))
-
-        return observe
-
-    for layer, total in zip(model.model.layers, sums, strict=True):
-        handles.append(layer.self_attn.q_proj.register_forward_hook(observer(total)))
-    try:
-        for batch in batches:
-            model.model(batch.to(model.device), use_cache=False)
-            tokens += batch.numel()
-    finally:
-        for handle in handles:
-            handle.remove()
-    if tokens == 0:
-        raise ValueError("batches: must hold at least one token")
-    return [LayerStatistics(s.input_covariance / tokens, s.query_energy / tokens) for s in sums]
-
-
-def projection_statistics(model: PreTrainedModel, statistics: list[LayerStatistics]) -> list[dict[str, dict]]:
-    """What `factor_groups` takes for each projection: keys weighted by queries, values by the output projection."""
-    config = model.config
-    heads = (config.num_attention_heads, config.num_key_value_heads)
-    result = []
-    for layer, stats in zip(model.model.layers, statistics, strict=True):
-        metrics = {
-            "k_proj": query_key_metric(stats.query_energy, config.num_key_value_heads),
-            "v_proj": value_output_metric(layer.self_attn.o_proj.weight.detach().cpu(), *heads),
-        }
-        result.append({p: {"input_covariance": stats.input_covariance, "metric": m} for p, m in metrics.items()})
-    return result
-
-
-def group_energies(
-    model: PreTrainedModel, config: ALRDLlamaConfig, statistics: list[dict[str, dict]] | None = None
-) -> dict[str, list[torch.Tensor]]:
-    """Energy that each latent direction removes, descending, for every head group of every projection by its name."""
-    energies = {}
-    ranks = (config.full_group_rank,) * config.num_head_groups
+    check_choice("objective", objective, tuple(OBJECTIVES))
+    if statistics is None and objective != "weight":
+        raise ValueError(f"objective={objective!r}: needs the statistics of a text")
+    factors, ranks = {}, (config.full_group_rank,) * config.num_head_groups
     for i, layer in enumerate(model.model.layers):
-        for projection in ("k_proj", "v_proj"):
-            weight = getattr(layer.self_attn, projection).weight.detach().cpu()
-            how = statistics[i][projection] if statistics else {}
-            factors = factor_groups(weight, ranks, **how)
-            energies[f"model.layers.{i}.self_attn.{projection}"] = [f.energy[: config.full_group_rank] for f in factors]
-    return energies
+        how = {p: {} for p in PROJECTIONS} if statistics is None else OBJECTIVES[objective](model, i, statistics[i])
+        for p in PROJECTIONS:
+            if getattr(config, f"{p[0]}_mean_split") and statistics is not None:
+                how[p]["mean"] = getattr(statistics[i], p).mean
+            weight = getattr(layer.self_attn, p).weight.detach().cpu()
+            factors[f"model.layers.{i}.self_attn.{p}"] = factor_groups(weight, ranks, **how[p])
+    return factors
 
 
-def water_fill(energies: dict[str, list[torch.Tensor]], share: float, multiple: int = 8) -> dict[str, list[int]]:
-    """Spend a share of all latent channels where they remove the most energy.
+@torch.no_grad()
+def probe_rates(
+    model: PreTrainedModel,
+    factors: dict[str, list[Factors]],
+    variances: dict[str, list[torch.Tensor]],
+    tokens: torch.Tensor,
+    level: float = 0.05,
+    seed: int = 0,
+    known: dict[str, float] | None = None,
+    on_result: Callable[[dict[str, float]], None] | None = None,
+) -> dict[str, float]:
+    """What a unit of error costs in each projection: KL divergence of the next-token distribution, measured.
 
-    Energies are taken relative to the total of their projection, and channels are bought `multiple` at a time, the
-    best first, over all layers, sides and groups (reverse water-filling: in the end every group drops directions of
-    about the same energy).
+    Noise is added to the latents of one projection at a time, as an optimal quantizer would: the same to every channel,
+    but to none more than its variance.
 
     Args:
-        energies: Descending energies of each head group, by projection.
-        share: Share of the full rank to keep, in (0, 1].
-        multiple: Ranks are multiples of this, except that no rank exceeds the full one.
+        model: The dense model.
+        factors: Of full rank.
+        variances: `[r]` of the latents of each head group.
+        tokens: `[windows, T]` token ids; the last three quarters of each window are scored.
+        level: Noise, as a share of all variance.
+        seed: Of the noise.
+        known, on_result: Rates that an interrupted probe has found, and what is called with all that are known.
 
     Returns:
-        One rank per head group, by projection, each at least `multiple`; their sum is within `multiple` of the share.
-
-    Raises:
-        ValueError: A share out of range, or too small for the smallest ranks.
+        By projection the rate, per unit of `Factors.energy`; zero where nothing varies.
     """
-    if not 0 < share <= 1:
-        raise ValueError(f"share={share}: must be above 0 and at most 1")
-    full = sum(len(e) for groups in energies.values() for e in groups)
-    ranks = {name: [min(multiple, len(e)) for e in groups] for name, groups in energies.items()}
-    smallest = sum(map(sum, ranks.values()))
-    budget = round(share * full) - smallest
-    if budget < 0:
-        raise ValueError(f"share={share}: must be at least {smallest / full:.4f}, ranks of {multiple} everywhere")
+    first, rates = tokens.shape[1] // 4, dict(known or {})
 
-    offers = []
-    for name, groups in energies.items():
-        total = sum(e.sum() for e in groups).item() or 1.0
-        for group, energy in enumerate(groups):
-            for start in range(multiple, len(energy), multiple):
-                piece = energy[start : start + multiple]
-                offers.append((piece.mean().item() / total, name, group, len(piece)))
-    # Within a group the energies fall, so the best offers are always a group's next ones.
-    for _, name, group, channels in sorted(offers, key=lambda offer: -offer[0]):
-        if channels <= budget:
-            ranks[name][group] += channels
-            budget -= channels
-    return ranks
+    def log_probabilities(window: torch.Tensor) -> torch.Tensor:
+        return model(window[None].to(model.device), use_cache=False).logits[0, first:].float().log_softmax(-1)
+
+    missing = [name for name in factors if name not in rates]
+    references = [log_probabilities(window) for window in tokens] if missing else []
+    for name in missing:
+        deviations = [_noise(variance, level) for variance in variances[name]]
+        error = sum((f.unit * d.square().sum()).item() for f, d in zip(factors[name], deviations, strict=True))
+        if error <= 0:
+            rates[name] = 0.0
+            continue
+        generator = torch.Generator().manual_seed(seed)
+        shapes = [(f.a * d).T.float() for f, d in zip(factors[name], deviations, strict=True)]
+
+        def add_noise(module, inputs, output, shapes=shapes, generator=generator):
+            parts = [torch.randn(*output.shape[:-1], len(s), generator=generator) @ s for s in shapes]
+            return output + torch.cat(parts, dim=-1).to(output)
+
+        handle = _module(model, name).register_forward_hook(add_noise)
+        try:
+            divergence = 0.0
+            for window, reference in zip(tokens, references, strict=True):
+                divergence += (reference.exp() * (reference - log_probabilities(window))).sum(-1).mean().item()
+        finally:
+            handle.remove()
+        rates[name] = max(divergence / len(tokens), 0.0) / error
+        if on_result is not None:
+            on_result(rates)
+    return rates
+
+
+def _module(model: nn.Module, name: str) -> nn.Module:
+    return model.get_submodule(name)
+
+
+def _noise(variance: torch.Tensor, level: float) -> torch.Tensor:
+    """Standard deviation of each channel's share of the noise: reverse water-filling (Cover and Thomas, 10.3.3)."""
+    low, high = 0.0, variance.max().item()
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if variance.clamp(max=middle).sum() < level * variance.sum() else (low, middle)
+    return variance.clamp(min=0, max=high).sqrt()
+
+
+__all__ = ["OBJECTIVES", "PROJECTIONS", "probe_rates", "projection_factors", "rope_key_metric"]

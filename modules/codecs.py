@@ -263,6 +263,40 @@ class MixedChannelCodec(_Codec):
         return to_finite(states, self.dtype)
 
 
+class TieredCodec(_Codec):
+    """Widths by channel: the channels of each width, of all head groups, are one part with a quantizer of its own.
+
+    Which channels those are is fixed (`QuantScheme.tiers`), so nothing is stored but the parts.
+    """
+
+    def __init__(self, *args, static_scales: StaticScales | None = None):
+        super().__init__(*args)
+        channels = torch.arange(sum(self.widths)).split([n for group in self.scheme.tiers for n, _ in group])
+        tiers = [(bits, c) for (_, bits), c in zip((t for g in self.scheme.tiers for t in g), channels)]
+        #: Channels of each width, the widest first, and its quantizer.
+        self.channels, self.parts = {}, {}
+        for bits in sorted({bits for bits, _ in tiers}, reverse=True):
+            name, mine = f"{bits}bit", [c for b, c in tiers if b == bits]
+            scheme, index = self.scheme.at_width(bits), torch.cat(mine)
+            scales = tuple(s[index.to(s.device)] for s in static_scales) if static_scales and scheme.static else None
+            self.channels[name] = index
+            self.parts[name] = make_codec(
+                scheme, self.length, tuple(map(len, mine)), self.dtype, self.backend, scales, self.scale_dtype
+            )
+
+    def fields(self):
+        return _join({name: codec.fields() for name, codec in self.parts.items()})
+
+    def encode(self, states: torch.Tensor, score=None) -> Fields:
+        parts = {name: states[..., c.to(states.device)] for name, c in self.channels.items()}
+        return _join({name: codec.encode(parts[name]) for name, codec in self.parts.items()})
+
+    def decode(self, fields: Fields) -> torch.Tensor:
+        parts = [codec.decode(_part(fields, name)) for name, codec in self.parts.items()]
+        order = torch.cat(list(self.channels.values())).argsort()
+        return torch.cat(parts, dim=-1)[..., order.to(parts[0].device)]
+
+
 class ProtectedTokenCodec(_Codec):
     """A share of each block's tokens at a higher width (VidKV's selective token protection, section 3.3).
 
@@ -387,6 +421,11 @@ def make_codec(
         scale_dtype or parameter_dtype(dtype),
     )
     check_codec(scheme, length)
+    if scheme.tiers is not None:
+        channels = tuple(sum(n for n, _ in group) for group in scheme.tiers)
+        if channels != tuple(widths):
+            raise ValueError(f"tiers: of {list(channels)} channels must fill the head groups of {list(widths)}")
+        return TieredCodec(*arguments, static_scales=static_scales)
     if scheme.static:
         return StaticCodec(*arguments, scales=static_scales)
     if scheme.bits == 16 and scheme.quantizer is None:
@@ -421,6 +460,7 @@ __all__ = [
     "ProtectedTokenCodec",
     "RotatedCodec",
     "StaticCodec",
+    "TieredCodec",
     "UniformCodec",
     "block_length",
     "block_nbytes",

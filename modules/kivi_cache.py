@@ -105,20 +105,25 @@ class CacheScheme:
         """Blocks that leave a window which has grown to this many tokens."""
         return max(0, (window - self.residual_length) // self.block_length)
 
+    def static_nbytes(self, widths: LayerWidths) -> int:
+        """Bytes of the calibrated scales of a layer, two float32 per channel of a static side; once for all rows."""
+        sides = zip((self.keys, self.values), widths)
+        return sum(2 * 4 * sum(width) for side, width in sides if side.static)
+
     def layer_nbytes(self, length: int, widths: LayerWidths, dtype: torch.dtype) -> int:
-        """Bytes that one row of `length` tokens takes in a layer, everything counted (`nbytes_used` of the cache)."""
+        """Bytes that one row of `length` tokens takes in a layer (`nbytes_used` of the cache, but for `static_nbytes`)."""
         exact = min(length, self.sink_length)
         blocks = self.flushed_blocks(length - exact)
         exact = length - blocks * self.block_length
         block = sum(block_nbytes(codec) for codec in self.codecs(widths, dtype).values())
-        return blocks * (block + _TABLE_ENTRY_NBYTES) + exact * sum(map(sum, widths)) * dtype.itemsize
+        return blocks * (block + TABLE_ENTRY_NBYTES) + exact * sum(map(sum, widths)) * dtype.itemsize
 
 
 #: Kind and version of a saved cache, in the file's metadata.
 _FILE_KEY, _FILE_VERSION = "kivi_latent_cache", 2
 
 #: A block costs a row three int32 in its table: slot, first position, valid tokens.
-_TABLE_ENTRY_NBYTES = 12
+TABLE_ENTRY_NBYTES = 12
 
 
 @dataclass(frozen=True)
@@ -608,7 +613,7 @@ class KIVILatentLayer(CacheLayerMixin):
             return 0
         exact = sum(row.sinks + row.window for row in self.rows) * sum(self.channels.values()) * self.dtype.itemsize
         exact += 0 if self.score is None else sum(row.window for row in self.rows) * 4
-        entries = sum(len(row.blocks) for row in self.rows) * _TABLE_ENTRY_NBYTES
+        entries = sum(len(row.blocks) for row in self.rows) * TABLE_ENTRY_NBYTES
         return self.pool.used * self.pool.slot_nbytes + exact + entries + self._static_nbytes
 
 
@@ -790,6 +795,7 @@ def create_kivi_cache(
     v_scheme: dict | None = None,
     quantization_config: dict | str | None = None,
     layer_schemes: dict[int, CacheScheme] | None = None,
+    static_scales: dict[int, LayerScales] | None = None,
     backend: str | None = None,
     token_score: TokenScore | str | None = None,
 ) -> KIVILatentCache:
@@ -804,7 +810,7 @@ def create_kivi_cache(
             drop-in cache for any model.
         k_scheme, v_scheme: Other fields of `QuantScheme` for keys or values.
         quantization_config: VidKV's dictionary or string instead of the settings above (`modules/vidkv.py`).
-        layer_schemes, backend, token_score: As for `KIVILatentCache`.
+        layer_schemes, static_scales, backend, token_score: As for `KIVILatentCache`.
 
     Raises:
         ValueError: A setting is out of range; the message names field, value and rule.
@@ -815,7 +821,7 @@ def create_kivi_cache(
             raise ValueError("quantization_config: stands for all settings of the cache; give no others beside it")
         scheme = CacheScheme(**parse_quantization_config(quantization_config))
     widths = None if config is None else config_widths(config)
-    return KIVILatentCache(scheme, widths, layer_schemes, backend=backend, token_score=token_score)
+    return KIVILatentCache(scheme, widths, layer_schemes, static_scales, backend, token_score)
 
 
 __all__ = [

@@ -1,5 +1,6 @@
-r"""Ranks as other projects choose them, to compare `water_fill` of `modules/calibration.py` with.
+r"""Ranks at one width for all channels: by water-filling, and as other projects choose them.
 
+    water-filling every latent direction that is kept removes more energy than any that is dropped
     uniform       every head group keeps the same share
     Fisher        ranks in proportion to the gradients of the loss (Palu, arXiv:2407.21118)
     sensitivity   a threshold on the perplexity after truncating one projection (ASVD, arXiv:2312.05821)
@@ -13,10 +14,10 @@ from contextlib import contextmanager
 
 import torch
 from torch.func import functional_call
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from configuration_alrd_llama import ALRDLlamaConfig
-from modules.svd_linear import factor_groups
+from modules.svd_linear import factor_groups, output_covariance
 
 #: Shares of a projection's rank whose perplexity ASVD's search tries.
 RATIOS = tuple(i / 10 for i in range(1, 10))
@@ -30,6 +31,51 @@ def projection_names(config: ALRDLlamaConfig) -> list[str]:
 def _check_share(share: float) -> None:
     if not 0 < share <= 1:
         raise ValueError(f"share={share}: must be above 0 and at most 1")
+
+
+# ---- water-filling
+
+
+def water_fill(energies: dict[str, list[torch.Tensor]], share: float, multiple: int = 8) -> dict[str, list[int]]:
+    """Spend a share of all latent channels where they remove the most energy.
+
+    Energies are taken relative to the total of their projection, and channels are bought `multiple` at a time, the
+    best first, over all layers, sides and groups (reverse water-filling: in the end every group drops directions of
+    about the same energy).
+
+    Args:
+        energies: Descending energies of each head group, by projection.
+        share: Share of the full rank to keep, in (0, 1].
+        multiple: Ranks are multiples of this, except that no rank exceeds the full one.
+
+    Returns:
+        One rank per head group, by projection, each at least `multiple`; their sum is within `multiple` of the share.
+
+    Raises:
+        ValueError: A share out of range, or too small for the smallest ranks.
+    """
+    _check_share(share)
+    full = sum(len(e) for groups in energies.values() for e in groups)
+    ranks = {name: [min(multiple, len(e)) for e in groups] for name, groups in energies.items()}
+    smallest = sum(map(sum, ranks.values()))
+    budget = round(share * full) - smallest
+    if budget < 0:
+        raise ValueError(f"share={share}: must be at least {smallest / full:.4f}, ranks of {multiple} everywhere")
+
+    offers = []
+    for name, groups in energies.items():
+        total = sum(e.sum() for e in groups).item() or 1.0
+        for group, energy in enumerate(groups):
+            for start in range(multiple, len(energy), multiple):
+                piece = energy[start : start + multiple]
+                offers.append((piece.mean().item() / total, name, group, start, len(piece)))
+    # Within a group the energies fall, so the best offers are always a group's next ones.
+    for _, name, group, start, channels in sorted(offers, key=lambda offer: -offer[0]):
+        # The last piece may be smaller than one before it that did not fit.
+        if channels <= budget and ranks[name][group] == start:
+            ranks[name][group] += channels
+            budget -= channels
+    return ranks
 
 
 # ---- uniform and Fisher
@@ -85,7 +131,7 @@ def proportional_ranks(
 
 
 def fisher_information(
-    model: LlamaForCausalLM, batches: Iterable[torch.Tensor], config: ALRDLlamaConfig
+    model: PreTrainedModel, batches: Iterable[torch.Tensor], config: ALRDLlamaConfig
 ) -> dict[str, list[float]]:
     """Palu's measure of each head group of the key and value projections.
 
@@ -135,7 +181,7 @@ def fisher_ranks(
 
 
 @torch.no_grad()
-def mean_absolute_inputs(model: LlamaForCausalLM, batches: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+def mean_absolute_inputs(model: PreTrainedModel, batches: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     """`[C]` float64 mean of `|x|` over a text (`[B, T]` batches of ids), per layer, x being what keys are made from."""
     sums, tokens, handles = [torch.zeros(model.config.hidden_size).double() for _ in model.model.layers], 0, []
     for layer, total in zip(model.model.layers, sums):
@@ -156,24 +202,29 @@ def mean_absolute_inputs(model: LlamaForCausalLM, batches: Iterable[torch.Tensor
     return [total / tokens for total in sums]
 
 
-def asvd_statistics(inputs: list[torch.Tensor], alpha: float = 0.5) -> list[dict[str, dict]]:
+def asvd_statistics(model: PreTrainedModel, inputs: list[torch.Tensor], alpha: float = 0.5) -> list[dict[str, dict]]:
     """ASVD's activation-aware scaling as the statistics that `factor_groups` takes.
 
     ASVD scales the columns of the weight by `s_j = mean|x_j|^alpha`, truncates the SVD of `W S` and divides `S` out
     again: `U_r U_rᵀ (W S) S⁻¹ = U_r U_rᵀ W`, with `U_r` the leading left singular vectors of `W S`. Those are the
-    leading eigenvectors of `W S² Wᵀ`, which is what `factor_weight` projects on for the input covariance `S²`: the
-    product of the factors is the same. (But for the latter's ridge, which adds 1e-7 of its mean to `S²`. The latents
-    differ by an invertible map, which nothing sees unless they are quantized: ASVD splits the singular values evenly.)
+    leading eigenvectors of `W S² Wᵀ`, which is what `factor_weight` projects on for that covariance: the product of the
+    factors is the same. (But for the latter's ridge, which adds 1e-7 of its trace. The latents differ by an invertible
+    map, which nothing sees unless they are quantized: ASVD splits the singular values evenly.)
 
     Args:
+        model: The dense model.
         inputs: `mean_absolute_inputs`.
         alpha: Exponent; the paper's 0.5.
 
     Returns:
-        By layer and projection, `{"input_covariance": [C, C]}`.
+        By layer and projection, `{"covariance": [n, n]}`.
     """
-    covariances = [torch.diag((x.double() ** alpha + 1e-6) ** 2) for x in inputs]
-    return [{p: {"input_covariance": c} for p in ("k_proj", "v_proj")} for c in covariances]
+    result = []
+    for layer, x in zip(model.model.layers, inputs, strict=True):
+        squares = torch.diag((x.double() ** alpha + 1e-6) ** 2)
+        weights = {p: getattr(layer.self_attn, p).weight.detach().cpu() for p in ("k_proj", "v_proj")}
+        result.append({p: {"covariance": output_covariance(weight, squares)} for p, weight in weights.items()})
+    return result
 
 
 @contextmanager
@@ -188,7 +239,7 @@ def replaced_weight(linear: torch.nn.Linear, weight: torch.Tensor) -> Iterator[N
 
 
 @torch.no_grad()
-def perplexity(model: LlamaForCausalLM, batches: list[torch.Tensor]) -> float:
+def perplexity(model: PreTrainedModel, batches: list[torch.Tensor]) -> float:
     """Of `[B, T]` token ids in plain forward passes."""
     nll, tokens = 0.0, 0
     for ids in (batch.to(model.device) for batch in batches):
@@ -200,7 +251,7 @@ def perplexity(model: LlamaForCausalLM, batches: list[torch.Tensor]) -> float:
 
 @torch.no_grad()
 def asvd_sensitivity(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     batches: list[torch.Tensor],
     config: ALRDLlamaConfig,
     statistics: list[dict[str, dict]],

@@ -16,11 +16,26 @@ from modules.hadamard_utils import fuse_rotation
 
 
 class Factors(NamedTuple):
-    """`a` `[out, r]`, `b` `[r, in]`, and `energy` `[out]`: the error that each latent direction removes, descending."""
+    """Low-rank factors `W ≈ a·b`, float64.
+
+    Attributes:
+        a: `[out, r]`.
+        b: `[r, in]`, which is `project @ W`.
+        energy: `[out]`, the error that each latent direction removes, descending (after the mean's, if it is split off).
+        project: `[r, out]`, latents from outputs of the dense layer. An error of a latent, squared, counts `unit`.
+        unit: Unit of the energies.
+    """
 
     a: torch.Tensor
     b: torch.Tensor
     energy: torch.Tensor
+    project: torch.Tensor
+    unit: float
+
+    def select(self, channels: torch.Tensor) -> "Factors":
+        """Factors with some of the latent channels `[n]`, in the given order."""
+        chosen = {"a": self.a[:, channels], "b": self.b[channels], "project": self.project[channels]}
+        return self._replace(**chosen, energy=self.energy[channels])
 
 
 def output_covariance(weight: torch.Tensor, input_covariance: torch.Tensor | None = None) -> torch.Tensor:
@@ -93,23 +108,28 @@ def _root_and_inverse(metric: torch.Tensor | None, size: int, floor: float = 1e-
 def factor_weight(
     weight: torch.Tensor,
     rank: int,
-    input_covariance: torch.Tensor | None = None,
+    covariance: torch.Tensor | None = None,
     metric: torch.Tensor | None = None,
+    mean: torch.Tensor | None = None,
 ) -> Factors:
     r"""Rank-`rank` factors of `W` with the least expected error `E‖M^{1/2}(W x - A B x)‖²`.
 
-    The optimal projector is spanned by the top eigenvectors `U` of the output covariance `S W X Wᵀ S` with
-    `S = M^{1/2}`: `A = S^{-1} U`, `B = Uᵀ S W`. `X` is never inverted, so singular statistics and rank-deficient
-    weights need no special case; at full rank `A B = W` whatever the statistics.
+    The optimal projector is spanned by the top eigenvectors `U` of `S Y S` with `Y = E[(W x)(W x)ᵀ]` and `S = M^{1/2}`:
+    `A = S^{-1} U`, `B = Uᵀ S W`. No statistic is inverted, so singular ones and rank-deficient weights need no special
+    case; at full rank `A B = W` whatever the statistics.
+
+    With a `mean`, the first direction is that of `S E[W x]`, and the others are orthogonal to it: one channel, the mean
+    scalar, carries all of the mean, and the other channels average to zero.
 
     Args:
         weight: `[out, in]`.
         rank: From 1 to `min(out, in)`.
-        input_covariance: `X = E[x xᵀ]`, `[in, in]`; default: the identity (plain SVD of the weight).
+        covariance: `Y`, uncentred, `[out, out]`; default: `W Wᵀ` (plain SVD of the weight).
         metric: `M`, the weight of an output error: `[out]` (diagonal) or `[out, out]`; default: the identity.
+        mean: `E[W x]`, `[out]`, to be split off; `None`, or zeros: nothing is.
 
     Returns:
-        float64 `Factors`. The signs are fixed: the largest entry of every column of `U` is positive.
+        `Factors`. The signs are fixed: the largest entry of every column of `U` is positive.
 
     Raises:
         ValueError: A rank out of range, or statistics that are not finite or of the wrong size.
@@ -119,8 +139,9 @@ def factor_weight(
         raise ValueError(f"rank={rank}: must be from 1 to min(out, in)={min(out, size)}")
     for name, statistic, expected in (
         ("weight", weight, (tuple(weight.shape),)),
-        ("input_covariance", input_covariance, ((size, size),)),
+        ("covariance", covariance, ((out, out),)),
         ("metric", metric, ((out,), (out, out))),
+        ("mean", mean, ((out,),)),
     ):
         if statistic is not None and tuple(statistic.shape) not in expected:
             raise ValueError(f"{name}: shape {tuple(statistic.shape)} must be {' or '.join(map(str, expected))}")
@@ -128,49 +149,75 @@ def factor_weight(
             raise ValueError(f"{name}: must be finite, found NaN or Inf")
 
     root, inverse_root, unit = _root_and_inverse(metric, out)
-    w = root @ weight.double()
-    covariance = output_covariance(w, input_covariance)
-    if input_covariance is not None:
+    own = output_covariance(weight)
+    if covariance is not None:
         # A trace of the weight's own covariance orders the directions that the text never excites, so that the
         # product at full rank is exact for any input.
-        covariance = covariance + 1e-7 * input_covariance.double().trace() / size * output_covariance(w)
-    energy, vectors = torch.linalg.eigh(covariance)
+        covariance = covariance.double()
+        own = covariance + 1e-7 * covariance.trace() / own.trace().clamp(min=torch.finfo(torch.float64).tiny) * own
+    own = root @ own @ root
+    energy, vectors = torch.linalg.eigh(own)
+    if mean is not None and mean.abs().max() > 0:
+        first = torch.nn.functional.normalize(root @ mean.double(), dim=0)[:, None]
+        rest = torch.eye(out, dtype=torch.float64) - first @ first.T
+        # `first` gets the one negative eigenvalue, so it comes first; put at the end, it becomes the first column.
+        lowest = own.trace().clamp(min=torch.finfo(torch.float64).tiny)
+        energy, vectors = torch.linalg.eigh(rest @ own @ rest - lowest * first @ first.T)
+        vectors = torch.cat([vectors[:, 1:], first], dim=1)
+        energy = torch.cat([energy[1:], (first.T @ own @ first)[0]])
     u = vectors.flip(1)[:, :rank]
     u = u * torch.where(u.gather(0, u.abs().argmax(0, keepdim=True)) < 0, -1.0, 1.0)
-    return Factors(inverse_root @ u, u.T @ w, unit * energy.flip(0).clamp(min=0))
+    project = u.T @ root
+    return Factors(inverse_root @ u, project @ weight.double(), unit * energy.flip(0).clamp(min=0), project, unit)
 
 
 def factor_groups(
     weight: torch.Tensor,
     ranks: tuple[int, ...],
-    input_covariance: torch.Tensor | None = None,
+    covariance: torch.Tensor | None = None,
     metric: torch.Tensor | None = None,
+    mean: torch.Tensor | None = None,
 ) -> list[Factors]:
-    """`factor_weight` of each head group: `len(ranks)` equal slices of the rows of `weight`, and of `metric`."""
+    """`factor_weight` of each head group: `len(ranks)` equal slices of the rows of `weight` and of the statistics."""
     rows = weight.shape[0] // len(ranks)
-    spans = [slice(i * rows, (i + 1) * rows) for i in range(len(ranks))]
-    metrics = [None if metric is None else metric[s] if metric.dim() == 1 else metric[s, s] for s in spans]
-    return [factor_weight(weight[s], r, input_covariance, m) for s, r, m in zip(spans, ranks, metrics, strict=True)]
+    factors = []
+    for i, rank in enumerate(ranks):
+        s = slice(i * rows, (i + 1) * rows)
+        y, m, mu = (None if t is None else t[s] if t.dim() == 1 else t[s, s] for t in (covariance, metric, mean))
+        factors.append(factor_weight(weight[s], rank, y, m, mu))
+    return factors
 
 
-def join_factors(groups: list[Factors], rotate: bool, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def join_factors(
+    groups: list[Factors], rotate: bool, dtype: torch.dtype, tiers: list | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The weights of `ALinear` `[out, max r]` and `BLinear` `[Σ r, in]` from the factors of the head groups.
 
     Args:
         groups: One `Factors` per head group.
         rotate: Fold a Hadamard rotation into each group's latent.
         dtype: Type of the result.
+        tiers: For each group the (channels, bits) of its width tiers: each tier is rotated by itself.
 
     Raises:
         ValueError: A factor does not fit `dtype`.
     """
-    pairs = [fuse_rotation(f.a, f.b) if rotate else (f.a, f.b) for f in groups]
+    pairs = [(f.a, f.b) for f in groups]
+    if rotate:
+        spans = [[channels for channels, _ in t] for t in tiers] if tiers else [[len(b)] for _, b in pairs]
+        pairs = [_rotate_spans(a, b, s) for (a, b), s in zip(pairs, spans, strict=True)]
     widest = max(a.shape[1] for a, _ in pairs)
     a = torch.cat([nn.functional.pad(a, (0, widest - a.shape[1])) for a, _ in pairs]).to(dtype)
     b = torch.cat([b for _, b in pairs]).to(dtype)
     if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
         raise ValueError(f"factors: values beyond the range of {dtype}; load the model in bfloat16 or float32")
     return a.contiguous(), b.contiguous()
+
+
+def _rotate_spans(a: torch.Tensor, b: torch.Tensor, spans: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """`fuse_rotation` of consecutive channels, so many at a time."""
+    parts = [fuse_rotation(ai, bi) for ai, bi in zip(a.split(spans, dim=1), b.split(spans), strict=True)]
+    return torch.cat([ai for ai, _ in parts], dim=1), torch.cat([bi for _, bi in parts])
 
 
 # ---- modules
@@ -243,32 +290,63 @@ class SVDLinear(nn.Module):
         ranks: One rank per head group.
         num_heads: H_kv.
         bias: Whether `ALinear` has a bias.
+        static: Whether the cache quantizes the latent by calibrated scales, which are then stored here, in the buffers
+            `latent_scale` and `latent_zero_point` `[Σ r]`.
     """
 
-    def __init__(self, in_features: int, out_features: int, ranks: tuple[int, ...], num_heads: int, bias: bool = False):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        ranks: tuple[int, ...],
+        num_heads: int,
+        bias: bool = False,
+        static: bool = False,
+    ):
         super().__init__()
         self.BLinear = BLinear(in_features, ranks)
         self.ALinear = ALinear(ranks, out_features, num_heads, bias)
         #: Applied to the latent on its way from B to A; the simple scheme of `use_kivi=False` rounds it here.
         self.latent_transform = nn.Identity()
+        for name in ("latent_scale", "latent_zero_point"):
+            self.register_buffer(name, torch.zeros(sum(ranks)) if static else None)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.ALinear(self.latent_transform(self.BLinear(hidden_states)))
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, ranks, num_heads: int, input_covariance=None, metric=None, rotate: bool = True
+        cls,
+        linear: nn.Linear,
+        ranks: tuple[int, ...],
+        num_heads: int,
+        rotate: bool = True,
+        tiers: list | None = None,
+        factors: list[Factors] | None = None,
+        static_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **statistics,
     ) -> "SVDLinear":
-        """Split a dense layer; arguments as `factor_groups` and `join_factors`."""
-        split = cls(linear.in_features, linear.out_features, ranks, num_heads, linear.bias is not None)
+        """Split a dense layer.
+
+        Args:
+            linear, ranks, num_heads: The layer, the rank of each head group, H_kv.
+            rotate, tiers: As for `join_factors`.
+            factors: Of each head group; default: those that `factor_groups` makes with the `statistics`.
+            static_scales: Scale and zero point `[Σ r]` of the latent channels, for a cache with calibrated scales.
+        """
+        factors = factors or factor_groups(linear.weight.detach(), ranks, **statistics)
+        a, b = join_factors(factors, rotate, linear.weight.dtype, tiers)
+        static = static_scales is not None
+        split = cls(linear.in_features, linear.out_features, ranks, num_heads, linear.bias is not None, static)
         split = split.to(linear.weight)
-        factors = factor_groups(linear.weight.detach(), ranks, input_covariance, metric)
-        a, b = join_factors(factors, rotate, linear.weight.dtype)
         with torch.no_grad():
             split.ALinear.weight.copy_(a)
             split.BLinear.weight.copy_(b)
             if linear.bias is not None:
                 split.ALinear.bias.copy_(linear.bias)
+            if static:
+                split.latent_scale.copy_(static_scales[0])
+                split.latent_zero_point.copy_(static_scales[1])
         return split
 
     @torch.no_grad()

@@ -1,127 +1,443 @@
-"""Turn a dense model into a split checkpoint: statistics on text, ranks by water-filling, factors, report.
+"""One budget in, a split checkpoint out: statistics on text, factors, ranks and widths, scales, report and plots.
 
-    python scripts/calibrate_svd_ranks.py --model models/tiny-python-llama --share 0.5 --output build/half
+    python scripts/calibrate_svd_ranks.py --model models/tiny-python-llama --budget 0.0625 --output build/sixteenth
+    python scripts/calibrate_svd_ranks.py --model models/tiny-python-llama --sweep 0.25 0.125 0.0625 --output build/sweep
 
-The output is an ordinary Hugging Face checkpoint directory that `ALRDLlamaForCausalLM.from_pretrained` loads, with
-`report.json` beside the weights.
+The output is an ordinary Hugging Face checkpoint directory that `ALRDLlamaForCausalLM.from_pretrained` loads and
+`create_kivi_cache()` honours, with `report.json`, `spectra.png` and `widths.png` beside the weights. With --sweep there
+is one for each budget, and the perplexity of all, measured through the cache, in `sweep.json` and `curve.png`. Statistics
+are kept in --statistics: an interrupted run goes on where it stopped, another budget starts from them.
 """
 
+import json
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from configuration_alrd_llama import ALRDLlamaConfig
+from configuration_alrd_llama import ALRDLlamaConfig, side_scheme
 from modeling_alrd_llama import ALRDLlamaForCausalLM
-from modules.calibration import collect_statistics, group_energies, projection_statistics, water_fill
-from scripts.common import BUNDLED_MODEL, environment, find_model, load_model, parse_config, parse_json, write_json
+from modules.allocation import TIER_BITS, ChannelCosts, Plan, allocate, largest_share, measure_costs, prices
+from modules.calibration import OBJECTIVES, PROJECTIONS, probe_rates, projection_factors
+from modules.kivi_cache import CacheScheme, config_widths
+from modules.rank_search import water_fill
+from modules.statistics import LayerStatistics, collect_statistics, statistics_key, statistics_record
+from modules.svd_linear import Factors
+from scripts import plots
+from scripts.common import (
+    BUNDLED_MODEL,
+    dense_nbytes,
+    environment,
+    find_model,
+    load_model,
+    parse_config,
+    parse_json,
+    write_json,
+)
 from scripts.corpus import describe, load_documents, tokenize_windows
+from scripts.eval_perplexity import EvalConfig, measure, table
+
+#: How channels are chosen: widths by channel, or one width and ranks by falling energy.
+ALLOCATIONS = ("tiers", "water_filling")
+
+#: Static scales leave nothing to store per block; measured best at small budgets (LOG.md).
+STATIC = '{"orientation": "per_channel", "static": true}'
 
 
 @dataclass
 class CalibrationConfig:
     """What to split, on which text, into how much."""
 
-    model: str = field(default=BUNDLED_MODEL, metadata={"help": "Dense Llama, Mistral or Qwen2: folder or hub name."})
-    output: str = field(default="build/calibrated", metadata={"help": "Folder of the split checkpoint."})
-    share: float = field(default=0.5, metadata={"help": "Share of the latent channels to keep, over all layers."})
+    model: str = field(
+        default=BUNDLED_MODEL, metadata={"help": "Dense Llama, Mistral or Qwen2: a local folder or a hub name."}
+    )
+    output: str = field(default="build/calibrated", metadata={"help": "Folder of the split checkpoint, or of several."})
+    budget: float | None = field(
+        default=None,
+        metadata={"help": "Size of the cache as a share of the dense one in 16 bits, everything counted: 0.0625."},
+    )
+    sweep: list[float] = field(
+        default_factory=list, metadata={"help": "Budgets of a whole curve, measured; in place of --budget."}
+    )
+    tokens: int = field(default=4096, metadata={"help": "Tokens in the cache that the budget is for."})
+    share: float | None = field(
+        default=None, metadata={"help": "Without a budget: share of the latent channels to keep, at one width."}
+    )
+    allocation: str = field(
+        default="tiers", metadata={"help": f"How ranks and widths are chosen for a budget: {', '.join(ALLOCATIONS)}."}
+    )
+    objective: str = field(default="fisher", metadata={"help": f"Error that is minimised: {', '.join(OBJECTIVES)}."})
     head_group_size: int | None = field(
         default=None, metadata={"help": "Key/value heads that share a latent; all of them (joint) if not given."}
+    )
+    k_mean_split: bool = field(default=False, metadata={"help": "Keep the mean of the keys in a channel of its own."})
+    v_mean_split: bool = field(default=False, metadata={"help": "The same for values."})
+    probe: bool = field(
+        default=True, metadata={"help": "Measure what an error costs in each layer; else all errors cost the same."}
     )
     text: str = field(default="stdlib:calibration", metadata={"help": "Text for statistics: see scripts/corpus.py."})
     windows: int = field(default=32, metadata={"help": "Windows of text to run the model on."})
     length: int = field(default=1024, metadata={"help": "Tokens per window."})
-    plain_svd: bool = field(default=False, metadata={"help": "Ignore the text: uniform ranks, SVD of the weights."})
-    rank_multiple: int = field(default=8, metadata={"help": "Ranks are multiples of this."})
-    k_bits: float = field(default=2, metadata={"help": "Width of cached keys written to the config: 1 … 16."})
-    v_bits: float = field(default=2, metadata={"help": "Width of cached values written to the config."})
-    group_size: int = field(default=128, metadata={"help": "Elements per scale written to the config."})
-    residual_length: int = field(default=32, metadata={"help": "Newest tokens kept in full precision."})
+    batch_size: int = field(default=4, metadata={"help": "Windows at a time."})
+    seed: int = field(default=0, metadata={"help": "Of the tokens drawn for the Fisher information, and the noise."})
+    statistics: str = field(default="build/statistics", metadata={"help": "Folder where statistics are kept."})
+    rank_multiple: int = field(default=8, metadata={"help": "Without tiers: ranks are multiples of this."})
+    k_bits: float = field(default=2, metadata={"help": "Without tiers: width of cached keys, 1 … 16."})
+    v_bits: float = field(default=2, metadata={"help": "Without tiers: width of cached values."})
+    group_size: int | None = field(
+        default=None, metadata={"help": "Elements per scale, or tokens per block; with tiers the best of 32, 64, 128."}
+    )
+    residual_length: int | None = field(
+        default=None, metadata={"help": "Newest tokens kept in full precision; 16 with tiers, else 32."}
+    )
+    sink_length: int = field(default=4, metadata={"help": "First tokens kept in full precision."})
     k_scheme: str | None = field(
-        default=None, metadata={"help": "Other fields of QuantScheme for keys written to the config, as JSON."}
+        default=None,
+        metadata={"help": f"Other fields of QuantScheme for keys, as JSON; with tiers {STATIC} by default."},
     )
     v_scheme: str | None = field(default=None, metadata={"help": "The same for values."})
+    dtype: str = field(default="float32", metadata={"help": "Type in which the dense model runs: float32, bfloat16."})
+    device: str = field(default="cpu", metadata={"help": "Where it runs: cpu, cuda, or auto (accelerate's placement)."})
+
+    def __post_init__(self):
+        given = [name for name in ("budget", "share") if getattr(self, name) is not None] + ["sweep"] * bool(self.sweep)
+        if len(given) != 1:
+            raise ValueError(f"budget, share, sweep: exactly one must be given, got {', '.join(given) or 'none'}")
+        for budget in self.budgets:
+            if not 0 < budget <= 1:
+                raise ValueError(f"budget={budget}: must be above 0 and at most 1, a share of the dense cache")
+        if self.allocation not in ALLOCATIONS:
+            raise ValueError(f"allocation={self.allocation!r}: must be one of {', '.join(ALLOCATIONS)}")
+
+    @property
+    def budgets(self) -> list[float]:
+        return self.sweep or ([self.budget] if self.budget is not None else [])
+
+    @property
+    def tiered(self) -> bool:
+        return bool(self.budgets) and self.allocation == "tiers"
 
 
 @dataclass
 class Calibration:
-    """A dense model and how to split it."""
+    """A dense model, what was found out about it, and the configuration of its split form."""
 
     dense: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     stored_dtype: torch.dtype
-    statistics: list | None
-    energies: dict[str, list[torch.Tensor]]
-    target: ALRDLlamaConfig
     text: dict
+    statistics: list[LayerStatistics] | None
+    factors: dict[str, list[Factors]]
+    target: ALRDLlamaConfig
+    costs: dict[int, dict[str, list[ChannelCosts]]] = field(default_factory=dict)
+    rates: dict[str, float] = field(default_factory=dict)
+    plan: Plan | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
 
     def split(self, **fields) -> ALRDLlamaForCausalLM:
         """The split model in the type of the dense checkpoint, with other `fields` of its configuration."""
         target = ALRDLlamaConfig.from_llama(self.target, **fields)
-        return ALRDLlamaForCausalLM.from_dense(self.dense, target, self.statistics).to(self.stored_dtype)
+        hows = []
+        for i in range(target.num_hidden_layers):
+            how = {}
+            for p in PROJECTIONS:
+                name = f"model.layers.{i}.self_attn.{p}"
+                chosen = [torch.arange(rank) for rank in target.group_ranks(i, p)]
+                if self.plan is not None:
+                    chosen = self.plan.channels[name]
+                    if self.plan.scales[name]:
+                        how[p] = {"static_scales": tuple(torch.cat(s) for s in zip(*self.plan.scales[name]))}
+                factors = [f.select(channels) for f, channels in zip(self.factors[name], chosen, strict=True)]
+                how.setdefault(p, {})["factors"] = factors
+            hows.append(how)
+        return ALRDLlamaForCausalLM.from_dense(self.dense, target, hows).to(self.stored_dtype)
+
+
+# ---- from a model and a text to factors, costs and rates
 
 
 def calibrate(config: CalibrationConfig) -> Calibration:
-    """Load the dense model, collect the statistics, choose the ranks."""
+    """Load the dense model, collect the statistics, make the factors; with a share, choose the ranks too."""
     source = ALRDLlamaConfig.from_pretrained(find_model(config.model))
     if source.truncation_ranks:
         raise ValueError(f"model={config.model!r}: must be a dense checkpoint, is split already")
-    fields = {name: getattr(config, name) for name in ("k_bits", "v_bits", "group_size", "residual_length")}
-    schemes = {name: parse_json(name, getattr(config, name)) for name in ("k_scheme", "v_scheme")}
-    target = ALRDLlamaConfig.from_llama(source, head_group_size=config.head_group_size, **fields, **schemes)
-    dense, tokenizer = load_model(config.model, torch.float32)
-
+    target = _target(config, source)
+    dense, tokenizer = load_model(
+        config.model, getattr(torch, config.dtype), None if config.device == "cpu" else config.device
+    )
+    if len(tokenizer) > dense.get_input_embeddings().num_embeddings:
+        raise ValueError(
+            f"model={config.model!r}: its tokenizer has {len(tokenizer)} tokens, its embedding only "
+            f"{dense.get_input_embeddings().num_embeddings}; the tokenizer must be the model's own"
+        )
     documents = load_documents(config.text)
-    statistics = None
-    if not config.plain_svd:
-        tokens = tokenize_windows(documents, tokenizer, config.length)
-        if len(tokens) < config.windows:
-            raise ValueError(
-                f"windows={config.windows}: {config.text!r} has only {len(tokens)} windows of {config.length} tokens"
-            )
-        spread = torch.linspace(0, len(tokens) - 1, config.windows).round().long()
-        batches = tqdm(tokens[spread].split(4), desc="Statistics")
-        statistics = projection_statistics(dense, collect_statistics(dense, batches))
-
-    energies = group_energies(dense, target, statistics)
-    if config.plain_svd:
-        rank = max(1, round(config.share * target.full_group_rank))
-        target.truncation_ranks = {name: [rank] * len(groups) for name, groups in energies.items()}
-    else:
+    statistics, seconds, started = None, {}, time.perf_counter()
+    if config.objective != "weight" or config.budgets:
+        statistics = collect_statistics(
+            dense,
+            _windows(config, documents, tokenizer, config.windows),
+            fisher=config.objective == "fisher",
+            sinks=config.sink_length,
+            sample=min(256, (config.length - config.sink_length) // 128 * 128),
+            batch_size=config.batch_size,
+            seed=config.seed,
+            folder=config.statistics,
+        )
+    seconds["statistics"], started = time.perf_counter() - started, time.perf_counter()
+    factors = projection_factors(dense, target, statistics, config.objective)
+    seconds["factors"] = time.perf_counter() - started
+    calibration = Calibration(
+        dense, tokenizer, source.dtype or torch.float32, describe(documents), statistics, factors, target
+    )
+    calibration.seconds = seconds
+    if config.share is not None:
+        energies = {name: [f.energy[: f.a.shape[1]] for f in groups] for name, groups in factors.items()}
         target.truncation_ranks = water_fill(energies, config.share, config.rank_multiple)
-    stored_dtype = source.dtype or torch.float32
-    return Calibration(dense, tokenizer, stored_dtype, statistics, energies, target, describe(documents))
+    elif config.tiered and config.probe:
+        calibration.rates = _probe(config, calibration, documents)
+    return calibration
 
 
-def main(config: CalibrationConfig) -> dict:
-    """Write the checkpoint; returns the report."""
+def _target(config: CalibrationConfig, source: ALRDLlamaConfig) -> ALRDLlamaConfig:
+    """The configuration of the split model, without ranks and widths."""
+    default = STATIC if config.tiered else None
+    schemes = {name: parse_json(name, getattr(config, name) or default) for name in ("k_scheme", "v_scheme")}
+    fields = {
+        "k_bits": config.k_bits,
+        "v_bits": config.v_bits,
+        "group_size": 128 if config.group_size is None else config.group_size,
+        "residual_length": config.residual_length,
+        "sink_length": config.sink_length,
+        "head_group_size": config.head_group_size,
+        "k_mean_split": config.k_mean_split,
+        "v_mean_split": config.v_mean_split,
+    }
+    if config.residual_length is None:
+        fields["residual_length"] = 16 if config.tiered else 32
+    if config.tiered:
+        # A width by channel leaves nothing for a rotation to even out, but where a token's channels share a scale.
+        sides = {s: side_scheme(s, fields[f"{s}_bits"], fields["group_size"], schemes[f"{s}_scheme"]) for s in "kv"}
+        fields |= {f"{s}_hadamard": not scheme.per_channel for s, scheme in sides.items()}
+    return ALRDLlamaConfig.from_llama(source, **fields, **schemes)
+
+
+def _windows(config: CalibrationConfig, documents, tokenizer, count: int) -> torch.Tensor:
+    """`[count, length]` windows, spread evenly over the text."""
+    tokens = tokenize_windows(documents, tokenizer, config.length)
+    if len(tokens) < count:
+        raise ValueError(f"windows={count}: {config.text!r} has only {len(tokens)} windows of {config.length} tokens")
+    return tokens[torch.linspace(0, len(tokens) - 1, count).round().long()]
+
+
+def _probe(config: CalibrationConfig, calibration: Calibration, documents) -> dict[str, float]:
+    """`probe_rates` on two windows, kept beside the statistics as they come."""
     started = time.perf_counter()
-    calibration = calibrate(config)
-    calibration.split().save_pretrained(config.output)
-    calibration.tokenizer.save_pretrained(config.output)
+    tokens = _windows(config, documents, calibration.tokenizer, 2)
+    variances = {
+        name: [_variance(f, y) for f, y in zip(groups, _samples(calibration, name), strict=True)]
+        for name, groups in calibration.factors.items()
+    }
+    record = statistics_record(calibration.dense, tokens, False, 0, config.sink_length, 1, config.seed)
+    names = ("text", "windows", "length", "batch_size", "objective", "head_group_size", "k_mean_split", "v_mean_split")
+    record |= {"probe": {name: getattr(config, name) for name in names}}
+    path = Path(config.statistics) / f"{statistics_key(record)}.rates.json"
+    known = json.loads(path.read_text())["rates"] if path.exists() else {}
+    progress = tqdm(total=len(variances), initial=len(known), desc="Sensitivity")
 
-    energies, ranks = calibration.energies, calibration.target.truncation_ranks
-    full = sum(len(e) for groups in energies.values() for e in groups)
+    def keep(rates: dict[str, float]) -> None:
+        write_json(path, {"record": record, "rates": rates})
+        progress.update()
+
+    rates = probe_rates(
+        calibration.dense, calibration.factors, variances, tokens, seed=config.seed, known=known, on_result=keep
+    )
+    progress.close()
+    calibration.seconds["probe"] = time.perf_counter() - started
+    return rates
+
+
+def _samples(calibration: Calibration, name: str) -> tuple[torch.Tensor, ...]:
+    """Sampled outputs of each head group of a projection."""
+    sample = getattr(calibration.statistics[int(name.split(".")[2])], name.rsplit(".", 1)[1]).sample
+    return sample.chunk(len(calibration.factors[name]), dim=-1)
+
+
+def _variance(factors: Factors, sample: torch.Tensor) -> torch.Tensor:
+    return (sample.double() @ factors.project.T).flatten(0, 1).var(0)
+
+
+# ---- from a budget to ranks and widths
+
+
+def fit_budget(config: CalibrationConfig, calibration: Calibration, budget: float) -> Calibration:
+    """The calibration with ranks and widths for a budget, a share of the dense 16-bit cache.
+
+    Raises:
+        ValueError: The budget is too small for block tables, window, sinks and scales.
+    """
+    started = time.perf_counter()
+    dense = dense_nbytes(calibration.target, config.tokens, torch.float16)
+    limit = int(budget * dense)
+    try:
+        if config.allocation == "tiers":
+            fitted = _fit_tiers(config, calibration, limit)
+        else:
+            fitted = _fit_ranks(config, calibration, limit)
+    except ValueError as error:
+        raise ValueError(f"budget={budget} of {dense:,} bytes at {config.tokens} tokens: {error}") from None
+    found = cache_nbytes(fitted.target, config.tokens, calibration.stored_dtype)
+    if fitted.plan is not None and fitted.plan.nbytes != found:
+        raise RuntimeError(f"the cache takes {found} bytes, not the {fitted.plan.nbytes} that were planned")
+    fitted.seconds = calibration.seconds | {"allocation": time.perf_counter() - started}
+    return fitted
+
+
+def _fit_tiers(config: CalibrationConfig, calibration: Calibration, limit: int) -> Calibration:
+    """Widths by channel, with the blocks that leave the least predicted cost."""
+    static = all(scheme.static for scheme in _sides(calibration.target))
+    group_sizes = [config.group_size] if config.group_size is not None else [32, 64, 128] if static else [128]
+    rates, best = calibration.rates or dict.fromkeys(calibration.factors, 1.0), None
+    for group_size in group_sizes:
+        target = ALRDLlamaConfig.from_llama(calibration.target, group_size=group_size)
+        cache, sides = CacheScheme.from_config(target), dict(zip(PROJECTIONS, _sides(target)))
+        costs = _measured_costs(calibration, sides, cache.block_length, static)
+        price = {p: prices(s, cache, TIER_BITS, config.tokens, calibration.stored_dtype) for p, s in sides.items()}
+        plan = allocate(costs, rates, lambda name, price=price: price[name[-6:]], TIER_BITS, limit)
+        if best is None or plan.divergence < best[1].divergence:
+            best = (target, plan)
+    target, plan = best
+    target.truncation_ranks = {name: [len(c) for c in groups] for name, groups in plan.channels.items()}
+    target.width_tiers = {n: [[list(t) for t in tiers] for tiers in groups] for n, groups in plan.tiers.items()}
+    target.check_latent_cache()
+    return replace(calibration, target=target, plan=plan)
+
+
+def _measured_costs(calibration: Calibration, sides: dict, block_length: int, static: bool) -> dict:
+    """`measure_costs` of every head group by projection; static scales do not depend on the length of a block."""
+    key = 0 if static else block_length
+    if key not in calibration.costs:
+        calibration.costs[key] = {
+            name: [
+                measure_costs(f, y[:, : y.shape[1] // block_length * block_length], sides[name[-6:]], block_length)
+                for f, y in zip(groups, _samples(calibration, name), strict=True)
+            ]
+            for name, groups in tqdm(calibration.factors.items(), desc="Distortion")
+        }
+    return calibration.costs[key]
+
+
+def _sides(target: ALRDLlamaConfig) -> tuple:
+    scheme = CacheScheme.from_config(target)
+    return scheme.keys, scheme.values
+
+
+def _fit_ranks(config: CalibrationConfig, calibration: Calibration, limit: int) -> Calibration:
+    """One width for all channels, and as many of them as fit, by water-filling."""
+    energies = {name: [f.energy[: f.a.shape[1]] for f in groups] for name, groups in calibration.factors.items()}
+    target = ALRDLlamaConfig.from_llama(calibration.target)
+
+    def nbytes(ranks: dict[str, list[int]]) -> int:
+        target.truncation_ranks = ranks
+        return cache_nbytes(target, config.tokens, calibration.stored_dtype)
+
+    ranks_of = partial(water_fill, energies, multiple=config.rank_multiple)
+    target.truncation_ranks = ranks_of(largest_share(ranks_of, nbytes, limit))
+    return replace(calibration, target=target)
+
+
+def cache_nbytes(config: ALRDLlamaConfig, tokens: int, dtype: torch.dtype) -> int:
+    """Bytes of one row of the cache that a configuration makes, everything counted, calibrated scales too."""
+    total = 0
+    for i, widths in enumerate(config_widths(config)):
+        sides = {p: config.tiered_scheme(i, p) for p in PROJECTIONS}
+        base = CacheScheme.from_config(config)
+        scheme = CacheScheme.of(
+            sides["k_proj"] or base.keys,
+            sides["v_proj"] or base.values,
+            residual_length=config.residual_length,
+            sink_length=config.sink_length,
+        )
+        total += scheme.layer_nbytes(tokens, widths, dtype) + scheme.static_nbytes(widths)
+    return total
+
+
+# ---- output
+
+
+def write_checkpoint(config: CalibrationConfig, calibration: Calibration, budget: float | None, folder: Path) -> dict:
+    """The checkpoint with report and plots; returns the report."""
+    started = time.perf_counter()
+    calibration.split().save_pretrained(folder)
+    calibration.tokenizer.save_pretrained(folder)
+    target, dense = calibration.target, dense_nbytes(calibration.target, config.tokens, torch.float16)
+    nbytes = cache_nbytes(target, config.tokens, calibration.stored_dtype)
     report = {
         "config": asdict(config),
         "environment": environment(),
         "text": calibration.text,
-        "share": sum(map(sum, ranks.values())) / full,
-        "truncation_ranks": ranks,
-        "energy_kept": {
-            name: [round((e[:r].sum() / e.sum()).item(), 6) for e, r in zip(energies[name], group, strict=True)]
-            for name, group in ranks.items()
+        "budget": budget,
+        "nbytes": nbytes,
+        "share_of_dense": nbytes / dense,
+        "predicted_divergence": calibration.plan and calibration.plan.divergence,
+        "truncation_ranks": target.truncation_ranks,
+        "width_tiers": target.width_tiers,
+        "rates": calibration.rates,
+        "energies": {
+            name: [[float(f"{e:.4g}") for e in f.energy.tolist()] for f in groups]
+            for name, groups in calibration.factors.items()
         },
-        "seconds": round(time.perf_counter() - started, 1),
+        "energy_kept": {name: _energy_kept(calibration, name) for name in target.truncation_ranks},
+        "seconds": {k: round(v, 1) for k, v in calibration.seconds.items()}
+        | {"checkpoint": round(time.perf_counter() - started, 1)},
     }
-    write_json(Path(config.output) / "report.json", report)
-    print(f"{config.output}: {report['share']:.1%} of the latent channels kept, {report['seconds']} s")
-    for name, group in ranks.items():
-        print(f"  {name}: rank {'+'.join(map(str, group))}, energy {report['energy_kept'][name]}")
+    write_json(folder / "report.json", report)
+    plots.spectra(report, folder / "spectra.png")
+    plots.widths(report, folder / "widths.png")
+    ranks = [sum(r) for r in target.truncation_ranks.values()]
+    print(
+        f"{folder}: {nbytes:,} bytes at {config.tokens:,} tokens, {report['share_of_dense']:.2%} of the dense cache "
+        f"({dense / nbytes:.1f}× smaller); ranks {min(ranks)}–{max(ranks)}, {sum(report['seconds'].values()):.0f} s"
+    )
     return report
+
+
+def _energy_kept(calibration: Calibration, name: str) -> list[float]:
+    ranks = calibration.target.truncation_ranks[name]
+    chosen = calibration.plan.channels[name] if calibration.plan else [torch.arange(r) for r in ranks]
+    return [
+        round((f.energy[c].sum() / f.energy.sum().clamp(min=1e-300)).item(), 6)
+        for f, c in zip(calibration.factors[name], chosen, strict=True)
+    ]
+
+
+def main(config: CalibrationConfig) -> dict:
+    """Write the checkpoint, or one for each budget of a sweep; returns the report, or the record of the sweep."""
+    calibration, output = calibrate(config), Path(config.output)
+    if config.share is not None:
+        return write_checkpoint(config, calibration, None, output)
+    if not config.sweep:
+        return write_checkpoint(config, fit_budget(config, calibration, config.budget), config.budget, output)
+    for budget in config.sweep:
+        write_checkpoint(config, fit_budget(config, calibration, budget), budget, output / f"{budget:g}")
+    return measure_sweep(config, calibration.dense, calibration.tokenizer)
+
+
+def measure_sweep(config: CalibrationConfig, dense: PreTrainedModel, tokenizer, **evaluation) -> dict:
+    """Perplexity of the checkpoints of a sweep, through the cache, on the text that chooses defaults."""
+    output, caches = Path(config.output), {}
+    for budget in config.sweep:
+        model = ALRDLlamaForCausalLM.from_pretrained(output / f"{budget:g}").eval()
+        caches[f"{budget:.4g} of the bytes"] = (model, model.create_kivi_cache)
+    how = {"text": "stdlib:selection", "windows": 8, "prefill": 1792} | evaluation
+    record = measure(EvalConfig(model=config.model, **how), tokenizer, dense.to(model.dtype), caches)
+    write_json(output / "sweep.json", record)
+    plots.curve({"ours": record["results"]}, output / "curve.png")
+    print(table(record["results"]))
+    return record
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, QuantizedCache
 
 from configuration_alrd_llama import ALRDLlamaConfig
 from modeling_alrd_llama import ALRDLlamaForCausalLM
-from modules.calibration import collect_statistics, group_energies, projection_statistics, water_fill
+from modules.calibration import OBJECTIVES, projection_factors
 from modules.kivi_cache import CacheScheme, KIVILatentCache, config_widths
 from modules.rank_search import (
     asvd_ranks,
@@ -34,7 +34,9 @@ from modules.rank_search import (
     fisher_ranks,
     mean_absolute_inputs,
     uniform_ranks,
+    water_fill,
 )
+from modules.statistics import collect_statistics
 from scripts.common import BUNDLED_MODEL, find_model, load_model, parse_config, write_json
 from scripts.corpus import describe, load_documents, tokenize_windows
 from scripts.eval_perplexity import EvalConfig, measure, paired_bootstrap, scored_positions
@@ -62,6 +64,7 @@ class PeersConfig:
     calibration_text: str = field(default="stdlib:calibration", metadata={"help": "Text for statistics and searches."})
     calibration_windows: int = field(default=32, metadata={"help": "Windows of it."})
     calibration_length: int = field(default=1024, metadata={"help": "Tokens per window of it."})
+    statistics: str = field(default="build/statistics", metadata={"help": "Folder where statistics are kept."})
     sensitivity_windows: int = field(default=8, metadata={"help": "Windows of it that ASVD's search measures on."})
     rank_multiple: int = field(default=8, metadata={"help": "Ranks are multiples of this."})
     output: str | None = field(default=None, metadata={"help": "JSON file for the results."})
@@ -209,17 +212,22 @@ class Models:
 
     @cached_property
     def moments(self) -> list:
-        return collect_statistics(self.exact, self.batches("Statistics"))
+        return collect_statistics(self.exact, self.calibration, fisher=False, folder=self.config.statistics)
 
     @cached_property
     def weighted(self) -> list:
-        """What our factors are fitted to: inputs, queries, output projection."""
-        return projection_statistics(self.exact, self.moments)
+        """What our factors of one width are fitted to: inputs, queries, output projection."""
+        of = OBJECTIVES["query_output"]
+        return [of(self.exact, i, stats) for i, stats in enumerate(self.moments)]
+
+    def energies(self, target: ALRDLlamaConfig) -> dict[str, list[torch.Tensor]]:
+        factors = projection_factors(self.exact, target, self.moments, "query_output")
+        return {name: [f.energy[: f.a.shape[1]] for f in groups] for name, groups in factors.items()}
 
     @cached_property
     def scaled(self) -> list:
         """What ASVD's factors are fitted to."""
-        return asvd_statistics(mean_absolute_inputs(self.exact, self.batches("Input scales")))
+        return asvd_statistics(self.exact, mean_absolute_inputs(self.exact, self.batches("Input scales")))
 
     def sensitivity(self, statistics: list) -> dict:
         print("Sensitivity: one projection truncated at a time")
@@ -247,7 +255,7 @@ class Models:
 
     def palu(self, share: float) -> ALRDLlamaForCausalLM:
         """Groups of four heads, SVD whitened by the input covariance, Fisher ranks, Hadamard-rotated latents."""
-        whitened = [{p: {"input_covariance": s.input_covariance} for p in ("k_proj", "v_proj")} for s in self.moments]
+        whitened = [OBJECTIVES["input"](self.exact, i, stats) for i, stats in enumerate(self.moments)]
         target = self.target(4, k_hadamard=True, v_hadamard=True)
         ranks = fisher_ranks(self.palu_fisher, target, share, self.config.rank_multiple)
         return self.split(target, ranks, whitened)
@@ -264,7 +272,7 @@ class Models:
             "uniform": lambda: uniform_ranks(target, share, multiple),
             "Fisher": lambda: fisher_ranks(self.joint_fisher, target, share, multiple),
             "sensitivity": lambda: asvd_ranks(self.weighted_sensitivity, target, share),
-            "water-filling": lambda: water_fill(group_energies(self.exact, target, self.weighted), share, multiple),
+            "water-filling": lambda: water_fill(self.energies(target), share, multiple),
         }[search]()
         return self.split(target, ranks, self.weighted)
 
@@ -361,7 +369,7 @@ def record_key(config: PeersConfig, schemes: list) -> dict:
     """Everything that the results of two runs must share to stand in one file; `schemes` are those of all peers."""
     scored = scored_positions(config.length, config.prefill, config.chunk, schemes)
     options = asdict(config)
-    for name in ("checkpoints", "parts", "output"):  # which to measure, not how
+    for name in ("checkpoints", "parts", "statistics", "output"):  # which to measure and where, not how
         del options[name]
     return {
         **options,

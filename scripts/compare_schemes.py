@@ -159,7 +159,7 @@ def main(config: CompareConfig) -> dict:
     """Measure what is not in the output yet; returns the record."""
     names = ("model", "text", "windows", "length", "prefill", "chunk")
     evaluation = EvalConfig(**{name: getattr(config, name) for name in names})
-    calibration = calibrate(CalibrationConfig(model=config.model, share=config.share))
+    calibration = calibrate(CalibrationConfig(model=config.model, share=config.share, objective="query_output"))
     dense = calibration.dense.to(calibration.stored_dtype)
     if config.recommended:
         return _measure_recommended(config, evaluation, calibration, dense)

@@ -273,7 +273,11 @@ def token_bytes(cache, length: int) -> float:
     """Bytes per token of the cache if it held one row of `length` tokens, by our formula or as another cache tells."""
     if not isinstance(cache, KIVILatentCache):
         return cache.token_nbytes(length)
-    return sum(layer.scheme.layer_nbytes(length, layer.widths, layer.dtype) for layer in cache.layers) / length
+    of_layers = (
+        layer.scheme.layer_nbytes(length, layer.widths, layer.dtype) + layer.scheme.static_nbytes(layer.widths)
+        for layer in cache.layers
+    )
+    return sum(of_layers) / length
 
 
 def paired_bootstrap(

@@ -30,7 +30,7 @@ def covariance(size: int, rank: int | None = None, decay: float = 0.8) -> torch.
     return (basis * decay ** torch.arange(rank, dtype=torch.float64)) @ basis.T
 
 
-def expected_error(weight, product, input_covariance=None, metric=None) -> float:
+def expected_error(weight, product, x=None, metric=None) -> float:
     """`E‖M^{1/2}(W x - P x)‖²` = tr(M (W - P) X (W - P)ᵀ)."""
     difference = weight.double() - product.double()
     x = torch.eye(weight.shape[1]).double() if input_covariance is None else input_covariance

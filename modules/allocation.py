@@ -1,0 +1,263 @@
+"""Ranks and widths for a budget: which latent channels are kept, and with how many bits.
+
+Every channel of every layer has a cost for each width, its measured error times what an error costs in its layer, and a
+price, the bytes that it takes in a cache of given length. The choice minimises the sum of the costs at a total price:
+with one multiplier on the bytes every channel chooses for itself (Lagrangian relaxation; the discrete form of reverse
+water-filling).
+"""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from configuration_alrd_llama import ALRDLlamaConfig, QuantScheme
+from modules.codecs import block_nbytes, make_codec
+from modules.kivi_cache import TABLE_ENTRY_NBYTES, CacheScheme
+from modules.quant_utils import quantize
+from modules.svd_linear import Factors
+
+#: Widths of the tiers that are offered, beside 0.
+TIER_BITS = (1, 2, 3, 4, 8)
+
+# ---- costs
+
+
+@dataclass
+class ChannelCosts:
+    """What the channels of one head group cost.
+
+    Attributes:
+        dropped: `[n]` float64, `E|c|²` in the unit of the objective: the error of a channel that is not kept.
+        kept: `[n, widths]` float64, measured error of a channel at each width.
+        scales: For static scales, scale and zero point `[n]` at each width; else empty.
+    """
+
+    dropped: torch.Tensor
+    kept: torch.Tensor
+    scales: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+
+
+def measure_costs(
+    factors: Factors, sample: torch.Tensor, scheme: QuantScheme, length: int, bits: tuple = TIER_BITS
+) -> ChannelCosts:
+    """Quantize a sample of latents at each width.
+
+    Args:
+        factors: Of full rank, n channels.
+        sample: `[windows, S, out]` outputs of the dense projection; S is a multiple of `length`.
+        scheme: What the cache will store, but for the width.
+        length: Tokens of a block.
+        bits: Widths to measure.
+    """
+    latents = sample.double() @ factors.project.T
+    dropped = factors.unit * latents.square().mean((0, 1))
+    blocks = latents.float().reshape(-1, length, latents.shape[-1])
+    channels, kept, scales = blocks.shape[-1], [], []
+    for width in bits:
+        at_width = scheme.at_width(width)
+        static = static_scales(blocks.flatten(0, 1), width) if at_width.static else None
+        codec = make_codec(at_width, length, (channels,), torch.float32, static_scales=static)
+        if scheme.per_channel:
+            error = (codec.decode(codec.encode(blocks)) - blocks).double().square().mean((0, 1))
+        else:
+            # A tier is rotated, so its channels share their error in proportion to the tier's variance.
+            error = _rotated_error(codec, blocks)
+        kept.append(torch.minimum(factors.unit * error, dropped))
+        if static is not None:
+            scales.append(static)
+    return ChannelCosts(dropped, torch.stack(kept, dim=1), scales)
+
+
+def _rotated_error(codec, blocks: torch.Tensor) -> torch.Tensor:
+    """Error of each channel of a rotated tier: its second moment times the tier's relative error."""
+    rotation = torch.linalg.qr(torch.randn(blocks.shape[-1], blocks.shape[-1], generator=torch.manual_seed(0)))[0]
+    rotated = blocks @ rotation
+    relative = (codec.decode(codec.encode(rotated)) - rotated).square().sum() / rotated.square().sum().clamp(min=1e-30)
+    return relative.double() * blocks.double().square().mean((0, 1))
+
+
+def static_scales(latents: torch.Tensor, bits: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point `[n]`, float32, of least squared error for latents `[N, n]`; a constant channel gets its own
+    value as zero point."""
+    _, scale, zero_point = quantize(latents.T, bits, (len(latents),), False, "mse", torch.float32)
+    return scale[:, 0], zero_point[:, 0]
+
+
+# ---- prices
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Bytes in a layer's cache of given length, one row: each is exact, and so is their sum.
+
+    Attributes:
+        channel: For a channel at each width.
+        tier: For a tier at each width, beside its channels: the scales that a token has per tier.
+        layer: For a layer whatever it stores.
+    """
+
+    channel: tuple[int, ...]
+    tier: tuple[int, ...]
+    layer: int
+
+
+def prices(scheme: QuantScheme, cache: CacheScheme, bits: tuple, length: int, dtype: torch.dtype) -> Prices:
+    """Prices of one side of a cache of `length` tokens.
+
+    Args:
+        scheme: Of the side, but for the width.
+        cache: Window, sinks and block length.
+        bits: Widths.
+        length: Tokens.
+        dtype: Of the model, and so of window and sinks.
+    """
+    blocks = cache.flushed_blocks(length - min(length, cache.sink_length))
+    exact = length - blocks * cache.block_length
+    channel, tier = [], []
+    for width in bits:
+        at_width = scheme.at_width(width)
+        one, two = (block_nbytes(make_codec(at_width, cache.block_length, (n,), dtype)) for n in (1, 2))
+        own = 2 * 4 if scheme.static else 0  # calibrated scale and zero point, once a layer
+        channel.append(blocks * (two - one) + exact * dtype.itemsize + own)
+        tier.append(blocks * (2 * one - two))
+    return Prices(tuple(channel), tuple(tier), blocks * TABLE_ENTRY_NBYTES)
+
+
+# ---- choice
+
+
+@dataclass
+class Plan:
+    """Ranks and widths by projection and head group.
+
+    Attributes:
+        channels: Channels of the full-rank factors that are kept, tier after tier.
+        tiers: (channels, bits) of each tier, the widest first.
+        scales: Scale and zero point of the kept channels, for static scales; else empty.
+        nbytes: Bytes of one row of the length that was planned for, everything counted.
+        divergence: What the costs add up to: the predicted KL divergence if the rates are those of `probe_rates`.
+    """
+
+    channels: dict[str, list[torch.Tensor]]
+    tiers: dict[str, list[list[tuple[int, float]]]]
+    scales: dict[str, list[tuple[torch.Tensor, torch.Tensor]]]
+    nbytes: int
+    divergence: float
+
+
+def allocate(
+    costs: dict[str, list[ChannelCosts]],
+    rates: dict[str, float],
+    prices_of: Callable[[str], Prices],
+    bits: tuple,
+    budget: int,
+) -> Plan:
+    """Choose the width of every channel, 0 included, at the least total cost within a budget.
+
+    Args:
+        costs: Of each head group of each projection, by name.
+        rates: Factor on the costs of each projection.
+        prices_of: Prices of a projection, by name.
+        bits: Widths that costs and prices are for.
+        budget: Bytes of one row, all layers together.
+
+    Raises:
+        ValueError: One channel of the smallest width in each head group is beyond the budget.
+    """
+    fixed = sum(prices_of(name).layer for name in costs if name.endswith("k_proj"))
+    smallest = fixed + sum(
+        len(groups) * min(c + t for c, t in zip(prices_of(name).channel, prices_of(name).tier))
+        for name, groups in costs.items()
+    )
+    if smallest > budget:
+        raise ValueError(
+            f"budget: {budget:,} bytes must be at least {smallest:,}, what block tables, window, sinks and scales take "
+            "with one channel per projection and head group"
+        )
+
+    def choose(multiplier: float) -> tuple[dict, int, float]:
+        chosen, nbytes, cost = {}, fixed, 0.0
+        for name, groups in costs.items():
+            price = prices_of(name)
+            chosen[name] = []
+            for group in groups:
+                table = rates[name] * torch.cat([group.dropped[:, None], group.kept], dim=1)
+                widths, its_bytes = _choose_group(table, price, multiplier)
+                chosen[name].append(widths)
+                nbytes += its_bytes
+                cost += table.gather(1, widths[:, None]).sum().item()
+        return chosen, nbytes, cost
+
+    # Between a multiplier at which every byte pays and one at which none does, by halving of the logarithm.
+    low, high = -100.0, 50.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if choose(2.0**middle)[1] > budget else (low, middle)
+    chosen, nbytes, cost = choose(2.0**high)
+    return _to_plan(chosen, costs, bits, nbytes, cost)
+
+
+def _choose_group(table: torch.Tensor, price: Prices, multiplier: float) -> tuple[torch.Tensor, int]:
+    """Column of each row (0: dropped) of a `[n, 1 + widths]` table with the least cost plus bytes, and the bytes."""
+    per_channel = torch.tensor([0, *price.channel], dtype=torch.float64)
+    widths = range(len(price.channel))
+    # A tier that is used costs bytes of its own: every set of tiers is tried, or, where they are free, only all of them.
+    sets = (
+        [tuple(widths)] if not any(price.tier) else [s for n in widths for s in itertools.combinations(widths, n + 1)]
+    )
+    best = None
+    for tiers in sets:
+        columns = torch.tensor([0, *(w + 1 for w in tiers)])
+        index = columns[(table[:, columns] + multiplier * per_channel[columns]).argmin(dim=1)]
+        if not index.any():
+            # A projection keeps at least its first channel.
+            index[0] = min(tiers, key=lambda w: price.channel[w] + price.tier[w]) + 1
+        used = [w for w in widths if (index == w + 1).any()]
+        nbytes = int(per_channel[index].sum()) + sum(price.tier[w] for w in used)
+        total = table.gather(1, index[:, None]).sum().item() + multiplier * nbytes
+        if best is None or total < best[0]:
+            best = (total, index, nbytes)
+    return best[1], best[2]
+
+
+def _to_plan(chosen: dict, costs: dict[str, list[ChannelCosts]], bits: tuple, nbytes: int, cost: float) -> Plan:
+    plan = Plan({}, {}, {}, nbytes, cost)
+    for name, groups in chosen.items():
+        plan.channels[name], plan.tiers[name], plan.scales[name] = [], [], []
+        for widths, group in zip(groups, costs[name], strict=True):
+            order = sorted((w for w in set(widths.tolist()) if w), key=lambda w: -bits[w - 1])
+            members = [(widths == w).nonzero()[:, 0] for w in order]
+            plan.channels[name].append(torch.cat(members))
+            plan.tiers[name].append([(len(m), bits[w - 1]) for w, m in zip(order, members)])
+            if group.scales:
+                pairs = [[s[m] for s in group.scales[w - 1]] for w, m in zip(order, members)]
+                plan.scales[name].append(tuple(torch.cat(s) for s in zip(*pairs)))
+    return plan
+
+
+def largest_share(
+    ranks_of: Callable[[float], dict[str, list[int]]], nbytes_of: Callable[[dict[str, list[int]]], int], budget: int
+) -> float:
+    """The largest share of the ranks, in steps of 1/512, whose cache fits the budget, for searches that give ranks.
+
+    Args:
+        ranks_of: Ranks for a share.
+        nbytes_of: Bytes of a cache with these ranks.
+        budget: Bytes.
+
+    Raises:
+        ValueError: No share fits.
+    """
+    low, high = 0, 512
+    while low < high:
+        middle = (low + high + 1) // 2
+        try:
+            fits = nbytes_of(ranks_of(middle / 512)) <= budget
+        except ValueError:  # too small a share for this search
+            fits = True
+        low, high = (middle, high) if fits else (low, middle - 1)
+    if low == 0 or nbytes_of(ranks_of(low / 512)) > budget:
+        raise ValueError(f"budget: {budget:,} bytes must hold the smallest ranks")
+    return low / 512

@@ -1,0 +1,286 @@
+"""Statistics of a dense model on text: all that the choice of factors, ranks and widths needs, in one pass.
+
+For every key and value projection the moments of its outputs, the Fisher information of the model with respect to them,
+and a sample of them in runs of consecutive tokens. Sums are kept in float64. The pass is written to a file as it goes
+and goes on from there, with the same bits, when it is started again.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+#: Version of the files; part of their key.
+FILE_VERSION = 1
+
+
+@dataclass
+class ProjectionStatistics:
+    """Moments of the outputs y = W x (bias left out) of one key or value projection, n = H_kv * d.
+
+    Attributes:
+        covariance: `[n, n]` float64, `E[y yᵀ]`, uncentred.
+        mean: `[n]` float64, `E[y]`.
+        fisher: `[n, n]` float64, `E[g gᵀ]` of the gradients g of `-log p(token)` with respect to the y of one token,
+            the next tokens drawn from the model itself; the first `sinks` tokens of a window count as zero. `None` if
+            it was not asked for.
+        sample: `[windows, S, n]`, outputs of consecutive tokens, in the type of the model.
+    """
+
+    covariance: torch.Tensor
+    mean: torch.Tensor
+    fisher: torch.Tensor | None
+    sample: torch.Tensor
+
+
+@dataclass
+class LayerStatistics:
+    """Statistics of one attention layer.
+
+    Attributes:
+        k_proj, v_proj: Of its projections.
+        query_covariance: `[H_q, d, d]` float64, `E[q qᵀ]` of each query head before RoPE, bias included.
+    """
+
+    k_proj: ProjectionStatistics
+    v_proj: ProjectionStatistics
+    query_covariance: torch.Tensor
+
+    @property
+    def query_energy(self) -> torch.Tensor:
+        """`[H_q, d/2]`, `E|q_f|²` of each head and frequency."""
+        return self.query_covariance.diagonal(dim1=1, dim2=2).unflatten(-1, (2, -1)).sum(1)
+
+
+def model_digest(model: nn.Module) -> str:
+    """SHA-256 of the names, types and bytes of a model's parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def statistics_record(
+    model: PreTrainedModel, tokens: torch.Tensor, fisher: bool, sample: int, sinks: int, batch_size: int, seed: int
+) -> dict:
+    """All that the statistics depend on: model, tokens, settings, versions."""
+    return {
+        "version": FILE_VERSION,
+        "model": model_digest(model),
+        "tokens": hashlib.sha256(tokens.cpu().contiguous().numpy()).hexdigest(),
+        "shape": list(tokens.shape),
+        "dtype": str(model.dtype),
+        "device": model.device.type,
+        "fisher": fisher,
+        "sample": sample,
+        "sinks": sinks,
+        "batch_size": batch_size,
+        "seed": seed,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def statistics_key(record: dict) -> str:
+    """Name of the file for a `statistics_record`: 16 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def collect_statistics(
+    model: PreTrainedModel,
+    tokens: torch.Tensor,
+    fisher: bool = True,
+    sample: int = 256,
+    sinks: int = 4,
+    batch_size: int = 4,
+    seed: int = 0,
+    folder: str | os.PathLike | None = None,
+    save_seconds: float = 60.0,
+) -> list[LayerStatistics]:
+    """Run a dense Llama, Mistral or Qwen2 over text once, forwards and, for the Fisher information, backwards.
+
+    The backward pass recomputes each layer (gradient checkpointing), so that beside the weights only the hidden states
+    of a batch and one layer's activations are held; the sums live on the CPU.
+
+    Args:
+        model: The dense model, on any device.
+        tokens: `[windows, T]` token ids without pads.
+        fisher: Collect the Fisher information too, at about three times the cost of the forward pass.
+        sample: Tokens of each window that are kept as they are, after the `sinks`.
+        sinks: First tokens of a window that the cache will keep exact.
+        batch_size: Windows at a time.
+        seed: Of the tokens that the model draws for the Fisher information.
+        folder: Where the statistics are kept, in a file named by a key that contains everything they depend on; a
+            file that is there is used, a part of one is completed. `None`: not kept.
+        save_seconds: Time between two saves of a pass that is under way.
+
+    Returns:
+        One `LayerStatistics` per layer.
+
+    Raises:
+        ValueError: The text is too short: no token, or windows shorter than `sinks` and `sample`.
+    """
+    if tokens.dim() != 2 or tokens.numel() == 0:
+        raise ValueError(f"tokens: {list(tokens.shape)} must be [windows, T] with at least one token")
+    if tokens.shape[1] < sinks + sample:
+        raise ValueError(f"tokens: windows of {tokens.shape[1]} must hold {sinks} sinks and {sample} sampled tokens")
+    record = statistics_record(model, tokens, fisher, sample, sinks, batch_size, seed)
+    path = Path(folder) / f"{statistics_key(record)}.safetensors" if folder is not None else None
+
+    sums, done = _empty_sums(model, fisher, sample), 0
+    if path is not None and path.exists():
+        sums, done = _load(path)
+    batches, saved = tokens.split(batch_size), time.monotonic()
+    if done < len(batches):
+        with _observed(model, fisher, sinks) as observe:
+            for i in tqdm(range(done, len(batches)), desc="Statistics", initial=done, total=len(batches)):
+                _run(model, batches[i].to(model.device), fisher, torch.Generator().manual_seed(seed * 1_000_003 + i))
+                for name, tensor in observe(sample).items():
+                    sums[name] = torch.cat([sums[name], tensor]) if name.endswith("sample") else sums[name] + tensor
+                done = i + 1
+                if path is not None and (done == len(batches) or time.monotonic() - saved > save_seconds):
+                    _save(path, sums, done, record)
+                    saved = time.monotonic()
+    return _to_layers(model, sums, tokens.numel())
+
+
+# ---- one pass
+
+
+def _empty_sums(model: PreTrainedModel, fisher: bool, sample: int) -> dict[str, torch.Tensor]:
+    sums = {}
+    for i, layer in enumerate(model.model.layers):
+        attention, heads = layer.self_attn, model.config.num_attention_heads
+        sums[f"{i}.query"] = torch.zeros(heads, attention.head_dim, attention.head_dim, dtype=torch.float64)
+        for p in ("k_proj", "v_proj"):
+            n = getattr(attention, p).out_features
+            sums[f"{i}.{p}.covariance"] = torch.zeros(n, n, dtype=torch.float64)
+            sums[f"{i}.{p}.mean"] = torch.zeros(n, dtype=torch.float64)
+            sums[f"{i}.{p}.sample"] = torch.zeros(0, sample, n, dtype=model.dtype)
+            if fisher:
+                sums[f"{i}.{p}.fisher"] = torch.zeros(n, n, dtype=torch.float64)
+    return sums
+
+
+@contextlib.contextmanager
+def _observed(model: PreTrainedModel, fisher: bool, sinks: int) -> Iterator:
+    """Watch the projections of each layer; yields a function that gives what the last batch adds to the sums.
+
+    With the Fisher information the weights are frozen, and each layer is recomputed in the backward pass.
+    """
+    found: dict[str, torch.Tensor] = {}
+    outputs: dict[str, torch.Tensor] = {}
+
+    def watch(name: str):
+        def forward(module, inputs, output):
+            outputs[name] = output.detach() if module.bias is None else output.detach() - module.bias
+            if output.requires_grad and not name.endswith("q_proj"):
+                output.register_hook(backward)
+
+        def backward(gradient):
+            g = gradient.detach().clone()
+            g[:, :sinks] = 0
+            g = g.flatten(0, 1).double().cpu()
+            found[f"{name}.fisher"] = g.T @ g
+
+        return forward
+
+    def take(sample: int) -> dict[str, torch.Tensor]:
+        taken = dict(found)
+        for name, output in outputs.items():
+            y = output.flatten(0, 1).double().cpu()
+            if name.endswith("q_proj"):
+                i, heads = name.split(".")[0], model.config.num_attention_heads
+                bias = model.model.layers[int(i)].self_attn.q_proj.bias
+                y = (y if bias is None else y + bias.double().cpu()).unflatten(-1, (heads, -1)).transpose(0, 1)
+                taken[f"{i}.query"] = y.transpose(1, 2) @ y
+            else:
+                taken[f"{name}.covariance"], taken[f"{name}.mean"] = y.T @ y, y.sum(0)
+                taken[f"{name}.sample"] = output[:, sinks : sinks + sample].cpu().clone()
+        found.clear()
+        outputs.clear()
+        return taken
+
+    needed = [(p, p.requires_grad) for p in model.parameters()]
+    layers, handles = model.model.layers, []
+    for i, layer in enumerate(layers):
+        for p in ("q_proj", "k_proj", "v_proj"):
+            handles.append(getattr(layer.self_attn, p).register_forward_hook(watch(f"{i}.{p}")))
+    try:
+        if fisher:
+            model.requires_grad_(False)
+            for layer in layers:
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        yield take
+    finally:
+        for handle in handles:
+            handle.remove()
+        if fisher:
+            for layer in layers:
+                del layer.forward  # the one of its class is behind it
+        for parameter, wanted in needed:
+            parameter.requires_grad_(wanted)
+
+
+def _run(model: PreTrainedModel, batch: torch.Tensor, fisher: bool, generator: torch.Generator) -> None:
+    """One batch forwards and, if asked for, backwards from tokens that the model draws."""
+    if not fisher:
+        with torch.no_grad():
+            model.model(batch, use_cache=False)
+        return
+    embeds = model.get_input_embeddings()(batch).detach().requires_grad_()
+    with torch.enable_grad():
+        logits = model(inputs_embeds=embeds, use_cache=False).logits.flatten(0, 1).float()
+        with torch.no_grad():
+            drawn = torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator).to(logits.device)
+        nn.functional.cross_entropy(logits, drawn[:, 0], reduction="sum").backward()
+
+
+def _to_layers(model: PreTrainedModel, sums: dict[str, torch.Tensor], tokens: int) -> list[LayerStatistics]:
+    layers = []
+    for i in range(len(model.model.layers)):
+        sides = []
+        for p in ("k_proj", "v_proj"):
+            of = {f.name: sums.get(f"{i}.{p}.{f.name}") for f in fields(ProjectionStatistics)}
+            means = {name: t if t is None or name == "sample" else t / tokens for name, t in of.items()}
+            sides.append(ProjectionStatistics(**means))
+        layers.append(LayerStatistics(*sides, sums[f"{i}.query"] / tokens))
+    return layers
+
+
+# ---- files
+
+
+def _save(path: Path, sums: dict[str, torch.Tensor], done: int, record: dict) -> None:
+    """Write sums and their record, `path` with the suffix .json, so that an interruption leaves the old ones whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    try:
+        save_file({n: t.contiguous() for n, t in sums.items()}, part, metadata={"batches": str(done)})
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    path.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _load(path: Path) -> tuple[dict[str, torch.Tensor], int]:
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, int(file.metadata()["batches"])  # noqa: SIM118
+
+
+__all__: Sequence[str] = ["LayerStatistics", "ProjectionStatistics", "collect_statistics", "statistics_record"]

@@ -1,0 +1,99 @@
+"""Pictures of a calibration: energy spectra, chosen ranks and widths, perplexity against bytes."""
+
+import os
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib import pyplot
+from matplotlib.colors import BoundaryNorm, ListedColormap
+
+
+def _save(figure, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def spectra(report: dict, path: Path) -> None:
+    """Energy of the latent channels of every layer, in the unit of the objective times the layer's measured rate."""
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+    names = list(report["energies"])
+    colours = pyplot.get_cmap("viridis")(np.linspace(0, 0.95, len(names) // 2))
+    for panel, side, title in zip(panels, ("k_proj", "v_proj"), ("keys", "values")):
+        mine = [name for name in names if name.endswith(side)]
+        for i, (name, colour) in enumerate(zip(mine, colours)):
+            energy = np.sort(np.concatenate(report["energies"][name]))[::-1] * report["rates"].get(name, 1.0)
+            rank = sum(report["truncation_ranks"][name])
+            energy = np.maximum(energy, energy[0] * 1e-9)
+            panel.semilogy(np.arange(1, len(energy) + 1), energy, color=colour, label=f"layer {i}", linewidth=1)
+            panel.plot(rank, energy[min(rank, len(energy)) - 1], "o", color=colour, markersize=4)
+        panel.set(title=f"{title}: energy by channel, the dot is the rank", xlabel="channel")
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel(f"energy ({report['config']['objective']})")
+    if len(colours) <= 12:
+        panels[1].legend(fontsize=7)
+    _save(figure, path)
+
+
+def widths(report: dict, path: Path) -> None:
+    """Bits of each channel, a row per layer: a heat map of ranks and widths."""
+    c = report["config"]
+    uniform = {"k_proj": c["k_bits"], "v_proj": c["v_bits"]}
+    rows = {}
+    for name, ranks in report["truncation_ranks"].items():
+        tiers = report["width_tiers"].get(name) or [[[r, uniform[name[-6:]]]] for r in ranks]
+        rows[name] = sorted((b for group in tiers for n, b in group for _ in range(n)), reverse=True)
+    levels = sorted({0, *(b for row in rows.values() for b in row)})
+    longest = max(map(len, rows.values()))
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 1.6 + 0.16 * len(rows)), sharey=True)
+    colours = ListedColormap(pyplot.get_cmap("magma_r")(np.linspace(0, 0.9, len(levels))))
+    for panel, side, title in zip(panels, ("k_proj", "v_proj"), ("keys", "values")):
+        mine = [row for name, row in rows.items() if name.endswith(side)]
+        image = np.array([[levels.index(b) for b in row] + [0] * (longest - len(row)) for row in mine])
+        norm = BoundaryNorm(np.arange(len(levels) + 1) - 0.5, len(levels))
+        drawn = panel.imshow(image, aspect="auto", interpolation="nearest", cmap=colours, norm=norm)
+        panel.set(title=title, xlabel="channel, widest first", yticks=range(len(mine)))
+    panels[0].set_ylabel("layer")
+    bar = figure.colorbar(drawn, ax=panels, ticks=range(len(levels)), label="bits")
+    bar.set_ticklabels([f"{b:g}" for b in levels])
+    figure.suptitle(
+        f"Widths at {report['share_of_dense']:.2%} of the dense cache" if report["budget"] else "Ranks", x=0.45
+    )
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def curve(series: dict[str, dict], path: Path, limit: float = 0.5) -> None:
+    """Increase of the perplexity against the share of the dense cache's bytes at 4,096 tokens.
+
+    Args:
+        series: By label, results of `eval_perplexity.measure` by name; the one called "dense" is left out.
+        path: PNG to write.
+        limit: Largest increase that is shown.
+    """
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    markers = iter("osD^vP*X<>ph")
+    for label, results in series.items():
+        points = sorted(
+            (100 / r["ratio"]["4096"], 100 * r["perplexity_increase"]) for n, r in results.items() if n != "dense"
+        )
+        points = [(x, y) for x, y in points if y <= 100 * limit]
+        if points:
+            ours = label == "ours"
+            style = {"linewidth": 2.2, "zorder": 3} if ours else {"linewidth": 1, "alpha": 0.8}
+            axes.plot(*zip(*points), marker=next(markers), markersize=6 if ours else 4, label=label, **style)
+    axes.axhline(0, color="black", linewidth=0.7, linestyle=":")
+    axes.set_xscale("log")
+    ticks = [2, 3, 4, 5, 6.25, 8, 12.5, 25, 50, 100]
+    axes.set_xticks(ticks, [f"{t:g}%" for t in ticks])
+    axes.set_xticks([], minor=True)
+    axes.set_yscale("symlog", linthresh=1)
+    axes.set_yticks([0, 0.5, 1, 2, 5, 10, 20, 50], ["0", "0.5%", "1%", "2%", "5%", "10%", "20%", "50%"])
+    axes.set(xlabel="bytes of the cache, share of the dense one in 16 bits (4,096 tokens, everything counted)")
+    axes.set(ylabel="increase of the perplexity", title="Perplexity against bytes")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    _save(figure, path)
