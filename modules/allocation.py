@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from configuration_alrd_llama import ALRDLlamaConfig, QuantScheme
+from configuration_alrd_llama import QuantScheme
 from modules.codecs import block_nbytes, make_codec
 from modules.kivi_cache import TABLE_ENTRY_NBYTES, CacheScheme
 from modules.quant_utils import quantize
@@ -203,11 +203,10 @@ def _choose_group(table: torch.Tensor, price: Prices, multiplier: float) -> tupl
     """Column of each row (0: dropped) of a `[n, 1 + widths]` table with the least cost plus bytes, and the bytes."""
     per_channel = torch.tensor([0, *price.channel], dtype=torch.float64)
     widths = range(len(price.channel))
-    # A tier that is used costs bytes of its own: every set of tiers is tried, or, where they are free, only all of them.
-    sets = (
-        [tuple(widths)] if not any(price.tier) else [s for n in widths for s in itertools.combinations(widths, n + 1)]
-    )
-    best = None
+    sets, best = [tuple(widths)], None
+    if any(price.tier):
+        # Every set of tiers is tried, since one that is used costs bytes of its own.
+        sets = [tiers for n in widths for tiers in itertools.combinations(widths, n + 1)]
     for tiers in sets:
         columns = torch.tensor([0, *(w + 1 for w in tiers)])
         index = columns[(table[:, columns] + multiplier * per_channel[columns]).argmin(dim=1)]

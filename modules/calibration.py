@@ -24,8 +24,8 @@ def rope_key_metric(
 ) -> torch.Tensor:
     r"""Metric under which the error of a key is the mean squared error of its logits, slow frequencies included.
 
-    `M = E[R_Δᵀ q qᵀ R_Δ]` over offsets Δ from 1 to `longest`, spread evenly over their logarithms. `query_key_metric` is
-    its limit when every frequency has turned many times.
+    `M = E[R_Δ q qᵀ R_Δᵀ]` over offsets Δ from 1 to `longest`, spread evenly over their logarithms; `query_key_metric`
+    is its limit when every frequency has turned many times.
 
     Args:
         query_covariance: `[H_q, d, d]`, `E[q qᵀ]` before RoPE.

@@ -111,7 +111,7 @@ class CacheScheme:
         return sum(2 * 4 * sum(width) for side, width in sides if side.static)
 
     def layer_nbytes(self, length: int, widths: LayerWidths, dtype: torch.dtype) -> int:
-        """Bytes that one row of `length` tokens takes in a layer (`nbytes_used` of the cache, but for `static_nbytes`)."""
+        """Bytes that one row of `length` tokens takes in a layer: `nbytes_used` without `static_nbytes`."""
         exact = min(length, self.sink_length)
         blocks = self.flushed_blocks(length - exact)
         exact = length - blocks * self.block_length

@@ -21,7 +21,7 @@ class Factors(NamedTuple):
     Attributes:
         a: `[out, r]`.
         b: `[r, in]`, which is `project @ W`.
-        energy: `[out]`, the error that each latent direction removes, descending (after the mean's, if it is split off).
+        energy: `[out]`, the error that each latent direction removes, descending; if the mean is split off, after its.
         project: `[r, out]`, latents from outputs of the dense layer. An error of a latent, squared, counts `unit`.
         unit: Unit of the energies.
     """

@@ -1,16 +1,18 @@
-"""One budget in, a split checkpoint out: statistics on text, factors, ranks and widths, scales, report and plots.
+"""One budget in, a split checkpoint out: statistics on text, factors, ranks, widths, report and plots.
 
     python scripts/calibrate_svd_ranks.py --model models/tiny-python-llama --budget 0.0625 --output build/sixteenth
-    python scripts/calibrate_svd_ranks.py --model models/tiny-python-llama --sweep 0.25 0.125 0.0625 --output build/sweep
+    python scripts/calibrate_svd_ranks.py --sweep 0.25 0.125 0.0625 --output build/sweep
 
 The output is an ordinary Hugging Face checkpoint directory that `ALRDLlamaForCausalLM.from_pretrained` loads and
 `create_kivi_cache()` honours, with `report.json`, `spectra.png` and `widths.png` beside the weights. With --sweep there
-is one for each budget, and the perplexity of all, measured through the cache, in `sweep.json` and `curve.png`. Statistics
-are kept in --statistics: an interrupted run goes on where it stopped, another budget starts from them.
+is one for each budget, and the perplexity of all, measured through the cache, in `sweep.json` and `curve.png`. What is
+found out about the model is kept in --statistics: an interrupted run goes on where it stopped, another budget starts
+from there.
 """
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +26,14 @@ from modeling_alrd_llama import ALRDLlamaForCausalLM
 from modules.allocation import TIER_BITS, ChannelCosts, Plan, allocate, largest_share, measure_costs, prices
 from modules.calibration import OBJECTIVES, PROJECTIONS, probe_rates, projection_factors
 from modules.kivi_cache import CacheScheme, config_widths
-from modules.rank_search import water_fill
+from modules.rank_search import (
+    asvd_ranks,
+    asvd_sensitivity,
+    fisher_information,
+    fisher_ranks,
+    uniform_ranks,
+    water_fill,
+)
 from modules.statistics import LayerStatistics, collect_statistics, statistics_key, statistics_record
 from modules.svd_linear import Factors
 from scripts import plots
@@ -41,8 +50,9 @@ from scripts.common import (
 from scripts.corpus import describe, load_documents, tokenize_windows
 from scripts.eval_perplexity import EvalConfig, measure, table
 
-#: How channels are chosen: widths by channel, or one width and ranks by falling energy.
-ALLOCATIONS = ("tiers", "water_filling")
+#: How channels are chosen for a budget: widths by channel; or one width for all and ranks by a search of
+#: `modules/rank_search.py`, "fisher" being Palu's and "sensitivity" ASVD's.
+ALLOCATIONS = ("tiers", "water_filling", "uniform", "fisher", "sensitivity")
 
 #: Static scales leave nothing to store per block; measured best at small budgets (LOG.md).
 STATIC = '{"orientation": "per_channel", "static": true}'
@@ -336,17 +346,31 @@ def _sides(target: ALRDLlamaConfig) -> tuple:
 
 
 def _fit_ranks(config: CalibrationConfig, calibration: Calibration, limit: int) -> Calibration:
-    """One width for all channels, and as many of them as fit, by water-filling."""
-    energies = {name: [f.energy[: f.a.shape[1]] for f in groups] for name, groups in calibration.factors.items()}
-    target = ALRDLlamaConfig.from_llama(calibration.target)
+    """One width for all channels, and as many of them as fit."""
+    target, ranks_of = ALRDLlamaConfig.from_llama(calibration.target), _rank_search(config, calibration)
 
     def nbytes(ranks: dict[str, list[int]]) -> int:
         target.truncation_ranks = ranks
         return cache_nbytes(target, config.tokens, calibration.stored_dtype)
 
-    ranks_of = partial(water_fill, energies, multiple=config.rank_multiple)
     target.truncation_ranks = ranks_of(largest_share(ranks_of, nbytes, limit))
     return replace(calibration, target=target)
+
+
+def _rank_search(config: CalibrationConfig, calibration: Calibration) -> Callable[[float], dict[str, list[int]]]:
+    """Ranks for a share of all channels, as `config.allocation` finds them."""
+    target, multiple = calibration.target, config.rank_multiple
+    if config.allocation == "water_filling":
+        energies = {name: [f.energy[: f.a.shape[1]] for f in groups] for name, groups in calibration.factors.items()}
+        return partial(water_fill, energies, multiple=multiple)
+    if config.allocation == "uniform":
+        return partial(uniform_ranks, target, multiple=multiple)
+    batches = _windows(config, load_documents(config.text), calibration.tokenizer, config.windows).split(1)
+    if config.allocation == "fisher":
+        return partial(fisher_ranks, fisher_information(calibration.dense, batches, target), target, multiple=multiple)
+    hows = [OBJECTIVES[config.objective](calibration.dense, i, s) for i, s in enumerate(calibration.statistics)]
+    sensitivity = asvd_sensitivity(calibration.dense, batches[:8], target, hows, multiple=multiple)
+    return partial(asvd_ranks, sensitivity, target)
 
 
 def cache_nbytes(config: ALRDLlamaConfig, tokens: int, dtype: torch.dtype) -> int:

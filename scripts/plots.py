@@ -49,7 +49,7 @@ def widths(report: dict, path: Path) -> None:
     levels = sorted({0, *(b for row in rows.values() for b in row)})
     longest = max(map(len, rows.values()))
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 1.6 + 0.16 * len(rows)), sharey=True)
-    colours = ListedColormap(pyplot.get_cmap("magma_r")(np.linspace(0, 0.9, len(levels))))
+    colours = ListedColormap([(1, 1, 1, 1), *pyplot.get_cmap("magma_r")(np.linspace(0.15, 0.95, len(levels) - 1))])
     for panel, side, title in zip(panels, ("k_proj", "v_proj"), ("keys", "values")):
         mine = [row for name, row in rows.items() if name.endswith(side)]
         image = np.array([[levels.index(b) for b in row] + [0] * (longest - len(row)) for row in mine])

@@ -1,0 +1,137 @@
+"""Time and memory of a calibration of a large model, projected from one layer of its shape, which is really run.
+
+    python scripts/project_calibration.py --output build/projection.json
+
+A model of one layer with random weights goes through every part of the budget command: statistics, factors, sensitivity
+probe, distortion, allocation. What is measured is scaled to all layers and to the windows of the default calibration; the
+embedding and the head, which the small model lacks, are added by their multiply-adds at the rate that was measured.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from configuration_alrd_llama import ALRDLlamaConfig, QuantScheme
+from modules.allocation import measure_costs
+from modules.calibration import PROJECTIONS, probe_rates, projection_factors
+from modules.statistics import collect_statistics
+from scripts.common import environment, format_table, human_bytes, parse_config, write_json
+
+#: Shapes as in the config.json of the checkpoints on the hub.
+SHAPES = {
+    "Llama-3.1-8B": {"num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256},
+    "Llama-2-7B": {"num_key_value_heads": 32, "intermediate_size": 11008, "vocab_size": 32000},
+}
+_COMMON = {"hidden_size": 4096, "num_attention_heads": 32, "num_hidden_layers": 32}
+_VOCABULARY = 1024  # of the small model
+
+
+@dataclass
+class ProjectionConfig:
+    """How much is really run, and how much it stands for."""
+
+    tokens: int = field(default=512, metadata={"help": "Tokens of the one window that is run."})
+    windows: int = field(default=32, metadata={"help": "Windows of the calibration that is projected."})
+    length: int = field(default=1024, metadata={"help": "Tokens per window of it."})
+    head_group_size: int | None = field(default=None, metadata={"help": "Heads that share a latent; default: joint."})
+    models: list[str] = field(default_factory=lambda: list(SHAPES), metadata={"help": f"Of {', '.join(SHAPES)}."})
+    output: str | None = field(default=None, metadata={"help": "JSON file for the results."})
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - started
+
+
+def project(config: ProjectionConfig, shape: dict) -> dict:
+    """Run one layer, and scale."""
+    small = LlamaConfig(**{**_COMMON, **shape, "num_hidden_layers": 1, "vocab_size": _VOCABULARY})
+    torch.manual_seed(0)
+    dense = LlamaForCausalLM(small).eval()
+    target = ALRDLlamaConfig.from_llama(small, head_group_size=config.head_group_size)
+    tokens = torch.randint(_VOCABULARY, (1, config.tokens))
+    scheme = QuantScheme(orientation="per_channel", static=True)
+
+    run: dict[str, float] = {}
+    with _timed(run, "statistics"):
+        statistics = collect_statistics(dense, tokens, batch_size=1)
+    with _timed(run, "forward"), torch.no_grad():
+        dense(tokens, use_cache=False)
+    with _timed(run, "factors"):
+        factors = projection_factors(dense, target, statistics, "fisher")
+    samples = {
+        name: getattr(statistics[0], p).sample.chunk(target.num_head_groups, dim=-1)
+        for name, p in zip(factors, PROJECTIONS)
+    }
+    with _timed(run, "distortion"):
+        for name, groups in factors.items():
+            for f, y in zip(groups, samples[name]):
+                measure_costs(f, y, scheme, 128)
+    variances = {
+        name: [(y.double() @ f.project.T).flatten(0, 1).var(0) for f, y in zip(groups, samples[name])]
+        for name, groups in factors.items()
+    }
+    with _timed(run, "probe"):
+        probe_rates(dense, factors, variances, tokens)
+
+    layers, windows = _COMMON["num_hidden_layers"], config.windows
+    ratio, all_tokens = config.length / config.tokens, windows * config.length
+    weights = sum(p.numel() for n, p in dense.model.layers.named_parameters())
+    rate = config.tokens * (weights + dense.lm_head.weight.numel()) / run["forward"]  # multiply-adds per second
+    head = shape["vocab_size"] * _COMMON["hidden_size"]
+    seconds = {
+        # Forwards and backwards through the head; the layers run once more to be differentiated.
+        "statistics": layers * windows * ratio * run["statistics"] + 2 * all_tokens * head / rate,
+        "factors": layers * run["factors"],
+        # Two windows for each projection of each layer, through the whole model each time.
+        "sensitivity probe": (2 * layers + 1) * 2 * config.length * (layers * weights + head) / rate,
+        "distortion": layers * windows * run["distortion"],
+    }
+    n = shape["num_key_value_heads"] * 128
+    parameters = layers * weights + 2 * head
+    hidden = 4 * config.length * _COMMON["hidden_size"] * 2
+    nbytes = {
+        "weights in bfloat16": 2 * parameters,
+        "hidden states of a batch of 4, in bfloat16": hidden * (layers + 1),
+        "logits of a window, float32, with probabilities": 3 * 4 * config.length * shape["vocab_size"],
+        "sums on the CPU, float64": layers * 8 * (4 * n * n + 32 * 128 * 128),
+        "samples on the CPU": layers * 2 * windows * 256 * n * 2,
+        "factors on the CPU, float64": layers * 2 * 8 * (2 * n * n // target.num_head_groups + n * 4096),
+    }
+    return {"run": run, "seconds": seconds, "nbytes": nbytes, "multiply_adds_per_s": rate, "parameters": parameters}
+
+
+def table(record: dict) -> str:
+    """The projection as Markdown."""
+    models = record["results"]
+    lines = [f"| | {' | '.join(models)} |", "|---" * (1 + len(models)) + "|"]
+    for part in next(iter(models.values()))["seconds"]:
+        lines.append(f"| {part} | " + " | ".join(f"{m['seconds'][part] / 60:.0f} min" for m in models.values()) + " |")
+    total = [f"**{sum(m['seconds'].values()) / 3600:.1f} h**" for m in models.values()]
+    lines.append(f"| all, on these processors | {' | '.join(total)} |")
+    for part in next(iter(models.values()))["nbytes"]:
+        lines.append(f"| {part} | " + " | ".join(human_bytes(m["nbytes"][part]) for m in models.values()) + " |")
+    return "\n".join(lines)
+
+
+def main(config: ProjectionConfig) -> dict:
+    """Measure and print; returns the record."""
+    results = {name: project(config, SHAPES[name]) for name in config.models}
+    record = {"config": asdict(config), "environment": environment(), "results": results}
+    for name, result in results.items():
+        rows = [[part, f"{seconds:.2f}"] for part, seconds in result["run"].items()]
+        print(f"{name}, one layer, {config.tokens} tokens:\n{format_table(['part', 'seconds'], rows)}\n")
+    print(table(record))
+    if config.output:
+        write_json(config.output, record)
+    return record
+
+
+if __name__ == "__main__":
+    main(parse_config(ProjectionConfig, __doc__))
