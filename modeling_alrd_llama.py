@@ -27,8 +27,8 @@ from transformers.models.llama.modeling_llama import (
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from configuration_alrd_llama import ALRDLlamaConfig
-from modules.kivi_cache import CacheScheme, KIVILatentCache, Tile, create_kivi_cache
+from configuration_alrd_llama import ALRDLlamaConfig, check_tiers
+from modules.kivi_cache import CacheScheme, KIVILatentCache, Tile, config_schemes, create_kivi_cache
 from modules.latent_attention import Rope, attention_received, latent_attention
 from modules.quant_utils import quantize_latent, require
 from modules.svd_linear import ALinear, SVDLinear, factor_groups, join_factors
@@ -97,6 +97,14 @@ def _check_stored_model(path, config: ALRDLlamaConfig, hub_arguments: dict) -> N
                 raise ValueError(
                     f"{rotation}={getattr(config, rotation)}: the checkpoint's factors are stored with "
                     f"{rotation}={getattr(stored, rotation)}; split the dense checkpoint again to change it"
+                )
+            name = f"model.layers.{i}.self_attn.{projection}"
+            tiers, asked = stored.width_tiers.get(name), config.width_tiers.get(name)
+            static = (getattr(config, f"{projection[0]}_scheme") or {}).get("static", False)
+            if tiers is not None and (static if asked is None else check_tiers(asked) != check_tiers(tiers)):
+                raise ValueError(
+                    f"width_tiers[{name!r}]={asked}: the checkpoint is calibrated for {tiers}; for one width give "
+                    f"create_kivi_cache() {projection[0]}_bits, or calibrate the dense checkpoint again"
                 )
 
 
@@ -327,43 +335,24 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
 
         Args:
             settings: Override the config's `k_bits`, `v_bits`, `group_size`, `residual_length`, `sink_length`,
-                `k_scheme` or `v_scheme`; or `quantization_config` in place of them all; `layer_schemes`, `backend`
-                and `token_score`. See the function `create_kivi_cache`. A side whose bits or scheme are given here
-                has one width for all channels: the config's width tiers and scheme, calibrated for each other, are
-                not used for it.
+                `k_scheme` or `v_scheme` (see `config_schemes`); or `quantization_config` in place of them all;
+                `layer_schemes`, `backend` and `token_score`. See the function `create_kivi_cache`.
 
         Raises:
             ValueError: A setting is out of range.
         """
-        config = self.config
-        config.check_latent_cache()
+        self.config.check_latent_cache()
         names = tuple(f.name for f in fields(CacheScheme))
         others = ("quantization_config", "layer_schemes", "backend", "token_score")
         unknown = sorted(set(settings) - set(names) - set(others))
         if unknown:
             known = ", ".join(names + others)
             raise ValueError(f"{', '.join(unknown)}: no such setting of the cache; there are {known}")
-        if settings.get("quantization_config") is not None:
-            return create_kivi_cache(**settings, config=config)
-        tiered = {name[-6:] for name in config.width_tiers}
-        own = {name: getattr(config, name) for name in names}
-        for side in ("k", "v"):
-            if f"{side}_proj" in tiered and {f"{side}_bits", f"{side}_scheme"} & set(settings):
-                tiered.remove(f"{side}_proj")
-                own[f"{side}_scheme"] = None
-        settings = own | settings
-        if tiered and settings.get("layer_schemes") is None:
-            settings["layer_schemes"] = self._tiered_schemes(tiered, {name: settings[name] for name in names})
-        return create_kivi_cache(**settings, static_scales=self._static_scales(), config=config)
-
-    def _tiered_schemes(self, projections: set[str], settings: dict) -> dict[int, CacheScheme]:
-        """What each layer stores, given the sides that have width tiers."""
-        schemes = {}
-        for i in range(self.config.num_hidden_layers):
-            tiers = {p: self.config.width_tiers.get(f"model.layers.{i}.self_attn.{p}") for p in projections}
-            own = {f"{p[0]}_scheme": {**(settings[f"{p[0]}_scheme"] or {}), "tiers": t} for p, t in tiers.items() if t}
-            schemes[i] = CacheScheme(**(settings | own))
-        return schemes
+        if settings.get("quantization_config") is None:
+            scheme, tiered = config_schemes(self.config, **{n: settings.pop(n) for n in names if n in settings})
+            settings |= {n: getattr(scheme, n) for n in names}
+            settings["layer_schemes"] = settings.get("layer_schemes") or tiered
+        return create_kivi_cache(**settings, static_scales=self._static_scales(), config=self.config)
 
     def _static_scales(self) -> dict[int, dict]:
         """Calibrated scales that the checkpoint brings, by layer and side."""

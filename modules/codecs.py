@@ -283,6 +283,9 @@ class TieredCodec(_Codec):
             self.parts[name] = make_codec(
                 scheme, self.length, tuple(map(len, mine)), self.dtype, self.backend, scales, self.scale_dtype
             )
+        stored = torch.cat(list(self.channels.values()))
+        #: Where each channel stands in what is stored; `None`: in its own place.
+        self.order = None if (stored.diff() == 1).all() else stored.argsort()
 
     def fields(self):
         return _join({name: codec.fields() for name, codec in self.parts.items()})
@@ -292,9 +295,8 @@ class TieredCodec(_Codec):
         return _join({name: codec.encode(parts[name]) for name, codec in self.parts.items()})
 
     def decode(self, fields: Fields) -> torch.Tensor:
-        parts = [codec.decode(_part(fields, name)) for name, codec in self.parts.items()]
-        order = torch.cat(list(self.channels.values())).argsort()
-        return torch.cat(parts, dim=-1)[..., order.to(parts[0].device)]
+        states = torch.cat([codec.decode(_part(fields, name)) for name, codec in self.parts.items()], dim=-1)
+        return states if self.order is None else states[..., self.order.to(states.device)]
 
 
 class ProtectedTokenCodec(_Codec):

@@ -761,7 +761,8 @@ class KIVILatentCache(Cache):
         return {side: bits[side] / elements[side] for side in bits if elements[side]}
 
     def __repr__(self) -> str:
-        s, tokens = self.scheme, self.row_tokens()
+        first, tokens = self.layer_schemes.get(0, self.scheme), self.row_tokens()
+        s = first if first.keys.tiers or first.values.tiers else self.scheme
         held = f"rows of {tokens} tokens" if tokens else "empty"
         slack = self.nbytes - self.nbytes_used
         backends = sorted({str(layer.backend) for layer in self.layers if layer.is_initialized})
@@ -781,6 +782,29 @@ def config_widths(config: ALRDLlamaConfig) -> list[LayerWidths]:
     config.check_latent_cache()
     layers = range(config.num_hidden_layers)
     return [(config.cached_widths(i, "k_proj"), config.cached_widths(i, "v_proj")) for i in layers]
+
+
+def config_schemes(config: ALRDLlamaConfig, **settings) -> tuple[CacheScheme, dict[int, CacheScheme]]:
+    """What the cache of a model stores: the scheme of every layer, and those of layers with width tiers in its place.
+
+    Args:
+        config: Of the model.
+        settings: Fields of `CacheScheme` in place of the config's. A side whose bits or scheme are given has one width
+            for all channels: the config's tiers and scheme, calibrated for each other, are not used for it.
+    """
+    own = {f.name: getattr(config, f.name) for f in fields(CacheScheme)}
+    tiered = {name[-6] for name in config.width_tiers}  # "k" and "v" of k_proj and v_proj
+    for side in tuple(tiered):
+        if {f"{side}_bits", f"{side}_scheme"} & set(settings):
+            tiered.remove(side)
+            own[f"{side}_scheme"] = None
+    scheme, layers = CacheScheme(**(own | settings)), {}
+    for i in range(config.num_hidden_layers):
+        tiers = {side: config.width_tiers.get(f"model.layers.{i}.self_attn.{side}_proj") for side in tiered}
+        sides = {f"{side}_scheme": {**getattr(scheme, f"{side}_scheme"), "tiers": t} for side, t in tiers.items() if t}
+        if sides:
+            layers[i] = replace(scheme, **sides)
+    return scheme, layers
 
 
 def create_kivi_cache(
@@ -830,6 +854,7 @@ __all__ = [
     "KIVILatentLayer",
     "KIVIQuantizer",
     "Tile",
+    "config_schemes",
     "config_widths",
     "create_kivi_cache",
 ]

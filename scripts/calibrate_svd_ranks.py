@@ -25,7 +25,7 @@ from configuration_alrd_llama import ALRDLlamaConfig, side_scheme
 from modeling_alrd_llama import ALRDLlamaForCausalLM
 from modules.allocation import TIER_BITS, ChannelCosts, Plan, allocate, largest_share, measure_costs, prices
 from modules.calibration import OBJECTIVES, PROJECTIONS, probe_rates, projection_factors
-from modules.kivi_cache import CacheScheme, config_widths
+from modules.kivi_cache import CacheScheme, config_schemes, config_widths
 from modules.rank_search import (
     asvd_ranks,
     asvd_sensitivity,
@@ -375,18 +375,9 @@ def _rank_search(config: CalibrationConfig, calibration: Calibration) -> Callabl
 
 def cache_nbytes(config: ALRDLlamaConfig, tokens: int, dtype: torch.dtype) -> int:
     """Bytes of one row of the cache that a configuration makes, everything counted, calibrated scales too."""
-    total = 0
-    for i, widths in enumerate(config_widths(config)):
-        sides = {p: config.tiered_scheme(i, p) for p in PROJECTIONS}
-        base = CacheScheme.from_config(config)
-        scheme = CacheScheme.of(
-            sides["k_proj"] or base.keys,
-            sides["v_proj"] or base.values,
-            residual_length=config.residual_length,
-            sink_length=config.sink_length,
-        )
-        total += scheme.layer_nbytes(tokens, widths, dtype) + scheme.static_nbytes(widths)
-    return total
+    scheme, tiered = config_schemes(config)
+    layers = [(tiered.get(i, scheme), widths) for i, widths in enumerate(config_widths(config))]
+    return sum(s.layer_nbytes(tokens, widths, dtype) + s.static_nbytes(widths) for s, widths in layers)
 
 
 # ---- output

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from modules.block_pool import block_nbytes
-from modules.kivi_cache import CacheScheme, LayerWidths, config_widths
+from modules.kivi_cache import CacheScheme, LayerWidths, config_schemes, config_widths
 from scripts.common import (
     BUNDLED_MODEL,
     DTYPES,
@@ -63,7 +63,7 @@ class EstimateConfig(CacheOptions):
 
 
 def layer_breakdown(scheme: CacheScheme, length: int, widths: LayerWidths, dtype: torch.dtype) -> dict[str, int]:
-    """Bytes of one row of `length` tokens in one layer by what they hold; the sum is `scheme.layer_nbytes`."""
+    """Bytes of one row of `length` tokens in one layer by what they hold; the sum is all that it takes."""
     blocks = scheme.flushed_blocks(length - min(length, scheme.sink_length))
     codes, parameters = 0, 0
     for codec in scheme.codecs(widths, dtype).values():
@@ -73,8 +73,9 @@ def layer_breakdown(scheme: CacheScheme, length: int, widths: LayerWidths, dtype
                 parameters += nbytes
             else:
                 codes += nbytes
+    parameters += scheme.static_nbytes(widths)
     exact = (length - blocks * scheme.block_length) * sum(map(sum, widths)) * dtype.itemsize
-    total = scheme.layer_nbytes(length, widths, dtype)
+    total = scheme.layer_nbytes(length, widths, dtype) + scheme.static_nbytes(widths)
     return {"codes": codes, "parameters": parameters, "exact": exact, "table": total - codes - parameters - exact}
 
 
@@ -90,14 +91,14 @@ def layer_room(scheme: CacheScheme, length: int, widths: LayerWidths, dtype: tor
 
 def main(config: EstimateConfig) -> dict[str, Any]:
     """Print the table; returns the figures in bytes."""
-    model, is_split = latent_config(config.model, config.rank, config.head_group_size, config.cache_settings())
+    model, is_split = latent_config(config.model, config.rank, config.head_group_size)
     dtype = getattr(torch, config.dtype) if config.dtype else model.dtype or torch.float16
-    scheme = CacheScheme.from_config(model)
-    widths = config_widths(model)
+    scheme, tiered = config_schemes(model, **config.cache_settings())
+    layers = [(tiered.get(i, scheme), widths) for i, widths in enumerate(config_widths(model))]
 
     estimates = []
     for length in config.length:
-        parts = [layer_breakdown(scheme, length, layer, dtype) for layer in widths]
+        parts = [layer_breakdown(its_scheme, length, widths, dtype) for its_scheme, widths in layers]
         breakdown = {name: config.batch_size * sum(part[name] for part in parts) for name in parts[0]}
         dense, packed = dense_nbytes(model, length, dtype, config.batch_size), sum(breakdown.values())
         estimates.append(
@@ -110,12 +111,12 @@ def main(config: EstimateConfig) -> dict[str, Any]:
                 "packed_per_token": packed / (length * config.batch_size),
                 "breakdown": breakdown,
                 "allocated_at_most": sum(
-                    layer_room(scheme, length, layer, dtype, config.batch_size) for layer in widths
+                    layer_room(its_scheme, length, widths, dtype, config.batch_size) for its_scheme, widths in layers
                 ),
             }
         )
 
-    channels = [[sum(side) for side in layer] for layer in widths]
+    channels = [[sum(side) for side in widths] for _, widths in layers]
     full = model.num_key_value_heads * model.head_dim
     print(f"{config.model}: {model.num_hidden_layers} layers, {full} key and value channels, {dtype}, ", end="")
     print(f"batch {config.batch_size}")
@@ -123,7 +124,7 @@ def main(config: EstimateConfig) -> dict[str, Any]:
     print(
         ", ".join(f"{s} {min(c)}–{max(c)}" if min(c) < max(c) else f"{s} {c[0]}" for s, c in zip("kv", zip(*channels)))
     )
-    print(f"keys {scheme.keys}, values {scheme.values}", end=", ")
+    print(f"keys {layers[0][0].keys}, values {layers[0][0].values}", end=", ")
     print(
         ", ".join(f"{name} {getattr(scheme, name)}" for name in ("residual_length", "sink_length")),
         end="\n\n",

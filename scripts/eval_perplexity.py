@@ -44,8 +44,11 @@ class EvalConfig:
         default=BUNDLED_MODEL, metadata={"help": "Dense checkpoint to compare with; 'none': compare with 16 bits."}
     )
     bits: list[str] = field(
-        default_factory=lambda: ["16", "8", "4", "3", "2"],
-        metadata={"help": "Widths to measure: one for both sides ('2') or keys:values ('3:2')."},
+        default_factory=list,
+        metadata={
+            "help": "Widths to measure: one for both sides ('2'), keys:values ('3:2'), or 'config', the cache that the "
+            "checkpoint asks for. Default: 16 and config for a checkpoint with width tiers, else 16 8 4 3 2."
+        },
     )
     group_size: int | None = field(default=None, metadata={"help": "Elements per scale; default: the checkpoint's."})
     residual_length: int | None = field(default=None, metadata={"help": "Window; default: the checkpoint's."})
@@ -146,7 +149,11 @@ def main(config: EvalConfig) -> dict:
         if getattr(config, name) is not None:
             overrides[name] = parse_json(name, getattr(config, name))
     settings = {}
-    for bits in dict.fromkeys([*(["16"] if dense is None else []), *config.bits]):
+    widths = config.bits or (["16", "config"] if model.config.width_tiers else ["16", "8", "4", "3", "2"])
+    for bits in dict.fromkeys([*(["16"] if dense is None else []), *widths]):
+        if bits == "config":
+            settings[bits] = overrides
+            continue
         k_bits, v_bits = parse_bits(bits)
         settings[bits] = {"k_bits": k_bits, "v_bits": v_bits, **overrides}
         for side in ("k", "v"):

@@ -2,9 +2,9 @@
 
     python scripts/project_calibration.py --output build/projection.json
 
-A model of one layer with random weights goes through every part of the budget command: statistics, factors, sensitivity
-probe, distortion, allocation. What is measured is scaled to all layers and to the windows of the default calibration; the
-embedding and the head, which the small model lacks, are added by their multiply-adds at the rate that was measured.
+A model of one layer with random weights goes through the parts of the budget command that take time: statistics,
+factors, sensitivity probe, distortion. What is measured is scaled to all layers and to the windows of the default
+calibration; the head, which the small model lacks, is added by its multiply-adds at the rate that was measured.
 """
 
 import time
