@@ -218,6 +218,7 @@ def _observed(model: PreTrainedModel, fisher: bool, sinks: int) -> Iterator:
 
     needed = [(p, p.requires_grad) for p in model.parameters()]
     layers, handles = model.model.layers, []
+    forwards = [vars(layer).get("forward") for layer in layers]  # accelerate puts its own there when it offloads
     for i, layer in enumerate(layers):
         for p in ("q_proj", "k_proj", "v_proj"):
             handles.append(getattr(layer.self_attn, p).register_forward_hook(watch(f"{i}.{p}")))
@@ -231,8 +232,10 @@ def _observed(model: PreTrainedModel, fisher: bool, sinks: int) -> Iterator:
         for handle in handles:
             handle.remove()
         if fisher:
-            for layer in layers:
+            for layer, before in zip(layers, forwards):
                 del layer.forward  # the one of its class is behind it
+                if before is not None:
+                    layer.forward = before
         for parameter, wanted in needed:
             parameter.requires_grad_(wanted)
 

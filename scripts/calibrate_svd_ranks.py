@@ -185,6 +185,9 @@ def calibrate(config: CalibrationConfig) -> Calibration:
             f"{dense.get_input_embeddings().num_embeddings}; the tokenizer must be the model's own"
         )
     documents = load_documents(config.text)
+    sample = min(256, (config.length - config.sink_length) // 128 * 128)
+    if config.tiered and sample <= 0:
+        raise ValueError(f"length={config.length}: windows must hold the sinks and 128 tokens to sample")
     statistics, seconds, started = None, {}, time.perf_counter()
     if config.objective != "weight" or config.budgets:
         statistics = collect_statistics(
@@ -192,7 +195,7 @@ def calibrate(config: CalibrationConfig) -> Calibration:
             _windows(config, documents, tokenizer, config.windows),
             fisher=config.objective == "fisher",
             sinks=config.sink_length,
-            sample=min(256, (config.length - config.sink_length) // 128 * 128),
+            sample=max(sample, 0),
             batch_size=config.batch_size,
             seed=config.seed,
             folder=config.statistics,

@@ -37,6 +37,7 @@ from modules.rank_search import (
     water_fill,
 )
 from modules.statistics import collect_statistics
+from scripts import plots
 from scripts.common import BUNDLED_MODEL, find_model, load_model, parse_config, write_json
 from scripts.corpus import describe, load_documents, tokenize_windows
 from scripts.eval_perplexity import EvalConfig, measure, paired_bootstrap, scored_positions
@@ -430,40 +431,83 @@ def main(config: PeersConfig) -> dict:
     record["results"] = dict(sorted(results.items(), key=lambda item: order.index(item[0])))
     if path:
         write_json(path, record)
-    print(table(record))
+        plots.curve(series(record), path.with_suffix(".png"))
+    print(peers_table(record), frontier_table(record), sep="\n\n")
     return record
 
 
-def _increase(a: dict, b: dict) -> str:
-    """How much larger the perplexity of `a` is than that of `b`, with its interval over documents."""
-    if a is b:
-        return ""
-    if len(a["nll_by_window"]) == 1:
-        return f"{a['perplexity'] / b['perplexity'] - 1:+.2%}"
-    found = paired_bootstrap(a["nll_by_window"], b["nll_by_window"])
-    return f"{found['ratio'] - 1:+.2%} [{found['low'] - 1:+.2%}, {found['high'] - 1:+.2%}]"
+def increase(a: dict, b: dict) -> dict[str, float]:
+    """How much larger the perplexity of `a` is than that of `b`, `ratio` - 1, with its interval over documents."""
+    return {name: ratio - 1 for name, ratio in paired_bootstrap(a["nll_by_window"], b["nll_by_window"]).items()}
 
 
-def table(record: dict) -> str:
-    """The results as a Markdown table: increases over dense, and, for every checkpoint of ours, over that checkpoint.
+def measured(record: dict, ours: bool | None = None) -> dict[str, dict]:
+    """The results that were measured, but for the dense one: of our checkpoints, of the peers, or of both."""
+    results = {n: r for n, r in record["results"].items() if n != "dense" and "perplexity" in r}
+    return {n: r for n, r in results.items() if ours is None or ours == (r["part"] == "checkpoints")}
 
-    In brackets the 95% interval of the paired bootstrap over documents; bytes per token count everything.
-    """
-    results = record["results"]
-    ours = [name for name, r in results.items() if r.get("part") == "checkpoints"]
-    heads = ["cache", "engine", "perplexity", "increase over dense", *(f"over {name}" for name in ours)]
-    heads += ["KL mean", "top-1", "bytes/token at 4k", "at 32k", "smaller at 4k", "at 32k"]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for name, r in results.items():
+
+def share(result: dict) -> float:
+    """Bytes at 4,096 tokens over those of the dense cache."""
+    return 1 / result["ratio"]["4096"]
+
+
+def series(record: dict) -> dict[str, dict]:
+    """Results by the line of the figure that they belong to."""
+    lines: dict[str, dict] = {"ours": measured(record, ours=True)}
+    for name, result in measured(record, ours=False).items():
+        label = name.split(",")[0] + (" (our engine)" if result["engine"] == "ours" else "")
+        if label.startswith(("QuantizedCache", "Palu")):
+            backend, bits = name.split(",")[1].split()[0], name.split(",")[-1].split()[0]
+            label = f"QuantizedCache, {backend}" if label.startswith("Q") else f"Palu, {bits} bit (our engine)"
+        lines.setdefault(label, {})[name] = result
+    return lines
+
+
+def frontier_table(record: dict) -> str:
+    """Each of our checkpoints beside the peer whose bytes are the nearest at or above its own, as Markdown."""
+    dense, peers_found = record["results"]["dense"], measured(record, ours=False)
+    lines = [
+        "| ours, bytes of dense | smaller | perplexity | increase [95%] | nearest peer at or above, bytes of dense | "
+        "increase [95%] | ours / peer |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for _, r in sorted(measured(record, ours=True).items(), key=lambda item: -share(item[1])):
+        above = {n: p for n, p in peers_found.items() if share(p) >= share(r)}
+        mine, cells = increase(r, dense), ["no peer", "", ""]
+        if above:
+            nearest = min(share(p) for p in above.values())
+            # Of peers of the same size the best.
+            alike = {n: p for n, p in above.items() if share(p) <= 1.02 * nearest}
+            name = min(alike, key=lambda n: alike[n]["perplexity"])
+            theirs = increase(alike[name], dense)
+            ratio = f"{mine['ratio'] / theirs['ratio']:.2f}" if theirs["low"] > 0 else "peer within noise"
+            cells = [f"{name}, {share(alike[name]):.1%}", _interval(theirs), ratio]
+        cells = [f"{share(r):.2%}", f"{1 / share(r):.1f}×", f"{r['perplexity']:.3f}", _interval(mine), *cells]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _interval(found: dict[str, float]) -> str:
+    return f"{found['ratio']:+.2%} [{found['low']:+.2%}, {found['high']:+.2%}]"
+
+
+def peers_table(record: dict) -> str:
+    """All results by falling size, as Markdown; bytes count everything, intervals are over documents."""
+    dense = record["results"]["dense"]
+    lines = [
+        "| cache | bytes/token at 4k | of dense | increase [95%] | KL mean | top-1 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, r in sorted(measured(record).items(), key=lambda item: -share(item[1])):
+        label = f"**ours, {name}**" if r["part"] == "checkpoints" else name
+        lines.append(
+            f"| {label} | {r['bytes_per_token']['4096']:,.0f} | {share(r):.1%} | {_interval(increase(r, dense))} | "
+            f"{r['kl_mean']:.4f} | {r['top1_agreement']:.1%} |"
+        )
+    for name, r in record["results"].items():
         if "not_installed" in r:
-            cells = [f"not installed: {r['not_installed']}", *[""] * (len(heads) - 3)]
-        else:
-            cells = [f"{r['perplexity']:.3f}"]
-            cells += [_increase(r, results[other]) for other in ("dense", *ours)]
-            cells += [f"{r['kl_mean']:.4f}", f"{r['top1_agreement']:.1%}"]
-            cells += [f"{r['bytes_per_token'][length]:,.0f}" for length in ("4096", "32768")]
-            cells += [f"{r['ratio'][length]:.1f}×" for length in ("4096", "32768")]
-        lines.append(f"| {name} | {r['engine']} | {' | '.join(cells)} |")
+            lines.append(f"| {name} | not installed: {r['not_installed']} | | | | |")
     return "\n".join(lines)
 
 

@@ -1,63 +1,36 @@
-"""See it work: split the bundled Llama, measure it through the packed cache, plot, generate.
+"""See it work: give the bundled Llama three budgets, measure each through the packed cache, plot, generate.
 
     make demo        or        python scripts/demo.py --model PATH_OR_HUB_NAME
 
-Writes the split checkpoint, `report.json`, `perplexity.json` and `perplexity.png` to the output folder.
+Writes to the output folder: for each budget a checkpoint with `report.json`, `spectra.png` and `widths.png`; the
+measurements in `sweep.json` and `curve.png`.
 """
 
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import matplotlib
 import torch
 from transformers import AutoTokenizer, set_seed
 
 from modeling_alrd_llama import ALRDLlamaForCausalLM
-from scripts import calibrate_svd_ranks, eval_perplexity
+from scripts.calibrate_svd_ranks import CalibrationConfig, calibrate, fit_budget, measure_sweep, write_checkpoint
 from scripts.common import BUNDLED_MODEL, parse_config
 from scripts.corpus import load_documents
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
 
 
 @dataclass
 class DemoConfig:
     """The model to show, and how much work to spend on it."""
 
-    model: str = field(default=BUNDLED_MODEL, metadata={"help": "Dense Llama: a local folder or a hub name."})
-    share: float = field(default=0.5, metadata={"help": "Share of the latent channels to keep."})
-    windows: int = field(default=8, metadata={"help": "Windows of 2,048 tokens to measure on."})
+    model: str = field(default=BUNDLED_MODEL, metadata={"help": "Dense model: a local folder or a hub name."})
+    budgets: list[float] = field(
+        default_factory=lambda: [0.125, 0.0625, 0.04], metadata={"help": "Sizes of the cache, shares of the dense one."}
+    )
+    windows: int = field(default=4, metadata={"help": "Windows of 2,048 tokens to measure on."})
     prefill: int = field(default=1792, metadata={"help": "Tokens of a window that are fed at once, before the steps."})
     text: str = field(default="stdlib:test", metadata={"help": "Text to measure on: see scripts/corpus.py."})
     output: str = field(default="build/demo", metadata={"help": "Folder for everything that the demo writes."})
-
-
-def plot(results: dict, path: Path) -> None:
-    """Perplexity against bytes per token of a 4,096-token cache."""
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    latent = [(name, r) for name, r in results.items() if name != "dense"]
-    axes.plot(
-        [r["bytes_per_token"]["4096"] for _, r in latent], [r["perplexity"] for _, r in latent], "o-", label="latent"
-    )
-    for name, r in latent:
-        point = (r["bytes_per_token"]["4096"], r["perplexity"])
-        axes.annotate(f"{name} bit, {r['ratio']['4096']:.1f}×", point, (4, 6), textcoords="offset points")
-    dense = results["dense"]
-    axes.plot(dense["bytes_per_token"]["4096"], dense["perplexity"], "s", color="black", label="dense")
-    axes.axhline(dense["perplexity"], color="black", linewidth=0.7, linestyle=":")
-    axes.set(xscale="log", xlabel="bytes per token of cache (4,096 tokens, everything counted)", ylabel="perplexity")
-    sizes = [r["bytes_per_token"]["4096"] for r in results.values()]
-    axes.set_xticks(sizes, [f"{size:,.0f}" for size in sizes])
-    axes.set_xticks([], minor=True)
-    axes.set_title("Perplexity through the cache: low rank, then bits")
-    axes.margins(x=0.15, y=0.15)
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
 
 
 def continue_code(checkpoint: Path, text: str, prompt_tokens: int = 600, new_tokens: int = 100) -> None:
@@ -65,7 +38,7 @@ def continue_code(checkpoint: Path, text: str, prompt_tokens: int = 600, new_tok
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     model = ALRDLlamaForCausalLM.from_pretrained(checkpoint, dtype="auto")
     prompt = tokenizer(load_documents(text)[0].text, return_tensors="pt").input_ids[:, :prompt_tokens]
-    cache = model.create_kivi_cache(k_bits=4, v_bits=4)
+    cache = model.create_kivi_cache()
     set_seed(0)
     output = model.generate(
         prompt,
@@ -83,25 +56,19 @@ def continue_code(checkpoint: Path, text: str, prompt_tokens: int = 600, new_tok
 def main(config: DemoConfig) -> dict:
     """Run the demo; returns the results of the evaluation."""
     started, folder = time.perf_counter(), Path(config.output)
-    checkpoint = folder / "checkpoint"
-    print(f"1. Split {config.model} at {config.share:.0%} of the rank, weighted by queries and outputs on text\n")
-    calibrate_svd_ranks.main(
-        calibrate_svd_ranks.CalibrationConfig(model=config.model, output=str(checkpoint), share=config.share)
-    )
+    calibration_config = CalibrationConfig(model=config.model, sweep=config.budgets, output=config.output)
+    print(f"1. Calibrate {config.model}: statistics on text, then ranks and widths for each budget\n")
+    calibration = calibrate(calibration_config)
+    for budget in config.budgets:
+        fitted = fit_budget(calibration_config, calibration, budget)
+        write_checkpoint(calibration_config, fitted, budget, folder / f"{budget:g}")
     print("\n2. Measure through the cache: prefill, then one token at a time\n")
-    record = eval_perplexity.main(
-        eval_perplexity.EvalConfig(
-            model=str(checkpoint),
-            dense=config.model,
-            windows=config.windows,
-            prefill=config.prefill,
-            text=config.text,
-            output=str(folder / "perplexity.json"),
-        )
-    )
-    plot(record["results"], folder / "perplexity.png")
-    print(f"\n3. Plot: {folder / 'perplexity.png'}\n\n4. Generate through the 4-bit cache\n")
-    continue_code(checkpoint, config.text)
+    how = {"text": config.text, "windows": config.windows, "prefill": config.prefill}
+    record = measure_sweep(calibration_config, calibration.dense, calibration.tokenizer, **how)
+    smallest = folder / f"{min(config.budgets):g}"
+    print(f"\n3. Pictures: {folder / 'curve.png'}, {smallest / 'widths.png'}, {smallest / 'spectra.png'}")
+    print(f"\n4. Generate through the cache at {min(config.budgets):.4g} of the dense bytes\n")
+    continue_code(smallest, config.text)
     print(f"\nDone in {time.perf_counter() - started:.0f} s.")
     return record
 

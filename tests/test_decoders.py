@@ -29,8 +29,9 @@ from transformers import (
 
 from configuration_alrd_llama import DENSE_MODEL_TYPES, ALRDLlamaConfig
 from modeling_alrd_llama import ALRDLlamaForCausalLM
-from modules.calibration import collect_statistics, projection_statistics
+from modules.calibration import OBJECTIVES
 from modules.kivi_cache import KIVILatentCache
+from modules.statistics import collect_statistics
 from modules.svd_linear import SVDLinear
 from scripts import calibrate_svd_ranks, common, estimate_memory, eval_perplexity, generate
 from tests.helpers import TINY_LLAMA, all_ranks, randomize_vectors, tiny_dense
@@ -231,7 +232,7 @@ def test_export_of_a_low_rank(tmp_path, model_type):
 
 def test_statistics(tmp_path, model_type):
     dense, ids = tiny(model_type, head_dim=None), torch.randint(1, 97, (4, 40))
-    statistics = collect_statistics(dense, ids.split(2))
+    statistics = collect_statistics(dense, ids, sample=16, batch_size=2)
     attention = dense.model.layers[0].self_attn
     x = dense.model.layers[0].input_layernorm(dense.get_input_embeddings()(ids)).flatten(0, 1)
     query = attention.q_proj(x).double().unflatten(-1, (-1, 2, attention.head_dim // 2))
@@ -241,7 +242,6 @@ def test_statistics(tmp_path, model_type):
         assert not torch.allclose(statistics[0].query_energy, without.square().sum(2).mean(0), rtol=0.01)
 
     # What is lost with statistics is less than by plain SVD, and nothing at full rank.
-    how = projection_statistics(dense, statistics)
     expected = dense(ids).logits.log_softmax(-1)
 
     def loss(model):
@@ -249,8 +249,11 @@ def test_statistics(tmp_path, model_type):
         return (expected.exp() * (expected - logits)).sum(-1).mean().item()
 
     half = config_for(dense, 0.5)
-    assert loss(ALRDLlamaForCausalLM.from_dense(dense, half, how)) < loss(ALRDLlamaForCausalLM.from_dense(dense, half))
-    assert loss(ALRDLlamaForCausalLM.from_dense(dense, config_for(dense), how)) < 1e-5
+    plain = loss(ALRDLlamaForCausalLM.from_dense(dense, half))
+    for name in ("query_output", "fisher"):
+        how = [OBJECTIVES[name](dense, i, stats) for i, stats in enumerate(statistics)]
+        assert loss(ALRDLlamaForCausalLM.from_dense(dense, half, how)) < plain
+        assert loss(ALRDLlamaForCausalLM.from_dense(dense, config_for(dense), how)) < 1e-5
 
 
 @pytest.fixture(scope="module", params=["mistral", "qwen2"])
@@ -273,10 +276,20 @@ def test_the_same_commands(checkpoint, tmp_path):
     half = str(tmp_path / "half")
     report = calibrate_svd_ranks.main(
         calibrate_svd_ranks.CalibrationConfig(
-            model=str(path), output=half, share=0.5, text=str(text), windows=4, length=128, k_bits=4, v_bits=4
+            model=str(path),
+            output=half,
+            statistics=str(tmp_path / "statistics"),
+            share=0.5,
+            text=str(text),
+            windows=4,
+            length=128,
+            k_bits=4,
+            v_bits=4,
         )
     )
-    assert report["share"] == pytest.approx(0.5, abs=0.05)
+    kept = [rank for ranks in report["truncation_ranks"].values() for rank in ranks]
+    full = TINY_LLAMA["num_key_value_heads"] * TINY_LLAMA["hidden_size"] // TINY_LLAMA["num_attention_heads"]
+    assert sum(kept) / (len(kept) * full) == pytest.approx(0.5, abs=0.05)
     model, _ = common.load_model(half)
     assert type(model) is ALRDLlamaForCausalLM and model.config.dense_model_type == model_type
     assert type(common.load_model(str(path))[0]).__name__.lower() == f"{model_type}forcausallm"
@@ -441,7 +454,7 @@ def test_refused(tmp_path, make, message):
         lambda: ALRDLlamaForCausalLM.from_pretrained(path),
         lambda: ALRDLlamaForCausalLM.from_pretrained(path, config=ALRDLlamaConfig(**TINY_LLAMA)),
         lambda: common.load_model(path),
-        lambda: calibrate_svd_ranks.main(calibrate_svd_ranks.CalibrationConfig(model=path)),
+        lambda: calibrate_svd_ranks.main(calibrate_svd_ranks.CalibrationConfig(model=path, share=0.5)),
         lambda: estimate_memory.main(estimate_memory.EstimateConfig(model=path)),
     ):
         with pytest.raises(ValueError, match=message):

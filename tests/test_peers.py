@@ -239,11 +239,11 @@ class TestPeers:
         """Palu in groups of four heads, ASVD joint; shares met; every search spends the same."""
         models = object.__new__(compare_peers.Models)
         models.config, models.exact = (
-            PeersConfig(rank_multiple=4, sensitivity_windows=1),
+            PeersConfig(rank_multiple=4, sensitivity_windows=1, statistics=str(tmp_path)),
             tiny_dense(num_key_value_heads=8),
         )
         models.dense = models.exact
-        models.__dict__["calibration"] = torch.randint(1, 97, (2, 40))
+        models.__dict__["calibration"] = torch.randint(1, 97, (2, 264))
         for share in (0.7, 0.3):
             palu = models.palu(share)
             assert palu.config.head_group_size == 4 and palu.config.k_hadamard

@@ -153,7 +153,13 @@ class TestScaling:
     @pytest.mark.parametrize("alpha", [0.5, 1.0])
     def test_factors_are_those_of_the_scaled_weight(self, alpha):
         weight, inputs = torch.randn(24, 40).double(), torch.rand(40).double() * torch.logspace(-2, 1, 40)
-        how = asvd_statistics([inputs], alpha)[0]["v_proj"]
+        model = tiny_dense(hidden_size=40, num_hidden_layers=1, num_key_value_heads=2, head_dim=12).double()
+        keys, values = model.model.layers[0].self_attn.k_proj, model.model.layers[0].self_attn.v_proj
+        values.weight.data = weight
+        hows = asvd_statistics(model, [inputs], alpha)[0]
+        how = hows["v_proj"]
+        own = keys.weight.detach() * (inputs**alpha + 1e-6)
+        assert torch.allclose(hows["k_proj"]["covariance"], own @ own.T)
         for rank in (3, 11, 24):
             scale = inputs**alpha + 1e-6
             u, s, v = torch.linalg.svd(weight * scale, full_matrices=False)
@@ -168,7 +174,7 @@ class TestSensitivity:
     @pytest.fixture
     def setting(self):
         model, batches = tiny_dense(), torch.randint(1, 97, (3, 24)).split(2)
-        return model, batches, grouped(model, 2), asvd_statistics(mean_absolute_inputs(model, batches))
+        return model, batches, grouped(model, 2), asvd_statistics(model, mean_absolute_inputs(model, batches))
 
     def test_one_projection_at_a_time(self, setting):
         model, batches, config, statistics = setting

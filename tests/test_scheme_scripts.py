@@ -47,7 +47,10 @@ def compared(tmp_path_factory):
     small = {"windows": 1, "length": 1400, "prefill": 1380, "chunk": 10}
     # The `seeded` fixture of a test comes later: two threads on a busy core wait for each other.
     torch.set_num_threads(1)
-    calibration = calibrate(CalibrationConfig(windows=2, length=256))
+    statistics = str(tmp_path_factory.mktemp("statistics"))
+    calibration = calibrate(
+        CalibrationConfig(share=0.5, objective="query_output", windows=2, length=256, statistics=statistics)
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compare_schemes, "calibrate", lambda config: calibration)
         patch.setattr(compare_schemes, "SCHEMES", {n: compare_schemes.SCHEMES[n] for n in ("2", "4")})
