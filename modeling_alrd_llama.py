@@ -518,7 +518,9 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     @classmethod
-    def from_dense(cls, dense: PreTrainedModel, config: ALRDLlamaConfig, statistics=None) -> "ALRDLlamaForCausalLM":
+    def from_dense(
+        cls, dense: PreTrainedModel, config: ALRDLlamaConfig, statistics=None, dtype: torch.dtype | None = None
+    ) -> "ALRDLlamaForCausalLM":
         """Split a loaded Llama, Mistral or Qwen2.
 
         Args:
@@ -526,12 +528,18 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
             config: Which projections to split, and into which ranks.
             statistics: For each layer, keyword arguments of `SVDLinear.from_linear` by projection name, e.g.
                 `[{"k_proj": {"covariance": …, "metric": …}, "v_proj": {…}}, …]`; default: plain SVD.
+            dtype: Type of the split model; default: that of `dense`.
 
         Raises:
             ValueError: `dense` is a model that cannot be split, or `config` is for another kind of model.
         """
         _check_dense_model_type(ALRDLlamaConfig.from_llama(dense.config), config)
-        model = cls(config).to(dense.dtype)
+        model = cls(config)
+        # As in a loaded model the frequencies of RoPE stay in float32.
+        rotary_emb = model.model.rotary_emb
+        model.model.rotary_emb = None
+        model.to(dtype or dense.dtype)
+        model.model.rotary_emb = rotary_emb
         state = {name: tensor.detach().clone() for name, tensor in dense.state_dict().items()}
         for i, layer in enumerate(dense.model.layers):
             for projection, rotate in (("k_proj", config.k_hadamard), ("v_proj", config.v_hadamard)):

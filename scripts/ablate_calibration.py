@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from scripts.calibrate_svd_ranks import CalibrationConfig, calibrate, fit_budget
-from scripts.common import BUNDLED_MODEL, parse_config, write_json
+from scripts.common import BUNDLED_MODEL, load_model, parse_config, write_json
 from scripts.eval_perplexity import EvalConfig, measure
 
 _DYNAMIC = {"k_scheme": '{"range_method": "mse"}', "v_scheme": '{"orientation": "per_channel", "range_method": "mse"}'}
@@ -90,8 +90,7 @@ def main(config: AblationConfig) -> dict:
             model = fitted[budget].split().eval()
             caches[f"{budget:g}"] = (model, model.create_kivi_cache)
         if caches:
-            dense = calibration.dense.to(calibration.stored_dtype)
-            measured = measure(evaluation, calibration.tokenizer, dense, caches)
+            measured = measure(evaluation, calibration.tokenizer, load_model(config.model)[0], caches)
             tokens = {r["dense"]["tokens"] for r in record["results"].values() if "dense" in r}
             if tokens - {measured["results"]["dense"]["tokens"]}:
                 raise RuntimeError(f"{name}: was scored on other tokens than the variants before")

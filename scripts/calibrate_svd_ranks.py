@@ -164,7 +164,7 @@ class Calibration:
                 factors = [f.select(channels) for f, channels in zip(self.factors[name], chosen, strict=True)]
                 how.setdefault(p, {})["factors"] = factors
             hows.append(how)
-        return ALRDLlamaForCausalLM.from_dense(self.dense, target, hows).to(self.stored_dtype)
+        return ALRDLlamaForCausalLM.from_dense(self.dense, target, hows, self.stored_dtype)
 
 
 # ---- from a model and a text to factors, costs and rates
@@ -441,17 +441,18 @@ def main(config: CalibrationConfig) -> dict:
         return write_checkpoint(config, fit_budget(config, calibration, config.budget), config.budget, output)
     for budget in config.sweep:
         write_checkpoint(config, fit_budget(config, calibration, budget), budget, output / f"{budget:g}")
-    return measure_sweep(config, calibration.dense, calibration.tokenizer)
+    return measure_sweep(config)
 
 
-def measure_sweep(config: CalibrationConfig, dense: PreTrainedModel, tokenizer, **evaluation) -> dict:
+def measure_sweep(config: CalibrationConfig, **evaluation) -> dict:
     """Perplexity of the checkpoints of a sweep, through the cache, on the text that chooses defaults."""
     output, caches = Path(config.output), {}
+    dense, tokenizer = load_model(config.model)
     for budget in config.sweep:
         model = ALRDLlamaForCausalLM.from_pretrained(output / f"{budget:g}").eval()
         caches[f"{budget:.4g} of the bytes"] = (model, model.create_kivi_cache)
     how = {"text": "stdlib:selection", "windows": 8, "prefill": 1792} | evaluation
-    record = measure(EvalConfig(model=config.model, **how), tokenizer, dense.to(model.dtype), caches)
+    record = measure(EvalConfig(model=config.model, **how), tokenizer, dense, caches)
     write_json(output / "sweep.json", record)
     plots.curve({"ours": record["results"]}, output / "curve.png")
     print(table(record["results"]))

@@ -209,7 +209,7 @@ class Models:
 
     def split(self, target: ALRDLlamaConfig, ranks: dict, statistics: list) -> ALRDLlamaForCausalLM:
         target.truncation_ranks = ranks
-        return ALRDLlamaForCausalLM.from_dense(self.exact, target, statistics).to(self.dense.dtype).eval()
+        return ALRDLlamaForCausalLM.from_dense(self.exact, target, statistics, self.dense.dtype)
 
     @cached_property
     def moments(self) -> list:

@@ -18,7 +18,7 @@ from modules.calibrated_int8 import calibrate as calibrate_int8
 from modules.kivi_cache import CacheScheme, KIVILatentCache, create_kivi_cache
 from modules.qlutattn import QLUTATTN, layer_schemes_by_range
 from scripts.calibrate_svd_ranks import CalibrationConfig, calibrate
-from scripts.common import BUNDLED_MODEL, parse_config, write_json
+from scripts.common import BUNDLED_MODEL, load_model, parse_config, write_json
 from scripts.corpus import load_documents, tokenize_windows
 from scripts.eval_perplexity import EvalConfig, measure, table
 
@@ -160,7 +160,7 @@ def main(config: CompareConfig) -> dict:
     names = ("model", "text", "windows", "length", "prefill", "chunk")
     evaluation = EvalConfig(**{name: getattr(config, name) for name in names})
     calibration = calibrate(CalibrationConfig(model=config.model, share=config.share, objective="query_output"))
-    dense = calibration.dense.to(calibration.stored_dtype)
+    dense = load_model(config.model)[0]
     if config.recommended:
         return _measure_recommended(config, evaluation, calibration, dense)
     path = Path(config.output) if config.output else None

@@ -64,7 +64,7 @@ def main(config: DemoConfig) -> dict:
         write_checkpoint(calibration_config, fitted, budget, folder / f"{budget:g}")
     print("\n2. Measure through the cache: prefill, then one token at a time\n")
     how = {"text": config.text, "windows": config.windows, "prefill": config.prefill}
-    record = measure_sweep(calibration_config, calibration.dense, calibration.tokenizer, **how)
+    record = measure_sweep(calibration_config, **how)
     smallest = folder / f"{min(config.budgets):g}"
     print(f"\n3. Pictures: {folder / 'curve.png'}, {smallest / 'widths.png'}, {smallest / 'spectra.png'}")
     print(f"\n4. Generate through the cache at {min(config.budgets):.4g} of the dense bytes\n")

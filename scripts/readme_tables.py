@@ -10,10 +10,13 @@ import re
 from pathlib import Path
 
 from modules.qlutattn import QLUTATTN
+from scripts.ablate_calibration import table as ablation_table
 from scripts.common import ROOT, human_bytes
+from scripts.compare_peers import frontier_table, peers_table
 from scripts.compare_schemes import drop_in_table, latent_table
 from scripts.eval_perplexity import table as perplexity_table
 from scripts.measure_distortion import table as distortion_table
+from scripts.project_calibration import table as projection_table
 
 RESULTS = ROOT / "scripts" / "results"
 
@@ -113,9 +116,53 @@ def qlutattn(schemes_record: dict, quantize_record: dict) -> str:
     )
 
 
+def _measured_by(record: dict, windows: int, prefill: int, chunk: int) -> str:
+    """Under a table of perplexities: how many tokens of which text, on what."""
+    e, text = record["environment"], record["text"]
+    return (
+        f"{windows} windows of 2,048 tokens (prefill {prefill:,}, then steps of {chunk}). Text: standard library of "
+        f"Python {text['python']}, held-out modules, sha256 {text['sha256'][:12]}. "
+        f"{record['dtype'].removeprefix('torch.')} on {e['cpu'].split(' (')[0]}, {e['threads']} "
+        f"thread{'s' * (e['threads'] > 1)}, torch {e['torch']}, transformers {e['transformers']}."
+    )
+
+
+def frontier(record: dict) -> str:
+    key = record["key"]
+    tokens = record["results"]["dense"]["tokens"]
+    by = _measured_by(record, key["windows"], key["prefill"], key["chunk"])
+    return (
+        f"{frontier_table(record)}\n\nThe dense perplexity is {record['results']['dense']['perplexity']:.3f}; "
+        f"{tokens:,} scored tokens of different documents, {by} Intervals: paired bootstrap over documents."
+    )
+
+
+def all_peers(record: dict) -> str:
+    return peers_table(record)
+
+
+def ablation(record: dict) -> str:
+    o = record["options"]
+    tokens = record["results"]["default"]["dense"]["tokens"]
+    by = _measured_by(record, o["windows"], o["prefill"], o["chunk"])
+    return f"{ablation_table(record)}\n\n{tokens:,} scored tokens, {by}"
+
+
+def projection(record: dict) -> str:
+    c, e = record["config"], record["environment"]
+    return (
+        f"{projection_table(record)}\n\nFrom one layer of each shape with random weights, run on {c['tokens']} tokens "
+        f"in float32, scaled to {c['windows']} windows of {c['length']:,}; {e['cpu'].split(' (')[0]}, {e['threads']} "
+        f"thread{'s' * (e['threads'] > 1)}, torch {e['torch']}."
+    )
+
+
 #: What is written between the marks of a table: the JSON files in scripts/results, and how they are shown.
 RENDERERS = {
-    "perplexity": (["perplexity"], perplexity),
+    "frontier": (["peers"], frontier),
+    "peers": (["peers"], all_peers),
+    "ablation": (["ablation"], ablation),
+    "projection": (["projection"], projection),
     "benchmark_cache": (["benchmark_cache"], benchmark_cache),
     "distortion": (["distortion"], distortion),
     "schemes": (["schemes"], schemes),
