@@ -9,16 +9,23 @@ RUN := .venv/bin/python
 	.venv/bin/pip install --quiet --requirement requirements.txt --editable .
 	touch $@
 
-# Split the bundled model, measure it through the packed cache, plot, generate. Results in build/demo.
+# Calibrate the bundled model for three budgets, measure through the cache, plot, generate. Results in build/demo.
 demo: .venv/installed
 	$(RUN) scripts/demo.py
 
-# Measure what the README states and write its tables (about half an hour).
+BUDGETS := 0.25 0.125 0.0625 0.05 0.04 0.03
+
+# Measure what the README states and write its tables (about two hours; the longest parts go on where they stopped).
 results: .venv/installed
-	$(RUN) scripts/demo.py --windows 16 --prefill 1664 --output build/results
+	.venv/bin/pip install --quiet --no-deps optimum-quanto==0.2.7 hqq==0.2.8.post1 ninja einops termcolor
+	$(RUN) scripts/calibrate_svd_ranks.py --sweep $(BUDGETS) --output build/sweep
+	OMP_NUM_THREADS=1 $(RUN) scripts/compare_peers.py --parts transformers KIVI Palu ASVD checkpoints \
+		--checkpoints $(BUDGETS:%=build/sweep/%) --output build/peers.json
+	$(RUN) scripts/ablate_calibration.py --output build/ablation.json
+	$(RUN) scripts/project_calibration.py --output scripts/results/projection.json
 	$(RUN) scripts/benchmark_cache.py --output scripts/results/benchmark_cache.json
-	$(RUN) scripts/compare_schemes.py --recommended --text stdlib:test --prefill 1792 --chunk 1 --output scripts/results/recommended.json
-	cp build/results/perplexity.json build/results/perplexity.png scripts/results/
+	cp build/peers.json build/peers.png build/ablation.json scripts/results/
+	cp build/sweep/0.0625/widths.png build/sweep/0.0625/spectra.png scripts/results/
 	$(RUN) scripts/readme_tables.py
 
 # Measure every quantization scheme and write the tables of KIVI_INTEGRATION.md (about an hour; goes on where it stopped).
@@ -26,6 +33,7 @@ schemes: .venv/installed
 	$(RUN) scripts/measure_distortion.py --output scripts/results/distortion.json
 	$(RUN) scripts/benchmark_quantize.py --output scripts/results/benchmark_quantize.json
 	$(RUN) scripts/compare_schemes.py --output build/schemes.json
+	$(RUN) scripts/compare_schemes.py --recommended --text stdlib:test --prefill 1792 --chunk 1 --output scripts/results/recommended.json
 	cp build/schemes.json scripts/results/schemes.json
 	$(RUN) scripts/readme_tables.py
 

@@ -59,7 +59,7 @@ class PeersConfig:
     text: str = field(default="stdlib:test", metadata={"help": "Text to measure on: see scripts/corpus.py."})
     windows: int = field(default=15, metadata={"help": "Documents, of each of which the first tokens are fed."})
     length: int = field(default=2048, metadata={"help": "Tokens per window."})
-    prefill: int = field(default=1664, metadata={"help": "Tokens of a window that are fed at once."})
+    prefill: int = field(default=1792, metadata={"help": "Tokens of a window that are fed at once."})
     chunk: int = field(default=1, metadata={"help": "Tokens per step after the prefill; 1 is decoding."})
     batch_size: int = field(default=5, metadata={"help": "Windows at a time."})
     calibration_text: str = field(default="stdlib:calibration", metadata={"help": "Text for statistics and searches."})
