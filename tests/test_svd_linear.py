@@ -33,7 +33,7 @@ def covariance(size: int, rank: int | None = None, decay: float = 0.8) -> torch.
 def expected_error(weight, product, x=None, metric=None) -> float:
     """`E‖M^{1/2}(W x - P x)‖²` = tr(M (W - P) X (W - P)ᵀ)."""
     difference = weight.double() - product.double()
-    x = torch.eye(weight.shape[1]).double() if input_covariance is None else input_covariance
+    x = torch.eye(weight.shape[1]).double() if x is None else x
     m = torch.eye(weight.shape[0]).double() if metric is None else metric
     m = torch.diag(m) if m.dim() == 1 else m
     return torch.trace(m @ difference @ x @ difference.T).item()
@@ -66,7 +66,7 @@ def test_without_statistics_the_error_is_the_tail_of_the_singular_values(shape):
 def test_with_statistics_the_error_is_least(metric_kind, rank):
     weight, x = torch.randn(OUT, IN, dtype=torch.float64), covariance(IN)
     metric = {None: None, "diagonal": torch.rand(OUT).double() + 0.05, "full": covariance(OUT, decay=0.9)}[metric_kind]
-    factors = factor_weight(weight, rank, x, metric)
+    factors = factor_weight(weight, rank, output_covariance(weight, x), metric)
     error = expected_error(weight, factors.a @ factors.b, x, metric)
 
     m = torch.eye(OUT).double() if metric is None else torch.diag(metric) if metric.dim() == 1 else metric
@@ -82,7 +82,7 @@ def test_with_statistics_the_error_is_least(metric_kind, rank):
 
 def test_the_latents_are_sorted_by_the_error_they_remove():
     weight, x, metric = torch.randn(OUT, IN, dtype=torch.float64), covariance(IN), covariance(OUT)
-    factors = factor_weight(weight, OUT, x, metric)
+    factors = factor_weight(weight, OUT, output_covariance(weight, x), metric)
     assert (factors.energy.diff() <= 0).all()
     for rank in (1, 4, 9):
         product = factors.a[:, :rank] @ factors.b[:rank]
@@ -116,7 +116,8 @@ def test_output_covariance_is_that_of_samples():
 def test_full_rank_is_the_weight_whatever_the_statistics(make, with_metric):
     weight = make().double()
     for x in (None, covariance(IN), covariance(IN, rank=3), torch.zeros(IN, IN).double(), 1e6 * covariance(IN)):
-        factors = factor_weight(weight, OUT, x, covariance(OUT, rank=20) if with_metric else None)
+        y = None if x is None else output_covariance(weight, x)
+        factors = factor_weight(weight, OUT, y, covariance(OUT, rank=20) if with_metric else None)
         assert torch.isfinite(factors.a).all()
         assert torch.isfinite(factors.b).all()
         assert torch.allclose(factors.a @ factors.b, weight, rtol=0, atol=1e-9 * max(weight.abs().max().item(), 1e-30))
@@ -125,16 +126,16 @@ def test_full_rank_is_the_weight_whatever_the_statistics(make, with_metric):
 def test_rank_three_statistics_need_rank_three():
     weight, x = torch.randn(OUT, IN, dtype=torch.float64), covariance(IN, rank=3)
     total = expected_error(weight, torch.zeros_like(weight), x)
-    product = (lambda f: f.a @ f.b)(factor_weight(weight, 3, x))
+    product = (lambda f: f.a @ f.b)(factor_weight(weight, 3, output_covariance(weight, x)))
     assert expected_error(weight, product, x) < 1e-9 * total
-    two = factor_weight(weight, 2, x)
+    two = factor_weight(weight, 2, output_covariance(weight, x))
     assert expected_error(weight, two.a @ two.b, x) > 1e-3 * total
 
 
 def test_rank_of_the_weight_is_enough():
     weight = torch.randn(OUT, 5, dtype=torch.float64) @ torch.randn(5, IN, dtype=torch.float64)
     for x, metric in ((None, None), (covariance(IN), covariance(OUT)), (covariance(IN, rank=4), None)):
-        factors = factor_weight(weight, 5, x, metric)
+        factors = factor_weight(weight, 5, None if x is None else output_covariance(weight, x), metric)
         assert torch.allclose(factors.a @ factors.b, weight, atol=1e-6)
 
 
@@ -169,14 +170,15 @@ def test_the_unit_of_the_metric_does_not_matter(scale, dtype):
 
 
 def test_signs_and_results_are_determined():
-    weight, x, metric = torch.randn(OUT, IN), covariance(IN), torch.rand(OUT).double() + 0.1
-    first, second = (factor_weight(weight, 9, x, metric) for _ in range(2))
-    assert all(torch.equal(p, q) for p, q in zip(first, second, strict=True))
+    weight, metric = torch.randn(OUT, IN), torch.rand(OUT).double() + 0.1
+    y = output_covariance(weight, covariance(IN))
+    first, second = (factor_weight(weight, 9, y, metric) for _ in range(2))
+    assert all(torch.equal(p, q) for p, q in zip(first[:4], second[:4], strict=True)) and first.unit == second.unit
     # Without a metric A is orthonormal: its columns are the U whose largest entries are positive.
-    u = factor_weight(weight, 9, x).a
+    u = factor_weight(weight, 9, y).a
     assert torch.allclose(u.T @ u, torch.eye(9).double(), atol=1e-10)
     assert (u.gather(0, u.abs().argmax(0, keepdim=True)) > 0).all()
-    negated = factor_weight(-weight, 9, x)
+    negated = factor_weight(-weight, 9, y)
     assert torch.allclose(negated.a, u, atol=1e-8)
 
 
@@ -188,7 +190,9 @@ def test_ranks_out_of_range_are_refused(rank):
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-@pytest.mark.parametrize("name, shape", [("weight", (OUT, IN)), ("input_covariance", (IN, IN)), ("metric", (OUT,))])
+@pytest.mark.parametrize(
+    "name, shape", [("weight", (OUT, IN)), ("covariance", (OUT, OUT)), ("metric", (OUT,)), ("mean", (OUT,))]
+)
 def test_statistics_that_are_not_finite_are_refused(bad, name, shape):
     arguments = {"weight": torch.randn(OUT, IN), "rank": 3, name: torch.ones(shape).index_fill(0, torch.tensor(1), bad)}
     with pytest.raises(ValueError, match=f"{name}: must be finite"):
@@ -198,8 +202,11 @@ def test_statistics_that_are_not_finite_are_refused(bad, name, shape):
 @pytest.mark.parametrize(
     "name, shape",
     [
-        ("input_covariance", (OUT, OUT)),
-        ("input_covariance", (IN,)),
+        ("covariance", (IN, IN)),
+        ("covariance", (OUT, IN)),
+        ("covariance", (OUT,)),
+        ("mean", (IN,)),
+        ("mean", (OUT, OUT)),
         ("metric", (IN,)),
         ("metric", (IN, IN)),
         ("metric", (OUT, IN)),
@@ -218,7 +225,8 @@ def test_statistics_of_the_wrong_size_are_refused(name, shape):
 def test_full_rank_layers_are_the_linear_layer(ranks, rotate):
     linear = nn.Linear(IN, OUT)
     metric = torch.rand(OUT) + 0.1
-    for statistics in ({}, {"input_covariance": covariance(IN, rank=3), "metric": metric}):
+    y = output_covariance(linear.weight.detach(), covariance(IN, rank=3))
+    for statistics in ({}, {"covariance": y, "metric": metric}, {"covariance": y, "mean": torch.randn(OUT)}):
         split = SVDLinear.from_linear(linear, ranks, num_heads=4, rotate=rotate, **statistics)
         x = torch.randn(2, 5, IN)
         assert torch.allclose(split(x), linear(x), atol=1e-5)
@@ -229,13 +237,15 @@ def test_full_rank_layers_are_the_linear_layer(ranks, rotate):
 @pytest.mark.parametrize("rotate", [False, True])
 def test_groups_are_factored_by_themselves(ranks, rotate):
     linear, x, metric = nn.Linear(IN, OUT), covariance(IN), covariance(OUT)
-    split = SVDLinear.from_linear(linear, ranks, 4, x, metric, rotate)
+    y = output_covariance(linear.weight.detach(), x)
+    split = SVDLinear.from_linear(linear, ranks, 4, rotate, covariance=y, metric=metric)
     assert split.BLinear.weight.shape == (sum(ranks), IN)
     assert split.ALinear.weight.shape == (OUT, max(ranks))
     rows = OUT // len(ranks)
     for i, rank in enumerate(ranks):
         span = slice(i * rows, (i + 1) * rows)
-        factors = factor_weight(linear.weight[span].detach(), rank, x, metric[span, span])
+        own = linear.weight[span].detach()
+        factors = factor_weight(own, rank, output_covariance(own, x), metric[span, span])
         assert torch.allclose(split.dense_weight()[span].double(), factors.a @ factors.b, atol=1e-5)
         assert (split.ALinear.weight[span, rank:] == 0).all()
     inputs = torch.randn(3, IN)
@@ -246,9 +256,162 @@ def test_a_joint_decomposition_is_better_than_groups_of_the_same_rank():
     weight, x = torch.randn(OUT, 8) @ torch.randn(8, IN), covariance(IN)
     errors = []
     for ranks in ((8,), (4, 4), (2, 2, 2, 2)):
-        a, b = join_factors(factor_groups(weight, ranks, x), False, torch.float64)
+        a, b = join_factors(factor_groups(weight, ranks, output_covariance(weight, x)), False, torch.float64)
         errors.append(expected_error(weight, dense_product(a, b, ranks), x))
     assert errors[0] < 1e-6 < errors[1] < errors[2]
+
+
+# ---- the mean in a channel of its own
+
+METRICS = {
+    "none": lambda: None,
+    "diagonal": lambda: torch.rand(OUT).double() + 0.1,
+    "full": lambda: covariance(OUT, decay=0.9),
+}
+
+
+def outputs_with_a_mean(weight, tokens: int = 400) -> torch.Tensor:
+    """`[tokens, OUT]` outputs of inputs that share most of their energy."""
+    x = torch.randn(tokens, IN, dtype=torch.float64) @ root(covariance(IN)) + 2 * torch.randn(IN, dtype=torch.float64)
+    return x @ weight.double().T
+
+
+def root_of(metric) -> torch.Tensor:
+    m = torch.eye(OUT).double() if metric is None else torch.diag(metric) if metric.dim() == 1 else metric
+    return root(m)
+
+
+@pytest.mark.parametrize("make", METRICS.values(), ids=METRICS.keys())
+class TestMean:
+    def test_one_channel_carries_the_mean(self, make):
+        weight, metric = torch.randn(OUT, IN, dtype=torch.float64), make()
+        y = outputs_with_a_mean(weight)
+        factors = factor_weight(weight, OUT, y.T @ y / len(y), metric, y.mean(0))
+        latents = (y @ factors.project.T).mean(0).abs()
+        assert latents[0] > 1 and (latents[1:] < 1e-11 * latents[0]).all()
+        assert torch.allclose(factors.project @ weight, factors.b)
+        # It lies along S E[y], with S the root of the metric in its unit.
+        s = root_of(metric) / factors.unit**0.5
+        direction = torch.nn.functional.normalize(s @ y.mean(0), dim=0)
+        basis = s @ factors.a
+        assert (basis[:, 0] @ direction).abs().item() == pytest.approx(1, abs=1e-12)
+        assert torch.allclose(basis.T @ basis, torch.eye(OUT).double(), atol=1e-10)
+        assert torch.allclose(basis.T @ s, factors.project, atol=1e-10)
+        assert (basis.gather(0, basis.abs().argmax(0, keepdim=True)) > 0).all()
+        # Without a mean all channels share it.
+        shared = (y @ factor_weight(weight, OUT, y.T @ y / len(y), metric).project.T).mean(0).abs()
+        assert (shared[1:] > 1e-5 * shared[0]).all()
+
+    def test_the_error_is_the_sum_of_the_energies_that_are_dropped(self, make):
+        weight, metric = torch.randn(OUT, IN, dtype=torch.float64), make()
+        y = outputs_with_a_mean(weight)
+        moments = y.T @ y / len(y)
+        s = root_of(metric)
+        for mean in (None, y.mean(0)):
+            factors = factor_weight(weight, OUT, moments, metric, mean)
+            assert factors.energy.sum().item() == pytest.approx((s @ moments @ s).trace().item(), rel=1e-5)
+            assert (factors.energy[1:].diff() <= 0).all()
+            total = factors.energy.sum().item()
+            for kept in ([0], [0, 1, 2, 3], [5, 2, 9], list(range(1, OUT)), list(range(OUT - 1))):
+                chosen = factors.select(torch.tensor(kept))
+                lost = (y - y @ chosen.project.T @ chosen.a.T) @ s
+                dropped = [i for i in range(OUT) if i not in kept]
+                expected = factors.energy[dropped].sum().item()
+                assert lost.square().sum(1).mean().item() == pytest.approx(expected, rel=1e-6, abs=1e-6 * total)
+                assert factors.energy[kept].sum().item() == pytest.approx(chosen.energy.sum().item())
+
+    def test_the_other_channels_are_the_best_beside_it(self, make):
+        weight, metric = torch.randn(OUT, IN, dtype=torch.float64), make()
+        y = outputs_with_a_mean(weight)
+        moments, s = y.T @ y / len(y), root_of(metric)
+        energy = factor_weight(weight, OUT, moments, metric, y.mean(0)).energy
+        first = s @ y.mean(0) / (s @ y.mean(0)).norm()
+        frame = torch.linalg.qr(torch.cat([first[:, None], torch.randn(OUT, OUT - 1, dtype=torch.float64)], 1)).Q[:, 1:]
+        inside = torch.linalg.eigvalsh(frame.T @ s @ moments @ s @ frame).flip(0)
+        assert torch.allclose(energy[1:], inside, rtol=1e-4, atol=1e-6 * moments.trace())
+        assert energy[0].item() == pytest.approx((first @ s @ moments @ s @ first).item(), rel=1e-5)
+        # It comes first, and the rest in order, whatever it weighs.
+        weak = factor_weight(weight, OUT, torch.cov(y.T), metric, frame[:, 0])
+        assert weak.energy[0] < weak.energy[1] and (weak.energy[1:].diff() <= 0).all()
+
+    def test_full_rank_is_the_weight(self, make):
+        weights = {
+            "random": torch.randn(OUT, IN).double(),
+            "rank 5": (torch.randn(OUT, 5) @ torch.randn(5, IN)).double(),
+            "zero rows": torch.randn(OUT, IN).double().index_fill(0, torch.arange(3, 9), 0.0),
+            "zero": torch.zeros(OUT, IN).double(),
+        }
+        for weight in weights.values():
+            y = outputs_with_a_mean(weight)
+            moments = {"text": y.T @ y / len(y), "two tokens": y[:2].T @ y[:2], "zero": torch.zeros(OUT, OUT).double()}
+            for covariance_y in (None, *moments.values()):
+                for mean in (y.mean(0), torch.randn(OUT).double(), 1e6 * torch.randn(OUT), torch.zeros(OUT)):
+                    factors = factor_weight(weight, OUT, covariance_y, make(), mean)
+                    assert torch.allclose(factors.a @ factors.b, weight, rtol=0, atol=1e-9)
+                    assert all(torch.isfinite(f).all() for f in factors[:4])
+
+
+def test_no_mean_is_split_off_where_there_is_none():
+    weight, metric = torch.randn(OUT, IN, dtype=torch.float64), torch.rand(OUT) + 0.1
+    y = output_covariance(weight, covariance(IN))
+    without, zeros = (factor_weight(weight, 7, y, metric, mean) for mean in (None, torch.zeros(OUT)))
+    assert all(torch.equal(p, q) for p, q in zip(without[:4], zeros[:4], strict=True))
+
+
+def test_groups_split_their_own_means():
+    weight = torch.randn(OUT, IN, dtype=torch.float64)
+    y = outputs_with_a_mean(weight)
+    mean = y.mean(0) * (torch.arange(OUT) < OUT // 2)  # nothing in the second group
+    first, second = factor_groups(weight, (4, 6), y.T @ y / len(y), torch.rand(OUT).double() + 0.1, mean)
+    assert ((first.project @ mean[: OUT // 2])[1:].abs() < 1e-12).all()
+    assert second.energy[0] == second.energy.max()
+    assert (first.a.shape[1], second.a.shape[1]) == (4, 6)
+
+
+def test_selected_channels():
+    weight, metric = torch.randn(OUT, IN, dtype=torch.float64), torch.rand(OUT) + 0.1
+    y = output_covariance(weight, covariance(IN))
+    full = factor_weight(weight, OUT, y, metric)
+    chosen = full.select(torch.tensor([7, 0, 3]))
+    assert torch.equal(chosen.a, full.a[:, [7, 0, 3]]) and torch.equal(chosen.b, full.b[[7, 0, 3]])
+    assert torch.equal(chosen.project, full.project[[7, 0, 3]]) and torch.equal(chosen.energy, full.energy[[7, 0, 3]])
+    assert chosen.unit == full.unit == metric.max().item()
+    first, short = full.select(torch.arange(5)), factor_weight(weight, 5, y, metric)
+    for name in ("a", "b", "project"):
+        assert torch.allclose(getattr(first, name), getattr(short, name), rtol=1e-12, atol=1e-12)
+    assert torch.equal(first.energy, short.energy[:5]) and short.energy.shape == (OUT,)
+    assert chosen.select(torch.tensor([], dtype=torch.long)).a.shape == (OUT, 0)
+
+
+# ---- tiers
+
+
+def test_rotation_stays_inside_each_tier():
+    weight = torch.randn(OUT, IN, dtype=torch.float64)
+    groups = factor_groups(weight, (12, 9))
+    tiers = [[(1, 16), (8, 4), (3, 2)], [(4, 3), (5, 1)]]
+    a, b = join_factors(groups, True, torch.float64, tiers)
+    plain_a, plain_b = join_factors(groups, False, torch.float64, tiers)
+    together = join_factors(groups, True, torch.float64)
+    assert torch.equal(plain_b, torch.cat([f.b for f in groups]))
+    for i, (rank, spans) in enumerate(zip((12, 9), tiers, strict=True)):
+        rows, channels = slice(12 * i, 12 * i + 12), slice(12 * i, 12 * i + rank)
+        product = groups[i].a @ groups[i].b
+        for left, right in ((a, b), together):
+            assert torch.allclose(left[rows, :rank] @ right[channels], product, atol=1e-10)
+        rotation = torch.linalg.pinv(plain_a[rows, :rank]) @ a[rows, :rank]
+        assert torch.allclose(rotation @ b[channels], plain_b[channels], atol=1e-10)
+        assert torch.allclose(rotation @ rotation.T, torch.eye(rank).double(), atol=1e-10)
+        own = torch.block_diag(*(torch.ones(n, n) for n, _ in spans)).bool()
+        assert (rotation[~own].abs() < 1e-10).all() and (rotation[own].abs() > 1e-3).all()
+        mixed = torch.linalg.pinv(plain_a[rows, :rank]) @ together[0][rows, :rank]
+        assert (mixed.abs() > 1e-3).all()
+
+
+def test_tiers_must_add_up_to_the_ranks():
+    groups = factor_groups(torch.randn(OUT, IN), (6, 6))
+    with pytest.raises((ValueError, RuntimeError)):
+        join_factors(groups, True, torch.float32, [[(4, 2)], [(6, 2)]])
 
 
 # ---- metrics
@@ -370,6 +533,27 @@ def test_split_keeps_type_and_leaves_the_linear_layer_alone(dtype):
     assert linear.bias.data_ptr() != split.ALinear.bias.data_ptr()
     tolerance = 4 * torch.finfo(dtype).eps * kept.abs().max().item()
     assert torch.allclose(split.dense_weight().float(), kept.float(), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_given_factors_and_calibrated_scales_are_taken(static):
+    linear = nn.Linear(IN, OUT).half()
+    factors = [
+        f.select(torch.tensor(c)) for f, c in zip(factor_groups(linear.weight.detach(), (12, 12)), ([4, 1], [0, 7, 2]))
+    ]
+    scales = (torch.rand(5) + 0.5, torch.randn(5))
+    split = SVDLinear.from_linear(
+        linear, (2, 3), 4, rotate=False, factors=factors, static_scales=scales if static else None, mean=None
+    )
+    assert torch.equal(split.BLinear.weight, torch.cat([f.b for f in factors]).half())
+    assert torch.equal(split.ALinear.weight[:12, :2], factors[0].a.half())
+    names = {"latent_scale", "latent_zero_point"}
+    assert names & set(split.state_dict()) == (names if static else set())
+    if static:
+        assert torch.equal(split.latent_scale, scales[0].half())
+        assert torch.equal(split.latent_zero_point, scales[1].half())
+    else:
+        assert split.latent_scale is None and split.latent_zero_point is None
 
 
 def test_gradients_reach_both_factors():
