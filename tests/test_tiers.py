@@ -1,7 +1,7 @@
 """Widths by channel: scheme, quantizer, cache, configuration and model, each against its definition.
 
-What a tier stores is compared with the plain quantizer of its width on its channels alone; the model with a forward pass
-that rounds latents by hand.
+What a tier stores is compared with the plain quantizer of its width on its channels alone; the model with a forward
+pass that rounds latents by hand.
 """
 
 import copy
@@ -201,7 +201,7 @@ def check_against_the_tiers_alone(scheme, length, widths, dtype, backend="refere
     for bits in {bits for bits, _ in tiers}:
         # One quantizer for each width: the tiers of all head groups side by side, each a head group of its own.
         mine = [channels for b, channels in tiers if b == bits]
-        index = sum(mine, [])
+        index = list(itertools.chain(*mine))
         its_scheme = plain_scheme(scheme, bits)
         its_scales = tuple(s[index] for s in scales) if its_scheme.static else None
         alone = codec_of(its_scheme, length, tuple(map(len, mine)), dtype, scales=its_scales)
@@ -259,7 +259,7 @@ def test_tiers_store_what_the_plain_quantizers_store(tiers, fields, length, dtyp
 
 @pytest.mark.interpreter
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("case", [0, 2, 4, 7, 8, 11], ids=str)
+@pytest.mark.parametrize("case", [2, 7, 8], ids=str)
 def test_kernels_store_the_same_bits(case):
     pytest.importorskip("triton")
     tiers, fields, _, dtype = CODEC_CASES[case]

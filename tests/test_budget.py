@@ -1,0 +1,506 @@
+"""From a budget to a checkpoint, end to end on a random model: sizes, determinism, interruptions, refusals."""
+
+import hashlib
+import json
+import random
+from functools import partial
+from pathlib import Path
+
+import pytest
+import tokenizers
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerFast
+
+from modeling_alrd_llama import ALRDLlamaForCausalLM
+from modules import statistics
+from scripts import calibrate_svd_ranks as script
+from scripts.calibrate_svd_ranks import CalibrationConfig, main
+from scripts.common import load_model
+from tests.helpers import tiny_dense
+
+TINY = {"vocab_size": 300, "num_hidden_layers": 2, "num_key_value_heads": 4, "head_dim": 8, "hidden_size": 64}
+TOKENS = 512
+#: Two sides of two layers of four heads of eight, 16 bits.
+DENSE = 2 * 2 * 4 * 8 * 2 * TOKENS
+PROJECTIONS = [f"model.layers.{i}.self_attn.{p}" for i in range(2) for p in ("k_proj", "v_proj")]
+
+
+def save_model(path: Path, dtype=torch.float32, **fields) -> str:
+    """A random dense Llama and a byte-level tokenizer."""
+    tiny_dense(dtype=dtype, **TINY | {"bos_token_id": 0} | fields).save_pretrained(path)
+    alphabet = ["<s>", *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>").save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with models, texts, and the statistics that the tests share."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    path = tmp_path_factory.mktemp("budget")
+    save_model(path / "dense")
+    save_model(path / "bfloat16", torch.bfloat16, attention_bias=True)
+    save_model(path / "small vocabulary", vocab_size=100)
+    words = random.Random(0)
+    text = " ".join("".join(words.choices("etaoinshrdlu", k=words.randint(2, 9))) for _ in range(500))
+    (path / "text.txt").write_text(text)
+    (path / "constant.txt").write_text("a" * 3000)
+    (path / "short.txt").write_text("too short " * 30)
+    torch.set_num_threads(threads)
+    return path
+
+
+@pytest.fixture
+def pictures():
+    """For tests that want the pictures drawn, which takes a second."""
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request, monkeypatch):
+    if "pictures" not in request.fixturenames:
+        for name in ("spectra", "widths", "curve"):
+            monkeypatch.setattr(script.plots, name, lambda *args: None)
+
+
+def settings(place: Path, output: Path, **fields) -> CalibrationConfig:
+    how = {
+        "model": str(place / "dense"),
+        "output": str(output),
+        "tokens": TOKENS,
+        "text": str(place / "text.txt"),
+        "windows": 4,
+        "length": 140,
+        "batch_size": 2,
+        "group_size": 32,
+        "statistics": str(place / "statistics"),
+    }
+    if not {"budget", "share", "sweep"} & set(fields):
+        how["budget"] = 0.15
+    return CalibrationConfig(**how | fields)
+
+
+def digest(folder: Path) -> str:
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
+@torch.no_grad()
+def check_checkpoint(folder: Path, report: dict, budget: float, least: float = 0.9) -> ALRDLlamaForCausalLM:
+    """The checkpoint loads, and a cache of `TOKENS` tokens takes the bytes that were planned, within the budget."""
+    model = ALRDLlamaForCausalLM.from_pretrained(folder).eval()
+    assert report["nbytes"] <= budget * DENSE
+    assert report["nbytes"] >= least * budget * DENSE
+    ids = torch.randint(1, 257, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+    cache = model.create_kivi_cache()
+    model(ids[:, :-7], past_key_values=cache)
+    for i in range(TOKENS - 7, TOKENS):
+        model(ids[:, i : i + 1], past_key_values=cache)
+    assert cache.row_tokens() == [TOKENS]
+    assert cache.nbytes_used == report["nbytes"]
+    assert all(layer.pool.used for layer in cache.layers)
+    generated = model.generate(ids[:, :50], max_new_tokens=60, min_new_tokens=60, do_sample=False)
+    assert generated.shape == (1, 110)
+    assert json.loads((folder / "report.json").read_text()) == report
+    assert model.config.truncation_ranks == report["truncation_ranks"]
+    assert model.config.width_tiers == report["width_tiers"]
+    return model
+
+
+# ---- budgets
+
+
+def test_a_budget_gives_a_checkpoint_report_and_pictures(place, tmp_path, capsys, pictures):
+    report = main(settings(place, tmp_path, budget=0.2, group_size=None))
+    model = check_checkpoint(tmp_path, report, 0.2)
+    assert report["config"]["budget"] == report["budget"] == 0.2
+    assert report["share_of_dense"] == report["nbytes"] / DENSE
+    assert {"environment", "seconds"} <= report.keys() and report["text"]["documents"] == 1
+    assert list(report["truncation_ranks"]) == list(report["width_tiers"]) == list(report["rates"]) == PROJECTIONS
+    assert report["predicted_divergence"] > 0 and min(report["rates"].values()) > 0
+    for name in PROJECTIONS:
+        ((energy,), (kept,)) = report["energies"][name], report["energy_kept"][name]
+        assert len(energy) == 32 and sorted(energy, reverse=True) == energy
+        assert 0 < kept <= 1
+        ((rank,), (tiers,)) = report["truncation_ranks"][name], report["width_tiers"][name]
+        assert sum(n for n, _ in tiers) == rank
+        assert [b for _, b in tiers] == sorted({b for _, b in tiers}, reverse=True)
+    for picture in ("spectra.png", "widths.png"):
+        data = (tmp_path / picture).read_bytes()
+        assert data.startswith(b"\x89PNG") and len(data) > 5000
+    # Its defaults: static scales on both sides, nothing rotated, a window of 16.
+    c = model.config
+    assert c.k_scheme == c.v_scheme == {"orientation": "per_channel", "static": True}
+    assert (c.k_hadamard, c.v_hadamard, c.residual_length, c.sink_length) == (False, False, 16, 4)
+    assert c.group_size in (32, 64, 128)
+    tokenizer = load_model(str(tmp_path))[1]
+    assert tokenizer("abc")["input_ids"] == load_model(str(place / "dense"))[1]("abc")["input_ids"]
+    assert f"{report['nbytes']:,} bytes at {TOKENS} tokens" in capsys.readouterr().out
+
+
+def test_a_larger_budget_is_better(place, tmp_path):
+    reports = [main(settings(place, tmp_path / str(b), budget=b)) for b in (0.1, 0.3)]
+    divergences = [r["predicted_divergence"] for r in reports]
+    assert divergences == sorted(divergences, reverse=True) and divergences[1] < 0.5 * divergences[0]
+    assert reports[0]["nbytes"] < reports[1]["nbytes"]
+    for report, budget in zip(reports, (0.1, 0.3), strict=True):
+        check_checkpoint(tmp_path / str(budget), report, budget)
+
+
+def test_scales_are_those_of_the_latents(place, tmp_path):
+    """A calibrated grid covers what its channel holds on the text: little is clipped, no level is far outside."""
+    main(settings(place, tmp_path, budget=0.4))
+    model, tokenizer = load_model(str(tmp_path))
+    ids = torch.tensor([tokenizer((place / "text.txt").read_text())["input_ids"][:500]])
+    with torch.no_grad():
+        hidden = model(ids, output_hidden_states=True, use_cache=False).hidden_states[0]
+    layer = model.model.layers[0]
+    for p in ("k_proj", "v_proj"):
+        projection = getattr(layer.self_attn, p)
+        latents = projection.BLinear(layer.input_layernorm(hidden))[0, 4:].detach()
+        (tiers,) = model.config.width_tiers[f"model.layers.0.self_attn.{p}"]
+        bits = torch.cat([torch.full((n,), b) for n, b in tiers])
+        zero, scale = projection.latent_zero_point, projection.latent_scale
+        top = zero + scale * torch.where(bits == 1, 2, 2**bits - 1)
+        step = scale * torch.where(bits == 1, 2, 1)
+        outside = ((latents < zero - step) | (latents > top + step)).float().mean()
+        assert outside < 0.05
+        back = ((latents - zero) / step + 0.5).floor().clamp(min=0).minimum(2**bits - 1) * step + zero
+        error = (back - latents).square().mean(0) / latents.var(0)
+        assert (error[bits == 1] < 0.7).all()
+        assert (error[bits >= 3] < 0.15).all()
+
+
+VARIANTS = {
+    "mean split": {"k_mean_split": True, "v_mean_split": True},
+    "one head": {"head_group_size": 1, "budget": 0.3},
+    "two heads": {"head_group_size": 2, "budget": 0.2},
+    "two heads, mean split": {"head_group_size": 2, "budget": 0.2, "k_mean_split": True},
+    "mse keys, values per channel": {
+        "k_scheme": '{"range_method": "mse"}',
+        "v_scheme": '{"orientation": "per_channel"}',
+        "budget": 0.45,
+    },
+    "mse keys, values per token": {
+        "k_scheme": '{"range_method": "mse"}',
+        "v_scheme": '{"orientation": "per_token"}',
+        "budget": 0.45,
+    },
+    "static keys, values per token": {"v_scheme": '{"orientation": "per_token", "range_method": "mse"}', "budget": 0.4},
+    "tiers wider than a token's group": {
+        "k_scheme": '{"orientation": "per_token", "group_size": 4}',
+        "v_scheme": '{"orientation": "per_token", "group_size": 4}',
+        "budget": 0.6,
+    },
+    "default blocks, values per token": {
+        "v_scheme": '{"orientation": "per_token"}',
+        "group_size": None,
+        "residual_length": 5,
+        "budget": 0.6,
+    },
+    "blocks of 64, other window": {"group_size": 64, "residual_length": 40, "sink_length": 1, "budget": 0.3},
+    "no probe": {"probe": False},
+    "objective input": {"objective": "input"},
+    "objective weight": {"objective": "weight"},
+    "bfloat16 with biases": {"model": "bfloat16", "dtype": "float32"},
+    "bfloat16 throughout": {"model": "bfloat16", "dtype": "bfloat16"},
+    "water-filling": {"allocation": "water_filling", "budget": 0.3, "rank_multiple": 1},
+    "water-filling, wider": {
+        "allocation": "water_filling",
+        "budget": 0.4,
+        "k_bits": 4,
+        "v_bits": 3,
+        "residual_length": 8,
+        "rank_multiple": 2,
+        "head_group_size": 2,
+    },
+}
+
+
+@pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
+def test_variants(place, tmp_path, fields):
+    fields = {"budget": 0.15} | fields
+    fields["model"] = str(place / fields.get("model", "dense"))
+    config = settings(place, tmp_path, **fields)
+    report = main(config)
+    model = check_checkpoint(tmp_path, report, config.budget, 0.85)
+    c = model.config
+    assert model.dtype == (torch.bfloat16 if "bfloat16" in fields["model"] else torch.float32)
+    assert (c.k_mean_split, c.v_mean_split) == (config.k_mean_split, config.v_mean_split)
+    groups = 4 // (config.head_group_size or 4)
+    assert {len(ranks) for ranks in c.truncation_ranks.values()} == {groups} == {c.num_head_groups}
+    assert set(c.width_tiers) == (set(PROJECTIONS) if config.tiered else set())
+    for side in ("k", "v"):
+        scheme = getattr(c, f"{side}_scheme") or {}
+        asked = json.loads(getattr(config, f"{side}_scheme") or "null")
+        if asked is not None:
+            assert scheme == asked
+        # With tiers, a rotation only where the channels of a token share a scale.
+        per_token = scheme.get("orientation", "per_channel" if side == "k" else "per_token") == "per_token"
+        assert getattr(c, f"{side}_hadamard") == (per_token or not config.tiered)
+        for i in range(2):
+            projection = getattr(model.model.layers[i].self_attn, f"{side}_proj")
+            assert (projection.latent_scale is not None) == scheme.get("static", False)
+    if config.group_size is not None:
+        assert c.group_size == config.group_size
+    assert (set(report["rates"]) == set(PROJECTIONS)) == (config.tiered and config.probe)
+
+
+def test_the_mean_is_in_one_channel(place, tmp_path):
+    """Of the channels that are kept, one carries the mean over the text; the others average to nothing."""
+    main(settings(place, tmp_path, budget=0.4, k_mean_split=True))
+    model, tokenizer = load_model(str(tmp_path))
+    tokens = tokenizer((place / "text.txt").read_text())["input_ids"]
+    windows = torch.tensor(tokens[: len(tokens) // 140 * 140]).view(-1, 140)
+    windows = windows[torch.linspace(0, len(windows) - 1, 4).round().long()]
+    with torch.no_grad():
+        hidden = model(windows, output_hidden_states=True, use_cache=False).hidden_states[0]
+        attention = model.model.layers[0].self_attn
+        x = model.model.layers[0].input_layernorm(hidden).flatten(0, 1)
+    keys, values = (p.BLinear(x).detach() for p in (attention.k_proj, attention.v_proj))
+    shares = [(z.mean(0).square() / z.square().mean(0)).sort(descending=True)[0] for z in (keys, values)]
+    assert shares[0][0] > 0.02 and shares[0][1:].max() < 1e-3
+    assert shares[1][1] > 1e-3
+
+
+def test_shares_still_work(place, tmp_path):
+    report = main(settings(place, tmp_path, share=0.5, rank_multiple=1))
+    assert report["budget"] is None and report["width_tiers"] == {}
+    assert sum(sum(ranks) for ranks in report["truncation_ranks"].values()) == 64
+    model = ALRDLlamaForCausalLM.from_pretrained(tmp_path)
+    assert model.config.truncation_ranks == report["truncation_ranks"]
+    assert (model.config.k_hadamard, model.config.residual_length) == (True, 32)
+
+
+def test_constant_text(place, tmp_path):
+    """All tokens alike: the covariance has rank one, nothing varies."""
+    how = {"text": str(place / "constant.txt"), "budget": 0.3, "k_mean_split": True, "head_group_size": 2}
+    report = main(settings(place, tmp_path, **how))
+    model = check_checkpoint(tmp_path, report, 0.3, 0)
+    assert all(torch.isfinite(t).all() for t in model.state_dict().values())
+
+
+# ---- the same again
+
+
+def test_a_seed_decides_every_byte(place, tmp_path):
+    digests = []
+    for i, seed in enumerate((0, 0, 1)):
+        own = {"statistics": str(tmp_path / f"statistics{i}"), "seed": seed}
+        main(settings(place, tmp_path / str(i), **own))
+        digests.append(digest(tmp_path / str(i)))
+        torch.manual_seed(17)  # somebody else's random numbers
+        torch.randn(100)
+    assert digests[0] == digests[1] != digests[2]
+    first, other = (load_file(tmp_path / i / "model.safetensors") for i in "02")
+    assert torch.equal(first["model.embed_tokens.weight"], other["model.embed_tokens.weight"])
+
+
+class Clock:
+    """`time` in which a minute and a half passes between two looks at it."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        self.now += 90.0
+        return self.now
+
+
+def interrupt_after(calls: int, function, seen: list):
+    """The function, which breaks down when it is called once more than `calls` times."""
+
+    def wrapped(*args, **kwargs):
+        if len(seen) == calls:
+            raise KeyboardInterrupt
+        seen.append(args)
+        return function(*args, **kwargs)
+
+    return wrapped
+
+
+def test_an_interrupted_statistics_pass_goes_on(place, tmp_path, monkeypatch):
+    main(settings(place, tmp_path / "whole", batch_size=1, statistics=str(tmp_path / "s1")))
+    config = settings(place, tmp_path / "again", batch_size=1, statistics=str(tmp_path / "s2"))
+    seen, run = [], statistics._run
+    with monkeypatch.context() as patch:
+        patch.setattr(statistics, "time", Clock())
+        patch.setattr(statistics, "_run", interrupt_after(3, run, seen))
+        with pytest.raises(KeyboardInterrupt):
+            main(config)
+    assert not (tmp_path / "again").exists()
+    seen.clear()
+    monkeypatch.setattr(statistics, "_run", interrupt_after(1, run, seen))
+    main(config)
+    assert len(seen) == 1
+    assert digest(tmp_path / "again") == digest(tmp_path / "whole")
+
+
+def test_an_interrupted_probe_goes_on(place, tmp_path, monkeypatch):
+    main(settings(place, tmp_path / "whole", statistics=str(tmp_path / "s1")))
+    config = settings(place, tmp_path / "again", statistics=str(tmp_path / "s2"))
+    write, seen = script.write_json, []
+
+    def write_rates(path, record):
+        write(path, record)
+        if str(path).endswith(".rates.json"):
+            seen.append(len(record["rates"]))
+            if seen == [1, 2]:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "write_json", write_rates)
+    with pytest.raises(KeyboardInterrupt):
+        main(config)
+    assert not (tmp_path / "again").exists()
+    assert main(config)["rates"] == json.loads((tmp_path / "whole" / "report.json").read_text())["rates"]
+    assert seen == [1, 2, 3, 4]
+    assert digest(tmp_path / "again") == digest(tmp_path / "whole")
+    main(config)
+    assert seen == [1, 2, 3, 4]
+
+
+def test_rates_are_kept_by_all_that_they_depend_on(place, tmp_path):
+    own = {"statistics": str(tmp_path / "statistics")}
+    for i, fields in enumerate(
+        ({}, {"budget": 0.3}, {"k_mean_split": True}, {"head_group_size": 2, "budget": 0.2}, {"objective": "input"})
+    ):
+        main(settings(place, tmp_path / str(i), **own | fields))
+    # A budget changes nothing that is measured; the others do.
+    assert len(list((tmp_path / "statistics").glob("*.rates.json"))) == 4
+    # The pass over the text is one for all, but for the objective that needs no gradients.
+    assert len(list((tmp_path / "statistics").glob("*.safetensors"))) == 2
+
+
+# ---- sweeps
+
+
+SMALL_EVALUATION = {"windows": 1, "length": 600, "prefill": 560, "chunk": 8}
+
+
+def test_a_sweep(place, tmp_path, monkeypatch, pictures):
+    evaluation = SMALL_EVALUATION | {"text": str(place / "text.txt")}
+    monkeypatch.setattr(script, "measure_sweep", partial(script.measure_sweep, **evaluation))
+    for name in ("spectra", "widths"):
+        monkeypatch.setattr(script.plots, name, lambda *args: None)
+    record = main(settings(place, tmp_path, sweep=[0.3, 0.15]))
+    assert json.loads((tmp_path / "sweep.json").read_text()) == record
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["0.15", "0.3"]
+    assert len(record["results"]) == 3 and "dense" in record["results"]
+    for budget in (0.3, 0.15):
+        report = json.loads((tmp_path / f"{budget}" / "report.json").read_text())
+        check_checkpoint(tmp_path / f"{budget}", report, budget)
+        # As if it had been made by itself.
+        main(settings(place, tmp_path / "alone" / str(budget), budget=budget))
+        assert digest(tmp_path / "alone" / str(budget)) == digest(tmp_path / str(budget))
+
+
+def test_a_sweep_with_a_budget_that_cannot_be_met_writes_nothing(place, tmp_path):
+    with pytest.raises(ValueError, match=r"budget=0\.001 of 131,072 bytes at 512 tokens: budget: 131 bytes must be"):
+        main(settings(place, tmp_path / "sweep", sweep=[0.3, 0.001]))
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_blocks_that_a_budget_cannot_pay_are_left_out(place, tmp_path):
+    """The window of a block of 128 alone would take more than this; that of a block of 32 does not."""
+    report = main(settings(place, tmp_path, budget=0.01, group_size=None))
+    assert check_checkpoint(tmp_path, report, 0.01, 0.8).config.group_size == 32
+
+
+# ---- refusals
+
+
+BAD_OPTIONS = {
+    "no size": ({}, r"budget, share, sweep: exactly one must be given, got none"),
+    "two sizes": ({"budget": 0.1, "share": 0.5}, r"exactly one must be given, got budget, share"),
+    "budget and sweep": ({"budget": 0.1, "sweep": [0.1]}, r"exactly one must be given, got budget, sweep"),
+    "share and sweep": ({"share": 0.1, "sweep": [0.1]}, r"exactly one must be given, got share, sweep"),
+    "budget of nothing": ({"budget": 0.0}, r"budget=0\.0: must be above 0 and at most 1"),
+    "budget beyond the dense cache": ({"budget": 1.1}, r"budget=1\.1: must be above 0 and at most 1"),
+    "a bad budget of a sweep": ({"sweep": [0.1, -0.1]}, r"budget=-0\.1: must be above 0"),
+    "allocation": ({"budget": 0.1, "allocation": "best"}, r"allocation='best': must be one of tiers, water_filling"),
+}
+
+
+@pytest.mark.parametrize(("fields", "message"), BAD_OPTIONS.values(), ids=BAD_OPTIONS)
+def test_bad_options(fields, message):
+    with pytest.raises(ValueError, match=message):
+        CalibrationConfig(**fields)
+
+
+#: Options, and what the message must say.
+REFUSALS = {
+    "budget that cannot be met": (
+        {"budget": 0.005, "group_size": None},
+        r"budget=0\.005 of 131,072 bytes at 512 tokens: budget: 655 bytes must be at least [\d,]+, what block tables",
+    ),
+    "budget that ranks cannot meet": (
+        {"budget": 0.05, "allocation": "water_filling"},
+        r"budget=0\.05 of 131,072 bytes at 512 tokens: budget: 6,553 bytes must hold the smallest ranks",
+    ),
+    "text too short": ({"text": "short.txt"}, r"windows=4: '.*short\.txt' has only 2 windows of 140 tokens"),
+    "tokenizer of another model": (
+        {"model": "small vocabulary"},
+        r"model='.*small vocabulary': its tokenizer has 257 tokens, its embedding only 100",
+    ),
+    "no such model": ({"model": "nowhere"}, r"model='.*nowhere': must be an existing folder"),
+    "windows without a sample": ({"length": 100}, r"length=100: .*sinks and 128"),
+    "blocks longer than the sample": ({"group_size": 512}, r"group_size=512: must"),
+    "objective": ({"objective": "best"}, r"objective='best': must be one of"),
+    "head groups": ({"head_group_size": 3}, r"head_group_size=3: must divide"),
+    "a scheme that is not JSON": ({"k_scheme": "{static"}, r"k_scheme='\{static': must be JSON"),
+    "a scheme that does not go with tiers": ({"k_scheme": '{"rotation": true}'}, r"tiers: .*rotation"),
+    "static scales without tiers": (
+        {"allocation": "water_filling", "k_scheme": '{"orientation": "per_channel", "static": true}'},
+        r"k_scheme.*static",
+    ),
+    "static scales for a share": (
+        {"share": 0.5, "v_scheme": '{"orientation": "per_channel", "static": true}'},
+        r"v_scheme.*static",
+    ),
+}
+
+
+@pytest.mark.parametrize(("fields", "message"), REFUSALS.values(), ids=REFUSALS)
+def test_refused_before_anything_is_written(place, tmp_path, fields, message):
+    fields = dict(fields)
+    for name in ("model", "text"):
+        if name in fields:
+            fields[name] = str(place / fields[name])
+    with pytest.raises(ValueError, match=message):
+        main(settings(place, tmp_path / "output", **fields))
+    assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize("fields", [{"objective": "best"}, {"length": 100}, {"group_size": 512}], ids=str)
+def test_options_are_checked_before_the_long_work(place, tmp_path, fields, monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("ran the model")
+
+    monkeypatch.setattr(script, "collect_statistics", never)
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        main(settings(place, tmp_path / "output", **fields))
+
+
+def test_a_split_checkpoint_is_not_split_again(place, tmp_path):
+    main(settings(place, tmp_path / "first"))
+    before = digest(tmp_path / "first")
+    with pytest.raises(ValueError, match=r"model='.*first': must be a dense checkpoint, is split already"):
+        main(settings(place, tmp_path / "second", model=str(tmp_path / "first")))
+    assert not (tmp_path / "second").exists() and digest(tmp_path / "first") == before
+
+
+def test_the_smallest_budget_is_accepted(place, tmp_path):
+    """The refusal says which one; a byte less is refused."""
+    with pytest.raises(ValueError) as error:
+        main(settings(place, tmp_path / "none", budget=0.005))
+    smallest = int(str(error.value).split("at least ")[1].split(", what")[0].replace(",", ""))
+    report = main(settings(place, tmp_path / "some", budget=smallest / DENSE))
+    check_checkpoint(tmp_path / "some", report, smallest / DENSE, 1)
+    assert report["truncation_ranks"] == {name: [1] for name in PROJECTIONS}
+    with pytest.raises(ValueError, match=f"must be at least {smallest:,}"):
+        main(settings(place, tmp_path / "none", budget=(smallest - 1) / DENSE))
+    assert not (tmp_path / "none").exists()
