@@ -7,10 +7,13 @@ water-filling).
 """
 
 import itertools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from configuration_alrd_llama import QuantScheme
 from modules.codecs import block_nbytes, make_codec
@@ -68,6 +71,35 @@ def measure_costs(
         if static is not None:
             scales.append(static)
     return ChannelCosts(dropped, torch.stack(kept, dim=1), scales)
+
+
+def save_costs(path: Path, costs: dict[str, list[ChannelCosts]]) -> None:
+    """Write costs by projection to a safetensors file, so that an interruption leaves the old one whole."""
+    tensors = {}
+    for name, groups in costs.items():
+        for i, group in enumerate(groups):
+            tensors |= {f"{name}/{i}/dropped": group.dropped, f"{name}/{i}/kept": group.kept}
+            if group.scales:
+                tensors[f"{name}/{i}/scales"] = torch.stack([torch.stack(pair) for pair in group.scales])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    try:
+        save_file({name: t.contiguous() for name, t in tensors.items()}, part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load_costs(path: Path) -> dict[str, list[ChannelCosts]]:
+    """Inverse of `save_costs`."""
+    tensors, costs = load_file(path), {}
+    for name, i in sorted({(name, int(i)) for name, i, _ in (key.split("/") for key in tensors)}):
+        scales = tensors.get(f"{name}/{i}/scales", torch.empty(0))
+        pairs = [tuple(pair) for pair in scales]
+        costs.setdefault(name, []).append(
+            ChannelCosts(tensors[f"{name}/{i}/dropped"], tensors[f"{name}/{i}/kept"], pairs)
+        )
+    return costs
 
 
 def _rotated_error(codec, blocks: torch.Tensor) -> torch.Tensor:

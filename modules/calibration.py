@@ -1,12 +1,12 @@
 """What a factorization minimises: the error that the model can see, from the statistics of a text.
 
-The objectives are how an error of the keys and values is weighted, and on which inputs; DESIGN of each in `OBJECTIVES`.
+An objective says how errors of keys and values are weighted, and on which inputs (`OBJECTIVES`); `probe_rates` measures what
+an error of each projection costs.
 """
 
 from collections.abc import Callable
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from configuration_alrd_llama import ALRDLlamaConfig, check_choice
@@ -67,8 +67,7 @@ def _query_output(model: PreTrainedModel, layer_idx: int, stats: LayerStatistics
 def _query_output_rope(model: PreTrainedModel, layer_idx: int, stats: LayerStatistics) -> dict[str, dict]:
     how, config = _query_output(model, layer_idx, stats), model.config
     inv_freq, longest = model.model.rotary_emb.inv_freq, min(config.max_position_embeddings, 8192)
-    metric = rope_key_metric(stats.query_covariance, config.num_key_value_heads, inv_freq, longest)
-    how["k_proj"]["metric"] = metric
+    how["k_proj"]["metric"] = rope_key_metric(stats.query_covariance, config.num_key_value_heads, inv_freq, longest)
     return how
 
 
@@ -175,7 +174,7 @@ def probe_rates(
             parts = [torch.randn(*output.shape[:-1], len(s), generator=generator) @ s for s in shapes]
             return output + torch.cat(parts, dim=-1).to(output)
 
-        handle = _module(model, name).register_forward_hook(add_noise)
+        handle = model.get_submodule(name).register_forward_hook(add_noise)
         try:
             divergence = 0.0
             for window, reference in zip(tokens, references, strict=True):
@@ -186,10 +185,6 @@ def probe_rates(
         if on_result is not None:
             on_result(rates)
     return rates
-
-
-def _module(model: nn.Module, name: str) -> nn.Module:
-    return model.get_submodule(name)
 
 
 def _noise(variance: torch.Tensor, level: float) -> torch.Tensor:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -96,8 +96,8 @@ def statistics_record(
     }
 
 
-def statistics_key(record: dict) -> str:
-    """Name of the file for a `statistics_record`: 16 hexadecimal digits."""
+def record_key(record: dict) -> str:
+    """Name of the file for a record: 16 hexadecimal digits."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -110,6 +110,7 @@ def collect_statistics(
     batch_size: int = 4,
     seed: int = 0,
     folder: str | os.PathLike | None = None,
+    about: dict | None = None,
     save_seconds: float = 60.0,
 ) -> list[LayerStatistics]:
     """Run a dense Llama, Mistral or Qwen2 over text once, forwards and, for the Fisher information, backwards.
@@ -127,6 +128,7 @@ def collect_statistics(
         seed: Of the tokens that the model draws for the Fisher information.
         folder: Where the statistics are kept, in a file named by a key that contains everything they depend on; a
             file that is there is used, a part of one is completed. `None`: not kept.
+        about: What a reader of the file's record may want to know beside its key: names of model and text, commit.
         save_seconds: Time between two saves of a pass that is under way.
 
     Returns:
@@ -140,7 +142,7 @@ def collect_statistics(
     if tokens.shape[1] < sinks + sample:
         raise ValueError(f"tokens: windows of {tokens.shape[1]} must hold {sinks} sinks and {sample} sampled tokens")
     record = statistics_record(model, tokens, fisher, sample, sinks, batch_size, seed)
-    path = Path(folder) / f"{statistics_key(record)}.safetensors" if folder is not None else None
+    path = Path(folder) / f"{record_key(record)}.safetensors" if folder is not None else None
 
     sums, done = _empty_sums(model, fisher, sample), 0
     if path is not None and path.exists():
@@ -154,7 +156,7 @@ def collect_statistics(
                     sums[name] = torch.cat([sums[name], tensor]) if name.endswith("sample") else sums[name] + tensor
                 done = i + 1
                 if path is not None and (done == len(batches) or time.monotonic() - saved > save_seconds):
-                    _save(path, sums, done, record)
+                    _save(path, sums, done, record | {"about": about or {}})
                     saved = time.monotonic()
     return _to_layers(model, sums, tokens.numel())
 
@@ -286,4 +288,4 @@ def _load(path: Path) -> tuple[dict[str, torch.Tensor], int]:
         return {name: file.get_tensor(name) for name in file.keys()}, int(file.metadata()["batches"])  # noqa: SIM118
 
 
-__all__: Sequence[str] = ["LayerStatistics", "ProjectionStatistics", "collect_statistics", "statistics_record"]
+__all__ = ["LayerStatistics", "ProjectionStatistics", "collect_statistics", "record_key", "statistics_record"]

@@ -21,9 +21,19 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from configuration_alrd_llama import ALRDLlamaConfig, side_scheme
+from configuration_alrd_llama import ALRDLlamaConfig, QuantScheme, side_scheme
 from modeling_alrd_llama import ALRDLlamaForCausalLM
-from modules.allocation import TIER_BITS, ChannelCosts, Plan, allocate, largest_share, measure_costs, prices
+from modules.allocation import (
+    TIER_BITS,
+    ChannelCosts,
+    Plan,
+    allocate,
+    largest_share,
+    load_costs,
+    measure_costs,
+    prices,
+    save_costs,
+)
 from modules.calibration import OBJECTIVES, PROJECTIONS, probe_rates, projection_factors
 from modules.kivi_cache import CacheScheme, config_schemes, config_widths
 from modules.rank_search import (
@@ -34,7 +44,7 @@ from modules.rank_search import (
     uniform_ranks,
     water_fill,
 )
-from modules.statistics import LayerStatistics, collect_statistics, statistics_key, statistics_record
+from modules.statistics import LayerStatistics, collect_statistics, record_key, statistics_record
 from modules.svd_linear import Factors
 from scripts import plots
 from scripts.common import (
@@ -42,6 +52,7 @@ from scripts.common import (
     dense_nbytes,
     environment,
     find_model,
+    git_commit,
     load_model,
     parse_config,
     parse_json,
@@ -141,9 +152,10 @@ class Calibration:
     stored_dtype: torch.dtype
     text: dict
     statistics: list[LayerStatistics] | None
+    record: dict
     factors: dict[str, list[Factors]]
     target: ALRDLlamaConfig
-    costs: dict[int, dict[str, list[ChannelCosts]]] = field(default_factory=dict)
+    costs: dict[Path, dict[str, list[ChannelCosts]]] = field(default_factory=dict)
     rates: dict[str, float] = field(default_factory=dict)
     plan: Plan | None = None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -188,23 +200,24 @@ def calibrate(config: CalibrationConfig) -> Calibration:
     sample = min(256, (config.length - config.sink_length) // 128 * 128)
     if config.tiered and sample <= 0:
         raise ValueError(f"length={config.length}: windows must hold the sinks and 128 tokens to sample")
-    statistics, seconds, started = None, {}, time.perf_counter()
+    statistics, record, seconds, started = None, {}, {}, time.perf_counter()
     if config.objective != "weight" or config.budgets:
-        statistics = collect_statistics(
-            dense,
-            _windows(config, documents, tokenizer, config.windows),
-            fisher=config.objective == "fisher",
-            sinks=config.sink_length,
-            sample=max(sample, 0),
-            batch_size=config.batch_size,
-            seed=config.seed,
-            folder=config.statistics,
-        )
+        tokens = _windows(config, documents, tokenizer, config.windows)
+        settings = {
+            "fisher": config.objective == "fisher",
+            "sample": max(sample, 0),
+            "sinks": config.sink_length,
+            "batch_size": config.batch_size,
+            "seed": config.seed,
+        }
+        record = statistics_record(dense, tokens, **settings)
+        about = {"model": config.model, "text": config.text, **describe(documents), "commit": git_commit()}
+        statistics = collect_statistics(dense, tokens, **settings, folder=config.statistics, about=about)
     seconds["statistics"], started = time.perf_counter() - started, time.perf_counter()
     factors = projection_factors(dense, target, statistics, config.objective)
     seconds["factors"] = time.perf_counter() - started
     calibration = Calibration(
-        dense, tokenizer, source.dtype or torch.float32, describe(documents), statistics, factors, target
+        dense, tokenizer, source.dtype or torch.float32, describe(documents), statistics, record, factors, target
     )
     calibration.seconds = seconds
     if config.share is not None:
@@ -254,15 +267,12 @@ def _probe(config: CalibrationConfig, calibration: Calibration, documents) -> di
         name: [_variance(f, y) for f, y in zip(groups, _samples(calibration, name), strict=True)]
         for name, groups in calibration.factors.items()
     }
-    record = statistics_record(calibration.dense, tokens, False, 0, config.sink_length, 1, config.seed)
-    names = ("text", "windows", "length", "batch_size", "objective", "head_group_size", "k_mean_split", "v_mean_split")
-    record |= {"probe": {name: getattr(config, name) for name in names}}
-    path = Path(config.statistics) / f"{statistics_key(record)}.rates.json"
+    path = _kept(config, calibration, "rates.json", seed=config.seed, tokens=tokens.tolist())
     known = json.loads(path.read_text())["rates"] if path.exists() else {}
     progress = tqdm(total=len(variances), initial=len(known), desc="Sensitivity")
 
     def keep(rates: dict[str, float]) -> None:
-        write_json(path, {"record": record, "rates": rates})
+        write_json(path, {"statistics": record_key(calibration.record), "rates": rates})
         progress.update()
 
     rates = probe_rates(
@@ -271,6 +281,13 @@ def _probe(config: CalibrationConfig, calibration: Calibration, documents) -> di
     progress.close()
     calibration.seconds["probe"] = time.perf_counter() - started
     return rates
+
+
+def _kept(config: CalibrationConfig, calibration: Calibration, suffix: str, **settings) -> Path:
+    """File in the statistics folder of what follows from the statistics, the factors and further settings."""
+    names = ("objective", "head_group_size", "k_mean_split", "v_mean_split")
+    of = {"statistics": calibration.record} | {name: getattr(config, name) for name in names} | settings
+    return Path(config.statistics) / f"{record_key(of)}.{suffix}"
 
 
 def _samples(calibration: Calibration, name: str) -> tuple[torch.Tensor, ...]:
@@ -317,7 +334,7 @@ def _fit_tiers(config: CalibrationConfig, calibration: Calibration, limit: int) 
     for group_size in group_sizes:
         target = ALRDLlamaConfig.from_llama(calibration.target, group_size=group_size)
         cache, sides = CacheScheme.from_config(target), dict(zip(PROJECTIONS, _sides(target)))
-        costs = _measured_costs(calibration, sides, cache.block_length, static)
+        costs = _measured_costs(config, calibration, sides, cache.block_length)
         price = {p: prices(s, cache, TIER_BITS, config.tokens, calibration.stored_dtype) for p, s in sides.items()}
         plan = allocate(costs, rates, lambda name, price=price: price[name[-6:]], TIER_BITS, limit)
         if best is None or plan.divergence < best[1].divergence:
@@ -329,18 +346,25 @@ def _fit_tiers(config: CalibrationConfig, calibration: Calibration, limit: int) 
     return replace(calibration, target=target, plan=plan)
 
 
-def _measured_costs(calibration: Calibration, sides: dict, block_length: int, static: bool) -> dict:
-    """`measure_costs` of every head group by projection; static scales do not depend on the length of a block."""
-    key = 0 if static else block_length
-    if key not in calibration.costs:
-        calibration.costs[key] = {
-            name: [
-                measure_costs(f, y[:, : y.shape[1] // block_length * block_length], sides[name[-6:]], block_length)
-                for f, y in zip(groups, _samples(calibration, name), strict=True)
-            ]
-            for name, groups in tqdm(calibration.factors.items(), desc="Distortion")
-        }
-    return calibration.costs[key]
+def _measured_costs(
+    config: CalibrationConfig, calibration: Calibration, sides: dict[str, QuantScheme], block_length: int
+) -> dict[str, list[ChannelCosts]]:
+    """`measure_costs` of every head group by projection, kept as they come; static scales know no blocks."""
+    schemes = {p: scheme.to_dict() | {"group_size": None} for p, scheme in sides.items()}
+    static = all(scheme.static for scheme in sides.values())
+    path = _kept(config, calibration, "costs.safetensors", schemes=schemes, blocks=0 if static else block_length)
+    if path not in calibration.costs:
+        costs = load_costs(path) if path.exists() else {}
+        for name, groups in tqdm(calibration.factors.items(), desc="Distortion"):
+            if name not in costs:
+                whole = calibration.statistics[0].k_proj.sample.shape[1] // block_length * block_length
+                costs[name] = [
+                    measure_costs(f, y[:, :whole], sides[name[-6:]], block_length)
+                    for f, y in zip(groups, _samples(calibration, name), strict=True)
+                ]
+                save_costs(path, costs)
+        calibration.costs[path] = {name: costs[name] for name in calibration.factors}
+    return calibration.costs[path]
 
 
 def _sides(target: ALRDLlamaConfig) -> tuple:
