@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from configuration_alrd_llama import QuantScheme
 from modules.codecs import block_nbytes, make_codec
+from modules.hadamard_utils import rotate
 from modules.kivi_cache import TABLE_ENTRY_NBYTES, CacheScheme
 from modules.quant_utils import quantize
 from modules.svd_linear import Factors
@@ -104,8 +105,7 @@ def load_costs(path: Path) -> dict[str, list[ChannelCosts]]:
 
 def _rotated_error(codec, blocks: torch.Tensor) -> torch.Tensor:
     """Error of each channel of a rotated tier: its second moment times the tier's relative error."""
-    rotation = torch.linalg.qr(torch.randn(blocks.shape[-1], blocks.shape[-1], generator=torch.manual_seed(0)))[0]
-    rotated = blocks @ rotation
+    rotated = rotate(blocks)
     relative = (codec.decode(codec.encode(rotated)) - rotated).square().sum() / rotated.square().sum().clamp(min=1e-30)
     return relative.double() * blocks.double().square().mean((0, 1))
 

@@ -1,7 +1,7 @@
 """What a factorization minimises: the error that the model can see, from the statistics of a text.
 
-An objective says how errors of keys and values are weighted, and on which inputs (`OBJECTIVES`); `probe_rates` measures what
-an error of each projection costs.
+An objective says how errors of keys and values are weighted, and on which inputs (`OBJECTIVES`); `probe_rates` measures
+what an error of each projection costs.
 """
 
 from collections.abc import Callable
