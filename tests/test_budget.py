@@ -146,8 +146,6 @@ def test_a_larger_budget_is_better(place, tmp_path):
     divergences = [r["predicted_divergence"] for r in reports]
     assert divergences == sorted(divergences, reverse=True) and divergences[1] < 0.5 * divergences[0]
     assert reports[0]["nbytes"] < reports[1]["nbytes"]
-    for report, budget in zip(reports, (0.1, 0.3), strict=True):
-        check_checkpoint(tmp_path / str(budget), report, budget)
 
 
 def test_scales_are_those_of_the_latents(place, tmp_path):
@@ -177,7 +175,6 @@ def test_scales_are_those_of_the_latents(place, tmp_path):
 VARIANTS = {
     "mean split": {"k_mean_split": True, "v_mean_split": True},
     "one head": {"head_group_size": 1, "budget": 0.3},
-    "two heads": {"head_group_size": 2, "budget": 0.2},
     "two heads, mean split": {"head_group_size": 2, "budget": 0.2, "k_mean_split": True},
     "mse keys, values per channel": {
         "k_scheme": '{"range_method": "mse"}',
@@ -204,9 +201,7 @@ VARIANTS = {
     "blocks of 64, other window": {"group_size": 64, "residual_length": 40, "sink_length": 1, "budget": 0.3},
     "no probe": {"probe": False},
     "objective input": {"objective": "input"},
-    "objective weight": {"objective": "weight"},
-    "bfloat16 with biases": {"model": "bfloat16", "dtype": "float32"},
-    "bfloat16 throughout": {"model": "bfloat16", "dtype": "bfloat16"},
+    "bfloat16 with biases": {"model": "bfloat16"},
     "water-filling": {"allocation": "water_filling", "budget": 0.3, "rank_multiple": 1},
     "water-filling, wider": {
         "allocation": "water_filling",
@@ -281,6 +276,20 @@ def test_constant_text(place, tmp_path):
     report = main(settings(place, tmp_path, **how))
     model = check_checkpoint(tmp_path, report, 0.3, 0)
     assert all(torch.isfinite(t).all() for t in model.state_dict().values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_split_model_is_the_one_that_is_loaded(place, tmp_path, dtype):
+    """To the frequencies of RoPE, which are float32 in a bfloat16 model too."""
+    config = settings(place, tmp_path, model=str(place / "bfloat16"), dtype=dtype, objective="input", probe=False)
+    calibration = script.calibrate(config)
+    made = script.fit_budget(config, calibration, 0.15).split()
+    made.save_pretrained(tmp_path)
+    loaded = ALRDLlamaForCausalLM.from_pretrained(tmp_path).eval()
+    ids = torch.randint(1, 257, (1, 200))
+    assert made.dtype == loaded.dtype == torch.bfloat16
+    with torch.no_grad():
+        assert torch.equal(made(ids).logits, loaded(ids).logits)
 
 
 # ---- the same again
@@ -365,11 +374,11 @@ def test_an_interrupted_probe_goes_on(place, tmp_path, monkeypatch):
 def test_rates_are_kept_by_all_that_they_depend_on(place, tmp_path):
     own = {"statistics": str(tmp_path / "statistics")}
     for i, fields in enumerate(
-        ({}, {"budget": 0.3}, {"k_mean_split": True}, {"head_group_size": 2, "budget": 0.2}, {"objective": "input"})
+        ({}, {"budget": 0.3}, {"k_mean_split": True, "objective": "input"}, {"head_group_size": 2, "budget": 0.2})
     ):
         main(settings(place, tmp_path / str(i), **own | fields))
     # A budget changes nothing that is measured; the others do.
-    assert len(list((tmp_path / "statistics").glob("*.rates.json"))) == 4
+    assert len(list((tmp_path / "statistics").glob("*.rates.json"))) == 3
     # The pass over the text is one for all, but for the objective that needs no gradients.
     assert len(list((tmp_path / "statistics").glob("*.safetensors"))) == 2
 

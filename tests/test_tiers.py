@@ -15,7 +15,7 @@ import pytest
 import torch
 from test_codecs import Case, check_edits, check_feeding_order, check_rows, example, expected_nbytes, same_bits
 from test_kivi_cache import assert_same_rows, feed, padded_masks, row_states
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from configuration_alrd_llama import ALRDLlamaConfig, QuantScheme
 from modeling_alrd_llama import ALRDLlamaForCausalLM
@@ -813,7 +813,10 @@ def test_a_checkpoint_brings_its_scales(tmp_path, how):
 
 
 def test_a_bfloat16_checkpoint_of_a_bfloat16_model(tmp_path):
-    model = static_model(tiny_dense(dtype=torch.bfloat16))
+    tiny_dense(dtype=torch.bfloat16).save_pretrained(tmp_path / "dense")
+    model = static_model(AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval())
+    # Frequencies of RoPE in bfloat16 would turn distant tokens by whole radians.
+    assert model.dtype == torch.bfloat16 and model.model.rotary_emb.inv_freq.dtype == torch.float32
     model.save_pretrained(tmp_path)
     loaded = ALRDLlamaForCausalLM.from_pretrained(tmp_path).eval()
     assert loaded.dtype == torch.bfloat16 and same_scales(loaded, model)
