@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from configuration_alrd_llama import ALRDLlamaConfig, QuantScheme, side_scheme
+from configuration_alrd_llama import ALRDLlamaConfig, QuantScheme, check_choice, side_scheme
 from modeling_alrd_llama import ALRDLlamaForCausalLM
 from modules.allocation import (
     TIER_BITS,
@@ -49,6 +49,8 @@ from modules.svd_linear import Factors
 from scripts import plots
 from scripts.common import (
     BUNDLED_MODEL,
+    DTYPES,
+    check_positive,
     dense_nbytes,
     environment,
     find_model,
@@ -121,18 +123,27 @@ class CalibrationConfig:
         metadata={"help": f"Other fields of QuantScheme for keys, as JSON; with tiers {STATIC} by default."},
     )
     v_scheme: str | None = field(default=None, metadata={"help": "The same for values."})
-    dtype: str = field(default="float32", metadata={"help": "Type in which the dense model runs: float32, bfloat16."})
-    device: str = field(default="cpu", metadata={"help": "Where it runs: cpu, cuda, or auto (accelerate's placement)."})
+    dtype: str = field(
+        default="float32", metadata={"help": f"Type in which the dense model runs: {', '.join(DTYPES)}."}
+    )
+    device: str = field(default="cpu", metadata={"help": "Where it runs: cpu or cuda."})
 
     def __post_init__(self):
         given = [name for name in ("budget", "share") if getattr(self, name) is not None] + ["sweep"] * bool(self.sweep)
         if len(given) != 1:
             raise ValueError(f"budget, share, sweep: exactly one must be given, got {', '.join(given) or 'none'}")
+        for name, choices in (
+            ("allocation", ALLOCATIONS),
+            ("objective", tuple(OBJECTIVES)),
+            ("dtype", DTYPES),
+            ("device", ("cpu", "cuda")),
+        ):
+            check_choice(name, getattr(self, name), choices)
+        for name in ("tokens", "windows", "length", "batch_size", "rank_multiple"):
+            check_positive(name, getattr(self, name))
         for budget in self.budgets:
             if not 0 < budget <= 1:
                 raise ValueError(f"budget={budget}: must be above 0 and at most 1, a share of the dense cache")
-        if self.allocation not in ALLOCATIONS:
-            raise ValueError(f"allocation={self.allocation!r}: must be one of {', '.join(ALLOCATIONS)}")
 
     @property
     def budgets(self) -> list[float]:
