@@ -414,6 +414,8 @@ def test_no_cost_is_beyond_that_of_dropping(fields):
     sample[..., 3], sample[..., 4] = 0.0, -2.5
     sample[..., 5] = torch.distributions.StudentT(1.5).sample((6, 64))
     sample[2, 7, 6] = 1e4
+    # Zeros between two far levels: two bits from end to end store them worse than not at all.
+    sample[..., 7] = torch.eye(32)[0].repeat(2) - torch.eye(32)[1].repeat(2)
     costs = measure_costs(identity_factors(12, 3.0), sample, QuantScheme(**fields, group_size=32), 32)
     assert costs.dropped.dtype == costs.kept.dtype == torch.float64
     assert (costs.kept <= costs.dropped[:, None]).all() and (costs.kept >= 0).all()

@@ -380,7 +380,35 @@ def test_rates_are_kept_by_all_that_they_depend_on(place, tmp_path):
     # A budget changes nothing that is measured; the others do.
     assert len(list((tmp_path / "statistics").glob("*.rates.json"))) == 3
     # The pass over the text is one for all, but for the objective that needs no gradients.
-    assert len(list((tmp_path / "statistics").glob("*.safetensors"))) == 2
+    passes = [p for p in (tmp_path / "statistics").glob("*.safetensors") if ".costs" not in p.name]
+    assert len(passes) == 2
+
+
+def test_costs_are_kept_by_all_that_they_depend_on(place, tmp_path):
+    """A run that finds what another has left writes what it writes without it."""
+    shared, alone = ({"statistics": str(tmp_path / name)} for name in ("shared", "alone"))
+    fields = {"budget": 0.5, "probe": False, "objective": "input"}
+    for size in (8, 16):
+        fields["k_scheme"] = json.dumps({"group_size": size})
+        main(settings(place, tmp_path / f"shared{size}", **fields, **shared))
+    main(settings(place, tmp_path / "alone16", **fields, **alone))
+    assert digest(tmp_path / "shared16") == digest(tmp_path / "alone16") != digest(tmp_path / "shared8")
+    reports = [json.loads((tmp_path / n / "report.json").read_text()) for n in ("shared16", "alone16")]
+    assert reports[0]["predicted_divergence"] == reports[1]["predicted_divergence"]
+
+
+def test_interrupted_measurements_of_costs_go_on(place, tmp_path, monkeypatch):
+    own = {"probe": False, "objective": "input", "head_group_size": 2, "budget": 0.2}
+    main(settings(place, tmp_path / "whole", **own, statistics=str(tmp_path / "s1")))
+    config = settings(place, tmp_path / "again", **own, statistics=str(tmp_path / "s2"))
+    measure, seen = script.measure_costs, []
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "measure_costs", interrupt_after(5, measure, seen))
+        with pytest.raises(KeyboardInterrupt):
+            main(config)
+    assert not (tmp_path / "again").exists()
+    main(config)
+    assert digest(tmp_path / "again") == digest(tmp_path / "whole")
 
 
 # ---- sweeps
@@ -430,7 +458,7 @@ BAD_OPTIONS = {
     "budget of nothing": ({"budget": 0.0}, r"budget=0\.0: must be above 0 and at most 1"),
     "budget beyond the dense cache": ({"budget": 1.1}, r"budget=1\.1: must be above 0 and at most 1"),
     "a bad budget of a sweep": ({"sweep": [0.1, -0.1]}, r"budget=-0\.1: must be above 0"),
-    "allocation": ({"budget": 0.1, "allocation": "best"}, r"allocation='best': must be one of tiers, water_filling"),
+    "allocation": ({"budget": 0.1, "allocation": "best"}, r"allocation='best': must be one of .*tiers.*water_filling"),
 }
 
 
