@@ -84,6 +84,9 @@ def _check_stored_model(path, config: ALRDLlamaConfig, hub_arguments: dict) -> N
     stored = ALRDLlamaConfig.from_pretrained(path, **hub_arguments)
     _check_dense_model_type(stored, config)
     if not stored.truncation_ranks:
+        for field in ("k_mean_split", "v_mean_split"):
+            if getattr(config, field):
+                raise ValueError(f"{field}=True: the mean is known to calibrated factors only; {path!r} is dense")
         return
     for projection, rotation in (("k_proj", "k_hadamard"), ("v_proj", "v_hadamard")):
         for i in range(config.num_hidden_layers):
@@ -549,6 +552,9 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
                 name, linear = f"model.layers.{i}.self_attn.{projection}", getattr(layer.self_attn, projection)
                 how = statistics[i][projection] if statistics else {}
                 tiers = config.width_tiers.get(name)
+                if tiers is None and getattr(config, f"{projection[0]}_mean_split"):
+                    # A rotation must not spread the mean over the other channels.
+                    tiers = [[(n, 16) for n in (1, rank - 1) if n] for rank in ranks]
                 split = SVDLinear.from_linear(linear, ranks, config.num_key_value_heads, rotate, tiers, **how)
                 state = {key: tensor for key, tensor in state.items() if not key.startswith(f"{name}.")}
                 state.update({f"{name}.{key}": tensor for key, tensor in split.state_dict().items()})

@@ -24,8 +24,8 @@ def rope_key_metric(
 ) -> torch.Tensor:
     r"""Metric under which the error of a key is the mean squared error of its logits, slow frequencies included.
 
-    `M = E[R_Δ q qᵀ R_Δᵀ]` over offsets Δ from 1 to `longest`, spread evenly over their logarithms; `query_key_metric`
-    is its limit when every frequency has turned many times.
+    `M = E[R_Δ q qᵀ R_Δᵀ]` over offsets Δ from 1 to `longest`, spread evenly over their logarithms; half of
+    `query_key_metric` is its limit when every frequency has turned many times.
 
     Args:
         query_covariance: `[H_q, d, d]`, `E[q qᵀ]` before RoPE.
@@ -115,11 +115,13 @@ def projection_factors(
     check_choice("objective", objective, tuple(OBJECTIVES))
     if statistics is None and objective != "weight":
         raise ValueError(f"objective={objective!r}: needs the statistics of a text")
+    if statistics is None and (config.k_mean_split or config.v_mean_split):
+        raise ValueError("k_mean_split, v_mean_split: need the statistics of a text")
     factors, ranks = {}, (config.full_group_rank,) * config.num_head_groups
     for i, layer in enumerate(model.model.layers):
         how = {p: {} for p in PROJECTIONS} if statistics is None else OBJECTIVES[objective](model, i, statistics[i])
         for p in PROJECTIONS:
-            if getattr(config, f"{p[0]}_mean_split") and statistics is not None:
+            if getattr(config, f"{p[0]}_mean_split"):
                 how[p]["mean"] = getattr(statistics[i], p).mean
             weight = getattr(layer.self_attn, p).weight.detach().cpu()
             factors[f"model.layers.{i}.self_attn.{p}"] = factor_groups(weight, ranks, **how[p])
@@ -164,9 +166,6 @@ def probe_rates(
     for name in missing:
         deviations = [_noise(variance, level) for variance in variances[name]]
         error = sum((f.unit * d.square().sum()).item() for f, d in zip(factors[name], deviations, strict=True))
-        if error <= 0:
-            rates[name] = 0.0
-            continue
         generator = torch.Generator().manual_seed(seed)
         shapes = [(f.a * d).T.float() for f, d in zip(factors[name], deviations, strict=True)]
 
@@ -181,7 +180,7 @@ def probe_rates(
                 divergence += (reference.exp() * (reference - log_probabilities(window))).sum(-1).mean().item()
         finally:
             handle.remove()
-        rates[name] = max(divergence / len(tokens), 0.0) / error
+        rates[name] = max(divergence / len(tokens), 0.0) / error if error > 0 else 0.0
         if on_result is not None:
             on_result(rates)
     return rates

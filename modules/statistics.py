@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -26,6 +26,10 @@ from transformers import PreTrainedModel
 
 #: Version of the files; part of their key.
 FILE_VERSION = 1
+
+
+#: Fields of a configuration that change no number.
+_UNRELATED = ("_name_or_path", "architectures", "dtype", "transformers_version")
 
 
 @dataclass
@@ -82,6 +86,9 @@ def statistics_record(
     return {
         "version": FILE_VERSION,
         "model": model_digest(model),
+        "config": {
+            n: v for n, v in json.loads(model.config.to_json_string(use_diff=False)).items() if n not in _UNRELATED
+        },
         "tokens": hashlib.sha256(tokens.cpu().contiguous().numpy()).hexdigest(),
         "shape": list(tokens.shape),
         "dtype": str(model.dtype),
@@ -284,8 +291,11 @@ def _save(path: Path, sums: dict[str, torch.Tensor], done: int, record: dict) ->
 
 
 def _load(path: Path) -> tuple[dict[str, torch.Tensor], int]:
-    with safe_open(path, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, int(file.metadata()["batches"])  # noqa: SIM118
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, int(file.metadata()["batches"])  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path}: is damaged, delete it to collect the statistics anew ({error})") from None
 
 
 __all__ = ["LayerStatistics", "ProjectionStatistics", "collect_statistics", "record_key", "statistics_record"]

@@ -158,7 +158,8 @@ def factor_weight(
     own = root @ own @ root
     energy, vectors = torch.linalg.eigh(own)
     if mean is not None and mean.abs().max() > 0:
-        first = torch.nn.functional.normalize(root @ mean.double(), dim=0)[:, None]
+        first = root @ (mean.double() / mean.double().abs().max())
+        first = (first / first.norm())[:, None]
         rest = torch.eye(out, dtype=torch.float64) - first @ first.T
         # `first` gets the one negative eigenvalue, so it comes first; put at the end, it becomes the first column.
         lowest = own.trace().clamp(min=torch.finfo(torch.float64).tiny)

@@ -212,7 +212,7 @@ def calibrate(config: CalibrationConfig) -> Calibration:
     if config.tiered and sample <= 0:
         raise ValueError(f"length={config.length}: windows must hold the sinks and 128 tokens to sample")
     statistics, record, seconds, started = None, {}, {}, time.perf_counter()
-    if config.objective != "weight" or config.budgets:
+    if config.objective != "weight" or config.budgets or config.k_mean_split or config.v_mean_split:
         tokens = _windows(config, documents, tokenizer, config.windows)
         settings = {
             "fisher": config.objective == "fisher",

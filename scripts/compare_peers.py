@@ -1,11 +1,11 @@
 """Perplexity through the caches of other projects and of ours: the same model, the same tokens, every byte counted.
 
-    python scripts/compare_peers.py --checkpoints build/half --output scripts/results/peers.json
+    python scripts/compare_peers.py --checkpoints build/sixteenth --output build/peers.json
 
 The peers: `transformers.QuantizedCache` with quanto and with hqq (where they are installed; the table says where not),
-and, as configurations of our own engine and named so, KIVI on full keys and values, Palu, plain ASVD, and our factors
-with the ranks of each search. Windows are the starts of different documents, and intervals come from a paired bootstrap
-over these. Results are kept as they come, and a run that was interrupted goes on where it stopped.
+and, as configurations of our own engine and named so, KIVI on full keys and values, Palu and plain ASVD. Windows are the
+starts of different documents, and intervals come from a paired bootstrap over these. Results are kept as they come, and
+a run that was interrupted goes on where it stopped. The figure is drawn beside the output.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, QuantizedCache
 
 from configuration_alrd_llama import ALRDLlamaConfig
 from modeling_alrd_llama import ALRDLlamaForCausalLM
-from modules.calibration import OBJECTIVES, projection_factors
+from modules.calibration import OBJECTIVES
 from modules.kivi_cache import CacheScheme, KIVILatentCache, config_widths
 from modules.rank_search import (
     asvd_ranks,
@@ -33,8 +33,6 @@ from modules.rank_search import (
     fisher_information,
     fisher_ranks,
     mean_absolute_inputs,
-    uniform_ranks,
-    water_fill,
 )
 from modules.statistics import collect_statistics
 from scripts import plots
@@ -42,7 +40,7 @@ from scripts.common import BUNDLED_MODEL, find_model, load_model, parse_config, 
 from scripts.corpus import describe, load_documents, tokenize_windows
 from scripts.eval_perplexity import EvalConfig, measure, paired_bootstrap, scored_positions
 
-PARTS = ("transformers", "KIVI", "Palu", "ASVD", "searches", "checkpoints")
+PARTS = ("transformers", "KIVI", "Palu", "ASVD", "checkpoints")
 
 
 @dataclass
@@ -213,69 +211,34 @@ class Models:
 
     @cached_property
     def moments(self) -> list:
-        return collect_statistics(self.exact, self.calibration, fisher=False, folder=self.config.statistics)
-
-    @cached_property
-    def weighted(self) -> list:
-        """What our factors of one width are fitted to: inputs, queries, output projection."""
-        of = OBJECTIVES["query_output"]
-        return [of(self.exact, i, stats) for i, stats in enumerate(self.moments)]
-
-    def energies(self, target: ALRDLlamaConfig) -> dict[str, list[torch.Tensor]]:
-        factors = projection_factors(self.exact, target, self.moments, "query_output")
-        return {name: [f.energy[: f.a.shape[1]] for f in groups] for name, groups in factors.items()}
+        return collect_statistics(self.exact, self.calibration, fisher=False, sample=0, folder=self.config.statistics)
 
     @cached_property
     def scaled(self) -> list:
         """What ASVD's factors are fitted to."""
         return asvd_statistics(self.exact, mean_absolute_inputs(self.exact, self.batches("Input scales")))
 
-    def sensitivity(self, statistics: list) -> dict:
+    @cached_property
+    def sensitivity(self) -> dict:
         print("Sensitivity: one projection truncated at a time")
         few = list(self.calibration[: self.config.sensitivity_windows].split(1))
-        return asvd_sensitivity(self.exact, few, self.target(), statistics, multiple=self.config.rank_multiple)
+        return asvd_sensitivity(self.exact, few, self.target(), self.scaled, multiple=self.config.rank_multiple)
 
     @cached_property
-    def asvd_sensitivity(self) -> dict:
-        return self.sensitivity(self.scaled)
-
-    @cached_property
-    def weighted_sensitivity(self) -> dict:
-        return self.sensitivity(self.weighted)
-
-    def fisher(self, target: ALRDLlamaConfig) -> dict:
-        return fisher_information(self.exact, self.batches("Fisher information"), target)
-
-    @cached_property
-    def palu_fisher(self) -> dict:
-        return self.fisher(self.target(4))
-
-    @cached_property
-    def joint_fisher(self) -> dict:
-        return self.fisher(self.target())
+    def fisher(self) -> dict:
+        return fisher_information(self.exact, self.batches("Fisher information"), self.target(4))
 
     def palu(self, share: float) -> ALRDLlamaForCausalLM:
         """Groups of four heads, SVD whitened by the input covariance, Fisher ranks, Hadamard-rotated latents."""
         whitened = [OBJECTIVES["input"](self.exact, i, stats) for i, stats in enumerate(self.moments)]
         target = self.target(4, k_hadamard=True, v_hadamard=True)
-        ranks = fisher_ranks(self.palu_fisher, target, share, self.config.rank_multiple)
+        ranks = fisher_ranks(self.fisher, target, share, self.config.rank_multiple)
         return self.split(target, ranks, whitened)
 
     def asvd(self, share: float) -> ALRDLlamaForCausalLM:
         """Activation-aware scaling, ranks by perplexity sensitivity and binary search."""
         target = self.target(k_hadamard=False, v_hadamard=False)
-        return self.split(target, asvd_ranks(self.asvd_sensitivity, target, share), self.scaled)
-
-    def searched(self, search: str, share: float) -> ALRDLlamaForCausalLM:
-        """Our factors with the ranks of a search."""
-        target, multiple = self.target(k_hadamard=False, v_hadamard=False), self.config.rank_multiple
-        ranks = {
-            "uniform": lambda: uniform_ranks(target, share, multiple),
-            "Fisher": lambda: fisher_ranks(self.joint_fisher, target, share, multiple),
-            "sensitivity": lambda: asvd_ranks(self.weighted_sensitivity, target, share),
-            "water-filling": lambda: water_fill(self.energies(target), share, multiple),
-        }[search]()
-        return self.split(target, ranks, self.weighted)
+        return self.split(target, asvd_ranks(self.sensitivity, target, share), self.scaled)
 
 
 # ---- the peers
@@ -329,10 +292,6 @@ def peers(config: PeersConfig) -> dict[str, Peer]:
     for share in (0.5, 0.25):
         name = f"ASVD, {share:.0%} of ranks, 16 bit (our engine)"
         found[name] = Peer("ASVD", exact, memoized(partial(Models.asvd, share=share)))
-    for share in (0.5, 0.25):
-        for search in ("uniform", "Fisher", "sensitivity", "water-filling"):
-            model = memoized(partial(Models.searched, search=search, share=share))
-            found[f"our factors, {search} ranks, {share:.0%}, 16 bit"] = Peer("searches", exact, model)
     for folder in config.checkpoints:
         path = find_model(folder)
         scheme = CacheScheme.from_config(ALRDLlamaConfig.from_pretrained(path))

@@ -222,7 +222,7 @@ class TestPeers:
         found = peers(PeersConfig())
         by_part = {part: [n for n, p in found.items() if p.part == part] for part in compare_peers.PARTS}
         assert {part: len(names) for part, names in by_part.items()} == {
-            "transformers": 4, "KIVI": 4, "Palu": 6, "ASVD": 2, "searches": 8, "checkpoints": 0
+            "transformers": 4, "KIVI": 4, "Palu": 6, "ASVD": 2, "checkpoints": 0
         }  # fmt: skip
         for name, peer in found.items():
             assert ("our" in name) == (peer.engine == "ours") == (peer.part != "transformers")
@@ -233,10 +233,10 @@ class TestPeers:
     def test_default_feeding_scores_tokens_of_every_peer(self):
         config = PeersConfig()
         schemes = [peer.scheme for peer in peers(config).values()]
-        assert scored_positions(config.length, config.prefill, config.chunk, schemes).sum() > 300
+        assert scored_positions(config.length, config.prefill, config.chunk, schemes).all()
 
     def test_models(self, tmp_path, monkeypatch, bundled):
-        """Palu in groups of four heads, ASVD joint; shares met; every search spends the same."""
+        """Palu in groups of four heads, ASVD joint; shares met."""
         models = object.__new__(compare_peers.Models)
         models.config, models.exact = (
             PeersConfig(rank_multiple=4, sensitivity_windows=1, statistics=str(tmp_path)),
@@ -249,17 +249,9 @@ class TestPeers:
             assert palu.config.head_group_size == 4 and palu.config.k_hadamard
             assert abs(sum(map(sum, palu.config.truncation_ranks.values())) - share * 6 * 128) < 4
         palu(models.calibration[:, :8])
-        full = {}
-        for search in ("uniform", "Fisher", "sensitivity", "water-filling"):
-            model = models.searched(search, 0.5)
-            assert model.config.num_head_groups == 1
-            full[search] = sum(map(sum, model.config.truncation_ranks.values())) / (6 * 64)
-        assert 0.4 < full.pop("sensitivity") <= 0.5
-        assert all(abs(share - 0.5) < 4 / 384 for share in full.values())
         asvd = models.asvd(0.25)
         assert not asvd.config.k_hadamard
         assert 0.15 < sum(map(sum, asvd.config.truncation_ranks.values())) / (6 * 64) <= 0.25
-        assert models.weighted_sensitivity != models.asvd_sensitivity
 
     def test_refusals(self):
         with pytest.raises(ValueError, match="parts="):

@@ -400,7 +400,6 @@ class TestKey:
             keys.add(self.key(model, text))
         assert len(keys) == 4
 
-    @pytest.mark.xfail(reason="the configuration is not part of the record yet", strict=True)
     @pytest.mark.parametrize(
         "field",
         [
@@ -511,7 +510,6 @@ class TestRefusals:
         assert list(tmp_path.iterdir()) == []
         assert collect_statistics(model, short, fisher=False, sample=15)[0].k_proj.sample.shape == (2, 15, 16)
 
-    @pytest.mark.xfail(reason="safetensors' own error does not say which file", strict=True)
     @pytest.mark.parametrize("damage", ["truncated", "header", "empty", "not one"])
     def test_a_damaged_file_is_named(self, whole, text, tmp_path, damage):
         model, _, file = whole
