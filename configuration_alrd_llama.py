@@ -58,7 +58,7 @@ def check_tiers(tiers: Any) -> tuple[tuple[tuple[int, Real], ...], ...]:
         if tier[0] == 0:
             raise ValueError(f"tiers={tiers!r}: a tier must have a channel")
         check_bits("tiers: bits", tier[1])
-    return tuple(tuple((channels, bits) for channels, bits in group) for group in tiers)
+    return tuple(tuple((n, int(b) if b == int(b) else b) for n, b in group) for group in tiers)
 
 
 def check_choice(field: str, value, choices: tuple) -> None:
@@ -128,8 +128,10 @@ class QuantScheme:
         if self.bits == int(self.bits):
             object.__setattr__(self, "bits", int(self.bits))
         object.__setattr__(self, "protected", float(self.protected))
-        object.__setattr__(self, "symmetric", self.bits in (1, 1.58) if self.symmetric is None else self.symmetric)
-        object.__setattr__(self, "range_method", self.range_method or ("mse" if self.bits < 2 else "minmax"))
+        narrow = self.bits < 2 and self.tiers is None  # with tiers `bits` says nothing
+        by_width = narrow and self.bits != 1.5
+        object.__setattr__(self, "symmetric", by_width if self.symmetric is None else self.symmetric)
+        object.__setattr__(self, "range_method", self.range_method or ("mse" if narrow else "minmax"))
         self._check_combinations()
 
     def at_width(self, bits: float) -> "QuantScheme":
@@ -195,7 +197,7 @@ class QuantScheme:
 
     def __str__(self) -> str:
         """E.g. `2-bit per channel in groups of 128 (mse)`, what differs from the defaults of the width in brackets."""
-        if self.bits == 16 and self.quantizer is None:
+        if self.bits == 16 and self.quantizer is None and not self.tiers:
             return "16-bit"  # the states themselves, whatever the other fields say
         notes = [self.range_method] if self.range_method != ("mse" if self.bits < 2 else "minmax") else []
         notes += ["symmetric"] if self.symmetric and self.bits >= 2 else []
@@ -411,6 +413,7 @@ class ALRDLlamaConfig(LlamaConfig):
             raise ValueError(f"{field}: must be a projection that truncation_ranks names")
         ranks = self.group_ranks(int(match[1]), match[2])
         try:
+            check_tiers(self.width_tiers[name])
             channels = tuple(sum(n for n, _ in group) for group in self.tiered_scheme(int(match[1]), match[2]).tiers)
         except ValueError as error:
             raise ValueError(f"{field}: {error}") from None

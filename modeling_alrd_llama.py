@@ -39,14 +39,14 @@ from modules.svd_linear import ALinear, SVDLinear, factor_groups, join_factors
 class SplitProjection(ConversionOps):
     """Factor one dense weight while it is loaded: plain SVD per head group, the rotation folded in."""
 
-    def __init__(self, ranks: tuple[int, ...], rotate: bool):
-        self.ranks, self.rotate = ranks, rotate
+    def __init__(self, ranks: tuple[int, ...], rotate: bool, tiers: list | None = None):
+        self.ranks, self.rotate, self.tiers = ranks, rotate, tiers
 
     @torch.no_grad()
     def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
         tensors = input_dict[source_patterns[0]]
         weight = tensors[0] if isinstance(tensors, list) else tensors
-        a, b = join_factors(factor_groups(weight, self.ranks), self.rotate, weight.dtype)
+        a, b = join_factors(factor_groups(weight, self.ranks), self.rotate, weight.dtype, self.tiers)
         return {target_patterns[0]: b, target_patterns[1]: a}
 
 
@@ -59,7 +59,8 @@ def register_dense_conversion(config: ALRDLlamaConfig) -> None:
             if ranks is not None:
                 name = f"layers.{i}.self_attn.{projection}"
                 factors = [f"{name}.BLinear.weight", f"{name}.ALinear.weight"]
-                conversions.append(WeightConverter(f"{name}.weight", factors, [SplitProjection(ranks, rotate)]))
+                tiers = config.width_tiers.get(f"model.{name}")
+                conversions.append(WeightConverter(f"{name}.weight", factors, [SplitProjection(ranks, rotate, tiers)]))
                 conversions.append(WeightRenaming(f"{name}.bias", f"{name}.ALinear.bias"))
     register_checkpoint_conversion_mapping(config.model_type, conversions, overwrite=True)
 

@@ -19,11 +19,17 @@ from configuration_alrd_llama import QuantScheme
 from modules.codecs import block_nbytes, make_codec
 from modules.hadamard_utils import rotate
 from modules.kivi_cache import TABLE_ENTRY_NBYTES, CacheScheme
-from modules.quant_utils import quantize
+from modules.quant_utils import grid
 from modules.svd_linear import Factors
 
 #: Widths of the tiers that are offered, beside 0.
 TIER_BITS = (1, 2, 3, 4, 8)
+
+#: Version of the measurements that `save_costs` keeps; part of their key.
+COSTS_VERSION = 2
+
+#: Shift of the middle of a static range and growth of it, in turn.
+_MOVES = [(0, 1), (0, -1), (1, 0), (-1, 0)]
 
 # ---- costs
 
@@ -113,8 +119,28 @@ def _rotated_error(codec, blocks: torch.Tensor) -> torch.Tensor:
 def static_scales(latents: torch.Tensor, bits: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and zero point `[n]`, float32, of least squared error for latents `[N, n]`; a constant channel gets its own
     value as zero point."""
-    _, scale, zero_point = quantize(latents.T, bits, (len(latents),), False, "mse", torch.float32)
-    return scale[:, 0], zero_point[:, 0]
+    x, (levels, spacing, _) = latents.float().T.contiguous(), grid(bits)
+    low, high = x.aminmax(dim=1)
+    mean = x.mean(1)
+    start = (mean, torch.maximum(high - mean, mean - low))
+
+    def error(centre: torch.Tensor, half: torch.Tensor) -> torch.Tensor:
+        zero, step = (centre - half)[:, None], (2 * half / (levels - 1)).clamp(min=1e-38)[:, None]
+        codes = ((x - zero) / step).add_(0.5).floor_().clamp_(0, levels - 1)
+        return codes.mul_(step).add_(zero).sub_(x).square_().mean(1)
+
+    # A coarse search of the range, down to where the tails are heavy, then ever smaller moves of its size and middle.
+    centre, half = low + (high - low) / 2, (high - low) / 2
+    best = error(centre, half)
+    moves = [(0.0, 2 ** (-i / 4)) for i in range(24)]
+    moves += [(shift * d, 1 + grow * d) for d in (0.08, 0.04, 0.02, 0.01) for shift, grow in _MOVES * 2]
+    for i, (shift, factor) in enumerate(moves):
+        of = start if i < 24 else (centre, half)
+        new = (of[0] + shift * of[1], of[1] * factor)
+        found = error(*new)
+        better = (found < best) & (high > low)
+        best, centre, half = (torch.where(better, a, b) for a, b in zip((found, *new), (best, centre, half)))
+    return 2 * half / (levels - 1) / spacing, centre - half
 
 
 # ---- prices
@@ -128,11 +154,13 @@ class Prices:
         channel: For a channel at each width.
         tier: For a tier at each width, beside its channels: the scales that a token has per tier.
         layer: For a layer whatever it stores.
+        group: Channels of a tier that share a token's scale: a larger tier pays `tier` for each group. 0: no bound.
     """
 
     channel: tuple[int, ...]
     tier: tuple[int, ...]
     layer: int
+    group: int = 0
 
 
 def prices(scheme: QuantScheme, cache: CacheScheme, bits: tuple, length: int, dtype: torch.dtype) -> Prices:
@@ -154,7 +182,9 @@ def prices(scheme: QuantScheme, cache: CacheScheme, bits: tuple, length: int, dt
         own = 2 * 4 if scheme.static else 0  # calibrated scale and zero point, once a layer
         channel.append(blocks * (two - one) + exact * dtype.itemsize + own)
         tier.append(blocks * (2 * one - two))
-    return Prices(tuple(channel), tuple(tier), blocks * TABLE_ENTRY_NBYTES)
+    return Prices(
+        tuple(channel), tuple(tier), blocks * TABLE_ENTRY_NBYTES, 0 if scheme.per_channel else scheme.group_size
+    )
 
 
 # ---- choice
@@ -245,8 +275,9 @@ def _choose_group(table: torch.Tensor, price: Prices, multiplier: float) -> tupl
         if not index.any():
             # A projection keeps at least its first channel.
             index[0] = min(tiers, key=lambda w: price.channel[w] + price.tier[w]) + 1
-        used = [w for w in widths if (index == w + 1).any()]
-        nbytes = int(per_channel[index].sum()) + sum(price.tier[w] for w in used)
+        counts = [int((index == w + 1).sum()) for w in widths]
+        scales = sum(p * -(-n // (price.group or max(n, 1))) for p, n in zip(price.tier, counts))
+        nbytes = int(per_channel[index].sum()) + scales
         total = table.gather(1, index[:, None]).sum().item() + multiplier * nbytes
         if best is None or total < best[0]:
             best = (total, index, nbytes)
@@ -289,6 +320,10 @@ def largest_share(
         except ValueError:  # too small a share for this search
             fits = True
         low, high = (middle, high) if fits else (low, middle - 1)
-    if low == 0 or nbytes_of(ranks_of(low / 512)) > budget:
+    try:
+        fits = low > 0 and nbytes_of(ranks_of(low / 512)) <= budget
+    except ValueError:
+        fits = False
+    if not fits:
         raise ValueError(f"budget: {budget:,} bytes must hold the smallest ranks")
     return low / 512

@@ -206,7 +206,8 @@ class KIVILatentLayer(CacheLayerMixin):
         super().__init__()
         self.scheme = scheme
         self.given_widths = widths
-        self.static_scales = static_scales
+        static = {"keys": scheme.keys.static, "values": scheme.values.static}
+        self.static_scales = {side: pair for side, pair in (static_scales or {}).items() if static[side]}
         self.backend_name = backend
         self.score = score if scheme.keys.protected or scheme.values.protected else None
         self._clear()

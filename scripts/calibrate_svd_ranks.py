@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from configuration_alrd_llama import ALRDLlamaConfig, QuantScheme, check_choice, side_scheme
 from modeling_alrd_llama import ALRDLlamaForCausalLM
 from modules.allocation import (
+    COSTS_VERSION,
     TIER_BITS,
     ChannelCosts,
     Plan,
@@ -199,6 +200,9 @@ def calibrate(config: CalibrationConfig) -> Calibration:
     if source.truncation_ranks:
         raise ValueError(f"model={config.model!r}: must be a dense checkpoint, is split already")
     target = _target(config, source)
+    for side, scheme in zip("kv", _sides(target)):
+        if scheme.static and not config.tiered:
+            raise ValueError(f"{side}_scheme: static=True must go with allocation='tiers', which calibrates the scales")
     dense, tokenizer = load_model(
         config.model, getattr(torch, config.dtype), None if config.device == "cpu" else config.device
     )
@@ -211,6 +215,9 @@ def calibrate(config: CalibrationConfig) -> Calibration:
     sample = min(256, (config.length - config.sink_length) // 128 * 128)
     if config.tiered and sample <= 0:
         raise ValueError(f"length={config.length}: windows must hold the sinks and 128 tokens to sample")
+    longest = CacheScheme.from_config(target).block_length
+    if config.tiered and longest > sample:
+        raise ValueError(f"group_size={longest}: must be at most {sample}, the consecutive tokens that are sampled")
     statistics, record, seconds, started = None, {}, {}, time.perf_counter()
     if config.objective != "weight" or config.budgets or config.k_mean_split or config.v_mean_split:
         tokens = _windows(config, documents, tokenizer, config.windows)
@@ -342,14 +349,21 @@ def _fit_tiers(config: CalibrationConfig, calibration: Calibration, limit: int) 
     static = all(scheme.static for scheme in _sides(calibration.target))
     group_sizes = [config.group_size] if config.group_size is not None else [32, 64, 128] if static else [128]
     rates, best = calibration.rates or dict.fromkeys(calibration.factors, 1.0), None
+    refused = None
     for group_size in group_sizes:
         target = ALRDLlamaConfig.from_llama(calibration.target, group_size=group_size)
         cache, sides = CacheScheme.from_config(target), dict(zip(PROJECTIONS, _sides(target)))
         costs = _measured_costs(config, calibration, sides, cache.block_length)
         price = {p: prices(s, cache, TIER_BITS, config.tokens, calibration.stored_dtype) for p, s in sides.items()}
-        plan = allocate(costs, rates, lambda name, price=price: price[name[-6:]], TIER_BITS, limit)
+        try:
+            plan = allocate(costs, rates, lambda name, price=price: price[name[-6:]], TIER_BITS, limit)
+        except ValueError as error:  # shorter blocks leave a shorter window
+            refused = refused or error
+            continue
         if best is None or plan.divergence < best[1].divergence:
             best = (target, plan)
+    if best is None:
+        raise refused
     target, plan = best
     target.truncation_ranks = {name: [len(c) for c in groups] for name, groups in plan.channels.items()}
     target.width_tiers = {n: [[list(t) for t in tiers] for tiers in groups] for n, groups in plan.tiers.items()}
@@ -361,9 +375,16 @@ def _measured_costs(
     config: CalibrationConfig, calibration: Calibration, sides: dict[str, QuantScheme], block_length: int
 ) -> dict[str, list[ChannelCosts]]:
     """`measure_costs` of every head group by projection, kept as they come; static scales know no blocks."""
-    schemes = {p: scheme.to_dict() | {"group_size": None} for p, scheme in sides.items()}
+    schemes = {p: s.to_dict() | ({"group_size": None} if s.static else {}) for p, s in sides.items()}
     static = all(scheme.static for scheme in sides.values())
-    path = _kept(config, calibration, "costs.safetensors", schemes=schemes, blocks=0 if static else block_length)
+    path = _kept(
+        config,
+        calibration,
+        "costs.safetensors",
+        version=COSTS_VERSION,
+        schemes=schemes,
+        blocks=0 if static else block_length,
+    )
     if path not in calibration.costs:
         costs = load_costs(path) if path.exists() else {}
         for name, groups in tqdm(calibration.factors.items(), desc="Distortion"):
@@ -474,8 +495,9 @@ def main(config: CalibrationConfig) -> dict:
         return write_checkpoint(config, calibration, None, output)
     if not config.sweep:
         return write_checkpoint(config, fit_budget(config, calibration, config.budget), config.budget, output)
+    fitted = {budget: fit_budget(config, calibration, budget) for budget in config.sweep}
     for budget in config.sweep:
-        write_checkpoint(config, fit_budget(config, calibration, budget), budget, output / f"{budget:g}")
+        write_checkpoint(config, fitted[budget], budget, output / f"{budget:g}")
     return measure_sweep(config)
 
 

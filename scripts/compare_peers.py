@@ -3,9 +3,9 @@
     python scripts/compare_peers.py --checkpoints build/sixteenth --output build/peers.json
 
 The peers: `transformers.QuantizedCache` with quanto and with hqq (where they are installed; the table says where not),
-and, as configurations of our own engine and named so, KIVI on full keys and values, Palu and plain ASVD. Windows are the
-starts of different documents, and intervals come from a paired bootstrap over these. Results are kept as they come, and
-a run that was interrupted goes on where it stopped. The figure is drawn beside the output.
+and, as configurations of our own engine and named so, KIVI on full keys and values, Palu and plain ASVD. Windows are
+the starts of different documents, and intervals come from a paired bootstrap over these. Results are kept as they come,
+and a run that was interrupted goes on where it stopped. The figure is drawn beside the output.
 """
 
 import hashlib

@@ -306,7 +306,7 @@ class TestMain:
         assert again["results"]["KIVI, 2 bit (our engine)"] == two
         assert list(again["results"])[-1] == "ours" and again["results"]["ours"]["part"] == "checkpoints"
         assert again["results"]["ours"]["truncation_ranks"]
-        assert "over ours" in capsys.readouterr().out
+        assert "| **ours, ours** |" in capsys.readouterr().out
 
         # A checkpoint that has changed under its name is measured again; other options are another file's.
         path = tmp_path / "ours" / "config.json"
