@@ -53,7 +53,7 @@ class AblationConfig:
     text: str = field(default="stdlib:selection", metadata={"help": "Text to measure on: see scripts/corpus.py."})
     windows: int = field(default=8, metadata={"help": "Windows of 2,048 tokens, spread evenly over it."})
     prefill: int = field(default=1792, metadata={"help": "Tokens of a window that are fed at once."})
-    chunk: int = field(default=16, metadata={"help": "Tokens per step after the prefill."})
+    chunk: int = field(default=32, metadata={"help": "Tokens per step after the prefill."})
     output: str | None = field(default=None, metadata={"help": "JSON file for the results."})
 
 
