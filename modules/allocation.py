@@ -7,16 +7,16 @@ water-filling).
 """
 
 import itertools
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from configuration_alrd_llama import QuantScheme
 from modules.codecs import block_nbytes, make_codec
+from modules.files import save_tensors
 from modules.hadamard_utils import rotate
 from modules.kivi_cache import TABLE_ENTRY_NBYTES, CacheScheme
 from modules.quant_utils import grid
@@ -81,20 +81,14 @@ def measure_costs(
 
 
 def save_costs(path: Path, costs: dict[str, list[ChannelCosts]]) -> None:
-    """Write costs by projection to a safetensors file, so that an interruption leaves the old one whole."""
+    """Write costs by projection to a safetensors file."""
     tensors = {}
     for name, groups in costs.items():
         for i, group in enumerate(groups):
             tensors |= {f"{name}/{i}/dropped": group.dropped, f"{name}/{i}/kept": group.kept}
             if group.scales:
                 tensors[f"{name}/{i}/scales"] = torch.stack([torch.stack(pair) for pair in group.scales])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    try:
-        save_file({name: t.contiguous() for name, t in tensors.items()}, part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    save_tensors(path, tensors)
 
 
 def load_costs(path: Path) -> dict[str, list[ChannelCosts]]:

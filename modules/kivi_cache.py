@@ -17,13 +17,13 @@ from functools import cached_property, partial
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from configuration_alrd_llama import ALRDLlamaConfig, QuantScheme, check_choice, check_count, side_scheme
 from modules.block_pool import BlockPool
 from modules.codecs import StaticScales, block_length, block_nbytes, check_codec, make_codec
+from modules.files import save_tensors
 from modules.kernels import BACKENDS, Backend, get_backend
 from modules.quant_utils import KIVIQuantizer
 from modules.vidkv import parse_quantization_config
@@ -697,13 +697,7 @@ class KIVILatentCache(Cache):
             "layer_schemes": {str(i): asdict(scheme) for i, scheme in self.layer_schemes.items()},
             "layers": layers,
         }
-        partial = f"{os.fspath(path)}.{os.getpid()}.part"
-        try:
-            save_file(tensors, partial, metadata={_FILE_KEY: json.dumps(header)})
-            os.replace(partial, path)
-        finally:
-            if os.path.exists(partial):
-                os.remove(partial)
+        save_tensors(path, tensors, {_FILE_KEY: json.dumps(header)})
 
     @classmethod
     def load(

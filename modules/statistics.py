@@ -18,11 +18,12 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import PreTrainedModel
+
+from modules.files import save_tensors
 
 #: Version of the files; part of their key.
 FILE_VERSION = 1
@@ -163,7 +164,9 @@ def collect_statistics(
                     sums[name] = torch.cat([sums[name], tensor]) if name.endswith("sample") else sums[name] + tensor
                 done = i + 1
                 if path is not None and (done == len(batches) or time.monotonic() - saved > save_seconds):
-                    _save(path, sums, done, record | {"about": about or {}})
+                    save_tensors(path, sums, {"batches": str(done)})
+                    text = json.dumps(record | {"about": about or {}}, indent=2) + "\n"
+                    path.with_suffix(".json").write_text(text, encoding="utf-8")
                     saved = time.monotonic()
     return _to_layers(model, sums, tokens.numel())
 
@@ -276,18 +279,6 @@ def _to_layers(model: PreTrainedModel, sums: dict[str, torch.Tensor], tokens: in
 
 
 # ---- files
-
-
-def _save(path: Path, sums: dict[str, torch.Tensor], done: int, record: dict) -> None:
-    """Write sums and their record, `path` with the suffix .json, so that an interruption leaves the old ones whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    try:
-        save_file({n: t.contiguous() for n, t in sums.items()}, part, metadata={"batches": str(done)})
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    path.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
 
 
 def _load(path: Path) -> tuple[dict[str, torch.Tensor], int]:

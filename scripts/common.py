@@ -143,9 +143,7 @@ def load_model(
     return model.eval(), AutoTokenizer.from_pretrained(path)
 
 
-def latent_config(
-    name_or_path: str, rank: float, head_group_size: int | None = None, settings: dict[str, Any] | None = None
-) -> tuple[ALRDLlamaConfig, bool]:
+def latent_config(name_or_path: str, rank: float, head_group_size: int | None = None) -> tuple[ALRDLlamaConfig, bool]:
     """Configuration of the latent model that a checkpoint is, or that a dense one is to become.
 
     Args:
@@ -153,7 +151,6 @@ def latent_config(
         rank: For a dense checkpoint, the rank of every projection: a share of the full rank up to 1, or the total
             rank itself, a whole number above 1. A split checkpoint keeps its ranks.
         head_group_size: Key/value heads that share a latent; `None`: all, or the split checkpoint's.
-        settings: Fields of `ALRDLlamaConfig` to set.
 
     Returns:
         The configuration, and whether the checkpoint is a split one.
@@ -162,8 +159,6 @@ def latent_config(
         ValueError: A field is out of range, or disagrees with a split checkpoint.
     """
     config = ALRDLlamaConfig.from_pretrained(find_model(name_or_path))
-    for name, value in (settings or {}).items():
-        setattr(config, name, value)
     is_split = bool(config.truncation_ranks)
     if is_split and head_group_size not in (None, config.head_group_size or config.num_key_value_heads):
         raise ValueError(

@@ -21,17 +21,21 @@ from scripts.project_calibration import table as projection_table
 RESULTS = ROOT / "scripts" / "results"
 
 
-def perplexity(record: dict) -> str:
-    c, e, text = record["config"], record["environment"], record["text"]
-    tokens = next(iter(record["results"].values()))["tokens"]
+def _measured_by(record: dict, windows: int, prefill: int, chunk: int) -> str:
+    """Under a table of perplexities: how many tokens of which text, on what."""
+    e, text = record["environment"], record["text"]
     return (
-        f"{perplexity_table(record['results'])}\n\n"
-        f"{tokens:,} scored tokens, nine tenths of whose context is packed, of {c['windows']} windows of "
-        f"{c['length']:,} tokens (prefill {c['prefill']:,}, then steps of {c['chunk']}). Text: standard library of "
+        f"{windows} windows of 2,048 tokens (prefill {prefill:,}, then steps of {chunk}). Text: standard library of "
         f"Python {text['python']}, held-out modules, sha256 {text['sha256'][:12]}. "
-        f"{record['dtype'].removeprefix('torch.')} on {e['cpu']}, torch {e['torch']}, "
-        f"transformers {e['transformers']}."
+        f"{record['dtype'].removeprefix('torch.')} on {e['cpu'].split(' (')[0]}, {e['threads']} "
+        f"thread{'s' * (e['threads'] > 1)}, torch {e['torch']}, transformers {e['transformers']}."
     )
+
+
+def recommended(record: dict) -> str:
+    c, tokens = record["config"], record["results"]["dense"]["tokens"]
+    by = _measured_by(record, c["windows"], c["prefill"], c["chunk"])
+    return f"{perplexity_table(record['results'])}\n\n{tokens:,} scored tokens, nine tenths of whose context is packed; {by}"
 
 
 def benchmark_cache(record: dict) -> str:
@@ -116,17 +120,6 @@ def qlutattn(schemes_record: dict, quantize_record: dict) -> str:
     )
 
 
-def _measured_by(record: dict, windows: int, prefill: int, chunk: int) -> str:
-    """Under a table of perplexities: how many tokens of which text, on what."""
-    e, text = record["environment"], record["text"]
-    return (
-        f"{windows} windows of 2,048 tokens (prefill {prefill:,}, then steps of {chunk}). Text: standard library of "
-        f"Python {text['python']}, held-out modules, sha256 {text['sha256'][:12]}. "
-        f"{record['dtype'].removeprefix('torch.')} on {e['cpu'].split(' (')[0]}, {e['threads']} "
-        f"thread{'s' * (e['threads'] > 1)}, torch {e['torch']}, transformers {e['transformers']}."
-    )
-
-
 def frontier(record: dict) -> str:
     key = record["key"]
     tokens = record["results"]["dense"]["tokens"]
@@ -167,7 +160,7 @@ RENDERERS = {
     "distortion": (["distortion"], distortion),
     "schemes": (["schemes"], schemes),
     "drop_in": (["schemes"], drop_in),
-    "recommended": (["recommended"], perplexity),
+    "recommended": (["recommended"], recommended),
     "qlutattn": (["schemes", "benchmark_quantize"], qlutattn),
 }
 

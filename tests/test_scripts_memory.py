@@ -47,7 +47,8 @@ def dense_path(tmp_path_factory) -> str:
 def split_path(dense_path, tmp_path_factory) -> str:
     """The same model, split into two head groups of unequal rank."""
     path = tmp_path_factory.mktemp("split")
-    config, _ = common.latent_config(dense_path, 10, head_group_size=1, settings={"k_bits": 4, "group_size": 32})
+    config, _ = common.latent_config(dense_path, 10, head_group_size=1)
+    config.k_bits, config.group_size = 4, 32
     config.truncation_ranks["model.layers.1.self_attn.v_proj"] = [3, 8]
     model, tokenizer = common.load_model(dense_path, config=config)
     model.save_pretrained(path)

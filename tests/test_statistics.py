@@ -319,7 +319,7 @@ class TestResuming:
             raise OSError("disk full")
 
         with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
-            patch.setattr(statistics, "save_file", fail)
+            patch.setattr("modules.files.save_file", fail)
             collect_statistics(model, text, **HOW, folder=tmp_path, save_seconds=0)
         assert (tmp_path / file.name).read_bytes() == kept
         assert not list(tmp_path.glob("*.part"))
@@ -335,7 +335,7 @@ class TestResuming:
 
     def test_nothing_is_written_without_a_folder(self, whole, text, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(statistics, "_save", lambda *_: pytest.fail("written"))
+        monkeypatch.setattr(statistics, "save_tensors", lambda *_: pytest.fail("written"))
         collect_statistics(whole[0], text, **HOW, save_seconds=0)
         assert list(tmp_path.iterdir()) == []
 

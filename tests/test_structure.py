@@ -9,6 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 #: that the maths of one room may build on each other in the order listed.
 ORDER = [
     "configuration_alrd_llama",
+    "modules.files",
     "modules.hadamard_utils",
     "modules.quant_utils",
     "modules.svd_linear",

@@ -1,0 +1,22 @@
+"""Tensors in files that are whole at any time."""
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+
+def save_tensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None):
+    """Write a safetensors file and the folders above it; an interruption leaves an old file as it was."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata=metadata)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+__all__ = ["save_tensors"]
