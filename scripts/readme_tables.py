@@ -35,7 +35,7 @@ def _measured_by(record: dict, windows: int, prefill: int, chunk: int) -> str:
 def recommended(record: dict) -> str:
     c, tokens = record["config"], record["results"]["dense"]["tokens"]
     by = _measured_by(record, c["windows"], c["prefill"], c["chunk"])
-    return f"{perplexity_table(record['results'])}\n\n{tokens:,} scored tokens, nine tenths of whose context is packed; {by}"
+    return f"{perplexity_table(record['results'])}\n\n{tokens:,} scored tokens, {by}"
 
 
 def benchmark_cache(record: dict) -> str:
