@@ -13,11 +13,14 @@ from pathlib import Path
 import torch
 
 from scripts.calibrate_svd_ranks import CalibrationConfig, calibrate, fit_budget
-from scripts.common import BUNDLED_MODEL, load_model, parse_config, write_json
+from scripts.common import BUNDLED_MODEL, find_model, folder_sha256, load_model, parse_config, write_json
+from scripts.corpus import describe, load_documents
 from scripts.eval_perplexity import EvalConfig, measure
 
 _DYNAMIC = {"k_scheme": '{"range_method": "mse"}', "v_scheme": '{"orientation": "per_channel", "range_method": "mse"}'}
-_CLIPPED = {"k_scheme": '{"range_method": "mse"}', "v_scheme": '{"range_method": "mse"}'}
+#: One width for all channels takes the cache's own scheme: measured scales, rotation, values per token, blocks of 128.
+_FOUR = {"k_bits": 4, "v_bits": 4, "residual_length": 16}
+_TWO = {"k_scheme": '{"range_method": "mse"}', "v_scheme": '{"range_method": "mse"}', "residual_length": 16}
 
 #: By name, what differs from the default.
 VARIANTS: dict[str, dict] = {
@@ -32,12 +35,12 @@ VARIANTS: dict[str, dict] = {
     "mean split: keys and values": {"k_mean_split": True, "v_mean_split": True},
     "allocation: tiers, all errors cost the same": {"probe": False},
     "allocation: tiers, objective input, all errors cost the same": {"probe": False, "objective": "input"},
-    "allocation: 2 bits, water-filling": {"allocation": "water_filling", **_CLIPPED},
-    "allocation: 4 bits, water-filling": {"allocation": "water_filling", "k_bits": 4, "v_bits": 4},
-    "allocation: 4 bits, uniform": {"allocation": "uniform", "k_bits": 4, "v_bits": 4},
-    "allocation: 4 bits, Fisher (Palu)": {"allocation": "fisher", "k_bits": 4, "v_bits": 4},
-    "allocation: 4 bits, sensitivity (ASVD)": {"allocation": "sensitivity", "k_bits": 4, "v_bits": 4},
-    "scales: measured per block, not calibrated": _DYNAMIC,
+    "scales: measured per block of 128, not calibrated": _DYNAMIC,
+    "allocation: 2 bits, water-filling": {"allocation": "water_filling", **_TWO},
+    "allocation: 4 bits, water-filling": {"allocation": "water_filling", **_FOUR},
+    "allocation: 4 bits, uniform": {"allocation": "uniform", **_FOUR},
+    "allocation: 4 bits, Fisher (Palu)": {"allocation": "fisher", **_FOUR},
+    "allocation: 4 bits, sensitivity (ASVD)": {"allocation": "sensitivity", **_FOUR},
 }
 
 
@@ -61,7 +64,14 @@ def main(config: AblationConfig) -> dict:
     """Measure what is not in the output yet; returns the record."""
     path = Path(config.output) if config.output else None
     options = {name: value for name, value in asdict(config).items() if name not in ("only", "output", "budgets")}
-    record = json.loads(path.read_text()) if path and path.exists() else {"options": options, "results": {}}
+    options |= {
+        "model_sha256": folder_sha256(find_model(config.model)),
+        "text_sha256": describe(load_documents(config.text))["sha256"],
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    new = {"options": options, "variants": {}, "results": {}}
+    record = json.loads(path.read_text()) if path and path.exists() else new
     if record["options"] != options:
         raise ValueError(f"output={config.output!r}: holds results of other options; name another file")
     evaluation = EvalConfig(
@@ -73,6 +83,9 @@ def main(config: AblationConfig) -> dict:
         batch_size=4,
     )
     for name in config.only or VARIANTS:
+        if record["variants"].get(name, VARIANTS[name]) != VARIANTS[name]:
+            record["results"].pop(name)  # of other settings under the same name
+        record["variants"][name] = VARIANTS[name]
         results = record["results"].setdefault(name, {})
         missing = [budget for budget in config.budgets if f"{budget:g}" not in results]
         if not missing:

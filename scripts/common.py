@@ -1,5 +1,6 @@
 """What the command line programs share: options, loading, sizes, records."""
 
+import hashlib
 import json
 import os
 import platform
@@ -184,6 +185,19 @@ def set_ranks(config: ALRDLlamaConfig, rank: float, head_group_size: int | None 
     layers, projections = range(config.num_hidden_layers), ("k_proj", "v_proj")
     config.truncation_ranks = {f"model.layers.{i}.self_attn.{p}": total for i in layers for p in projections}
     config.check_latent_cache()
+
+
+def folder_sha256(path: str) -> str | None:
+    """SHA-256 of the configuration and weights in a folder; `None` for a name on the hub."""
+    if not Path(path).is_dir():
+        return None
+    digest = hashlib.sha256()
+    for file in sorted([Path(path) / "config.json", *Path(path).glob("*.safetensors")]):
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            while piece := stream.read(1 << 24):
+                digest.update(piece)
+    return digest.hexdigest()
 
 
 # ---- sizes

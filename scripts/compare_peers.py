@@ -36,7 +36,7 @@ from modules.rank_search import (
 )
 from modules.statistics import collect_statistics
 from scripts import plots
-from scripts.common import BUNDLED_MODEL, find_model, load_model, parse_config, write_json
+from scripts.common import BUNDLED_MODEL, find_model, folder_sha256, load_model, parse_config, write_json
 from scripts.corpus import describe, load_documents, tokenize_windows
 from scripts.eval_perplexity import EvalConfig, measure, paired_bootstrap, scored_positions
 
@@ -312,19 +312,6 @@ def memoized(make: Callable) -> Callable:
     return once
 
 
-def folder_sha256(path: str) -> str | None:
-    """SHA-256 of the configuration and weights in a folder; `None` for a name on the hub."""
-    if not Path(path).is_dir():
-        return None
-    digest = hashlib.sha256()
-    for file in sorted([Path(path) / "config.json", *Path(path).glob("*.safetensors")]):
-        digest.update(file.name.encode())
-        with file.open("rb") as stream:
-            while piece := stream.read(1 << 24):
-                digest.update(piece)
-    return digest.hexdigest()
-
-
 def record_key(config: PeersConfig, schemes: list) -> dict:
     """Everything that the results of two runs must share to stand in one file; `schemes` are those of all peers."""
     scored = scored_positions(config.length, config.prefill, config.chunk, schemes)
@@ -338,6 +325,7 @@ def record_key(config: PeersConfig, schemes: list) -> dict:
         "calibration_sha256": describe(load_documents(config.calibration_text))["sha256"],
         "scored_sha256": hashlib.sha256(bytes(scored.tolist())).hexdigest(),
         "threads": torch.get_num_threads(),  # moves the rounding of bfloat16 products
+        "versions": {p: installed_version(p) for p in ("torch", "transformers", "optimum-quanto", "hqq")},
     }
 
 
