@@ -355,7 +355,7 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
         if settings.get("quantization_config") is None:
             scheme, tiered = config_schemes(self.config, **{n: settings.pop(n) for n in names if n in settings})
             settings |= {n: getattr(scheme, n) for n in names}
-            settings["layer_schemes"] = settings.get("layer_schemes") or tiered
+            settings["layer_schemes"] = tiered | (settings.get("layer_schemes") or {})
         return create_kivi_cache(**settings, static_scales=self._static_scales(), config=self.config)
 
     def _static_scales(self) -> dict[int, dict]:
@@ -523,16 +523,21 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
 
     @classmethod
     def from_dense(
-        cls, dense: PreTrainedModel, config: ALRDLlamaConfig, statistics=None, dtype: torch.dtype | None = None
+        cls,
+        dense: PreTrainedModel,
+        config: ALRDLlamaConfig,
+        splits: list[dict[str, dict]] | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
     ) -> "ALRDLlamaForCausalLM":
         """Split a loaded Llama, Mistral or Qwen2.
 
         Args:
             dense: The model; it is not changed, and no weight is shared with it.
             config: Which projections to split, and into which ranks.
-            statistics: For each layer, keyword arguments of `SVDLinear.from_linear` by projection name, e.g.
+            splits: For each layer, keyword arguments of `SVDLinear.from_linear` by projection name, e.g.
                 `[{"k_proj": {"covariance": …, "metric": …}, "v_proj": {…}}, …]`; default: plain SVD.
-            dtype: Type of the split model; default: that of `dense`.
+            dtype, device: Type and place of the split model; default: those of `dense`.
 
         Raises:
             ValueError: `dense` is a model that cannot be split, or `config` is for another kind of model.
@@ -542,16 +547,17 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
         # As in a loaded model the frequencies of RoPE stay in float32.
         rotary_emb = model.model.rotary_emb
         model.model.rotary_emb = None
-        model.to(dtype or dense.dtype)
+        dtype, device = dtype or dense.dtype, torch.device(device or dense.device)
+        model.to(dtype)
         model.model.rotary_emb = rotary_emb
-        state = {name: tensor.detach().clone() for name, tensor in dense.state_dict().items()}
+        state = {name: t.detach().to(device, dtype, copy=True) for name, t in dense.state_dict().items()}
         for i, layer in enumerate(dense.model.layers):
             for projection, rotate in (("k_proj", config.k_hadamard), ("v_proj", config.v_hadamard)):
                 ranks = config.group_ranks(i, projection)
                 if ranks is None:
                     continue
                 name, linear = f"model.layers.{i}.self_attn.{projection}", getattr(layer.self_attn, projection)
-                how = statistics[i][projection] if statistics else {}
+                how = splits[i][projection] if splits else {}
                 tiers = config.width_tiers.get(name)
                 if tiers is None and getattr(config, f"{projection[0]}_mean_split"):
                     # A rotation must not spread the mean over the other channels.
@@ -561,7 +567,7 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
                 state.update({f"{name}.{key}": tensor for key, tensor in split.state_dict().items()})
         model.load_state_dict(state)
         model.generation_config = dense.generation_config
-        return model.to(dense.device).eval()
+        return model.to(device).eval()
 
     @torch.no_grad()
     def to_dense(self) -> PreTrainedModel:

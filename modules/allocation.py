@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from configuration_alrd_llama import QuantScheme
@@ -26,7 +27,7 @@ from modules.svd_linear import Factors
 TIER_BITS = (1, 2, 3, 4, 8)
 
 #: Version of the measurements that `save_costs` keeps; part of their key.
-COSTS_VERSION = 2
+COSTS_VERSION = 3
 
 #: Shift of the middle of a static range and growth of it, in turn.
 _MOVES = [(0, 1), (0, -1), (1, 0), (-1, 0)]
@@ -93,7 +94,10 @@ def save_costs(path: Path, costs: dict[str, list[ChannelCosts]]) -> None:
 
 def load_costs(path: Path) -> dict[str, list[ChannelCosts]]:
     """Inverse of `save_costs`."""
-    tensors, costs = load_file(path), {}
+    try:
+        tensors, costs = load_file(path), {}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: is damaged, delete it to measure the costs anew ({error})") from None
     for name, i in sorted({(name, int(i)) for name, i, _ in (key.split("/") for key in tensors)}):
         scales = tensors.get(f"{name}/{i}/scales", torch.empty(0))
         pairs = [tuple(pair) for pair in scales]
@@ -157,7 +161,7 @@ class Prices:
     group: int = 0
 
 
-def prices(scheme: QuantScheme, cache: CacheScheme, bits: tuple, length: int, dtype: torch.dtype) -> Prices:
+def tier_prices(scheme: QuantScheme, cache: CacheScheme, bits: tuple, length: int, dtype: torch.dtype) -> Prices:
     """Prices of one side of a cache of `length` tokens.
 
     Args:
@@ -206,7 +210,7 @@ class Plan:
 def allocate(
     costs: dict[str, list[ChannelCosts]],
     rates: dict[str, float],
-    prices_of: Callable[[str], Prices],
+    prices: dict[str, Prices],
     bits: tuple,
     budget: int,
 ) -> Plan:
@@ -215,16 +219,16 @@ def allocate(
     Args:
         costs: Of each head group of each projection, by name.
         rates: Factor on the costs of each projection.
-        prices_of: Prices of a projection, by name.
+        prices: Of a layer's "k_proj" and "v_proj".
         bits: Widths that costs and prices are for.
         budget: Bytes of one row, all layers together.
 
     Raises:
         ValueError: One channel of the smallest width in each head group is beyond the budget.
     """
-    fixed = sum(prices_of(name).layer for name in costs if name.endswith("k_proj"))
+    fixed = sum(prices["k_proj"].layer for name in costs if name.endswith("k_proj"))
     smallest = fixed + sum(
-        len(groups) * min(c + t for c, t in zip(prices_of(name).channel, prices_of(name).tier))
+        len(groups) * min(map(sum, zip(prices[name[-6:]].channel, prices[name[-6:]].tier)))
         for name, groups in costs.items()
     )
     if smallest > budget:
@@ -236,7 +240,7 @@ def allocate(
     def choose(multiplier: float) -> tuple[dict, int, float]:
         chosen, nbytes, cost = {}, fixed, 0.0
         for name, groups in costs.items():
-            price = prices_of(name)
+            price = prices[name[-6:]]
             chosen[name] = []
             for group in groups:
                 table = rates[name] * torch.cat([group.dropped[:, None], group.kept], dim=1)

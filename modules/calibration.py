@@ -15,6 +15,9 @@ from modules.svd_linear import Factors, factor_groups, query_key_metric, value_o
 
 PROJECTIONS = ("k_proj", "v_proj")
 
+#: Version of the rates of `probe_rates` that are kept; part of their key.
+RATES_VERSION = 1
+
 #: Offsets between a query and a key over which `rope_key_metric` averages, spread evenly over their logarithms.
 _OFFSETS = 256
 

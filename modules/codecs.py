@@ -291,12 +291,17 @@ class TieredCodec(_Codec):
         return _join({name: codec.fields() for name, codec in self.parts.items()})
 
     def encode(self, states: torch.Tensor, score=None) -> Fields:
-        parts = {name: states[..., c.to(states.device)] for name, c in self.channels.items()}
-        return _join({name: codec.encode(parts[name]) for name, codec in self.parts.items()})
+        if self.order is not None:
+            states = states[..., torch.cat(list(self.channels.values())).to(states.device)]
+        parts = states.split([len(c) for c in self.channels.values()], dim=-1)
+        return _join({name: codec.encode(part) for part, (name, codec) in zip(parts, self.parts.items())})
 
     def decode(self, fields: Fields) -> torch.Tensor:
         states = torch.cat([codec.decode(_part(fields, name)) for name, codec in self.parts.items()], dim=-1)
-        return states if self.order is None else states[..., self.order.to(states.device)]
+        if self.order is None:
+            return states
+        self.order = self.order.to(states.device)
+        return states[..., self.order]
 
 
 class ProtectedTokenCodec(_Codec):

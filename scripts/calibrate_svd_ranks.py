@@ -32,10 +32,10 @@ from modules.allocation import (
     largest_share,
     load_costs,
     measure_costs,
-    prices,
     save_costs,
+    tier_prices,
 )
-from modules.calibration import OBJECTIVES, PROJECTIONS, probe_rates, projection_factors
+from modules.calibration import OBJECTIVES, PROJECTIONS, RATES_VERSION, probe_rates, projection_factors
 from modules.kivi_cache import CacheScheme, config_schemes, config_widths
 from modules.rank_search import (
     asvd_ranks,
@@ -169,26 +169,25 @@ class Calibration:
     target: ALRDLlamaConfig
     costs: dict[Path, dict[str, list[ChannelCosts]]] = field(default_factory=dict)
     rates: dict[str, float] = field(default_factory=dict)
+    search: Callable[[float], dict[str, list[int]]] | None = None
     plan: Plan | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     def split(self, **fields) -> ALRDLlamaForCausalLM:
-        """The split model in the type of the dense checkpoint, with other `fields` of its configuration."""
+        """The split model, on the CPU in the type of the dense checkpoint, with other `fields` of its configuration."""
         target = ALRDLlamaConfig.from_llama(self.target, **fields)
-        hows = []
+        splits = []
         for i in range(target.num_hidden_layers):
-            how = {}
-            for p in PROJECTIONS:
-                name = f"model.layers.{i}.self_attn.{p}"
-                chosen = [torch.arange(rank) for rank in target.group_ranks(i, p)]
-                if self.plan is not None:
-                    chosen = self.plan.channels[name]
-                    if self.plan.scales[name]:
-                        how[p] = {"static_scales": tuple(torch.cat(s) for s in zip(*self.plan.scales[name]))}
-                factors = [f.select(channels) for f, channels in zip(self.factors[name], chosen, strict=True)]
-                how.setdefault(p, {})["factors"] = factors
-            hows.append(how)
-        return ALRDLlamaForCausalLM.from_dense(self.dense, target, hows, self.stored_dtype)
+            names = {p: f"model.layers.{i}.self_attn.{p}" for p in PROJECTIONS}
+            splits.append({p: self._split(name, target.group_ranks(i, p)) for p, name in names.items()})
+        return ALRDLlamaForCausalLM.from_dense(self.dense, target, splits, self.stored_dtype, "cpu")
+
+    def _split(self, name: str, ranks: tuple[int, ...]) -> dict:
+        """Factors of the channels that a projection keeps, and their calibrated scales."""
+        chosen = self.plan.channels[name] if self.plan else [torch.arange(rank) for rank in ranks]
+        scales = self.plan.scales[name] if self.plan else []
+        how = {"factors": [f.select(c) for f, c in zip(self.factors[name], chosen, strict=True)]}
+        return how | ({"static_scales": tuple(torch.cat(s) for s in zip(*scales))} if scales else {})
 
 
 # ---- from a model and a text to factors, costs and rates
@@ -206,6 +205,8 @@ def calibrate(config: CalibrationConfig) -> Calibration:
     dense, tokenizer = load_model(
         config.model, getattr(torch, config.dtype), None if config.device == "cpu" else config.device
     )
+    if any(parameter.is_meta for parameter in dense.parameters()):
+        raise ValueError(f"device={config.device!r}: must hold the whole model; none of it may be offloaded")
     if len(tokenizer) > dense.get_input_embeddings().num_embeddings:
         raise ValueError(
             f"model={config.model!r}: its tokenizer has {len(tokenizer)} tokens, its embedding only "
@@ -285,7 +286,7 @@ def _probe(config: CalibrationConfig, calibration: Calibration, documents) -> di
         name: [_variance(f, y) for f, y in zip(groups, _samples(calibration, name), strict=True)]
         for name, groups in calibration.factors.items()
     }
-    path = _kept(config, calibration, "rates.json", seed=config.seed, tokens=tokens.tolist())
+    path = _kept(config, calibration, "rates.json", version=RATES_VERSION, seed=config.seed, tokens=tokens.tolist())
     known = json.loads(path.read_text())["rates"] if path.exists() else {}
     progress = tqdm(total=len(variances), initial=len(known), desc="Sensitivity")
 
@@ -354,9 +355,9 @@ def _fit_tiers(config: CalibrationConfig, calibration: Calibration, limit: int) 
         target = ALRDLlamaConfig.from_llama(calibration.target, group_size=group_size)
         cache, sides = CacheScheme.from_config(target), dict(zip(PROJECTIONS, _sides(target)))
         costs = _measured_costs(config, calibration, sides, cache.block_length)
-        price = {p: prices(s, cache, TIER_BITS, config.tokens, calibration.stored_dtype) for p, s in sides.items()}
+        price = {p: tier_prices(s, cache, TIER_BITS, config.tokens, calibration.stored_dtype) for p, s in sides.items()}
         try:
-            plan = allocate(costs, rates, lambda name, price=price: price[name[-6:]], TIER_BITS, limit)
+            plan = allocate(costs, rates, price, TIER_BITS, limit)
         except ValueError as error:  # shorter blocks leave a shorter window
             refused = refused or error
             continue
@@ -376,22 +377,16 @@ def _measured_costs(
 ) -> dict[str, list[ChannelCosts]]:
     """`measure_costs` of every head group by projection, kept as they come; static scales know no blocks."""
     schemes = {p: s.to_dict() | ({"group_size": None} if s.static else {}) for p, s in sides.items()}
-    static = all(scheme.static for scheme in sides.values())
-    path = _kept(
-        config,
-        calibration,
-        "costs.safetensors",
-        version=COSTS_VERSION,
-        schemes=schemes,
-        blocks=0 if static else block_length,
-    )
+    sampled = calibration.statistics[0].k_proj.sample.shape[1]
+    length = sampled if all(s.static for s in sides.values()) else block_length
+    settings = {"version": COSTS_VERSION, "schemes": schemes, "length": length}
+    path = _kept(config, calibration, "costs.safetensors", **settings)
     if path not in calibration.costs:
         costs = load_costs(path) if path.exists() else {}
         for name, groups in tqdm(calibration.factors.items(), desc="Distortion"):
             if name not in costs:
-                whole = calibration.statistics[0].k_proj.sample.shape[1] // block_length * block_length
                 costs[name] = [
-                    measure_costs(f, y[:, :whole], sides[name[-6:]], block_length)
+                    measure_costs(f, y[:, : sampled // length * length], sides[name[-6:]], length)
                     for f, y in zip(groups, _samples(calibration, name), strict=True)
                 ]
                 save_costs(path, costs)
@@ -406,7 +401,8 @@ def _sides(target: ALRDLlamaConfig) -> tuple:
 
 def _fit_ranks(config: CalibrationConfig, calibration: Calibration, limit: int) -> Calibration:
     """One width for all channels, and as many of them as fit."""
-    target, ranks_of = ALRDLlamaConfig.from_llama(calibration.target), _rank_search(config, calibration)
+    calibration.search = ranks_of = calibration.search or _rank_search(config, calibration)
+    target = ALRDLlamaConfig.from_llama(calibration.target)
 
     def nbytes(ranks: dict[str, list[int]]) -> int:
         target.truncation_ranks = ranks
@@ -504,9 +500,10 @@ def main(config: CalibrationConfig) -> dict:
 def measure_sweep(config: CalibrationConfig, **evaluation) -> dict:
     """Perplexity of the checkpoints of a sweep, through the cache, on the text that chooses defaults."""
     output, caches = Path(config.output), {}
-    dense, tokenizer = load_model(config.model)
+    device_map = None if config.device == "cpu" else config.device
+    dense, tokenizer = load_model(config.model, device_map=device_map)
     for budget in config.sweep:
-        model = ALRDLlamaForCausalLM.from_pretrained(output / f"{budget:g}").eval()
+        model = ALRDLlamaForCausalLM.from_pretrained(output / f"{budget:g}", device_map=device_map).eval()
         caches[f"{budget:.4g} of the bytes"] = (model, model.create_kivi_cache)
     how = {"text": "stdlib:selection", "windows": 8, "prefill": 1792} | evaluation
     record = measure(EvalConfig(model=config.model, **how), tokenizer, dense, caches)

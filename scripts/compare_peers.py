@@ -407,6 +407,8 @@ def series(record: dict) -> dict[str, dict]:
         if label.startswith(("QuantizedCache", "Palu")):
             backend, bits = name.split(",")[1].split()[0], name.split(",")[-1].split()[0]
             label = f"QuantizedCache, {backend}" if label.startswith("Q") else f"Palu, {bits} bit (our engine)"
+        if label.startswith("KIVI") and "groups of 128" in name:
+            label = "KIVI, groups of 128 (our engine)"
         lines.setdefault(label, {})[name] = result
     return lines
 

@@ -62,8 +62,10 @@ class EstimateConfig(CacheOptions):
         check_positive("batch_size", self.batch_size)
 
 
-def layer_breakdown(scheme: CacheScheme, length: int, widths: LayerWidths, dtype: torch.dtype) -> dict[str, int]:
-    """Bytes of one row of `length` tokens in one layer by what they hold; the sum is all that it takes."""
+def layer_breakdown(
+    scheme: CacheScheme, length: int, widths: LayerWidths, dtype: torch.dtype, batch_size: int = 1
+) -> dict[str, int]:
+    """Bytes of rows of `length` tokens in one layer by what they hold; the sum is all that the layer takes."""
     blocks = scheme.flushed_blocks(length - min(length, scheme.sink_length))
     codes, parameters = 0, 0
     for codec in scheme.codecs(widths, dtype).values():
@@ -73,10 +75,11 @@ def layer_breakdown(scheme: CacheScheme, length: int, widths: LayerWidths, dtype
                 parameters += nbytes
             else:
                 codes += nbytes
-    parameters += scheme.static_nbytes(widths)
     exact = (length - blocks * scheme.block_length) * sum(map(sum, widths)) * dtype.itemsize
-    total = scheme.layer_nbytes(length, widths, dtype) + scheme.static_nbytes(widths)
-    return {"codes": codes, "parameters": parameters, "exact": exact, "table": total - codes - parameters - exact}
+    table = scheme.layer_nbytes(length, widths, dtype) - codes - parameters - exact
+    parts = {"codes": codes, "parameters": parameters, "exact": exact, "table": table}
+    parts = {name: batch_size * nbytes for name, nbytes in parts.items()}
+    return parts | {"parameters": parts["parameters"] + scheme.static_nbytes(widths)}
 
 
 def layer_room(scheme: CacheScheme, length: int, widths: LayerWidths, dtype: torch.dtype, batch_size: int) -> int:
@@ -86,7 +89,7 @@ def layer_room(scheme: CacheScheme, length: int, widths: LayerWidths, dtype: tor
     slot = sum(block_nbytes(codec) for codec in scheme.codecs(widths, dtype).values())
     tokens = scheme.sink_length + scheme.residual_length + scheme.block_length
     exact = tokens * sum(map(sum, widths)) * dtype.itemsize
-    return (blocks + blocks // 4) * slot + batch_size * (used["table"] + exact)
+    return (blocks + blocks // 4) * slot + batch_size * (used["table"] + exact) + scheme.static_nbytes(widths)
 
 
 def main(config: EstimateConfig) -> dict[str, Any]:
@@ -98,8 +101,8 @@ def main(config: EstimateConfig) -> dict[str, Any]:
 
     estimates = []
     for length in config.length:
-        parts = [layer_breakdown(its_scheme, length, widths, dtype) for its_scheme, widths in layers]
-        breakdown = {name: config.batch_size * sum(part[name] for part in parts) for name in parts[0]}
+        parts = [layer_breakdown(scheme, length, widths, dtype, config.batch_size) for scheme, widths in layers]
+        breakdown = {name: sum(part[name] for part in parts) for name in parts[0]}
         dense, packed = dense_nbytes(model, length, dtype, config.batch_size), sum(breakdown.values())
         estimates.append(
             {

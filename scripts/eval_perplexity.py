@@ -22,6 +22,7 @@ from modeling_alrd_llama import ALRDLlamaForCausalLM
 from modules.kivi_cache import KIVILatentCache
 from scripts.common import (
     BUNDLED_MODEL,
+    dense_nbytes,
     environment,
     find_model,
     load_model,
@@ -232,11 +233,13 @@ def measure(config: EvalConfig, tokenizer, dense, caches: dict[str, tuple], othe
 
     results = {}
     c = any_model.config
-    dense_token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * any_model.dtype.itemsize
+    dense_token = dense_nbytes(c, 1, torch.float16)  # as budgets are: in 16 bits
     for name, tally in tallies.items():
         sizes, bits = {"measured": tally.bytes_used / tally.tokens_held}, None
         for length in (4096, 32768):
-            sizes[str(length)] = dense_token if name == "dense" else token_bytes(last_cache[name], length)
+            sizes[str(length)] = (
+                dense_nbytes(c, 1, any_model.dtype) if name == "dense" else token_bytes(last_cache[name], length)
+            )
         if name != "dense":
             bits = last_cache[name].bits_per_element
         results[name] = {

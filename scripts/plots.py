@@ -72,7 +72,7 @@ def curve(series: dict[str, dict], path: Path, limit: float = 0.5) -> None:
     Args:
         series: By label, results of `eval_perplexity.measure` by name; the one called "dense" is left out.
         path: PNG to write.
-        limit: Largest increase that is shown.
+        limit: Largest increase on the axis; points above it stand on its edge.
     """
     figure, axes = pyplot.subplots(figsize=(8, 5))
     markers = iter("osD^vP*X<>ph")
@@ -80,7 +80,7 @@ def curve(series: dict[str, dict], path: Path, limit: float = 0.5) -> None:
         points = sorted(
             (100 / r["ratio"]["4096"], 100 * r["perplexity_increase"]) for n, r in results.items() if n != "dense"
         )
-        points = [(x, y) for x, y in points if y <= 100 * limit]
+        points = [(x, min(y, 100 * limit)) for x, y in points]
         if points:
             ours = label == "ours"
             style = {"linewidth": 2.2, "zorder": 3} if ours else {"linewidth": 1, "alpha": 0.8}
@@ -91,7 +91,7 @@ def curve(series: dict[str, dict], path: Path, limit: float = 0.5) -> None:
     axes.set_xticks(ticks, [f"{t:g}%" for t in ticks])
     axes.set_xticks([], minor=True)
     axes.set_yscale("symlog", linthresh=1)
-    axes.set_yticks([0, 0.5, 1, 2, 5, 10, 20, 50], ["0", "0.5%", "1%", "2%", "5%", "10%", "20%", "50%"])
+    axes.set_yticks([0, 0.5, 1, 2, 5, 10, 20, 50], ["0", "0.5%", "1%", "2%", "5%", "10%", "20%", "≥ 50%"])
     axes.set(xlabel="bytes of the cache, share of the dense one in 16 bits (4,096 tokens, everything counted)")
     axes.set(ylabel="increase of the perplexity", title="Perplexity against bytes")
     axes.grid(alpha=0.3)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from configuration_alrd_llama import QuantScheme, side_scheme
-from modules.allocation import TIER_BITS, ChannelCosts, Prices, allocate, largest_share, measure_costs, prices
+from modules.allocation import TIER_BITS, ChannelCosts, Prices, allocate, largest_share, measure_costs, tier_prices
 from modules.allocation import static_scales as find_scales
 from modules.codecs import make_codec
 from modules.kivi_cache import CacheScheme, KIVILatentCache
@@ -18,6 +18,11 @@ from modules.svd_linear import Factors
 K, V = "model.layers.0.self_attn.k_proj", "model.layers.0.self_attn.v_proj"
 STATIC = {"orientation": "per_channel", "static": True}
 PER_TOKEN = {"orientation": "per_token"}
+
+
+def by_side(price_of) -> dict[str, Prices]:
+    """Prices as `allocate` takes them, from a function of a projection's name."""
+    return {side: price_of(f"model.layers.0.self_attn.{side}") for side in ("k_proj", "v_proj")}
 
 
 # ---- prices
@@ -61,7 +66,7 @@ def test_prices_add_up_to_the_bytes_of_the_cache(k_scheme, v_scheme, group_size,
             width = [turns.randint(1, 31) for _ in range(turns.randint(1, 3))]
             tiers = random_tiers(turns, width)
             plain = side_scheme(side, 2, group_size, scheme)
-            price = prices(plain, base, TIER_BITS, length, dtype)
+            price = tier_prices(plain, base, TIER_BITS, length, dtype)
             sides.append(side_scheme(side, 2, group_size, {**scheme, "tiers": tiers}))
             widths.append(tuple(width))
             total += price_of(tiers, price)
@@ -77,18 +82,18 @@ def test_prices_are_what_a_cache_really_takes():
     scales = {0: {s: (torch.full((n,), 0.1), torch.zeros(n)) for s, n in (("keys", 19), ("values", 21))}}
     cache = KIVILatentCache(scheme, [((19,), (21,))], static_scales=scales)
     cache.layers[0].append(*(torch.randn(1, 333, n, dtype=torch.bfloat16) for n in (19, 21)))
-    price = prices(QuantScheme(**STATIC, group_size=32), scheme, TIER_BITS, 333, torch.bfloat16)
+    price = tier_prices(QuantScheme(**STATIC, group_size=32), scheme, TIER_BITS, 333, torch.bfloat16)
     assert cache.nbytes_used == price.layer + sum(price_of(t, price) for t in tiers)
 
 
 def test_prices_by_hand():
     """4,096 tokens, 4 sinks, a window of 16: 127 blocks of 32, and 32 tokens that are exact."""
     cache = CacheScheme(2, 2, 32, 16, 4)
-    price = prices(QuantScheme(**STATIC, group_size=32), cache, (1, 2, 3), 4096, torch.bfloat16)
+    price = tier_prices(QuantScheme(**STATIC, group_size=32), cache, (1, 2, 3), 4096, torch.bfloat16)
     assert price == Prices((127 * 4 + 64 + 8, 127 * 8 + 64 + 8, 127 * 12 + 64 + 8), (0, 0, 0), 127 * 12)
-    price = prices(QuantScheme(group_size=32), cache, (1, 2), 4096, torch.float32)
+    price = tier_prices(QuantScheme(group_size=32), cache, (1, 2), 4096, torch.float32)
     assert price.channel == (127 * (4 + 2) + 128, 127 * (8 + 4) + 128)
-    price = prices(QuantScheme(2, "per_token", 32), cache, (1, 2), 4096, torch.float32)
+    price = tier_prices(QuantScheme(2, "per_token", 32), cache, (1, 2), 4096, torch.float32)
     assert price.channel == (127 * 4 + 128, 127 * 8 + 128)
     assert (price.tier, price.layer) == ((127 * 32 * 2, 127 * 32 * 4), 127 * 12)
 
@@ -211,12 +216,12 @@ def test_the_choice_is_on_the_lower_hull(kind, seed):
     smallest, largest = min(p[0] for p in points), hull[-1][0]
     start = next(i for i, point in enumerate(hull) if point[0] > smallest)
     for budget, least in hull[start:]:
-        plan = allocate(costs, rates, price, (2, 4), budget)
+        plan = allocate(costs, rates, by_side(price), (2, 4), budget)
         check_plan(plan, costs, rates, price, (2, 4), budget)
         assert (plan.nbytes, plan.divergence) == (budget, pytest.approx(least, rel=1e-9))
     previous = None
     for budget in range(smallest, largest + 40, 11):
-        plan = allocate(costs, rates, price, (2, 4), budget)
+        plan = allocate(costs, rates, by_side(price), (2, 4), budget)
         check_plan(plan, costs, rates, price, (2, 4), budget)
         below = [point for point in hull[start:] if point[0] <= budget]
         if below:
@@ -236,12 +241,12 @@ def test_the_choice_is_on_the_lower_hull(kind, seed):
 def test_the_smallest_budget(kind):
     costs, rates, price = tiny_problem(1, kind)
     smallest = min(nbytes for nbytes, _, _ in every_assignment(costs, rates, price))
-    plan = allocate(costs, rates, price, (2, 4), smallest)
+    plan = allocate(costs, rates, by_side(price), (2, 4), smallest)
     check_plan(plan, costs, rates, price, (2, 4), smallest)
     assert plan.nbytes == smallest
     assert [[c.tolist() for c in groups] for groups in plan.channels.values()] == [[[0]], [[0], [0]]]
     with pytest.raises(ValueError, match=rf"budget: {smallest - 1:,} bytes must be at least {smallest:,}"):
-        allocate(costs, rates, price, (2, 4), smallest - 1)
+        allocate(costs, rates, by_side(price), (2, 4), smallest - 1)
 
 
 def large_problem(seed: int = 0, channels: int = 64, layers: int = 3):
@@ -265,19 +270,19 @@ def test_never_above_the_budget_and_close_below_it():
     previous = math.inf
     for share in (0.02, 0.05, 0.0625, 0.1, 0.25, 0.5, 0.9):
         budget = int(share * largest)
-        plan = allocate(costs, rates, lambda name: STATIC_PRICE, TIER_BITS, budget)
+        plan = allocate(costs, rates, by_side(lambda name: STATIC_PRICE), TIER_BITS, budget)
         check_plan(plan, costs, rates, lambda name: STATIC_PRICE, TIER_BITS, budget)
         # Costs of real channels differ, so that they change one by one.
         assert budget - plan.nbytes < 4136
         assert plan.divergence < previous
         previous = plan.divergence
     for budget in (largest, 10 * largest):
-        plan = allocate(costs, rates, lambda name: STATIC_PRICE, TIER_BITS, budget)
+        plan = allocate(costs, rates, by_side(lambda name: STATIC_PRICE), TIER_BITS, budget)
         assert plan.nbytes == largest and plan.tiers[K] == [[(64, 8)]]
 
 
 def test_the_same_twice():
-    plans = [allocate(*large_problem(), lambda name: STATIC_PRICE, TIER_BITS, 200_000) for _ in range(2)]
+    plans = [allocate(*large_problem(), by_side(lambda name: STATIC_PRICE), TIER_BITS, 200_000) for _ in range(2)]
     assert plans[0].tiers == plans[1].tiers
     assert (plans[0].nbytes, plans[0].divergence) == (plans[1].nbytes, plans[1].divergence)
     for name, groups in plans[0].channels.items():
@@ -286,7 +291,7 @@ def test_the_same_twice():
 
 def test_scales_go_with_their_channels_and_widths():
     costs, rates = large_problem(3)
-    plan = allocate(costs, rates, lambda name: STATIC_PRICE, TIER_BITS, 300_000)
+    plan = allocate(costs, rates, by_side(lambda name: STATIC_PRICE), TIER_BITS, 300_000)
     assert max(len(tiers) for groups in plan.tiers.values() for tiers in groups) > 2
     for name, columns in columns_of(plan, costs, TIER_BITS).items():
         for (scale, zero), channels, group, chosen in zip(
@@ -296,7 +301,7 @@ def test_scales_go_with_their_channels_and_widths():
                 expected = group.scales[chosen[channel] - 1]
                 assert (scale[i], zero[i]) == (expected[0][channel], expected[1][channel])
     without = {name: [ChannelCosts(g.dropped, g.kept) for g in groups] for name, groups in costs.items()}
-    plan = allocate(without, rates, lambda name: STATIC_PRICE, TIER_BITS, 300_000)
+    plan = allocate(without, rates, by_side(lambda name: STATIC_PRICE), TIER_BITS, 300_000)
     assert all(not pairs for pairs in plan.scales.values())
 
 
@@ -307,17 +312,17 @@ def spent(plan, name: str) -> int:
 def test_a_larger_rate_draws_bits():
     costs, rates = large_problem(1)
     twin = {name: costs[K] for name in costs}  # all alike
-    even = allocate(twin, rates, lambda name: STATIC_PRICE, TIER_BITS, 300_000)
+    even = allocate(twin, rates, by_side(lambda name: STATIC_PRICE), TIER_BITS, 300_000)
     assert len({spent(even, name) for name in twin}) == 1
-    tilted = allocate(twin, {**rates, V: 20.0}, lambda name: STATIC_PRICE, TIER_BITS, 300_000)
+    tilted = allocate(twin, {**rates, V: 20.0}, by_side(lambda name: STATIC_PRICE), TIER_BITS, 300_000)
     assert spent(tilted, V) > spent(even, V)
     assert all(spent(tilted, name) < spent(even, name) for name in twin if name != V)
     # A rate that all share changes nothing but the cost.
-    scaled = allocate(twin, dict.fromkeys(rates, 1e-6), lambda name: STATIC_PRICE, TIER_BITS, 300_000)
+    scaled = allocate(twin, dict.fromkeys(rates, 1e-6), by_side(lambda name: STATIC_PRICE), TIER_BITS, 300_000)
     assert scaled.tiers == even.tiers
     assert scaled.divergence == pytest.approx(1e-6 * even.divergence)
     # What costs nothing keeps the least.
-    free = allocate(twin, {**rates, V: 0.0}, lambda name: STATIC_PRICE, TIER_BITS, 300_000)
+    free = allocate(twin, {**rates, V: 0.0}, by_side(lambda name: STATIC_PRICE), TIER_BITS, 300_000)
     assert free.tiers[V] == [[(1, 1)]]
 
 
@@ -327,7 +332,7 @@ def test_tiers_that_cost_bytes_are_fewer():
     for tier in (0, 20_000):
         price = Prices(STATIC_PRICE.channel, (tier,) * 5, 1524)
         budget = 300_000 + 6 * tier
-        plan = allocate(costs, rates, lambda name, price=price: price, TIER_BITS, budget)
+        plan = allocate(costs, rates, by_side(lambda name, price=price: price), TIER_BITS, budget)
         check_plan(plan, costs, rates, lambda name, price=price: price, TIER_BITS, budget)
         counts.append(sum(len(tiers) for groups in plan.tiers.values() for tiers in groups))
     assert counts[0] > 18 and counts[1] < counts[0] * 0.75
@@ -343,8 +348,8 @@ def test_a_plan_takes_the_bytes_that_it_says(k_scheme, v_scheme, group_size):
     costs, rates = large_problem(4, channels=40, layers=1)
     base = CacheScheme(2, 2, group_size, 16, 4, k_scheme, v_scheme)
     sides = {K: ("k", k_scheme, base.keys), V: ("v", v_scheme, base.values)}
-    price = {name: prices(side[2], base, TIER_BITS, 1500, torch.bfloat16) for name, side in sides.items()}
-    plan = allocate(costs, rates, price.__getitem__, TIER_BITS, 50_000)
+    price = {name: tier_prices(side[2], base, TIER_BITS, 1500, torch.bfloat16) for name, side in sides.items()}
+    plan = allocate(costs, rates, by_side(price.__getitem__), TIER_BITS, 50_000)
     found = [side_scheme(s, 2, group_size, {**fields, "tiers": plan.tiers[n]}) for n, (s, fields, _) in sides.items()]
     scheme = CacheScheme.of(*found, residual_length=16, sink_length=4)
     widths = tuple((len(plan.channels[name][0]),) for name in sides)

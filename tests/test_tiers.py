@@ -741,11 +741,14 @@ class TestOverrides:
         assert {str(x.scheme.keys) for x in cache.layers} == {"2-bit per channel in groups of 32"}
         check_size(cache)
 
-    def test_layer_schemes_given_by_hand_come_first(self, models):
-        model = models["dynamic"]
+    @pytest.mark.parametrize("kind", ["dynamic", "static"])
+    def test_layer_schemes_given_by_hand_come_first(self, models, kind):
+        """The layers that are not named keep the tiers that they are calibrated for."""
+        model = models[kind]
         own = {1: CacheScheme(3, 3, **WINDOW)}
         cache = model.create_kivi_cache(layer_schemes=own)
-        assert cache.layer_schemes == own
+        assert cache.layer_schemes == model.create_kivi_cache().layer_schemes | own
+        assert cache.layer_schemes[0].keys.tiers
 
     def test_the_configuration_is_not_changed(self, models):
         model = models["static"]
