@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -157,11 +157,10 @@ def collect_statistics(
         sums, done = _load(path)
     batches, saved = tokens.split(batch_size), time.monotonic()
     if done < len(batches):
-        with _observed(model, fisher, sinks) as observe:
+        with _observed(model, fisher, sinks, sample, sums) as next_batch:
             for i in tqdm(range(done, len(batches)), desc="Statistics", initial=done, total=len(batches)):
+                next_batch()
                 _run(model, batches[i].to(model.device), fisher, torch.Generator().manual_seed(seed * 1_000_003 + i))
-                for name, tensor in observe(sample).items():
-                    sums[name] = torch.cat([sums[name], tensor]) if name.endswith("sample") else sums[name] + tensor
                 done = i + 1
                 if path is not None and (done == len(batches) or time.monotonic() - saved > save_seconds):
                     save_tensors(path, sums, {"batches": str(done)})
@@ -190,43 +189,41 @@ def _empty_sums(model: PreTrainedModel, fisher: bool, sample: int) -> dict[str, 
 
 
 @contextlib.contextmanager
-def _observed(model: PreTrainedModel, fisher: bool, sinks: int) -> Iterator:
-    """Watch the projections of each layer; yields a function that gives what the last batch adds to the sums.
+def _observed(
+    model: PreTrainedModel, fisher: bool, sinks: int, sample: int, sums: dict[str, torch.Tensor]
+) -> Iterator[Callable[[], None]]:
+    """Add what passes through the projections of each layer to the sums; yields what must be called before each batch.
 
     With the Fisher information the weights are frozen, and each layer is recomputed in the backward pass.
     """
-    found: dict[str, torch.Tensor] = {}
-    outputs: dict[str, torch.Tensor] = {}
+    seen: set[str] = set()
 
     def watch(name: str):
         def forward(module, inputs, output):
-            outputs[name] = output.detach() if module.bias is None else output.detach() - module.bias
             if output.requires_grad and not name.endswith("q_proj"):
                 output.register_hook(backward)
+            if name in seen:  # the backward pass computes a layer again
+                return
+            seen.add(name)
+            y = output.detach()
+            if name.endswith("q_proj"):
+                heads = y.flatten(0, 1).double().cpu().unflatten(-1, (model.config.num_attention_heads, -1))
+                heads = heads.transpose(0, 1)
+                sums[name.replace("q_proj", "query")] += heads.transpose(1, 2) @ heads
+                return
+            y = y if module.bias is None else y - module.bias.detach()
+            sums[f"{name}.sample"] = torch.cat([sums[f"{name}.sample"], y[:, sinks : sinks + sample].cpu()])
+            y = y.flatten(0, 1).double().cpu()
+            sums[f"{name}.covariance"] += y.T @ y
+            sums[f"{name}.mean"] += y.sum(0)
 
         def backward(gradient):
             g = gradient.detach().clone()
             g[:, :sinks] = 0
             g = g.flatten(0, 1).double().cpu()
-            found[f"{name}.fisher"] = g.T @ g
+            sums[f"{name}.fisher"] += g.T @ g
 
         return forward
-
-    def take(sample: int) -> dict[str, torch.Tensor]:
-        taken = dict(found)
-        for name, output in outputs.items():
-            y = output.flatten(0, 1).double().cpu()
-            if name.endswith("q_proj"):
-                i, heads = name.split(".")[0], model.config.num_attention_heads
-                bias = model.model.layers[int(i)].self_attn.q_proj.bias
-                y = (y if bias is None else y + bias.double().cpu()).unflatten(-1, (heads, -1)).transpose(0, 1)
-                taken[f"{i}.query"] = y.transpose(1, 2) @ y
-            else:
-                taken[f"{name}.covariance"], taken[f"{name}.mean"] = y.T @ y, y.sum(0)
-                taken[f"{name}.sample"] = output[:, sinks : sinks + sample].cpu().clone()
-        found.clear()
-        outputs.clear()
-        return taken
 
     needed = [(p, p.requires_grad) for p in model.parameters()]
     layers, handles = model.model.layers, []
@@ -239,7 +236,7 @@ def _observed(model: PreTrainedModel, fisher: bool, sinks: int) -> Iterator:
             model.requires_grad_(False)
             for layer in layers:
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-        yield take
+        yield seen.clear
     finally:
         for handle in handles:
             handle.remove()
@@ -272,9 +269,9 @@ def _to_layers(model: PreTrainedModel, sums: dict[str, torch.Tensor], tokens: in
         sides = []
         for p in ("k_proj", "v_proj"):
             of = {f.name: sums.get(f"{i}.{p}.{f.name}") for f in fields(ProjectionStatistics)}
-            means = {name: t if t is None or name == "sample" else t / tokens for name, t in of.items()}
+            means = {name: t if t is None or name == "sample" else t.div_(tokens) for name, t in of.items()}
             sides.append(ProjectionStatistics(**means))
-        layers.append(LayerStatistics(*sides, sums[f"{i}.query"] / tokens))
+        layers.append(LayerStatistics(*sides, sums[f"{i}.query"].div_(tokens)))
     return layers
 
 
