@@ -273,8 +273,8 @@ class ALRDLlamaConfig(LlamaConfig):
             a list of `[channels, bits]` in the order of its channels, e.g. `[[[1, 16], [24, 4], [60, 2]]]`. A side
             whose projection is named has these widths in place of `k_bits` or `v_bits`.
         k_mean_split, v_mean_split (`bool`, default to `False`):
-            Whether calibrated factors have the mean of the keys or values in one channel, the first of each head group
-            (`factor_weight`); the others then average to zero.
+            Whether calibrated factors have the mean of the keys or values in a channel of its own, the first of each
+            head group, with width tiers in the tier of its width; the others then average to zero (`factor_weight`).
         k_hadamard, v_hadamard (`bool`, default to `True`):
             Whether the latent is rotated by an orthogonal Hadamard matrix, folded into the factors when a dense
             weight is split. Stored factors are never rotated again.

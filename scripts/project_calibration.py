@@ -3,8 +3,9 @@
     python scripts/project_calibration.py --output build/projection.json
 
 A model of one layer with random weights goes through the parts of the budget command that take time: statistics,
-factors, sensitivity probe, distortion. What is measured is scaled to all layers and to the windows of the default
-calibration; the head, which the small model lacks, is added by its multiply-adds at the rate that was measured.
+factors, distortion. What is measured is scaled to all layers and to the windows of the default calibration; the head,
+which the small model lacks, and the forward passes of the sensitivity probe are added by their multiply-adds at the
+rate of the layer's forward pass.
 """
 
 import time
@@ -15,10 +16,10 @@ from dataclasses import asdict, dataclass, field
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from configuration_alrd_llama import ALRDLlamaConfig, QuantScheme
+from configuration_alrd_llama import ALRDLlamaConfig, QuantScheme, check_choice
 from modules.allocation import measure_costs
-from modules.calibration import PROJECTIONS, probe_rates, projection_factors
-from modules.statistics import collect_statistics
+from modules.calibration import PROJECTIONS, projection_factors
+from modules.statistics import collect_statistics, model_digest
 from scripts.common import environment, format_table, human_bytes, parse_config, write_json
 
 #: Shapes as in the config.json of the checkpoints on the hub.
@@ -41,6 +42,10 @@ class ProjectionConfig:
     models: list[str] = field(default_factory=lambda: list(SHAPES), metadata={"help": f"Of {', '.join(SHAPES)}."})
     output: str | None = field(default=None, metadata={"help": "JSON file for the results."})
 
+    def __post_init__(self):
+        for name in self.models:
+            check_choice("models", name, tuple(SHAPES))
+
 
 @contextmanager
 def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
@@ -59,8 +64,12 @@ def project(config: ProjectionConfig, shape: dict) -> dict:
     scheme = QuantScheme(orientation="per_channel", static=True)
 
     run: dict[str, float] = {}
+    collect_statistics(dense, tokens, batch_size=1)  # warm
+    with _timed(run, "digest"):
+        model_digest(dense)
     with _timed(run, "statistics"):
         statistics = collect_statistics(dense, tokens, batch_size=1)
+    run["statistics"] -= run["digest"]  # the weights are read once, not once a window
     with _timed(run, "forward"), torch.no_grad():
         dense(tokens, use_cache=False)
     with _timed(run, "factors"):
@@ -73,12 +82,6 @@ def project(config: ProjectionConfig, shape: dict) -> dict:
         for name, groups in factors.items():
             for f, y in zip(groups, samples[name]):
                 measure_costs(f, y, scheme, 128)
-    variances = {
-        name: [(y.double() @ f.project.T).flatten(0, 1).var(0) for f, y in zip(groups, samples[name])]
-        for name, groups in factors.items()
-    }
-    with _timed(run, "probe"):
-        probe_rates(dense, factors, variances, tokens)
 
     layers, windows = _COMMON["num_hidden_layers"], config.windows
     ratio, all_tokens = config.length / config.tokens, windows * config.length
@@ -87,7 +90,7 @@ def project(config: ProjectionConfig, shape: dict) -> dict:
     head = shape["vocab_size"] * _COMMON["hidden_size"]
     seconds = {
         # Forwards and backwards through the head; the layers run once more to be differentiated.
-        "statistics": layers * windows * ratio * run["statistics"] + 2 * all_tokens * head / rate,
+        "statistics": layers * (windows * ratio * run["statistics"] + run["digest"]) + 2 * all_tokens * head / rate,
         "factors": layers * run["factors"],
         # Two windows for each projection of each layer, through the whole model each time.
         "sensitivity probe": (2 * layers + 1) * 2 * config.length * (layers * weights + head) / rate,
@@ -99,7 +102,7 @@ def project(config: ProjectionConfig, shape: dict) -> dict:
     nbytes = {
         "weights in bfloat16": 2 * parameters,
         "hidden states of a batch of 4, in bfloat16": hidden * (layers + 1),
-        "logits of a window, float32, with probabilities": 3 * 4 * config.length * shape["vocab_size"],
+        "logits of a batch of 4 and what is made of them, float32": 4 * 4 * 4 * config.length * shape["vocab_size"],
         "sums on the CPU, float64": layers * 8 * (4 * n * n + 32 * 128 * 128),
         "samples on the CPU": layers * 2 * windows * 256 * n * 2,
         "factors on the CPU, float64": layers * 2 * 8 * (2 * n * n // target.num_head_groups + n * 4096),

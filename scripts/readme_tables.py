@@ -21,12 +21,13 @@ from scripts.project_calibration import table as projection_table
 RESULTS = ROOT / "scripts" / "results"
 
 
-def _measured_by(record: dict, windows: int, prefill: int, chunk: int) -> str:
-    """Under a table of perplexities: how many tokens of which text, on what."""
+def _measured_by(record: dict, options: dict) -> str:
+    """Under a table of perplexities: which text, fed how, on what; `options` are those of the evaluation."""
     e, text = record["environment"], record["text"]
+    split = options["text"].removeprefix("stdlib:")
     return (
-        f"{windows} windows of 2,048 tokens (prefill {prefill:,}, then steps of {chunk}). Text: standard library of "
-        f"Python {text['python']}, held-out modules, sha256 {text['sha256'][:12]}. "
+        f"{options['windows']} windows of 2,048 tokens (prefill {options['prefill']:,}, then steps of "
+        f"{options['chunk']}). Text: standard library of Python {text['python']}, {split} modules, sha256 {text['sha256'][:12]}. "
         f"{record['dtype'].removeprefix('torch.')} on {e['cpu'].split(' (')[0]}, {e['threads']} "
         f"thread{'s' * (e['threads'] > 1)}, torch {e['torch']}, transformers {e['transformers']}."
     )
@@ -34,7 +35,7 @@ def _measured_by(record: dict, windows: int, prefill: int, chunk: int) -> str:
 
 def recommended(record: dict) -> str:
     c, tokens = record["config"], record["results"]["dense"]["tokens"]
-    by = _measured_by(record, c["windows"], c["prefill"], c["chunk"])
+    by = _measured_by(record, c)
     return f"{perplexity_table(record['results'])}\n\n{tokens:,} scored tokens, {by}"
 
 
@@ -123,7 +124,7 @@ def qlutattn(schemes_record: dict, quantize_record: dict) -> str:
 def frontier(record: dict) -> str:
     key = record["key"]
     tokens = record["results"]["dense"]["tokens"]
-    by = _measured_by(record, key["windows"], key["prefill"], key["chunk"])
+    by = _measured_by(record, key)
     return (
         f"{frontier_table(record)}\n\nThe dense perplexity is {record['results']['dense']['perplexity']:.3f}; "
         f"{tokens:,} scored tokens of different documents, {by} Intervals: paired bootstrap over documents."
@@ -137,7 +138,7 @@ def all_peers(record: dict) -> str:
 def ablation(record: dict) -> str:
     o = record["options"]
     tokens = record["results"]["default"]["dense"]["tokens"]
-    by = _measured_by(record, o["windows"], o["prefill"], o["chunk"])
+    by = _measured_by(record, o)
     return f"{ablation_table(record)}\n\n{tokens:,} scored tokens, {by}"
 
 
