@@ -27,7 +27,8 @@ def _measured_by(record: dict, options: dict) -> str:
     split = options["text"].removeprefix("stdlib:")
     return (
         f"{options['windows']} windows of 2,048 tokens (prefill {options['prefill']:,}, then steps of "
-        f"{options['chunk']}). Text: standard library of Python {text['python']}, {split} modules, sha256 {text['sha256'][:12]}. "
+        f"{options['chunk']}). Text: standard library of Python {text['python']}, {split} modules, "
+        f"sha256 {text['sha256'][:12]}. "
         f"{record['dtype'].removeprefix('torch.')} on {e['cpu'].split(' (')[0]}, {e['threads']} "
         f"thread{'s' * (e['threads'] > 1)}, torch {e['torch']}, transformers {e['transformers']}."
     )
