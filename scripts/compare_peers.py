@@ -283,7 +283,7 @@ def peers(config: PeersConfig) -> dict[str, Peer]:
             scheme = CacheScheme(bits, bits, group_size, window, sink_length=0)
             found[f"KIVI, {bits} bit{note} (our engine)"] = Peer("KIVI", scheme, lambda models: models.dense)
     # Palu, arXiv:2407.21118: one scale per token and latent of a head group, every token of the latent.
-    for share in (0.7, 0.5, 0.3):
+    for share in (0.7, 0.5, 0.3, 0.2):
         model = memoized(partial(Models.palu, share=share))
         for bits in (4, 3):
             scheme = CacheScheme(bits, bits, 0, 0, 0, k_scheme={"orientation": "per_token"})

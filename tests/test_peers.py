@@ -222,7 +222,7 @@ class TestPeers:
         found = peers(PeersConfig())
         by_part = {part: [n for n, p in found.items() if p.part == part] for part in compare_peers.PARTS}
         assert {part: len(names) for part, names in by_part.items()} == {
-            "transformers": 4, "KIVI": 4, "Palu": 6, "ASVD": 2, "checkpoints": 0
+            "transformers": 4, "KIVI": 4, "Palu": 8, "ASVD": 2, "checkpoints": 0
         }  # fmt: skip
         for name, peer in found.items():
             assert ("our" in name) == (peer.engine == "ours") == (peer.part != "transformers")

@@ -41,7 +41,9 @@ def allowed(
     around_zero = bits in (1, 1.58) if symmetric is None else symmetric
     if bits < 2 and around_zero and range_method == "minmax":
         return False
-    if static and (orientation == "per_token" or bits not in (2, 3, 4, 8) or rotation or protected or quantizer):
+    if static and (orientation == "per_token" or bits not in (1, 2, 3, 4, 8) or rotation or protected or quantizer):
+        return False
+    if static and bits == 1 and around_zero:
         return False
     return not (protected and protected_bits <= bits)
 
@@ -75,6 +77,7 @@ def test_json_round_trip_and_resolved_defaults():
         scheme = QuantScheme(**fields)
         record = json.loads(json.dumps(scheme.to_dict()))
         assert QuantScheme(**record) == scheme
+        assert record.pop("tiers") is None  # tests/test_tiers.py
         assert list(record) == list(FIELDS)
         expected = dict(fields)
         if fields["symmetric"] is None:
@@ -97,6 +100,7 @@ def test_defaults():
         "protected": 0.0,
         "protected_bits": 4,
         "quantizer": None,
+        "tiers": None,
     }
     assert FIELDS["bits"] == SUPPORTED_BITS
 
@@ -142,7 +146,10 @@ def test_bad_fields_are_refused(field, value):
         ({"bits": 1.5, "symmetric": True}, "bits=1.5: .*must be per_channel and not symmetric.*True"),
         ({"bits": 1, "range_method": "minmax"}, "range_method='minmax': symmetric codes of 1 bits"),
         ({"bits": 1.58, "range_method": "minmax"}, "range_method='minmax': symmetric codes of 1.58 bits"),
-        ({"static": True, "orientation": "per_token"}, "static=True: .* per_channel, of 2, 3, 4 or 8 bits"),
+        (
+            {"static": True, "orientation": "per_token"},
+            r"static=True: .* per_channel, of 1 \(not symmetric\), 2, 3, 4 or 8 bits",
+        ),
         ({"static": True, "bits": 16}, "static=True: .*got per_channel, 16 bits"),
         ({"static": True, "bits": 1}, "static=True: .*got per_channel, 1 bits"),
         ({"static": True, "rotation": True}, "static=True: .*rotation=True"),
