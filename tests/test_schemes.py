@@ -148,7 +148,7 @@ def test_bad_fields_are_refused(field, value):
         ({"bits": 1.58, "range_method": "minmax"}, "range_method='minmax': symmetric codes of 1.58 bits"),
         (
             {"static": True, "orientation": "per_token"},
-            r"static=True: .* per_channel, of 1 \(not symmetric\), 2, 3, 4 or 8 bits",
+            "static=True: .* per_channel, of 1 .*2, 3, 4 or 8 bits",
         ),
         ({"static": True, "bits": 16}, "static=True: .*got per_channel, 16 bits"),
         ({"static": True, "bits": 1}, "static=True: .*got per_channel, 1 bits"),
