@@ -9,6 +9,7 @@ import json
 import re
 from pathlib import Path
 
+from configuration_alrd_llama import QuantScheme
 from modules.qlutattn import QLUTATTN
 from scripts.ablate_calibration import table as ablation_table
 from scripts.common import ROOT, human_bytes
@@ -103,7 +104,7 @@ def qlutattn(schemes_record: dict, quantize_record: dict) -> str:
             speed = max(
                 1e9 * r["pack"]["states_gb_per_s"]
                 for r in quantize_record["results"]
-                if r["scheme"] == QLUTATTN[f"{side}{bits}"].to_dict()
+                if QuantScheme(**r["scheme"]) == QLUTATTN[f"{side}{bits}"]
             )
             cells = (
                 (f"{increase:+.3f} (< {PERPLEXITY_TARGETS[side]})", increase < PERPLEXITY_TARGETS[side]),
