@@ -61,6 +61,7 @@ from scripts.common import (
     parse_json,
     write_json,
 )
+from scripts.compare_peers import series
 from scripts.corpus import describe, load_documents, tokenize_windows
 from scripts.eval_perplexity import EvalConfig, measure, table
 
@@ -86,6 +87,9 @@ class CalibrationConfig:
     )
     sweep: list[float] = field(
         default_factory=list, metadata={"help": "Budgets of a whole curve, measured; in place of --budget."}
+    )
+    peers: str | None = field(
+        default=None, metadata={"help": "JSON of scripts/compare_peers.py whose peers a sweep's curve shows too."}
     )
     tokens: int = field(default=4096, metadata={"help": "Tokens in the cache that the budget is for."})
     share: float | None = field(
@@ -508,7 +512,11 @@ def measure_sweep(config: CalibrationConfig, **evaluation) -> dict:
     how = {"text": "stdlib:selection", "windows": 8, "prefill": 1792} | evaluation
     record = measure(EvalConfig(model=config.model, **how), tokenizer, dense, caches)
     write_json(output / "sweep.json", record)
-    plots.curve({"ours": record["results"]}, output / "curve.png")
+    lines = {"ours": record["results"]}
+    if config.peers is not None:
+        recorded = series(json.loads(Path(config.peers).read_text()))
+        lines |= {f"recorded: {label}": results for label, results in recorded.items() if label != "ours"}
+    plots.curve(lines, output / "curve.png")
     print(table(record["results"]))
     return record
 

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, set_seed
 
 from modeling_alrd_llama import ALRDLlamaForCausalLM
 from scripts.calibrate_svd_ranks import CalibrationConfig, calibrate, fit_budget, measure_sweep, write_checkpoint
-from scripts.common import BUNDLED_MODEL, parse_config
+from scripts.common import BUNDLED_MODEL, ROOT, parse_config
 from scripts.corpus import load_documents
 
 
@@ -56,7 +56,8 @@ def continue_code(checkpoint: Path, text: str, prompt_tokens: int = 600, new_tok
 def main(config: DemoConfig) -> dict:
     """Run the demo; returns the results of the evaluation."""
     started, folder = time.perf_counter(), Path(config.output)
-    calibration_config = CalibrationConfig(model=config.model, sweep=config.budgets, output=config.output)
+    peers = str(ROOT / "scripts" / "results" / "peers.json") if config.model == BUNDLED_MODEL else None
+    calibration_config = CalibrationConfig(model=config.model, sweep=config.budgets, output=config.output, peers=peers)
     print(f"1. Calibrate {config.model}: statistics on text, then ranks and widths for each budget\n")
     calibration = calibrate(calibration_config)
     for budget in config.budgets:

@@ -74,7 +74,7 @@ def curve(series: dict[str, dict], path: Path, limit: float = 0.5) -> None:
         path: PNG to write.
         limit: Largest increase on the axis; points above it stand on its edge.
     """
-    figure, axes = pyplot.subplots(figsize=(8, 5))
+    figure, axes = pyplot.subplots(figsize=(10, 5))
     markers = iter("osD^vP*X<>ph")
     for label, results in series.items():
         points = sorted(
@@ -96,5 +96,5 @@ def curve(series: dict[str, dict], path: Path, limit: float = 0.5) -> None:
     axes.set(xlabel="bytes of the cache, share of the dense one in 16 bits (4,096 tokens, everything counted)")
     axes.set(ylabel="increase of the perplexity", title="Perplexity against bytes")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     _save(figure, path)

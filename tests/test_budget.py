@@ -16,7 +16,7 @@ from modeling_alrd_llama import ALRDLlamaForCausalLM
 from modules import statistics
 from scripts import calibrate_svd_ranks as script
 from scripts.calibrate_svd_ranks import CalibrationConfig, main
-from scripts.common import load_model
+from scripts.common import ROOT, load_model
 from tests.helpers import tiny_dense
 
 TINY = {"vocab_size": 300, "num_hidden_layers": 2, "num_key_value_heads": 4, "head_dim": 8, "hidden_size": 64}
@@ -426,7 +426,11 @@ def test_a_sweep(place, tmp_path, monkeypatch, pictures):
     monkeypatch.setattr(script, "measure_sweep", partial(script.measure_sweep, **evaluation))
     for name in ("spectra", "widths"):
         monkeypatch.setattr(script.plots, name, lambda *args: None)
-    record = main(settings(place, tmp_path, sweep=[0.3, 0.15]))
+    drawn, curve = [], script.plots.curve
+    monkeypatch.setattr(script.plots, "curve", lambda lines, path: drawn.extend(lines) or curve(lines, path))
+    peers = str(ROOT / "scripts" / "results" / "peers.json")
+    record = main(settings(place, tmp_path, sweep=[0.3, 0.15], peers=peers))
+    assert drawn[0] == "ours" and "recorded: QuantizedCache, hqq" in drawn and "recorded: ours" not in drawn
     assert json.loads((tmp_path / "sweep.json").read_text()) == record
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["0.15", "0.3"]
