@@ -69,9 +69,19 @@ def water_fill(energies: dict[str, list[torch.Tensor]], share: float, multiple: 
             for start in range(multiple, len(energy), multiple):
                 piece = energy[start : start + multiple]
                 offers.append((piece.mean().item() / total, name, group, start, len(piece)))
-    # Within a group the energies fall, so the best offers are always a group's next ones.
+    return _buy(offers, ranks, budget)
+
+
+def _buy(offers: list[tuple[float, str, int, int, int]], ranks: dict[str, list[int]], budget: int) -> dict:
+    """Raise the ranks by the best offers that fit the budget of channels; returns them.
+
+    Args:
+        offers: (worth, projection, head group, rank that it raises, channels); within a group the worth falls.
+        ranks: Where to start from.
+        budget: Channels.
+    """
     for _, name, group, start, channels in sorted(offers, key=lambda offer: -offer[0]):
-        # The last piece may be smaller than one before it that did not fit.
+        # The last piece of a group may be smaller than one before it that did not fit.
         if channels <= budget and ranks[name][group] == start:
             ranks[name][group] += channels
             budget -= channels
@@ -122,12 +132,7 @@ def proportional_ranks(
         for group, weight in enumerate(groups)
         for start in range(multiple, full, multiple)
     ]
-    for _, name, group, start, channels in sorted(offers, key=lambda offer: -offer[0]):
-        # The last unit may be smaller than one before it that did not fit.
-        if channels <= budget and ranks[name][group] == start:
-            ranks[name][group] += channels
-            budget -= channels
-    return ranks
+    return _buy(offers, ranks, budget)
 
 
 def fisher_information(

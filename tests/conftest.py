@@ -48,3 +48,12 @@ def poisoned_allocations(monkeypatch):
     """An element of a pool, a window or the sinks that is read before it was written shows as NaN."""
     for module in ("modules.block_pool", "modules.kivi_cache"):
         monkeypatch.setattr(f"{module}.torch", PoisonedTorch())
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """One thread for the tests of a module: no figure depends on how many there are."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+import tokenizers
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from configuration_alrd_llama import ALRDLlamaConfig
 from modeling_alrd_llama import ALRDLlamaForCausalLM
@@ -46,6 +47,15 @@ def tiny_dense(seed: int = 0, dtype: torch.dtype = torch.float32, **overrides) -
         model = LlamaForCausalLM(LlamaConfig(**{**TINY_LLAMA, **overrides}))
         randomize_vectors(model)
     return model.to(dtype).eval()
+
+
+def save_byte_tokenizer(path: Path) -> None:
+    """A tokenizer of bytes: 257 tokens, the first of them `<s>`."""
+    alphabet = ["<s>", *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>").save_pretrained(path)
 
 
 def all_ranks(num_layers: int, ranks: int | dict[str, int | list[int]]) -> dict[str, int | list[int]]:

@@ -95,12 +95,12 @@ class SimulatedCache:
             while len(row.window) >= self.residual_length + self.block_length:
                 block, row.window = row.window[: self.block_length], row.window[self.block_length :]
                 row.starts.append(len(row.sinks) + len(row.packed))
-                sides = (torch.stack([token[side] for token in block]) for side in (0, 1))
-                back = [
-                    round_trip_block(states, bits, side == 0, widths, self.group_size)
-                    for side, (states, bits, widths) in enumerate(zip(sides, self.bits, self.widths, strict=True))
-                ]
-                row.packed.extend(zip(*back, strict=True))
+                sides = [self.rounded(torch.stack([token[side] for token in block]), side) for side in (0, 1)]
+                row.packed.extend(zip(*sides, strict=True))
+
+    def rounded(self, states: torch.Tensor, side: int) -> torch.Tensor:
+        """A block `[T, C]` of keys (side 0) or values (1), stored and read."""
+        return round_trip_block(states, self.bits[side], side == 0, self.widths[side], self.group_size)
 
     def crop(self, slots_to_remove: int) -> None:
         """Remove the last `-slots_to_remove` slots of every row."""

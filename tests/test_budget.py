@@ -7,17 +7,15 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import tokenizers
 import torch
 from safetensors.torch import load_file
-from transformers import PreTrainedTokenizerFast
 
 from modeling_alrd_llama import ALRDLlamaForCausalLM
 from modules import statistics
 from scripts import calibrate_svd_ranks as script
 from scripts.calibrate_svd_ranks import CalibrationConfig, main
 from scripts.common import ROOT, load_model
-from tests.helpers import tiny_dense
+from tests.helpers import save_byte_tokenizer, tiny_dense
 
 TINY = {"vocab_size": 300, "num_hidden_layers": 2, "num_key_value_heads": 4, "head_dim": 8, "hidden_size": 64}
 TOKENS = 512
@@ -29,11 +27,7 @@ PROJECTIONS = [f"model.layers.{i}.self_attn.{p}" for i in range(2) for p in ("k_
 def save_model(path: Path, dtype=torch.float32, **fields) -> str:
     """A random dense Llama and a byte-level tokenizer."""
     tiny_dense(dtype=dtype, **TINY | {"bos_token_id": 0} | fields).save_pretrained(path)
-    alphabet = ["<s>", *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>").save_pretrained(path)
+    save_byte_tokenizer(path)
     return str(path)
 
 

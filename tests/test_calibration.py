@@ -12,6 +12,8 @@ from modules.statistics import collect_statistics
 from modules.svd_linear import factor_groups, query_key_metric, value_output_metric
 from tests.helpers import tiny_dense
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = {
     "vocab_size": 31,
     "hidden_size": 32,
@@ -21,14 +23,6 @@ SMALL = {
     "num_key_value_heads": 2,
     "head_dim": 8,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

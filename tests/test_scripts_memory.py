@@ -5,9 +5,8 @@ import subprocess
 import sys
 
 import pytest
-import tokenizers
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from configuration_alrd_llama import ALRDLlamaConfig
 from modeling_alrd_llama import ALRDLlamaForCausalLM
@@ -17,6 +16,7 @@ from scripts.benchmark_cache import BenchmarkConfig, allocated_bytes
 from scripts.common import ROOT, human_bytes, write_json
 from scripts.estimate_memory import EstimateConfig, layer_breakdown, layer_room
 from scripts.generate import GenerateConfig
+from tests.helpers import save_byte_tokenizer
 
 TINY = {
     "vocab_size": 300,
@@ -35,11 +35,7 @@ def dense_path(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("dense")
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**TINY, bos_token_id=0, eos_token_id=None)).save_pretrained(path)
-    alphabet = ["<s>", *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>").save_pretrained(path)
+    save_byte_tokenizer(path)
     return str(path)
 
 

@@ -11,6 +11,8 @@ from modules import statistics
 from modules.statistics import collect_statistics, record_key, statistics_record
 from tests.helpers import TINY_LLAMA, randomize_vectors, tiny_dense
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 #: Two layers, four query heads of eight on two key/value heads.
 SMALL = {
     "vocab_size": 31,
@@ -42,14 +44,6 @@ MODELS = {
     "biases": lambda: tiny_dense(**SMALL, attention_bias=True),
     "qwen2": small_qwen2,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

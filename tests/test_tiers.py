@@ -26,7 +26,7 @@ from modules.kernels import get_backend
 from modules.kivi_cache import CacheScheme, KIVILatentCache, config_widths, create_kivi_cache
 from modules.svd_linear import factor_groups
 from tests.helpers import TINY_LLAMA, all_ranks, tiny_dense, tiny_split
-from tests.simulated_cache import SimulatedCache, SimulatedRow, round_trip_block
+from tests.simulated_cache import SimulatedCache, round_trip_block
 from tests.simulated_model import ExactRotaryEmbedding, simulated_forward
 
 K0, V0, V1 = (f"model.layers.{name}_proj" for name in ("0.self_attn.k", "0.self_attn.v", "1.self_attn.v"))
@@ -605,20 +605,6 @@ class TieredSimulation(SimulatedCache):
             else:
                 back[:, channels] = round_trip_block(x, bits, scheme.per_channel, (len(channels),), scheme.group_size)
         return back
-
-    def append(self, keys, values, real=None):
-        self.rows = self.rows or [SimulatedRow() for _ in keys]
-        for i, row in enumerate(self.rows):
-            for j in range(keys.shape[1]):
-                row.slots.append(real is None or bool(real[i, j]))
-                if row.slots[-1]:
-                    growing = len(row.sinks) < self.sink_length and not row.packed and not row.window
-                    (row.sinks if growing else row.window).append((keys[i, j], values[i, j]))
-            while len(row.window) >= self.residual_length + self.block_length:
-                block, row.window = row.window[: self.block_length], row.window[self.block_length :]
-                row.starts.append(len(row.sinks) + len(row.packed))
-                sides = [self.rounded(torch.stack([token[side] for token in block]), side) for side in (0, 1)]
-                row.packed.extend(zip(*sides, strict=True))
 
 
 def simulations(model) -> list[TieredSimulation]:
