@@ -1,7 +1,6 @@
 """Llama, Mistral or Qwen2 with low-rank key and value projections, whose latents live in a `KIVILatentCache`."""
 
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import torch
@@ -28,8 +27,9 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from configuration_alrd_llama import ALRDLlamaConfig, check_tiers
-from modules.kivi_cache import CacheScheme, KIVILatentCache, Tile, config_schemes, create_kivi_cache
-from modules.latent_attention import Rope, attention_received, latent_attention
+from modules.kernels.attention import attention_received
+from modules.kernels.packed import PackedCache, Rope, Tile
+from modules.kivi_cache import CacheScheme, KIVILatentCache, config_schemes, create_kivi_cache
 from modules.quant_utils import quantize_latent, require
 from modules.svd_linear import ALinear, SVDLinear, factor_groups, join_factors
 
@@ -211,15 +211,14 @@ class ALRDLlamaAttention(LlamaAttention):
         """`[B, L, H * d]` to `[B, H, L, d]`."""
         return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    def _tiles(self, key_latents, value_latents, layer, step: LatentStep) -> Iterator[Tile]:
-        """What the new tokens may see: the cache and themselves."""
-        if step.has_past:
-            yield from layer.tiles()
-        yield step.new_tile(key_latents, value_latents)
-
-    def _latent_arguments(self, step: LatentStep) -> dict:
+    def _attention_arguments(self, query, key_latents, value_latents, layer, step: LatentStep) -> dict:
+        """Arguments of an attention of the new tokens to the cache and to themselves."""
+        new = step.new_tile(key_latents, value_latents)
         return {
-            "expand_keys": lambda latents: from_latents(self.k_proj, latents),
+            "query": query,
+            "positions": step.positions.to(query.device),
+            "cache": layer.packed(new) if step.has_past else PackedCache(after=(new,)),
+            "expand_keys": self.k_proj.ALinear if isinstance(self.k_proj, SVDLinear) else None,
             "value_widths": self.widths[1],
             "rope": step.rope,
             "scaling": self.scaling,
@@ -229,24 +228,14 @@ class ALRDLlamaAttention(LlamaAttention):
         """What `KIVILatentLayer.append` takes, if the cache chooses its protected tokens by it."""
         if layer.score != "attention":
             return None
-        return attention_received(
-            query,
-            step.positions.to(query.device),
-            step.real,
-            self._tiles(key_latents, value_latents, layer, step),
-            max(step.lengths) + query.shape[2],
-            **self._latent_arguments(step),
-        )
+        arguments = self._attention_arguments(query, key_latents, value_latents, layer, step)
+        return attention_received(**arguments, real=step.real, length=max(step.lengths) + query.shape[2])
 
     def _attend_cache(self, query, key_latents, value_latents, layer, step: LatentStep):
         """Attention of new tokens over the packed cache and themselves; returns `[B, L, H_q, d]` and weights."""
-        summed, weights = latent_attention(
-            query,
-            step.positions.to(query.device),
-            self._tiles(key_latents, value_latents, layer, step),
-            weights_length=None if step.slots is None else step.slots.shape[1],
-            **self._latent_arguments(step),
-        )
+        arguments = self._attention_arguments(query, key_latents, value_latents, layer, step)
+        weights_length = None if step.slots is None else step.slots.shape[1]
+        summed, weights = layer.backend.attend(**arguments, weights_length=weights_length)
         summed = summed.to(query.dtype)
         output = self.v_proj.ALinear(summed, per_head=True) if isinstance(self.v_proj, SVDLinear) else summed
         if weights is not None:

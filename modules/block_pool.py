@@ -1,8 +1,11 @@
 """A pool of immutable quantized blocks, written once and shared by reference counts."""
 
+from functools import partial
+
 import torch
 
 from modules.codecs import BlockCodec, Fields, block_nbytes
+from modules.kernels.packed import PackedSide
 
 
 class BlockPool:
@@ -27,6 +30,7 @@ class BlockPool:
         }
         self.references: list[int] = []
         self.free: list[int] = []
+        self._sides: tuple[PackedSide, ...] | None = None
 
     @property
     def used(self) -> int:
@@ -64,6 +68,18 @@ class BlockPool:
         """Dequantized states `[*slots.shape, T, C]` of a tensor of slots."""
         return self.codecs[side].decode({name: t[slots] for name, t in self.storage[side].items()})
 
+    def sides(self) -> tuple[PackedSide, ...]:
+        """Keys and values of all slots, as attention reads them."""
+        if self._sides is None:
+            self._sides = tuple(self._side(side) for side in self.codecs)
+        return self._sides
+
+    def _side(self, side: str) -> PackedSide:
+        codec, read = self.codecs[side], partial(self.read, side)
+        if not hasattr(codec, "parts"):  # a quantizer of a user's own
+            return PackedSide(read)
+        return PackedSide(read, codec.parts(self.storage[side]), codec.stored_channels)
+
     def retain(self, slots) -> None:
         for slot in slots:
             self.references[slot] += 1
@@ -86,6 +102,7 @@ class BlockPool:
 
     def _resize(self, kept: torch.Tensor, capacity: int) -> None:
         """Reallocate `capacity` slots that start with the `kept` ones."""
+        self._sides = None
         for fields in self.storage.values():
             for name, old in fields.items():
                 new = torch.empty((capacity, *old.shape[1:]), dtype=old.dtype, device=old.device)

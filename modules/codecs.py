@@ -16,6 +16,7 @@ import torch
 from configuration_alrd_llama import QuantScheme
 from modules.hadamard_utils import rotate, rotate_back
 from modules.kernels import Backend, get_backend
+from modules.kernels.packed import PackedPart
 from modules.quant_utils import DEFAULT_BLOCK_LENGTH, group_widths, packed_words, parameter_dtype, to_finite
 
 Fields = dict[str, torch.Tensor]
@@ -77,6 +78,13 @@ class _Codec:
         self.scheme, self.length, self.widths = scheme, length, tuple(widths)
         self.dtype, self.backend, self.scale_dtype = dtype, backend, scale_dtype
 
+    #: `PackedSide.channels`.
+    stored_channels: torch.Tensor | None = None
+
+    def parts(self, fields: Fields) -> tuple[PackedPart, ...] | None:
+        """The storage of all slots, `[slots, …]`, as attention kernels read it; `None`: they cannot."""
+        return None
+
     def _with(self, scheme: QuantScheme, length: int, widths: tuple[int, ...], dtype: torch.dtype) -> BlockCodec:
         """The quantizer of a part of the states."""
         return make_codec(scheme, length, widths, dtype, self.backend, scale_dtype=self.scale_dtype)
@@ -93,6 +101,9 @@ class ExactCodec(_Codec):
 
     def decode(self, fields: Fields) -> torch.Tensor:
         return fields["states"]
+
+    def parts(self, fields: Fields) -> tuple[PackedPart, ...]:
+        return (PackedPart(16, self.widths, fields["states"], run=self.length),)
 
 
 class UniformCodec(_Codec):
@@ -161,6 +172,10 @@ class UniformCodec(_Codec):
             states.append(part.reshape(-1, count * run, channels))
         return torch.cat(states, dim=1).reshape(*lead, self.length, channels)
 
+    def parts(self, fields: Fields) -> tuple[PackedPart, ...]:
+        parameters = (fields["scale"], fields.get("zero_point"))
+        return (PackedPart(self.scheme.bits, self.widths, fields["packed"], *parameters, self.runs[0], self.groups),)
+
 
 class StaticCodec(_Codec):
     """Codes by scales from calibration, which are stored once, not per block: exactly `bits` bits per element."""
@@ -182,6 +197,10 @@ class StaticCodec(_Codec):
             packed.flatten(0, -3), scale, zero_point, self.scheme.bits, self.length, self.dtype
         )
         return states.reshape(*packed.shape[:-2], *states.shape[1:])
+
+    def parts(self, fields: Fields) -> tuple[PackedPart, ...]:
+        parameters = (None if x is None else x.view(1, 1, -1) for x in self.scales)
+        return (PackedPart(self.scheme.bits, self.widths, fields["packed"], *parameters, self.length),)
 
 
 class RotatedCodec(_Codec):
@@ -218,16 +237,16 @@ class MixedChannelCodec(_Codec):
         narrow = tuple(width - w for width, w in zip(self.widths, wide))
         self.narrow = tuple(width for width in narrow if width)
         low = replace(self.scheme, bits=1, symmetric=True, range_method="mse")
-        self.parts = {"wide": self._with(replace(self.scheme, bits=2), self.length, wide, torch.float32)}
+        self.codecs = {"wide": self._with(replace(self.scheme, bits=2), self.length, wide, torch.float32)}
         if self.narrow:
-            self.parts["narrow"] = self._with(low, self.length, self.narrow, torch.float32)
+            self.codecs["narrow"] = self._with(low, self.length, self.narrow, torch.float32)
         group = torch.arange(len(self.widths)).repeat_interleave(torch.tensor(self.widths))
         self._group = group
         self._wide_of_group = torch.tensor(wide)[group]
 
     def fields(self):
         own = {"is_wide": ((_mask_bytes(sum(self.widths)),), torch.uint8)}
-        return own | _join({name: codec.fields() for name, codec in self.parts.items()})
+        return own | _join({name: codec.fields() for name, codec in self.codecs.items()})
 
     def _order(self, is_wide: torch.Tensor) -> torch.Tensor:
         """Channels `[..., C]` in the order of storage: the wide ones by head group, then the narrow ones."""
@@ -245,15 +264,15 @@ class MixedChannelCodec(_Codec):
         is_wide = rank < self._wide_of_group.to(states.device)
 
         sorted_states = states.float().gather(-1, self._order(is_wide)[:, None].expand_as(states))
-        wide, narrow = sorted_states.split([sum(self.parts["wide"].widths), sum(self.narrow)], dim=-1)
-        encoded = {"wide": self.parts["wide"].encode(wide)}
+        wide, narrow = sorted_states.split([sum(self.codecs["wide"].widths), sum(self.narrow)], dim=-1)
+        encoded = {"wide": self.codecs["wide"].encode(wide)}
         if self.narrow:
             rotated = torch.cat([rotate(group) for group in narrow.split(self.narrow, dim=-1)], dim=-1)
-            encoded["narrow"] = self.parts["narrow"].encode(rotated)
+            encoded["narrow"] = self.codecs["narrow"].encode(rotated)
         return {"is_wide": _pack_mask(is_wide)} | _join(encoded)
 
     def decode(self, fields: Fields) -> torch.Tensor:
-        decoded = {name: codec.decode(_part(fields, name)) for name, codec in self.parts.items()}
+        decoded = {name: codec.decode(_part(fields, name)) for name, codec in self.codecs.items()}
         groups = [decoded["wide"]]
         if self.narrow:
             groups += [rotate_back(group) for group in decoded["narrow"].split(self.narrow, dim=-1)]
@@ -274,34 +293,39 @@ class TieredCodec(_Codec):
         channels = torch.arange(sum(self.widths)).split([n for group in self.scheme.tiers for n, _ in group])
         tiers = [(bits, c) for (_, bits), c in zip((t for g in self.scheme.tiers for t in g), channels)]
         #: Channels of each width, the widest first, and its quantizer.
-        self.channels, self.parts = {}, {}
+        self.channels, self.codecs = {}, {}
         for bits in sorted({bits for bits, _ in tiers}, reverse=True):
             name, mine = f"{bits}bit", [c for b, c in tiers if b == bits]
             scheme, index = self.scheme.at_width(bits), torch.cat(mine)
             scales = tuple(s[index.to(s.device)] for s in static_scales) if static_scales and scheme.static else None
             self.channels[name] = index
-            self.parts[name] = make_codec(
+            self.codecs[name] = make_codec(
                 scheme, self.length, tuple(map(len, mine)), self.dtype, self.backend, scales, self.scale_dtype
             )
         stored = torch.cat(list(self.channels.values()))
         #: Where each channel stands in what is stored; `None`: in its own place.
         self.order = None if (stored.diff() == 1).all() else stored.argsort()
+        self.stored_channels = None if self.order is None else stored
 
     def fields(self):
-        return _join({name: codec.fields() for name, codec in self.parts.items()})
+        return _join({name: codec.fields() for name, codec in self.codecs.items()})
 
     def encode(self, states: torch.Tensor, score=None) -> Fields:
-        if self.order is not None:
-            states = states[..., torch.cat(list(self.channels.values())).to(states.device)]
+        if self.stored_channels is not None:
+            states = states[..., self.stored_channels.to(states.device)]
         parts = states.split([len(c) for c in self.channels.values()], dim=-1)
-        return _join({name: codec.encode(part) for part, (name, codec) in zip(parts, self.parts.items())})
+        return _join({name: codec.encode(part) for part, (name, codec) in zip(parts, self.codecs.items())})
 
     def decode(self, fields: Fields) -> torch.Tensor:
-        states = torch.cat([codec.decode(_part(fields, name)) for name, codec in self.parts.items()], dim=-1)
+        states = torch.cat([codec.decode(_part(fields, name)) for name, codec in self.codecs.items()], dim=-1)
         if self.order is None:
             return states
         self.order = self.order.to(states.device)
         return states[..., self.order]
+
+    def parts(self, fields: Fields) -> tuple[PackedPart, ...] | None:
+        parts = [codec.parts(_part(fields, name)) for name, codec in self.codecs.items()]
+        return None if None in parts else tuple(part for (part,) in parts)
 
 
 class ProtectedTokenCodec(_Codec):
@@ -319,14 +343,14 @@ class ProtectedTokenCodec(_Codec):
         by_width = {"symmetric": None, "range_method": None if scheme.range_method == "minmax" else "mse"}
         high = replace(low, bits=scheme.protected_bits, **by_width)
         self.unprotected = self._with(low, self.length, self.widths, torch.float32)
-        self.parts = {
+        self.codecs = {
             "high": self._with(high, self.count, self.widths, self.dtype),
             "low": self._with(low, self.length - self.count, self.widths, self.dtype),
         }
 
     def fields(self):
         own = {"is_protected": ((_mask_bytes(self.length),), torch.uint8)}
-        return own | _join({name: codec.fields() for name, codec in self.parts.items()})
+        return own | _join({name: codec.fields() for name, codec in self.codecs.items()})
 
     def encode(self, states: torch.Tensor, score: torch.Tensor | None = None) -> Fields:
         if score is None:
@@ -337,11 +361,11 @@ class ProtectedTokenCodec(_Codec):
         order = _mask_order(is_protected)
         sorted_states = states.gather(1, order[..., None].expand_as(states))
         high, low = sorted_states.tensor_split([self.count], dim=1)
-        encoded = {"high": self.parts["high"].encode(high), "low": self.parts["low"].encode(low)}
+        encoded = {"high": self.codecs["high"].encode(high), "low": self.codecs["low"].encode(low)}
         return {"is_protected": _pack_mask(is_protected)} | _join(encoded)
 
     def decode(self, fields: Fields) -> torch.Tensor:
-        states = torch.cat([codec.decode(_part(fields, name)) for name, codec in self.parts.items()], dim=-2)
+        states = torch.cat([codec.decode(_part(fields, name)) for name, codec in self.codecs.items()], dim=-2)
         order = _mask_order(_unpack_mask(fields["is_protected"], self.length))
         return states.gather(-2, order.argsort(dim=-1)[..., None].expand_as(states))
 

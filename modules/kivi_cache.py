@@ -25,6 +25,7 @@ from modules.block_pool import BlockPool
 from modules.codecs import StaticScales, block_length, block_nbytes, check_codec, make_codec
 from modules.files import save_tensors
 from modules.kernels import BACKENDS, Backend, get_backend
+from modules.kernels.packed import PackedCache, Tile
 from modules.quant_utils import KIVIQuantizer
 from modules.vidkv import parse_quantization_config
 
@@ -150,27 +151,6 @@ class Row:
     @property
     def tokens(self) -> int:
         return self.sinks + self.packed + self.window
-
-
-@dataclass(frozen=True)
-class Tile:
-    """A piece of the cache as attention reads it: m runs of t tokens per row, dequantized.
-
-    Attributes:
-        keys, values: `[B, m, t, C_k]` and `[B, m, t, C_v]`.
-        start: `[B, m]` int32, position of the first token of each run.
-        count: `[B, m]` int32, how many of its t tokens are valid.
-    """
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    start: torch.Tensor
-    count: torch.Tensor
-
-    def masked(self) -> "Tile":
-        """The tile with zeros beyond the counts: what lies there is another row's, and may be NaN or Inf."""
-        valid = (torch.arange(self.keys.shape[2], device=self.keys.device) < self.count[..., None])[..., None]
-        return replace(self, keys=self.keys.where(valid, 0), values=self.values.where(valid, 0))
 
 
 def _pad_ranges(real: list[bool], offset: int) -> tuple[tuple[int, int], ...]:
@@ -398,31 +378,33 @@ class KIVILatentLayer(CacheLayerMixin):
             self._table = torch.tensor(entries, dtype=torch.int32, device=self.device).view(shape)
         return self._table
 
-    def tiles(self, tokens: int = 256) -> Iterator[Tile]:
-        """The cached tokens in order, about `tokens` at a time: sinks, packed blocks, window."""
-        yield from self._exact_tile("sink", [0 for _ in self.rows], [row.sinks for row in self.rows])
-        slots, start, count = self.block_table()
-        uniform = {row.counts for row in self.rows} == {(self.scheme.block_length,) * slots.shape[1]}
-        step = max(1, tokens // self.scheme.block_length)
-        for j in range(0, slots.shape[1], step):
-            piece = slots[:, j : j + step]
-            tile = Tile(
-                self.pool.read("keys", piece),
-                self.pool.read("values", piece),
-                start[:, j : j + step],
-                count[:, j : j + step],
-            )
-            yield tile if uniform else tile.masked()
-        yield from self._exact_tile(
+    def packed(self, *new: Tile) -> PackedCache:
+        """What new tokens attend to: all that is cached, and the `new` tokens themselves."""
+        if not self.is_initialized:
+            return PackedCache(after=new)
+        table = self.block_table()
+        full = {row.counts for row in self.rows} == {(self.scheme.block_length,) * table.shape[2]}
+        sinks = self._exact_tile("sink", [0 for _ in self.rows], [row.sinks for row in self.rows])
+        window = self._exact_tile(
             "window", [row.sinks + row.packed for row in self.rows], [row.window for row in self.rows]
         )
+        if not table.shape[2]:
+            return PackedCache(sinks, window + new)
+        sides = self.pool.sides()
+        return PackedCache(sinks, window + new, *sides, self.scheme.block_length, table, full)
 
-    def _exact_tile(self, room: str, starts: list[int], counts: list[int]) -> Iterator[Tile]:
+    def tiles(self, tokens: int = 256) -> Iterator[Tile]:
+        """The cached tokens in order, dequantized; packed ones about `tokens` at a time."""
+        return self.packed().tiles(tokens)
+
+    def _exact_tile(self, room: str, starts: list[int], counts: list[int]) -> tuple[Tile, ...]:
         longest = max(counts)
-        if longest:
-            keys, values = (self._exact[f"{room}_{side}"][:, None, :longest] for side in ("keys", "values"))
-            index = torch.tensor([starts, counts], dtype=torch.int32, device=self.device).unsqueeze(-1)
-            yield Tile(keys, values, index[0], index[1]).masked()
+        if not longest:
+            return ()
+        keys, values = (self._exact[f"{room}_{side}"][:, None, :longest] for side in ("keys", "values"))
+        index = torch.tensor([starts, counts], dtype=torch.int32, device=self.device).unsqueeze(-1)
+        tile = Tile(keys, values, index[0], index[1])
+        return (tile if min(counts) == longest else tile.masked(),)
 
     def states(self) -> tuple[torch.Tensor, torch.Tensor]:
         """All cached states, dequantized: `[B, T, C_k]` and `[B, T, C_v]`.
@@ -848,7 +830,6 @@ __all__ = [
     "KIVILatentCache",
     "KIVILatentLayer",
     "KIVIQuantizer",
-    "Tile",
     "config_schemes",
     "config_widths",
     "create_kivi_cache",

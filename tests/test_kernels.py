@@ -15,7 +15,7 @@ from modules.kernels import BACKENDS, get_backend
 from tests.conftest import PoisonedTorch
 
 triton = pytest.importorskip("triton")
-from modules.kernels import quantize as kernels  # noqa: E402
+from modules.kernels import quantize_triton as kernels  # noqa: E402
 
 # numpy's, on what the interpreter computes where the kernels then do not look: beyond the end, and behind a NaN.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -280,7 +280,7 @@ def test_environment_chooses_where_the_caller_does_not(monkeypatch):
 
 def test_triton_needs_a_gpu_or_its_interpreter(monkeypatch):
     monkeypatch.setattr(kernels, "INTERPRETED", False)
-    with pytest.raises(ValueError, match="backend='triton': must be 'reference' for tensors on cpu"):
+    with pytest.raises(ValueError, match="backend='triton': must be 'reference' or 'cpu' for tensors on cpu"):
         get_backend("triton", torch.device("cpu"))
     monkeypatch.setattr(kernels, "INTERPRETED", True)
     assert get_backend("triton", torch.device("cpu")).name == "triton"
@@ -288,7 +288,7 @@ def test_triton_needs_a_gpu_or_its_interpreter(monkeypatch):
 
 def test_without_triton_the_choice_is_said(monkeypatch):
     monkeypatch.delenv("ALRD_BACKEND", raising=False)
-    monkeypatch.setitem(sys.modules, "modules.kernels.quantize", None)
+    monkeypatch.setitem(sys.modules, "modules.kernels.quantize_triton", None)
     with pytest.warns(UserWarning, match="backend: chose 'reference' on cuda, since triton cannot be imported"):
         assert get_backend(None, torch.device("cuda")).name == "reference"
     with pytest.raises(ValueError, match="backend='triton': triton must be installed"):
@@ -298,7 +298,7 @@ def test_without_triton_the_choice_is_said(monkeypatch):
 def test_triton_is_imported_only_when_chosen():
     code = (
         "import sys, torch; from modules.kernels import get_backend; get_backend(None, torch.device('cpu')); "
-        "assert 'modules.kernels.quantize' not in sys.modules"
+        "assert 'modules.kernels.quantize_triton' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
 

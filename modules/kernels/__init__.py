@@ -1,7 +1,11 @@
-"""Back ends of the quantized cache: the same functions on the same tensors, and the same bits come out.
+"""Back ends of the packed cache: the same functions on the same tensors.
 
-`reference` is plain PyTorch (`modules/quant_utils.py`) and runs anywhere. `triton` are the kernels of
-`modules/kernels/quantize.py`; it runs on CUDA devices, and for tests in Triton's interpreter on the CPU.
+    reference   plain PyTorch (`modules/quant_utils.py`, `modules/kernels/attention.py`); runs anywhere
+    triton      Triton kernels; CUDA devices, and for tests Triton's interpreter on the CPU
+
+Packing gives the same bits everywhere. Attention agrees to the rounding of the queries' type. `triton` attends
+to the packed blocks themselves, in a step of up to 16 new tokens; longer ones (a prompt in pieces), and caches with a
+quantizer that the kernels do not know, are read by the reference in any back end (`Backend.attends_to`).
 """
 
 import os
@@ -13,60 +17,91 @@ import torch
 
 from configuration_alrd_llama import check_choice
 from modules import quant_utils
+from modules.kernels.attention import latent_attention
+from modules.kernels.packed import PackedCache, PackedSide
 
 BACKENDS = ("reference", "triton")
 
 #: Environment variable that chooses the back end where the caller does not.
 BACKEND_VARIABLE = "ALRD_BACKEND"
 
+#: New tokens of a step that the fused kernels take; more are matrix products, which PyTorch is good at.
+MAX_QUERY_LENGTH = 16
+
 
 @dataclass(frozen=True, repr=False)
 class Backend:
-    """Functions of `modules/quant_utils.py`, or equivalents with the same signatures, results and errors."""
+    """Functions of `modules/quant_utils.py` and `modules/kernels/attention.py`, or equivalents.
+
+    Attributes:
+        quantize_and_pack, unpack_and_dequantize, find_range: With the signatures, results and errors of
+            `modules/quant_utils.py`.
+        fused_attention: As `latent_attention` without `weights_length`, which returns the sums only; `None`: there is
+            none.
+    """
 
     name: str
     quantize_and_pack: Callable
     unpack_and_dequantize: Callable
     find_range: Callable
+    fused_attention: Callable | None = None
 
     def __repr__(self) -> str:
         return self.name
 
+    def attends_to(self, *sides: PackedSide) -> bool:
+        """Whether the fused kernel of this back end reads such blocks."""
+        return self.fused_attention is not None and all(side.parts is not None for side in sides)
 
-def _backend(name: str, module) -> Backend:
-    return Backend(name, module.quantize_and_pack, module.unpack_and_dequantize, module.find_range)
+    def attend(self, query: torch.Tensor, *, cache: PackedCache, weights_length: int | None = None, **how):
+        """As `latent_attention`: by the fused kernel where there is one for what is asked, else by the reference."""
+        sides = () if cache.keys is None else (cache.keys, cache.values)
+        if weights_length is None and query.shape[2] <= MAX_QUERY_LENGTH and self.attends_to(*sides):
+            return self.fused_attention(query, cache=cache, **how), None
+        return latent_attention(query, cache=cache, weights_length=weights_length, **how)
+
+
+def _backend(name: str, module, fused_attention: Callable | None = None) -> Backend:
+    functions = (module.quantize_and_pack, module.unpack_and_dequantize, module.find_range)
+    return Backend(name, *functions, fused_attention)
 
 
 def get_backend(name: str | None, device: torch.device) -> Backend:
     """The back end for tensors on `device`.
 
     Args:
-        name: "reference" or "triton". `None`: what the environment variable `ALRD_BACKEND` says; if it is not set,
-            "triton" on CUDA devices and "reference" elsewhere. On a CUDA device where triton cannot be imported that is
-            "reference" too, with a warning.
+        name: One of `BACKENDS`. `None`: what the environment variable `ALRD_BACKEND` says; if it is not set, "triton"
+            on CUDA devices, "cpu" on CPUs, "reference" elsewhere. Where triton cannot be imported, or no C++ compiler
+            is found, that is "reference" too, with a warning.
         device: Where the tensors are.
 
     Raises:
-        ValueError: Another name, or triton is asked for where it cannot run.
+        ValueError: Another name, or a back end is asked for where it cannot run.
     """
     field = "backend"
     if name is None and os.environ.get(BACKEND_VARIABLE):
         field, name = BACKEND_VARIABLE, os.environ[BACKEND_VARIABLE]
     if name is not None:
         check_choice(field, name, BACKENDS)
-    if name == "reference" or (name is None and device.type != "cuda"):
+    chosen = name or {"cuda": "triton"}.get(device.type, "reference")
+    if chosen == "reference":
         return _backend("reference", quant_utils)
     try:
-        # Here, so that triton is imported only where it is chosen.
-        import modules.kernels.quantize as kernels
-    except ImportError as error:
+        return _triton(field, device)
+    except (ImportError, RuntimeError) as error:
         if name is not None:
-            raise ValueError(f"{field}={name!r}: triton must be installed, but importing it failed: {error}") from error
-        warnings.warn(f"backend: chose 'reference' on {device}, since triton cannot be imported: {error}", stacklevel=2)
+            raise ValueError(f"{field}={name!r}: cannot be used on this machine: {error}") from error
+        warnings.warn(f"backend: chose 'reference' on {device}, since {chosen!r} cannot be used: {error}", stacklevel=2)
         return _backend("reference", quant_utils)
+
+
+def _triton(field: str, device: torch.device) -> Backend:
+    # Here, so that triton is imported only where it is chosen.
+    import modules.kernels.quantize_triton as kernels
+
     if device.type != "cuda" and not kernels.INTERPRETED:
         raise ValueError(
-            f"{field}={name!r}: must be 'reference' for tensors on {device}: triton runs on CUDA devices, and "
+            f"{field}='triton': must be 'reference' or 'cpu' for tensors on {device}: triton runs on CUDA devices, and "
             "elsewhere only in its interpreter (TRITON_INTERPRET=1, set before the kernels are imported)"
         )
     return _backend("triton", kernels)

@@ -1,46 +1,29 @@
-r"""Attention over a latent KV cache, tile by tile (the flash-attention recurrence, arXiv:2205.14135, over latents).
+r"""Attention over a latent KV cache in plain PyTorch: the reference of the kernels.
 
-For each tile of cached tokens the keys are rebuilt from their latents, rotated and scored, and the values are summed
-up in the latent: `Σ_j p_j c_j`. Nothing of the size of the context is ever built.
+It goes tile by tile (the flash-attention recurrence, arXiv:2205.14135, over latents): the keys of a tile of cached tokens
+are rebuilt from their latents, rotated and scored, and its values are summed up in the latent: `Σ_j p_j c_j`. Nothing of
+the size of the context is ever built.
 
 RoPE is relative, so a tile's keys are rotated by their offset inside its runs, a constant table, and the queries to
 their distance from each run's first token.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-
 import torch
 
-from modules.kivi_cache import Tile
-from modules.svd_linear import split_groups
+from modules.kernels.packed import PackedCache, Rope
+from modules.svd_linear import ALinear, split_groups
 
 #: Queries at a time whose attention weights are formed when only their sum is wanted.
 _QUERIES = 64
 
 
-@dataclass(frozen=True)
-class Rope:
-    """Frequencies `[d/2]` of a rotary embedding and the factor that scales its cosines and sines (yarn)."""
-
-    inv_freq: torch.Tensor
-    attention_scaling: float = 1.0
-
-    def rotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Rotate `x` `[..., d]` to `positions`, which broadcast to `x.shape[:-1]`, in the type of `x`."""
-        angle = positions[..., None].to(x.dtype) * self.inv_freq.to(x)
-        cos, sin = angle.cos() * self.attention_scaling, angle.sin() * self.attention_scaling
-        low, high = x.chunk(2, dim=-1)
-        return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
-
-
 def latent_attention(
     query: torch.Tensor,
     positions: torch.Tensor,
-    tiles: Iterable[Tile],
-    expand_keys: Callable[[torch.Tensor], torch.Tensor],
+    cache: PackedCache,
+    expand_keys: ALinear | None,
     value_widths: tuple[int, ...],
-    rope: Rope,
+    rope: Rope | None,
     scaling: float,
     weights_length: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -49,10 +32,10 @@ def latent_attention(
     Args:
         query: `[B, H_q, L, d]` before RoPE.
         positions: `[B, L]`, position of each query; a key is seen if its own position is not larger.
-        tiles: The cache and the new tokens, in any order.
-        expand_keys: Key latents `[..., C_k]` to keys `[..., H_kv * d]` before RoPE.
+        cache: The cache and the new tokens.
+        expand_keys: Key latents to keys before RoPE; `None`: the keys themselves are cached.
         value_widths: Channels of each head group of the value latents.
-        rope: Rotary embedding.
+        rope: Rotary embedding; `None`: the keys are cached as the queries are to meet them.
         scaling: Factor on the logits.
         weights_length: Return the attention weights over positions 0 … weights_length - 1 too.
 
@@ -68,12 +51,14 @@ def latent_attention(
     summed = query.new_zeros((batch, heads, length, max(value_widths)))
     scored = []
 
-    for tile in tiles:
+    for tile in cache.tiles():
         runs, tokens = tile.keys.shape[1:3]
         offsets = torch.arange(tokens, device=query.device)
-        keys = expand_keys(tile.keys).unflatten(-1, (-1, size)).to(query.dtype)
-        keys = rope.rotate(keys, offsets[:, None])
-        shifted = rope.rotate(query[:, None], (positions[:, None] - tile.start[..., None])[:, :, None])
+        keys = tile.keys if expand_keys is None else expand_keys(tile.keys)
+        keys, shifted = keys.unflatten(-1, (-1, size)).to(query.dtype), query[:, None]
+        if rope is not None:
+            keys = rope.rotate(keys, offsets[:, None])
+            shifted = rope.rotate(shifted, (positions[:, None] - tile.start[..., None])[:, :, None])
 
         # Query heads that share a key head are queries of the same product: [B, m, H_kv, shared * L, d].
         shared = shifted.unflatten(2, (keys.shape[3], -1)).flatten(3, 4)
@@ -109,20 +94,23 @@ def latent_attention(
 
 @torch.no_grad()
 def attention_received(
-    query: torch.Tensor, positions: torch.Tensor, real: torch.Tensor | None, tiles: Iterable[Tile], length: int, **how
+    query: torch.Tensor, positions: torch.Tensor, real: torch.Tensor | None, cache: PackedCache, length: int, **how
 ) -> torch.Tensor:
     """Attention that the tokens at positions 0 … length - 1 receive from all queries and heads: `[B, length]`.
 
     Args:
-        query, positions, tiles: As for `latent_attention`.
+        query, positions, cache: As for `latent_attention`.
         real: `[B, L]` bool, false for queries of pads, which do not count; `None`: no pads.
         how: The other arguments of `latent_attention`.
     """
-    tiles, received = list(tiles), query.new_zeros((len(query), length), dtype=torch.float32)
+    received = query.new_zeros((len(query), length), dtype=torch.float32)
     for start in range(0, query.shape[2], _QUERIES):
         piece = slice(start, start + _QUERIES)
-        weights = latent_attention(query[:, :, piece], positions[:, piece], tiles, weights_length=length, **how)[1]
+        weights = latent_attention(query[:, :, piece], positions[:, piece], cache, weights_length=length, **how)[1]
         if real is not None:
             weights = weights * real[:, None, piece, None].to(weights)
         received += weights.sum((1, 2)).float()
     return received
+
+
+__all__ = ["attention_received", "latent_attention"]
