@@ -790,7 +790,8 @@ struct Worker {
       }
     }
     const int64_t pairs = (int64_t)head * a.half * 2;
-    rows.start(division, a.frequency, a.rows + pairs * (a.keys.width + 1), a.keys.width, queries, reference, query);
+    if (a.blocks)
+      rows.start(division, a.frequency, a.rows + pairs * (a.keys.width + 1), a.keys.width, queries, reference, query);
     exact_rows.start(exact_division, a.frequency, a.exact_rows + pairs * (a.exact_width + 1), a.exact_width, queries,
                      reference, query);
     sums.assign((size_t)queries * round_up(a.values.width, 16), 0);

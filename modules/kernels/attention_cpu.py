@@ -295,6 +295,7 @@ def latent_attention(
         scaling=scaling,
         tolerance=tolerance,
     )
+    arguments.keys.groups, arguments.values.groups = len(key_widths), len(value_widths)
     if cache.keys is not None:
         keys = _cached_columns(cache.keys, None, cache.block_length, as_codes, 4, 1)
         values = _cached_columns(cache.values, None, cache.block_length, as_codes, 16, 16)
