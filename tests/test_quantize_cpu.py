@@ -1,5 +1,6 @@
 """The C++ kernels of the quantization against their reference, bit for bit."""
 
+import ctypes
 import itertools
 import os
 import subprocess
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modules import quant_utils as reference
+from modules.kernels import cpp_library
 from modules.kernels import quantize_cpu as kernels
 from tests.conftest import PoisonedTorch
 
@@ -143,8 +145,8 @@ def test_ranges_finer_than_the_stored_types(n_bits, symmetric, per_channel):
     # The steps of float16 near the third and fourth offset are 7,000 of these spreads: errors that the sums clamp.
     offset = torch.tensor([1000.3, -1000.3, 1.3018e-6, 1.43584e-5, 0, 0])
     spread = torch.tensor([1e-3, 1e-2, 8.4e-12, 5.4e-12, 1e-12, 1e-40])
-    x = offset + spread * torch.rand(20, 6)
-    compare((x if per_channel else x.T)[None], n_bits, None if per_channel else (20,), symmetric, "mse")
+    x = offset + spread * torch.rand(200, 6)
+    compare((x if per_channel else x.T)[None], n_bits, None if per_channel else (200,), symmetric, "mse")
 
 
 @pytest.mark.parametrize(("n_bits", "symmetric"), [(1, True), (1.58, True), (3, False), (8, True), (8, False)])
@@ -155,20 +157,34 @@ def test_long_groups(n_bits, symmetric):
     compare(x.transpose(1, 2).contiguous(), n_bits, (39_999, 1), symmetric, "mse")
 
 
-@pytest.mark.parametrize(("n_bits", "symmetric"), [(n, s) for n, s, method in SETTINGS if method == "mse"])
-def test_codes_of_the_first_ranges_are_exact(n_bits, symmetric):
-    """The quotient that two fused products refine is the one that a division rounds to.
+#: Counts the significands whose quotient by `step` the two fused products of `candidate_error` do not give.
+QUOTIENTS = """
+#include <cstdint>
+extern "C" int64_t wrong_quotients(float step, int64_t refined) {
+    const float inverse = 1 / step;
+    int64_t wrong = 0;
+    for (int32_t i = 1 << 23; i < 1 << 24; i++) {
+        float x = i, quotient = x * inverse;
+        if (refined) quotient = __builtin_fmaf(__builtin_fmaf(-quotient, step, x), inverse, quotient);
+        wrong += quotient != x / step;
+    }
+    return wrong;
+}
+"""
 
-    Powers of two change no quotient, so that the significands of one binade stand for all.
-    """
-    # Float64 holds the product of two significands exactly, and the refinement's remainder, which is small, as well.
-    significand = torch.arange(2**23, 2**24, 2**23 // 2**18).float() / 2**23
-    for step in kernels._candidates(n_bits, symmetric)[0]:
-        inverse = 1 / step
-        quotient = significand * inverse
-        remainder = significand.double() - quotient.double() * step.double()
-        refined = (quotient.double() + remainder.float().double() * inverse.double()).float()
-        assert torch.equal(refined, significand / step)
+
+def test_codes_of_the_first_ranges_are_exact(tmp_path, monkeypatch):
+    """Powers of two change no quotient, so that the significands of one binade stand for all values."""
+    (tmp_path / "quotients.cpp").write_text(QUOTIENTS)
+    monkeypatch.setattr(cpp_library, "_FOLDER", tmp_path)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    cpp_library._build(cpp_library._path())
+    wrong = ctypes.CDLL(str(cpp_library._path())).wrong_quotients
+    wrong.restype = ctypes.c_int64
+    ranges = {(n_bits, symmetric) for n_bits, symmetric, _ in SETTINGS}
+    steps = {step for which in ranges for step in kernels._candidates(*which)[0].tolist()}
+    assert not [step for step in steps if wrong(ctypes.c_float(step), ctypes.c_int64(1))]
+    assert all(wrong(ctypes.c_float(step), ctypes.c_int64(0)) for step in steps if step.hex()[:5] != "0x1.0")
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

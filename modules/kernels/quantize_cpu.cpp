@@ -60,15 +60,25 @@ F all(float x) { return F{} + x; }
 F minimum(F a, F b) { return (F)_mm512_min_ps((__m512)a, (__m512)b); }
 F maximum(F a, F b) { return (F)_mm512_max_ps((__m512)a, (__m512)b); }
 F fused(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+F floor_of(F x) { return (F)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
 F from_half(S x) { return (F)_mm512_cvtph_ps((__m256i)x); }
 S to_half(F x) { return (S)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+bool any(I mask) { return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask); }
 #else
 F minimum(F a, F b) { return (F)_mm256_min_ps((__m256)a, (__m256)b); }
 F maximum(F a, F b) { return (F)_mm256_max_ps((__m256)a, (__m256)b); }
 F fused(F a, F b, F c) { return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+F floor_of(F x) { return (F)_mm256_floor_ps((__m256)x); }
 F from_half(S x) { return (F)_mm256_cvtph_ps((__m128i)x); }
 S to_half(F x) { return (S)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT); }
+bool any(I mask) { return _mm256_movemask_ps((__m256)mask); }
 #endif
+
+I lanes_in_order() {
+    I lanes;
+    for (int i = 0; i < V; i++) lanes[i] = i;
+    return lanes;
+}
 
 F select(I mask, F a, F b) { return mask ? a : b; }
 L wide(I x) { return __builtin_convertvector(x, L); }
@@ -76,12 +86,6 @@ I mask_of(L x) { return __builtin_convertvector(x, I); }
 I truncated(F x) { return __builtin_convertvector(x, I); }
 F to_float(I x) { return __builtin_convertvector(x, F); }
 F to_float(L x) { return __builtin_convertvector(x, F); }
-bool any(I mask) {
-    bool found = false;
-    for (int i = 0; i < V; i++) found |= mask[i] != 0;
-    return found;
-}
-
 template <class T> F widen(S bits);
 template <> F widen<Half>(S bits) { return from_half(bits); }
 template <> F widen<BFloat>(S bits) { return (F)(__builtin_convertvector(bits, U) << 16); }
@@ -154,29 +158,37 @@ F divisor(F step) { return select(step > 0, step, all(INFINITE)); }
 
 // Codes before they are rounded: their floor is the nearest level, halves rounded up.
 F level(F quotient, float last) { return minimum(maximum(quotient, F{}), all(last)) + 0.5f; }
-F codes_of(F quotient, float last) { return to_float(truncated(level(quotient, last))); }
+F codes_of(F quotient, float last) { return floor_of(level(quotient, last)); }
 
 // ---- the range of least squared error
 
 constexpr int RATIOS = 16, REFITS = 3;
 constexpr float UNIT = 1 << 20, ERROR_UNIT = 1 << 30, ERROR_LIMIT = 1 << 20;
 
-// Sum of squared errors on a grid that is the same for all lanes, in units of the range. An error is at most 1.
-L candidate_error(const F* u, int64_t count, float step, float zero, float last) {
-    L sum = {};
+// Sum of squared errors on a grid that is the same for all lanes, in units of the range; of a part of the values, if all
+// lanes exceed `limit` already.
+L candidate_error(const F* u, int64_t count, float step, float zero, float last, L limit) {
     const float inverse = 1 / step;
-    for (int64_t start = 0; start < count; start += 1 << 14) {
-        I low = {}, high = {};
-        for (int64_t i = start; i < std::min(count, start + (1 << 14)); i++) {
-            F difference = u[i] - zero, quotient = difference * inverse;
-            // This gives the quotient as IEEE 754 rounds it, for these steps: tests/test_quantize_cpu.py.
-            quotient = fused(fused(-quotient, all(step), difference), all(inverse), quotient);
-            F error = u[i] - (codes_of(quotient, last) * step + zero);
-            I square = truncated(error * error * ERROR_UNIT);
-            low += square & 0xFFFF;
-            high += square >> 16;
+    auto square = [&](F x) {
+        F difference = x - zero, quotient = difference * inverse;
+        // This gives the quotient as IEEE 754 rounds it, for these steps: tests/test_quantize_cpu.py.
+        quotient = fused(fused(-quotient, all(step), difference), all(inverse), quotient);
+        F error = x - (codes_of(quotient, last) * step + zero);
+        return (U)truncated(error * error * ERROR_UNIT);
+    };
+    L sum = {};
+    for (int64_t i = 0; i < count;) {
+        U low = {}, high = {};
+        const int64_t end = std::min<int64_t>(count, i + 32);
+        for (; i + 4 <= end; i += 4) {
+            // An error is at most 0.83, where a range of 2^-2.5 clips the end of a symmetric one: four fit.
+            U four = (square(u[i]) + square(u[i + 1])) + (square(u[i + 2]) + square(u[i + 3]));
+            low += four & 0xFFFF;
+            high += four >> 16;
         }
-        sum += (wide(high) << 16) + wide(low);
+        for (; i < end; i++) low += square(u[i]) & 0xFFFF, high += square(u[i]) >> 16;
+        sum += (wide((I)high) << 16) + wide((I)low);
+        if (!any(mask_of(sum <= limit))) break;
     }
     return sum;
 }
@@ -204,15 +216,20 @@ L stored_error(const F* x, int64_t count, F step, F zero, F unit, float last) {
 void least_error_range(const F* u, int64_t count, const Grid& grid, const float* candidates, F& step, F& zero) {
     const float last = grid.levels - 1, middle = grid.offset / grid.spacing;
     const bool signs = grid.levels == 2 && grid.symmetric;  // one round of least squares gives mean|x|
-    L best = {};
-    for (int i = 0; i < (signs ? 1 : RATIOS); i++) {
+    // From where the best of normally distributed values is, outwards: then the sums soon exceed the least.
+    const int start = grid.bits == 0 ? 6 : grid.bits == 1 ? 10 : grid.bits == 2 ? 5 : grid.bits == 3 ? 2 : 0;
+    L best = L{} + std::numeric_limits<int64_t>::max();
+    step = all(candidates[0]), zero = all(candidates[RATIOS]);
+    for (int k = 0; k < 2 * RATIOS && !signs; k++) {
+        const int i = start + (k % 2 ? (k + 1) / 2 : -k / 2);
+        if (i < 0 || i >= RATIOS) continue;
         const float new_step = candidates[i], new_zero = candidates[RATIOS + i];
-        L error = candidate_error(u, count, new_step, new_zero, last);
-        L better = error < best;
-        if (i == 0) better = L{} - 1;
-        best = better ? error : best;
-        step = select(mask_of(better), all(new_step), step);
-        zero = select(mask_of(better), all(new_zero), zero);
+        L error = candidate_error(u, count, new_step, new_zero, last, best);
+        // Of equals the first candidate, which has the widest step.
+        I better = mask_of(error < best) | (mask_of(error == best) & (all(new_step) > step));
+        best = error < best ? error : best;
+        step = select(better, all(new_step), step);
+        zero = select(better, all(new_zero), zero);
     }
     for (int round = 0; round < (signs ? 1 : REFITS); round++) {
         L sum_c = {}, sum_cc = {}, sum_x = {}, sum_cx = {};
@@ -222,9 +239,7 @@ void least_error_range(const F* u, int64_t count, const Grid& grid, const float*
                 I code = truncated(level((u[i] - zero) / step, last));
                 // Twice the signed code, so that one bit is an integer too.
                 if (grid.symmetric) code = 2 * code - (int)(2 * middle);
-                F scaled = u[i] * UNIT + 0.5f;
-                I fixed = truncated(scaled);
-                fixed += (to_float(fixed) > scaled);  // floor
+                I fixed = truncated(floor_of(u[i] * UNIT + 0.5f));
                 I product = code * fixed;
                 c += code;
                 cc += code * code;
@@ -425,17 +440,20 @@ template <class T> void range_of_channels(const T* x, int64_t stride, int64_t le
             for (int v = 0; v * V < columns; v++) ranges[v].extend(load(x + t * stride + v * V, columns - v * V));
 }
 
-template <class T> void range_of_token(const T* x, int64_t width, float& low, float& high, int32_t& bad) {
+// Range of `width` channels of a token, the same in all lanes.
+template <class T> Range range_of_token(const T* x, int64_t width) {
     Range range;
     int64_t c = 0;
     for (; c + V <= width; c += V) range.extend(load(x + c));
     if (c < width) range.extend(load(x + c, width - c));
-    low = INFINITE, high = -INFINITE, bad = 0;
-    for (int i = 0; i < V; i++) {
-        low = std::min(low, range.low[i]);
-        high = std::max(high, range.high[i]);
-        bad |= range.bad[i];
+    const I lanes = lanes_in_order();
+#pragma GCC unroll 4
+    for (int across = V / 2; across; across /= 2) {
+        range.low = minimum(range.low, __builtin_shuffle(range.low, lanes ^ across));
+        range.high = maximum(range.high, __builtin_shuffle(range.high, lanes ^ across));
+        range.bad |= __builtin_shuffle(range.bad, lanes ^ across);
     }
+    return range;
 }
 
 template <class T> bool quantize_channels(const Quantizing& call, int64_t n, int64_t column, std::vector<F>& room,
@@ -476,11 +494,13 @@ template <class T> bool quantize_tokens(const Quantizing& call, int64_t n, int64
         const int lanes = std::min<int64_t>(end - t, V);
         auto row = [&](int i) { return x + (t + std::min(i, lanes - 1)) * call.stride_t; };
         Range range;
+        const I lane = lanes_in_order();
         for (int i = 0; i < V; i++) {
-            float low, high;
-            int32_t bad;
-            range_of_token(row(i), width, low, high, bad);
-            range.low[i] = low, range.high[i] = high, range.bad[i] = bad;
+            const Range token = range_of_token(row(i), width);
+            const I here = lane == i;
+            range.low = select(here, token.low, range.low);
+            range.high = select(here, token.high, range.high);
+            range.bad |= here & token.bad;
         }
         F *values = nullptr, *u = nullptr;
         if (call.search) {
@@ -659,10 +679,9 @@ void find_range(const T* x, float* low, float* high, const int64_t* table, int64
     for (int64_t task = 0; task < n * parts * blocks; task++) {
         const int64_t block = task % blocks, t = task / blocks % parts, i = task / blocks / parts;
         if (table) {
-            int32_t bad;
-            float &l = low[task], &h = high[task];
-            range_of_token(x + i * stride_n + t * stride_t + table[block], table[groups + block], l, h, bad);
-            if (bad) l = h = NAN;
+            const Range range = range_of_token(x + i * stride_n + t * stride_t + table[block], table[groups + block]);
+            low[task] = range.bad[0] ? NAN : range.low[0];
+            high[task] = range.bad[0] ? NAN : range.high[0];
             continue;
         }
         const int64_t column = block * BLOCK;
