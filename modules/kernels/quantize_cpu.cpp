@@ -31,9 +31,8 @@ using I = int32_t __attribute__((vector_size(4 * V)));
 using U = uint32_t __attribute__((vector_size(4 * V)));
 using S = uint16_t __attribute__((vector_size(2 * V)));
 using L = int64_t __attribute__((vector_size(8 * V)));
-using D = double __attribute__((vector_size(8 * V)));
 
-//: Vectors of channels that are packed together.
+// Vectors of channels that are packed together.
 constexpr int NV = 4, BLOCK = NV * V;
 
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
@@ -203,9 +202,9 @@ L stored_error(const F* x, int64_t count, F step, F zero, F unit, float last) {
         for (int64_t i = start; i < std::min(count, start + 32); i++) {
             F error = (x[i] - (codes_of((x[i] - zero) / by, last) * step + zero)) / unit;
             F square = minimum(error * error, all(ERROR_LIMIT)) * ERROR_UNIT;
-            I thousands = truncated(square * (1 / SPLIT));
-            high += thousands;
-            low += truncated(square - to_float(thousands) * SPLIT);
+            I above = truncated(square * (1 / SPLIT));
+            high += above;
+            low += truncated(square - to_float(above) * SPLIT);
         }
         sum += (wide(high) << 25) + wide(low);
     }
@@ -332,7 +331,7 @@ constexpr bool ternary_bytes_are_right() {
 }
 static_assert(ternary_bytes_are_right());
 
-//: Tokens that fill whole words of every plane.
+// Tokens that fill whole words of every plane.
 constexpr int tokens_of(int bits) { return bits == 0 ? 20 : bits == 3 ? 32 : 32 / bits; }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -520,7 +519,7 @@ template <class T> bool quantize_tokens(const Quantizing& call, int64_t n, int64
 }
 
 template <class T, int BITS> bool quantize(const Quantizing& call, int64_t threads) {
-    //: Tokens of which groups are quantized together; a whole number of words.
+    // Tokens of which groups are quantized together; a whole number of words.
     constexpr int TOKENS = BITS == 0 ? 80 : 32;
     static_assert(TOKENS % V == 0 && TOKENS % tokens_of(BITS) == 0);
     const int64_t blocks = call.table ? call.groups : ceil_div(call.channels, BLOCK);
