@@ -22,13 +22,11 @@ Cases are appended to the output one by one: an interrupted run goes on where it
     python scripts/benchmark_attention.py --output scripts/results/benchmark_attention.json
 """
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from copy import copy, deepcopy
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -41,11 +39,14 @@ from modules.kernels.packed import Rope
 from modules.kivi_cache import CacheScheme, KIVILatentCache, config_widths
 from modules.svd_linear import SVDLinear, split_groups
 from scripts.attention_peers import (
+    GATE,
     PEERS,
     Contender,
     DenseStates,
     Run,
-    median_seconds,
+    least_seconds,
+    load_record,
+    milliseconds,
     quartiles,
     relative_error,
     timed,
@@ -63,9 +64,6 @@ from scripts.common import (
 )
 from scripts.compare_peers import installed_version
 
-#: The largest error of our step, in units of that of plain PyTorch in the model's type.
-GATE = 2.0
-
 #: Rounds that a pair gets at least, however long they take.
 FEWEST_ROUNDS = 5
 
@@ -79,7 +77,9 @@ class BenchmarkConfig:
     ranks: list[float] = field(
         default_factory=lambda: [0.5, 0.25, 0.75], metadata={"help": "Shares of the full rank, per head."}
     )
-    joint_ranks: list[float] = field(default_factory=lambda: [0.5], metadata={"help": "The same, all heads in one. 0: none."})
+    joint_ranks: list[float] = field(
+        default_factory=lambda: [0.5], metadata={"help": "The same, all heads in one. 0: none."}
+    )
     bits: list[int] = field(default_factory=lambda: [2, 3, 4], metadata={"help": "Bits of keys and values."})
     peers: list[str] = field(
         default_factory=list, metadata={"help": "Peers that the first scheme meets, by name. None given: all."}
@@ -152,12 +152,12 @@ def measure_machine(options: BenchmarkConfig) -> dict[str, float]:
     # Which reduction reads fastest differs; the highest figure is the bandwidth.
     views = [buffer.view(dtype) for dtype in (torch.int32, torch.int64, torch.float32, torch.float64)]
     reads = [getattr(view, name) for view in views for name in ("max", "sum")]
-    machine = {"bytes_per_s": buffer.nbytes / min(median_seconds(read, device) for read in reads)}
+    machine = {"bytes_per_s": buffer.nbytes / min(least_seconds(read, device) for read in reads)}
     square = torch.ones(size, size, device=device)
     half = square.to(getattr(torch, options.dtype))
-    machine[f"{options.dtype}_macs_per_s"] = size**3 / median_seconds(lambda: half @ half, device)
+    machine[f"{options.dtype}_macs_per_s"] = size**3 / least_seconds(lambda: half @ half, device)
     codes = square.to(torch.int8)
-    machine["int8_macs_per_s"] = size**3 / median_seconds(lambda: torch._int_mm(codes, codes), device)
+    machine["int8_macs_per_s"] = size**3 / least_seconds(lambda: torch._int_mm(codes, codes), device)
     return machine
 
 
@@ -478,28 +478,12 @@ KEY = (
 )
 
 
-def load_record(options, key: dict[str, Any]) -> dict[str, Any]:
-    """The record in the output, or a new one.
-
-    Raises:
-        ValueError: The output holds cases of other options or of another machine.
-    """
-    path = Path(options.output) if options.output else None
-    record = json.loads(path.read_text()) if path and path.exists() else {"key": key, "cases": {}}
-    differing = [name for name, value in key.items() if record["key"].get(name) != value]
-    if differing:
-        raise ValueError(
-            f"output={options.output!r}: holds cases of other options ({', '.join(differing)}); name another file"
-        )
-    return record
-
-
 def main(options: BenchmarkConfig) -> dict[str, Any]:
     """Measure the cases that the output does not hold; returns the record."""
     torch.set_num_threads(options.threads)
     here = environment(torch.device(options.device))
     key = {name: getattr(options, name) for name in KEY} | {n: here[n] for n in ("cpu", "device", "torch")}
-    record = load_record(options, key)
+    record = load_record(options.output, key)
     machine = measure_machine(options)
     versions = {p: installed_version(p) for p in ("optimum-quanto", "hqq", "llama-cpp-python")}
     missing = [case for case in cases(options) if case[0] not in record["cases"]]
@@ -523,13 +507,6 @@ def describe(case: dict[str, Any]) -> str:
 
 
 # ---- tables
-
-
-def milliseconds(seconds: dict[str, float]) -> str:
-    """Median and quartiles, in milliseconds."""
-    digits = 2 if seconds["p50"] < 0.01 else 1 if seconds["p50"] < 0.1 else 0
-    p25, p50, p75 = (f"{1e3 * seconds[p]:,.{digits}f}" for p in ("p25", "p50", "p75"))
-    return f"{p50} [{p25}–{p75}]"
 
 
 def ranks_table(record: dict[str, Any]) -> str:
