@@ -2,8 +2,9 @@
 
     reference   plain PyTorch (`modules/quant_utils.py`, `modules/kernels/attention.py`); runs anywhere
     triton      Triton kernels; CUDA devices, and for tests Triton's interpreter on the CPU
+    cpu         a C++ kernel, built on first use; CPUs with AVX2 or AVX-512
 
-Packing gives the same bits everywhere. Attention agrees to the rounding of the queries' type. `triton` attends
+Packing gives the same bits everywhere. Attention agrees to the rounding of the queries' type. `triton` and `cpu` attend
 to the packed blocks themselves, in a step of up to 16 new tokens; longer ones (a prompt in pieces), and caches with a
 quantizer that the kernels do not know, are read by the reference in any back end (`Backend.attends_to`).
 """
@@ -20,7 +21,7 @@ from modules import quant_utils
 from modules.kernels.attention import latent_attention
 from modules.kernels.packed import PackedCache, PackedSide
 
-BACKENDS = ("reference", "triton")
+BACKENDS = ("reference", "triton", "cpu")
 
 #: Environment variable that chooses the back end where the caller does not.
 BACKEND_VARIABLE = "ALRD_BACKEND"
@@ -83,11 +84,11 @@ def get_backend(name: str | None, device: torch.device) -> Backend:
         field, name = BACKEND_VARIABLE, os.environ[BACKEND_VARIABLE]
     if name is not None:
         check_choice(field, name, BACKENDS)
-    chosen = name or {"cuda": "triton"}.get(device.type, "reference")
+    chosen = name or {"cuda": "triton", "cpu": "cpu"}.get(device.type, "reference")
     if chosen == "reference":
         return _backend("reference", quant_utils)
     try:
-        return _triton(field, device)
+        return _triton(field, device) if chosen == "triton" else _cpu(field, device)
     except (ImportError, RuntimeError) as error:
         if name is not None:
             raise ValueError(f"{field}={name!r}: cannot be used on this machine: {error}") from error
@@ -105,3 +106,14 @@ def _triton(field: str, device: torch.device) -> Backend:
             "elsewhere only in its interpreter (TRITON_INTERPRET=1, set before the kernels are imported)"
         )
     return _backend("triton", kernels)
+
+
+def _cpu(field: str, device: torch.device) -> Backend:
+    if device.type != "cpu":
+        raise ValueError(f"{field}='cpu': must be 'reference' or 'triton' for tensors on {device}")
+    # Here, so that the kernel is built only where it is chosen.
+    from modules.kernels.attention_cpu import latent_attention as fused_attention
+    from modules.kernels.cpp_library import library
+
+    library()
+    return _backend("cpu", quant_utils, fused_attention)

@@ -42,7 +42,7 @@ class Tile:
         return replace(self, keys=self.keys.where(valid, 0), values=self.values.where(valid, 0))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PackedPart:
     """Channels of one side that every block of a pool stores alike; the format is that of `modules/quant_utils.py`.
 
@@ -67,7 +67,7 @@ class PackedPart:
     groups: tuple[int, ...] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PackedSide:
     """Keys or values of the blocks of a pool.
 

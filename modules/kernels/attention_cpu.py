@@ -1,0 +1,311 @@
+"""The C++ attention of `attention_cpu.cpp`: its arguments from tensors."""
+
+import ctypes
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+
+from modules.kernels.cpp_library import library
+from modules.kernels.packed import PackedCache, PackedPart, PackedSide, Rope
+from modules.quant_utils import grid
+from modules.svd_linear import ALinear
+
+_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+#: By the type of the queries: bound of the relative error of a frequency's share in a score where scores are
+#: interpolated (0: they are not), and bytes of a rounded row (0: nothing is rounded).
+_PRECISION = {torch.float32: (0.0, 0), torch.float16: (1e-4, 2), torch.bfloat16: (1e-3, 1)}
+
+_i32, _i64, _f32, _pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+
+
+def _structure(name: str, **fields) -> type[ctypes.Structure]:
+    return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
+
+
+_Part = _structure(
+    "Part",
+    bits=_i32,
+    run=_i32,
+    packed=_pointer,
+    slot_stride=_i64,
+    token_stride=_i64,
+    scale=_pointer,
+    zero_point=_pointer,
+    scale_slot_stride=_i64,
+    scale_row_stride=_i64,
+    scale_type=_i32,
+    spacing=_i32,
+    offset=_i32,
+    levels=_i32,
+)
+_Segment = _structure("Segment", part=_i32, channel=_i32, count=_i32, column=_i32, position=_i32)
+_Side = _structure(
+    "Side",
+    parts=_pointer,
+    segments=_pointer,
+    first_segment=_pointer,
+    integers=_pointer,
+    columns=_pointer,
+    groups=_i32,
+    width=_i32,
+    run=_i32,
+    by_block=_i32,
+)
+_Exact = _structure(
+    "Exact",
+    keys=_pointer,
+    values=_pointer,
+    key_row=_i64,
+    key_token=_i64,
+    value_row=_i64,
+    value_token=_i64,
+    start=_pointer,
+    count=_pointer,
+)
+_Arguments = _structure(
+    "Arguments",
+    query=_pointer,
+    positions=_pointer,
+    frequency=_pointer,
+    rows=_pointer,
+    exact_rows=_pointer,
+    table=_pointer,
+    exact=_pointer,
+    key_start=_pointer,
+    key_count=_pointer,
+    value_start=_pointer,
+    value_count=_pointer,
+    value_channel=_pointer,
+    output=_pointer,
+    keys=_Side,
+    values=_Side,
+    **dict.fromkeys(
+        "batch query_heads heads length half blocks block_length exact_width output_width n_exact".split(), _i32
+    ),
+    state_type=_i32,
+    planes=_i32,
+    threads=_i32,
+    scaling=_f32,
+    tolerance=_f32,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class _Columns:
+    """One side as the kernel takes it.
+
+    Attributes:
+        side: The structure; its pointers stay valid as long as `kept` lives.
+        channels: For each head group the channel of each column, -1: none.
+    """
+
+    side: ctypes.Structure
+    channels: tuple[tuple[int, ...], ...]
+    kept: tuple
+
+
+def _part(part: PackedPart, run: int) -> ctypes.Structure:
+    made = _Part(
+        bits=158 if part.bits == 1.58 else int(part.bits),
+        run=part.run or run,
+        packed=part.packed.data_ptr(),
+        slot_stride=part.packed.stride(0),
+        token_stride=part.packed.stride(1),
+    )
+    if part.bits != 16:
+        levels = grid(part.bits)
+        made.levels, made.spacing, made.offset = levels.levels, levels.spacing, levels.offset
+        made.scale, made.scale_type = part.scale.data_ptr(), _TYPES[part.scale.dtype]
+        made.zero_point = None if part.zero_point is None else part.zero_point.data_ptr()
+        if not _is_shared(part):
+            made.scale_slot_stride, made.scale_row_stride = part.scale.stride(0), part.scale.stride(1)
+    return made
+
+
+def _is_shared(part: PackedPart) -> bool:
+    """Whether all blocks have the same scales per channel."""
+    return part.groups is None and tuple(part.scale.shape[:2]) == (1, 1)
+
+
+def _columns(side: PackedSide, block_length: int, as_codes: frozenset, align_codes: int, align: int) -> _Columns:
+    """Where the channels of a side stand among the columns of their head groups: codes first, then numbers.
+
+    Args:
+        side: The side.
+        block_length: Tokens of a block.
+        as_codes: Widths whose codes are multiplied as such.
+        align_codes, align: Columns at multiples of which a segment of codes, or of numbers, starts.
+    """
+    groups = len(side.parts[0].widths)
+    widths = [sum(part.widths[g] for part in side.parts) for g in range(groups)]
+    stored, offsets = side.channels.tolist() if side.channels is not None else range(sum(widths)), [0]
+    for part in side.parts:
+        offsets.append(offsets[-1] + sum(part.widths))
+    segments, first_segment, integers, columns, channels = [], [0], [], [], []
+    for g in range(groups):
+        found = []
+        for p, part in enumerate(side.parts):
+            start = sum(part.widths[:g])
+            stop, position = start + part.widths[g], 0
+            for column, width in enumerate(part.groups or (sum(part.widths),)):
+                low, high = max(position, start), min(position + width, stop)
+                if low < high:
+                    found.append((part.bits not in as_codes, p, low, high - low, column if part.groups else -1))
+                position += width
+        found.sort(key=lambda segment: segment[0])
+        channel_of, group_start = [], sum(widths[:g])
+        for is_number, p, channel, count, column in found:
+            channel_of += [-1] * (-len(channel_of) % (align if is_number else align_codes))
+            segments.append(_Segment(p, channel, count, column, len(channel_of)))
+            channel_of += [stored[offsets[p] + c] - group_start for c in range(channel, channel + count)]
+            if not is_number:
+                channel_of += [-1] * (-len(channel_of) % align_codes)
+        first_segment.append(len(segments))
+        integers.append(sum(not is_number for is_number, *_ in found))
+        columns.append(len(channel_of))
+        channels.append(channel_of)
+    width = max(columns)
+    runs = {part.run for part in side.parts if part.bits != 16 and part.groups is None and not _is_shared(part)}
+    kept = (
+        (_Part * len(side.parts))(*(_part(part, block_length) for part in side.parts)),
+        (_Segment * len(segments))(*segments),
+        *((_i32 * len(x))(*x) for x in (first_segment, integers, columns)),
+    )
+    made = _Side(
+        *map(ctypes.addressof, kept), groups=groups, width=width, run=min(runs, default=block_length), by_block=bool(runs)
+    )
+    return _Columns(made, tuple(tuple(c + [-1] * (width - len(c))) for c in channels), (*kept, side.parts))
+
+
+def _expansion(expand_keys: ALinear | None, channels, heads: int, size: int, order: torch.Tensor) -> torch.Tensor:
+    """`[H_kv, d/2, 2, columns + 1]` float32 rows of the key expansion: pairs in `order`, columns by `channels`."""
+    groups = len(channels)
+    index = torch.tensor(channels)
+    if expand_keys is None:
+        weight, bias = torch.eye(size).expand(heads, size, size), torch.zeros(heads, size)
+    else:
+        weight = expand_keys.weight.detach().float().unflatten(0, (heads, size))
+        bias = None if expand_keys.bias is None else expand_keys.bias.detach().float().view(heads, size)
+    of_head = index.repeat_interleave(heads // groups, dim=0)[:, None].expand(heads, size, -1)
+    rows = weight.gather(2, of_head.clamp(min=0)).masked_fill(of_head < 0, 0.0)
+    last = torch.zeros(heads, size) if bias is None else bias
+    rows = torch.cat([rows, last[..., None]], dim=2).unflatten(1, (2, -1))[:, :, order]
+    return rows.transpose(1, 2).contiguous()
+
+
+class _Cached:
+    """Values by an object that they are made from and further arguments; gone with the object, or when it changes."""
+
+    def __init__(self, make):
+        self.make, self.found = make, WeakKeyDictionary()
+
+    def __call__(self, owner, state, *arguments):
+        held = self.found.setdefault(owner, {})
+        key = arguments
+        if key not in held or held[key][0] != state:
+            held[key] = (state, self.make(owner, *arguments))
+        return held[key][1]
+
+
+_cached_columns = _Cached(_columns)
+_cached_expansion = _Cached(lambda owner, *arguments: _expansion(owner, *arguments[:-1], torch.tensor(arguments[-1])))
+_identities: dict = {}
+
+
+def _rows(expand_keys: ALinear | None, channels, heads: int, size: int, order: tuple[int, ...]) -> torch.Tensor:
+    if expand_keys is None:
+        key = (channels, heads, size, order)
+        if key not in _identities:
+            _identities[key] = _expansion(None, channels, heads, size, torch.tensor(order))
+        return _identities[key]
+    tensors = [t for t in (expand_keys.weight, expand_keys.bias) if t is not None]
+    state = tuple((t.data_ptr(), t._version, t.dtype) for t in tensors)
+    return _cached_expansion(expand_keys, state, channels, heads, size, order)
+
+
+def _starts(widths: tuple[int, ...]) -> ctypes.Array:
+    starts = [sum(widths[:g]) for g in range(len(widths))]
+    return (_i32 * (2 * len(widths)))(*starts, *widths)
+
+
+def latent_attention(
+    query: torch.Tensor,
+    positions: torch.Tensor,
+    cache: PackedCache,
+    expand_keys: ALinear | None,
+    value_widths: tuple[int, ...],
+    rope: Rope | None,
+    scaling: float,
+) -> torch.Tensor:
+    """`modules.kernels.attention.latent_attention`, the sums only: `[B, H_q, L, max(value_widths)]` float32."""
+    batch, query_heads, length, size = query.shape
+    tolerance, planes = _PRECISION[query.dtype]
+    half = -(-size // 2)
+    if rope is None:
+        order, frequency = tuple(range(half)), torch.zeros(half, dtype=torch.float64)
+    else:
+        frequency, index = rope.inv_freq.double().sort(descending=True, stable=True)
+        order, scaling = tuple(index.tolist()), scaling * rope.attention_scaling**2
+    output = torch.empty(batch, query_heads, length, max(value_widths))
+    exact = [tile for tile in (*cache.before, *cache.after)]
+    key_channels = exact[0].keys.shape[-1] if exact else sum(sum(part.widths) for part in cache.keys.parts)
+    if expand_keys is None:
+        key_widths = (size,) * (key_channels // size)
+        heads = len(key_widths)
+    else:
+        key_widths, heads = expand_keys.ranks, expand_keys.num_heads
+    index = torch.tensor([*order, *(half + i for i in order)])
+    sent = query.detach().float()[..., index].contiguous()
+    positions = positions.to(torch.int64).contiguous()
+    as_codes = frozenset((1, 1.58, 2, 3, 4, 8) if library().alrd_takes_bytes() else (1, 1.58, 2, 3, 4))
+    as_codes = as_codes if planes else frozenset()
+    exact_channels = tuple(tuple(range(w)) + (-1,) * (max(key_widths) - w) for w in key_widths)
+    exact_rows = _rows(expand_keys, exact_channels, heads, size, order)
+    tiles = (_Exact * max(1, len(exact)))()
+    for made, tile in zip(tiles, exact):
+        made.keys, made.values = tile.keys.data_ptr(), tile.values.data_ptr()
+        made.key_row, made.key_token = tile.keys.stride(0), tile.keys.stride(2)
+        made.value_row, made.value_token = tile.values.stride(0), tile.values.stride(2)
+        made.start, made.count = tile.start.data_ptr(), tile.count.data_ptr()
+    key_starts, value_starts = _starts(key_widths), _starts(value_widths)
+    arguments = _Arguments(
+        query=sent.data_ptr(),
+        positions=positions.data_ptr(),
+        frequency=frequency.data_ptr(),
+        exact_rows=exact_rows.data_ptr(),
+        exact=ctypes.addressof(tiles),
+        key_start=ctypes.addressof(key_starts),
+        key_count=ctypes.addressof(key_starts) + 4 * len(key_widths),
+        value_start=ctypes.addressof(value_starts),
+        value_count=ctypes.addressof(value_starts) + 4 * len(value_widths),
+        output=output.data_ptr(),
+        batch=batch,
+        query_heads=query_heads,
+        heads=heads,
+        length=length,
+        half=half,
+        exact_width=max(key_widths),
+        output_width=max(value_widths),
+        n_exact=len(exact),
+        state_type=_TYPES[query.dtype],
+        planes=max(1, planes),
+        threads=torch.get_num_threads(),
+        scaling=scaling,
+        tolerance=tolerance,
+    )
+    arguments.keys.groups, arguments.values.groups = len(key_widths), len(value_widths)
+    if cache.keys is not None:
+        keys = _cached_columns(cache.keys, None, cache.block_length, as_codes, 4, 1)
+        values = _cached_columns(cache.values, None, cache.block_length, as_codes, 16, 16)
+        rows = _rows(expand_keys, keys.channels, heads, size, order)
+        value_channel = (_i32 * (len(values.channels) * values.side.width))(*(c for g in values.channels for c in g))
+        table = cache.table.contiguous()
+        arguments.keys, arguments.values, arguments.rows = keys.side, values.side, rows.data_ptr()
+        arguments.value_channel, arguments.table = ctypes.addressof(value_channel), table.data_ptr()
+        arguments.blocks, arguments.block_length = table.shape[2], cache.block_length
+    library().alrd_attention(ctypes.byref(arguments))
+    return output
+
+

@@ -1,0 +1,143 @@
+"""The C++ kernels of this folder as one shared library, built on first use and kept.
+
+Every `*.cpp` here is compiled, as C++17 with `extern "C"` functions on raw pointers and no header of PyTorch, by
+`torch.utils.cpp_extension`. The result stands in PyTorch's folder of extensions (`TORCH_EXTENSIONS_DIR`, or
+`~/.cache/torch_extensions`) under a name that hashes sources, flags, compiler, PyTorch and processor: a changed source
+or another machine with the same home directory builds its own. A build happens in a folder of its own and is moved
+into place when it is complete, so that processes may build at once and a broken build leaves nothing behind.
+
+The functions share PyTorch's OpenMP runtime: the library names none of its own and finds the symbols in `libtorch_cpu`.
+
+`ALRD_CPU_MARCH` chooses the instructions (the compiler's `-march`; default "native"): "haswell" is AVX2 with FMA and
+F16C, the least that the kernels are written for.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import re
+import shutil
+import sysconfig
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+#: Environment variable with the compiler's `-march`.
+MARCH_VARIABLE = "ALRD_CPU_MARCH"
+
+_FOLDER = Path(__file__).resolve().parent
+#: Without contraction and with IEEE divisions the kernels give the reference's bits; a fused product is written out.
+_FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-Wall")
+#: OpenMP's symbols come with `libtorch_cpu`, even where the linker would drop a library that none is missing from.
+_LINKER_FLAGS = ("-Wl,--no-as-needed",)
+_REQUIRED = ("avx2", "fma", "f16c")
+
+
+@lru_cache(maxsize=1)
+def library() -> ctypes.CDLL:
+    """The library; the first call on a machine takes the seconds of a compilation.
+
+    Raises:
+        RuntimeError: Something to build it is missing, or the processor has no AVX2.
+    """
+    try:
+        path = _path()
+        if not path.exists():
+            _build(path)
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise RuntimeError(f"the C++ kernels cannot be stored or loaded: {error}") from error
+
+
+def call(name: str, *arguments) -> int:
+    """Call a function of the library and return its `int64_t`.
+
+    Args:
+        name: The function's.
+        arguments: Tensors on the CPU, which go as a pointer to their first element, `None` as a null pointer, bools and
+            ints as `int64_t`, floats as `float`.
+    """
+    function = getattr(library(), name)
+    function.restype = ctypes.c_int64
+    return function(*map(_c_value, arguments))
+
+
+def _c_value(value):
+    if isinstance(value, torch.Tensor):
+        assert value.device.type == "cpu"
+        return ctypes.c_void_p(value.data_ptr())
+    if value is None:
+        return ctypes.c_void_p()
+    return ctypes.c_float(value) if isinstance(value, float) else ctypes.c_int64(value)
+
+
+def _processor() -> str:
+    """The processor's model and features.
+
+    Raises:
+        RuntimeError: Not Linux on x86 with AVX2, FMA and F16C.
+    """
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        raise RuntimeError(f"the C++ kernels are for Linux on x86_64, not {platform.system()} on {platform.machine()}")
+    first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    fields = dict(re.findall(r"^(.*?)\s*: (.*)$", first, re.MULTILINE))
+    missing = set(_REQUIRED) - set(fields["flags"].split())
+    if missing:
+        raise RuntimeError(
+            f"the C++ kernels need a processor with {', '.join(_REQUIRED)}: {', '.join(missing)} missing"
+        )
+    return fields["model name"] + fields["flags"]
+
+
+def _sources() -> list[Path]:
+    return sorted(path for path in _FOLDER.iterdir() if path.suffix in (".cpp", ".h"))
+
+
+def _flags() -> list[str]:
+    return [*_FLAGS, f"-march={os.environ.get(MARCH_VARIABLE) or 'native'}"]
+
+
+def _path() -> Path:
+    """Where the library of these sources on this machine stands."""
+    from torch.utils.cpp_extension import get_cxx_compiler, get_default_build_root
+
+    parts = [_processor(), torch.__version__, get_cxx_compiler(), *_flags(), *_LINKER_FLAGS]
+    digest = hashlib.sha256("\0".join(parts).encode())
+    for source in _sources():
+        digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
+    return Path(root) / f"alrd_kernels_{digest.hexdigest()[:16]}.so"
+
+
+def _build(path: Path) -> None:
+    from torch.utils import cpp_extension
+
+    compiler = cpp_extension.get_cxx_compiler()
+    if not shutil.which(compiler.split()[0]):
+        raise RuntimeError(f"the C++ kernels need a compiler: {compiler!r} is not found (install g++, or set CXX)")
+    search_path = os.environ.get("PATH", "")
+    # PyTorch looks for ninja there; pip puts it beside a Python that need not be on the path.
+    os.environ["PATH"] = os.pathsep.join([search_path, sysconfig.get_path("scripts")])
+    try:
+        if not cpp_extension.is_ninja_available():
+            raise RuntimeError("the C++ kernels need ninja to be built: it is not found (pip install ninja)")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=path.stem, dir=path.parent) as folder:
+            built = cpp_extension.load(
+                "alrd_kernels",
+                [str(source) for source in _sources() if source.suffix == ".cpp"],
+                extra_cflags=_flags(),
+                extra_ldflags=list(_LINKER_FLAGS),
+                build_directory=folder,
+                is_python_module=False,
+            )
+            os.replace(built, path)
+    except RuntimeError as error:
+        lines = str(error).splitlines()
+        problem = next((line for line in lines if "error" in line and not line.startswith("Error building")), lines[0])
+        raise RuntimeError(problem if len(lines) == 1 else f"the C++ kernels do not compile: {problem}") from error
+    finally:
+        os.environ["PATH"] = search_path

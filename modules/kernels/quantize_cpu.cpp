@@ -1,0 +1,2 @@
+// Kernels of modules/quant_utils.py for CPUs.
+#include <cstdint>

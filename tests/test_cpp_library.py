@@ -1,0 +1,134 @@
+"""How the C++ kernels are built: once, apart from other machines and sources, and with what said when it cannot be."""
+
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils import cpp_extension
+
+from modules.kernels import cpp_library
+
+ROOT = Path(__file__).parent.parent
+
+#: A source that compiles in a moment, and what is left of a library when it runs.
+SOURCE = """
+#include <cstdint>
+extern "C" int64_t sum_threads(const float* x, int64_t n, float scale, int64_t threads) {
+    int64_t sum = x ? 0 : -100;
+#pragma omp parallel num_threads(threads) reduction(+ : sum)
+    for (int64_t i = 0; i < n; i++) sum += scale * x[i];
+    return sum;
+}
+"""
+CODE = """
+import sys, torch
+from pathlib import Path
+from modules.kernels import cpp_library
+cpp_library._FOLDER = Path(sys.argv[1])
+x = torch.arange(4.0)
+print(cpp_library.call("sum_threads", x, 4, 2.0, 3), cpp_library.call("sum_threads", None, 0, 1.0, True))
+print(len({line.split()[-1] for line in open("/proc/self/maps") if "/libgomp" in line or "/libiomp" in line}))
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """Sources of the test's own, and an empty folder for what is built."""
+    folder = tmp_path / "sources"
+    folder.mkdir()
+    (folder / "sum.cpp").write_text(SOURCE)
+    monkeypatch.setattr(cpp_library, "_FOLDER", folder)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "built"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    return folder
+
+
+def build() -> Path:
+    path = cpp_library._path()
+    cpp_library._build(path)
+    return path
+
+
+def start(folder: Path) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", CODE, str(folder)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_processes_build_at_once_and_share_the_openmp_of_torch(folder, tmp_path, monkeypatch):
+    processes = [start(folder) for _ in range(2)]
+    outputs = [process.communicate() for process in processes]
+    assert [out.splitlines() for out, _ in outputs] == [["36 -100", "1"]] * 2, outputs
+    (built,) = (tmp_path / "built").iterdir()
+    # Another process takes it as it is: without a path there is neither ninja nor a compiler.
+    written = built.stat().st_mtime_ns
+    monkeypatch.setenv("PATH", "")
+    out, error = start(folder).communicate()
+    assert out.splitlines() == ["36 -100", "1"], error
+    assert built.stat().st_mtime_ns == written
+
+
+def test_a_broken_build_leaves_nothing_behind(folder, tmp_path):
+    (folder / "sum.cpp").write_text(SOURCE.replace("sum = x", "sum = y"))
+    with pytest.raises(RuntimeError, match=r"do not compile: .*sum.cpp:4:\d+: error: .*y.* was not declared") as error:
+        build()
+    assert "\n" not in str(error.value)
+    assert not list((tmp_path / "built").iterdir())
+    (folder / "sum.cpp").write_text(SOURCE)
+    path = build()
+    assert list((tmp_path / "built").iterdir()) == [path]
+
+
+def test_the_name_follows_what_the_library_depends_on(folder, monkeypatch):
+    names = [cpp_library._path()]
+    with monkeypatch.context() as patch:
+        patch.setenv("ALRD_CPU_MARCH", "haswell")
+        names.append(cpp_library._path())
+    with monkeypatch.context() as patch:
+        patch.setenv("CXX", "/usr/bin/another")
+        names.append(cpp_library._path())
+    with monkeypatch.context() as patch:
+        patch.setattr(cpp_library, "_processor", lambda: "another")
+        names.append(cpp_library._path())
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "__version__", "2.99")
+        names.append(cpp_library._path())
+    (folder / "shared.h").write_text("")
+    names.append(cpp_library._path())
+    assert len(set(names)) == len(names)
+    (folder / "shared.h").unlink()
+    assert cpp_library._path() == names[0]
+
+
+def test_what_is_missing_is_said(folder, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setenv("CXX", "no-such-compiler -m64")
+        with pytest.raises(RuntimeError, match="need a compiler: 'no-such-compiler -m64' is not found"):
+            build()
+    monkeypatch.setattr(cpp_extension, "is_ninja_available", lambda: False)
+    with pytest.raises(RuntimeError, match="need ninja to be built: it is not found"):
+        build()
+
+
+def test_a_folder_that_cannot_be_written_is_said(folder, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file" / "folder"))
+    cpp_library.library.cache_clear()
+    with pytest.raises(RuntimeError, match=r"cannot be stored or loaded: .*file"):
+        cpp_library.library()
+
+
+@pytest.mark.parametrize(("function", "value"), [("machine", "aarch64"), ("system", "Darwin")])
+def test_other_machines_are_refused(monkeypatch, function, value):
+    monkeypatch.setattr(platform, function, lambda: value)
+    with pytest.raises(RuntimeError, match=f"are for Linux on x86_64, not .*{value}"):
+        cpp_library._path()
+
+
+def test_a_processor_without_the_instructions_is_refused(monkeypatch):
+    monkeypatch.setattr(cpp_library, "_REQUIRED", ("avx2", "avx9"))
+    with pytest.raises(RuntimeError, match="need a processor with avx2, avx9: avx9 missing"):
+        cpp_library._path()
