@@ -64,6 +64,9 @@ from scripts.common import (
 )
 from scripts.compare_peers import installed_version
 
+#: The best dense code on each kind of device, which every scheme meets.
+YARDSTICKS = {"cpu": "by hand", "cuda": "flash"}
+
 #: Rounds that a pair gets at least, however long they take.
 FEWEST_ROUNDS = 5
 
@@ -453,14 +456,13 @@ def measure_case(
 def cases(options: BenchmarkConfig) -> Iterator[tuple[str, int, int, dict[str, Any], list[str]]]:
     """Name, length, batch, scheme and peers of every case."""
     device = torch.device(options.device).type
-    yardstick = "flash" if device == "cuda" else "by hand"
     everybody = options.peers or [name for name, peer in PEERS.items() if device in peer.devices]
     for length in options.lengths:
         for batch in options.batches:
             for i, scheme in enumerate(options.schemes()):
                 group = "per head" if scheme["head_group_size"] == 1 else "joint"
                 name = f"{length} x {batch}, rank {scheme['rank']:g} {group}, {scheme['bits']} bit"
-                yield name, length, batch, scheme, everybody if i == 0 else [yardstick]
+                yield name, length, batch, scheme, everybody if i == 0 else [YARDSTICKS[device]]
 
 
 #: Options that two runs must share for their cases to stand in one file.
@@ -509,52 +511,83 @@ def describe(case: dict[str, Any]) -> str:
 # ---- tables
 
 
-def ranks_table(record: dict[str, Any]) -> str:
-    """Every case of ours, with what it moves and computes, as Markdown."""
+def scheme_name(case: dict[str, Any]) -> str:
+    """Rank and bits of a case."""
+    return f"{case['rank']:.0%} {'per head' if case['head_group_size'] == 1 else 'joint'}, {case['bits']} bit"
+
+
+def size_name(case: dict[str, Any]) -> str:
+    return f"{case['length']:,} × {case['batch']}"
+
+
+def shares(figures: dict[str, Any]) -> list[str]:
+    """Cells: bytes, share of the bandwidth, multiply-adds, share of the peaks."""
+    return [
+        human_bytes(figures["nbytes"]),
+        f"{figures['bandwidth_share']:.0%}",
+        f"{figures['macs'] / 1e9:.2f} G",
+        f"{figures['peak_share']:.0%} / {figures['int8_peak_share']:.0%}",
+    ]
+
+
+def full_table(record: dict[str, Any]) -> str:
+    """Every figure: our cases, and below each what it was measured against, as Markdown."""
     lines = [
-        "| tokens × rows | rank | bits | ms per step | cache read | of bandwidth | G multiply-adds | "
-        "of bf16 / int8 peak | append | yardstick / ours |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| tokens × rows | step | ms | cache read | of bandwidth | multiply-adds | of bf16 / int8 peak | ours faster |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for case in record["cases"].values():
-        yardstick = next((n for n in ("by hand", "flash") if "speedup" in case["peers"].get(n, {})), None)
-        lines.append(
-            f"| {case['length']:,} × {case['batch']} | {case['rank']:.0%} "
-            f"{'per head' if case['head_group_size'] == 1 else 'joint'} | {case['bits']} | "
-            f"{milliseconds(case['seconds'])} | {human_bytes(case['nbytes'])} | {case['bandwidth_share']:.0%} | "
-            f"{case['macs'] / 1e9:.2f} | {case['peak_share']:.0%} / {case['int8_peak_share']:.0%} | "
-            f"{case['append_share']:.1%} | "
-            + (f"{case['peers'][yardstick]['speedup']:.2f}× |" if yardstick else "left out |")
-        )
+        name = f"**ours, {scheme_name(case)}**{'' if case['fused'] else ', not fused'}"
+        rows = [[name, milliseconds(case["seconds"]), *shares(case), ""]]
+        for peer, figures in case["peers"].items():
+            if "left_out" in figures:
+                rows.append([f"{peer}: {figures['left_out']}", *[""] * 6])
+                continue
+            spread = figures["speedup_rounds"]
+            faster = f"{figures['speedup']:.2f}× [{spread['p25']:.2f}–{spread['p75']:.2f}]"
+            rows.append([peer, milliseconds(figures["seconds"]), *shares(figures), faster])
+        lines += [f"| {size_name(case)} | {' | '.join(row)} |" for row in rows]
+    return "\n".join(lines)
+
+
+def pivot(record: dict[str, Any], row: Callable[[dict], dict[str, str]], title: str) -> str:
+    """A table with a column per size; `row` gives the cells of a case by the name of their rows."""
+    cells: dict[str, dict[str, str]] = {}
+    for case in record["cases"].values():
+        for name, cell in row(case).items():
+            cells.setdefault(name, {})[size_name(case)] = cell
+    sizes = list(dict.fromkeys(size_name(case) for case in record["cases"].values()))
+    lines = [f"| {title} | {' | '.join(sizes)} |", f"|{'---|' * (1 + len(sizes))}"]
+    lines += [f"| {name} | {' | '.join(found.get(size, '–') for size in sizes)} |" for name, found in cells.items()]
     return "\n".join(lines)
 
 
 def peers_table(record: dict[str, Any]) -> str:
-    """The first scheme against every peer at every length and batch, as Markdown."""
-    lines = [
-        "| tokens × rows | against | its ms | ours, ms | its cache | of bandwidth | of bf16 peak | times faster |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for case in record["cases"].values():
+    """How many times faster than each peer the first scheme is, a column per size, as Markdown."""
+
+    def row(case: dict[str, Any]) -> dict[str, str]:
         if len(case["peers"]) < 2:
-            continue
-        size = f"{case['length']:,} × {case['batch']}"
-        for name, p in case["peers"].items():
-            if "left_out" in p:
-                lines.append(f"| {size} | {name} | {p['left_out']} | | | | | |")
-                continue
-            rounds = p["speedup_rounds"]
-            lines.append(
-                f"| {size} | {name} | {milliseconds(p['seconds'])} | {milliseconds(p['ours_seconds'])} | "
-                f"{human_bytes(p['nbytes'])} | {p['bandwidth_share']:.0%} | {p['peak_share']:.0%} | "
-                f"{p['speedup']:.2f}× [{rounds['p25']:.2f}–{rounds['p75']:.2f}] |"
-            )
-    return "\n".join(lines)
+            return {}
+        faster = {name: f"{p['speedup']:.2f}×" for name, p in case["peers"].items() if "speedup" in p}
+        return {f"**ours, {scheme_name(case)}: ms**": milliseconds(case["seconds"]), **faster}
+
+    return pivot(record, row, "tokens × rows")
+
+
+def schemes_table(record: dict[str, Any]) -> str:
+    """Milliseconds of every scheme, and how many times faster than the best dense code, as Markdown."""
+
+    def row(case: dict[str, Any]) -> dict[str, str]:
+        yardsticks = [p for name, p in case["peers"].items() if name in YARDSTICKS.values() and "speedup" in p]
+        faster = f" ({yardsticks[0]['speedup']:.2f}×)" if yardsticks else ""
+        return {scheme_name(case): milliseconds(case["seconds"]).split(" [")[0] + faster}
+
+    return pivot(record, row, "rank, bits: ms")
 
 
 def table(record: dict[str, Any]) -> str:
     """All tables, as Markdown."""
-    return f"{ranks_table(record)}\n\n{peers_table(record)}"
+    return "\n\n".join(make(record) for make in (full_table, peers_table, schemes_table))
 
 
 if __name__ == "__main__":
