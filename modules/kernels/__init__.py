@@ -26,6 +26,9 @@ BACKENDS = ("reference", "triton", "cpu")
 #: Environment variable that chooses the back end where the caller does not.
 BACKEND_VARIABLE = "ALRD_BACKEND"
 
+#: Types of states that the fused kernels take.
+FUSED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
 #: New tokens of a step that the fused kernels take; more are matrix products, which PyTorch is good at.
 MAX_QUERY_LENGTH = 16
 
@@ -57,7 +60,8 @@ class Backend:
     def attend(self, query: torch.Tensor, *, cache: PackedCache, weights_length: int | None = None, **how):
         """As `latent_attention`: by the fused kernel where there is one for what is asked, else by the reference."""
         sides = () if cache.keys is None else (cache.keys, cache.values)
-        if weights_length is None and query.shape[2] <= MAX_QUERY_LENGTH and self.attends_to(*sides):
+        short = query.shape[2] <= MAX_QUERY_LENGTH and query.dtype in FUSED_DTYPES
+        if weights_length is None and short and self.attends_to(*sides):
             return self.fused_attention(query, cache=cache, **how), None
         return latent_attention(query, cache=cache, weights_length=weights_length, **how)
 

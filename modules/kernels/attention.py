@@ -1,8 +1,8 @@
 r"""Attention over a latent KV cache in plain PyTorch: the reference of the kernels.
 
-It goes tile by tile (the flash-attention recurrence, arXiv:2205.14135, over latents): the keys of a tile of cached tokens
-are rebuilt from their latents, rotated and scored, and its values are summed up in the latent: `Σ_j p_j c_j`. Nothing of
-the size of the context is ever built.
+It goes tile by tile (the flash-attention recurrence, arXiv:2205.14135, over latents): the keys of a tile of cached
+tokens are rebuilt from their latents, rotated and scored, and its values are summed up in the latent: `Σ_j p_j c_j`.
+Nothing of the size of the context is ever built.
 
 RoPE is relative, so a tile's keys are rotated by their offset inside its runs, a constant table, and the queries to
 their distance from each run's first token.

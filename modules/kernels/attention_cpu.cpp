@@ -27,6 +27,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -70,8 +71,12 @@ inline vi shr(vi a, int n) { return _mm512_srli_epi32(a, n); }
 inline vi sar(vi a, int n) { return _mm512_srai_epi32(a, n); }
 inline vi mul16(vi a, vi b) { return _mm512_mullo_epi16(a, b); }
 inline vi shr16(vi a, int n) { return _mm512_srli_epi16(a, n); }
-// Bytes of a lane: four codes (unsigned) times four weights (signed), added to the lane.
-inline vi dot4(vi sum, vi codes, vi weights) { return _mm512_dpbusd_epi32(sum, codes, weights); }
+// Bytes of a lane: four codes (unsigned) times four weights (signed), added to the lane. The intrinsic makes GCC 12 keep
+// sums in memory.
+inline vi dot4(vi sum, vi codes, vi weights) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(weights));
+  return sum;
+}
 inline vf power_of_two(vi n) { return _mm512_castsi512_ps(shl(addi(n, seti(127)), 23)); }
 // The 4 x 4 bytes of each four lanes transposed.
 inline vi transpose_bytes(vi x) {
@@ -240,6 +245,21 @@ struct Arguments {
 
 namespace {
 
+// ---- unrolled loops
+
+#define INLINE __attribute__((always_inline))
+
+template <class F, int... I>
+INLINE inline void each(F f, std::integer_sequence<int, I...>) {
+  (f(std::integral_constant<int, I>{}), ...);
+}
+
+// f(0) … f(N - 1), unrolled before the compiler decides what to keep in registers.
+template <int N, class F>
+INLINE inline void each(F f) {
+  each(f, std::make_integer_sequence<int, N>{});
+}
+
 // ---- numbers in memory
 
 inline float number(const void* p, int64_t i, int32_t type) {
@@ -262,6 +282,17 @@ inline void numbers(const void* p, int64_t i, int n, int32_t type, float* out) {
   }
   for (; k < n; k++) out[k] = number(p, i + k, type);
   for (; k % 16; k++) out[k] = 0;
+}
+
+// n numbers `stride` apart, as float32.
+inline void strided_numbers(const void* p, int64_t i, int64_t stride, int n, int32_t type, float* out) {
+  const uint16_t* half = (const uint16_t*)p + i;
+  if (type == FLOAT32)
+    for (int k = 0; k < n; k++) out[k] = ((const float*)p)[i + k * stride];
+  if (type == FLOAT16)
+    for (int k = 0; k < n; k++) out[k] = _cvtsh_ss(half[k * stride]);
+  if (type == BFLOAT16)
+    for (int k = 0; k < n; k++) ((uint32_t*)out)[k] = (uint32_t)half[k * stride] << 16;
 }
 
 // ---- codes in words
@@ -307,6 +338,43 @@ inline int64_t run_words(const Part& part, int run_start) {
   return (int64_t)(run_start / part.run) * (planes[n - 1].first_word + planes[n - 1].layout.words(part.run));
 }
 
+#if ALRD_AVX512
+// As `unpack`, for 16 channels of a plane and a start that 16 divides: 16 tokens of four channels at a time.
+template <int BITS>
+inline void unpack_vectors(const int32_t* rows, int64_t row_stride, int count, int n_words, int start, int n,
+                           int32_t* out, int stride, int shift) {
+  constexpr int fields = 8 / BITS, tokens = 4 * fields, words = tokens < 16 ? 16 / tokens : 1;
+  const int quads = (count + 3) / 4;
+  alignas(64) static const auto lanes = [] {
+    struct { int32_t pick[16], shift[16]; } y;
+    for (int l = 0; l < 16; l++) y.pick[l] = l / fields % 4 + (l / tokens & 1) * 16, y.shift[l] = l % fields * BITS;
+    return y;
+  }();
+  const vi by = loadi(lanes.shift), mask = seti(0x01010101 * ((1 << BITS) - 1));
+  for (int t = 0; t < n; t += 16) {
+    const int w = (start + t) / tokens;
+    vi word[4];
+    each<words>([&](auto i) INLINE {
+      word[i] = w + i < n_words ? transpose_bytes(loadi(rows + (w + i) * row_stride, count)) : seti(0);
+    });
+    vi index = addi(loadi(lanes.pick), seti((start + t) % tokens / fields));
+    for (int q = 0; q < quads; q++, index = addi(index, seti(4))) {
+      vi code;
+      if (words == 1) {
+        code = _mm512_permutexvar_epi32(index, word[0]);
+      } else {
+        code = _mm512_permutex2var_epi32(word[0], index, word[1]);
+        if (words == 4)
+          code = _mm512_mask_blend_epi32(0xFF00, code, _mm512_permutex2var_epi32(word[2], index, word[3]));
+      }
+      code = andi(_mm512_srlv_epi32(code, by), mask);
+      int32_t* to = out + q * stride + t;
+      storei(to, shift ? ori(loadi(to), shl(code, shift)) : code);
+    }
+  }
+}
+#endif
+
 // Codes of tokens [start, start + n) of a run, for `count` channels: codes[quad][token][4], `stride` tokens a quad.
 // What is written goes on to the end of the last word.
 void unpack(const Part& part, const int32_t* words, int run_length, int start, int n, int channel, int count,
@@ -319,6 +387,17 @@ void unpack(const Part& part, const int32_t* words, int run_length, int start, i
     for (int p = 0; p < n_planes; p++) {
       const Layout layout = planes[p].layout;
       const int tokens = 4 * layout.fields;
+#if ALRD_AVX512
+      if (layout.bits != TERNARY && start % 16 == 0) {
+        const int32_t* rows = words + (int64_t)planes[p].first_word * part.token_stride + channel + c;
+        const auto unpack_plane = layout.bits == 1   ? unpack_vectors<1>
+                                  : layout.bits == 2 ? unpack_vectors<2>
+                                  : layout.bits == 4 ? unpack_vectors<4>
+                                                     : unpack_vectors<8>;
+        unpack_plane(rows, part.token_stride, left, layout.words(run_length), start, n, out, stride, planes[p].shift);
+        continue;
+      }
+#endif
       for (int w = start / tokens; w * tokens < start + n; w++) {
         const int32_t* row = words + (int64_t)(planes[p].first_word + w) * part.token_stride + channel + c;
         const vi word = loadi(row, left);
@@ -433,87 +512,77 @@ struct Tokens {
   int stride;            // tokens
 };
 
+// Codes of quads [first, last) times M rows, for 16 V tokens.
+template <int M, int V>
+INLINE inline void multiply_codes(const int32_t* weights, int lanes, const uint8_t* codes, int stride, int first,
+                                  int last, vi (&sum)[M][V]) {
+  weights += (size_t)first * lanes, codes += (size_t)first * stride * 4;
+  for (int q = first; q < last; q++, weights += lanes, codes += (size_t)stride * 4) {
+    vi code[V];
+    each<V>([&](auto v) INLINE { code[v] = loadi(codes + 64 * v); });
+    each<M>([&](auto m) INLINE {
+      const vi weight = seti(weights[m]);
+      each<V>([&](auto v) INLINE { sum[m][v] = dot4(sum[m][v], code[v], weight); });
+    });
+  }
+}
+
+// The same for rows of one or two bytes.
+template <int M, int V>
+INLINE inline void multiply_rounded(const Rounded& rounded, const Columns& columns, const Tokens& tokens, int planes,
+                                    int row, int token, int first, int last, vi (&sum)[M][V]) {
+  const int32_t* weights = rounded.weights.data() + row;
+  const uint8_t* codes = tokens.codes + (int64_t)token * 4;
+  each<M>([&](auto m) INLINE { each<V>([&](auto v) INLINE { sum[m][v] = seti(0); }); });
+  multiply_codes<M, V>(weights, rounded.lanes, codes, tokens.stride, first, last, sum);
+  if (planes == 2) {
+    each<M>([&](auto m) INLINE { each<V>([&](auto v) INLINE { sum[m][v] = shl(sum[m][v], 8); }); });
+    weights += (size_t)columns.quads * rounded.lanes;
+    multiply_codes<M, V>(weights, rounded.lanes, codes, tokens.stride, first, last, sum);
+  }
+}
+
 // M rows times 16 V tokens from `token` on.
 template <int M, int V>
-inline __attribute__((always_inline)) void multiply(const Rounded& rounded, const float* rows, const Columns& columns,
-                                                    const Tokens& tokens, int planes, int row, int token,
-                                                    vf (&out)[M][V]) {
-  const int lanes = rounded.lanes, quads = columns.quads;
-  auto add_products = [&](vi(&sum)[M][V], int plane, int first, int last) __attribute__((always_inline)) {
-    const int32_t* weights = rounded.weights.data() + ((size_t)plane * quads + first) * lanes + row;
-    const uint8_t* codes = tokens.codes + ((int64_t)first * tokens.stride + token) * 4;
-    for (int q = first; q < last; q++, weights += lanes, codes += 4 * (int64_t)tokens.stride) {
-      vi code[V];
-#pragma GCC unroll 8
-      for (int v = 0; v < V; v++) code[v] = loadi(codes + 64 * v);
-#pragma GCC unroll 8
-      for (int m = 0; m < M; m++) {
-        const vi weight = seti(weights[m]);
-#pragma GCC unroll 8
-        for (int v = 0; v < V; v++) sum[m][v] = dot4(sum[m][v], code[v], weight);
-      }
-    }
-  };
-  auto product = [&](vi(&sum)[M][V], int first, int last) __attribute__((always_inline)) {
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m++)
-#pragma GCC unroll 8
-      for (int v = 0; v < V; v++) sum[m][v] = seti(0);
-    add_products(sum, 0, first, last);
-    if (planes == 2) {
-#pragma GCC unroll 8
-      for (int m = 0; m < M; m++)
-#pragma GCC unroll 8
-        for (int v = 0; v < V; v++) sum[m][v] = shl(sum[m][v], 8);
-      add_products(sum, 1, first, last);
-    }
-  };
-  if (columns.groups.empty() && quads) {
+INLINE inline void multiply(const Rounded& rounded, const float* rows, const Columns& columns, const Tokens& tokens,
+                            int planes, int row, int token, vf (&out)[M][V]) {
+  const int lanes = rounded.lanes;
+  if (columns.groups.empty() && columns.quads) {
     vi sum[M][V];
-    product(sum, 0, quads);
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m++) {
+    multiply_rounded<M, V>(rounded, columns, tokens, planes, row, token, 0, columns.quads, sum);
+    each<M>([&](auto m) INLINE {
       const vf step = set1(rounded.step[row + m]), constant = set1(rounded.constant[row + m]);
-#pragma GCC unroll 8
-      for (int v = 0; v < V; v++) out[m][v] = fma(to_float(sum[m][v]), step, constant);
-    }
+      each<V>([&](auto v) INLINE { out[m][v] = fma(to_float(sum[m][v]), step, constant); });
+    });
   } else {
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m++) {
+    each<M>([&](auto m) INLINE {
       const vf constant = set1(rows[(int64_t)columns.last * lanes + row + m]);
-#pragma GCC unroll 8
-      for (int v = 0; v < V; v++) out[m][v] = constant;
-    }
+      each<V>([&](auto v) INLINE { out[m][v] = constant; });
+    });
     for (size_t g = 0; g < columns.groups.size(); g++) {
       const Columns::Group& group = columns.groups[g];
       vi sum[M][V];
-      product(sum, group.first, group.last);
-#pragma GCC unroll 8
-      for (int m = 0; m < M; m++) {
-        const float step = rounded.step[row + m];
+      multiply_rounded<M, V>(rounded, columns, tokens, planes, row, token, group.first, group.last, sum);
+      each<M>([&](auto m) INLINE {
+        const vf step = set1(rounded.step[row + m]), row_sum = set1(rounded.sums[g * lanes + row + m]);
         const vf all = set1(-group.middle * rounded.totals[g * lanes + row + m]);
-        const vf row_sum = set1(rounded.sums[g * lanes + row + m]);
-#pragma GCC unroll 8
-        for (int v = 0; v < V; v++) {
-          const vf centred = mul(add(to_float(sum[m][v]), all), set1(step));
+        each<V>([&](auto v) INLINE {
+          const vf centred = mul(add(to_float(sum[m][v]), all), step);
           out[m][v] = fma(centred, load(group.scale + token + 16 * v), out[m][v]);
           out[m][v] = fma(row_sum, load(group.centre + token + 16 * v), out[m][v]);
-        }
-      }
+        });
+      });
     }
   }
   const float* row_of = rows + (int64_t)columns.first_float * lanes + row;
   const float* number = tokens.numbers + token;
   for (int c = 0; c < columns.floats; c++, row_of += lanes, number += tokens.stride) {
     vf x[V];
-#pragma GCC unroll 8
-    for (int v = 0; v < V; v++) x[v] = load(number + 16 * v);
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m++) {
+    each<V>([&](auto v) INLINE { x[v] = load(number + 16 * v); });
+    each<M>([&](auto m) INLINE {
       const vf r = set1(row_of[m]);
-#pragma GCC unroll 8
-      for (int v = 0; v < V; v++) out[m][v] = fma(r, x[v], out[m][v]);
-    }
+      each<V>([&](auto v) INLINE { out[m][v] = fma(r, x[v], out[m][v]); });
+    });
   }
 }
 
@@ -524,15 +593,16 @@ struct Division {
   double span[LEVELS], interval[LEVELS], node[LEVELS][MAX_NODES];
   std::vector<float> cosine, sine;  // [fast, padded][2 SPAN] of offsets
   std::vector<float> lagrange;      // [nodes][2 SPAN]
-  std::vector<float> node_cosine, node_sine;  // [half][nodes]
-};
+  std::vector<float> node_cosine, node_sine;  // [half][MAX_NODES]
+  double scale[LEVELS][MAX_NODES];            // of the Lagrange polynomials
 
-double lagrange(const double* nodes, int n, int k, double x) {
-  double y = 1;
-  for (int m = 0; m < n; m++)
-    if (m != k) y *= (x - nodes[m]) / (nodes[k] - nodes[m]);
-  return y;
-}
+  // Weights of the nodes of a level at x.
+  void interpolate(int l, double x, double* weight) const {
+    double before = 1, after = 1;
+    for (int k = 0; k < nodes; k++) weight[k] = scale[l][k] * before, before *= x - node[l][k];
+    for (int k = nodes - 1; k >= 0; k--) weight[k] *= after, after *= x - node[l][k];
+  }
+};
 
 // `columns` products for each row and token, `queries` that share a key head.
 Division divide(const double* frequency, int half, double tolerance, int columns, int queries) {
@@ -548,7 +618,10 @@ Division divide(const double* frequency, int half, double tolerance, int columns
     int fast = 0;
     while (fast < half && (nodes == 0 || frequency[fast] * SPAN / 2 > z)) fast++;
     fast = std::min(half, round_up(fast, 3));
-    const double cost = fast * (2 * quads + 8 + 2 * queries) + nodes * queries * (quads + 2 + 0.25 * quads);
+    const int lanes = round_up(2 * fast, 16) + round_up(nodes * queries, 16);
+    // Products and what follows them, per 16 tokens; rounding, and the sums at the nodes, per batch of SPAN.
+    const double cost = fast * (2 * quads + 8 + 2 * queries) + nodes * queries * (quads + 2) +
+                        columns * (lanes / 2.0 + round_up(nodes * queries, 16) * (nodes + 16) / 12.0) / (SPAN / 16);
     if (cost >= best_cost) continue;
     best_cost = cost;
     Division d;
@@ -571,6 +644,12 @@ Division divide(const double* frequency, int half, double tolerance, int columns
     for (int k = 0; k < d.nodes; k++)
       d.node[l][k] = d.nodes == 1 ? 0 : d.interval[l] / 2 * (1 + std::cos((2 * k + 1) * pi / (2 * d.nodes)));
   const int fast = round_up(d.fast, 3);
+  for (int l = 0; l < LEVELS; l++)
+    for (int k = 0; k < d.nodes; k++) {
+      d.scale[l][k] = 1;
+      for (int m = 0; m < d.nodes; m++)
+        if (m != k) d.scale[l][k] /= d.node[l][k] - d.node[l][m];
+    }
   d.cosine.assign((size_t)fast * 2 * SPAN, 0), d.sine = d.cosine;
   for (int f = 0; f < d.fast; f++)
     for (int o = 0; o < 2 * SPAN; o++) {
@@ -578,8 +657,11 @@ Division divide(const double* frequency, int half, double tolerance, int columns
       d.sine[(size_t)f * 2 * SPAN + o] = std::sin(frequency[f] * o);
     }
   d.lagrange.resize((size_t)d.nodes * 2 * SPAN);
-  for (int k = 0; k < d.nodes; k++)
-    for (int o = 0; o < 2 * SPAN; o++) d.lagrange[(size_t)k * 2 * SPAN + o] = lagrange(d.node[0], d.nodes, k, o);
+  for (int o = 0; o < 2 * SPAN; o++) {
+    double weight[MAX_NODES];
+    d.interpolate(0, o, weight);
+    for (int k = 0; k < d.nodes; k++) d.lagrange[(size_t)k * 2 * SPAN + o] = weight[k];
+  }
   d.node_cosine.resize((size_t)half * MAX_NODES), d.node_sine.resize((size_t)half * MAX_NODES);
   for (int l = 0; l < d.levels; l++)
     for (int f = d.first[l]; f < d.first[l + 1]; f++)
@@ -608,7 +690,9 @@ struct Rows {
     std::vector<float> sums;             // [columns + 1][node_lanes]
     std::vector<float> spread;           // [nodes][columns + 1][node_lanes]: sums of a node in the lanes of all nodes
   } level[LEVELS];
+  std::vector<float> lane_values;   // [half][q1, q2, cosine and sine of the node's offset][node_lanes]
   std::vector<float> coefficients;  // [pairs][2][node_lanes]
+  std::vector<float> transfer;      // [nodes above][node_lanes]
   int64_t base = 0;
 
   void start(const Division& d, const double* frequencies, const float* expansion_, int columns_, int n_queries,
@@ -622,6 +706,14 @@ struct Rows {
         for (int c = 0; c <= columns; c++)
           fast[(size_t)c * fast_lanes + 2 * f + i] = expansion[((int64_t)f * 2 + i) * (columns + 1) + c];
     fast_query.assign((size_t)round_up(d.fast, 3) * queries * 2, 0);
+    lane_values.assign((size_t)d.half * 4 * node_lanes, 0);
+    for (int f = d.fast; f < d.half; f++)
+      for (int lane = 0; lane < d.nodes * queries; lane++) {
+        const int k = lane / queries, j = lane % queries;
+        float* to = &lane_values[(size_t)f * 4 * node_lanes + lane];
+        to[0] = query[((size_t)f * 2) * queries + j], to[node_lanes] = query[((size_t)f * 2 + 1) * queries + j];
+        to[2 * node_lanes] = d.node_cosine[f * MAX_NODES + k], to[3 * node_lanes] = d.node_sine[f * MAX_NODES + k];
+      }
     for (int l = 0; l < LEVELS; l++) level[l].valid = level[l].turned = false;
   }
 
@@ -680,6 +772,19 @@ struct Rows {
     level[l].valid = true, level[l].anchor = anchor;
     Level& at = level[l];
     at.spread.resize((size_t)d.nodes * (columns + 1) * node_lanes);
+#if ALRD_AVX512
+    if (node_lanes == 16) {
+      for (int k = 0; k < d.nodes; k++) {
+        alignas(64) int32_t lane[16];
+        for (int i = 0; i < 16; i++) lane[i] = k * queries + i % queries;
+        const vi index = loadi(lane);
+        float* to = &at.spread[(size_t)k * (columns + 1) * 16];
+        for (int c = 0; c <= columns; c++)
+          store(to + 16 * c, _mm512_permutexvar_ps(index, load(&at.sums[(size_t)c * 16])));
+      }
+      return;
+    }
+#endif
     for (int k = 0; k < d.nodes; k++)
       for (int c = 0; c <= columns; c++) {
         const float* from = &at.sums[(size_t)c * node_lanes + k * queries];
@@ -694,50 +799,60 @@ struct Rows {
     const Division& d = *division;
     const int first = d.first[l], n = d.first[l + 1] - first, lanes = node_lanes, width = columns + 1;
     if (l + 1 < d.levels) ensure(l + 1, anchor);
-    out.resize((size_t)width * lanes);
-    coefficients.assign((size_t)std::max(1, n) * 2 * lanes, 0);
+    out.resize((size_t)width * lanes), coefficients.resize((size_t)std::max(1, n) * 2 * lanes);
     for (int f = 0; f < n; f++) {
-      const float c = rotation[2 * f], s = rotation[2 * f + 1];
-      const float *q1 = &query[(size_t)(first + f) * 2 * queries], *q2 = q1 + queries;
-      float *a = &coefficients[(size_t)f * 2 * lanes], *b = a + lanes;
-      for (int k = 0; k < d.nodes; k++) {
-        const float x = d.node_cosine[(first + f) * MAX_NODES + k], y = d.node_sine[(first + f) * MAX_NODES + k];
-        const float u = c * x + s * y, v = s * x - c * y;  // rotated back by the node's offset
-        for (int j = 0; j < queries; j++) {
-          a[k * queries + j] = q1[j] * u - q2[j] * v;
-          b[k * queries + j] = q2[j] * u + q1[j] * v;
-        }
+      const vf c = set1(rotation[2 * f]), s = set1(rotation[2 * f + 1]);
+      const float *of_pair = &lane_values[(size_t)(first + f) * 4 * lanes];
+      float* to = &coefficients[(size_t)f * 2 * lanes];
+      for (int v = 0; v < lanes; v += 16) {
+        const vf q1 = load(of_pair + v), q2 = load(of_pair + lanes + v);
+        const vf x = load(of_pair + 2 * lanes + v), y = load(of_pair + 3 * lanes + v);
+        const vf cosine = fma(c, x, mul(s, y)), sine = fnma(c, y, mul(s, x));  // rotated back by the node's offset
+        store(to + v, fnma(q2, sine, mul(q1, cosine)));
+        store(to + lanes + v, fma(q1, sine, mul(q2, cosine)));
       }
     }
-    std::vector<float> transfer;
     const Level* above = nullptr;
     if (l + 1 < d.levels) {
       above = &level[l + 1];
-      transfer.assign((size_t)d.nodes * lanes, 0);
-      for (int to = 0; to < d.nodes; to++)
-        for (int k = 0; k < d.nodes; k++) {
-          const float y = lagrange(d.node[l + 1], d.nodes, k, double(anchor - above->anchor) + d.node[l][to]);
-          for (int j = 0; j < queries; j++) transfer[(size_t)k * lanes + to * queries + j] = y;
-        }
+      transfer.resize((size_t)d.nodes * lanes);
+      for (int to = 0; to < d.nodes; to++) {
+        double weight[MAX_NODES];
+        d.interpolate(l + 1, double(anchor - above->anchor) + d.node[l][to], weight);
+        for (int k = 0; k < d.nodes; k++)
+          std::fill_n(&transfer[(size_t)k * lanes + to * queries], queries, (float)weight[k]);
+      }
     }
     const float* rows = expansion + (int64_t)first * 2 * width;
-    for (int v = 0; v < lanes; v += 16)
-      for (int c = 0; c < width; c += 4) {
-        const int left = std::min(4, width - c);
-        vf total[4] = {set1(0), set1(0), set1(0), set1(0)};
-        if (above)
-          for (int k = 0; k < d.nodes; k++) {
-            const vf weight = load(&transfer[(size_t)k * lanes + v]);
-            for (int i = 0; i < left; i++)
-              total[i] = fma(load(&above->spread[((size_t)k * width + c + i) * lanes + v]), weight, total[i]);
-          }
-        for (int f = 0; f < 2 * n; f++) {
-          const vf weight = load(&coefficients[(size_t)f * lanes + v]);
-          const float* row = rows + (int64_t)f * width + c;
-          for (int i = 0; i < left; i++) total[i] = fma(set1(row[i]), weight, total[i]);
-        }
-        for (int i = 0; i < left; i++) store(&out[(size_t)(c + i) * lanes + v], total[i]);
+    for (int v = 0; v < lanes; v += 16) {
+      int c = 0;
+      for (; c + 8 <= width; c += 8) sum_columns<8>(rows, width, n, c, v, above, out);
+      for (; c < width; c++) sum_columns<1>(rows, width, n, c, v, above, out);
+    }
+  }
+
+  template <int N>
+  inline __attribute__((always_inline)) void sum_columns(const float* rows, int width, int n, int c, int v,
+                                                         const Level* above, std::vector<float>& out) {
+    const int lanes = node_lanes;
+    vf total[N];
+#pragma GCC unroll 8
+    for (int i = 0; i < N; i++) total[i] = set1(0);
+    if (above)
+      for (int k = 0; k < division->nodes; k++) {
+        const vf weight = load(&transfer[(size_t)k * lanes + v]);
+        const float* from = &above->spread[((size_t)k * width + c) * lanes + v];
+#pragma GCC unroll 8
+        for (int i = 0; i < N; i++) total[i] = fma(load(from + (size_t)i * lanes), weight, total[i]);
       }
+    for (int f = 0; f < 2 * n; f++) {
+      const vf weight = load(&coefficients[(size_t)f * lanes + v]);
+      const float* row = rows + (int64_t)f * width + c;
+#pragma GCC unroll 8
+      for (int i = 0; i < N; i++) total[i] = fma(set1(row[i]), weight, total[i]);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < N; i++) store(&out[(size_t)(c + i) * lanes + v], total[i]);
   }
 };
 
@@ -760,7 +875,7 @@ struct Worker {
   std::vector<float> sums, exact_sums, highest, total;  // values [query][column], [query][channel]; softmax
   std::vector<int32_t> integers;                        // probabilities, rounded
   std::vector<uint32_t> packed_high, packed_low;        // four to a lane, in the order of a layout
-  std::vector<float> steps, value_numbers;
+  std::vector<float> steps, plain, value_numbers;
   int row = 0, head = 0, group = 0, value_group = 0, queries = 0;
   bool fast_is_rounded = false, nodes_are_rounded = false;
   int64_t rounded_anchor = 0;
@@ -801,7 +916,9 @@ struct Worker {
     fast_is_rounded = nodes_are_rounded = false;
   }
 
-  static constexpr int STRIDE = SPAN + 64;  // tokens of the buffers
+  static constexpr int STRIDE = SPAN + 64;   // tokens of the buffers
+  static constexpr int ROUNDED = SPAN + 32;  // probabilities of a query, and zeros up to the end of the last word
+  static constexpr int PACKED = ROUNDED / 4 + 16;
 
   // ---- scores
 
@@ -811,43 +928,39 @@ struct Worker {
     for (int f = 0; f < d.fast; f += 3) {
       vf k[6][V];
       multiply<6, V>(fast, r.fast.data(), columns, tokens, a.planes, 2 * f, token, k);
-      const int n = std::min(3, d.fast - f);
-      for (int p = 0; p < n; p++) {
+      each<3>([&](auto p) INLINE {
         const float* cosine = &d.cosine[(size_t)(f + p) * 2 * SPAN + offset];
         const float* sine = &d.sine[(size_t)(f + p) * 2 * SPAN + offset];
-#pragma GCC unroll 8
-        for (int v = 0; v < V; v++) {
+        each<V>([&](auto v) INLINE {
           const vf c = load(cosine + 16 * v), s = load(sine + 16 * v), x = k[2 * p][v], y = k[2 * p + 1][v];
           k[2 * p][v] = fnma(y, s, mul(x, c));
           k[2 * p + 1][v] = fma(x, s, mul(y, c));
-        }
-      }
+        });
+      });
       for (int j = 0; j < queries; j++) {
         float* score = out + (size_t)j * (SPAN + 16);
         vf sum[V];
-#pragma GCC unroll 8
-        for (int v = 0; v < V; v++) sum[v] = load(score + 16 * v);
-        for (int p = 0; p < n; p++) {
+        each<V>([&](auto v) INLINE { sum[v] = load(score + 16 * v); });
+        each<3>([&](auto p) INLINE {
           const float* q = &r.fast_query[((size_t)(f + p) * queries + j) * 2];
           const vf q1 = set1(q[0]), q2 = set1(q[1]);
-#pragma GCC unroll 8
-          for (int v = 0; v < V; v++) sum[v] = fma(q2, k[2 * p + 1][v], fma(q1, k[2 * p][v], sum[v]));
-        }
-#pragma GCC unroll 8
-        for (int v = 0; v < V; v++) store(score + 16 * v, sum[v]);
+          each<V>([&](auto v) INLINE { sum[v] = fma(q2, k[2 * p + 1][v], fma(q1, k[2 * p][v], sum[v])); });
+        });
+        each<V>([&](auto v) INLINE { store(score + 16 * v, sum[v]); });
       }
     }
     const int n_rows = d.nodes * queries;
     for (int row = 0; row < n_rows; row += 4) {
       vf y[4][V];
       multiply<4, V>(nodes, r.nodes.data(), columns, tokens, a.planes, row, token, y);
-      for (int m = 0; m < std::min(4, n_rows - row); m++) {
+      each<4>([&](auto m) INLINE {
+        if (row + m >= n_rows) return;
         float* score = out + (size_t)((row + m) % queries) * (SPAN + 16);
         const float* weight = &d.lagrange[(size_t)((row + m) / queries) * 2 * SPAN + offset];
-#pragma GCC unroll 8
-        for (int v = 0; v < V; v++)
+        each<V>([&](auto v) INLINE {
           store(score + 16 * v, fma(load(weight + 16 * v), y[m][v], load(score + 16 * v)));
-      }
+        });
+      });
     }
   }
 
@@ -869,20 +982,35 @@ struct Worker {
       memcpy(out + (size_t)j * (SPAN + 16) + offset, sum + (size_t)j * (SPAN + 16), 4 * n);
   }
 
-  // Scale and centre (zero point plus half the levels) of channels [c, c + n) in a row of parameters.
+  // Step of the codes and the value of their first level, or of their middle (`centred`), for n channels from `c` on.
   void parameters(const Part& part, int slot, int parameter_row, int c, int n, bool centred, float* scale,
-                  float* centre) {
+                  float* zero) {
     const int64_t i = slot * part.scale_slot_stride + parameter_row * part.scale_row_stride + c;
-    alignas(64) float s[16], z[16];
     const float middle = centred ? (part.levels - 1) * 0.5f : 0;
     for (int k = 0; k < n; k += 16) {
       const int m = std::min(16, n - k);
+      alignas(64) float s[16], z[16];
       numbers(part.scale, i + k, m, part.scale_type, s);
       if (part.zero_point) numbers(part.zero_point, i + k, m, part.scale_type, z);
-      for (int e = 0; e < m; e++) {
-        const float step = s[e] * part.spacing, zero = part.zero_point ? z[e] : -s[e] * part.offset;
-        scale[k + e] = step, centre[k + e] = zero + middle * step;
-      }
+      finish_parameters(part, m, middle, s, z, scale + k, zero + k);
+    }
+  }
+
+  // The same of n tokens from `first` on in a scale group per token.
+  void token_parameters(const Part& part, int slot, int first, int n, int column, bool centred, float* scale,
+                        float* zero) {
+    const int64_t i = slot * part.scale_slot_stride + first * part.scale_row_stride + column;
+    alignas(64) float s[SPAN], z[SPAN];
+    strided_numbers(part.scale, i, part.scale_row_stride, n, part.scale_type, s);
+    if (part.zero_point) strided_numbers(part.zero_point, i, part.scale_row_stride, n, part.scale_type, z);
+    finish_parameters(part, n, centred ? (part.levels - 1) * 0.5f : 0, s, z, scale, zero);
+  }
+
+  static void finish_parameters(const Part& part, int n, float middle, const float* s, const float* z, float* scale,
+                                float* zero) {
+    for (int e = 0; e < n; e++) {
+      const float step = s[e] * part.spacing;
+      scale[e] = step, zero[e] = (part.zero_point ? z[e] : -s[e] * part.offset) + middle * step;
     }
   }
 
@@ -918,8 +1046,7 @@ struct Worker {
   // Scale and centre of n tokens in a scale group, for `Columns::groups`.
   void load_token_scales(const Part& part, int slot, int first, int n, const Segment& segment, int index, int to) {
     float *scale = &scales[(size_t)index * 2 * STRIDE + to], *centre = scale + STRIDE;
-    for (int t = 0; t < n; t++)
-      parameters(part, slot, first + t, segment.column, 1, true, scale + t, centre + t);
+    token_parameters(part, slot, first, n, segment.column, true, scale, centre);
   }
 
   void dequantize(const Part& part, int slot, int parameter_row, int first, int n, const Segment& segment,
@@ -1057,65 +1184,94 @@ struct Worker {
 
   // ---- values
 
-  // Round the probabilities times `weights` (null: 1) of tokens [from, from + n) to integers; `steps` of each query.
-  void round_probabilities(int from, int n, const float* weights) {
-    const int padded = round_up(n, 16) + 16;
-    integers.resize((size_t)queries * (SPAN + 64)), steps.resize(queries);
+  // Round the probabilities times `scale` (null: 1) of tokens [from, from + n) to integers, in `steps` of each query;
+  // `plain`: the sum of the probabilities times `zero` (null: 1).
+  void round_probabilities(int from, int n, const float* scale, const float* zero) {
+    integers.resize((size_t)queries * ROUNDED), steps.resize(queries), plain.resize(queries);
+    packed_high.resize((size_t)queries * PACKED), packed_low.resize((size_t)queries * PACKED);
     for (int j = 0; j < queries; j++) {
       const float* p = &scores[(size_t)j * (SPAN + 16) + from];
-      alignas(64) float x[SPAN + 64];
-      for (int t = 0; t < n; t++) x[t] = weights ? p[t] * weights[t] : p[t];
-      for (int t = n; t < padded; t++) x[t] = 0;
-      vf high = set1(1e-37f);
-      for (int t = 0; t < n; t += 16) high = max(high, load(x + t));
-      steps[j] = maximum(high) / 32512;
+      alignas(64) float x[ROUNDED] = {0}, z[ROUNDED] = {0};
+      for (int t = 0; t < n; t++) x[t] = scale ? p[t] * scale[t] : p[t];
+      for (int t = 0; t < n; t++) z[t] = zero ? p[t] * zero[t] : p[t];
+      vf high = set1(1e-37f), total_ = set1(0);
+      for (int t = 0; t < n; t += 16) high = max(high, load(x + t)), total_ = add(total_, load(z + t));
+      steps[j] = maximum(high) / 32512, plain[j] = sum(total_);
       const vf inverse = set1(1 / steps[j]);
-      int32_t* out = &integers[(size_t)j * (SPAN + 64)];
-      for (int t = 0; t < padded; t += 16) storei(out + t, to_int(mul(load(x + t), inverse)));
+      int32_t* out = &integers[(size_t)j * ROUNDED];
+      for (int t = 0; t < ROUNDED; t += 16) storei(out + t, to_int(mul(load(x + t), inverse)));
     }
   }
 
-  // The rounded probabilities as bytes in the order of a layout: [word * fields + i][query]. The first token is the
-  // `lead`th of its word.
+  // The rounded probabilities as bytes in the order of a layout: [query][word * fields + i], four to a lane. The first
+  // token is the `lead`th of its word.
   void arrange(Layout layout, int lead, int n) {
-    const int words = layout.words(lead + n), fields = layout.fields;
-    packed_high.assign((size_t)words * fields * queries, 0), packed_low.assign((size_t)words * fields * queries, 0);
-    for (int j = 0; j < queries; j++)
-      for (int w = 0; w < words; w++)
-        for (int i = 0; i < fields; i++) {
-          uint32_t high = 0, low = 0;
-          for (int k = 0; k < 4; k++) {
-            const int t = w * 4 * fields + k * fields + i - lead;
-            const int32_t p = t >= 0 && t < n ? integers[(size_t)j * (SPAN + 64) + t] : 0, h = (p + 128) >> 8;
-            high |= (uint32_t)(h & 255) << (8 * k), low |= (uint32_t)((p - 256 * h) & 255) << (8 * k);
-          }
-          packed_high[(size_t)(w * fields + i) * queries + j] = high;
-          packed_low[(size_t)(w * fields + i) * queries + j] = low;
+    const int words = layout.words(lead + n), fields = layout.fields, tokens = 4 * fields;
+    for (int j = 0; j < queries; j++) {
+      const int32_t* p = &integers[(size_t)j * ROUNDED];
+      alignas(64) uint8_t high[ROUNDED + 32], low[ROUNDED + 32];
+      memset(high, 0, lead), memset(low, 0, lead);
+      for (int t = 0; t < ROUNDED; t++) high[lead + t] = (p[t] + 128) >> 8, low[lead + t] = p[t];
+      uint8_t *to_high = (uint8_t*)&packed_high[(size_t)j * PACKED], *to_low = (uint8_t*)&packed_low[(size_t)j * PACKED];
+      if (layout.bits == 2 || layout.bits == 4) {
+        const __m128i order = layout.bits == 2 ? _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)
+                                               : _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+        for (int t = 0; t < words * tokens; t += 16) {
+          _mm_storeu_si128((__m128i*)(to_high + t), _mm_shuffle_epi8(_mm_loadu_si128((__m128i*)(high + t)), order));
+          _mm_storeu_si128((__m128i*)(to_low + t), _mm_shuffle_epi8(_mm_loadu_si128((__m128i*)(low + t)), order));
         }
+        continue;
+      }
+      for (int w = 0; w < words; w++)
+        for (int i = 0; i < fields; i++)
+          for (int k = 0; k < 4; k++) {
+            const int from = w * tokens + k * fields + i, to = w * tokens + 4 * i + k;
+            to_high[to] = high[from], to_low[to] = low[from];
+          }
+    }
   }
 
   // Sum of rounded probability times code, for 16 channels and J queries from `query` on.
-  template <int J>
-  inline __attribute__((always_inline)) void sum_codes(const Part& part, const int32_t* words, Layout layout, int n,
-                                                       int channel, int count, int query, vi (&out)[J]) {
+  template <int BITS, int J>
+  INLINE inline void sum_codes(const Part& part, const int32_t* words, int n, int channel, int count, int query, vi (&out)[J]) {
+    constexpr int fields = BITS == TERNARY ? 5 : 8 / BITS;
     vi high[J], low[J];
-#pragma GCC unroll 4
-    for (int j = 0; j < J; j++) high[j] = low[j] = seti(0);
-    const int n_words = layout.words(n);
+    each<J>([&](auto j) INLINE { high[j] = low[j] = seti(0); });
+    const int n_words = (n + 4 * fields - 1) / (4 * fields);
+    const uint32_t *weights_high = &packed_high[(size_t)query * PACKED], *weights_low = &packed_low[(size_t)query * PACKED];
     for (int w = 0; w < n_words; w++) {
       const vi word = loadi(words + (int64_t)w * part.token_stride + channel, count);
-      for (int i = 0; i < layout.fields; i++) {
-        const vi code = field(word, layout, i);
-        const size_t at = (size_t)(w * layout.fields + i) * queries + query;
-#pragma GCC unroll 4
-        for (int j = 0; j < J; j++) {
-          high[j] = dot4(high[j], code, seti(packed_high[at + j]));
-          low[j] = dot4(low[j], code, seti(packed_low[at + j]));
-        }
-      }
+      each<fields>([&](auto i) INLINE {
+        const vi code = field(word, {BITS, fields}, i);
+        each<J>([&](auto j) INLINE {
+          high[j] = dot4(high[j], code, seti(weights_high[j * PACKED + w * fields + i]));
+          low[j] = dot4(low[j], code, seti(weights_low[j * PACKED + w * fields + i]));
+        });
+      });
     }
-#pragma GCC unroll 4
-    for (int j = 0; j < J; j++) out[j] = addi(shl(high[j], 8), low[j]);
+    each<J>([&](auto j) INLINE { out[j] = addi(shl(high[j], 8), low[j]); });
+  }
+
+  template <int BITS>
+  void add_codes(const Part& part, const int32_t* words, int n, int channel, int count, float weight, const float* scale,
+                 const float* zero, float* out, int stride) {
+    auto finish = [&](vi total_, int j) INLINE {
+      float* to = out + (size_t)j * stride;
+      vf y = fma(mul(to_float(total_), set1(steps[j] * weight)), load(scale), load(to));
+      if (zero) y = fma(load(zero), set1(plain[j]), y);
+      store(to, y);
+    };
+    int j = 0;
+    for (; j + 4 <= queries; j += 4) {
+      vi totals[4];
+      sum_codes<BITS, 4>(part, words, n, channel, count, j, totals);
+      each<4>([&](auto k) INLINE { finish(totals[k], j + k); });
+    }
+    for (; j < queries; j++) {
+      vi totals[1];
+      sum_codes<BITS, 1>(part, words, n, channel, count, j, totals);
+      finish(totals[0], j);
+    }
   }
 
   void add_values(const Chunk& chunk, int from) {
@@ -1139,18 +1295,13 @@ struct Worker {
                                run_words(part, run_start) * part.token_stride;
         alignas(64) float token_scale[SPAN], token_zero[SPAN];
         if (segment.column >= 0) {
-          for (int t = 0; t < n; t++)
-            parameters(part, chunk.slot, first + t, segment.column, 1, false, token_scale + t, token_zero + t);
-          round_probabilities(at, n, token_scale);
+          token_parameters(part, chunk.slot, first, n, segment.column, false, token_scale, token_zero);
+          round_probabilities(at, n, token_scale, token_zero);
           rounded = false, arranged = 0;
         } else if (!rounded) {
-          round_probabilities(at, n, nullptr);
-          rounded = true;
+          round_probabilities(at, n, nullptr, nullptr);
+          rounded = true, arranged = 0;
         }
-        std::vector<float> plain(queries);
-        for (int j = 0; j < queries; j++)
-          for (int t = 0; t < n; t++)
-            plain[j] += scores[(size_t)j * (SPAN + 16) + at + t] * (segment.column >= 0 ? token_zero[t] : 1.0f);
         Plane planes[2];
         const int n_planes = planes_of(part.bits, run_length, planes);
         for (int p = n_planes - 1; p >= 0; p--) {
@@ -1166,23 +1317,16 @@ struct Worker {
             if (segment.column < 0)
               parameters(part, chunk.slot, run_start / part.run, segment.channel + c, left, false, scale, zero);
             for (int k = left; k < 16; k++) scale[k] = zero[k] = 0;
-            const vf weight = set1(1 << planes[p].shift);
-            auto finish = [&](vi sum_, int j) __attribute__((always_inline)) {
-              float* out = &sums[(size_t)j * stride + segment.position + c];
-              vf y = fma(mul(to_float(sum_), mul(set1(steps[j]), weight)), load(scale), load(out));
-              if (p == 0) y = fma(load(zero), set1(plain[j]), y);
-              store(out, y);
+            auto add = [&](auto bits) {
+              add_codes<bits>(part, plane_words, lead + n, segment.channel + c, left, 1 << planes[p].shift, scale,
+                              p ? nullptr : zero, &sums[segment.position + c], stride);
             };
-            int j = 0;
-            for (; j + 4 <= queries; j += 4) {
-              vi sum_[4];
-              sum_codes<4>(part, plane_words, layout, lead + n, segment.channel + c, left, j, sum_);
-              for (int k = 0; k < 4; k++) finish(sum_[k], j + k);
-            }
-            for (; j < queries; j++) {
-              vi sum_[1];
-              sum_codes<1>(part, plane_words, layout, lead + n, segment.channel + c, left, j, sum_);
-              finish(sum_[0], j);
+            switch (layout.bits) {
+              case 1: add(std::integral_constant<int, 1>()); break;
+              case 2: add(std::integral_constant<int, 2>()); break;
+              case 4: add(std::integral_constant<int, 4>()); break;
+              case 8: add(std::integral_constant<int, 8>()); break;
+              default: add(std::integral_constant<int, TERNARY>());
             }
           }
         }
