@@ -57,8 +57,8 @@ def timed(call: Callable, device: torch.device) -> tuple[float, Any]:
 
 
 def quartiles(values: list[float]) -> dict[str, float]:
-    """Median and quartiles."""
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    """Median and quartiles; of a single value, that value."""
+    low, middle, high = statistics.quantiles(values * 2 if len(values) == 1 else values, n=4, method="inclusive")
     return {"p25": low, "p50": middle, "p75": high}
 
 

@@ -6,14 +6,16 @@ packed cache and window read, sums expanded by `A_v`, token appended. Appends ar
 packs one, and their mean is part of every figure. Projections of the hidden state are left out on all sides.
 
 Against, each in turns with ours in the same rounds (ratios are of the medians, with the quartiles of the rounds):
-    DynamicCache, in the model's type and in fp32: `update`, then transformers' SDPA, on post-RoPE keys
-    by hand                   the best of several dense bfloat16 codes on contiguous keys and values, without append
+    DynamicCache              what a transformers user has: `update`, then its SDPA function, on post-RoPE keys, in the
+                              type of the layer and in float32
+    by hand                   the best of several dense codes on contiguous keys and values, without append
     quanto, hqq               `QuantizedCache` at 2 bits (its requantization, every 128th step, is not in the figure)
     unpack                    our cache dequantized and expanded whole, then SDPA
     llama.cpp f16, q8_0, q4_0 `ggml_flash_attn_ext` of llama-cpp-python on llama.cpp's layout, without append and mask
     flash                     on CUDA: `scaled_dot_product_attention` with `enable_gqa` and flash only, in a CUDA graph
-The first scheme meets all of them, the others only the code by hand (on CUDA: flash). Between any two calls a large
-buffer is read, so that caches are cold, as when the layers of a model take turns (`--no_cold` leaves that out).
+The first scheme meets all of them, the others only the code by hand (on CUDA: flash). Before each call a large buffer
+is read, so that caches are cold, as when the layers of a model take turns (`--no_cold` leaves that out), and the
+threads are given time to sleep. On CUDA our step is a graph of its kernels, its time from Python is `eager_seconds`.
 
 First comes a gate: the error of our step against float64 on what is stored must be at most twice that of plain
 PyTorch in the model's type on the same states; otherwise nothing is reported. Peers that lose nothing are checked too.
@@ -66,6 +68,9 @@ from scripts.compare_peers import installed_version
 
 #: The best dense code on each kind of device, which every scheme meets.
 YARDSTICKS = {"cpu": "by hand", "cuda": "flash"}
+
+#: Seconds before each call: OpenMP's workers spin for a few milliseconds after a product, on the cores of the next one.
+PAUSE = 0.02
 
 #: Rounds that a pair gets at least, however long they take.
 FEWEST_ROUNDS = 5
@@ -164,18 +169,18 @@ def measure_machine(options: BenchmarkConfig) -> dict[str, float]:
     return machine
 
 
-def cold_caches(options: BenchmarkConfig) -> Callable[[], None]:
-    """A call that displaces what the processor's caches hold, and keeps the worker threads awake."""
-    if not options.cold:
-        return lambda: None
-    buffer = torch.ones(2**16 if options.quick else 2**26, dtype=torch.int32, device=options.device)
+def between_calls(options: BenchmarkConfig) -> Callable[[], None]:
+    """What happens before each call, so that all find the same machine: caches cold, no thread of another spinning."""
+    size = 2**16 if options.quick or not options.cold else 2**26
+    buffer = torch.ones(size, dtype=torch.int32, device=options.device)
 
-    def read() -> None:
+    def prepare() -> None:
         buffer.max()
         if buffer.is_cuda:
             torch.cuda.synchronize()
+        time.sleep(PAUSE)
 
-    return read
+    return prepare
 
 
 # ---- ours
@@ -230,6 +235,13 @@ class LatentLayer:
         """The attention of the step, as the model runs it: `[B, H_q, d]`."""
         arguments = (self.query, self.new_keys, self.new_values, self.layer, self.position())
         return self.attention._attend_cache(*arguments)[0].flatten(1, 2)
+
+    def prepared(self) -> Run:
+        """The same with what the host prepares made once, as a CUDA graph wants it."""
+        states = (self.query, self.new_keys, self.new_values)
+        arguments = self.attention._attention_arguments(*states, self.layer, self.position())
+        attend, expand = self.layer.backend.attend, self.attention.v_proj.ALinear
+        return lambda: expand(attend(**arguments)[0].to(self.dtype), per_head=True)[:, :, 0]
 
     def _time_appends(self, block: int) -> dict[str, Any]:
         """Seconds of appending a token and making what attention reads, over the last block of the tokens."""
@@ -398,7 +410,7 @@ def measure_case(
     torch.manual_seed(options.seed)
     ours = LatentLayer(options, scheme, length, batch)
     gate = ours.check()
-    contender, cool, cuda = ours.contender(), cold_caches(options), ours.device.type == "cuda"
+    contender, cool, cuda = ours.contender(), between_calls(options), ours.device.type == "cuda"
     states = DenseStates(ours.config, length, batch, ours.dtype, ours.device, options.seed)
     sides = ours.layer.pool.sides()
     record = {
@@ -413,9 +425,10 @@ def measure_case(
         "dense_read_s": states.nbytes() / machine["bytes_per_s"],
         "peers": {},
     }
-    our_step, graph = in_a_graph(contender.step, "ours") if cuda else (contender.step, False)
+    our_step = contender.step
     if cuda:
-        record["cuda_graph"] = graph
+        record["eager_seconds"] = quartiles(in_turns(options, {"ours": our_step}, cool)["ours"])
+        our_step, record["cuda_graph"] = in_a_graph(ours.prepared(), "ours")
     append_s, everything = ours.append["mean_s"], []
     for name in peers:
         peer = PEERS[name]
@@ -487,13 +500,14 @@ def main(options: BenchmarkConfig) -> dict[str, Any]:
     key = {name: getattr(options, name) for name in KEY} | {n: here[n] for n in ("cpu", "device", "torch")}
     record = load_record(options.output, key)
     machine = measure_machine(options)
-    versions = {p: installed_version(p) for p in ("optimum-quanto", "hqq", "llama-cpp-python")}
+    here |= {p: installed_version(p) for p in ("optimum-quanto", "hqq", "llama-cpp-python")}
+    here |= {"onednn": torch.backends.mkldnn.is_available(), "instructions": torch.backends.cpu.get_cpu_capability()}
     missing = [case for case in cases(options) if case[0] not in record["cases"]]
     for name, *case in tqdm(missing, desc="cases", unit="case"):
         measured = measure_case(options, *case, machine)
-        measured |= {"machine": machine, "environment": here | versions}
+        measured |= {"machine": machine, "environment": here}
         record["cases"][name] = measured
-        record |= {"config": asdict(options), "environment": here | versions, "machine": machine}
+        record |= {"config": asdict(options), "environment": here, "machine": machine}
         if options.output:
             write_json(options.output, record)
         tqdm.write(f"{name}: {describe(measured)}")

@@ -159,6 +159,16 @@ def test_the_reference_of_the_gate(group, bits):
     assert relative_error(plain, ours.exact(0)) > 0.1
 
 
+def test_the_prepared_step_is_the_step():
+    ours = layer()
+    assert torch.equal(ours.prepared()(), ours.attend())
+
+
+def test_quartiles():
+    assert attention_peers.quartiles([3.0, 1.0, 2.0, 4.0, 5.0]) == {"p25": 2.0, "p50": 3.0, "p75": 4.0}
+    assert attention_peers.quartiles([3.0]) == {"p25": 3.0, "p50": 3.0, "p75": 3.0}
+
+
 def test_multiply_adds():
     """2 rows of 517 tokens, 4 query heads of 32 on 2 key/value heads, rank 16 for each head, and joint 32."""
     expand = 4 * 32 * 16
