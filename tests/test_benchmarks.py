@@ -107,6 +107,11 @@ def test_attention_goes_on_where_it_stopped(attention_run, tmp_path, monkeypatch
     again = benchmark_attention.main(replace(options, output=str(output)))
     assert len(measured) == len(record["cases"]) - 4
     assert list(again["cases"]) == list(record["cases"])
+    first = next(iter(half))
+    output.write_text(json.dumps(record | {"cases": record["cases"] | {first: half[first] | {"peers": {}}}}))
+    names = iter([first])
+    next_ = names.__next__
+    assert benchmark_attention.main(replace(options, output=str(output)))["cases"] == record["cases"]
     with pytest.raises(ValueError, match=r"holds cases of other options \(seed\)"):
         benchmark_attention.main(replace(options, output=str(output), seed=1))
 
