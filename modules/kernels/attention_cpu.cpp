@@ -27,6 +27,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <list>
+#include <memory>
+#include <mutex>
 #include <utility>
 #include <vector>
 
@@ -670,6 +673,26 @@ Division divide(const double* frequency, int half, double tolerance, int columns
         d.node_sine[f * MAX_NODES + k] = std::sin(frequency[f] * d.node[l][k]);
       }
   return best;
+}
+
+// The division for these arguments, made once.
+const Division& division_of(const double* frequency, int half, double tolerance, int columns, int queries) {
+  struct Kept {
+    std::vector<double> frequency;
+    double tolerance;
+    int columns, queries;
+    std::unique_ptr<Division> division;
+  };
+  static std::mutex mutex;
+  static std::list<Kept> all;  // addresses stay as it grows
+  const std::lock_guard<std::mutex> guard(mutex);
+  for (const Kept& kept : all)
+    if (kept.tolerance == tolerance && kept.columns == columns && kept.queries == queries &&
+        kept.frequency.size() == (size_t)half && std::equal(frequency, frequency + half, kept.frequency.begin()))
+      return *kept.division;
+  all.push_back({{frequency, frequency + half}, tolerance, columns, queries,
+                 std::make_unique<Division>(divide(frequency, half, tolerance, columns, queries))});
+  return *all.back().division;
 }
 
 // The rows of one key head, for queries that move along the context.
@@ -1448,8 +1471,8 @@ extern "C" int alrd_attention(const Arguments* arguments) {
   const int heads = a.batch * a.heads;
   int splits = 1;
   if (heads % a.threads) splits = std::min((4 * a.threads + heads - 1) / heads, std::max(1, a.blocks / 4));
-  const Division division = divide(a.frequency, a.half, a.tolerance, a.keys.width, queries);
-  const Division exact_division = divide(a.frequency, a.half, a.tolerance, 8 * a.exact_width, queries);
+  const Division& division = division_of(a.frequency, a.half, a.tolerance, a.keys.width, queries);
+  const Division& exact_division = division_of(a.frequency, a.half, a.tolerance, 8 * a.exact_width, queries);
   const int64_t width = a.output_width + 2, share = queries * width;
   std::vector<float> partial((size_t)heads * splits * share);
 #pragma omp parallel num_threads(a.threads)

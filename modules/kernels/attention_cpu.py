@@ -1,7 +1,9 @@
 """The C++ attention of `attention_cpu.cpp`: its arguments from tensors."""
 
 import ctypes
+import itertools
 from dataclasses import dataclass
+from functools import lru_cache
 from weakref import WeakKeyDictionary
 
 import torch
@@ -106,10 +108,12 @@ class _Columns:
     Attributes:
         side: The structure; its pointers stay valid as long as `kept` lives.
         channels: For each head group the channel of each column, -1: none.
+        flat: The same as an array.
     """
 
     side: ctypes.Structure
     channels: tuple[tuple[int, ...], ...]
+    flat: ctypes.Array
     kept: tuple
 
 
@@ -187,7 +191,8 @@ def _columns(side: PackedSide, block_length: int, as_codes: frozenset, align_cod
         run=min(runs, default=block_length),
         by_block=bool(runs),
     )
-    return _Columns(made, tuple(tuple(c + [-1] * (width - len(c))) for c in channels), (*kept, side.parts))
+    channels = tuple(tuple(c + [-1] * (width - len(c))) for c in channels)
+    return _Columns(made, channels, (_i32 * (groups * width))(*itertools.chain(*channels)), (*kept, side.parts))
 
 
 def _expansion(expand_keys: ALinear | None, channels, heads: int, size: int, order: torch.Tensor) -> torch.Tensor:
@@ -236,9 +241,29 @@ def _rows(expand_keys: ALinear | None, channels, heads: int, size: int, order: t
     return _cached_expansion(expand_keys, state, channels, heads, size, order)
 
 
+@lru_cache(maxsize=64)
+def _pairs(frequencies: tuple[float, ...]) -> tuple[tuple[int, ...], torch.Tensor, torch.Tensor]:
+    """The pairs of a head by falling frequency: their order, the order of the head's channels, the frequencies."""
+    frequency, order = torch.tensor(frequencies, dtype=torch.float64).sort(descending=True, stable=True)
+    return tuple(order.tolist()), torch.cat([order, order + len(order)]), frequency
+
+
+@lru_cache(maxsize=64)
 def _starts(widths: tuple[int, ...]) -> ctypes.Array:
     starts = [sum(widths[:g]) for g in range(len(widths))]
     return (_i32 * (2 * len(widths)))(*starts, *widths)
+
+
+@lru_cache(maxsize=64)
+def _exact_channels(widths: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """`_Columns.channels` of latents as they are."""
+    return tuple(tuple(range(w)) + (-1,) * (max(widths) - w) for w in widths)
+
+
+@lru_cache(maxsize=1)
+def _as_codes() -> frozenset:
+    """Widths whose codes the kernel multiplies as such; AVX2 sums up products of 8-bit codes in too few bits."""
+    return frozenset((1, 1.58, 2, 3, 4, 8) if library().alrd_takes_bytes() else (1, 1.58, 2, 3, 4))
 
 
 def latent_attention(
@@ -253,12 +278,8 @@ def latent_attention(
     """`modules.kernels.attention.latent_attention`, the sums only: `[B, H_q, L, max(value_widths)]` float32."""
     batch, query_heads, length, size = query.shape
     tolerance, planes = _PRECISION[query.dtype]
-    half = -(-size // 2)
-    if rope is None:
-        order, frequency = tuple(range(half)), torch.zeros(half, dtype=torch.float64)
-    else:
-        frequency, index = rope.inv_freq.double().sort(descending=True, stable=True)
-        order, scaling = tuple(index.tolist()), scaling * rope.attention_scaling**2
+    order, index, frequency = _pairs((0.0,) * (size // 2) if rope is None else tuple(rope.inv_freq.tolist()))
+    scaling = scaling if rope is None else scaling * rope.attention_scaling**2
     output = torch.empty(batch, query_heads, length, max(value_widths))
     exact = [tile for tile in (*cache.before, *cache.after)]
     key_channels = exact[0].keys.shape[-1] if exact else sum(sum(part.widths) for part in cache.keys.parts)
@@ -267,13 +288,10 @@ def latent_attention(
         heads = len(key_widths)
     else:
         key_widths, heads = expand_keys.ranks, expand_keys.num_heads
-    index = torch.tensor([*order, *(half + i for i in order)])
     sent = query.detach().float()[..., index].contiguous()
     positions = positions.to(torch.int64).contiguous()
-    as_codes = frozenset((1, 1.58, 2, 3, 4, 8) if library().alrd_takes_bytes() else (1, 1.58, 2, 3, 4))
-    as_codes = as_codes if planes else frozenset()
-    exact_channels = tuple(tuple(range(w)) + (-1,) * (max(key_widths) - w) for w in key_widths)
-    exact_rows = _rows(expand_keys, exact_channels, heads, size, order)
+    as_codes = _as_codes() if planes else frozenset()
+    exact_rows = _rows(expand_keys, _exact_channels(key_widths), heads, size, order)
     tiles = (_Exact * max(1, len(exact)))()
     for made, tile in zip(tiles, exact):
         made.keys, made.values = tile.keys.data_ptr(), tile.values.data_ptr()
@@ -296,7 +314,7 @@ def latent_attention(
         query_heads=query_heads,
         heads=heads,
         length=length,
-        half=half,
+        half=len(order),
         exact_width=max(key_widths),
         output_width=max(value_widths),
         n_exact=len(exact),
@@ -311,10 +329,9 @@ def latent_attention(
         keys = _cached_columns(cache.keys, None, cache.block_length, as_codes, 4, 1)
         values = _cached_columns(cache.values, None, cache.block_length, as_codes, 16, 16)
         rows = _rows(expand_keys, keys.channels, heads, size, order)
-        value_channel = (_i32 * (len(values.channels) * values.side.width))(*(c for g in values.channels for c in g))
         table = cache.table.contiguous()
         arguments.keys, arguments.values, arguments.rows = keys.side, values.side, rows.data_ptr()
-        arguments.value_channel, arguments.table = ctypes.addressof(value_channel), table.data_ptr()
+        arguments.value_channel, arguments.table = ctypes.addressof(values.flat), table.data_ptr()
         arguments.blocks, arguments.block_length = table.shape[2], cache.block_length
     library().alrd_attention(ctypes.byref(arguments))
     return output
