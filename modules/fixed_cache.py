@@ -8,18 +8,21 @@ and no operation waits for the device, so CUDA graphs and `torch.compile` can ta
     table   [3, B, N] int32     of each block its slot (constant: row b owns the slots bN … bN + N - 1), the position of
                                 its first token and its valid tokens; 0 and 0 for blocks yet to come
 
-A step is the same operations whatever the rows hold. Blocks that may fall due are always quantized (on a CPU that is
-not compiled for, only if one is due; by the Triton kernels, only those that are), and what is not due is written to a
-spare slot. The bytes are those that `KIVILatentLayer` stores for the same tokens.
+A step is the same operations whatever the rows hold: blocks that may fall due are always quantized, and what is not due
+is written to a spare slot. (On a CPU, which waits for nothing, only if one is due; the Triton kernels do only what is
+due.) The bytes are those that `KIVILatentLayer` stores for the same tokens. In a compiled graph the append is one node.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from weakref import WeakValueDictionary
 
 import torch
 
 from configuration_alrd_llama import QuantScheme
 from modules.block_pool import BlockPool
-from modules.codecs import BlockCodec, ExactCodec, Fields, StaticCodec, TieredCodec, UniformCodec
+from modules.codecs import BlockCodec
 from modules.kernels import MAX_QUERY_LENGTH
 from modules.kernels.packed import PackedCache, Tile
 from modules.quant_utils import require
@@ -61,20 +64,122 @@ class Room:
         """Tokens that the window holds at most after a step."""
         return self.residual_length + self.block_length - 1
 
+    @property
+    def full_message(self) -> str:
+        return (
+            f"capacity={self.capacity}: a row of the cache would exceed it (or the {self.blocks} blocks that it makes "
+            "room for, where crops have cut blocks short); make the cache with a larger capacity"
+        )
+
     def due(self, new_tokens: int) -> int:
         """Blocks of a row that fall due at most when this many tokens come."""
         return (self.block_length - 1 + new_tokens) // self.block_length
 
 
-def leaves(codec: BlockCodec, fields: Fields) -> list[tuple[BlockCodec, tuple[int, ...], Fields]]:
-    """The quantizers without tiers of a side, each with its channels and its tensors of all slots."""
-    if not isinstance(codec, TieredCodec):
-        return [(codec, tuple(range(sum(codec.widths))), fields)]
-    found = []
-    for name, inner in codec.codecs.items():
-        own = {n.removeprefix(f"{name}."): t for n, t in fields.items() if n.startswith(f"{name}.")}
-        found.append((inner, tuple(codec.channels[name].tolist()), own))
-    return found
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What a step must know besides the tensors of a `FixedStore`; shared by its copies.
+
+    Attributes:
+        room: Sizes of a row.
+        codecs: Quantizer of each side, `{"keys": …, "values": …}`.
+        names: Names of the store's tensors, in the order in which a compiled graph passes them.
+        fused: As `append_tokens`, by kernels: for at most `MAX_QUERY_LENGTH` tokens per row, none of them a pad.
+    """
+
+    room: Room
+    codecs: dict[str, BlockCodec]
+    names: tuple[str, ...]
+    fused: Callable | None = None
+
+    def __deepcopy__(self, memo) -> "Plan":
+        return self
+
+    def append(self, tensors: dict[str, torch.Tensor], keys, values, real: torch.Tensor | None) -> None:
+        if self.fused is not None and real is None and keys.shape[1] <= MAX_QUERY_LENGTH:
+            self.fused(tensors, keys, values)
+        else:
+            append_tokens(self, tensors, keys, values, real)
+
+
+#: Plans by the number under which a compiled graph refers to them.
+_PLANS: WeakValueDictionary[int, Plan] = WeakValueDictionary()
+
+
+# One node of a graph: a compiler that kept the casts of `quantize` in float32 would change the codes.
+@torch.library.custom_op("alrd::append_tokens", mutates_args=("tensors",))
+def _append_in_graph(
+    tensors: list[torch.Tensor], keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor | None, plan: int
+) -> None:
+    known = _PLANS[plan]
+    known.append(dict(zip(known.names, tensors, strict=True)), keys, values, real)
+
+
+def append_tokens(
+    plan: Plan, tensors: dict[str, torch.Tensor], keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor | None
+) -> None:
+    """`FixedStore.append` in plain PyTorch, on the tensors of a store."""
+    room, length, block = plan.room, keys.shape[1], plan.room.block_length
+    state, table = tensors["state"], tensors["table"]
+    place = partial(torch.arange, dtype=torch.int32, device=keys.device)
+    new, count = {"keys": keys, "values": values}, torch.full_like(state[0], length)
+    if real is not None:
+        # Pads go behind the row's tokens; they may be NaN, and nothing that is not finite stays beyond a count.
+        real = real.to(keys.device)
+        count = real.sum(1, dtype=torch.int32)
+        order = (~real).to(torch.int8).argsort(dim=1, stable=True)[..., None]
+        kept = (place(length) < count[:, None])[..., None]
+        new = {side: x.gather(1, order.expand_as(x)).where(kept, 0) for side, x in new.items()}
+
+    sinks, start, window, blocks = state
+    to_sinks = torch.where((window == 0) & (blocks == 0), (room.sink_length - sinks).minimum(count), 0)
+    total = window + count - to_sinks
+    flushed = (total - room.residual_length).clamp(min=0) // block
+    fits = (start + to_sinks + total <= room.capacity) & (blocks + flushed <= room.blocks)
+    require(fits.all(), room.full_message)
+
+    # The window and the new tokens behind it, without gaps.
+    source = place(room.window + length)
+    source = torch.where(source < window[:, None], source, source + (room.window - window + to_sinks)[:, None])
+    source = source.clamp(max=room.window + length - 1).long()[..., None]
+    streams = {}
+    for side, x in new.items():
+        stream = torch.cat([tensors[f"window_{side}"][:, : room.window], x], dim=1)
+        streams[side] = stream.gather(1, source.expand(-1, -1, x.shape[2]))
+    _flush(plan, tensors, streams, flushed, room.due(length))
+
+    kept = (place(room.window) + (flushed * block)[:, None]).clamp(max=room.window + length - 1).long()[..., None]
+    index = place(room.sink_length) - sinks[:, None]
+    taken = ((index >= 0) & (index < to_sinks[:, None]))[..., None]
+    for side, x in new.items():
+        tensors[f"window_{side}"][:, : room.window] = streams[side].gather(1, kept.expand(-1, -1, x.shape[2]))
+        sink = tensors[f"sink_{side}"]
+        first = x.gather(1, index.clamp(0, length - 1).long()[..., None].expand_as(sink))
+        sink.copy_(torch.where(taken, first, sink))
+    begin, nth = start + to_sinks, place(room.blocks) - blocks[:, None]
+    written = (nth >= 0) & (nth < flushed[:, None])
+    table[1] = torch.where(written, begin[:, None] + nth * block, table[1])
+    table[2] = torch.where(written, block, table[2])
+    packed = flushed * block
+    state.copy_(torch.stack([sinks + to_sinks, begin + packed, total - packed, blocks + flushed]))
+
+
+def _flush(plan: Plan, tensors, streams: dict[str, torch.Tensor], flushed: torch.Tensor, candidates: int) -> None:
+    """Quantize the first blocks of the streams `[B, tokens, C]`, those that are due into the rows' next slots."""
+    room, table, blocks = plan.room, tensors["table"], tensors["state"][3]
+    nth = torch.arange(candidates, dtype=torch.int32, device=flushed.device)
+    due = nth < flushed[:, None]
+    if due.device.type == "cpu" and not due.any():
+        return
+    following = (blocks[:, None] + nth).clamp(max=room.blocks - 1).long()
+    slots = torch.where(due, table[0].gather(1, following), table[0].numel()).flatten().long()
+    encoded = {}
+    for side, x in streams.items():
+        states = x[:, : candidates * room.block_length].unflatten(1, (candidates, -1)).where(due[..., None, None], 0)
+        fields = plan.codecs[side].encode(states.flatten(0, 1))
+        encoded |= {f"{side}.{name}": tensor for name, tensor in fields.items()}
+    for name, tensor in encoded.items():
+        tensors[name].index_copy_(0, slots, tensor)
 
 
 class FixedStore:
@@ -87,11 +192,10 @@ class FixedStore:
         dtype, device: Of the states.
     """
 
-    def __init__(
-        self, codecs: dict[str, BlockCodec], room: Room, batch: int, dtype: torch.dtype, device: torch.device
-    ):
+    def __init__(self, codecs: dict[str, BlockCodec], room: Room, batch: int, dtype: torch.dtype, device: torch.device):
         self.room, self.batch = room, batch
         self.pool = BlockPool(codecs, device, batch * room.blocks + 1)
+        self.pool.sides()  # now, so that a compiled step finds them made
         self.state = torch.zeros((4, batch), dtype=torch.int32, device=device)
         self.table = torch.zeros((3, batch, room.blocks), dtype=torch.int32, device=device)
         self.table[0] = torch.arange(batch * room.blocks, device=device).view(batch, -1)
@@ -103,28 +207,24 @@ class FixedStore:
             for name, length in rooms.items()
             for side in SIDES
         }
-        self._fused = None
+        self.stored = {f"{side}.{n}": t for side, fields in self.pool.storage.items() for n, t in fields.items()}
+        self.tensors = {"state": self.state, "table": self.table} | self.exact | self.stored
+        fused = None
         if codecs["keys"].backend.name == "triton":
             from modules.kernels.append_triton import FusedAppend
 
-            self._fused = FusedAppend(room, self._flat_leaves(), self.table, device)
+            fused = FusedAppend(room, codecs, device)
+        self.plan = Plan(room, codecs, tuple(self.tensors), fused)
+        self.plan_number = id(self.plan)
+        _PLANS[self.plan_number] = self.plan
         if not torch.compiler.is_compiling():
-            for tensor in self._tensors():
+            for tensor in (self._origin, *self.tensors.values()):
                 torch._dynamo.mark_static_address(tensor)
-
-    def _flat_leaves(self):
-        return [(i, *leaf) for i, s in enumerate(SIDES) for leaf in leaves(self.pool.codecs[s], self.pool.storage[s])]
-
-    def _tensors(self) -> list[torch.Tensor]:
-        stored = [t for fields in self.pool.storage.values() for t in fields.values()]
-        return [self.state, self.table, self._origin, *self.exact.values(), *stored]
 
     @property
     def lengths(self) -> torch.Tensor:
         """`[B]` int32, tokens of each row."""
         return self.state[1] + self.state[2]
-
-    # ---- appending
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor | None = None) -> None:
         """Store new tokens `[B, L, C]` and pack the blocks that fall due; `real` `[B, L]` bool: false for pads.
@@ -132,83 +232,12 @@ class FixedStore:
         Raises:
             ValueError: A row would exceed the capacity, or a block that is due holds what cannot be quantized (see
                 `check_scale`). On a CPU the rows are then as they were before; on an accelerator the error surfaces
-                at a later call (`require`), in a compiled graph it is a `RuntimeError`, and the rows are not usable.
+                at a later call (`require`), and the rows are not usable.
         """
-        if self._fused is not None and real is None and keys.shape[1] <= MAX_QUERY_LENGTH:
-            self._fused(keys, values, self.state, self.table, self.exact)
-            return
-        room, length, block = self.room, keys.shape[1], self.room.block_length
-        new, count = {"keys": keys, "values": values}, torch.full_like(self.state[0], length)
-        if real is not None:
-            # Pads go behind the row's tokens; they may be NaN, and nothing that is not finite stays beyond a count.
-            real = real.to(keys.device)
-            count = real.sum(1, dtype=torch.int32)
-            order = (~real).to(torch.int8).argsort(dim=1, stable=True)[..., None]
-            kept = (self._arange(length) < count[:, None])[..., None]
-            new = {side: x.gather(1, order.expand_as(x)).where(kept, 0) for side, x in new.items()}
-
-        sinks, start, window, blocks = self.state
-        to_sinks = torch.where((window == 0) & (blocks == 0), (room.sink_length - sinks).minimum(count), 0)
-        total = window + count - to_sinks
-        flushed = (total - room.residual_length).clamp(min=0) // block
-        require(
-            ((start + to_sinks + total <= room.capacity) & (blocks + flushed <= room.blocks)).all(), self.full_message
-        )
-
-        # The window and the tokens behind it, without gaps.
-        place = self._arange(room.window + length)
-        source = torch.where(place < window[:, None], place, place + (room.window - window + to_sinks)[:, None])
-        source = source.clamp(max=room.window + length - 1).long()[..., None]
-        streams = {}
-        for side, x in new.items():
-            stream = torch.cat([self.exact[f"window_{side}"][:, : room.window], x], dim=1)
-            streams[side] = stream.gather(1, source.expand(-1, -1, x.shape[2]))
-        self._flush(streams, blocks, flushed, length)
-
-        kept = (self._arange(room.window) + (flushed * block)[:, None]).clamp(max=room.window + length - 1)
-        index = self._arange(room.sink_length) - sinks[:, None]
-        taken = ((index >= 0) & (index < to_sinks[:, None]))[..., None]
-        for side, x in new.items():
-            stream, sink = streams[side], self.exact[f"sink_{side}"]
-            left = stream.gather(1, kept.long()[..., None].expand(-1, -1, x.shape[2]))
-            self.exact[f"window_{side}"][:, : room.window].copy_(left)
-            source = index.clamp(0, max(length - 1, 0)).long()[..., None].expand_as(sink)
-            sink.copy_(torch.where(taken, x.gather(1, source), sink) if length else sink)
-        begin = start + to_sinks
-        block_index = self._arange(room.blocks) - blocks[:, None]
-        written = (block_index >= 0) & (block_index < flushed[:, None])
-        self.table[1].copy_(torch.where(written, begin[:, None] + block_index * block, self.table[1]))
-        self.table[2].copy_(torch.where(written, block, self.table[2]))
-        packed = flushed * block
-        self.state.copy_(torch.stack([sinks + to_sinks, begin + packed, total - packed, blocks + flushed]))
-
-    @property
-    def full_message(self) -> str:
-        return (
-            f"capacity={self.room.capacity}: a row of the cache would exceed it (or the {self.room.blocks} blocks that "
-            "it makes room for, where crops have cut blocks short); make the cache with a larger capacity"
-        )
-
-    def _flush(self, streams: dict[str, torch.Tensor], blocks, flushed, length: int) -> None:
-        """Quantize the first blocks of the streams `[B, tokens, C]`, those that are due into the rows' next slots."""
-        candidates, block = self.room.due(length), self.room.block_length
-        nth = self._arange(candidates)
-        due = nth < flushed[:, None]
-        if due.device.type == "cpu" and not torch.compiler.is_compiling() and not due.any():
-            return
-        states = {
-            side: x[:, : candidates * block].unflatten(1, (candidates, block)).where(due[..., None, None], 0)
-            for side, x in streams.items()
-        }
-        encoded = self.pool.encode({side: x.flatten(0, 1) for side, x in states.items()})
-        following = (blocks[:, None] + nth).clamp(max=self.room.blocks - 1).long()
-        slots = torch.where(due, self.table[0].gather(1, following), self.batch * self.room.blocks).flatten().long()
-        for side, fields in encoded.items():
-            for name, tensor in fields.items():
-                self.pool.storage[side][name].index_copy_(0, slots, tensor)
-
-    def _arange(self, length: int) -> torch.Tensor:
-        return torch.arange(length, dtype=torch.int32, device=self.state.device)
+        if torch.compiler.is_compiling():
+            _append_in_graph(list(self.tensors.values()), keys, values, real, self.plan_number)
+        else:
+            self.plan.append(self.tensors, keys, values, real)
 
     # ---- reading
 
@@ -245,18 +274,15 @@ class FixedStore:
         for name, count in (("sink", self.state[0]), ("window", self.state[2])):
             for side in SIDES:
                 exact = self.exact[f"{name}_{side}"]
-                exact.masked_fill_((self._arange(exact.shape[1]) >= count[:, None])[..., None], 0)
+                place = torch.arange(exact.shape[1], device=exact.device)
+                exact.masked_fill_((place >= count[:, None])[..., None], 0)
 
     def select(self, indices: torch.Tensor) -> None:
         """Make row i a copy of row `indices[i]`; its packed bytes too, for every row owns its slots."""
         indices = indices.to(self.state.device)
-        by_row = [x.unflatten(0, (self.batch, -1)) for x in (s[:-1] for s in self._stored())]
-        rows = [self.state.T, self.table[1], self.table[2], *self.exact.values(), *by_row]
-        for tensor in rows:
+        by_row = [t[:-1].unflatten(0, (self.batch, -1)) for t in self.stored.values()]
+        for tensor in (self.state.T, *self.table[1:], *self.exact.values(), *by_row):
             tensor.copy_(tensor.index_select(0, indices))
-
-    def _stored(self) -> list[torch.Tensor]:
-        return [t for fields in self.pool.storage.values() for t in fields.values()]
 
     def clear(self) -> None:
         """Forget every token; what is allocated stays."""
@@ -264,4 +290,4 @@ class FixedStore:
             tensor.zero_()
 
 
-__all__ = ["FixedStore", "Room", "check_fixed", "leaves"]
+__all__ = ["FixedStore", "Room", "append_tokens", "check_fixed"]
