@@ -13,6 +13,7 @@ is written to a spare slot. (On a CPU, which waits for nothing, only if one is d
 due.) The bytes are those that `KIVILatentLayer` stores for the same tokens. In a compiled graph the append is one node.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -102,14 +103,32 @@ class Plan:
             append_tokens(self, tensors, keys, values, real)
 
 
-#: Plans by the number under which a compiled graph refers to them.
-_PLANS: WeakValueDictionary[int, Plan] = WeakValueDictionary()
+#: Plans by the name under which a compiled graph refers to them.
+_PLANS: WeakValueDictionary[str, Plan] = WeakValueDictionary()
+
+_count = itertools.count()
+
+
+def _shared_plan(codecs: dict[str, BlockCodec], room: Room, device: torch.device, names) -> tuple[str, Plan]:
+    """The plan of such stores and its name: one for all that are alike, so that a graph serves the next cache too."""
+    alike = [(c.scheme, c.widths, c.dtype, c.scale_dtype, c.backend.name) for c in codecs.values()]
+    static = any(codec.scheme.static for codec in codecs.values())  # scales of their own
+    name = f"{room} {device} {alike} {next(_count) if static else ''}"
+    plan = _PLANS.get(name)
+    if plan is None:
+        fused = None
+        if codecs["keys"].backend.name == "triton":
+            from modules.kernels.append_triton import FusedAppend
+
+            fused = FusedAppend(room, codecs, device)
+        plan = _PLANS[name] = Plan(room, codecs, names, fused)
+    return name, plan
 
 
 # One node of a graph: a compiler that kept the casts of `quantize` in float32 would change the codes.
 @torch.library.custom_op("alrd::append_tokens", mutates_args=("tensors",))
 def _append_in_graph(
-    tensors: list[torch.Tensor], keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor | None, plan: int
+    tensors: list[torch.Tensor], keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor | None, plan: str
 ) -> None:
     known = _PLANS[plan]
     known.append(dict(zip(known.names, tensors, strict=True)), keys, values, real)
@@ -209,14 +228,7 @@ class FixedStore:
         }
         self.stored = {f"{side}.{n}": t for side, fields in self.pool.storage.items() for n, t in fields.items()}
         self.tensors = {"state": self.state, "table": self.table} | self.exact | self.stored
-        fused = None
-        if codecs["keys"].backend.name == "triton":
-            from modules.kernels.append_triton import FusedAppend
-
-            fused = FusedAppend(room, codecs, device)
-        self.plan = Plan(room, codecs, tuple(self.tensors), fused)
-        self.plan_number = id(self.plan)
-        _PLANS[self.plan_number] = self.plan
+        self.plan_name, self.plan = _shared_plan(codecs, room, device, tuple(self.tensors))
         if not torch.compiler.is_compiling():
             for tensor in (self._origin, *self.tensors.values()):
                 torch._dynamo.mark_static_address(tensor)
@@ -235,7 +247,7 @@ class FixedStore:
                 at a later call (`require`), and the rows are not usable.
         """
         if torch.compiler.is_compiling():
-            _append_in_graph(list(self.tensors.values()), keys, values, real, self.plan_number)
+            _append_in_graph(list(self.tensors.values()), keys, values, real, self.plan_name)
         else:
             self.plan.append(self.tensors, keys, values, real)
 
@@ -264,8 +276,8 @@ class FixedStore:
 
     def crop(self, removed: torch.Tensor) -> None:
         """Remove the last `removed` `[B]` tokens of each row."""
-        sinks, start, window, blocks = self.state
-        left = start + window - removed.to(self.state)
+        sinks, start = self.state[:2]
+        left = start + self.state[2] - removed.to(self.state)
         require((left >= 0).all(), "tokens_to_remove: must be no more tokens than the rows hold")
         window = (left - start).clamp(min=0)
         counts = (left[:, None] - self.table[1]).clamp(min=0).minimum(self.table[2])
