@@ -227,7 +227,9 @@ class FixedStore:
             for side in SIDES
         }
         self.stored = {f"{side}.{n}": t for side, fields in self.pool.storage.items() for n, t in fields.items()}
-        self.tensors = {"state": self.state, "table": self.table} | self.exact | self.stored
+        #: For the kernels: whether all values could be quantized, and no row has exceeded its capacity.
+        self.ok = torch.ones(2, dtype=torch.bool, device=device)
+        self.tensors = {"state": self.state, "table": self.table, "ok": self.ok} | self.exact | self.stored
         self.plan_name, self.plan = _shared_plan(codecs, room, device, tuple(self.tensors))
         if not torch.compiler.is_compiling():
             for tensor in (self._origin, *self.tensors.values()):
@@ -300,6 +302,7 @@ class FixedStore:
         """Forget every token; what is allocated stays."""
         for tensor in (self.state, self.table[1:], *self.exact.values()):
             tensor.zero_()
+        self.ok.fill_(True)
 
 
 __all__ = ["FixedStore", "Room", "append_tokens", "check_fixed"]
