@@ -25,16 +25,17 @@ SCHEMES = {
     "ternary and one bit": CacheScheme(1.58, 1, 16, 7, 4, k_scheme={"orientation": "per_token"}),
     "16 bits": CacheScheme(16, 16, 5, 2, 4),
     "tiers": CacheScheme(2, 2, 16, 5, 2, k_scheme={"tiers": TIERS}),
-    "static": CacheScheme(4, 8, 16, 5, 2, {"static": True}, {"static": True, "symmetric": True}),
+    "static": CacheScheme(4, 8, 16, 5, 2, {"static": True}, {"static": True, "orientation": "per_channel"}),
 }
 by_scheme = pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
 
 #: Model settings whose blocks are small, so that much happens within few tokens.
 SMALL = {"k_bits": 2, "v_bits": 2, "group_size": 20, "residual_length": 5, "sink_length": 4}
+RANKS = {"k_proj": [13, 21], "v_proj": [32, 7]}
 
 
 def scales() -> dict:
-    return {"keys": (torch.rand(20) / 4, torch.randn(20) - 2), "values": (torch.rand(20) / 20, None)}
+    return {"keys": (torch.rand(20) / 4, torch.randn(20) - 2), "values": (torch.rand(20) / 20, torch.randn(20) - 2)}
 
 
 def pair(
@@ -273,7 +274,7 @@ def test_capacity_is_a_count(capacity):
 def test_what_a_fixed_cache_cannot_do_is_said():
     _, fixed = pair(SCHEMES["16 bits"])
     fixed.append(*random_states(2, 30))
-    with pytest.raises(ValueError, match="batch_repeat_interleave: .* repeat the prompt's rows"):
+    with pytest.raises(ValueError, match=r"batch_repeat_interleave: .* repeat the prompt's rows"):
         fixed.batch_repeat_interleave(2)
     with pytest.raises(ValueError, match=r"batch_select_indices: .* use reorder_cache\(\)"):
         fixed.batch_select_indices(torch.tensor([0]))
@@ -291,18 +292,18 @@ def test_what_a_fixed_cache_cannot_do_is_said():
 @torch.no_grad()
 def decoded(model, ids, mask, cache, step=None, prompt: int = 50) -> torch.Tensor:
     """Logits of a prompt's last token, and of the tokens after it by steps of one."""
+    step = model if step is None else step
     logits = [model(ids[:, :prompt], attention_mask=mask, past_key_values=cache).logits[:, -1:]]
     for token in ids[:, prompt:].split(1, dim=1):
-        logits.append((step or model)(token, past_key_values=cache).logits)
+        logits.append(step(token, past_key_values=cache).logits)
     return torch.cat(logits, dim=1)
 
 
 @pytest.mark.parametrize("heads", [4, 8])
 def test_logits_are_those_of_any_cache(tmp_path, heads):
-    ranks = {"k_proj": [13, 21], "v_proj": [32, 7]}
-    model = tiny_split(tmp_path, ranks, heads // 2, dense=tiny_dense(num_key_value_heads=heads), **SMALL)
+    model = tiny_split(tmp_path, RANKS, heads // 2, dense=tiny_dense(num_key_value_heads=heads), **SMALL)
     ids, mask = torch.randint(1, 97, (3, 120)), left_padded(3, 50, (37, 0, 48)).long()
-    ordinary, fixed = model.create_kivi_cache(), model.create_kivi_cache(capacity=150)
+    ordinary, fixed = model.create_kivi_cache(), model.create_kivi_cache(capacity=160)
     expected = decoded(model, ids, mask, ordinary)
     assert (decoded(model, ids, mask, fixed) - expected).abs().max() < 1e-3
     assert fixed.row_tokens() == ordinary.row_tokens() == [83, 120, 72]
@@ -341,13 +342,18 @@ def test_compiled_generation(tmp_path):
     ids, mask = torch.randint(1, 97, (2, 40)), left_padded(2, 40, (11, 0)).long()
     settings = {"attention_mask": mask, "max_new_tokens": 40, "do_sample": False}
     expected = model.generate(ids, past_key_values=model.create_kivi_cache(capacity=90), **settings)
-    counter = CompileCounterWithBackend("eager")
-    config = CompileConfig(fullgraph=True, backend=counter, mode=None)
+    graphs = []
+
+    def compiler(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    config = CompileConfig(fullgraph=True, backend=compiler, mode=None)
     config._compile_all_devices = True
     cache = model.create_kivi_cache(capacity=90)
     found = model.generate(ids, past_key_values=cache, compile_config=config, **settings)
     assert torch.equal(found, expected)
-    assert counter.frame_count == 1
+    assert len(graphs) == 1
 
 
 def test_drop_in_for_other_models():
@@ -410,7 +416,8 @@ def test_inductor_gives_the_logits(tmp_path):
 def test_an_error_in_a_graph_is_an_error():
     _, fixed = pair(SCHEMES["per channel and token"], 50)
     step = torch.compile(fixed.append, backend="eager", fullgraph=True)
-    for _ in range(5):
+    fixed.append(*random_states(2, 10))
+    for _ in range(4):
         step(*random_states(2, 10))
     with pytest.raises(ValueError, match="capacity=50"):
         step(*random_states(2, 10))
@@ -420,7 +427,7 @@ def test_an_error_in_a_graph_is_an_error():
 @torch.no_grad()
 def test_a_step_waits_for_nothing(tmp_path, settings):
     """On a device without data every read by the host is an error: of a value, a count, a copy to the CPU."""
-    model = tiny_split(tmp_path, {"k_proj": [13, 21], "v_proj": [32, 7]}, 2, **(SMALL | settings)).to("meta")
+    model = tiny_split(tmp_path, RANKS, 2, tiny_dense(num_hidden_layers=1), **(SMALL | settings)).to("meta")
     cache = model.create_kivi_cache(capacity=300)
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         torch.zeros(2, device="meta").sum().item()
