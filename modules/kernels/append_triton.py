@@ -139,19 +139,21 @@ def _take_kernel(
     BLOCKS: tl.constexpr,
     DUE: tl.constexpr,
     TO_SLOTS: tl.constexpr,  # whether a block goes to its slot, or to the place of its row and number
+    HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Copy channels `source` of the blocks that are due; the grid is rows x blocks x tokens, and channels."""
-    token, n = tl.program_id(0) % BLOCK, tl.program_id(0) // BLOCK
-    b, nth = n // DUE, n % DUE
+    """Copy channels `source` of the blocks that are due; the grid is rows x blocks, tiles of tokens and of channels."""
+    b, nth = tl.program_id(0) // DUE, tl.program_id(0) % DUE
     _, _, _, blocks, _, _, flushed, _ = _read_row(state, b, batch, length, RESIDUAL, BLOCK, SINKS, CAPACITY, BLOCKS)
     if nth < flushed:
-        columns = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-        valid = columns < channels
-        first = window + b.to(tl.int64) * stride_b + (nth * BLOCK + token).to(tl.int64) * stride_t
-        x = tl.load(first + tl.load(source + columns, valid, 0), valid, 0)
-        at = tl.load(slots + b * BLOCKS + blocks + nth) if TO_SLOTS else n
-        tl.store(taken + (at.to(tl.int64) * BLOCK + token) * channels + columns, x, valid)
+        tokens = tl.program_id(1) * HEIGHT + tl.arange(0, HEIGHT)
+        columns = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
+        valid = (tokens < BLOCK)[:, None] & (columns < channels)[None, :]
+        first = window + b.to(tl.int64) * stride_b + (nth * BLOCK + tokens).to(tl.int64)[:, None] * stride_t
+        x = tl.load(first + tl.load(source + columns, columns < channels, 0)[None, :], valid, 0)
+        at = tl.load(slots + b * BLOCKS + blocks + nth) if TO_SLOTS else b * DUE + nth
+        rows = at.to(tl.int64) * BLOCK + tokens
+        tl.store(taken + rows[:, None] * channels + columns[None, :], x, valid)
 
 
 @triton.jit
@@ -385,8 +387,8 @@ class FusedAppend:
         require(tensors["ok"][1], self.room.full_message)
 
     def _take(self, tensors, row: dict, length: int, window: torch.Tensor, source, taken, to_slots: bool) -> None:
-        due, channels = self.room.due(length), len(source)
-        _take_kernel[(row["batch"] * due * self.room.block_length, -(-channels // 128))](
+        due, channels, height = self.room.due(length), len(source), 16
+        _take_kernel[(row["batch"] * due, -(-self.room.block_length // height), -(-channels // 128))](
             slots=tensors["table"],
             window=_raw(window),
             source=source,
@@ -397,6 +399,7 @@ class FusedAppend:
             stride_t=window.stride(1),
             DUE=due,
             TO_SLOTS=to_slots,
+            HEIGHT=height,
             WIDTH=128,
             num_warps=4,
             **row,
