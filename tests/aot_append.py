@@ -19,10 +19,14 @@ from tests import aot_compile
 
 TIERS = {"orientation": "per_channel", "tiers": [[[16, 16], [64, 4], [48, 2]], [[8, 16], [80, 4], [40, 1]]]}
 
+MSE = {"range_method": "mse"}
+
 #: Scheme, dtype, new tokens of a step.
 CASES = {
     "2-bit": (CacheScheme(2, 2), torch.float16, 1),
-    "3-bit mse, 16 tokens": (CacheScheme(3, 4, 64, k_scheme={"range_method": "mse"}), torch.bfloat16, 16),
+    "3-bit mse, 16 tokens": (CacheScheme(3, 4, 64, k_scheme=MSE), torch.bfloat16, 16),
+    "2-bit mse, fp32": (CacheScheme(2, 2, 0, k_scheme=MSE, v_scheme=MSE), torch.float32, 1),
+    "3-bit mse, long": (CacheScheme(3, 3, 512, k_scheme=MSE, v_scheme=MSE), torch.float16, 1),
     "ternary and 1 bit": (CacheScheme(1.58, 1, 32), torch.float32, 3),
     "tiers": (CacheScheme(k_scheme=TIERS, v_scheme=TIERS), torch.bfloat16, 1),
     "16 bits and static": (CacheScheme(8, 16, k_scheme={"static": True}), torch.bfloat16, 1),

@@ -428,6 +428,8 @@ class FusedAppend:
             search = not static and (codec.scheme.range_method == "mse" or (symmetric and bits < 2))
             align = math.gcd(16, len(channels), x.stride(0), x.stride(1), *(widths or ()))
             tile = quantize._tile(slots, max(widths or (len(channels),)), widths is None, align, search)
+            if search and widths is None:
+                tile = (tile[0], max(tile[1] // 2, 16), tile[2])  # the row's bookkeeping takes registers too
             quantize._launch(
                 _flush_kernel,
                 {
