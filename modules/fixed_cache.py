@@ -9,8 +9,9 @@ and no operation waits for the device, so CUDA graphs and `torch.compile` can ta
                                 its first token and its valid tokens; 0 and 0 for blocks yet to come
 
 A step is the same operations whatever the rows hold: blocks that may fall due are always quantized, and what is not due
-is written to a spare slot. (On a CPU, which waits for nothing, only if one is due; the Triton kernels do only what is
-due.) The bytes are those that `KIVILatentLayer` stores for the same tokens. In a compiled graph the append is one node.
+is written to a spare slot. (A CPU, which waits for nobody, only writes the tokens where no block is due; so do the
+Triton kernels.) The bytes are those that `KIVILatentLayer` stores for the same tokens. In a compiled graph the append
+is one node.
 """
 
 import itertools
@@ -156,6 +157,12 @@ def append_tokens(
     flushed = (total - room.residual_length).clamp(min=0) // block
     fits = (start + to_sinks + total <= room.capacity) & (blocks + flushed <= room.blocks)
     require(fits.all(), room.full_message)
+    if keys.device.type == "cpu" and real is None and not torch.logical_or(flushed, to_sinks).any():
+        at = (window[:, None] + place(length)).long()[..., None]
+        for side, x in new.items():
+            tensors[f"window_{side}"].scatter_(1, at.expand_as(x), x)
+        state[2] += length
+        return
 
     # The window and the new tokens behind it, without gaps.
     source = place(room.window + length)
@@ -188,8 +195,6 @@ def _flush(plan: Plan, tensors, streams: dict[str, torch.Tensor], flushed: torch
     room, table, blocks = plan.room, tensors["table"], tensors["state"][3]
     nth = torch.arange(candidates, dtype=torch.int32, device=flushed.device)
     due = nth < flushed[:, None]
-    if due.device.type == "cpu" and not due.any():
-        return
     following = (blocks[:, None] + nth).clamp(max=room.blocks - 1).long()
     slots = torch.where(due, table[0].gather(1, following), table[0].numel()).flatten().long()
     encoded = {}
