@@ -20,6 +20,9 @@
 #include <limits>
 #include <vector>
 
+#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12 warns of its own AVX-512 header
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+
 namespace {
 
 constexpr int64_t kChunk = 16;  // channels read at a time
@@ -30,13 +33,13 @@ template <int BITS>
 struct Format {
     static constexpr int per_byte = 8 / BITS, per_word = 32 / BITS, levels = 1 << BITS;
     static constexpr int combined = 4 / BITS;       // codes of an index
-    static constexpr int indexed = 4 * combined;    // channels of a register of indices
     static constexpr int per_set = 16 * per_byte;
 };
 
-int32_t entry(const int32_t* terms, int64_t stride, int combined, int bits, int index) {
+// Sum of the terms times the codes that an index holds.
+int32_t entry(const int32_t* terms, int combined, int bits, int index) {
     int32_t sum = 0;
-    for (int j = 0; j < combined; ++j) sum += terms[j * stride] * (index >> (j * bits) & ((1 << bits) - 1));
+    for (int j = 0; j < combined; ++j) sum += terms[j] * (index >> (j * bits) & ((1 << bits) - 1));
     return sum;
 }
 
@@ -55,14 +58,37 @@ struct Kernel {
     void (*sum)(const uint8_t* weights, const uint8_t* values, int64_t words, int64_t channels, int32_t* out);
 };
 
-// Digits of a product by vpdpbusd: value = 128 * high + low.
-constexpr int32_t kDigits = 127 * 128 + 63;
-int8_t low_digit(int32_t value) { return int8_t(((value + 64) & 127) - 64); }
-int8_t high_digit(int32_t value) { return int8_t((value - low_digit(value)) / 128); }
+// The query and the weights of the dot products: two int8 digits, value = 128 * high + low.
+template <int BITS>
+struct Digits : Format<BITS> {
+    using F = Format<BITS>;
+    static constexpr int32_t limit = 127 * 128 + 63;
+    static int8_t low_digit(int32_t value) { return int8_t(((value + 64) & 127) - 64); }
+    static int8_t high_digit(int32_t value) { return int8_t((value - low_digit(value)) / 128); }
+
+    static int64_t query_bytes(int64_t channels) { return ceil_div(channels, 16) * 32; }
+    // Digits of four channels: low, high.
+    static int32_t prepare_query(const int32_t* query, int64_t channels, uint8_t* out) {
+        for (int64_t c = 0; c < ceil_div(channels, 16) * 16; ++c) {
+            const int32_t value = c < channels ? query[c] : 0;
+            out[c / 4 * 8 + c % 4] = uint8_t(low_digit(value));
+            out[c / 4 * 8 + 4 + c % 4] = uint8_t(high_digit(value));
+        }
+        return 0;
+    }
+    static int64_t weight_bytes(int64_t words) { return ceil_div(words, 4) * F::per_set * 2; }
+    // Digits in set order: all the low ones, then the high ones.
+    static void prepare_weights(const int16_t* weights, int64_t words, uint8_t* out) {
+        const int64_t n = ceil_div(words, 4) * F::per_set;
+        for (int64_t t = 0; t < n; ++t) {
+            const int16_t low = int16_t(((weights[t] + 64) & 127) - 64);
+            out[t] = uint8_t(low);
+            out[n + t] = uint8_t((weights[t] - low) >> 7);
+        }
+    }
+};
 
 #if defined(__AVX512VBMI__) && defined(__AVX512VNNI__) && defined(__AVX512BW__)
-
-const char* const kInstructions = "AVX-512 VBMI and VNNI";
 
 using Register = __m512i;
 
@@ -113,14 +139,20 @@ Register index_of(Register bytes, bool high) {
 Register add_four(Register sum, Register bytes) { return _mm512_dpbusd_epi32(sum, bytes, _mm512_set1_epi8(1)); }
 
 void store(void* out, int64_t i, Register value) { _mm512_store_si512((Register*)out + i, value); }
-Register load(const void* from, int64_t i) { return _mm512_load_si512((const Register*)from + i); }
+// Into a register: GCC would load a value anew for each use, and loads are what the inner loops have none to spare of.
+Register load(const void* from, int64_t i) {
+    Register value = _mm512_load_si512((const Register*)from + i);
+    asm("" : "+v"(value));
+    return value;
+}
 
 template <int BITS>
 struct Lookup : Format<BITS> {
     using F = Format<BITS>;
+    static constexpr int indexed = 4 * F::combined;  // channels of a register of indices
     static constexpr int32_t limit = 16383 / ((F::levels - 1) * F::combined);
 
-    static int64_t groups(int64_t channels) { return ceil_div(ceil_div(channels, F::indexed), 2) * 2; }
+    static int64_t groups(int64_t channels) { return ceil_div(ceil_div(channels, indexed), 2) * 2; }
     static int64_t query_bytes(int64_t channels) { return groups(channels) * 128; }
     static int32_t prepare_query(const int32_t* query, int64_t channels, uint8_t* out) {
         int32_t offsets = 0;
@@ -128,13 +160,13 @@ struct Lookup : Format<BITS> {
             for (int place = 0; place < 4; ++place) {
                 int32_t terms[F::combined], least = 0;
                 for (int j = 0; j < F::combined; ++j) {
-                    const int64_t c = g * F::indexed + 4 * j + place;
+                    const int64_t c = g * indexed + 4 * j + place;
                     terms[j] = c < channels ? query[c] : 0;
                     least += std::min(terms[j], 0) * (F::levels - 1);
                 }
                 offsets += least;
                 for (int index = 0; index < 16; ++index) {
-                    const int32_t value = entry(terms, 1, F::combined, BITS, index) - least;
+                    const int32_t value = entry(terms, F::combined, BITS, index) - least;
                     out[g * 128 + place * 16 + index] = uint8_t(value & 127);
                     out[g * 128 + 64 + place * 16 + index] = uint8_t(value >> 7);
                 }
@@ -144,7 +176,7 @@ struct Lookup : Format<BITS> {
 
     static int64_t sets(int64_t words) { return ceil_div(words, 4); }
     static int64_t key_bytes(int64_t words, int64_t channels) {
-        return sets(words) * ceil_div(groups(channels), BITS) * BITS * F::per_byte * 64;
+        return sets(words) * groups(channels) * F::per_byte * 64;
     }
     static void unpack_keys(const int32_t* packed, int64_t stride, int64_t words, int64_t channels, uint8_t* out) {
         const int64_t chunks = ceil_div(groups(channels), BITS), used = groups(channels);
@@ -264,20 +296,9 @@ struct Lookup : Format<BITS> {
 };
 
 template <int BITS>
-struct Dot : Format<BITS> {
+struct Dot : Digits<BITS> {
     using F = Format<BITS>;
-    static constexpr int32_t limit = kDigits;
 
-    static int64_t query_bytes(int64_t channels) { return ceil_div(channels, 16) * 32; }
-    // Digits of four channels: low, high.
-    static int32_t prepare_query(const int32_t* query, int64_t channels, uint8_t* out) {
-        for (int64_t c = 0; c < ceil_div(channels, 16) * 16; ++c) {
-            const int32_t value = c < channels ? query[c] : 0;
-            out[c / 4 * 8 + c % 4] = uint8_t(low_digit(value));
-            out[c / 4 * 8 + 4 + c % 4] = uint8_t(high_digit(value));
-        }
-        return 0;
-    }
     static int64_t key_bytes(int64_t words, int64_t channels) {
         return ceil_div(words, 4) * ceil_div(channels, 16) * 4 * F::per_byte * 64;
     }
@@ -311,16 +332,6 @@ struct Dot : Format<BITS> {
         }
     }
 
-    static int64_t weight_bytes(int64_t words) { return ceil_div(words, 4) * F::per_set * 2; }
-    // Digits in set order: all the low ones, then the high ones.
-    static void prepare_weights(const int16_t* weights, int64_t words, uint8_t* out) {
-        const int64_t n = ceil_div(words, 4) * F::per_set;
-        for (int64_t t = 0; t < n; ++t) {
-            const int16_t low = int16_t(((weights[t] + 64) & 127) - 64);
-            out[t] = uint8_t(low);
-            out[n + t] = uint8_t((weights[t] - low) >> 7);
-        }
-    }
     static int64_t value_bytes(int64_t words, int64_t channels) {
         return words * ceil_div(channels, 16) * F::per_byte * 64;
     }
@@ -355,6 +366,266 @@ struct Dot : Format<BITS> {
     }
 };
 
+#else
+
+using Register = __m256i;
+
+void store(void* out, int64_t i, Register value) { _mm256_store_si256((Register*)out + i, value); }
+Register load(const void* from, int64_t i) { return _mm256_load_si256((const Register*)from + i); }
+Register broadcast(const void* four) {
+    int32_t value;
+    std::memcpy(&value, four, 4);
+    return _mm256_set1_epi32(value);
+}
+
+// Eight channels of a word, zeros beyond `channels`.
+Register load_row(const int32_t* packed, int64_t channels) {
+    if (channels >= 8) return _mm256_loadu_si256((const Register*)packed);
+    const Register place = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_maskload_epi32(packed, _mm256_cmpgt_epi32(_mm256_set1_epi32(int32_t(channels)), place));
+}
+
+// Bytes [4 channels][4 bytes of a word] of a lane to [4 bytes of a word][4 channels].
+Register by_byte(Register lane) {
+    const Register order = _mm256_setr_epi32(0x0c080400, 0x0d090501, 0x0e0a0602, 0x0f0b0703, 0x0c080400, 0x0d090501,
+                                             0x0e0a0602, 0x0f0b0703);
+    return _mm256_shuffle_epi8(lane, order);
+}
+
+// In each lane: dword i of register j becomes dword j of register i.
+void transpose(Register v[4]) {
+    const Register a = _mm256_unpacklo_epi32(v[0], v[1]), b = _mm256_unpacklo_epi32(v[2], v[3]);
+    const Register c = _mm256_unpackhi_epi32(v[0], v[1]), d = _mm256_unpackhi_epi32(v[2], v[3]);
+    v[0] = _mm256_unpacklo_epi64(a, b), v[1] = _mm256_unpackhi_epi64(a, b);
+    v[2] = _mm256_unpacklo_epi64(c, d), v[3] = _mm256_unpackhi_epi64(c, d);
+}
+
+// Exchange the high half of each field of 2 * SHIFT bits of a with the low half of b's.
+template <int SHIFT>
+void exchange(Register& a, Register& b, uint8_t low) {
+    const Register mask = _mm256_set1_epi8(char(low)), first = a;
+    a = _mm256_or_si256(_mm256_and_si256(mask, first), _mm256_andnot_si256(mask, _mm256_slli_epi16(b, SHIFT)));
+    b = _mm256_or_si256(_mm256_and_si256(mask, _mm256_srli_epi16(first, SHIFT)), _mm256_andnot_si256(mask, b));
+}
+
+template <int BITS>
+Register code(Register bytes, int i) {
+    return _mm256_and_si256(_mm256_srli_epi16(bytes, i * BITS), _mm256_set1_epi8((1 << BITS) - 1));
+}
+
+Register index_of(Register bytes, bool high) {
+    return _mm256_and_si256(high ? _mm256_srli_epi16(bytes, 4) : bytes, _mm256_set1_epi8(15));
+}
+
+// Add the 16-bit entries of 16 indices in each lane, those of bytes 0 … 7 and of bytes 8 … 15.
+void add_entries(Register index, Register low, Register high, Register& a, Register& b) {
+    const Register x = _mm256_shuffle_epi8(low, index), y = _mm256_shuffle_epi8(high, index);
+    a = _mm256_add_epi16(a, _mm256_unpacklo_epi8(x, y)), b = _mm256_add_epi16(b, _mm256_unpackhi_epi8(x, y));
+}
+
+template <int BITS>
+struct Lookup : Format<BITS> {
+    using F = Format<BITS>;
+    static constexpr int kTogether = 4;  // entries that a 16-bit sum of the keys has room for; twice that for values
+    static constexpr int32_t limit = 8191 / ((F::levels - 1) * F::combined);
+
+    // Of eight channels group g takes, in lane l, channels 4l + g * combined and the next ones.
+    static int64_t groups(int64_t channels) { return ceil_div(channels, 8) * BITS; }
+    static int64_t query_bytes(int64_t channels) { return groups(channels) * 64; }
+    static int32_t prepare_query(const int32_t* query, int64_t channels, uint8_t* out) {
+        for (int64_t g = 0; g < groups(channels); ++g)
+            for (int lane = 0; lane < 2; ++lane) {
+                int32_t terms[F::combined];
+                for (int j = 0; j < F::combined; ++j) {
+                    const int64_t c = g / BITS * 8 + 4 * lane + g % BITS * F::combined + j;
+                    terms[j] = c < channels ? query[c] : 0;
+                }
+                for (int index = 0; index < 16; ++index) {
+                    const int32_t value = entry(terms, F::combined, BITS, index);
+                    out[g * 64 + lane * 16 + index] = uint8_t(value & 255);
+                    out[g * 64 + 32 + lane * 16 + index] = uint8_t(value >> 8 & 255);
+                }
+            }
+        return 0;
+    }
+
+    static int64_t key_bytes(int64_t words, int64_t channels) {
+        return ceil_div(words, 4) * groups(channels) * F::per_byte * 32;
+    }
+    static void unpack_keys(const int32_t* packed, int64_t stride, int64_t words, int64_t channels, uint8_t* out) {
+        int64_t at = 0;
+        for (int64_t w = 0; w < words; w += 4)
+            for (int64_t c = 0; c < channels; c += 8) {
+                Register v[4];
+                for (int r = 0; r < 4; ++r)
+                    v[r] = w + r < words ? load_row(packed + (w + r) * stride + c, channels - c) : _mm256_setzero_si256();
+                transpose(v);
+                if (BITS == 1) {
+                    exchange<1>(v[0], v[1], 0x55), exchange<1>(v[2], v[3], 0x55);
+                    exchange<2>(v[0], v[2], 0x33), exchange<2>(v[1], v[3], 0x33);
+                } else if (BITS == 2) {
+                    exchange<2>(v[0], v[1], 0x33), exchange<2>(v[2], v[3], 0x33);
+                }
+                constexpr int each = F::combined;
+                for (int g = 0; g < BITS; ++g)
+                    for (int i = 0; i < F::per_byte; ++i) store(out, at++, index_of(v[g * each + i % each], i >= each));
+            }
+    }
+    static void score(const uint8_t* query, const uint8_t* keys, int64_t words, int64_t channels, int32_t* out) {
+        const int64_t n = groups(channels);
+        for (int64_t set = 0; set < ceil_div(words, 4); ++set)
+            for (int i = 0; i < F::per_byte; ++i) {
+                Register first = _mm256_setzero_si256(), second = first;
+                for (int64_t g = 0; g < n; g += kTogether) {
+                    Register a = _mm256_setzero_si256(), b = a;
+                    for (int64_t j = g; j < std::min(g + kTogether, n); ++j)
+                        add_entries(load(keys, (set * n + j) * F::per_byte + i), load(query, 2 * j), load(query, 2 * j + 1),
+                                    a, b);
+                    first = _mm256_add_epi32(first, add_lanes(a)), second = _mm256_add_epi32(second, add_lanes(b));
+                }
+                store(out, (set * F::per_byte + i) * 2, first), store(out, (set * F::per_byte + i) * 2 + 1, second);
+            }
+    }
+    static Register add_lanes(Register x) {
+        return _mm256_add_epi32(_mm256_cvtepi16_epi32(_mm256_castsi256_si128(x)),
+                                _mm256_cvtepi16_epi32(_mm256_extracti128_si256(x, 1)));
+    }
+
+    static int64_t weight_bytes(int64_t words) { return words * 256; }
+    // For each byte and nibble of each word the low, then the high bytes of the 16 entries.
+    static void prepare_weights(const int16_t* weights, int64_t words, uint8_t* out) {
+        const Register index = _mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        Register codes[F::combined];
+        for (int j = 0; j < F::combined; ++j)
+            codes[j] = _mm256_and_si256(_mm256_srli_epi16(index, j * BITS), _mm256_set1_epi16(F::levels - 1));
+        int64_t at = 0;
+        for (int64_t w = 0; w < words; ++w)
+            for (int k = 0; k < 4; ++k)
+                for (int nibble = 0; nibble < 2; ++nibble) {
+                    Register sum = _mm256_setzero_si256();
+                    for (int j = 0; j < F::combined; ++j) {
+                        const int i = nibble * F::combined + j;
+                        const int16_t p = weights[w / 4 * F::per_set + i * 16 + w % 4 * 4 + k];
+                        sum = _mm256_add_epi16(sum, _mm256_mullo_epi16(_mm256_set1_epi16(p), codes[j]));
+                    }
+                    const Register bytes = _mm256_packus_epi16(_mm256_and_si256(sum, _mm256_set1_epi16(255)),
+                                                               _mm256_srli_epi16(sum, 8));
+                    store(out, at++, _mm256_permute4x64_epi64(bytes, 0xd8));
+                }
+    }
+    static int64_t value_bytes(int64_t words, int64_t channels) { return words * ceil_div(channels, 32) * 256; }
+    static void unpack_values(const int32_t* packed, int64_t stride, int64_t words, int64_t channels, uint8_t* out) {
+        int64_t at = 0;
+        for (int64_t w = 0; w < words; ++w)
+            for (int64_t c = 0; c < channels; c += 32) {
+                Register v[4];  // then register k: byte k of 32 channels
+                for (int m = 0; m < 4; ++m) v[m] = by_byte(load_row(packed + w * stride + c + 8 * m, channels - c - 8 * m));
+                transpose(v);
+                for (int k = 0; k < 4; ++k) store(out, at++, index_of(v[k], false)), store(out, at++, index_of(v[k], true));
+            }
+    }
+    static void sum(const uint8_t* weights, const uint8_t* values, int64_t words, int64_t channels, int32_t* out) {
+        const int64_t columns = ceil_div(channels, 32);
+        for (int64_t column = 0; column < columns; ++column) {
+            Register total[4] = {};
+            for (int64_t w = 0; w < words; ++w) {
+                Register half[2] = {};
+                for (int t = 0; t < 8; ++t) {
+                    const __m128i* table = (const __m128i*)(weights + (w * 8 + t) * 32);
+                    add_entries(load(values, (w * columns + column) * 8 + t), _mm256_broadcastsi128_si256(table[0]),
+                                _mm256_broadcastsi128_si256(table[1]), half[0], half[1]);
+                }
+                for (int h = 0; h < 2; ++h) {
+                    const Register x = _mm256_permute4x64_epi64(half[h], 0xd8);
+                    const __m128i low = _mm256_castsi256_si128(x), high = _mm256_extracti128_si256(x, 1);
+                    total[2 * h] = _mm256_add_epi32(total[2 * h], _mm256_cvtepu16_epi32(low));
+                    total[2 * h + 1] = _mm256_add_epi32(total[2 * h + 1], _mm256_cvtepu16_epi32(high));
+                }
+            }
+            for (int i = 0; i < 4; ++i) store(out, column * 4 + i, total[i]);
+        }
+    }
+};
+
+// 16-bit sums of products of four bytes, at most eight of each: one digit of the query or of the weights.
+struct Sums {
+    Register low = _mm256_setzero_si256(), high = _mm256_setzero_si256();
+    void add(Register codes, Register low_digits, Register high_digits) {
+        low = _mm256_add_epi16(low, _mm256_maddubs_epi16(codes, low_digits));
+        high = _mm256_add_epi16(high, _mm256_maddubs_epi16(codes, high_digits));
+    }
+    Register total() const {
+        const Register ones = _mm256_set1_epi16(1);
+        return _mm256_add_epi32(_mm256_madd_epi16(low, ones), _mm256_slli_epi32(_mm256_madd_epi16(high, ones), 7));
+    }
+};
+
+template <int BITS>
+struct Dot : Digits<BITS> {
+    using F = Format<BITS>;
+
+    static int64_t key_bytes(int64_t words, int64_t channels) {
+        return ceil_div(words, 4) * ceil_div(channels, 4) * F::per_byte * 64;
+    }
+    static void unpack_keys(const int32_t* packed, int64_t stride, int64_t words, int64_t channels, uint8_t* out) {
+        int64_t at = 0;
+        for (int64_t w = 0; w < words; w += 4)
+            for (int64_t c = 0; c < channels; c += 4)
+                for (int half = 0; half < 2; ++half) {
+                    const auto row = [&](int64_t r) {
+                        return r < words ? _mm256_castsi256_si128(load_row(packed + r * stride + c, std::min<int64_t>(channels - c, 4)))
+                                         : _mm_setzero_si128();
+                    };
+                    const Register x = by_byte(_mm256_set_m128i(row(w + 2 * half + 1), row(w + 2 * half)));
+                    for (int i = 0; i < F::per_byte; ++i) store(out, at++, code<BITS>(x, i));
+                }
+    }
+    static void score(const uint8_t* query, const uint8_t* keys, int64_t words, int64_t channels, int32_t* out) {
+        const int64_t fours = ceil_div(channels, 4);
+        for (int64_t set = 0; set < ceil_div(words, 4); ++set)
+            for (int half = 0; half < 2; ++half)
+                for (int i = 0; i < F::per_byte; ++i) {
+                    Register total = _mm256_setzero_si256();
+                    for (int64_t a = 0; a < fours; a += 8) {
+                        Sums sums;
+                        for (int64_t j = a; j < std::min(a + 8, fours); ++j)
+                            sums.add(load(keys, ((set * fours + j) * 2 + half) * F::per_byte + i),
+                                     broadcast(query + j * 8), broadcast(query + j * 8 + 4));
+                        total = _mm256_add_epi32(total, sums.total());
+                    }
+                    store(out, (set * F::per_byte + i) * 2 + half, total);
+                }
+    }
+
+    static int64_t value_bytes(int64_t words, int64_t channels) {
+        return words * ceil_div(channels, 8) * F::per_byte * 32;
+    }
+    static void unpack_values(const int32_t* packed, int64_t stride, int64_t words, int64_t channels, uint8_t* out) {
+        int64_t at = 0;
+        for (int64_t w = 0; w < words; ++w)
+            for (int64_t c = 0; c < channels; c += 8) {
+                const Register x = load_row(packed + w * stride + c, channels - c);
+                for (int i = 0; i < F::per_byte; ++i) store(out, at++, code<BITS>(x, i));
+            }
+    }
+    static void sum(const uint8_t* weights, const uint8_t* values, int64_t words, int64_t channels, int32_t* out) {
+        const int64_t columns = ceil_div(channels, 8), n = ceil_div(words, 4) * F::per_set;
+        for (int64_t column = 0; column < columns; ++column) {
+            Register total = _mm256_setzero_si256();
+            for (int64_t set = 0; set < words; set += 4) {
+                Sums sums;
+                for (int64_t w = set; w < std::min(set + 4, words); ++w)
+                    for (int i = 0; i < F::per_byte; ++i) {
+                        const uint8_t* p = weights + w / 4 * F::per_set + i * 16 + w % 4 * 4;
+                        sums.add(load(values, (w * columns + column) * F::per_byte + i), broadcast(p), broadcast(p + n));
+                    }
+                total = _mm256_add_epi32(total, sums.total());
+            }
+            store(out, column, total);
+        }
+    }
+};
+
 #endif
 
 template <class K>
@@ -380,12 +651,6 @@ float from_bits(uint32_t bits) {
 
 enum Type { kFloat32, kBFloat16, kFloat16 };
 
-float element(const void* from, int64_t i, int64_t type) {
-    if (type == kFloat32) return static_cast<const float*>(from)[i];
-    const uint16_t bits = static_cast<const uint16_t*>(from)[i];
-    return type == kBFloat16 ? from_bits(uint32_t(bits) << 16) : _cvtsh_ss(bits);
-}
-
 void elements(const void* from, int64_t start, int64_t type, int64_t n, float* out) {
     if (type == kFloat32) {
         std::copy_n(static_cast<const float*>(from) + start, n, out);
@@ -397,6 +662,19 @@ void elements(const void* from, int64_t start, int64_t type, int64_t n, float* o
         for (; i < n; ++i) out[i] = from_bits(uint32_t(bits[i]) << 16);
     for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(bits + i))));
     for (; i < n; ++i) out[i] = _cvtsh_ss(bits[i]);
+}
+
+// out[t] = from[start + token[t] * stride], zero beyond the tokens of the block.
+void gather(const void* from, int64_t start, int64_t type, const int32_t* token, int64_t stride, int64_t tokens, int64_t n,
+            float* out) {
+    const uint16_t* bits = static_cast<const uint16_t*>(from) + start;
+    const int32_t last = int32_t(tokens - 1);
+    for (int64_t t = 0; t < n; ++t) {
+        const uint16_t value = bits[std::min(token[t], last) * stride];
+        out[t] = type == kBFloat16 ? from_bits(uint32_t(value) << 16) : _cvtsh_ss(value);
+    }
+    if (n > tokens)
+        for (int64_t t = 0; t < n; ++t) out[t] = token[t] < tokens ? out[t] : 0;
 }
 
 // e^x for x <= 0 to 1e-7 (relative); the smallest normal number below -87.
@@ -560,11 +838,14 @@ struct Attention {
     // Fold a piece of weights that are relative to `highest` into the state; returns their factor.
     static float merge(State& s, float highest, float total, int64_t n) {
         const float higher = std::max(*s.highest, highest);
-        const float decay = exponential(*s.highest - higher), factor = exponential(highest - higher);
-        if (decay != 1.0f)
+        const float factor = highest == higher ? 1.0f : exponential(highest - higher);
+        if (*s.highest != higher) {
+            const float decay = exponential(*s.highest - higher);
             for (int64_t c = 0; c < n; ++c) s.sum[c] *= decay;
-        *s.total = *s.total * decay + total * factor;
-        *s.highest = higher;
+            *s.total *= decay;
+            *s.highest = higher;
+        }
+        *s.total += total * factor;
         return factor;
     }
 
@@ -572,7 +853,18 @@ struct Attention {
         return std::clamp<int64_t>(positions[b * length + m % length] - start + 1, 0, count);
     }
 
-    void attend_block(Work& w, int64_t b, int64_t h, int64_t j, const std::vector<Group>& mine, State* states) const {
+    // The share of query m in fetching a head's words of a block.
+    void prefetch(const Side& side, int64_t slot, int64_t channel, int64_t channels, int64_t m) const {
+        const int64_t n = queries();
+        for (int64_t word = side.words * m / n; word < side.words * (m + 1) / n; ++word) {
+            const int32_t* row = side.packed + (slot * side.words + word) * side.channels + channel;
+            for (int64_t c = 0; c < channels; c += 16) _mm_prefetch((const char*)(row + c), _MM_HINT_T1);
+        }
+    }
+
+    // Block j of row b; `next`: slot of the block after it, or -1.
+    void attend_block(Work& w, int64_t b, int64_t h, int64_t j, int64_t next, const std::vector<Group>& mine,
+                      State* states) const {
         const int64_t at = b * blocks + j, slot = slots[at], tokens = padded();
         int64_t most = 0;
         for (int64_t l = 0; l < length; ++l) most = std::max(most, visible(b, l, start[at], count[at]));
@@ -582,14 +874,13 @@ struct Attention {
             keys.kernel.unpack_keys(keys.packed + slot * keys.words * keys.channels + mine[g].start, keys.channels,
                                     keys.words, mine[g].channels, w.key_codes + w.key_at[g]);
             float *step = w.step + g * tokens, *zero = w.zero + g * tokens;
-            for (int64_t t = 0; t < tokens; ++t) {
-                const int64_t from = (slot * block + w.token[t]) * keys.groups + mine[g].index;
-                const bool exists = w.token[t] < block;
-                step[t] = exists ? keys.step() * element(keys.scale, from, keys.type) : 0;
-                zero[t] = !exists       ? 0
-                          : keys.zero ? element(keys.zero, from, keys.type)
-                                      : keys.offset() * element(keys.scale, from, keys.type);
-            }
+            const int64_t from = slot * block * keys.groups + mine[g].index;
+            gather(keys.scale, from, keys.type, w.token, keys.groups, block, tokens, step);
+            if (keys.zero)
+                gather(keys.zero, from, keys.type, w.token, keys.groups, block, tokens, zero);
+            else
+                for (int64_t t = 0; t < tokens; ++t) zero[t] = keys.offset() * step[t];
+            for (int64_t t = 0; t < tokens; ++t) step[t] *= keys.step();
         }
         values.kernel.unpack_values(values.packed + slot * values.words * values.channels + h * value_size, values.channels,
                                     values.words, value_size, w.value_codes);
@@ -603,6 +894,10 @@ struct Attention {
 
         const int32_t limit = values.kernel.value_limit;
         for (int64_t m = 0; m < queries(); ++m) {
+            if (next >= 0) {  // a head's rows are too short for the processor to foresee the next one
+                prefetch(keys, next, h * size, size, m);
+                prefetch(values, next, h * value_size, value_size, m);
+            }
             const int64_t seen = visible(b, m, start[at], count[at]);
             if (!seen) continue;
             for (size_t g = 0; g < mine.size(); ++g) {
@@ -622,7 +917,7 @@ struct Attention {
             if (seen < tokens)
                 for (int64_t t = 0; t < tokens; ++t) w.score[t] = w.token[t] < seen ? w.score[t] : nothing;
 #pragma omp simd reduction(max : highest)
-            for (int64_t t = 0; t < tokens; ++t) highest = std::max(highest, w.score[t]);
+            for (int64_t t = 0; t < tokens; ++t) highest = w.score[t] > highest ? w.score[t] : highest;
             int32_t total = 0;
 #pragma omp simd reduction(+ : total)
             for (int64_t t = 0; t < tokens; ++t) {
@@ -682,11 +977,7 @@ extern "C" {
 
 // 2: AVX-512 VBMI and VNNI; 1: AVX2.
 int64_t lookup_instructions() {
-#if defined(__AVX512VBMI__) && defined(__AVX512VNNI__) && defined(__AVX512BW__)
-    return 2;
-#else
-    return 1;
-#endif
+    return sizeof(Register) == 64 ? 2 : 1;
 }
 
 // Softmax attention of `query` [batch, heads, length, size] over packed blocks and exact runs.
@@ -750,8 +1041,9 @@ int64_t lookup_attention(float* out, const float* query, const int64_t* position
                 at[0] = -std::numeric_limits<float>::infinity();
                 states.push_back({at, at + 1, at + 2});
             }
-            for (int64_t j = blocks * split / splits; j < blocks * (split + 1) / splits; ++j)
-                a.attend_block(work, b, h, j, a.groups[h], states.data());
+            const int64_t end = blocks * (split + 1) / splits;
+            for (int64_t j = blocks * split / splits; j < end; ++j)
+                a.attend_block(work, b, h, j, j + 1 < end ? a.slots[b * blocks + j + 1] : -1, a.groups[h], states.data());
             if (!split)
                 for (const Exact& run : a.exact) a.attend_exact(work, b, h, run, states.data());
         }
