@@ -30,7 +30,7 @@ MARCH_VARIABLE = "ALRD_CPU_MARCH"
 
 _FOLDER = Path(__file__).resolve().parent
 #: Without contraction and with IEEE divisions the kernels give the reference's bits; a fused product is written out.
-_FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-Wall")
+_FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-Wno-psabi")
 #: OpenMP's symbols come with `libtorch_cpu`, even where the linker would drop a library that none is missing from.
 _LINKER_FLAGS = ("-Wl,--no-as-needed",)
 _REQUIRED = ("avx2", "fma", "f16c")
