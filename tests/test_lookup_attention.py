@@ -1,0 +1,245 @@
+"""Attention by table look-up and by int8 dot products against float64 arithmetic on the stored codes."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from configuration_alrd_llama import QuantScheme
+from modules.kernels import cpp_library
+from modules.kernels import lookup_attention as kernels
+from modules.kernels.attention import latent_attention
+from modules.kernels.lookup_attention import FASTER, METHODS, lookup_attention
+from modules.kernels.packed import PackedCache, PackedSide, Rope, Tile
+from modules.kivi_cache import CacheScheme, KIVILatentLayer
+from modules.qlutattn import QLUTATTN
+from modules.quant_utils import expand_groups, grid, unpack_codes
+from tests.conftest import PoisonedTorch
+
+
+@pytest.fixture(autouse=True)
+def poisoned_result(monkeypatch):
+    """An element of the result that the kernel does not write shows as NaN."""
+    monkeypatch.setattr(kernels, "torch", PoisonedTorch())
+
+
+@pytest.fixture(params=["native", "haswell"])
+def instructions(request, monkeypatch):
+    """The kernel as this machine runs it, and with AVX2 only."""
+    monkeypatch.setenv(cpp_library.MARCH_VARIABLE, request.param)
+    cpp_library.library.cache_clear()
+    yield kernels.instructions()
+    cpp_library.library.cache_clear()
+
+
+def exact_side(side: PackedSide, length: int) -> PackedSide:
+    """The side with states dequantized in float64, which nothing rounds."""
+    (part,) = side.parts
+    _, spacing, offset = grid(part.bits)
+    widths = part.groups or (1,) * part.packed.shape[-1]
+
+    def read(slots):
+        scale = expand_groups(part.scale[slots].double(), widths)
+        zero = -offset * scale if part.zero_point is None else expand_groups(part.zero_point[slots].double(), widths)
+        return unpack_codes(part.packed[slots], part.bits, length) * spacing * scale + zero
+
+    return PackedSide(read, side.parts)
+
+
+def expected(query, cache: PackedCache, **how) -> torch.Tensor:
+    """Attention in float64."""
+    if cache.keys is not None:
+        sides = (exact_side(side, cache.block_length) for side in (cache.keys, cache.values))
+        cache = replace(cache, **dict(zip(("keys", "values"), sides)))
+    return latent_attention(query.double(), cache=cache, **how)[0]
+
+
+def plain(query, cache: PackedCache, positions, value_widths, scaling, **_) -> torch.Tensor:
+    """Attention of full blocks as PyTorch does it in the type of the model: all states at once, weights rounded."""
+    keys, values = (
+        torch.cat([getattr(tile, side).flatten(1, 2) for tile in cache.tiles()], dim=1)
+        .unflatten(-1, (len(value_widths), -1))
+        .transpose(1, 2)
+        .repeat_interleave(query.shape[1] // len(value_widths), dim=1)
+        for side in ("keys", "values")
+    )
+    weights = ((query @ keys.transpose(2, 3)) * scaling).softmax(-1, dtype=torch.float32)
+    return weights.to(query.dtype) @ values
+
+
+def new_layer(keys: QuantScheme, values: QuantScheme, heads: int, size: int, value_size: int | None = None, **window):
+    widths = ((size,) * heads, (value_size or size,) * heads)
+    return KIVILatentLayer(CacheScheme.of(keys, values, **window), widths, backend="reference")
+
+
+def arguments(heads: int, size: int, positions, value_size: int | None = None) -> dict:
+    how = {"expand_keys": None, "rope": None, "scaling": size**-0.5}
+    return {"positions": torch.tensor(positions), "value_widths": (value_size or size,) * heads, **how}
+
+
+def error(actual: torch.Tensor, exact: torch.Tensor) -> float:
+    return (actual - exact).square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bits", [(1, 1), (2, 2), (4, 4), (1, 4), (4, 2)], ids=str)
+def test_error_is_at_most_twice_that_of_plain_bfloat16(instructions, bits, dtype, method):
+    """Flat and sharp weights; in bfloat16 it is in truth at most six tenths of it."""
+    layer = new_layer(QLUTATTN[f"K{bits[0]}"], QLUTATTN[f"V{bits[1]}"], 2, 128)
+    layer.append(*torch.randn(2, 1, 700, 256).to(dtype))
+    for sharpness in (0.3, 1, 3):
+        query = (torch.randn(1, 8, 1, 128) * sharpness).to(dtype)
+        how = {"cache": layer.packed(), **arguments(2, 128, [[699]])}
+        exact = expected(query, **how)
+        simple = plain(query.bfloat16(), **{**how, "cache": replace(how["cache"], **bfloat16_states(how["cache"]))})
+        assert 0 < error(lookup_attention(query, **how, method=method), exact) <= 2 * error(simple, exact)
+
+
+def bfloat16_states(cache: PackedCache) -> dict:
+    """Fields of a cache that is read in bfloat16."""
+    exact = {
+        name: tuple(replace(t, keys=t.keys.bfloat16(), values=t.values.bfloat16()) for t in getattr(cache, name))
+        for name in ("before", "after")
+    }
+    sides = {name: exact_side(getattr(cache, name), cache.block_length) for name in ("keys", "values")}
+    return exact | {n: PackedSide(lambda slots, side=side: side.read(slots).bfloat16()) for n, side in sides.items()}
+
+
+#: Query heads, heads, channels of a key and of a value; groups of channels of the keys, tokens of a block.
+SHAPES = [
+    (4, 2, 80, 80, 0, 128),
+    (3, 3, 128, 128, 48, 32),
+    (6, 2, 20, 37, 7, 63),
+    (2, 1, 4, 130, 0, 96),
+    (4, 1, 256, 1, 128, 130),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_any_shape(instructions, method, shape):
+    """Several rows of different length, some pads, new tokens that see each other in part, all widths."""
+    heads, kv_heads, size, value_size, group, block = shape
+    for k, v in ((1, 2), (2, 4), (4, 1)):
+        values = QuantScheme(v, "per_channel", group_size=block, symmetric=v == 2 or None)
+        layer = new_layer(
+            QuantScheme(k, "per_token", group, symmetric=k == 4 or None), values, kv_heads, size, value_size,
+            residual_length=5, sink_length=3,
+        )  # fmt: skip
+        real = torch.ones(3, 3 * block + 41, dtype=torch.bool)
+        real[0, : block + 7], real[2, : real.shape[1] - 6] = False, False
+        layer.append(torch.randn(3, real.shape[1], kv_heads * size), torch.randn(3, *real.shape[1:], kv_heads * value_size), real)
+        layer.append(torch.randn(3, block + 9, kv_heads * size), torch.randn(3, block + 9, kv_heads * value_size))
+        held = torch.tensor([row.tokens for row in layer.rows])
+        assert len({len(row.blocks) for row in layer.rows}) > 1
+        new = Tile(
+            torch.randn(3, 1, 3, kv_heads * size), torch.randn(3, 1, 3, kv_heads * value_size),
+            held[:, None].int(), torch.full((3, 1), 3, dtype=torch.int32),
+        )  # fmt: skip
+        how = arguments(kv_heads, size, [], value_size) | {"positions": held[:, None] + torch.arange(3)}
+        query, cache = torch.randn(3, heads, 3, size), layer.packed(new)
+        exact = expected(query, cache, **how)
+        assert error(lookup_attention(query, cache=cache, **how, method=method), exact) < 2e-3 * exact.std().item()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_queries_see_the_tokens_before_them(instructions, method):
+    """Queries in the sinks, in blocks, at their edges and in the window; a crop has cut a block."""
+    layer = new_layer(QLUTATTN["K2"], QLUTATTN["V2"], 2, 32, residual_length=8)
+    layer.append(*torch.randn(2, 1, 560, 64))
+    layer.crop(560 - 300)
+    layer.append(*torch.randn(2, 1, 250, 64))
+    assert 0 < min(layer.rows[0].counts) < 128
+    how = arguments(2, 32, [[0, 3, 4, 5, 131, 132, 200, 299, 300, 301, 427, 428, 500, 549, 549]])
+    query, cache = torch.randn(1, 4, 15, 32), layer.packed()
+    exact = expected(query, cache, **how)
+    assert torch.allclose(lookup_attention(query, cache=cache, **how, method=method), exact.float(), atol=5e-3)
+    first = lookup_attention(query[:, :, :1], cache=cache, **how | {"positions": torch.tensor([[0]])}, method=method)
+    assert torch.allclose(first[0, :, 0].view(2, 2, 32), cache.before[0].values[0, 0, 0].view(2, 1, 32), atol=1e-6)
+
+
+def test_a_query_that_sees_nothing_and_a_cache_without_blocks(instructions):
+    layer = new_layer(QLUTATTN["K1"], QLUTATTN["V1"], 2, 16)
+    layer.append(*torch.randn(2, 2, 100, 32))
+    query, cache = torch.randn(2, 2, 2, 16), layer.packed()
+    assert cache.keys is None
+    how = arguments(2, 16, [[-1, 50], [99, 3]])
+    result = lookup_attention(query, cache=cache, **how)
+    assert torch.equal(result[0, :, 0], torch.zeros(2, 16))
+    assert torch.allclose(result, expected(query, cache, **how).float(), atol=1e-5)
+
+
+def test_pieces_of_the_sequence_add_up():
+    """Threads split the blocks; a row's result does not depend on how."""
+    layer = new_layer(QLUTATTN["K2"], QLUTATTN["V4"], 1, 64)
+    layer.append(*torch.randn(2, 1, 128 * 20, 64))
+    query, how = torch.randn(1, 2, 1, 64), {"cache": layer.packed(), **arguments(1, 64, [[128 * 20]])}
+    one = lookup_attention(query, **how)
+    torch.set_num_threads(3)
+    three = lookup_attention(query, **how)
+    assert not torch.equal(one, three)
+    assert torch.allclose(one, three, atol=1e-6)
+
+
+def test_drop_in_cache_after_rope(instructions):
+    """What `update` of a drop-in cache has stored; rows that share blocks."""
+    layer = KIVILatentLayer(CacheScheme.of(QLUTATTN["K4"], QLUTATTN["V2"]), backend="reference")
+    layer.update(*torch.randn(2, 1, 2, 300, 64).bfloat16())
+    layer.batch_repeat_interleave(3)
+    layer.update(*torch.randn(2, 3, 2, 9, 64).bfloat16())
+    query, how = torch.randn(3, 8, 1, 64).bfloat16(), {"cache": layer.packed(), **arguments(2, 64, [[308]] * 3)}
+    exact = expected(query, **how)
+    assert error(lookup_attention(query, **how), exact) <= 1e-2 * exact.std().item()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_the_faster_method_is_the_default(instructions, bits):
+    layer = new_layer(QLUTATTN[f"K{bits}"], QLUTATTN[f"V{bits}"], 1, 64)
+    layer.append(*torch.randn(2, 1, 300, 64))
+    query, how = torch.randn(1, 2, 1, 64), {"cache": layer.packed(), **arguments(1, 64, [[300]])}
+    results = {method: lookup_attention(query, **how, method=method) for method in METHODS}
+    assert not torch.equal(*results.values())
+    assert torch.equal(lookup_attention(query, **how), results[FASTER[instructions][bits]])
+
+
+PER_TOKEN, PER_CHANNEL = QLUTATTN["K2"], QLUTATTN["V2"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "values", "message"),
+    [
+        (PER_CHANNEL, PER_CHANNEL, "keys: must be quantized per token"),
+        (PER_TOKEN, PER_TOKEN, "values: must be quantized per channel, a scale for each 128 tokens"),
+        (PER_TOKEN, QuantScheme(2, "per_channel", 32), None),
+        (QuantScheme(2, "per_token", 96), PER_CHANNEL, "keys: must have groups of channels within heads of 64 channels"),
+        (replace(PER_TOKEN, bits=3), PER_CHANNEL, "keys: must be stored at one width of 1, 2 or 4 bits"),
+        (PER_TOKEN, replace(PER_CHANNEL, bits=1.5), "values: must be stored at one width of 1, 2 or 4 bits"),
+        (PER_TOKEN, QuantScheme(16), "values: must be stored at one width of 1, 2 or 4 bits"),
+    ],
+    ids=str,
+)
+def test_what_the_kernel_does_not_read_is_refused(keys, values, message):
+    scheme = CacheScheme.of(keys, values)
+    layer = KIVILatentLayer(scheme, ((128,), (128,)), backend="reference")
+    layer.append(*torch.randn(2, 1, 400, 128))
+    query, how = torch.randn(1, 2, 1, 64), {"cache": layer.packed(), **arguments(2, 64, [[400]])}
+    if message is None:
+        assert scheme.block_length == 32
+        assert lookup_attention(query, **how).isfinite().all()
+    else:
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            lookup_attention(query, **how)
+
+
+def test_arguments_are_refused():
+    query, how = torch.randn(1, 2, 1, 4), {"cache": PackedCache(), **arguments(2, 4, [[0]])}
+    for changed, message in (
+        ({"rope": Rope(torch.ones(2))}, "expand_keys, rope: must be None"),
+        ({"value_widths": (4, 3)}, r"value_widths=\(4, 3\): must be equal"),
+        ({"method": "tables"}, "method='tables': must be one of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            lookup_attention(query, **{**how, **changed})
+    with pytest.raises(ValueError, match="query: must be float32, bfloat16 or float16 on the CPU, not torch.float64"):
+        lookup_attention(query.double(), **how)
