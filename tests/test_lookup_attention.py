@@ -109,9 +109,9 @@ def bfloat16_states(cache: PackedCache) -> dict:
 #: Query heads, heads, channels of a key and of a value; groups of channels of the keys, tokens of a block.
 SHAPES = [
     (4, 2, 80, 80, 0, 128),
-    (3, 3, 128, 128, 48, 32),
+    (3, 3, 128, 128, 48, 48),
     (6, 2, 20, 37, 7, 63),
-    (2, 1, 4, 130, 0, 96),
+    (2, 1, 4, 130, 3, 96),
     (4, 1, 256, 1, 128, 130),
 ]
 
@@ -140,7 +140,7 @@ def test_any_shape(instructions, method, shape):
         how = arguments(kv_heads, size, [], value_size) | {"positions": held[:, None] + torch.arange(3)}
         query, cache = torch.randn(3, heads, 3, size), layer.packed(new)
         exact = expected(query, cache, **how)
-        assert error(lookup_attention(query, cache=cache, **how, method=method), exact) < 2e-3 * exact.std().item()
+        assert error(lookup_attention(query, cache=cache, **how, method=method), exact) < 6e-3 * exact.std().item()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -148,7 +148,7 @@ def test_queries_see_the_tokens_before_them(instructions, method):
     """Queries in the sinks, in blocks, at their edges and in the window; a crop has cut a block."""
     layer = new_layer(QLUTATTN["K2"], QLUTATTN["V2"], 2, 32, residual_length=8)
     layer.append(*torch.randn(2, 1, 560, 64))
-    layer.crop(560 - 300)
+    layer.crop(-260)
     layer.append(*torch.randn(2, 1, 250, 64))
     assert 0 < min(layer.rows[0].counts) < 128
     how = arguments(2, 32, [[0, 3, 4, 5, 131, 132, 200, 299, 300, 301, 427, 428, 500, 549, 549]])
@@ -173,8 +173,8 @@ def test_a_query_that_sees_nothing_and_a_cache_without_blocks(instructions):
 def test_pieces_of_the_sequence_add_up():
     """Threads split the blocks; a row's result does not depend on how."""
     layer = new_layer(QLUTATTN["K2"], QLUTATTN["V4"], 1, 64)
-    layer.append(*torch.randn(2, 1, 128 * 20, 64))
-    query, how = torch.randn(1, 2, 1, 64), {"cache": layer.packed(), **arguments(1, 64, [[128 * 20]])}
+    layer.append(*torch.randn(2, 1, 128 * 40, 64))
+    query, how = torch.randn(1, 2, 1, 64), {"cache": layer.packed(), **arguments(1, 64, [[128 * 40]])}
     one = lookup_attention(query, **how)
     torch.set_num_threads(3)
     three = lookup_attention(query, **how)
@@ -211,7 +211,7 @@ PER_TOKEN, PER_CHANNEL = QLUTATTN["K2"], QLUTATTN["V2"]
     [
         (PER_CHANNEL, PER_CHANNEL, "keys: must be quantized per token"),
         (PER_TOKEN, PER_TOKEN, "values: must be quantized per channel, a scale for each 128 tokens"),
-        (PER_TOKEN, QuantScheme(2, "per_channel", 32), None),
+        (PER_TOKEN, QuantScheme(2, "per_channel", 32), "values: must be quantized per channel, a scale for each 128 tokens"),
         (QuantScheme(2, "per_token", 96), PER_CHANNEL, "keys: must have groups of channels within heads of 64 channels"),
         (replace(PER_TOKEN, bits=3), PER_CHANNEL, "keys: must be stored at one width of 1, 2 or 4 bits"),
         (PER_TOKEN, replace(PER_CHANNEL, bits=1.5), "values: must be stored at one width of 1, 2 or 4 bits"),
@@ -220,16 +220,12 @@ PER_TOKEN, PER_CHANNEL = QLUTATTN["K2"], QLUTATTN["V2"]
     ids=str,
 )
 def test_what_the_kernel_does_not_read_is_refused(keys, values, message):
-    scheme = CacheScheme.of(keys, values)
-    layer = KIVILatentLayer(scheme, ((128,), (128,)), backend="reference")
+    widths = (128,) if keys.group_size == 96 else (64, 64)
+    layer = KIVILatentLayer(CacheScheme.of(keys, values), (widths, widths), backend="reference")
     layer.append(*torch.randn(2, 1, 400, 128))
     query, how = torch.randn(1, 2, 1, 64), {"cache": layer.packed(), **arguments(2, 64, [[400]])}
-    if message is None:
-        assert scheme.block_length == 32
-        assert lookup_attention(query, **how).isfinite().all()
-    else:
-        with pytest.raises(ValueError, match=f"^{message}$"):
-            lookup_attention(query, **how)
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        lookup_attention(query, **how)
 
 
 def test_arguments_are_refused():
