@@ -129,7 +129,9 @@ def test_any_shape(instructions, method, shape):
         )  # fmt: skip
         real = torch.ones(3, 3 * block + 41, dtype=torch.bool)
         real[0, : block + 7], real[2, : real.shape[1] - 6] = False, False
-        layer.append(torch.randn(3, real.shape[1], kv_heads * size), torch.randn(3, *real.shape[1:], kv_heads * value_size), real)
+        layer.append(
+            torch.randn(3, real.shape[1], kv_heads * size), torch.randn(3, *real.shape[1:], kv_heads * value_size), real
+        )
         layer.append(torch.randn(3, block + 9, kv_heads * size), torch.randn(3, block + 9, kv_heads * value_size))
         held = torch.tensor([row.tokens for row in layer.rows])
         assert len({len(row.blocks) for row in layer.rows}) > 1
@@ -211,8 +213,16 @@ PER_TOKEN, PER_CHANNEL = QLUTATTN["K2"], QLUTATTN["V2"]
     [
         (PER_CHANNEL, PER_CHANNEL, "keys: must be quantized per token"),
         (PER_TOKEN, PER_TOKEN, "values: must be quantized per channel, a scale for each 128 tokens"),
-        (PER_TOKEN, QuantScheme(2, "per_channel", 32), "values: must be quantized per channel, a scale for each 128 tokens"),
-        (QuantScheme(2, "per_token", 96), PER_CHANNEL, "keys: must have groups of channels within heads of 64 channels"),
+        (
+            PER_TOKEN,
+            QuantScheme(2, "per_channel", 32),
+            "values: must be quantized per channel, a scale for each 128 tokens",
+        ),
+        (
+            QuantScheme(2, "per_token", 96),
+            PER_CHANNEL,
+            "keys: must have groups of channels within heads of 64 channels",
+        ),
         (replace(PER_TOKEN, bits=3), PER_CHANNEL, "keys: must be stored at one width of 1, 2 or 4 bits"),
         (PER_TOKEN, replace(PER_CHANNEL, bits=1.5), "values: must be stored at one width of 1, 2 or 4 bits"),
         (PER_TOKEN, QuantScheme(16), "values: must be stored at one width of 1, 2 or 4 bits"),

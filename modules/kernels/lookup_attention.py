@@ -101,7 +101,9 @@ def lookup_attention(
     runs, kept = [], []
     for tile in (*cache.before, *cache.after):
         for run in range(tile.keys.shape[1]):
-            keys, values = (x[:, run] if x.stride(-1) == 1 else x[:, run].contiguous() for x in (tile.keys, tile.values))
+            keys, values = (
+                x[:, run] if x.stride(-1) == 1 else x[:, run].contiguous() for x in (tile.keys, tile.values)
+            )
             start, count = (x[:, run].contiguous() for x in (tile.start, tile.count))
             kept += [keys, values, start, count]
             strides = (*keys.stride()[:2], *values.stride()[:2])

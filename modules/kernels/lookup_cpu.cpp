@@ -36,13 +36,6 @@ struct Format {
     static constexpr int per_set = 16 * per_byte;
 };
 
-// Sum of the terms times the codes that an index holds.
-int32_t entry(const int32_t* terms, int combined, int bits, int index) {
-    int32_t sum = 0;
-    for (int j = 0; j < combined; ++j) sum += terms[j] * (index >> (j * bits) & ((1 << bits) - 1));
-    return sum;
-}
-
 // One side's codes at one width by one method. All sizes in bytes; `channels` are those of one scale group of a head.
 struct Kernel {
     int32_t key_limit, value_limit;  // largest |q| and p as integers
@@ -155,23 +148,17 @@ struct Lookup : Format<BITS> {
     static int64_t groups(int64_t channels) { return ceil_div(ceil_div(channels, indexed), 2) * 2; }
     static int64_t query_bytes(int64_t channels) { return groups(channels) * 128; }
     static int32_t prepare_query(const int32_t* query, int64_t channels, uint8_t* out) {
-        int32_t offsets = 0;
-        for (int64_t g = 0; g < groups(channels); ++g)
-            for (int place = 0; place < 4; ++place) {
-                int32_t terms[F::combined], least = 0;
-                for (int j = 0; j < F::combined; ++j) {
-                    const int64_t c = g * indexed + 4 * j + place;
-                    terms[j] = c < channels ? query[c] : 0;
-                    least += std::min(terms[j], 0) * (F::levels - 1);
-                }
-                offsets += least;
-                for (int index = 0; index < 16; ++index) {
-                    const int32_t value = entry(terms, F::combined, BITS, index) - least;
-                    out[g * 128 + place * 16 + index] = uint8_t(value & 127);
-                    out[g * 128 + 64 + place * 16 + index] = uint8_t(value >> 7);
-                }
+        int32_t offset = 0;
+        for (int64_t g = 0; g < groups(channels); ++g) {
+            int16_t terms[F::combined][4];
+            for (int j = 0; j < indexed; ++j) {
+                const int64_t c = g * indexed + j;
+                terms[j / 4][j % 4] = int16_t(c < channels ? query[c] : 0);
+                offset -= std::min<int32_t>(terms[j / 4][j % 4], 0) * (F::levels - 1);
             }
-        return -offsets;
+            tables<true>([&](int j) { return terms[j]; }, out + g * 128);
+        }
+        return offset;
     }
 
     static int64_t sets(int64_t words) { return ceil_div(words, 4); }
@@ -222,44 +209,49 @@ struct Lookup : Format<BITS> {
     }
 
     static int64_t weight_bytes(int64_t words) { return words * 256; }
-    // Tables of both nibbles of each word: lane k holds the 16 sums of byte k.
     static void prepare_weights(const int16_t* weights, int64_t words, uint8_t* out) {
-        const Register own = _mm512_set_epi16(7, 6, 5, 4, 3, 2, 1, 0, 7, 6, 5, 4, 3, 2, 1, 0, 7, 6, 5, 4, 3, 2, 1, 0, 7,
-                                              6, 5, 4, 3, 2, 1, 0);
-        const Register byte_k = _mm512_inserti32x4(
+        for (int64_t w = 0; w < words; ++w)
+            for (int nibble = 0; nibble < 2; ++nibble) {
+                const int16_t* first = weights + w / 4 * F::per_set + nibble * F::combined * 16 + w % 4 * 4;
+                tables<false>([&](int j) { return first + j * 16; }, out + w * 256 + nibble * 128);
+            }
+    }
+
+    // Tables of the sums of codes times terms, less the least of them; `terms(j)`: code j's four, one for each lane.
+    template <bool SIGNED, class Terms>
+    static void tables(const Terms& terms, uint8_t* out) {
+        const Register own = _mm512_set4_epi32(0x00070006, 0x00050004, 0x00030002, 0x00010000);
+        const Register lane = _mm512_inserti32x4(
             _mm512_inserti32x4(_mm512_inserti32x4(_mm512_set1_epi16(0x0100), _mm_set1_epi16(0x0302), 1),
                                _mm_set1_epi16(0x0504), 2),
             _mm_set1_epi16(0x0706), 3);
-        const Register seven = _mm512_set1_epi16(127);
-        for (int64_t w = 0; w < words; ++w)
-            for (int nibble = 0; nibble < 2; ++nibble) {
-                Register p[F::combined];
-                for (int j = 0; j < F::combined; ++j) {
-                    int64_t four;
-                    const int i = nibble * F::combined + j;
-                    std::memcpy(&four, weights + w / 4 * F::per_set + i * 16 + w % 4 * 4, 8);
-                    p[j] = _mm512_shuffle_epi8(_mm512_set1_epi64(four), byte_k);
-                }
-                // Entries with the index's highest bit clear, and set.
-                Register clear, set;
-                if (BITS == 4) {
-                    clear = _mm512_mullo_epi16(p[0], own);
-                    set = _mm512_add_epi16(clear, _mm512_slli_epi16(p[0], 3));
-                } else if (BITS == 2) {
-                    clear = _mm512_mullo_epi16(p[0], _mm512_and_si512(own, _mm512_set1_epi16(3)));
-                    clear = _mm512_mask_add_epi16(clear, 0xf0f0f0f0, clear, p[F::combined - 1]);
-                    set = _mm512_add_epi16(clear, _mm512_slli_epi16(p[F::combined - 1], 1));
-                } else {
-                    clear = _mm512_maskz_mov_epi16(0xaaaaaaaa, p[0]);
-                    clear = _mm512_mask_add_epi16(clear, 0xcccccccc, clear, p[1 % F::combined]);
-                    clear = _mm512_mask_add_epi16(clear, 0xf0f0f0f0, clear, p[2 % F::combined]);
-                    set = _mm512_add_epi16(clear, p[3 % F::combined]);
-                }
-                store(out, w * 4 + nibble * 2,
-                      _mm512_packus_epi16(_mm512_and_si512(clear, seven), _mm512_and_si512(set, seven)));
-                store(out, w * 4 + nibble * 2 + 1,
-                      _mm512_packus_epi16(_mm512_srli_epi16(clear, 7), _mm512_srli_epi16(set, 7)));
-            }
+        const Register seven = _mm512_set1_epi16(127), top = _mm512_set1_epi16(F::levels - 1);
+        Register p[F::combined], least = _mm512_setzero_si512();
+        for (int j = 0; j < F::combined; ++j) {
+            int64_t four;
+            std::memcpy(&four, terms(j), 8);
+            p[j] = _mm512_shuffle_epi8(_mm512_set1_epi64(four), lane);
+            if (SIGNED) least = _mm512_add_epi16(least, _mm512_min_epi16(p[j], _mm512_setzero_si512()));
+        }
+        // Entries with the index's highest bit clear, and set.
+        Register clear, set;
+        if (BITS == 4) {
+            clear = _mm512_mullo_epi16(p[0], own);
+            set = _mm512_slli_epi16(p[0], 3);
+        } else if (BITS == 2) {
+            clear = _mm512_mullo_epi16(p[0], _mm512_and_si512(own, _mm512_set1_epi16(3)));
+            clear = _mm512_mask_add_epi16(clear, 0xf0f0f0f0, clear, p[F::combined - 1]);
+            set = _mm512_slli_epi16(p[F::combined - 1], 1);
+        } else {
+            clear = _mm512_maskz_mov_epi16(0xaaaaaaaa, p[0]);
+            clear = _mm512_mask_add_epi16(clear, 0xcccccccc, clear, p[1 % F::combined]);
+            clear = _mm512_mask_add_epi16(clear, 0xf0f0f0f0, clear, p[2 % F::combined]);
+            set = p[3 % F::combined];
+        }
+        if (SIGNED) clear = _mm512_sub_epi16(clear, _mm512_mullo_epi16(least, top));
+        set = _mm512_add_epi16(clear, set);
+        store(out, 0, _mm512_packus_epi16(_mm512_and_si512(clear, seven), _mm512_and_si512(set, seven)));
+        store(out, 1, _mm512_packus_epi16(_mm512_srli_epi16(clear, 7), _mm512_srli_epi16(set, 7)));
     }
 
     static int64_t value_bytes(int64_t words, int64_t channels) { return words * ceil_div(channels, 16) * 128; }
@@ -435,16 +427,10 @@ struct Lookup : Format<BITS> {
     static int32_t prepare_query(const int32_t* query, int64_t channels, uint8_t* out) {
         for (int64_t g = 0; g < groups(channels); ++g)
             for (int lane = 0; lane < 2; ++lane) {
-                int32_t terms[F::combined];
-                for (int j = 0; j < F::combined; ++j) {
-                    const int64_t c = g / BITS * 8 + 4 * lane + g % BITS * F::combined + j;
-                    terms[j] = c < channels ? query[c] : 0;
-                }
-                for (int index = 0; index < 16; ++index) {
-                    const int32_t value = entry(terms, F::combined, BITS, index);
-                    out[g * 64 + lane * 16 + index] = uint8_t(value & 255);
-                    out[g * 64 + 32 + lane * 16 + index] = uint8_t(value >> 8 & 255);
-                }
+                const int64_t first = g / BITS * 8 + 4 * lane + g % BITS * F::combined;
+                const Register bytes = table([&](int j) { return int16_t(first + j < channels ? query[first + j] : 0); });
+                _mm_store_si128((__m128i*)(out + g * 64 + lane * 16), _mm256_castsi256_si128(bytes));
+                _mm_store_si128((__m128i*)(out + g * 64 + 32 + lane * 16), _mm256_extracti128_si256(bytes, 1));
             }
         return 0;
     }
@@ -492,26 +478,26 @@ struct Lookup : Format<BITS> {
     }
 
     static int64_t weight_bytes(int64_t words) { return words * 256; }
-    // For each byte and nibble of each word the low, then the high bytes of the 16 entries.
     static void prepare_weights(const int16_t* weights, int64_t words, uint8_t* out) {
-        const Register index = _mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        Register codes[F::combined];
-        for (int j = 0; j < F::combined; ++j)
-            codes[j] = _mm256_and_si256(_mm256_srli_epi16(index, j * BITS), _mm256_set1_epi16(F::levels - 1));
-        int64_t at = 0;
         for (int64_t w = 0; w < words; ++w)
             for (int k = 0; k < 4; ++k)
                 for (int nibble = 0; nibble < 2; ++nibble) {
-                    Register sum = _mm256_setzero_si256();
-                    for (int j = 0; j < F::combined; ++j) {
-                        const int i = nibble * F::combined + j;
-                        const int16_t p = weights[w / 4 * F::per_set + i * 16 + w % 4 * 4 + k];
-                        sum = _mm256_add_epi16(sum, _mm256_mullo_epi16(_mm256_set1_epi16(p), codes[j]));
-                    }
-                    const Register bytes = _mm256_packus_epi16(_mm256_and_si256(sum, _mm256_set1_epi16(255)),
-                                                               _mm256_srli_epi16(sum, 8));
-                    store(out, at++, _mm256_permute4x64_epi64(bytes, 0xd8));
+                    const int16_t* first = weights + w / 4 * F::per_set + nibble * F::combined * 16 + w % 4 * 4 + k;
+                    store(out, (w * 4 + k) * 2 + nibble, table([&](int j) { return first[j * 16]; }));
                 }
+    }
+    // The low, then the high bytes of the 16 sums of codes times `term(j)`.
+    template <class Term>
+    static Register table(const Term& term) {
+        const Register index = _mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        Register sum = _mm256_setzero_si256();
+        for (int j = 0; j < F::combined; ++j) {
+            const Register code =
+                _mm256_and_si256(_mm256_srli_epi16(index, j * BITS), _mm256_set1_epi16(F::levels - 1));
+            sum = _mm256_add_epi16(sum, _mm256_mullo_epi16(_mm256_set1_epi16(term(j)), code));
+        }
+        const Register low = _mm256_and_si256(sum, _mm256_set1_epi16(255));
+        return _mm256_permute4x64_epi64(_mm256_packus_epi16(low, _mm256_srli_epi16(sum, 8)), 0xd8);
     }
     static int64_t value_bytes(int64_t words, int64_t channels) { return words * ceil_div(channels, 32) * 256; }
     static void unpack_values(const int32_t* packed, int64_t stride, int64_t words, int64_t channels, uint8_t* out) {
