@@ -1,5 +1,6 @@
 """Attention by table look-up and by int8 dot products against float64 arithmetic on the stored codes."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -10,10 +11,12 @@ from modules.kernels import cpp_library
 from modules.kernels import lookup_attention as kernels
 from modules.kernels.attention import latent_attention
 from modules.kernels.lookup_attention import FASTER, METHODS, lookup_attention
-from modules.kernels.packed import PackedCache, PackedSide, Rope, Tile
+from modules.kernels.packed import PackedCache, Rope, Tile
 from modules.kivi_cache import CacheScheme, KIVILatentLayer
 from modules.qlutattn import QLUTATTN
-from modules.quant_utils import expand_groups, grid, unpack_codes
+from modules.quant_utils import unpack_and_dequantize
+from scripts import benchmark_lookup
+from scripts.benchmark_lookup import BenchmarkConfig, dequantizing, error, main, multiply, table, unpack_exactly
 from tests.conftest import PoisonedTorch
 
 
@@ -32,39 +35,20 @@ def instructions(request, monkeypatch):
     cpp_library.library.cache_clear()
 
 
-def exact_side(side: PackedSide, length: int) -> PackedSide:
-    """The side with states dequantized in float64, which nothing rounds."""
-    (part,) = side.parts
-    _, spacing, offset = grid(part.bits)
-    widths = part.groups or (1,) * part.packed.shape[-1]
-
-    def read(slots):
-        scale = expand_groups(part.scale[slots].double(), widths)
-        zero = -offset * scale if part.zero_point is None else expand_groups(part.zero_point[slots].double(), widths)
-        return unpack_codes(part.packed[slots], part.bits, length) * spacing * scale + zero
-
-    return PackedSide(read, side.parts)
-
-
 def expected(query, cache: PackedCache, **how) -> torch.Tensor:
-    """Attention in float64."""
-    if cache.keys is not None:
-        sides = (exact_side(side, cache.block_length) for side in (cache.keys, cache.values))
-        cache = replace(cache, **dict(zip(("keys", "values"), sides)))
-    return latent_attention(query.double(), cache=cache, **how)[0]
+    """Attention in float64 on the stored codes."""
+    exact = cache if cache.keys is None else dequantizing(cache, unpack_exactly, torch.float64)
+    return latent_attention(query.double(), cache=exact, **how)[0]
 
 
-def plain(query, cache: PackedCache, positions, value_widths, scaling, **_) -> torch.Tensor:
-    """Attention of full blocks as PyTorch does it in the type of the model: all states at once, weights rounded."""
-    keys, values = (
-        torch.cat([getattr(tile, side).flatten(1, 2) for tile in cache.tiles()], dim=1)
-        .unflatten(-1, (len(value_widths), -1))
-        .transpose(1, 2)
-        .repeat_interleave(query.shape[1] // len(value_widths), dim=1)
-        for side in ("keys", "values")
-    )
-    weights = ((query @ keys.transpose(2, 3)) * scaling).softmax(-1, dtype=torch.float32)
-    return weights.to(query.dtype) @ values
+def plain(query, cache: PackedCache, **how) -> torch.Tensor:
+    """Attention in plain bfloat16."""
+    tiles = {
+        name: tuple(replace(t, keys=t.keys.bfloat16(), values=t.values.bfloat16()) for t in getattr(cache, name))
+        for name in ("before", "after")
+    }
+    cache = replace(dequantizing(cache, unpack_and_dequantize, torch.bfloat16), **tiles)
+    return multiply(query.bfloat16(), cache=cache, **how)
 
 
 def new_layer(keys: QuantScheme, values: QuantScheme, heads: int, size: int, value_size: int | None = None, **window):
@@ -75,10 +59,6 @@ def new_layer(keys: QuantScheme, values: QuantScheme, heads: int, size: int, val
 def arguments(heads: int, size: int, positions, value_size: int | None = None) -> dict:
     how = {"expand_keys": None, "rope": None, "scaling": size**-0.5}
     return {"positions": torch.tensor(positions), "value_widths": (value_size or size,) * heads, **how}
-
-
-def error(actual: torch.Tensor, exact: torch.Tensor) -> float:
-    return (actual - exact).square().mean().sqrt().item()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -92,18 +72,8 @@ def test_error_is_at_most_twice_that_of_plain_bfloat16(instructions, bits, dtype
         query = (torch.randn(1, 8, 1, 128) * sharpness).to(dtype)
         how = {"cache": layer.packed(), **arguments(2, 128, [[699]])}
         exact = expected(query, **how)
-        simple = plain(query.bfloat16(), **{**how, "cache": replace(how["cache"], **bfloat16_states(how["cache"]))})
+        simple = plain(query, **how)
         assert 0 < error(lookup_attention(query, **how, method=method), exact) <= 2 * error(simple, exact)
-
-
-def bfloat16_states(cache: PackedCache) -> dict:
-    """Fields of a cache that is read in bfloat16."""
-    exact = {
-        name: tuple(replace(t, keys=t.keys.bfloat16(), values=t.values.bfloat16()) for t in getattr(cache, name))
-        for name in ("before", "after")
-    }
-    sides = {name: exact_side(getattr(cache, name), cache.block_length) for name in ("keys", "values")}
-    return exact | {n: PackedSide(lambda slots, side=side: side.read(slots).bfloat16()) for n, side in sides.items()}
 
 
 #: Query heads, heads, channels of a key and of a value; groups of channels of the keys, tokens of a block.
@@ -247,5 +217,44 @@ def test_arguments_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             lookup_attention(query, **{**how, **changed})
-    with pytest.raises(ValueError, match="query: must be float32, bfloat16 or float16 on the CPU, not torch.float64"):
+    with pytest.raises(ValueError, match=r"query: must be float32, bfloat16 or float16 on the CPU, not torch\.float64"):
         lookup_attention(query.double(), **how)
+
+
+# ---- the benchmark
+
+
+def test_benchmark_quick(tmp_path):
+    path = tmp_path / "record.json"
+    record = main(BenchmarkConfig(quick=True, threads=1, output=str(path)))
+    assert json.loads(path.read_text()) == record
+    assert [(r["length"], r["bits"]) for r in record["results"]] == [(256, 1), (256, 2), (256, 4)]
+    for r in record["results"]:
+        assert set(r["ms"]) == {"lookup", "dot", "dequantize"} and set(r["over_lookup"]) == {"dot", "dequantize"}
+        assert all(0 < f["p20"] <= f["p50"] <= f["p80"] for f in (*r["ms"].values(), *r["over_lookup"].values()))
+        assert r["error_over_bfloat16"]["dot"] < r["error_over_bfloat16"]["lookup"] < 1
+        assert r["packed_bytes"] < r["dense_bytes"]
+    lines = table(record).splitlines()
+    assert len(lines) == 5 and {line.count("|") for line in lines} == {9}
+
+
+def test_red_gate_reports_nothing(monkeypatch, tmp_path):
+    wrong = lambda query, **how: torch.zeros_like(query)  # noqa: E731
+    monkeypatch.setattr(benchmark_lookup, "lookup_attention", wrong)
+    with pytest.raises(RuntimeError, match=r"correctness gate: lookup: .* above 2; no figures"):
+        main(BenchmarkConfig(quick=True, output=str(tmp_path / "record.json")))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"bits": [3]}, "bits=3: must be 1, 2 or 4"),
+        ({"lengths": [100]}, r"lengths=\[100\]: must be multiples of 128"),
+        ({"kv_heads": 5}, "heads=32: must be a multiple of kv_heads=5"),
+        ({"rounds": 1}, "rounds"),
+    ],
+)
+def test_benchmark_refuses(fields, message):
+    with pytest.raises(ValueError, match=message):
+        BenchmarkConfig(**fields)

@@ -119,9 +119,10 @@ def lookup_attention(
         widths = cache.keys.parts[0].groups
     shape = (batch, heads, length, len(value_widths), size, value_widths[0], float(scaling))
     groups, exact = torch.tensor(widths, dtype=torch.int64), torch.tensor(runs, dtype=torch.int64)
+    keys, values = packed
     cpp_library.call(
-        "lookup_attention", out, query, positions, *shape, table, table.shape[2], block, *packed[0], groups, len(widths),
-        *packed[1], exact, len(runs), torch.get_num_threads(),
+        "lookup_attention", out, query, positions, *shape, table, table.shape[2], block, *keys, groups, len(widths),
+        *values, exact, len(runs), torch.get_num_threads(),
     )  # fmt: skip
     return out
 

@@ -1,10 +1,11 @@
-// Attention over codes of 1, 2 and 4 bits whose scales are constant along the sums: keys quantized per token (and cached
-// after RoPE), values per channel (QLUTATTN's formats). Two methods give the integer sums q·k and Σ p·v of a block:
+// Attention over codes of 1, 2 and 4 bits whose scales are constant along the sums: keys quantized per token (and
+// cached after RoPE), values per channel (QLUTATTN's formats). Two methods give the integer sums q·k and Σ p·v of a
+// block:
 //
-// * look-up: for each query, and for the weights of each block, tables of the sums over all values of the 4 / bits codes
-//   that fill a four-bit index. An entry has 14 bits, in two tables of seven, so that the bytes of two look-ups add up
-//   without a carry. AVX-512 VBMI: a table of 64 bytes holds four of 16 entries, one for each byte of a packed word; the
-//   index's bits 4 and 5 are the byte's place, and vpdpbusd adds the four up. AVX2: vpshufb, 16-bit sums.
+// * look-up: for each query, and for the weights of each block, tables of the sums over all values of the 4 / bits
+//   codes that fill a four-bit index. An entry has 14 bits, in two tables of seven, so that the bytes of two look-ups add
+//   up without a carry. AVX-512 VBMI: a table of 64 bytes holds four of 16 entries, one for each byte of a packed word;
+//   bits 4 and 5 of the index are the byte's place, and vpdpbusd adds the four up. AVX2: vpshufb, 16-bit sums.
 // * dot: the codes times the query, or the weights, in two int8 digits (vpdpbusd; AVX2: vpmaddubsw).
 //
 // Packed words stand as in modules/quant_utils.py, [words, channels]. Four words of a channel are a "set"; results and
@@ -38,7 +39,7 @@ struct Format {
 
 // One side's codes at one width by one method. All sizes in bytes; `channels` are those of one scale group of a head.
 struct Kernel {
-    int32_t key_limit, value_limit;  // largest |q| and p as integers
+    int32_t limit;  // largest |q| and p as integers
     int64_t (*query_bytes)(int64_t channels);
     int32_t (*prepare_query)(const int32_t* query, int64_t channels, uint8_t* out);  // returns what to subtract
     int64_t (*key_bytes)(int64_t words, int64_t channels);
@@ -428,7 +429,8 @@ struct Lookup : Format<BITS> {
         for (int64_t g = 0; g < groups(channels); ++g)
             for (int lane = 0; lane < 2; ++lane) {
                 const int64_t first = g / BITS * 8 + 4 * lane + g % BITS * F::combined;
-                const Register bytes = table([&](int j) { return int16_t(first + j < channels ? query[first + j] : 0); });
+                const auto term = [&](int j) { return int16_t(first + j < channels ? query[first + j] : 0); };
+                const Register bytes = table(term);
                 _mm_store_si128((__m128i*)(out + g * 64 + lane * 16), _mm256_castsi256_si128(bytes));
                 _mm_store_si128((__m128i*)(out + g * 64 + 32 + lane * 16), _mm256_extracti128_si256(bytes, 1));
             }
@@ -444,7 +446,7 @@ struct Lookup : Format<BITS> {
             for (int64_t c = 0; c < channels; c += 8) {
                 Register v[4];
                 for (int r = 0; r < 4; ++r)
-                    v[r] = w + r < words ? load_row(packed + (w + r) * stride + c, channels - c) : _mm256_setzero_si256();
+                    v[r] = load_row(packed + (w + r) * stride + c, w + r < words ? channels - c : 0);
                 transpose(v);
                 if (BITS == 1) {
                     exchange<1>(v[0], v[1], 0x55), exchange<1>(v[2], v[3], 0x55);
@@ -464,9 +466,10 @@ struct Lookup : Format<BITS> {
                 Register first = _mm256_setzero_si256(), second = first;
                 for (int64_t g = 0; g < n; g += kTogether) {
                     Register a = _mm256_setzero_si256(), b = a;
-                    for (int64_t j = g; j < std::min(g + kTogether, n); ++j)
-                        add_entries(load(keys, (set * n + j) * F::per_byte + i), load(query, 2 * j), load(query, 2 * j + 1),
-                                    a, b);
+                    for (int64_t j = g; j < std::min(g + kTogether, n); ++j) {
+                        const Register index = load(keys, (set * n + j) * F::per_byte + i);
+                        add_entries(index, load(query, 2 * j), load(query, 2 * j + 1), a, b);
+                    }
                     first = _mm256_add_epi32(first, add_lanes(a)), second = _mm256_add_epi32(second, add_lanes(b));
                 }
                 store(out, (set * F::per_byte + i) * 2, first), store(out, (set * F::per_byte + i) * 2 + 1, second);
@@ -505,9 +508,13 @@ struct Lookup : Format<BITS> {
         for (int64_t w = 0; w < words; ++w)
             for (int64_t c = 0; c < channels; c += 32) {
                 Register v[4];  // then register k: byte k of 32 channels
-                for (int m = 0; m < 4; ++m) v[m] = by_byte(load_row(packed + w * stride + c + 8 * m, channels - c - 8 * m));
+                for (int m = 0; m < 4; ++m)
+                    v[m] = by_byte(load_row(packed + w * stride + c + 8 * m, channels - c - 8 * m));
                 transpose(v);
-                for (int k = 0; k < 4; ++k) store(out, at++, index_of(v[k], false)), store(out, at++, index_of(v[k], true));
+                for (int k = 0; k < 4; ++k) {
+                    store(out, at++, index_of(v[k], false));
+                    store(out, at++, index_of(v[k], true));
+                }
             }
     }
     static void sum(const uint8_t* weights, const uint8_t* values, int64_t words, int64_t channels, int32_t* out) {
@@ -559,8 +566,8 @@ struct Dot : Digits<BITS> {
             for (int64_t c = 0; c < channels; c += 4)
                 for (int half = 0; half < 2; ++half) {
                     const auto row = [&](int64_t r) {
-                        return r < words ? _mm256_castsi256_si128(load_row(packed + r * stride + c, std::min<int64_t>(channels - c, 4)))
-                                         : _mm_setzero_si128();
+                        const int64_t n = r < words ? std::min<int64_t>(channels - c, 4) : 0;
+                        return _mm256_castsi256_si128(load_row(packed + r * stride + c, n));
                     };
                     const Register x = by_byte(_mm256_set_m128i(row(w + 2 * half + 1), row(w + 2 * half)));
                     for (int i = 0; i < F::per_byte; ++i) store(out, at++, code<BITS>(x, i));
@@ -603,7 +610,8 @@ struct Dot : Digits<BITS> {
                 for (int64_t w = set; w < std::min(set + 4, words); ++w)
                     for (int i = 0; i < F::per_byte; ++i) {
                         const uint8_t* p = weights + w / 4 * F::per_set + i * 16 + w % 4 * 4;
-                        sums.add(load(values, (w * columns + column) * F::per_byte + i), broadcast(p), broadcast(p + n));
+                        const Register codes = load(values, (w * columns + column) * F::per_byte + i);
+                        sums.add(codes, broadcast(p), broadcast(p + n));
                     }
                 total = _mm256_add_epi32(total, sums.total());
             }
@@ -616,7 +624,7 @@ struct Dot : Digits<BITS> {
 
 template <class K>
 constexpr Kernel kernel() {
-    return {K::limit,        K::limit,           K::query_bytes, K::prepare_query, K::key_bytes, K::unpack_keys, K::score,
+    return {K::limit, K::query_bytes,  K::prepare_query,   K::key_bytes,   K::unpack_keys,   K::score,
             K::weight_bytes, K::prepare_weights, K::value_bytes, K::unpack_values, K::sum};
 }
 
@@ -651,8 +659,8 @@ void elements(const void* from, int64_t start, int64_t type, int64_t n, float* o
 }
 
 // out[t] = from[start + token[t] * stride], zero beyond the tokens of the block.
-void gather(const void* from, int64_t start, int64_t type, const int32_t* token, int64_t stride, int64_t tokens, int64_t n,
-            float* out) {
+void gather(const void* from, int64_t start, int64_t type, const int32_t* token, int64_t stride, int64_t tokens,
+            int64_t n, float* out) {
     const uint16_t* bits = static_cast<const uint16_t*>(from) + start;
     const int32_t last = int32_t(tokens - 1);
     for (int64_t t = 0; t < n; ++t) {
@@ -805,14 +813,15 @@ struct Attention {
                     largest = std::max(largest, std::fabs(x));
                     total += x;
                 }
-                const float unit = largest > 0 ? largest / keys.kernel.key_limit : 1.0f;
+                const float unit = largest > 0 ? largest / keys.kernel.limit : 1.0f;
                 int32_t sum = 0;
                 for (int64_t c = 0; c < n; ++c) {
                     integers[c] = int32_t(std::nearbyint(w.query[m * size + start + c] / unit));
                     sum += integers[c];
                 }
                 const int64_t at = m * mine.size() + g;
-                w.subtract[at] = keys.kernel.prepare_query(integers.data(), n, w.tables + m * w.query_stride + w.query_at[g]);
+                uint8_t* tables = w.tables + m * w.query_stride + w.query_at[g];
+                w.subtract[at] = keys.kernel.prepare_query(integers.data(), n, tables);
                 w.unit[at] = unit;
                 // What rounding the query has lost meets codes around the middle of the grid.
                 w.correction[at] = middle * (total - unit * float(sum));
@@ -868,8 +877,8 @@ struct Attention {
                 for (int64_t t = 0; t < tokens; ++t) zero[t] = keys.offset() * step[t];
             for (int64_t t = 0; t < tokens; ++t) step[t] *= keys.step();
         }
-        values.kernel.unpack_values(values.packed + slot * values.words * values.channels + h * value_size, values.channels,
-                                    values.words, value_size, w.value_codes);
+        values.kernel.unpack_values(values.packed + slot * values.words * values.channels + h * value_size,
+                                    values.channels, values.words, value_size, w.value_codes);
         const int64_t channel = slot * values.channels + h * value_size;
         elements(values.scale, channel, values.type, value_size, w.value_step);
         if (values.zero)
@@ -878,7 +887,7 @@ struct Attention {
             for (int64_t c = 0; c < value_size; ++c) w.value_zero[c] = values.offset() * w.value_step[c];
         for (int64_t c = 0; c < value_size; ++c) w.value_step[c] *= values.step();
 
-        const int32_t limit = values.kernel.value_limit;
+        const int32_t limit = values.kernel.limit;
         for (int64_t m = 0; m < queries(); ++m) {
             if (next >= 0) {  // a head's rows are too short for the processor to foresee the next one
                 prefetch(keys, next, h * size, size, m);
@@ -929,9 +938,10 @@ struct Attention {
         for (int64_t first = 0; first < run.count[b]; first += kExact) {
             const int64_t n = std::min<int64_t>(kExact, run.count[b] - first);
             for (int64_t t = 0; t < n; ++t) {
-                elements(run.keys, b * run.key_row + (first + t) * run.key_token + h * size, run.type, size, k + t * size);
-                elements(run.values, b * run.value_row + (first + t) * run.value_token + h * value_size, run.type,
-                         value_size, v + t * value_size);
+                const int64_t key = b * run.key_row + (first + t) * run.key_token + h * size;
+                const int64_t value = b * run.value_row + (first + t) * run.value_token + h * value_size;
+                elements(run.keys, key, run.type, size, k + t * size);
+                elements(run.values, value, run.type, value_size, v + t * value_size);
             }
             for (int64_t m = 0; m < queries(); ++m) {
                 const int64_t seen = visible(b, m, run.start[b] + first, n);
@@ -969,14 +979,15 @@ int64_t lookup_instructions() {
 // Softmax attention of `query` [batch, heads, length, size] over packed blocks and exact runs.
 //
 // out: [batch, heads, length, value_size]. table: [3, batch, blocks]. `*_lookup`: by tables, or by dot products.
-// widths: channels of the keys' `key_groups` scale groups, each inside one head. exact: `runs` times the fields of `Exact`.
+// widths: channels of the keys' `key_groups` scale groups, each inside one head. exact: `runs` times the fields of
+// `Exact`. Types: those of `Type`.
 int64_t lookup_attention(float* out, const float* query, const int64_t* positions, int64_t batch, int64_t heads,
                          int64_t length, int64_t kv_heads, int64_t size, int64_t value_size, float scaling,
                          const int32_t* table, int64_t blocks, int64_t block, int64_t key_bits, int64_t key_lookup,
                          const int32_t* key_packed, const void* key_scale, const void* key_zero, int64_t key_type,
                          const int64_t* widths, int64_t key_groups, int64_t value_bits, int64_t value_lookup,
-                         const int32_t* value_packed, const void* value_scale, const void* value_zero, int64_t value_type,
-                         const int64_t* exact, int64_t runs, int64_t threads) {
+                         const int32_t* value_packed, const void* value_scale, const void* value_zero,
+                         int64_t value_type, const int64_t* exact, int64_t runs, int64_t threads) {
     const auto words = [&](int64_t bits) { return ceil_div(block, 32 / bits); };
     Attention a{query,
                 positions,
@@ -1006,7 +1017,8 @@ int64_t lookup_attention(float* out, const float* query, const int64_t* position
     }
 
     // Pieces of the sequence, so that few heads keep many threads busy.
-    const int64_t splits = std::clamp<int64_t>(ceil_div(4 * threads, batch * kv_heads), 1, std::max<int64_t>(blocks / 4, 1));
+    const int64_t wanted = ceil_div(4 * threads, batch * kv_heads);
+    const int64_t splits = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(blocks / 4, 1));
     const int64_t tasks = batch * kv_heads * splits, n = a.queries(), record = value_size + 2;
     std::vector<float> partial(tasks * n * record);
 #pragma omp parallel num_threads(threads)
@@ -1028,8 +1040,10 @@ int64_t lookup_attention(float* out, const float* query, const int64_t* position
                 states.push_back({at, at + 1, at + 2});
             }
             const int64_t end = blocks * (split + 1) / splits;
-            for (int64_t j = blocks * split / splits; j < end; ++j)
-                a.attend_block(work, b, h, j, j + 1 < end ? a.slots[b * blocks + j + 1] : -1, a.groups[h], states.data());
+            for (int64_t j = blocks * split / splits; j < end; ++j) {
+                const int64_t next = j + 1 < end ? a.slots[b * blocks + j + 1] : -1;
+                a.attend_block(work, b, h, j, next, a.groups[h], states.data());
+            }
             if (!split)
                 for (const Exact& run : a.exact) a.attend_exact(work, b, h, run, states.data());
         }
