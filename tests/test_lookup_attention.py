@@ -41,14 +41,13 @@ def expected(query, cache: PackedCache, **how) -> torch.Tensor:
     return latent_attention(query.double(), cache=exact, **how)[0]
 
 
-def plain(query, cache: PackedCache, **how) -> torch.Tensor:
-    """Attention in plain bfloat16."""
+def plain(query, cache: PackedCache, dtype: torch.dtype, **how) -> torch.Tensor:
+    """Attention in plain bfloat16 or float16."""
     tiles = {
-        name: tuple(replace(t, keys=t.keys.bfloat16(), values=t.values.bfloat16()) for t in getattr(cache, name))
+        name: tuple(replace(t, keys=t.keys.to(dtype), values=t.values.to(dtype)) for t in getattr(cache, name))
         for name in ("before", "after")
     }
-    cache = replace(dequantizing(cache, unpack_and_dequantize, torch.bfloat16), **tiles)
-    return multiply(query.bfloat16(), cache=cache, **how)
+    return multiply(query.to(dtype), cache=replace(dequantizing(cache, unpack_and_dequantize, dtype), **tiles), **how)
 
 
 def new_layer(keys: QuantScheme, values: QuantScheme, heads: int, size: int, value_size: int | None = None, **window):
@@ -61,19 +60,19 @@ def arguments(heads: int, size: int, positions, value_size: int | None = None) -
     return {"positions": torch.tensor(positions), "value_widths": (value_size or size,) * heads, **how}
 
 
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("bits", [(1, 1), (2, 2), (4, 4), (1, 4), (4, 2)], ids=str)
-def test_error_is_at_most_twice_that_of_plain_bfloat16(instructions, bits, dtype, method):
-    """Flat and sharp weights; in bfloat16 it is in truth at most six tenths of it."""
+def test_error_is_at_most_twice_that_of_plain_pytorch(instructions, bits, dtype):
+    """Flat and sharp weights: both methods beside plain bfloat16, the default one beside the queries' own type."""
     layer = new_layer(QLUTATTN[f"K{bits[0]}"], QLUTATTN[f"V{bits[1]}"], 2, 128)
     layer.append(*torch.randn(2, 1, 700, 256).to(dtype))
     for sharpness in (0.3, 1, 3):
         query = (torch.randn(1, 8, 1, 128) * sharpness).to(dtype)
         how = {"cache": layer.packed(), **arguments(2, 128, [[699]])}
         exact = expected(query, **how)
-        simple = plain(query, **how)
-        assert 0 < error(lookup_attention(query, **how, method=method), exact) <= 2 * error(simple, exact)
+        for method, low in (("lookup", torch.bfloat16), ("dot", torch.float16), (None, dtype)):
+            simple = error(plain(query, **how, dtype=low), exact)
+            assert 0 < error(lookup_attention(query, **how, method=method), exact) <= 2 * simple
 
 
 #: Query heads, heads, channels of a key and of a value; groups of channels of the keys, tokens of a block.
@@ -169,10 +168,11 @@ def test_drop_in_cache_after_rope(instructions):
 def test_the_faster_method_is_the_default(instructions, bits):
     layer = new_layer(QLUTATTN[f"K{bits}"], QLUTATTN[f"V{bits}"], 1, 64)
     layer.append(*torch.randn(2, 1, 300, 64))
-    query, how = torch.randn(1, 2, 1, 64), {"cache": layer.packed(), **arguments(1, 64, [[300]])}
+    query, how = torch.randn(1, 2, 1, 64).bfloat16(), {"cache": layer.packed(), **arguments(1, 64, [[300]])}
     results = {method: lookup_attention(query, **how, method=method) for method in METHODS}
     assert not torch.equal(*results.values())
     assert torch.equal(lookup_attention(query, **how), results[FASTER[instructions][bits]])
+    assert torch.equal(lookup_attention(query.float(), **how), results["dot"])
 
 
 PER_TOKEN, PER_CHANNEL = QLUTATTN["K2"], QLUTATTN["V2"]

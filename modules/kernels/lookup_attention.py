@@ -4,7 +4,9 @@ For the formats whose scales are constant along the sums: keys quantized per tok
 them (after RoPE), values per channel (`modules/qlutattn.py`). Then `q·k = step_t Σ_c q_c code_tc + zero_t Σ_c q_c`, and
 `Σ_t p_t v_tc = step_c Σ_t p_t code_tc + zero_c Σ_t p_t`: sums of codes times the query, or the weights, in integers.
 `modules/kernels/lookup_cpu.cpp` computes them by two methods, "lookup" and "dot" (int8 dot products), which round
-the query and the weights of a block to between 10 and 15 bits of their largest.
+the query and the weights of a block: "dot" to 15 bits, "lookup" at widths 1, 2 and 4 to 13, 12 and 11 with AVX-512, to
+one bit less with AVX2. The error of "lookup" is up to six tenths of that of plain bfloat16, the error of "dot" a fiftieth,
+and so below that of plain float16.
 """
 
 import torch
@@ -79,7 +81,8 @@ def lookup_attention(
     Args:
         query: `[B, H_q, L, d]` on the CPU, float32, bfloat16 or float16.
         positions, cache, expand_keys, value_widths, rope, scaling: As for `latent_attention`.
-        method: "lookup" or "dot"; `None`: for each side the faster one at its width (`FASTER`).
+        method: "lookup" or "dot"; `None`: for bfloat16 queries the faster one at the width of each side (`FASTER`), for
+            others "dot".
 
     Returns:
         `[B, H_q, L, max(value_widths)]` float32.
@@ -97,7 +100,7 @@ def lookup_attention(
 
     batch, heads, length, size = query.shape
     out = torch.empty((batch, heads, length, value_widths[0]))
-    query, positions = query.float().contiguous(), positions.contiguous()
+    dtype, query, positions = query.dtype, query.float().contiguous(), positions.contiguous()
     runs, kept = [], []
     for tile in (*cache.before, *cache.after):
         for run in range(tile.keys.shape[1]):
@@ -115,7 +118,8 @@ def lookup_attention(
         block, widths = 0, []
     else:
         table, block = cache.table.contiguous(), cache.block_length
-        packed = [_side(side.parts[0], method) for side in (cache.keys, cache.values)]
+        faster = FASTER[instructions()] if dtype == torch.bfloat16 else dict.fromkeys((1, 2, 4), "dot")
+        packed = [_side(s.parts[0], method or faster[s.parts[0].bits]) for s in (cache.keys, cache.values)]
         widths = cache.keys.parts[0].groups
     shape = (batch, heads, length, len(value_widths), size, value_widths[0], float(scaling))
     groups, exact = torch.tensor(widths, dtype=torch.int64), torch.tensor(runs, dtype=torch.int64)
@@ -131,7 +135,6 @@ def _side(part: PackedPart | None, method: str | None = None) -> tuple:
     """The kernel's arguments for a side; no part: it has no blocks."""
     if part is None:
         return 1, False, None, None, None, 0
-    method = method or FASTER[instructions()][part.bits]
     return part.bits, method == "lookup", part.packed, part.scale, part.zero_point, _TYPES[part.scale.dtype]
 
 
