@@ -4,8 +4,8 @@ For the formats whose scales are constant along the sums: keys quantized per tok
 them (after RoPE), values per channel (`modules/qlutattn.py`). Then `q·k = step_t Σ_c q_c code_tc + zero_t Σ_c q_c`, and
 `Σ_t p_t v_tc = step_c Σ_t p_t code_tc + zero_c Σ_t p_t`: sums of codes times the query, or the weights, in integers.
 `modules/kernels/lookup_cpu.cpp` computes them by two methods, "lookup" and "dot" (int8 dot products), which round
-the query and the weights of a block: "dot" to 15 bits, "lookup" at widths 1, 2 and 4 to 13, 12 and 11 with AVX-512, to
-one bit less with AVX2. The error of "lookup" is up to six tenths of that of plain bfloat16; that of "dot" is a fiftieth,
+the query and the weights of a block: "dot" to 15 bits, "lookup" at widths 1, 2 and 4 to 13, 12 and 11 with AVX-512,
+to one bit less with AVX2. The error of "lookup" is up to six tenths of that of plain bfloat16, that of "dot" a fiftieth
 and below that of plain float16.
 """
 
