@@ -168,7 +168,7 @@ def check(contenders: dict[str, Callable], query: torch.Tensor, cache: PackedCac
 
 def spread(values: list[float]) -> dict[str, float]:
     """Median, 20th and 80th percentile."""
-    fifths = statistics.quantiles(values, n=5)
+    fifths = statistics.quantiles(values, n=5, method="inclusive")
     return {"p20": fifths[0], "p50": statistics.median(values), "p80": fifths[3]}
 
 
