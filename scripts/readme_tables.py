@@ -15,6 +15,7 @@ from scripts.ablate_calibration import table as ablation_table
 from scripts.benchmark_attention import full_table, schemes_table
 from scripts.benchmark_attention import peers_table as attention_table
 from scripts.benchmark_decode import decode_table, first_token_table
+from scripts.benchmark_lookup import table as lookup_table
 from scripts.common import ROOT, human_bytes
 from scripts.compare_peers import frontier_table, peers_table
 from scripts.compare_schemes import drop_in_table, latent_table
@@ -242,6 +243,17 @@ def decode_targets(attention_record: dict, decode_record: dict) -> str:
     return "\n".join(lines)
 
 
+def lookup(record: dict) -> str:
+    c, e = record["config"], record["environment"]
+    worst = max(r["error_over_bfloat16"]["lookup"] for r in record["results"])
+    return (
+        f"{lookup_table(record)}\n\nOne decode step of one layer, {c['heads']} query and {c['kv_heads']} key/value "
+        f"heads of {c['head_dim']}, memory cold: {c['rounds']} rounds: medians, and ratios' 20th and 80th percentile. "
+        f"Error of look-up: at most {worst:.2f} of plain bfloat16's. {record['instructions']} on {e['cpu']}, "
+        f"{e['threads']} thread{'s' * (e['threads'] > 1)}, torch {e['torch']}."
+    )
+
+
 #: What is written between the marks of a table: the JSON files in scripts/results, and how they are shown.
 RENDERERS = {
     "frontier": (["peers"], frontier),
@@ -258,6 +270,7 @@ RENDERERS = {
     "attention_full": (["benchmark_attention"], attention_full),
     "decode": (["benchmark_decode"], decode),
     "decode_targets": (["benchmark_attention", "benchmark_decode"], decode_targets),
+    "lookup": (["benchmark_lookup"], lookup),
 }
 
 

@@ -19,6 +19,7 @@ ORDER = [
     "modules.kernels.attention_triton",
     "modules.kernels.cpp_library",
     "modules.kernels.quantize_cpu",
+    "modules.kernels.lookup_attention",
     "modules.kernels.attention_cpu",
     "modules.kernels",
     "modules.codecs",

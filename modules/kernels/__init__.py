@@ -60,8 +60,10 @@ class Backend:
     def attend(self, query: torch.Tensor, *, cache: PackedCache, weights_length: int | None = None, **how):
         """As `latent_attention`: by the fused kernel where there is one for what is asked, else by the reference."""
         sides = () if cache.keys is None else (cache.keys, cache.values)
-        short = query.shape[2] <= MAX_QUERY_LENGTH and query.dtype in FUSED_DTYPES
-        if weights_length is None and short and self.attends_to(*sides):
+        taken = query.shape[2] <= MAX_QUERY_LENGTH and query.dtype in FUSED_DTYPES
+        if self.name == "cpu" and torch.compiler.is_compiling():
+            taken = False  # a graph takes no foreign function; on a CPU there is nothing to gain by one
+        if weights_length is None and taken and self.attends_to(*sides):
             return self.fused_attention(query, cache=cache, **how), None
         return latent_attention(query, cache=cache, weights_length=weights_length, **how)
 

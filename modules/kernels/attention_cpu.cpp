@@ -15,8 +15,8 @@
 // are interpolated between them. The slower a pair, the longer its interval: four levels, each four times as long as
 // the one below, hand their sums down by interpolation. The bound of the error is `tolerance` per pair.
 //
-// The arithmetic. Rows are scaled by the block's scales and rounded to 8 bits (16 where `planes` is 2: two products);
-// codes are exact, minus their middle level; products are summed up exactly. Probabilities are rounded to 15 bits.
+// The arithmetic. Rows are scaled by the block's scales and rounded to 8 bits, or to 16 (two products) where `planes` is 2
+// or the columns differ so much that 8 bits would lose more than LIMIT of a row; codes are exact, minus their middle level; products are summed up exactly. Probabilities are rounded to 15 bits.
 // What is not codes (16 bits, sinks, window, float32 models) is multiplied in float32.
 
 #include <immintrin.h>
@@ -38,6 +38,7 @@ namespace {
 constexpr int SPAN = 128;  // tokens of a batch
 constexpr int HALF = 64;   // tokens for which cosines and sines are tabulated
 constexpr int LEVELS = 4;
+constexpr float LIMIT = 0.01f;  // relative error of a row of 8 bits
 constexpr int MAX_NODES = 8;
 
 inline int round_up(int x, int to) { return (x + to - 1) / to * to; }
@@ -313,7 +314,7 @@ inline Layout layout_of(int bits) { return {bits, bits == TERNARY ? 5 : 8 / bits
 
 // Bytes j of a lane: the code of token `fields * j + i` of its word.
 inline vi field(vi word, Layout layout, int i) {
-  if (layout.bits != TERNARY) return andi(shr(word, layout.bits * i), seti(0x01010101 * ((1 << layout.bits) - 1)));
+  if (layout.bits != TERNARY) return andi(shr(word, layout.bits * i), seti((int)(0x01010101u * ((1 << layout.bits) - 1))));
   static const int powers[] = {1, 3, 9, 27, 81};
   const vi power = seti(powers[i] * 0x10001), three = seti(0x30003), low = seti(0x00FF00FF);
   const vi even = shr16(mul16(andi(mul16(andi(word, low), power), low), three), 8);
@@ -356,7 +357,7 @@ inline void unpack_vectors(const int32_t* rows, int64_t row_stride, int count, i
     for (int l = 0; l < 16; l++) y.pick[l] = l / fields % 4 + (l / tokens & 1) * 16, y.shift[l] = l % fields * BITS;
     return y;
   }();
-  const vi by = loadi(lanes.shift), mask = seti(0x01010101 * ((1 << BITS) - 1));
+  const vi by = loadi(lanes.shift), mask = seti((int)(0x01010101u * ((1 << BITS) - 1)));
   for (int t = 0; t < n; t += 16) {
     const int w = (start + t) / tokens;
     vi word[4];
@@ -429,14 +430,14 @@ void unpack(const Part& part, const int32_t* words, int run_length, int start, i
 // Rows as lanes: `lanes` of them (a multiple of 16) for each column, [columns + 1][lanes], the last column the bias.
 // Rounded to integers for a span of tokens.
 struct Rounded {
-  int lanes = 0;
+  int lanes = 0, planes = 1;
   std::vector<int32_t> weights;      // [plane][quad][lane], four columns each
   std::vector<float> step, constant;  // [lane]: row = step * product + constant
   std::vector<float> totals, sums;    // per token, [scale group][lane]: sum of the integers, and of the row
 
-  void reserve(int n_lanes, int quads, int planes, int groups) {
+  void reserve(int n_lanes, int quads, int groups) {
     lanes = n_lanes;
-    weights.resize((size_t)planes * quads * lanes);
+    weights.resize((size_t)2 * quads * lanes);
     step.resize(lanes), constant.resize(lanes);
     totals.resize((size_t)groups * lanes), sums.resize((size_t)groups * lanes);
   }
@@ -446,30 +447,55 @@ struct Rounded {
 struct Columns {
   int quads = 0, floats = 0, first_float = 0, last = 0;  // `last`: the bias
   std::vector<float> scale, centre, middle;  // of each column: x = scale * (code - middle) + centre
+  std::vector<float> variance;               // of the codes of each column, if all are equally frequent
+  float all_variance = 0;
   struct Group { int first, last; const float *scale, *centre; float middle; };  // per token: quads; [token]
   std::vector<Group> groups;
   int64_t code_sum = 0;  // the largest sum of codes
 };
 
+// Of 16 rows from `l` on: the largest magnitude, the constant, and whether 8 bits lose more than LIMIT.
+struct Range {
+  vf highest, constant;
+  bool wide;
+};
+
+inline Range range_of(const float* rows, int lanes, int l, const Columns& columns) {
+  const bool per_token = !columns.groups.empty();
+  vf highs[4], constants[4], norms[4];  // four, so that they do not wait for each other
+  each<4>([&](auto i) INLINE { highs[i] = set1(1e-30f), constants[i] = norms[i] = set1(0); });
+  for (int c = 0; c < 4 * columns.quads; c += 4)
+    each<4>([&](auto i) INLINE {
+      const vf row = load(rows + (int64_t)(c + i) * lanes + l);
+      const vf x = per_token ? row : mul(row, set1(columns.scale[c + i]));
+      highs[i] = max(highs[i], abs(x));
+      norms[i] = fma(mul(x, x), set1(columns.variance[c + i]), norms[i]);
+      if (!per_token) constants[i] = fma(row, set1(columns.centre[c + i]), constants[i]);
+    });
+  const vf highest = max(max(highs[0], highs[1]), max(highs[2], highs[3]));
+  const vf norm = add(add(norms[0], norms[1]), add(norms[2], norms[3]));
+  const vf constant = add(add(add(constants[0], constants[1]), add(constants[2], constants[3])),
+                          load(rows + (int64_t)columns.last * lanes + l));
+  const float share = columns.all_variance / (12 * 127 * 127 * LIMIT * LIMIT);
+  const vf excess = fnma(set1(1), norm, mul(mul(highest, highest), set1(share)));
+  return {highest, constant, maximum(excess) > 1e-30f};
+}
+
 void round_rows(const float* rows, int lanes, const Columns& columns, int planes, Rounded& out) {
   const bool per_token = !columns.groups.empty();
   const int quads = columns.quads;
-  out.reserve(lanes, quads, planes, columns.groups.size());
+  out.reserve(lanes, quads, columns.groups.size());
+  std::vector<Range> ranges;
+  for (int l = 0; l < lanes; l += 16) {
+    ranges.push_back(range_of(rows, lanes, l, columns));
+    if (ranges.back().wide) planes = 2;
+  }
+  out.planes = planes;
   const float limit =
       planes == 1 ? 127 : std::min<double>(32512, std::floor(2147000000.0 / std::max<int64_t>(1, columns.code_sum)));
   const float* scale = columns.scale.data();
   for (int l = 0; l < lanes; l += 16) {
-    vf highs[4], constants[4];  // four, so that they do not wait for each other
-    each<4>([&](auto i) INLINE { highs[i] = set1(1e-30f), constants[i] = set1(0); });
-    for (int c = 0; c < 4 * quads; c += 4)
-      each<4>([&](auto i) INLINE {
-        const vf row = load(rows + (int64_t)(c + i) * lanes + l);
-        highs[i] = max(highs[i], abs(per_token ? row : mul(row, set1(scale[c + i]))));
-        if (!per_token) constants[i] = fma(row, set1(columns.centre[c + i]), constants[i]);
-      });
-    const vf highest = max(max(highs[0], highs[1]), max(highs[2], highs[3]));
-    const vf constant = add(add(add(constants[0], constants[1]), add(constants[2], constants[3])),
-                            load(rows + (int64_t)columns.last * lanes + l));
+    const vf highest = ranges[l / 16].highest, constant = ranges[l / 16].constant;
     const float* h = (const float*)&highest;
     alignas(64) float inverse[16];
     for (int i = 0; i < 16; i++) inverse[i] = limit / h[i];
@@ -540,13 +566,13 @@ INLINE inline void multiply_codes(const int32_t* weights, int lanes, const uint8
 
 // The same for rows of one or two bytes.
 template <int M, int V>
-INLINE inline void multiply_rounded(const Rounded& rounded, const Columns& columns, const Tokens& tokens, int planes,
-                                    int row, int token, int first, int last, vi (&sum)[M][V]) {
+INLINE inline void multiply_rounded(const Rounded& rounded, const Columns& columns, const Tokens& tokens, int row,
+                                     int token, int first, int last, vi (&sum)[M][V]) {
   const int32_t* weights = rounded.weights.data() + row;
   const uint8_t* codes = tokens.codes + (int64_t)token * 4;
   each<M>([&](auto m) INLINE { each<V>([&](auto v) INLINE { sum[m][v] = seti(0); }); });
   multiply_codes<M, V>(weights, rounded.lanes, codes, tokens.stride, first, last, sum);
-  if (planes == 2) {
+  if (rounded.planes == 2) {
     each<M>([&](auto m) INLINE { each<V>([&](auto v) INLINE { sum[m][v] = shl(sum[m][v], 8); }); });
     weights += (size_t)columns.quads * rounded.lanes;
     multiply_codes<M, V>(weights, rounded.lanes, codes, tokens.stride, first, last, sum);
@@ -556,11 +582,11 @@ INLINE inline void multiply_rounded(const Rounded& rounded, const Columns& colum
 // M rows times 16 V tokens from `token` on.
 template <int M, int V>
 INLINE inline void multiply(const Rounded& rounded, const float* rows, const Columns& columns, const Tokens& tokens,
-                            int planes, int row, int token, vf (&out)[M][V]) {
+                            int row, int token, vf (&out)[M][V]) {
   const int lanes = rounded.lanes;
   if (columns.groups.empty() && columns.quads) {
     vi sum[M][V];
-    multiply_rounded<M, V>(rounded, columns, tokens, planes, row, token, 0, columns.quads, sum);
+    multiply_rounded<M, V>(rounded, columns, tokens, row, token, 0, columns.quads, sum);
     each<M>([&](auto m) INLINE {
       const vf step = set1(rounded.step[row + m]), constant = set1(rounded.constant[row + m]);
       each<V>([&](auto v) INLINE { out[m][v] = fma(to_float(sum[m][v]), step, constant); });
@@ -573,7 +599,7 @@ INLINE inline void multiply(const Rounded& rounded, const float* rows, const Col
     for (size_t g = 0; g < columns.groups.size(); g++) {
       const Columns::Group& group = columns.groups[g];
       vi sum[M][V];
-      multiply_rounded<M, V>(rounded, columns, tokens, planes, row, token, group.first, group.last, sum);
+      multiply_rounded<M, V>(rounded, columns, tokens, row, token, group.first, group.last, sum);
       each<M>([&](auto m) INLINE {
         const vf step = set1(rounded.step[row + m]), row_sum = set1(rounded.sums[g * lanes + row + m]);
         const vf all = set1(-group.middle * rounded.totals[g * lanes + row + m]);
@@ -1009,7 +1035,7 @@ struct Worker {
     const float* q = &r.fast_query[offset / HALF * (size_t)queries * 2 * r.padded];
     for (int f = 0; f < d.fast; f += 3) {
       vf k[6][V];
-      multiply<6, V>(fast, r.fast.data(), columns, tokens, a.planes, 2 * f, token, k);
+      multiply<6, V>(fast, r.fast.data(), columns, tokens, 2 * f, token, k);
       each<3>([&](auto p) INLINE {
         const float* cosine = &d.cosine[(size_t)(f + p) * 2 * HALF + offset % HALF];
         const float* sine = &d.sine[(size_t)(f + p) * 2 * HALF + offset % HALF];
@@ -1033,7 +1059,7 @@ struct Worker {
     const int n_rows = d.nodes * queries;
     for (int row = 0; row < n_rows; row += 4) {
       vf y[4][V];
-      multiply<4, V>(nodes, r.nodes.data(), columns, tokens, a.planes, row, token, y);
+      multiply<4, V>(nodes, r.nodes.data(), columns, tokens, row, token, y);
       each<4>([&](auto m) INLINE {
         if (row + m >= n_rows) return;
         float* score = out + (size_t)((row + m) % queries) * (SPAN + 16);
@@ -1171,12 +1197,16 @@ struct Worker {
     }
     columns.quads = used / 4, columns.first_float = used, columns.floats = side.columns[group] - used;
     columns.scale.assign(used, 0), columns.centre.assign(used, 0), columns.middle.assign(used, 0);
+    columns.variance.assign(used, 0);
     scales.assign((size_t)std::max(1, n) * 2 * STRIDE, 0);
     for (int i = 0; i < n; i++) {
       const Segment& segment = side.segments[s0 + i];
       const Part& part = side.parts[segment.part];
       const float middle = (part.levels - 1) * 0.5f;
-      for (int c = 0; c < round_up(segment.count, 4); c++) columns.middle[segment.position + c] = middle;
+      const float variance = (part.levels * part.levels - 1) / 12.0f;
+      for (int c = 0; c < round_up(segment.count, 4); c++)
+        columns.middle[segment.position + c] = middle, columns.variance[segment.position + c] = variance;
+      columns.all_variance += segment.count * variance;
       columns.code_sum += (int64_t)segment.count * (part.levels - 1);
       const float* scale = &scales[(size_t)i * 2 * STRIDE];
       if (segment.column >= 0)

@@ -1,13 +1,14 @@
 """The C++ attention of `attention_cpu.cpp`: its arguments from tensors."""
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from weakref import WeakKeyDictionary
 
 import torch
 
 from modules.kernels.cpp_library import library
+from modules.kernels.lookup_attention import lookup_attention, why_not
 from modules.kernels.packed import PackedCache, PackedPart, PackedSide, Rope
 from modules.quant_utils import grid
 from modules.svd_linear import ALinear
@@ -222,6 +223,11 @@ def _starts(widths: tuple[int, ...]) -> ctypes.Array:
     return (_i32 * (2 * len(widths)))(*starts, *widths)
 
 
+def _dense(x: torch.Tensor) -> torch.Tensor:
+    """`x`, with channels side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 @lru_cache(maxsize=1)
 def _as_codes() -> frozenset:
     """Widths whose codes the kernel multiplies as such; AVX2 sums up products of 8-bit codes in too few bits."""
@@ -238,13 +244,15 @@ def latent_attention(
     scaling: float,
 ) -> torch.Tensor:
     """`modules.kernels.attention.latent_attention`, the sums only: `[B, H_q, L, max(value_widths)]` float32."""
+    if why_not(cache, expand_keys, value_widths, rope) is None:
+        return lookup_attention(query, positions, cache, expand_keys, value_widths, rope, scaling)
     batch, query_heads, length, size = query.shape
     tolerance, planes = _PRECISION[query.dtype]
     frequency, order = _pairs((0.0,) * (size // 2) if rope is None else tuple(rope.inv_freq.tolist()))
     scaling = scaling if rope is None else scaling * rope.attention_scaling**2
     query, positions = query.detach().float().contiguous(), positions.to(torch.int64).contiguous()
     output = torch.empty(batch, query_heads, length, max(value_widths))
-    exact = (*cache.before, *cache.after)
+    exact = tuple(replace(t, keys=_dense(t.keys), values=_dense(t.values)) for t in (*cache.before, *cache.after))
     if expand_keys is None:
         channels = exact[0].keys.shape[-1] if exact else sum(sum(part.widths) for part in cache.keys.parts)
         heads, key_widths = channels // size, (size,) * (channels // size)
@@ -282,7 +290,7 @@ def latent_attention(
         tolerance=tolerance,
     )
     if expand_keys is not None:
-        weight, bias = expand_keys.weight, expand_keys.bias
+        weight, bias = _dense(expand_keys.weight), expand_keys.bias
         arguments.weight, arguments.bias = weight.data_ptr(), None if bias is None else bias.data_ptr()
         arguments.weight_type, arguments.weight_stride = _TYPES[weight.dtype], weight.stride(0)
     if exact:
