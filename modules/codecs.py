@@ -294,7 +294,8 @@ class TieredCodec(_Codec):
         tiers = [(bits, c) for (_, bits), c in zip((t for g in self.scheme.tiers for t in g), channels)]
         #: Channels of each width, the widest first, and its quantizer.
         self.channels, self.codecs = {}, {}
-        for bits in sorted({bits for bits, _ in tiers}, reverse=True):
+        self.bits = sorted({bits for bits, _ in tiers}, reverse=True)
+        for bits in self.bits:
             name, mine = f"{bits}bit", [c for b, c in tiers if b == bits]
             scheme, index = self.scheme.at_width(bits), torch.cat(mine)
             scales = tuple(s[index.to(s.device)] for s in static_scales) if static_scales and scheme.static else None
@@ -324,8 +325,11 @@ class TieredCodec(_Codec):
         return states[..., self.order]
 
     def parts(self, fields: Fields) -> tuple[PackedPart, ...] | None:
-        parts = [codec.parts(_part(fields, name)) for name, codec in self.codecs.items()]
-        return None if None in parts else tuple(part for (part,) in parts)
+        parts = {bits: self.codecs[f"{bits}bit"].parts(_part(fields, f"{bits}bit")) for bits in self.bits}
+        if None in parts.values():
+            return None
+        widths = {bits: tuple(sum(n for n, b in group if b == bits) for group in self.scheme.tiers) for bits in parts}
+        return tuple(replace(part, widths=widths[bits]) for bits, (part,) in parts.items())
 
 
 class ProtectedTokenCodec(_Codec):

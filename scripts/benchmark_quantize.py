@@ -19,9 +19,9 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
-from configuration_alrd_llama import QuantScheme
+from configuration_alrd_llama import QuantScheme, check_choice
 from modules import quant_utils
-from modules.kernels import Backend, get_backend
+from modules.kernels import BACKENDS, Backend, get_backend
 from scripts.common import DTYPES, check_positive, environment, parse_config, write_json
 
 #: GB/s of states that packing should reach on a CPU.
@@ -35,9 +35,11 @@ class BenchmarkConfig:
     """Options of the benchmark."""
 
     device: str | None = field(default=None, metadata={"help": "Where to measure. None: CUDA if there is a device."})
-    backends: list[Literal["reference", "triton"]] = field(
+    backends: list[str] = field(
         default_factory=list,
-        metadata={"help": "Back ends to measure. None given: triton and reference on CUDA, reference elsewhere."},
+        metadata={
+            "help": "Back ends to measure. None given: triton and reference on CUDA, cpu and reference elsewhere."
+        },
     )
     mib: float | None = field(default=None, metadata={"help": "Size of the states. None: 256 on CUDA, 4 elsewhere."})
     channels: int = field(default=1024, metadata={"help": "Channels of a token."})
@@ -45,7 +47,7 @@ class BenchmarkConfig:
     group_size: int = field(default=128, metadata={"help": "Channels that share a scale of a token; 0: all."})
     dtype: Literal[DTYPES] = field(default="bfloat16", metadata={"help": "Type of the states."})
     bits: list[float] = field(default_factory=lambda: [1, 1.58, 2, 3, 4, 8], metadata={"help": "Widths to measure."})
-    methods: list[Literal["minmax", "mse"]] = field(
+    methods: list[str] = field(
         default_factory=lambda: ["minmax", "mse"],
         metadata={"help": "Range methods; below two bits, where codes are symmetric, only mse exists."},
     )
@@ -59,7 +61,7 @@ class BenchmarkConfig:
         cuda = torch.cuda.is_available()
         self.device = self.device or ("cuda" if cuda else "cpu")
         on_cuda = torch.device(self.device).type == "cuda"
-        self.backends = self.backends or (["triton", "reference"] if on_cuda else ["reference"])
+        self.backends = self.backends or ["triton" if on_cuda else "cpu", "reference"]
         self.mib = self.mib or (256 if on_cuda else 4)
         if self.quick:
             self.mib, self.repeats = 1 / 16, 3
@@ -68,6 +70,10 @@ class BenchmarkConfig:
         check_positive("block_length", self.block_length)
         check_positive("repeats", self.repeats - 1)
         check_positive("threads", self.threads)
+        for backend in self.backends:
+            check_choice("backends", backend, BACKENDS)
+        for method in self.methods:
+            check_choice("methods", method, ("minmax", "mse"))
         self.bits = [int(b) if b == int(b) else b for b in self.bits]
         for b in self.bits:
             QuantScheme(b, group_size=self.group_size)

@@ -12,6 +12,9 @@ from pathlib import Path
 from configuration_alrd_llama import QuantScheme
 from modules.qlutattn import QLUTATTN
 from scripts.ablate_calibration import table as ablation_table
+from scripts.benchmark_attention import full_table, schemes_table
+from scripts.benchmark_attention import peers_table as attention_table
+from scripts.benchmark_decode import decode_table, first_token_table
 from scripts.common import ROOT, human_bytes
 from scripts.compare_peers import frontier_table, peers_table
 from scripts.compare_schemes import drop_in_table, latent_table
@@ -153,6 +156,92 @@ def projection(record: dict) -> str:
     )
 
 
+def _speed_note(record: dict) -> str:
+    """Where and how a speed was measured."""
+    e, backends = record["environment"], {c["backend"] for c in record["cases"].values() if "backend" in c}
+    machine = e["cpu"] if e["device"] == "cpu" else e["device"]
+    return (
+        f"{machine}, {e['threads']} thread{'s' * (e['threads'] > 1)}, {record['key']['dtype']}, back end "
+        f"{' and '.join(sorted(backends))}, torch {e['torch']}, transformers {e['transformers']}."
+    )
+
+
+def _machine_note(record: dict) -> str:
+    m, dtype = record["machine"], record["key"]["dtype"]
+    return (
+        f"Measured in the same run: {m['bytes_per_s'] / 1e9:.1f} GB/s read, {m[f'{dtype}_macs_per_s'] / 1e9:,.0f} G "
+        f"multiply-adds/s in {dtype}, {m['int8_macs_per_s'] / 1e9:,.0f} G in int8. {_speed_note(record)}"
+    )
+
+
+def attention(record: dict) -> str:
+    return f"{attention_table(record)}\n\n{schemes_table(record)}\n\n{_machine_note(record)}"
+
+
+def attention_full(record: dict) -> str:
+    return full_table(record)
+
+
+def decode(record: dict) -> str:
+    return f"{decode_table(record)}\n\n{first_token_table(record)}\n\n{_speed_note(record)}"
+
+
+#: How many times faster the attention step is to be than other codes, at 32k tokens and at 4k.
+DECODE_TARGETS = {
+    32768: {"DynamicCache": 15, "quanto 2 bit": 25, "hqq 2 bit": 25, "by hand": 1},
+    4096: {"llama.cpp f16": 3, "llama.cpp q4_0": 6},
+}
+RANDOM_MODEL_TARGET, CHECKPOINT_TARGET = 8, 10
+
+
+def decode_targets(attention_record: dict, decode_record: dict) -> str:
+    """What was asked of the decode step, and what came out."""
+    cases, models = attention_record["cases"], decode_record["cases"]
+
+    def at(length: int, group: str = "per head") -> dict | None:
+        return cases.get(f"{length} x 1, rank 0.5 {group}, 2 bit")
+
+    # What, what was found (`None`: not measured), the least it is to be; then the same with the most it is to be.
+    least = [
+        (f"{length:,} tokens: times faster than {peer}", (at(length) or {"peers": {}})["peers"].get(peer, {}), target)
+        for length, targets in DECODE_TARGETS.items()
+        for peer, target in targets.items()
+    ]
+    least += [
+        (f"32,768 tokens, model {c['model']}: times faster than dense", c, RANDOM_MODEL_TARGET)
+        if c["model"] == "random"
+        else (f"32,768 tokens, checkpoint {c['model']}: times faster than dense", c, CHECKPOINT_TARGET)
+        for c in models.values()
+        if (c.get("length"), c.get("batch")) == (32768, 1)
+    ]
+    short, middle, long, joint = at(4096), at(32768), at(131072), at(32768, "joint")
+    most = [
+        (
+            "32,768 tokens: time over that of reading the dense cache once (the goal)",
+            middle and middle["seconds"]["p50"] / middle["dense_read_s"],
+            1,
+        ),
+        ("32,768 tokens, joint: time over its arithmetic at the int8 peak", joint and 1 / joint["int8_peak_share"], 2),
+        (
+            "time per token of context, 131,072 over 4,096 tokens",
+            short and long and long["seconds_per_token"] / short["seconds_per_token"],
+            1.1,
+        ),
+        ("32,768 tokens: share of the append, packing included", middle and middle["append_share"], 0.02),
+    ]
+    rows = [(what, found.get("speedup"), target, "≥") for what, found, target in least]
+    rows += [(what, found, target, "≤") for what, found, target in most]
+    lines = ["| what | target | measured | |", "|---|---|---|---|"]
+    for what, found, target, sign in rows:
+        verdict = ""
+        if found is not None:
+            verdict = "met" if (found >= target if sign == "≥" else found <= target) else "missed"
+        lines.append(
+            f"| {what} | {sign} {target:g} | {'not measured' if found is None else f'{found:.3g}'} | {verdict} |"
+        )
+    return "\n".join(lines)
+
+
 #: What is written between the marks of a table: the JSON files in scripts/results, and how they are shown.
 RENDERERS = {
     "frontier": (["peers"], frontier),
@@ -165,6 +254,10 @@ RENDERERS = {
     "drop_in": (["schemes"], drop_in),
     "recommended": (["recommended"], recommended),
     "qlutattn": (["schemes", "benchmark_quantize"], qlutattn),
+    "attention": (["benchmark_attention"], attention),
+    "attention_full": (["benchmark_attention"], attention_full),
+    "decode": (["benchmark_decode"], decode),
+    "decode_targets": (["benchmark_attention", "benchmark_decode"], decode_targets),
 }
 
 

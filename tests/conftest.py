@@ -15,6 +15,23 @@ def pytest_configure(config):
         os.environ["TRITON_INTERPRET"] = "1"
 
 
+#: Modules whose tests run with each back end forced. Triton's interpreter takes many minutes for them.
+FORCED_MODULES = ("test_kivi_cache", "test_modeling")
+FORCED_BACKENDS = ["cpu", "reference", pytest.param("triton", marks=[pytest.mark.interpreter, pytest.mark.slow])]
+
+
+def pytest_generate_tests(metafunc):
+    if metafunc.module.__name__ in FORCED_MODULES:
+        metafunc.fixturenames.append("forced_backend")
+        metafunc.parametrize("forced_backend", FORCED_BACKENDS, indirect=True)
+
+
+@pytest.fixture
+def forced_backend(request, monkeypatch):
+    """The back end wherever a test does not choose one itself."""
+    monkeypatch.setenv("ALRD_BACKEND", request.param)
+
+
 def poisoned_empty(*args, **kwargs) -> torch.Tensor:
     """`torch.empty`, floating elements NaN and the bytes of integer ones 0xA5."""
     fresh = torch.empty(*args, **kwargs)

@@ -79,6 +79,6 @@ def test_all_rotations_of_the_table():
 
 def test_benchmark_of_quantization(tmp_path, capsys):
     record = benchmark(BenchmarkConfig(quick=True, device="cpu", bits=[1.58, 4], output=str(tmp_path / "b.json")))
-    assert record["gate"]["passed"] and len(record["results"]) == 6
+    assert record["gate"]["passed"] and len(record["results"]) == 12
     assert all(r["pack"]["states_gb_per_s"] > 0 and "target_gb_per_s" in r for r in record["results"])
     assert "target of packing on a CPU, 10 GB/s" in capsys.readouterr().out

@@ -115,9 +115,10 @@ def _triton(field: str, device: torch.device) -> Backend:
 def _cpu(field: str, device: torch.device) -> Backend:
     if device.type != "cpu":
         raise ValueError(f"{field}='cpu': must be 'reference' or 'triton' for tensors on {device}")
-    # Here, so that the kernel is built only where it is chosen.
+    # Here, so that the kernels are built only where they are chosen.
+    from modules.kernels import quantize_cpu
     from modules.kernels.attention_cpu import latent_attention as fused_attention
     from modules.kernels.cpp_library import library
 
     library()
-    return _backend("cpu", quant_utils, fused_attention)
+    return _backend("cpu", quantize_cpu, fused_attention)

@@ -27,6 +27,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <list>
+#include <memory>
+#include <mutex>
 #include <utility>
 #include <vector>
 
@@ -225,11 +228,12 @@ struct Exact {
 };
 
 struct Arguments {
-  const float* query;        // [B, H_q, L, 2 half], dimensions in the order of falling frequencies, halves apart
+  const float* query;        // [B, H_q, L, 2 half]
   const int64_t* positions;  // [B, L]
   const double* frequency;   // [half], falling; 0: no rotation
-  const float* rows;         // [H_kv, half, 2, keys.width + 1] expansion by stored column, last the bias
-  const float* exact_rows;   // [H_kv, half, 2, exact_width + 1] by channel of the group
+  const int32_t* order;      // [half], the pair of each frequency
+  const void *weight, *bias;  // of the expansion, [H_kv * 2 half, weight_stride], [H_kv * 2 half]; may be null
+  const int32_t* key_channel;  // [groups, keys.width] channel of the group in a column, -1: none
   const int32_t* table;      // [3, B, blocks]
   const Exact* exact;
   const int32_t *key_start, *key_count, *value_start, *value_count;  // channels of each head group
@@ -237,7 +241,7 @@ struct Arguments {
   float* output;                 // [B, H_q, L, output_width]
   Side keys, values;
   int32_t batch, query_heads, heads, length, half, blocks, block_length, exact_width, output_width, n_exact;
-  int32_t state_type, planes, threads;
+  int32_t state_type, weight_type, weight_stride, planes, threads;
   float scaling, tolerance;
 };
 
@@ -672,6 +676,26 @@ Division divide(const double* frequency, int half, double tolerance, int columns
   return best;
 }
 
+// The division for these arguments, made once.
+const Division& division_of(const double* frequency, int half, double tolerance, int columns, int queries) {
+  struct Kept {
+    std::vector<double> frequency;
+    double tolerance;
+    int columns, queries;
+    std::unique_ptr<Division> division;
+  };
+  static std::mutex mutex;
+  static std::list<Kept> all;  // addresses stay as it grows
+  const std::lock_guard<std::mutex> guard(mutex);
+  for (const Kept& kept : all)
+    if (kept.tolerance == tolerance && kept.columns == columns && kept.queries == queries &&
+        kept.frequency.size() == (size_t)half && std::equal(frequency, frequency + half, kept.frequency.begin()))
+      return *kept.division;
+  all.push_back({{frequency, frequency + half}, tolerance, columns, queries,
+                 std::make_unique<Division>(divide(frequency, half, tolerance, columns, queries))});
+  return *all.back().division;
+}
+
 // The rows of one key head, for queries that move along the context.
 struct Rows {
   const Division* division;
@@ -869,6 +893,7 @@ struct Worker {
   const Division &division, &exact_division;
   std::vector<uint8_t> codes;
   std::vector<float> column_numbers, scores, span_scores, scales;
+  std::vector<float> expansion, exact_expansion;
   Rows rows, exact_rows;
   Rounded fast, nodes;
   Columns columns;
@@ -900,20 +925,44 @@ struct Worker {
       for (int f = 0; f < a.half; f++) {
         const double angle = a.frequency[f] * (double)(query_position[j] - reference);
         const double c = std::cos(angle) * a.scaling, s = std::sin(angle) * a.scaling;
-        query[(size_t)f * 2 * queries + j] = q[f] * c - q[a.half + f] * s;
-        query[((size_t)f * 2 + 1) * queries + j] = q[a.half + f] * c + q[f] * s;
+        const float q1 = q[a.order[f]], q2 = q[a.half + a.order[f]];
+        query[(size_t)f * 2 * queries + j] = q1 * c - q2 * s;
+        query[((size_t)f * 2 + 1) * queries + j] = q2 * c + q1 * s;
       }
     }
-    const int64_t pairs = (int64_t)head * a.half * 2;
-    if (a.blocks)
-      rows.start(division, a.frequency, a.rows + pairs * (a.keys.width + 1), a.keys.width, queries, reference, query);
-    exact_rows.start(exact_division, a.frequency, a.exact_rows + pairs * (a.exact_width + 1), a.exact_width, queries,
-                     reference, query);
+    if (a.blocks) {
+      expand(a.keys.width, a.key_channel + (int64_t)group * a.keys.width, expansion);
+      rows.start(division, a.frequency, expansion.data(), a.keys.width, queries, reference, query);
+    }
+    expand(a.exact_width, nullptr, exact_expansion);
+    exact_rows.start(exact_division, a.frequency, exact_expansion.data(), a.exact_width, queries, reference, query);
     sums.assign((size_t)queries * round_up(a.values.width, 16), 0);
     exact_sums.assign((size_t)queries * round_up(a.output_width, 16), 0);
     highest.assign(queries, -std::numeric_limits<float>::infinity()), total.assign(queries, 0);
     scores.resize((size_t)queries * (SPAN + 16)), span_scores.resize((size_t)queries * (SPAN + 16));
     fast_is_rounded = nodes_are_rounded = false;
+  }
+
+  // Rows of this head's expansion, [half][2][width + 1], the last column the bias; `channel` null: those of the group.
+  void expand(int width, const int32_t* channel, std::vector<float>& out) {
+    const int channels = a.key_count[group];
+    std::vector<float> row(round_up(channels, 16));
+    out.assign((size_t)a.half * 2 * (width + 1), 0);
+    float* to = out.data();
+    for (int f = 0; f < a.half; f++)
+      for (int i = 0; i < 2; i++, to += width + 1) {
+        const int dimension = i * a.half + a.order[f];
+        const int64_t r = (int64_t)head * 2 * a.half + dimension;
+        if (a.weight)
+          numbers(a.weight, r * a.weight_stride, channels, a.weight_type, row.data());
+        else
+          std::fill(row.begin(), row.end(), 0.0f), row[dimension] = 1;
+        for (int c = 0; c < width; c++) {
+          const int from = channel ? channel[c] : c < channels ? c : -1;
+          to[c] = from < 0 ? 0 : row[from];
+        }
+        to[width] = a.bias ? number(a.bias, r, a.weight_type) : 0;
+      }
   }
 
   static constexpr int STRIDE = SPAN + 64;   // tokens of the buffers
@@ -1448,8 +1497,8 @@ extern "C" int alrd_attention(const Arguments* arguments) {
   const int heads = a.batch * a.heads;
   int splits = 1;
   if (heads % a.threads) splits = std::min((4 * a.threads + heads - 1) / heads, std::max(1, a.blocks / 4));
-  const Division division = divide(a.frequency, a.half, a.tolerance, a.keys.width, queries);
-  const Division exact_division = divide(a.frequency, a.half, a.tolerance, 8 * a.exact_width, queries);
+  const Division& division = division_of(a.frequency, a.half, a.tolerance, a.keys.width, queries);
+  const Division& exact_division = division_of(a.frequency, a.half, a.tolerance, 8 * a.exact_width, queries);
   const int64_t width = a.output_width + 2, share = queries * width;
   std::vector<float> partial((size_t)heads * splits * share);
 #pragma omp parallel num_threads(a.threads)

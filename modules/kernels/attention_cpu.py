@@ -2,6 +2,7 @@
 
 import ctypes
 from dataclasses import dataclass
+from functools import lru_cache
 from weakref import WeakKeyDictionary
 
 import torch
@@ -69,8 +70,10 @@ _Arguments = _structure(
     query=_pointer,
     positions=_pointer,
     frequency=_pointer,
-    rows=_pointer,
-    exact_rows=_pointer,
+    order=_pointer,
+    weight=_pointer,
+    bias=_pointer,
+    key_channel=_pointer,
     table=_pointer,
     exact=_pointer,
     key_start=_pointer,
@@ -92,6 +95,8 @@ _Arguments = _structure(
     output_width=_i32,
     n_exact=_i32,
     state_type=_i32,
+    weight_type=_i32,
+    weight_stride=_i32,
     planes=_i32,
     threads=_i32,
     scaling=_f32,
@@ -105,11 +110,11 @@ class _Columns:
 
     Attributes:
         side: The structure; its pointers stay valid as long as `kept` lives.
-        channels: For each head group the channel of each column, -1: none.
+        channels: `[groups, width]` the channel of each column in its head group, -1: none.
     """
 
     side: ctypes.Structure
-    channels: tuple[tuple[int, ...], ...]
+    channels: ctypes.Array
     kept: tuple
 
 
@@ -136,7 +141,7 @@ def _is_shared(part: PackedPart) -> bool:
     return part.groups is None and tuple(part.scale.shape[:2]) == (1, 1)
 
 
-def _columns(side: PackedSide, block_length: int, as_codes: frozenset, align_codes: int, align: int) -> _Columns:
+def _make_columns(side: PackedSide, block_length: int, as_codes: frozenset, align_codes: int, align: int) -> _Columns:
     """Where the channels of a side stand among the columns of their head groups: codes first, then numbers.
 
     Args:
@@ -187,58 +192,38 @@ def _columns(side: PackedSide, block_length: int, as_codes: frozenset, align_cod
         run=min(runs, default=block_length),
         by_block=bool(runs),
     )
-    return _Columns(made, tuple(tuple(c + [-1] * (width - len(c))) for c in channels), (*kept, side.parts))
+    flat = [channel for c in channels for channel in c + [-1] * (width - len(c))]
+    return _Columns(made, (_i32 * len(flat))(*flat), (*kept, side.parts))
 
 
-def _expansion(expand_keys: ALinear | None, channels, heads: int, size: int, order: torch.Tensor) -> torch.Tensor:
-    """`[H_kv, d/2, 2, columns + 1]` float32 rows of the key expansion: pairs in `order`, columns by `channels`."""
-    groups = len(channels)
-    index = torch.tensor(channels)
-    if expand_keys is None:
-        weight, bias = torch.eye(size).expand(heads, size, size), torch.zeros(heads, size)
-    else:
-        weight = expand_keys.weight.detach().float().unflatten(0, (heads, size))
-        bias = None if expand_keys.bias is None else expand_keys.bias.detach().float().view(heads, size)
-    of_head = index.repeat_interleave(heads // groups, dim=0)[:, None].expand(heads, size, -1)
-    rows = weight.gather(2, of_head.clamp(min=0)).masked_fill(of_head < 0, 0.0)
-    last = torch.zeros(heads, size) if bias is None else bias
-    rows = torch.cat([rows, last[..., None]], dim=2).unflatten(1, (2, -1))[:, :, order]
-    return rows.transpose(1, 2).contiguous()
+_made: WeakKeyDictionary = WeakKeyDictionary()
 
 
-class _Cached:
-    """Values by an object that they are made from and further arguments; gone with the object, or when it changes."""
-
-    def __init__(self, make):
-        self.make, self.found = make, WeakKeyDictionary()
-
-    def __call__(self, owner, state, *arguments):
-        held = self.found.setdefault(owner, {})
-        key = arguments
-        if key not in held or held[key][0] != state:
-            held[key] = (state, self.make(owner, *arguments))
-        return held[key][1]
+def _columns(side: PackedSide, *arguments) -> _Columns:
+    """`_make_columns`, once for each side of a pool."""
+    made = _made.setdefault(side, {})
+    if arguments not in made:
+        made[arguments] = _make_columns(side, *arguments)
+    return made[arguments]
 
 
-_cached_columns = _Cached(_columns)
-_cached_expansion = _Cached(lambda owner, *arguments: _expansion(owner, *arguments[:-1], torch.tensor(arguments[-1])))
-_identities: dict = {}
+@lru_cache(maxsize=64)
+def _pairs(frequencies: tuple[float, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The frequencies in falling order, and which they are, int32."""
+    frequency, order = torch.tensor(frequencies, dtype=torch.float64).sort(descending=True, stable=True)
+    return frequency, order.to(torch.int32)
 
 
-def _rows(expand_keys: ALinear | None, channels, heads: int, size: int, order: tuple[int, ...]) -> torch.Tensor:
-    if expand_keys is None:
-        key = (channels, heads, size, order)
-        if key not in _identities:
-            _identities[key] = _expansion(None, channels, heads, size, torch.tensor(order))
-        return _identities[key]
-    tensors = [t for t in (expand_keys.weight, expand_keys.bias) if t is not None]
-    state = tuple((t.data_ptr(), t._version, t.dtype) for t in tensors)
-    return _cached_expansion(expand_keys, state, channels, heads, size, order)
-
-
+@lru_cache(maxsize=64)
 def _starts(widths: tuple[int, ...]) -> ctypes.Array:
     starts = [sum(widths[:g]) for g in range(len(widths))]
     return (_i32 * (2 * len(widths)))(*starts, *widths)
+
+
+@lru_cache(maxsize=1)
+def _as_codes() -> frozenset:
+    """Widths whose codes the kernel multiplies as such; AVX2 sums up products of 8-bit codes in too few bits."""
+    return frozenset((1, 1.58, 2, 3, 4, 8) if library().alrd_takes_bytes() else (1, 1.58, 2, 3, 4))
 
 
 def latent_attention(
@@ -253,27 +238,16 @@ def latent_attention(
     """`modules.kernels.attention.latent_attention`, the sums only: `[B, H_q, L, max(value_widths)]` float32."""
     batch, query_heads, length, size = query.shape
     tolerance, planes = _PRECISION[query.dtype]
-    half = -(-size // 2)
-    if rope is None:
-        order, frequency = tuple(range(half)), torch.zeros(half, dtype=torch.float64)
-    else:
-        frequency, index = rope.inv_freq.double().sort(descending=True, stable=True)
-        order, scaling = tuple(index.tolist()), scaling * rope.attention_scaling**2
+    frequency, order = _pairs((0.0,) * (size // 2) if rope is None else tuple(rope.inv_freq.tolist()))
+    scaling = scaling if rope is None else scaling * rope.attention_scaling**2
+    query, positions = query.detach().float().contiguous(), positions.to(torch.int64).contiguous()
     output = torch.empty(batch, query_heads, length, max(value_widths))
-    exact = [tile for tile in (*cache.before, *cache.after)]
-    key_channels = exact[0].keys.shape[-1] if exact else sum(sum(part.widths) for part in cache.keys.parts)
+    exact = (*cache.before, *cache.after)
     if expand_keys is None:
-        key_widths = (size,) * (key_channels // size)
-        heads = len(key_widths)
+        channels = exact[0].keys.shape[-1] if exact else sum(sum(part.widths) for part in cache.keys.parts)
+        heads, key_widths = channels // size, (size,) * (channels // size)
     else:
-        key_widths, heads = expand_keys.ranks, expand_keys.num_heads
-    index = torch.tensor([*order, *(half + i for i in order)])
-    sent = query.detach().float()[..., index].contiguous()
-    positions = positions.to(torch.int64).contiguous()
-    as_codes = frozenset((1, 1.58, 2, 3, 4, 8) if library().alrd_takes_bytes() else (1, 1.58, 2, 3, 4))
-    as_codes = as_codes if planes else frozenset()
-    exact_channels = tuple(tuple(range(w)) + (-1,) * (max(key_widths) - w) for w in key_widths)
-    exact_rows = _rows(expand_keys, exact_channels, heads, size, order)
+        heads, key_widths = expand_keys.num_heads, expand_keys.ranks
     tiles = (_Exact * max(1, len(exact)))()
     for made, tile in zip(tiles, exact):
         made.keys, made.values = tile.keys.data_ptr(), tile.values.data_ptr()
@@ -282,10 +256,10 @@ def latent_attention(
         made.start, made.count = tile.start.data_ptr(), tile.count.data_ptr()
     key_starts, value_starts = _starts(key_widths), _starts(value_widths)
     arguments = _Arguments(
-        query=sent.data_ptr(),
+        query=query.data_ptr(),
         positions=positions.data_ptr(),
         frequency=frequency.data_ptr(),
-        exact_rows=exact_rows.data_ptr(),
+        order=order.data_ptr(),
         exact=ctypes.addressof(tiles),
         key_start=ctypes.addressof(key_starts),
         key_count=ctypes.addressof(key_starts) + 4 * len(key_widths),
@@ -296,25 +270,36 @@ def latent_attention(
         query_heads=query_heads,
         heads=heads,
         length=length,
-        half=half,
+        half=len(order),
         exact_width=max(key_widths),
         output_width=max(value_widths),
         n_exact=len(exact),
-        state_type=_TYPES[query.dtype],
         planes=max(1, planes),
         threads=torch.get_num_threads(),
         scaling=scaling,
         tolerance=tolerance,
     )
+    if expand_keys is not None:
+        weight, bias = expand_keys.weight, expand_keys.bias
+        arguments.weight, arguments.bias = weight.data_ptr(), None if bias is None else bias.data_ptr()
+        arguments.weight_type, arguments.weight_stride = _TYPES[weight.dtype], weight.stride(0)
+    if exact:
+        arguments.state_type = _TYPES[exact[0].keys.dtype]
     arguments.keys.groups, arguments.values.groups = len(key_widths), len(value_widths)
     if cache.keys is not None:
-        keys = _cached_columns(cache.keys, None, cache.block_length, as_codes, 4, 1)
-        values = _cached_columns(cache.values, None, cache.block_length, as_codes, 16, 16)
-        rows = _rows(expand_keys, keys.channels, heads, size, order)
-        value_channel = (_i32 * (len(values.channels) * values.side.width))(*(c for g in values.channels for c in g))
+        as_codes = _as_codes() if planes else frozenset()
+        keys = _columns(cache.keys, cache.block_length, as_codes, 4, 1)
+        values = _columns(cache.values, cache.block_length, as_codes, 16, 16)
         table = cache.table.contiguous()
-        arguments.keys, arguments.values, arguments.rows = keys.side, values.side, rows.data_ptr()
-        arguments.value_channel, arguments.table = ctypes.addressof(value_channel), table.data_ptr()
+        arguments.keys, arguments.values, arguments.table = keys.side, values.side, table.data_ptr()
+        arguments.key_channel = ctypes.addressof(keys.channels)
+        arguments.value_channel = ctypes.addressof(values.channels)
         arguments.blocks, arguments.block_length = table.shape[2], cache.block_length
+        for part in cache.keys.parts + cache.values.parts:
+            if part.bits == 16:
+                arguments.state_type = _TYPES[part.packed.dtype]
     library().alrd_attention(ctypes.byref(arguments))
     return output
+
+
+__all__ = ["latent_attention"]

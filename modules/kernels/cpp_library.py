@@ -30,26 +30,35 @@ MARCH_VARIABLE = "ALRD_CPU_MARCH"
 
 _FOLDER = Path(__file__).resolve().parent
 #: Without contraction and with IEEE divisions the kernels give the reference's bits; a fused product is written out.
-_FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-Wall")
+_FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-Wno-psabi")
 #: OpenMP's symbols come with `libtorch_cpu`, even where the linker would drop a library that none is missing from.
 _LINKER_FLAGS = ("-Wl,--no-as-needed",)
 _REQUIRED = ("avx2", "fma", "f16c")
 
 
-@lru_cache(maxsize=1)
 def library() -> ctypes.CDLL:
     """The library; the first call on a machine takes the seconds of a compilation.
 
     Raises:
-        RuntimeError: Something to build it is missing, or the processor has no AVX2.
+        RuntimeError: Something to build it is missing, or the processor has no AVX2. It is tried once in a process.
     """
+    found = _load()
+    if isinstance(found, RuntimeError):
+        raise RuntimeError(str(found)) from found
+    return found
+
+
+@lru_cache(maxsize=1)
+def _load() -> ctypes.CDLL | RuntimeError:
     try:
         path = _path()
         if not path.exists():
             _build(path)
         return ctypes.CDLL(str(path))
+    except RuntimeError as error:
+        return error
     except OSError as error:
-        raise RuntimeError(f"the C++ kernels cannot be stored or loaded: {error}") from error
+        return RuntimeError(f"the C++ kernels cannot be stored or loaded: {error}")
 
 
 def call(name: str, *arguments) -> int:

@@ -1,0 +1,446 @@
+r"""Decode speed of whole models: the packed latent cache against the dense model with its default cache.
+
+Measured for a random Llama of 8 layers, hidden size 1,024 and the heads of Llama-3-8B (about 150 M parameters), split
+at half rank per head, and for checkpoints of the budget command against the bundled dense model. The caches are filled
+with random latents or states, on which the speed does not depend; then both models decode in turns, greedily:
+
+    tokens per second     of all rows together, over one whole block of steps of ours (so that packing is in it) and
+                          --dense_steps of the dense model, which grows its cache by copying it, step by step
+    memory                peak of the process during decode, above what it was without the cache (on Linux; on CUDA
+                          that of torch's allocator)
+    time to first token   of a prompt of --prompt tokens, with an empty cache
+
+First comes a gate: every layer's attention in a step over 1,024 tokens by the chosen back end, against the same model
+in float32 on the same states, may be wrong by at most twice the error of the reference back end; otherwise nothing is
+reported.
+Cases are appended to the output one by one: an interrupted run goes on where it stopped.
+
+    python scripts/benchmark_decode.py --checkpoints build/sweep/0.125 --output scripts/results/benchmark_decode.json
+"""
+
+import ctypes
+import gc
+import statistics
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, Cache, DynamicCache, LlamaConfig, PreTrainedModel
+
+from configuration_alrd_llama import ALRDLlamaConfig
+from modules.kivi_cache import CacheScheme, KIVILatentCache, config_widths
+from scripts.attention_peers import GATE, load_record, milliseconds, quartiles, relative_error, timed
+from scripts.common import (
+    BUNDLED_MODEL,
+    DTYPES,
+    check_positive,
+    dense_nbytes,
+    environment,
+    find_model,
+    folder_sha256,
+    human_bytes,
+    load_model,
+    parse_config,
+    set_ranks,
+    write_json,
+)
+
+#: The random model: 150 M parameters beside the tied embedding of 8 M.
+RANDOM = {
+    "vocab_size": 8192,
+    "hidden_size": 1024,
+    "intermediate_size": 2560,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    # More than the usual 0.02, with which attention would be nearly uniform, whatever the keys.
+    "initializer_range": 0.05,
+}
+SMALL = RANDOM | {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "initializer_range": 0.2,
+}
+
+#: Tokens and rows of the gate.
+GATE_SIZE = (1024, 2)
+
+
+@dataclass
+class BenchmarkConfig:
+    """Options of the benchmark."""
+
+    lengths: list[int] = field(default_factory=lambda: [4096, 32768, 131072], metadata={"help": "Tokens per row."})
+    batches: list[int] = field(default_factory=lambda: [1, 8], metadata={"help": "Rows."})
+    rank: float = field(default=0.5, metadata={"help": "Rank of the random model, a share of the full rank."})
+    head_group_size: int = field(default=1, metadata={"help": "Key/value heads of it that share a latent."})
+    bits: int = field(default=2, metadata={"help": "Bits of its keys and values."})
+    random: bool = field(default=True, metadata={"help": "Measure the random model."})
+    checkpoints: list[str] = field(
+        default_factory=list, metadata={"help": "Split checkpoints to measure, folders of calibrate_svd_ranks.py."}
+    )
+    model: str = field(default=BUNDLED_MODEL, metadata={"help": "The dense original of the checkpoints."})
+    prompt: int = field(default=4096, metadata={"help": "Tokens of the prompt whose first token is timed."})
+    prompts: int = field(default=3, metadata={"help": "How often it is timed. 0: never."})
+    steps: int = field(default=128, metadata={"help": "Steps of ours; those of a whole block have packing in them."})
+    dense_steps: int = field(default=8, metadata={"help": "Steps of the dense model, in turns with ours."})
+    backend: str | None = field(default=None, metadata={"help": "Back end of our cache. None: chosen by the device."})
+    device: str = field(default="cpu", metadata={"help": "Where everything is."})
+    dtype: Literal[DTYPES] = field(default="bfloat16", metadata={"help": "Type of the models."})
+    threads: int = field(default=2, metadata={"help": "CPU threads."})
+    memory_gib: float = field(default=8.0, metadata={"help": "Caches that need more than this are left out, visibly."})
+    seed: int = field(default=0, metadata={"help": "Seed of weights and states."})
+    quick: bool = field(default=False, metadata={"help": "A small random model and few steps, to try the script out."})
+    output: str | None = field(default=None, metadata={"help": "JSON file; cases that it holds are not run again."})
+
+    def __post_init__(self):
+        if self.quick:
+            self.lengths, self.batches, self.steps, self.dense_steps = [512], [1, 2], 6, 2
+            self.prompt, self.prompts = 256, min(self.prompts, 2)
+        for name in ("lengths", "batches", "dense_steps", "prompt", "threads", "memory_gib"):
+            value = getattr(self, name)
+            check_positive(name, *(value if isinstance(value, list) else [value]))
+        if self.steps < self.dense_steps or self.steps % self.dense_steps:
+            raise ValueError(f"steps={self.steps}: must be a multiple of dense_steps={self.dense_steps}")
+        if not self.random and not self.checkpoints:
+            raise ValueError("random=False: needs checkpoints, there is nothing else to measure")
+        for checkpoint in self.checkpoints:
+            find_model(checkpoint)
+
+    def subjects(self) -> list["Subject"]:
+        """The models to measure."""
+        chosen = [Subject(self, Path(c).name, c) for c in self.checkpoints]
+        return [Subject(self, "random")] * self.random + chosen
+
+
+@dataclass
+class Subject:
+    """A model split into latents, and the same model dense; loaded when they are needed.
+
+    Attributes:
+        checkpoint: Folder of the split model; `None`: the random one.
+    """
+
+    options: BenchmarkConfig
+    name: str
+    checkpoint: str | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return getattr(torch, self.options.dtype)
+
+    def _random_config(self) -> LlamaConfig:
+        shape = SMALL if self.options.quick else RANDOM
+        longest = 2 * max(*self.options.lengths, self.options.prompt)
+        return LlamaConfig(
+            **shape, tie_word_embeddings=True, max_position_embeddings=longest, eos_token_id=None, bos_token_id=None
+        )
+
+    @cached_property
+    def latent(self) -> PreTrainedModel:
+        torch.manual_seed(self.options.seed)
+        if self.checkpoint:
+            return load_model(self.checkpoint, dtype=self.dtype)[0].to(self.options.device)
+        config = ALRDLlamaConfig.from_llama(self._random_config(), k_bits=self.options.bits, v_bits=self.options.bits)
+        set_ranks(config, self.options.rank, self.options.head_group_size)
+        return AutoModelForCausalLM.from_config(config, dtype=self.dtype).to(self.options.device).eval()
+
+    @cached_property
+    def dense(self) -> PreTrainedModel:
+        torch.manual_seed(self.options.seed)
+        if self.checkpoint:
+            return load_model(self.options.model, dtype=self.dtype)[0].to(self.options.device)
+        return AutoModelForCausalLM.from_config(self._random_config(), dtype=self.dtype).to(self.options.device).eval()
+
+    def latent_cache(self, length: int, batch: int, backend: str | None, piece: int = 16384) -> KIVILatentCache:
+        """A packed cache of random latents; the same ones for the same size."""
+        cache = self.latent.create_kivi_cache(backend=backend)
+        torch.manual_seed(self.options.seed)
+        for i, widths in enumerate(config_widths(self.latent.config)):
+            for start in range(0, length, piece):
+                shape = (batch, min(piece, length - start))
+                cache.layer(i, widths).append(*(self._states((*shape, sum(side))) for side in widths))
+        return cache
+
+    def dense_cache(self, length: int, batch: int) -> DynamicCache:
+        """A `DynamicCache` of random states."""
+        config = self.dense.config
+        cache = DynamicCache(config=config)
+        for layer in cache.layers:
+            states = [
+                self._states((batch, config.num_key_value_heads, length, config.head_dim)) for _ in ("keys", "values")
+            ]
+            # Not by `update`, which would hold every state twice.
+            layer.update(*(x[:, :, :0] for x in states))
+            layer.keys, layer.values = states
+        return cache
+
+    def _states(self, shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.randn(shape, dtype=self.dtype, device=self.options.device)
+
+
+# ---- gate
+
+
+@torch.no_grad()
+def attention_outputs(model: PreTrainedModel, cache: Cache) -> list[torch.Tensor]:
+    """What every layer's attention gives to its output projection, `[B, 1, H_q * d]`, in a step of one token."""
+    outputs: list[torch.Tensor] = []
+    hooks = [
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda module, inputs: outputs.append(inputs[0]))
+        for layer in model.model.layers
+    ]
+    model(torch.arange(GATE_SIZE[1], device=model.device)[:, None], past_key_values=cache)
+    for hook in hooks:
+        hook.remove()
+    return outputs
+
+
+def check(subject: Subject) -> dict[str, float]:
+    """The correctness gate; returns the largest relative error of any layer's attention.
+
+    Raises:
+        RuntimeError: The chosen back end is wrong by more than `GATE` times as much as the reference.
+    """
+    length, batch = GATE_SIZE
+    model, config = subject.latent, subject.latent.config
+    caches = [subject.latent_cache(length, batch, name) for name in (subject.options.backend, "reference")]
+    # What the blocks hold, as float32 states, in a cache that keeps them as they are.
+    exact = KIVILatentCache(CacheScheme(k_bits=16, v_bits=16), config_widths(config), backend="reference")
+    for layer, held in zip(exact.layers, caches[1].layers):
+        layer.append(*(x.float() for x in held.states()))
+    expected = attention_outputs(deepcopy(model).float(), exact)
+    errors = [max(map(relative_error, attention_outputs(model, cache), expected)) for cache in caches]
+    if not errors[0] <= GATE * errors[1]:
+        raise RuntimeError(
+            f"correctness gate: error {errors[0]:.2e} of {caches[0].layers[0].backend} in {subject.name} is more than "
+            f"{GATE:g} times the {errors[1]:.2e} of the reference; no figures"
+        )
+    return {"ours": errors[0], "reference": errors[1], "ratio": errors[0] / errors[1]}
+
+
+# ---- memory
+
+
+def peak_memory(device: torch.device, reset: bool = False) -> int | None:
+    """Peak bytes of the process (on CUDA: of torch's allocator) since the last reset; `None`: not known."""
+    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    if reset:
+        gc.collect()
+        # What is free and not given back would hide a later allocation.
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    return 1024 * next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+
+
+# ---- measuring
+
+
+class Decoder:
+    """Greedy decoding with a filled cache.
+
+    Attributes:
+        memory: Peak bytes of decoding above what there was before the cache.
+        seconds: Of every step since the first two.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: PreTrainedModel, make_cache: Callable[[], Cache], batch: int):
+        self.model = model
+        before = peak_memory(model.device, reset=True)
+        self.cache = make_cache()
+        peak_memory(model.device, reset=True)
+        self.token = torch.zeros((batch, 1), dtype=torch.long, device=model.device)
+        for _ in range(2):
+            self._step()
+        self.memory = None if before is None else peak_memory(model.device) - before
+        self.seconds: list[float] = []
+
+    def _step(self) -> None:
+        logits = self.model(self.token, past_key_values=self.cache, use_cache=True).logits
+        self.token = logits[:, -1:].argmax(-1)
+
+    @torch.no_grad()
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            self.seconds.append(timed(self._step, self.model.device)[0])
+
+    def figures(self) -> dict[str, Any]:
+        mean = statistics.fmean(self.seconds)
+        return {
+            "tokens_per_s": len(self.token) / mean,
+            "mean_s": mean,
+            "seconds": quartiles(self.seconds),
+            "steps": len(self.seconds),
+            "peak_memory": self.memory,
+        }
+
+
+def why_not(config, length: int, batch: int, dtype: torch.dtype, memory_gib: float) -> str | None:
+    """Why a dense cache is left out; `None`: it is not. An append holds one side of one layer twice."""
+    need = dense_nbytes(config, length, dtype, batch) * (1 + 0.5 / config.num_hidden_layers)
+    return f"would need {human_bytes(need)} of memory, above --memory_gib" if need > memory_gib * 2**30 else None
+
+
+def measure_case(subject: Subject, length: int, batch: int) -> dict[str, Any]:
+    """Both models decode in turns with this many tokens in the cache."""
+    options = subject.options
+    ours = Decoder(subject.latent, lambda: subject.latent_cache(length, batch, options.backend), batch)
+    layers = ours.cache.layers
+    record = {
+        "model": subject.name,
+        "length": length,
+        "batch": batch,
+        "backend": " and ".join(sorted({str(layer.backend) for layer in layers})),
+        "fused": all(layer.backend.attends_to(*layer.pool.sides()) for layer in layers),
+    }
+    reason = why_not(subject.dense.config, length, batch, subject.dtype, options.memory_gib)
+    theirs = None
+    if reason is None:
+        theirs = Decoder(subject.dense, lambda: subject.dense_cache(length, batch), batch)
+    else:
+        print(f"dense cache left out of {length:,} tokens x {batch}: {reason}")
+    for _ in range(options.dense_steps):
+        if theirs:
+            theirs.run(1)
+        ours.run(options.steps // options.dense_steps)
+    packed = {"cache_nbytes": ours.cache.nbytes_used, "cache_allocated": ours.cache.nbytes}
+    record["ours"] = ours.figures() | packed
+    dense_bytes = dense_nbytes(subject.dense.config, length, subject.dtype, batch)
+    record["dense"] = theirs.figures() | {"cache_nbytes": dense_bytes} if theirs else {"left_out": reason}
+    if theirs:
+        record["speedup"] = record["ours"]["tokens_per_s"] / record["dense"]["tokens_per_s"]
+    return record
+
+
+@torch.no_grad()
+def measure_first_token(subject: Subject) -> dict[str, Any]:
+    """Time from a prompt to its first token, in turns."""
+    options = subject.options
+    vocabulary = min(subject.latent.config.vocab_size, subject.dense.config.vocab_size)
+    generator = torch.Generator().manual_seed(options.seed)
+    prompt = torch.randint(vocabulary, (1, options.prompt), generator=generator).to(options.device)
+
+    def first(model: PreTrainedModel, cache: Cache) -> torch.Tensor:
+        return model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax(-1)
+
+    seconds: dict[str, list[float]] = {"ours": [], "dense": []}
+    for turn in range(1 + options.prompts):
+        caches = {
+            "ours": (subject.latent, subject.latent.create_kivi_cache(backend=options.backend)),
+            "dense": (subject.dense, DynamicCache(config=subject.dense.config)),
+        }
+        for name, (model, cache) in caches.items():
+            spent, _ = timed(lambda m=model, c=cache: first(m, c), model.device)
+            if turn:  # the first one warms up
+                seconds[name].append(spent)
+    found = {name: {"seconds": quartiles(s)} for name, s in seconds.items()}
+    times_faster = found["dense"]["seconds"]["p50"] / found["ours"]["seconds"]["p50"]
+    return {"model": subject.name, "prompt": options.prompt, **found, "speedup": times_faster}
+
+
+#: Options that two runs must share for their cases to stand in one file.
+KEY = ("rank", "head_group_size", "bits", "model", "steps", "dense_steps", "backend", "device", "dtype", "threads")
+
+
+def main(options: BenchmarkConfig) -> dict[str, Any]:
+    """Measure the cases that the output does not hold; returns the record."""
+    torch.set_num_threads(options.threads)
+    here = environment(torch.device(options.device))
+    key = {n: getattr(options, n) for n in (*KEY, "seed", "quick")} | {n: here[n] for n in ("cpu", "device", "torch")}
+    record = load_record(options.output, key)
+    for subject in options.subjects():
+        sizes = {
+            f"{subject.name}, {length} x {batch}": (length, batch)
+            for length in options.lengths
+            for batch in options.batches
+        }
+        prompt = f"{subject.name}, prompt of {options.prompt}"
+        todo = [*sizes, *[prompt] * bool(options.prompts)]
+        missing = [name for name in todo if name not in record["cases"]]
+        if not missing:
+            continue
+        gate = check(subject)
+        described = {
+            "checkpoint": subject.checkpoint,
+            "sha256": folder_sha256(subject.checkpoint) if subject.checkpoint else None,
+            "parameters": {"ours": subject.latent.num_parameters(), "dense": subject.dense.num_parameters()},
+            "cache": repr(subject.latent.create_kivi_cache(backend=options.backend)),
+            "gate": gate,
+        }
+        for name in tqdm(missing, desc=subject.name, unit="case"):
+            measured = measure_first_token(subject) if name == prompt else measure_case(subject, *sizes[name])
+            record["cases"][name] = measured | described | {"environment": here}
+            record |= {"config": asdict(options), "environment": here}
+            if options.output:
+                write_json(options.output, record)
+    print(table(record))
+    return record
+
+
+# ---- tables
+
+
+def decode_table(record: dict[str, Any]) -> str:
+    """Tokens per second and memory of every case, as Markdown."""
+    lines = [
+        "| model | tokens × rows | ours, tokens/s | dense, tokens/s | times faster | ours, ms per step | "
+        "dense, ms per step | cache, ours / dense | peak above the weights, ours / dense |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for case in record["cases"].values():
+        if "prompt" in case:
+            continue
+        ours, dense = case["ours"], case["dense"]
+        cells = [case["model"], f"{case['length']:,} × {case['batch']}", f"{ours['tokens_per_s']:,.1f}"]
+        if "left_out" in dense:
+            cells += [dense["left_out"], "", milliseconds(ours["seconds"]), "", human_bytes(ours["cache_nbytes"])]
+            cells += [memory(ours)]
+        else:
+            cells += [f"{dense['tokens_per_s']:,.2f}", f"{case['speedup']:.1f}×", milliseconds(ours["seconds"])]
+            cells += [milliseconds(dense["seconds"])]
+            cells += [f"{human_bytes(ours['cache_nbytes'])} / {human_bytes(dense['cache_nbytes'])}"]
+            cells += [f"{memory(ours)} / {memory(dense)}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def memory(figures: dict[str, Any]) -> str:
+    return "not known" if figures["peak_memory"] is None else human_bytes(figures["peak_memory"])
+
+
+def first_token_table(record: dict[str, Any]) -> str:
+    """Time to the first token of every model, as Markdown."""
+    lines = ["| model | prompt | ours, ms | dense, ms | times faster |", "|---|---|---|---|---|"]
+    for case in record["cases"].values():
+        if "prompt" in case:
+            ours, dense = (milliseconds(case[name]["seconds"]) for name in ("ours", "dense"))
+            cells = (case["model"], f"{case['prompt']:,}", ours, dense, f"{case['speedup']:.2f}×")
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def table(record: dict[str, Any]) -> str:
+    """Both tables, as Markdown."""
+    return f"{decode_table(record)}\n\n{first_token_table(record)}"
+
+
+if __name__ == "__main__":
+    main(parse_config(BenchmarkConfig, __doc__))

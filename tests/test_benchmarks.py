@@ -1,0 +1,396 @@
+"""The decode benchmarks: small shapes, in process; that their gates can fail, and that their tables are complete."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from modules.kernels import Backend
+from scripts import attention_peers, benchmark_attention, benchmark_decode, readme_tables
+from scripts.attention_peers import PEERS, DenseStates, Ggml, relative_error
+from scripts.benchmark_attention import LatentLayer, cases, in_turns, measure_case
+from scripts.benchmark_decode import Subject
+
+AttentionConfig, DecodeConfig = benchmark_attention.BenchmarkConfig, benchmark_decode.BenchmarkConfig
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CPU = torch.device("cpu")
+
+
+def attention_options(**fields) -> AttentionConfig:
+    return AttentionConfig(**{"quick": True, "threads": 1, "backend": "reference", "seconds": 1.0, **fields})
+
+
+def decode_options(**fields) -> DecodeConfig:
+    return DecodeConfig(**{"quick": True, "threads": 1, "backend": "reference", **fields})
+
+
+def layer(scheme=None, batch: int = 2, length: int = 517, **fields) -> LatentLayer:
+    scheme = {"rank": 0.5, "head_group_size": 1, "bits": 3} | (scheme or {})
+    return LatentLayer(attention_options(**fields), scheme, length, batch)
+
+
+@pytest.fixture(scope="module")
+def attention_run(tmp_path_factory) -> tuple[AttentionConfig, dict]:
+    """A whole quick run with the back end that a user gets."""
+    path = tmp_path_factory.mktemp("attention") / "record.json"
+    options = attention_options(backend=None, output=str(path))
+    return options, benchmark_attention.main(options)
+
+
+@pytest.fixture(scope="module")
+def decode_run(tmp_path_factory) -> tuple[DecodeConfig, dict]:
+    path = tmp_path_factory.mktemp("decode") / "record.json"
+    options = decode_options(backend=None, output=str(path))
+    return options, benchmark_decode.main(options)
+
+
+def broken(monkeypatch, factor: float) -> None:
+    """Make the attention of every back end but the reference's own functions wrong."""
+    attend = Backend.attend
+
+    def wrong(self, query, **how):
+        summed, weights = attend(self, query, **how)
+        return summed * factor, weights
+
+    monkeypatch.setattr(Backend, "attend", wrong)
+
+
+# ---- one layer
+
+
+def test_attention_record_is_complete(attention_run):
+    options, record = attention_run
+    assert json.loads(Path(options.output).read_text()) == record
+    assert record["environment"]["threads"] == record["key"]["threads"] == 1
+    assert {"cpu", "torch", "transformers", "commit", "hqq", "optimum-quanto"} <= set(record["environment"])
+    assert all(value > 0 for value in record["machine"].values())
+    assert list(record["cases"]) == [name for name, *_ in cases(options)]
+    assert len(record["cases"]) == 2 * (2 + 1)  # lengths, ranks and the joint one
+    chosen = layer(backend=None).layer.backend
+    for i, case in enumerate(record["cases"].values()):
+        assert case["backend"] == str(chosen)
+        assert case["fused"] == (chosen.fused_attention is not None)
+        assert 0 < case["gate"]["ours"] <= 2 * case["gate"]["plain"]
+        assert case["append"]["tokens"] == 128 and case["append"]["blocks_packed"] == 1
+        assert 0 < case["append"]["mean_s"] < case["seconds"]["p50"]
+        assert case["seconds"]["p25"] <= case["seconds"]["p50"] <= case["seconds"]["p75"]
+        assert case["nbytes"] < case["dense_nbytes"] / 2
+        assert min(case["macs"], case["bandwidth_share"], case["peak_share"], case["int8_peak_share"]) > 0
+        first = i % 3 == 0
+        assert set(case["peers"]) == ({n for n, p in PEERS.items() if "cpu" in p.devices} if first else {"by hand"})
+        for name, peer in case["peers"].items():
+            if "left_out" in peer:
+                assert PEERS[name].needs and peer["left_out"].endswith("is not installed")
+                continue
+            assert peer["rounds"] == 3
+            assert peer["speedup"] == pytest.approx(peer["seconds"]["p50"] / peer["ours_seconds"]["p50"])
+            assert peer["error"] is None if name == "unpack" else peer["error"] > 0
+    assert set(case["peers"]["by hand"]["settings"]) == {"scores", "sums"}
+
+
+def test_attention_goes_on_where_it_stopped(attention_run, tmp_path, monkeypatch):
+    options, record = attention_run
+    half = dict(list(record["cases"].items())[:4])
+    output = tmp_path / "half.json"
+    output.write_text(json.dumps(record | {"cases": half}))
+    measured = []
+    monkeypatch.setattr(benchmark_attention, "describe", lambda case: "")
+    monkeypatch.setattr(
+        benchmark_attention, "measure_case", lambda options, *case: measured.append(case) or record["cases"][next_()]
+    )
+    names = iter(list(record["cases"])[4:])
+    next_ = names.__next__
+    again = benchmark_attention.main(replace(options, output=str(output)))
+    assert len(measured) == len(record["cases"]) - 4
+    assert list(again["cases"]) == list(record["cases"])
+    first = next(iter(half))
+    output.write_text(json.dumps(record | {"cases": record["cases"] | {first: half[first] | {"peers": {}}}}))
+    names = iter([first])
+    next_ = names.__next__
+    assert benchmark_attention.main(replace(options, output=str(output)))["cases"] == record["cases"]
+    with pytest.raises(ValueError, match=r"holds cases of other options \(seed\)"):
+        benchmark_attention.main(replace(options, output=str(output), seed=1))
+
+
+@pytest.mark.parametrize("factor", [1.03, 0.0, float("nan")])
+def test_the_gate_stops_wrong_attention(factor, tmp_path, monkeypatch):
+    broken(monkeypatch, factor)
+    output = tmp_path / "record.json"
+    with pytest.raises(RuntimeError, match=r"correctness gate: error .* of reference, row 0"):
+        benchmark_attention.main(attention_options(output=str(output)))
+    assert not output.exists()
+
+
+def test_the_gate_looks_at_the_last_row(monkeypatch):
+    ours = layer(batch=3)
+    attend = ours.attend
+
+    def wrong() -> torch.Tensor:
+        output = attend()
+        output[2] += output[2].roll(1, 0)
+        return output
+
+    assert ours.check()["ratio"] < 2
+    monkeypatch.setattr(ours, "attend", wrong)
+    with pytest.raises(RuntimeError, match="row 2"):
+        ours.check()
+
+
+def test_a_wrong_peer_stops_the_run(monkeypatch):
+    monkeypatch.setattr(attention_peers, "transformers_sdpa", lambda config, query, *states: query[:, :, 0])
+    options = attention_options(peers=["DynamicCache"])
+    machine = {"bytes_per_s": 1.0, "bfloat16_macs_per_s": 1.0, "int8_macs_per_s": 1.0}
+    with pytest.raises(RuntimeError, match=r"of DynamicCache is above 0\.05; no figures"):
+        measure_case(options, 512, 1, options.schemes()[0], ["DynamicCache"], machine)
+
+
+@pytest.mark.parametrize(("group", "bits"), [(1, 2), (2, 3), (1, 4)])
+def test_the_reference_of_the_gate(group, bits):
+    """What it reads is what the cache reads, and its attention that of the dense model, by another way."""
+    ours = layer({"head_group_size": group, "bits": bits})
+    assert ours.layer.get_seq_length() == 516 and ours.layer.pool.used >= 2 * 3
+    states = [x.to(torch.bfloat16) for x in ours.stored(1)]
+    for held, read, new in zip(states, ours.layer.states(), (ours.new_keys, ours.new_values)):
+        assert torch.equal(held, torch.cat([read[1], new[1]]))
+    for expand in (p.ALinear for p in (ours.attention.k_proj, ours.attention.v_proj)):
+        expand.float()
+    ours.dtype, ours.query = torch.float32, ours.query.float()
+    plain = ours.unpacked(*(x[None] for x in ours.stored(1)), rows=slice(1, 2))[0]
+    assert relative_error(plain, ours.exact(1)) < 1e-5
+    assert relative_error(plain, ours.exact(0)) > 0.1
+
+
+def test_the_prepared_step_is_the_step():
+    ours = layer()
+    assert torch.equal(ours.prepared()(), ours.attend())
+
+
+def test_quartiles():
+    assert attention_peers.quartiles([3.0, 1.0, 2.0, 4.0, 5.0]) == {"p25": 2.0, "p50": 3.0, "p75": 4.0}
+    assert attention_peers.quartiles([3.0]) == {"p25": 3.0, "p50": 3.0, "p75": 3.0}
+
+
+def test_multiply_adds():
+    """2 rows of 517 tokens, 4 query heads of 32 on 2 key/value heads, rank 16 for each head, and joint 32."""
+    expand = 4 * 32 * 16
+    assert layer().contender().macs == 2 * (517 * (2 * 16 * 32 + 4 * 32 + 4 * 16) + expand)
+    assert layer({"head_group_size": 2}).contender().macs == 2 * (517 * (32 * 64 + 4 * 32 + 4 * 32) + 2 * expand)
+
+
+@pytest.mark.parametrize("name", [name for name, peer in PEERS.items() if not peer.needs and "cpu" in peer.devices])
+def test_peers_attend_to_the_dense_states(name):
+    ours = layer()
+    states = DenseStates(ours.config, 517, 2, torch.bfloat16, CPU, seed=3)
+    peer = PEERS[name].make(states, ours)
+    if name == "unpack":
+        assert relative_error(peer.step()[1], ours.exact(1)) < 0.02
+        return
+    assert peer.nbytes == 2 * 2 * 2 * 517 * 32 * (4 if name.endswith("fp32") else 2)
+    assert states.error(peer.step()) < 0.02
+    assert states.error(peer.step().flip(1)) > 0.1
+
+
+@pytest.mark.parametrize("scores", attention_peers.SCORES)
+@pytest.mark.parametrize("sums", attention_peers.SUMS)
+def test_every_code_by_hand_is_right(scores, sums, monkeypatch):
+    """Each of them, chosen as if it were the fastest."""
+    names = [*attention_peers.SCORES, *attention_peers.SUMS]
+    # After the scores and the sums SDPA is tried, and what was chosen.
+    times = iter([float(name not in (scores, sums)) for name in names] + [1.0, 0.0])
+    monkeypatch.setattr(attention_peers, "least_seconds", lambda *args: next(times))
+    ours = layer(batch=1)
+    states = DenseStates(ours.config, 100, 2, torch.bfloat16, CPU)
+    peer = attention_peers.by_hand(states, ours)
+    assert peer.settings == {"scores": scores, "sums": sums}
+    assert states.error(peer.step()) < 0.02
+
+
+@pytest.mark.skipif(attention_peers.installed_version("llama-cpp-python") is None, reason="needs llama-cpp-python")
+@pytest.mark.parametrize(("kind", "error"), [(Ggml.F16, 0.02), (Ggml.Q8_0, 0.02), (Ggml.Q4_0, 0.3)])
+def test_llama_cpp_attends_to_the_dense_states(kind, error):
+    ours = layer()
+    states = DenseStates(ours.config, 512, 3, torch.bfloat16, CPU)
+    peer = attention_peers.llama_cpp(states, ours, kind)
+    assert states.error(peer.step()) < error
+    assert states.error(peer.step().flip(1)) > 0.5
+
+
+def test_what_does_not_fit_is_left_out_visibly(tmp_path, capsys):
+    options = attention_options(memory_gib=1e-6, peers=["by hand", "flash", "llama.cpp f16"], ranks=[0.5])
+    record = benchmark_attention.main(options)
+    case = next(iter(record["cases"].values()))
+    assert "would need" in case["peers"]["by hand"]["left_out"]
+    assert case["peers"]["flash"]["left_out"] == "runs on cuda, not on cpu"
+    assert case["seconds"]["p50"] > 0
+    printed = capsys.readouterr().out
+    assert "by hand: left out of 512 tokens x 1: would need" in printed
+    assert "| by hand: would need" in readme_tables.attention_full(record)
+
+
+def test_turns_change_their_order_and_stop_in_time():
+    order = []
+    steps = {name: lambda n=name: order.append(n) for name in "ab"}
+    options = attention_options(seconds=1e-9)
+    options.rounds = 50
+    seconds = in_turns(options, steps, lambda: order.append("-"))
+    assert [len(s) for s in seconds.values()] == [5, 5]
+    assert "".join(order) == "aabb" + "-b-a-a-b" * 2 + "-b-a"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"lengths": [511]}, "lengths=511: must be at least 512"),
+        ({"bits": []}, r"bits=\[\]: must name at least one"),
+        ({"batches": [1, 0]}, "batches=0: must be above 0"),
+        ({"peers": ["vLLM"]}, r"peers=\['vLLM'\]: must be among DynamicCache"),
+    ],
+)
+def test_attention_refuses(fields, message):
+    with pytest.raises(ValueError, match=message):
+        AttentionConfig(**fields)
+
+
+# ---- whole models
+
+
+def test_decode_record_is_complete(decode_run):
+    options, record = decode_run
+    assert json.loads(Path(options.output).read_text()) == record
+    assert list(record["cases"]) == ["random, 512 x 1", "random, 512 x 2", "random, prompt of 256"]
+    for case in list(record["cases"].values())[:2]:
+        assert case["fused"] == (case["backend"] != "reference")
+        assert 0 < case["gate"]["ours"] <= 2 * case["gate"]["reference"]
+        assert (case["ours"]["steps"], case["dense"]["steps"]) == (6, 2)
+        for one in (case["ours"], case["dense"]):
+            assert one["tokens_per_s"] == pytest.approx(case["batch"] / one["mean_s"])
+            assert one["peak_memory"] is None or abs(one["peak_memory"]) < 2**28  # too small here to be seen
+        assert case["speedup"] == case["ours"]["tokens_per_s"] / case["dense"]["tokens_per_s"]
+        assert case["ours"]["cache_nbytes"] < case["dense"]["cache_nbytes"] == case["batch"] * 512 * 2 * 2 * 2 * 16 * 2
+    first = record["cases"]["random, prompt of 256"]
+    assert first["speedup"] == first["dense"]["seconds"]["p50"] / first["ours"]["seconds"]["p50"]
+    assert first["gate"]["ratio"] <= 2
+
+
+def test_decode_goes_on_where_it_stopped(decode_run, tmp_path, monkeypatch):
+    options, record = decode_run
+    output = tmp_path / "all.json"
+    output.write_text(json.dumps(record))
+    monkeypatch.setattr(benchmark_decode, "check", lambda subject: pytest.fail("nothing is left to measure"))
+    assert benchmark_decode.main(replace(options, output=str(output))) == record
+    with pytest.raises(ValueError, match=r"holds cases of other options \(bits\)"):
+        benchmark_decode.main(replace(options, output=str(output), bits=4))
+
+
+@pytest.mark.parametrize("wrong", [{"query": 1.2}, {"summed": 1.05}, {"summed": float("nan")}])
+def test_the_gate_stops_wrong_models(wrong, tmp_path, monkeypatch):
+    """The chosen back end is another than the one it is compared with; here only that one is wrong."""
+    options = decode_options(output=str(tmp_path / "record.json"))
+    attend, new_cache = Backend.attend, Subject.latent_cache
+
+    def of_another_name(self, *size) -> object:
+        cache = new_cache(self, *size)
+        if not caches:
+            for layer in cache.layers:
+                layer.backend = replace(layer.backend, name="another")
+        caches.append(cache)
+        return cache
+
+    def wrong_attend(self, query, **how):
+        factors = wrong if self.name == "another" else {}
+        summed, weights = attend(self, query * factors.get("query", 1.0), **how)
+        return summed * factors.get("summed", 1.0), weights
+
+    caches: list = []
+    monkeypatch.setattr(Subject, "latent_cache", of_another_name)
+    assert benchmark_decode.check(Subject(options, "random"))["ratio"] == 1
+    caches.clear()
+    monkeypatch.setattr(Backend, "attend", wrong_attend)
+    with pytest.raises(RuntimeError, match=r"correctness gate: error .* of another in random is more than 2 times"):
+        benchmark_decode.main(options)
+    assert not (tmp_path / "record.json").exists()
+
+
+def test_the_models_of_a_subject():
+    """The dense model and the split one are of one shape, and the caches hold what is asked for."""
+    subject = Subject(decode_options(), "random")
+    assert subject.latent.dtype == subject.dense.dtype == torch.bfloat16
+    assert subject.latent.model.rotary_emb.inv_freq.dtype == torch.float32
+    packed, dense = subject.latent_cache(300, 2, "reference", piece=130), subject.dense_cache(300, 2)
+    assert packed.row_tokens() == [300, 300] and dense.get_seq_length() == 300
+    assert dense.layers[1].keys.shape == (2, 2, 300, 16)
+    same = subject.latent_cache(300, 2, "reference", piece=130)
+    assert all(torch.equal(a, b) for a, b in zip(packed.layers[1].states(), same.layers[1].states()))
+
+
+def test_a_dense_cache_that_does_not_fit_is_left_out_visibly(capsys):
+    record = benchmark_decode.main(decode_options(memory_gib=1e-6, prompts=0))
+    assert all("would need" in case["dense"]["left_out"] for case in record["cases"].values())
+    assert "dense cache left out of 512 tokens x 2: would need" in capsys.readouterr().out
+    assert "would need" in readme_tables.decode(record)
+
+
+def test_peak_memory_sees_an_allocation():
+    before = benchmark_decode.peak_memory(CPU, reset=True)
+    if before is None:
+        pytest.skip("the system does not say")
+    torch.ones(2**24)
+    assert 0.98 * 2**26 <= benchmark_decode.peak_memory(CPU) - before < 2**27
+    assert benchmark_decode.peak_memory(CPU, reset=True) - before < 2**25
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"steps": 100, "dense_steps": 8}, "steps=100: must be a multiple of dense_steps=8"),
+        ({"random": False}, "random=False: needs checkpoints"),
+        ({"checkpoints": ["no/such/folder"]}, "model='no/such/folder'"),
+        ({"memory_gib": 0}, "memory_gib=0: must be above 0"),
+    ],
+)
+def test_decode_refuses(fields, message):
+    with pytest.raises(ValueError, match=message):
+        DecodeConfig(**fields)
+
+
+# ---- tables
+
+
+def test_tables_render(attention_run, decode_run):
+    (_, attention), (_, decode) = attention_run, decode_run
+    pivot = readme_tables.attention(attention)
+    assert "| tokens × rows | 512 × 1 | 1,024 × 1 |" in pivot
+    assert "| 50% joint, 2 bit |" in pivot and "GB/s read" in pivot and "1 thread, bfloat16" in pivot
+    full = readme_tables.attention_full(attention).splitlines()
+    rows = sum(1 + len(case["peers"]) for case in attention["cases"].values())
+    assert len(full) == 2 + rows and len({line.count("|") for line in full}) == 1
+    table = readme_tables.decode(decode)
+    assert "| random | 512 × 2 |" in table and "| random | 256 |" in table
+    assert readme_tables.decode_targets(attention, decode).count("not measured") == 10
+
+
+def test_targets(attention_run, decode_run):
+    (_, attention), (_, decode) = attention_run, decode_run
+    case = next(iter(attention["cases"].values()))
+    by_name = {}
+    for length, group in ((4096, "per head"), (32768, "per head"), (32768, "joint"), (131072, "per head")):
+        per_token = {4096: 1.0, 32768: 1.0, 131072: 1.2}[length]
+        by_name[f"{length} x 1, rank 0.5 {group}, 2 bit"] = case | {
+            "seconds_per_token": per_token,
+            "int8_peak_share": 0.5,
+            "append_share": 0.021,
+            "dense_read_s": case["seconds"]["p50"],
+            "peers": {"DynamicCache": {"speedup": 15.0}, "by hand": {"speedup": 0.99}, "llama.cpp f16": {"speedup": 3}},
+        }
+    models = {
+        "a": {"model": "random", "length": 32768, "batch": 1, "speedup": 7.9},
+        "b": {"model": "0.125", "length": 32768, "batch": 1, "speedup": 11.0},
+        "c": {"model": "0.125", "length": 32768, "batch": 8, "speedup": 11.0},
+    }
+    lines = readme_tables.decode_targets(attention | {"cases": by_name}, decode | {"cases": models}).splitlines()[2:]
+    verdicts = [line.split("|")[-2].strip() for line in lines]
+    assert verdicts == ["met", "", "", "missed", "met", "", "missed", "met", "met", "met", "missed", "missed"]
