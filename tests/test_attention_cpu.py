@@ -6,6 +6,7 @@ error of plain PyTorch in that type.
 
 import copy
 import ctypes
+import itertools
 import mmap
 import os
 import subprocess
@@ -142,7 +143,9 @@ def make_step(
     lengths = torch.tensor([row.tokens for row in layer.rows])
     counted = torch.ones(len(lengths), new, dtype=torch.bool) if real is None else real
     positions = lengths[:, None] + counted.cumsum(1) - 1
-    states = [noise(len(lengths), new, sum(width), dtype=dtype, shape_of_channels=channels) for width in (key_ranks, ranks[1])]
+    states = [
+        noise(len(lengths), new, sum(width), dtype=dtype, shape_of_channels=channels) for width in (key_ranks, ranks[1])
+    ]
     tile = LatentStep(positions, real, lengths.tolist(), True, rope).new_tile(*states)
     arguments = {
         "query": (gain * torch.randn(len(lengths), query_heads, new, size)).to(dtype),
@@ -169,7 +172,8 @@ def exact(step: Step) -> torch.Tensor:
     for codec, _ in kept:
         codec.dtype = torch.float32
     cache = step.on(
-        before=tuple(tile.masked() for tile in step.cache.before), after=tuple(tile.masked() for tile in step.cache.after)
+        before=tuple(tile.masked() for tile in step.cache.before),
+        after=tuple(tile.masked() for tile in step.cache.after),
     ).cache
     if expand is not None:
         expand = expand.double()
@@ -230,17 +234,20 @@ def check(*steps: Step) -> torch.Tensor:
     for step in steps:
         query = step.arguments["query"]
         draws = 1 if query.dtype == torch.float32 else DRAWS
-        for step in (step, *(step.but(query=query[:, :, :, torch.randperm(query.shape[3])]) for _ in range(draws - 1))):
-            result, expected = step(), exact(step)
+        for draw in range(draws):
+            drawn = step.but(query=query[..., torch.randperm(query.shape[3])]) if draw else step
+            result, expected = drawn(), exact(drawn)
             first = result if first is None else first
             assert (result.dtype, result.shape) == (torch.float32, expected.shape)
             assert torch.isfinite(result).all()
-            errors.append((distance(result, expected), 0 if draws == 1 else distance(plain(step), expected)))
+            errors.append((distance(result, expected), 0 if draws == 1 else distance(plain(drawn), expected)))
     ours, others = (sum(e**2 for e in column) for column in zip(*errors))
     if query.dtype == torch.float32:
         assert max(e for e, _ in errors) <= 1e-5
     else:
-        assert ours <= 4 * others, f"{(ours / len(errors)) ** 0.5:.2e}, {(ours / others) ** 0.5:.2f} times that of PyTorch"
+        assert ours <= 4 * others, (
+            f"{(ours / len(errors)) ** 0.5:.2e}, {(ours / others) ** 0.5:.2f} times that of PyTorch"
+        )
     return first
 
 
@@ -271,7 +278,9 @@ def test_the_other_symmetry(bits, orientation, dtype):
 def test_group_sizes(key_group, value_group, dtype):
     """Runs shorter than a block, short last runs, blocks that are longer or shorter than the kernel's span."""
     i = key_group // 4 + value_group // 4
-    keys, values = (side((2, 1.58, 3, 4, 1)[(i + s) % 5], "per_channel", g) for s, g in ((0, key_group), (1, value_group)))
+    keys, values = (
+        side((2, 1.58, 3, 4, 1)[(i + s) % 5], "per_channel", g) for s, g in ((0, key_group), (1, value_group))
+    )
     check(make_step(keys, values, dtype, tokens=(700,)))
     if i % 3 == DTYPES.index(dtype):
         check(make_step(replace(keys, orientation="per_token"), values, dtype, tokens=(700, 333)))
@@ -416,11 +425,12 @@ def spread(step: Step, starts: torch.Tensor, position: int) -> Step:
 @pytest.mark.parametrize("name", ROPES)
 def test_rotary_embeddings_far_away(name, dtype):
     """Blocks in order, with gaps, back and forth, and behind the queries; distances up to 200,000 tokens."""
-    torch.manual_seed(1)
     size = 64
-    for group, orientation, new in ((32, "per_channel", 1), (128, "per_token", 2), (20, "per_token", 1)):
+    cases = ((32, "per_channel", 1), (128, "per_token", 2), (20, "per_token", 1))
+    for group, orientation, new in cases[:: 1 + 2 * (dtype == torch.float16)]:
+        tokens = 8 * group + 50
         step = make_step(side(4, orientation, group), side(4, group_size=group), dtype, (4, 2), size,
-                         ((20, 20), (8, 8)), (1300,), new, rope=ROPES[name](size))  # fmt: skip
+                         ((20, 20), (8, 8)), (tokens,), new, rope=ROPES[name](size))  # fmt: skip
         blocks = step.cache.table.shape[2]
         regular = torch.arange(blocks) * group
         gaps = (torch.rand(blocks) * 2 * 200_000 / blocks).int().cumsum(0)
@@ -437,7 +447,7 @@ def test_rotary_embeddings_far_away(name, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_many_blocks(dtype):
     """As many tokens as make every level of the interpolation move."""
-    step = make_step(side(2, group_size=128), dtype=dtype, size=64, ranks=((8, 8), (4, 4)), tokens=(20_000,),
+    step = make_step(side(2, group_size=128), dtype=dtype, size=64, ranks=((8, 8), (4, 4)), tokens=(9000,),
                      rope=rope_of(64, 5e5))  # fmt: skip
     check(step)
 
@@ -484,12 +494,13 @@ def reorder(layer):
     ids=str,
 )
 def test_what_the_cache_holds(case, dtype):
-    for keys, values in (
+    schemes = (
         (side(), side(orientation="per_token")),
         (side(3, "per_token", 20), side(1.58)),
         (side(1.58, group_size=20), side(4, group_size=64)),
         (side(4, "per_token", 0), side(3, "per_token", 0)),
-    ):
+    )
+    for keys, values in schemes[DTYPES.index(dtype) % 2 :: 2] if dtype != torch.float32 else schemes:
         check(make_step(keys, values, dtype, **case))
 
 
@@ -527,7 +538,7 @@ def test_queries_that_see_nothing(dtype):
 
 
 def test_rubbish_that_belongs_to_no_token():
-    """NaN and Inf in free slots, behind the valid tokens of a tile, and in the entries of the table that are filled up."""
+    """NaN and Inf in free slots, and behind the valid tokens of a tile."""
     for dtype in DTYPES:
         for keys in (side(3), side(4, "per_token", 20), side(16), side(2, group_size=160)):
 
@@ -576,7 +587,9 @@ def test_one_token_takes_all(place, dtype):
     rope = step.arguments["rope"]
     keys = rope.rotate(keys, torch.arange(301))
     # The direction in which the token stands out most.
-    towards = torch.linalg.lstsq(keys - keys.mean(1, keepdim=True), torch.eye(301)[at].double().expand(2, 301)[..., None])
+    towards = torch.linalg.lstsq(
+        keys - keys.mean(1, keepdim=True), torch.eye(301)[at].double().expand(2, 301)[..., None]
+    )
     query = towards.solution.transpose(1, 2)
     logits = query @ keys.transpose(1, 2) * step.arguments["scaling"]
     best, second = logits.topk(2).values.unbind(-1)
@@ -688,7 +701,12 @@ def test_layers_of_one_shape():
 
 def test_inputs_are_left_alone():
     step = make_step(new=3)
-    tensors = [step.arguments["query"], step.arguments["positions"], step.cache.table, step.arguments["expand_keys"].weight]
+    tensors = [
+        step.arguments["query"],
+        step.arguments["positions"],
+        step.cache.table,
+        step.arguments["expand_keys"].weight,
+    ]
     tensors += [t for fields in step.layer.pool.storage.values() for t in fields.values()]
     tensors += [t for tile in (*step.cache.before, *step.cache.after) for t in (tile.keys, tile.values)]
     before = [t.clone() for t in tensors]
@@ -709,8 +727,21 @@ def test_views_are_read_as_they_are():
         positions = arguments["positions"].T.contiguous().T
         same = step.on(after=(*window, replace(new, keys=keys, values=values))).but(query=query, positions=positions)
         assert torch.equal(same(), step())
-        strided = [x.transpose(-1, -2).contiguous().transpose(-1, -2) for x in (new.keys, new.values)]
-        assert torch.equal(step.on(after=(*window, replace(new, keys=strided[0], values=strided[1])))(), step())
+
+
+def transposed(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def test_any_strides():
+    for dtype in DTYPES:
+        step = make_step(dtype=dtype, tokens=(300, 280), new=3, bias=True)
+        expected, (*window, new) = step(), step.cache.after
+        tile = replace(new, keys=transposed(new.keys), values=transposed(new.values))
+        assert torch.equal(step.on(after=(*window, tile))(), expected)
+        expand = step.arguments["expand_keys"]
+        expand.weight.data = transposed(expand.weight.data)
+        assert torch.equal(step(), expected)
 
 
 # ---- memory
@@ -731,7 +762,9 @@ class Fenced:
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
         tensor, page = tensor.contiguous(), mmap.PAGESIZE
         size = -(-max(1, tensor.nbytes) // page) * page
-        start = _libc.mmap(None, size + 2 * page, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+        start = _libc.mmap(
+            None, size + 2 * page, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0
+        )
         self.regions.append((start, size + 2 * page))
         for fence in (start, start + page + size):
             assert _libc.mprotect(fence, page, 0) == 0
@@ -753,7 +786,11 @@ FENCED = {
     "exact": (side(16), side(16), {}),
     "joint": (side(3, "per_token", 0), side(4, group_size=128), {"ranks": ((21,), (23,))}),
     "static": (side(2, static=True), side(4, static=True), {}),
-    "tiers": (side(tiers=TIERS["sorted"]), side(orientation="per_token", tiers=TIERS["sorted"]), {"ranks": ((29, 27),) * 2}),
+    "tiers": (
+        side(tiers=TIERS["sorted"]),
+        side(orientation="per_token", tiers=TIERS["sorted"]),
+        {"ranks": ((29, 27),) * 2},
+    ),
 }
 
 
@@ -763,7 +800,12 @@ def test_nothing_is_read_beyond_a_tensor(name, at_the_end):
     """A crash of the interpreter is a failure; every slot of the pool is in use."""
     keys, values, case = FENCED[name]
     for dtype, new in ((torch.bfloat16, 1), (torch.float32, 3), (torch.float16, 2)):
-        step = make_step(keys, values, dtype, **{"ranks": ((13, 13), (19, 19)), "tokens": (353, 200), "new": new, **case})
+        step = make_step(
+            keys,
+            values,
+            dtype,
+            **{"ranks": ((13, 13), (19, 19)), "tokens": (353, 200), "new": new, "bias": True, **case},
+        )
         fenced = Fenced(at_the_end)
         pool = step.layer.pool
         expected = step()
@@ -775,13 +817,17 @@ def test_nothing_is_read_beyond_a_tensor(name, at_the_end):
         pool._sides = None
         sides = dict(zip(("keys", "values"), pool.sides()))
 
-        def fence_tile(tile):
-            return Tile(*map(fenced, (tile.keys, tile.values, tile.start, tile.count)))
-
-        cache = replace(step.cache, **sides, table=fenced(step.cache.table),
-                        before=tuple(map(fence_tile, step.cache.before)), after=tuple(map(fence_tile, step.cache.after)))  # fmt: skip
-        query, positions = fenced(step.arguments["query"]), fenced(step.arguments["positions"])
-        assert torch.equal(step.but(cache=cache, query=query, positions=positions)(), expected)
+        before, after = (
+            tuple(Tile(*map(fenced, (t.keys, t.values, t.start, t.count))) for t in tiles)
+            for tiles in (step.cache.before, step.cache.after)
+        )
+        cache = replace(step.cache, **sides, table=fenced(step.cache.table), before=before, after=after)
+        expand = step.arguments["expand_keys"]
+        for parameter in () if expand is None else (expand.weight, expand.bias):
+            parameter.data = fenced(parameter.data)
+        inputs = {name: fenced(step.arguments[name]) for name in ("query", "positions")}
+        rope = Rope(fenced(step.arguments["rope"].inv_freq))
+        assert torch.equal(step.but(cache=cache, rope=rope, **inputs)(), expected)
         fenced.release()
 
 
@@ -802,7 +848,7 @@ def schemes(draw, groups: tuple[int, ...]):
     for rank in groups:
         cuts = sorted(draw(st.sets(st.integers(1, rank - 1), max_size=4))) if rank > 1 else []
         edges = [0, *cuts, rank]
-        tiers.append(tuple((b - a, draw(st.sampled_from(WIDTHS))) for a, b in zip(edges, edges[1:])))
+        tiers.append(tuple((b - a, draw(st.sampled_from(WIDTHS))) for a, b in itertools.pairwise(edges)))
     return side(2, orientation, group_size, tiers=tuple(tiers))
 
 
@@ -847,7 +893,7 @@ def any_step(examples: int):
     return settings(deadline=None, derandomize=True, max_examples=examples, suppress_health_check=quiet)
 
 
-@any_step(60)
+@any_step(50)
 @given(steps())
 def test_any_step(step):
     check(step)
