@@ -9,7 +9,7 @@ from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, Llama
 from transformers import initialization as init
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
@@ -27,6 +27,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from configuration_alrd_llama import ALRDLlamaConfig, check_tiers
+from modules.kernels import MAX_QUERY_LENGTH
 from modules.kernels.attention import attention_received
 from modules.kernels.packed import PackedCache, Rope, Tile
 from modules.kivi_cache import CacheScheme, KIVILatentCache, config_schemes, create_kivi_cache
@@ -122,7 +123,7 @@ class LatentStep:
     Attributes:
         positions: `[B, L]`, position of each token in its row; a pad has that of the token before it.
         real: `[B, L]` bool on the CPU, false for pads; `None`: no pads.
-        lengths: Tokens that each row holds already.
+        lengths: Tokens that each row holds already; `[B]` on the device if the cache's capacity is fixed.
         has_past: Whether the cache has been fed before.
         rope: Frequencies for the cached keys.
         slots: `[B, past slots + L]`, position of the token in each slot, -1 for pads, if attention weights are to be
@@ -131,7 +132,7 @@ class LatentStep:
 
     positions: torch.Tensor
     real: torch.Tensor | None
-    lengths: list[int]
+    lengths: list[int] | torch.Tensor
     has_past: bool
     rope: Rope
     slots: torch.Tensor | None = None
@@ -139,7 +140,7 @@ class LatentStep:
     def new_tile(self, keys: torch.Tensor, values: torch.Tensor) -> Tile:
         """The new tokens' latents `[B, L, C]` as a tile: pads moved behind the row's real tokens."""
         device = keys.device
-        start = torch.tensor(self.lengths, dtype=torch.int32, device=device)[:, None]
+        start = torch.as_tensor(self.lengths, dtype=torch.int32, device=device)[:, None]
         if self.real is None:
             count = torch.full_like(start, keys.shape[1])
         else:
@@ -329,14 +330,14 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
         Args:
             settings: Override the config's `k_bits`, `v_bits`, `group_size`, `residual_length`, `sink_length`,
                 `k_scheme` or `v_scheme` (see `config_schemes`); or `quantization_config` in place of them all;
-                `layer_schemes`, `backend` and `token_score`. See the function `create_kivi_cache`.
+                `layer_schemes`, `backend`, `token_score` and `capacity`. See the function `create_kivi_cache`.
 
         Raises:
             ValueError: A setting is out of range.
         """
         self.config.check_latent_cache()
         names = tuple(f.name for f in fields(CacheScheme))
-        others = ("quantization_config", "layer_schemes", "backend", "token_score")
+        others = ("quantization_config", "layer_schemes", "backend", "token_score", "capacity")
         unknown = sorted(set(settings) - set(names) - set(others))
         if unknown:
             known = ", ".join(names + others)
@@ -416,7 +417,8 @@ class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):
         slots = None
         if kwargs.get("output_attentions", self.config.output_attentions):
             slots = self._slot_positions(past_key_values, real, *positions.shape)
-        step = LatentStep(positions, real, lengths, past_key_values.get_seq_length() > 0, rope, slots)
+        has_past = isinstance(lengths, torch.Tensor) or past_key_values.get_seq_length() > 0
+        step = LatentStep(positions, real, lengths, has_past, rope, slots)
         # The first chunk attends to itself by the library's functions; later ones read the cache by its own lengths.
         causal_mask = None
         if not step.has_past:
@@ -438,11 +440,12 @@ class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):
     def _place_tokens(self, embeds, attention_mask, position_ids, cache: KIVILatentCache):
         """`LatentStep`'s positions, pads and lengths of the new tokens, checked against what the cache holds."""
         batch, length = embeds.shape[:2]
-        lengths = cache.row_tokens() or [0] * batch
+        lengths = cache.row_lengths()
+        lengths = lengths if len(lengths) else [0] * batch
         if len(lengths) != batch:
             raise ValueError(f"input_ids: batch of {batch} must be the {len(lengths)} rows of the cache")
-        real = self._new_tokens(attention_mask, lengths, cache.get_seq_length(), length)
-        past = torch.tensor(lengths, device=embeds.device)[:, None]
+        real = self._new_tokens(attention_mask, lengths, cache, length)
+        past = torch.as_tensor(lengths, device=embeds.device)[:, None]
         if real is None:
             positions = past + torch.arange(length, device=embeds.device)
         else:
@@ -458,10 +461,17 @@ class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):
         return positions, real, lengths
 
     @staticmethod
-    def _new_tokens(attention_mask, lengths: list[int], slots: int, length: int) -> torch.Tensor | None:
+    def _new_tokens(attention_mask, lengths, cache: KIVILatentCache, length: int) -> torch.Tensor | None:
         """`[B, L]` on the CPU, which of the new slots hold tokens; `None` if all do."""
         if attention_mask is None:
             return None
+        if isinstance(lengths, torch.Tensor):
+            if length <= MAX_QUERY_LENGTH:  # no wait, neither for the mask nor for the slots of the past
+                real = (attention_mask[:, -length:] != 0).all()
+                require(real, f"attention_mask: with a fixed capacity, steps of up to {MAX_QUERY_LENGTH} have no pads")
+                return None
+            lengths = lengths.tolist()
+        slots = cache.get_seq_length()
         expected = (len(lengths), slots + length)
         if not isinstance(attention_mask, torch.Tensor) or tuple(attention_mask.shape) != expected:
             shape = tuple(attention_mask.shape) if isinstance(attention_mask, torch.Tensor) else type(attention_mask)
@@ -500,6 +510,14 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @staticmethod
+    def create_masks_for_generate(*args, attention_mask=None, past_key_values=None, is_first_iteration=False, **kwargs):
+        """The mask that `generate` gives to compiled steps: of a packed cache the prompt's own, none for new tokens."""
+        if isinstance(past_key_values, KIVILatentCache):
+            return attention_mask if is_first_iteration else None
+        how = {"attention_mask": attention_mask, "past_key_values": past_key_values}
+        return create_masks_for_generate(*args, **how, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """Give `generate` a packed cache of our own where it would make a `DynamicCache`."""

@@ -17,13 +17,14 @@ class BlockPool:
     Args:
         codecs: Codec of each side, `{"keys": …, "values": …}`.
         device: Where the slots live.
+        slots: Rooms of a pool of a fixed size, whose owner says what is in which (`modules/fixed_cache.py`).
     """
 
-    def __init__(self, codecs: dict[str, BlockCodec], device: torch.device):
+    def __init__(self, codecs: dict[str, BlockCodec], device: torch.device, slots: int = 0):
         self.codecs = codecs
         self.storage = {
             side: {
-                name: torch.empty((0, *shape), dtype=dtype, device=device)
+                name: torch.empty((slots, *shape), dtype=dtype, device=device)
                 for name, (shape, dtype) in codec.fields().items()
             }
             for side, codec in codecs.items()

@@ -24,6 +24,7 @@ from configuration_alrd_llama import ALRDLlamaConfig, QuantScheme, check_choice,
 from modules.block_pool import BlockPool
 from modules.codecs import StaticScales, block_length, block_nbytes, check_codec, make_codec
 from modules.files import save_tensors
+from modules.fixed_cache import SIDES, FixedStore, Room, check_fixed
 from modules.kernels import BACKENDS, Backend, get_backend
 from modules.kernels.packed import PackedCache, Tile
 from modules.quant_utils import KIVIQuantizer
@@ -210,17 +211,9 @@ class KIVILatentLayer(CacheLayerMixin):
         return self.given_widths or tuple((x.shape[3],) * x.shape[1] for x in states)
 
     def _allocate(self, batch: int, widths: LayerWidths, like: torch.Tensor) -> None:
-        scheme, self.widths, self.dtype, self.device = self.scheme, widths, like.dtype, like.device
-        self.channels = {"keys": sum(widths[0]), "values": sum(widths[1])}
+        scheme, codecs = self.scheme, self._start(widths, like)
         self.rows = [Row()] * batch
-        for side, its_scheme in (("keys", scheme.keys), ("values", scheme.values)):
-            if its_scheme.static and side not in (self.static_scales or {}):
-                raise ValueError(f"static=True of the {side}: needs calibrated scales (modules/calibrated_int8.py)")
-        if self.static_scales is not None:
-            moved = {side: tuple(t.to(self.device) for t in pair) for side, pair in self.static_scales.items()}
-            self.static_scales = moved
-        self.backend = get_backend(self.backend_name, self.device)
-        self.pool = BlockPool(scheme.codecs(widths, self.dtype, self.backend, self.static_scales), self.device)
+        self.pool = BlockPool(codecs, self.device)
         rooms = {"sink": scheme.sink_length, "window": scheme.residual_length + scheme.block_length}
         self._exact = {
             f"{room}_{side}": torch.zeros((batch, length, channels), dtype=self.dtype, device=self.device)
@@ -230,6 +223,19 @@ class KIVILatentLayer(CacheLayerMixin):
         if self.score is not None:
             self._exact["window_score"] = torch.zeros((batch, rooms["window"]), device=self.device)
         self.is_initialized = True
+
+    def _start(self, widths: LayerWidths, like: torch.Tensor) -> dict:
+        """Settle widths, type, device and back end; returns the quantizers."""
+        scheme, self.widths, self.dtype, self.device = self.scheme, widths, like.dtype, like.device
+        self.channels = {"keys": sum(widths[0]), "values": sum(widths[1])}
+        for side, its_scheme in (("keys", scheme.keys), ("values", scheme.values)):
+            if its_scheme.static and side not in (self.static_scales or {}):
+                raise ValueError(f"static=True of the {side}: needs calibrated scales (modules/calibrated_int8.py)")
+        if self.static_scales is not None:
+            moved = {side: tuple(t.to(self.device) for t in pair) for side, pair in self.static_scales.items()}
+            self.static_scales = moved
+        self.backend = get_backend(self.backend_name, self.device)
+        return scheme.codecs(widths, self.dtype, self.backend, self.static_scales)
 
     def append(
         self,
@@ -277,7 +283,7 @@ class KIVILatentLayer(CacheLayerMixin):
 
     def _check_states(self, keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor | None = None) -> None:
         for side, states in (("keys", keys), ("values", values)):
-            expected = (len(self.rows), keys.shape[1], self.channels[side])
+            expected = (len(self._exact["window_keys"]), keys.shape[1], self.channels[side])
             if tuple(states.shape) != expected or states.dtype != self.dtype:
                 raise ValueError(
                     f"{side}: [batch, tokens, channels] of {list(states.shape)} in {states.dtype} must be "
@@ -360,6 +366,10 @@ class KIVILatentLayer(CacheLayerMixin):
         self._table = None
 
     # ---- reading
+
+    def row_lengths(self) -> list[int] | torch.Tensor:
+        """Tokens of each row; empty before the first one. A layer of fixed capacity gives `[B]` int32, unread."""
+        return [row.tokens for row in self.rows]
 
     def block_table(self) -> torch.Tensor:
         """`[3, B, blocks]` int32: slot in the pool, first position, valid tokens; rows with fewer blocks end in 0."""
@@ -594,10 +604,131 @@ class KIVILatentLayer(CacheLayerMixin):
         """
         if not self.is_initialized:
             return 0
-        exact = sum(row.sinks + row.window for row in self.rows) * sum(self.channels.values()) * self.dtype.itemsize
-        exact += 0 if self.score is None else sum(row.window for row in self.rows) * 4
-        entries = sum(len(row.blocks) for row in self.rows) * TABLE_ENTRY_NBYTES
-        return self.pool.used * self.pool.slot_nbytes + exact + entries + self._static_nbytes
+        rows = self.rows
+        exact = sum(row.sinks + row.window for row in rows) * sum(self.channels.values()) * self.dtype.itemsize
+        exact += 0 if self.score is None else sum(row.window for row in rows) * 4
+        entries = sum(len(row.blocks) for row in rows) * TABLE_ENTRY_NBYTES
+        blocks = len({slot for row in rows for slot in row.blocks})
+        return blocks * self.pool.slot_nbytes + exact + entries + self._static_nbytes
+
+
+class FixedLatentLayer(KIVILatentLayer):
+    """A `KIVILatentLayer` of fixed capacity (`modules/fixed_cache.py`): the same bytes, no wait in a step.
+
+    A step appends any number of tokens; one of up to 16 without pads never waits for the device. `rows`, `slots`,
+    `states()`, `update()`, the sizes and saving read the bookkeeping from the device, and so wait.
+
+    Args:
+        capacity: Tokens that a row can hold.
+        arguments: As for `KIVILatentLayer`.
+
+    Raises:
+        ValueError: A side is stored by a scheme that has no fixed size on the device (`check_fixed`).
+    """
+
+    def __init__(self, scheme: CacheScheme, *arguments, capacity: int):
+        check_count("capacity", capacity)
+        for side in SIDES:
+            check_fixed(side, getattr(scheme, side))
+        self.room = Room(scheme.residual_length, scheme.block_length, scheme.sink_length, capacity)
+        super().__init__(scheme, *arguments)
+
+    def _clear(self) -> None:
+        self.is_initialized = self.is_fed = False
+        self.store: FixedStore | None = None
+        self.pads: list[tuple[tuple[int, int], ...]] = []
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether a step of the model compiles: that of a model whose attention reads the cache where it lies."""
+        return self.given_widths is not None
+
+    @property
+    def rows(self) -> list[Row]:
+        """Bookkeeping of the rows, read from the device."""
+        if not self.is_fed:
+            return []
+        rows = zip(self.store.read_rows(), self.pads, strict=True)
+        return [Row(sinks, window, tuple(slots), tuple(counts), pads) for (sinks, window, slots, counts), pads in rows]
+
+    @property
+    def slots(self) -> int:
+        return max((row.tokens + sum(stop - start for start, stop in row.pads) for row in self.rows), default=0)
+
+    def row_lengths(self) -> list[int] | torch.Tensor:
+        return self.store.lengths if self.is_fed else []
+
+    def _allocate(self, batch: int, widths: LayerWidths, like: torch.Tensor) -> None:
+        codecs = self._start(widths, like)
+        self.store = FixedStore(codecs, self.room, batch, self.dtype, self.device)
+        self.pool, self._exact, self.pads = self.store.pool, self.store.exact, [()] * batch
+        self.is_initialized = True
+
+    def _append(self, keys, values, real, widths: LayerWidths, received=None) -> None:
+        keys, values, fresh = keys.detach(), values.detach(), not self.is_initialized
+        try:
+            if fresh:
+                self._allocate(len(keys), widths, keys)
+            self._check_states(keys, values, real)
+            pads = self.pads
+            if real is not None:
+                slots = self.slots
+                pads = [old + _pad_ranges(row, slots) for old, row in zip(pads, real.tolist(), strict=True)]
+            self.store.append(keys, values, real)
+        except Exception:
+            if fresh:
+                self._clear()
+            raise
+        self.pads, self.is_fed = pads, True
+
+    def block_table(self) -> torch.Tensor:
+        return self.store.table
+
+    def packed(self, *new: Tile) -> PackedCache:
+        return self.store.packed(*new) if self.is_fed else PackedCache(after=new)
+
+    def get_max_length(self) -> int:
+        return self.room.capacity
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Make row i a copy of row `beam_idx[i]`; this copies packed bytes, of which a row here owns its own."""
+        if self.is_fed:
+            self.store.select(beam_idx)
+            if any(self.pads):
+                self.pads = [self.pads[i] for i in beam_idx.tolist()]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        raise ValueError("batch_repeat_interleave: a cache of fixed capacity keeps its rows; repeat the prompt's rows")
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        raise ValueError("batch_select_indices: a cache of fixed capacity keeps its rows; use reorder_cache()")
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """As `KIVILatentLayer.crop`; waits for the device only if rows have pads."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove={tokens_to_remove}: must be 0 or negative, the slots to remove")
+        if not self.is_fed or tokens_to_remove == 0:
+            return
+        removed = torch.full((self.store.batch,), -tokens_to_remove, device=self.device)
+        if any(self.pads):
+            left = self.slots + tokens_to_remove
+            cut = [sum(max(0, stop - max(start, left)) for start, stop in pads) for pads in self.pads]
+            removed -= torch.tensor(cut, device=self.device)
+            self.pads = [tuple((a, min(b, left)) for a, b in pads if a < left) for pads in self.pads]
+        self.store.crop(removed)
+
+    def reset(self) -> None:
+        """Forget every token; the allocation stays, for as many rows."""
+        if self.is_initialized:
+            self.store.clear()
+            self.is_fed, self.pads = False, [()] * self.store.batch
+
+    def restore(self, tensors: dict[str, torch.Tensor], record: dict) -> None:
+        raise ValueError("restore: a saved cache is loaded without a fixed capacity (KIVILatentCache.load)")
+
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + (self.store.state.nbytes if self.is_initialized else 0)
 
 
 class KIVILatentCache(Cache):
@@ -612,6 +743,8 @@ class KIVILatentCache(Cache):
         token_score: For protected tokens: a function `(layer_idx, keys, values) -> [B, L]` of the flat `[B, L, C]`
             states of new tokens; "attention": what they receive in `ALRDLlamaForCausalLM`; `None`: the quantizer's own
             error.
+        capacity: Allocate for this many tokens per row when the first ones come, and keep all bookkeeping on the
+            device, so that CUDA graphs and `torch.compile` can take a step (`FixedLatentLayer`); `None`: grow.
     """
 
     def __init__(
@@ -622,7 +755,9 @@ class KIVILatentCache(Cache):
         static_scales: dict[int, LayerScales] | None = None,
         backend: str | None = None,
         token_score: TokenScore | str | None = None,
+        capacity: int | None = None,
     ):
+        self.capacity = capacity
         self.scheme = scheme or CacheScheme()
         self.layer_schemes = dict(layer_schemes or {})
         self.static_scales = dict(static_scales or {})
@@ -640,13 +775,16 @@ class KIVILatentCache(Cache):
         super().__init__(layers=[self._new_layer(i, w) for i, w in enumerate(widths or ())])
 
     def _new_layer(self, layer_idx: int, widths: LayerWidths | None = None) -> KIVILatentLayer:
-        return KIVILatentLayer(
+        arguments = (
             self.layer_schemes.get(layer_idx, self.scheme),
             widths,
             self.static_scales.get(layer_idx),
             self.backend,
             partial(self.token_score, layer_idx) if callable(self.token_score) else self.token_score,
         )
+        if self.capacity is not None:
+            return FixedLatentLayer(*arguments, capacity=self.capacity)
+        return KIVILatentLayer(*arguments)
 
     def layer(self, layer_idx: int, widths: LayerWidths | None = None) -> KIVILatentLayer:
         """The cache of a layer, added if need be; `widths` are those of the model that asks."""
@@ -662,6 +800,10 @@ class KIVILatentCache(Cache):
     def row_tokens(self) -> list[int]:
         """Tokens that each row holds, pads not counted; empty before the first one."""
         return [row.tokens for row in self.layers[0].rows] if self.layers else []
+
+    def row_lengths(self) -> list[int] | torch.Tensor:
+        """As `row_tokens`; with a fixed capacity `[B]` int32 on the device, which nothing has waited for."""
+        return self.layers[0].row_lengths() if self.layers else []
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the cache, packed as it is, to a safetensors file; an interrupted save leaves an old file whole."""
@@ -747,7 +889,8 @@ class KIVILatentCache(Cache):
         special = f", {len(self.layer_schemes)} layers of their own" if self.layer_schemes else ""
         return (
             f"KIVILatentCache(keys {s.keys}, values {s.values}{special}, "
-            f"residual_length={s.residual_length}, sink_length={s.sink_length}; "
+            f"residual_length={s.residual_length}, sink_length={s.sink_length}"
+            f"{'' if self.capacity is None else f', capacity={self.capacity}'}; "
             f"{true_bits + ' true bits; ' if true_bits else ''}"
             f"backend {' and '.join(backends) or self.backend or 'by device'}; "
             f"{len(self.layers)} layers, {held}, {self.nbytes_used:,} bytes used + {slack:,} slack)"
@@ -799,6 +942,7 @@ def create_kivi_cache(
     static_scales: dict[int, LayerScales] | None = None,
     backend: str | None = None,
     token_score: TokenScore | str | None = None,
+    capacity: int | None = None,
 ) -> KIVILatentCache:
     """Make an empty `KIVILatentCache`.
 
@@ -811,7 +955,7 @@ def create_kivi_cache(
             drop-in cache for any model.
         k_scheme, v_scheme: Other fields of `QuantScheme` for keys or values.
         quantization_config: VidKV's dictionary or string instead of the settings above (`modules/vidkv.py`).
-        layer_schemes, static_scales, backend, token_score: As for `KIVILatentCache`.
+        layer_schemes, static_scales, backend, token_score, capacity: As for `KIVILatentCache`.
 
     Raises:
         ValueError: A setting is out of range; the message names field, value and rule.
@@ -822,11 +966,12 @@ def create_kivi_cache(
             raise ValueError("quantization_config: stands for all settings of the cache; give no others beside it")
         scheme = CacheScheme(**parse_quantization_config(quantization_config))
     widths = None if config is None else config_widths(config)
-    return KIVILatentCache(scheme, widths, layer_schemes, static_scales, backend, token_score)
+    return KIVILatentCache(scheme, widths, layer_schemes, static_scales, backend, token_score, capacity)
 
 
 __all__ = [
     "CacheScheme",
+    "FixedLatentLayer",
     "KIVILatentCache",
     "KIVILatentLayer",
     "KIVIQuantizer",

@@ -66,9 +66,9 @@ def require(condition: torch.Tensor, message: str) -> None:
     """Raise `ValueError(message)` unless the boolean scalar `condition` holds.
 
     On an accelerator the check runs asynchronously on the device (a failure surfaces there at a later call), so that
-    no step waits for it.
+    no step waits for it. In a compiled graph it is part of the graph, and a failure a `RuntimeError`.
     """
-    if condition.device.type == "cpu":
+    if condition.device.type == "cpu" and not torch.compiler.is_compiling():
         if not condition:
             raise ValueError(message)
     else:
@@ -112,7 +112,8 @@ def expand_groups(parameter: torch.Tensor, widths: tuple[int, ...]) -> torch.Ten
         return parameter.expand(*parameter.shape[:-1], widths[0])
     if len(set(widths)) == 1:
         return parameter.unsqueeze(-1).expand(*parameter.shape, widths[0]).flatten(-2)
-    return parameter.repeat_interleave(torch.tensor(widths, device=parameter.device), dim=-1)
+    repeats = torch.tensor(widths, device=parameter.device)
+    return parameter.repeat_interleave(repeats, dim=-1, output_size=sum(widths))
 
 
 class Grid(NamedTuple):

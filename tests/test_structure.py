@@ -25,6 +25,8 @@ ORDER = [
     "modules.token_scores",
     "modules.vidkv",
     "modules.block_pool",
+    "modules.kernels.append_triton",
+    "modules.fixed_cache",
     "modules.kivi_cache",
     "modules.qlutattn",
     "modules.calibrated_int8",

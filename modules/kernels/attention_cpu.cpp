@@ -36,6 +36,7 @@
 namespace {
 
 constexpr int SPAN = 128;  // tokens of a batch
+constexpr int HALF = 64;   // tokens for which cosines and sines are tabulated
 constexpr int LEVELS = 4;
 constexpr int MAX_NODES = 8;
 
@@ -195,6 +196,7 @@ constexpr int32_t TERNARY = 158;
 // Channels that are stored alike (`PackedPart`); strides in elements, 0 for calibrated scales.
 struct Part {
   int32_t bits, run;
+  int32_t rows;  // of words, or tokens, in a block
   const void* packed;
   int64_t slot_stride, token_stride;  // from slot to slot; from one row of words (16 bits: token) to the next
   const void *scale, *zero_point;     // zero_point may be null
@@ -457,12 +459,17 @@ void round_rows(const float* rows, int lanes, const Columns& columns, int planes
       planes == 1 ? 127 : std::min<double>(32512, std::floor(2147000000.0 / std::max<int64_t>(1, columns.code_sum)));
   const float* scale = columns.scale.data();
   for (int l = 0; l < lanes; l += 16) {
-    vf highest = set1(1e-30f), constant = load(rows + (int64_t)columns.last * lanes + l);
-    for (int c = 0; c < 4 * quads; c++) {
-      const vf row = load(rows + (int64_t)c * lanes + l);
-      highest = max(highest, abs(per_token ? row : mul(row, set1(scale[c]))));
-      if (!per_token) constant = fma(row, set1(columns.centre[c]), constant);
-    }
+    vf highs[4], constants[4];  // four, so that they do not wait for each other
+    each<4>([&](auto i) INLINE { highs[i] = set1(1e-30f), constants[i] = set1(0); });
+    for (int c = 0; c < 4 * quads; c += 4)
+      each<4>([&](auto i) INLINE {
+        const vf row = load(rows + (int64_t)(c + i) * lanes + l);
+        highs[i] = max(highs[i], abs(per_token ? row : mul(row, set1(scale[c + i]))));
+        if (!per_token) constants[i] = fma(row, set1(columns.centre[c + i]), constants[i]);
+      });
+    const vf highest = max(max(highs[0], highs[1]), max(highs[2], highs[3]));
+    const vf constant = add(add(add(constants[0], constants[1]), add(constants[2], constants[3])),
+                            load(rows + (int64_t)columns.last * lanes + l));
     const float* h = (const float*)&highest;
     alignas(64) float inverse[16];
     for (int i = 0; i < 16; i++) inverse[i] = limit / h[i];
@@ -595,7 +602,8 @@ struct Division {
   int half, fast, nodes, levels;
   int first[LEVELS + 1];            // pairs of level l: [first[l], first[l + 1])
   double span[LEVELS], interval[LEVELS], node[LEVELS][MAX_NODES];
-  std::vector<float> cosine, sine;  // [fast, padded][2 SPAN] of offsets
+  std::vector<float> cosine, sine;  // [fast, padded][2 HALF] of offsets
+  std::vector<float> half_cosine, half_sine;  // [fast], a turn back by HALF
   std::vector<float> lagrange;      // [nodes][2 SPAN]
   std::vector<float> node_cosine, node_sine;  // [half][MAX_NODES]
   double scale[LEVELS][MAX_NODES];            // of the Lagrange polynomials
@@ -654,12 +662,14 @@ Division divide(const double* frequency, int half, double tolerance, int columns
       for (int m = 0; m < d.nodes; m++)
         if (m != k) d.scale[l][k] /= d.node[l][k] - d.node[l][m];
     }
-  d.cosine.assign((size_t)fast * 2 * SPAN, 0), d.sine = d.cosine;
+  d.cosine.assign((size_t)fast * 2 * HALF, 0), d.sine = d.cosine;
   for (int f = 0; f < d.fast; f++)
-    for (int o = 0; o < 2 * SPAN; o++) {
-      d.cosine[(size_t)f * 2 * SPAN + o] = std::cos(frequency[f] * o);
-      d.sine[(size_t)f * 2 * SPAN + o] = std::sin(frequency[f] * o);
+    for (int o = 0; o < 2 * HALF; o++) {
+      d.cosine[(size_t)f * 2 * HALF + o] = std::cos(frequency[f] * o);
+      d.sine[(size_t)f * 2 * HALF + o] = std::sin(frequency[f] * o);
     }
+  for (int f = 0; f < d.fast; f++)
+    d.half_cosine.push_back(std::cos(frequency[f] * HALF)), d.half_sine.push_back(-std::sin(frequency[f] * HALF));
   d.lagrange.resize((size_t)d.nodes * 2 * SPAN);
   for (int o = 0; o < 2 * SPAN; o++) {
     double weight[MAX_NODES];
@@ -705,18 +715,21 @@ struct Rows {
   int64_t reference;               // position to which the queries below are rotated
   std::vector<float> query;        // [half][2][queries]
   std::vector<float> fast;         // [columns + 1][fast_lanes], rows a_0, b_0, a_1, b_1, …
-  std::vector<float> fast_query;   // [fast][queries][2], rotated to the distance from the anchor
+  std::vector<float> pair_query;   // [queries][2][fast, padded]: of the fast pairs
+  std::vector<float> fast_query;   // [2][queries][2][fast, padded]: rotated to the distance from the anchor, and + HALF
+  int padded;                      // fast, padded
   std::vector<float> nodes;        // [columns + 1][node_lanes], row k * queries + j
   struct Level {
     bool valid = false, turned = false;
     int64_t anchor = 0, turned_to = 0, step = 0;
-    std::vector<double> rotation, turn;  // [pairs][2]: to the anchor; by the last step
+    std::vector<double> cosine, sine, step_cosine, step_sine;  // [pairs]: to the anchor; by the last step
     std::vector<float> sums;             // [columns + 1][node_lanes]
     std::vector<float> spread;           // [nodes][columns + 1][node_lanes]: sums of a node in the lanes of all nodes
   } level[LEVELS];
   std::vector<float> lane_values;   // [half][q1, q2, cosine and sine of the node's offset][node_lanes]
   std::vector<float> coefficients;  // [pairs][2][node_lanes]
   std::vector<float> transfer;      // [nodes above][node_lanes]
+  std::vector<int32_t> lane_of;     // [nodes above][node_lanes]: lane of the same query there
   int64_t base = 0;
 
   void start(const Division& d, const double* frequencies, const float* expansion_, int columns_, int n_queries,
@@ -729,7 +742,15 @@ struct Rows {
       for (int i = 0; i < 2; i++)
         for (int c = 0; c <= columns; c++)
           fast[(size_t)c * fast_lanes + 2 * f + i] = expansion[((int64_t)f * 2 + i) * (columns + 1) + c];
-    fast_query.assign((size_t)round_up(d.fast, 3) * queries * 2, 0);
+    padded = round_up(d.fast + 2, 16);
+    pair_query.assign((size_t)queries * 2 * padded, 0), fast_query.assign((size_t)queries * 4 * padded, 0);
+    for (int f = 0; f < d.fast; f++)
+      for (int i = 0; i < 2; i++)
+        for (int j = 0; j < queries; j++)
+          pair_query[((size_t)j * 2 + i) * padded + f] = query[((size_t)f * 2 + i) * queries + j];
+    lane_of.resize((size_t)d.nodes * node_lanes);
+    for (int k = 0; k < d.nodes; k++)
+      for (int lane = 0; lane < node_lanes; lane++) lane_of[(size_t)k * node_lanes + lane] = k * queries + lane % queries;
     lane_values.assign((size_t)d.half * 4 * node_lanes, 0);
     for (int f = d.fast; f < d.half; f++)
       for (int lane = 0; lane < d.nodes * queries; lane++) {
@@ -745,21 +766,22 @@ struct Rows {
   void turn(Level& at, int first, int last, int64_t anchor) {
     const int n = last - first;
     const int64_t step = anchor - at.turned_to;
-    at.rotation.resize(2 * n), at.turn.resize(2 * n);
+    at.cosine.resize(n), at.sine.resize(n), at.step_cosine.resize(n), at.step_sine.resize(n);
+    double *cosine = at.cosine.data(), *sine = at.sine.data();
+    const double *by_cosine = at.step_cosine.data(), *by_sine = at.step_sine.data();
     if (at.turned && step == at.step) {
+#pragma GCC ivdep
       for (int f = 0; f < n; f++) {
-        const double c = at.rotation[2 * f], s = at.rotation[2 * f + 1];
-        at.rotation[2 * f] = c * at.turn[2 * f] - s * at.turn[2 * f + 1];
-        at.rotation[2 * f + 1] = s * at.turn[2 * f] + c * at.turn[2 * f + 1];
+        const double c = cosine[f], s = sine[f];
+        cosine[f] = c * by_cosine[f] - s * by_sine[f], sine[f] = s * by_cosine[f] + c * by_sine[f];
       }
     } else {
       for (int f = 0; f < n; f++) {
         const double angle = frequency[first + f] * (double)(reference - anchor);
-        at.rotation[2 * f] = std::cos(angle), at.rotation[2 * f + 1] = std::sin(angle);
-        if (at.turned) {
-          at.turn[2 * f] = std::cos(frequency[first + f] * (double)step);
-          at.turn[2 * f + 1] = -std::sin(frequency[first + f] * (double)step);
-        }
+        cosine[f] = std::cos(angle), sine[f] = std::sin(angle);
+        if (!at.turned) continue;
+        at.step_cosine[f] = std::cos(frequency[first + f] * (double)step);
+        at.step_sine[f] = -std::sin(frequency[first + f] * (double)step);
       }
       at.step = at.turned ? step : 0;
     }
@@ -775,16 +797,21 @@ struct Rows {
     if (level[0].valid && frequency[0] == 0) return;  // nothing turns
     // Level 0 keeps the rotations of the fast pairs too.
     turn(level[0], 0, d.first[1], anchor);
-    for (int f = 0; f < d.fast; f++) {
-      const float c = level[0].rotation[2 * f], s = level[0].rotation[2 * f + 1];
-      const float *q1 = &query[(size_t)f * 2 * queries], *q2 = q1 + queries;
-      for (int j = 0; j < queries; j++) {
-        fast_query[((size_t)f * queries + j) * 2] = q1[j] * c - q2[j] * s;
-        fast_query[((size_t)f * queries + j) * 2 + 1] = q2[j] * c + q1[j] * s;
+    const double *cosine = level[0].cosine.data(), *sine = level[0].sine.data();
+    for (int j = 0; j < queries; j++) {
+      const float *q1 = &pair_query[(size_t)j * 2 * padded], *q2 = q1 + padded;
+      float *a = &fast_query[(size_t)j * 2 * padded], *b = a + padded;
+      float *c = a + (size_t)queries * 2 * padded, *d_ = c + padded;
+#pragma GCC ivdep
+      for (int f = 0; f < d.fast; f++) {
+        const float x = cosine[f], y = sine[f];
+        const float u = q1[f] * x - q2[f] * y, v = q2[f] * x + q1[f] * y;
+        a[f] = u, b[f] = v;
+        c[f] = u * d.half_cosine[f] - v * d.half_sine[f], d_[f] = v * d.half_cosine[f] + u * d.half_sine[f];
       }
     }
     level[0].valid = true, level[0].anchor = anchor;
-    if (d.nodes) sum(0, anchor, &level[0].rotation[2 * d.fast], nodes);
+    if (d.nodes) sum(0, anchor, cosine + d.fast, sine + d.fast, nodes);
   }
 
   void ensure(int l, int64_t position) {
@@ -792,23 +819,11 @@ struct Rows {
     const int64_t span = d.span[l], anchor = base + (position - base) / span * span;
     if (level[l].valid && level[l].anchor == anchor) return;
     turn(level[l], d.first[l], d.first[l + 1], anchor);
-    sum(l, anchor, level[l].rotation.data(), level[l].sums);
+    sum(l, anchor, level[l].cosine.data(), level[l].sine.data(), level[l].sums);
     level[l].valid = true, level[l].anchor = anchor;
     Level& at = level[l];
+    if (by_permutation()) return;
     at.spread.resize((size_t)d.nodes * (columns + 1) * node_lanes);
-#if ALRD_AVX512
-    if (node_lanes == 16) {
-      for (int k = 0; k < d.nodes; k++) {
-        alignas(64) int32_t lane[16];
-        for (int i = 0; i < 16; i++) lane[i] = k * queries + i % queries;
-        const vi index = loadi(lane);
-        float* to = &at.spread[(size_t)k * (columns + 1) * 16];
-        for (int c = 0; c <= columns; c++)
-          store(to + 16 * c, _mm512_permutexvar_ps(index, load(&at.sums[(size_t)c * 16])));
-      }
-      return;
-    }
-#endif
     for (int k = 0; k < d.nodes; k++)
       for (int c = 0; c <= columns; c++) {
         const float* from = &at.sums[(size_t)c * node_lanes + k * queries];
@@ -819,13 +834,13 @@ struct Rows {
   }
 
   // Sums at the nodes of level `l` over its pairs, and over those of the levels above.
-  void sum(int l, int64_t anchor, const double* rotation, std::vector<float>& out) {
+  void sum(int l, int64_t anchor, const double* cosines, const double* sines, std::vector<float>& out) {
     const Division& d = *division;
     const int first = d.first[l], n = d.first[l + 1] - first, lanes = node_lanes, width = columns + 1;
     if (l + 1 < d.levels) ensure(l + 1, anchor);
     out.resize((size_t)width * lanes), coefficients.resize((size_t)std::max(1, n) * 2 * lanes);
     for (int f = 0; f < n; f++) {
-      const vf c = set1(rotation[2 * f]), s = set1(rotation[2 * f + 1]);
+      const vf c = set1(cosines[f]), s = set1(sines[f]);
       const float *of_pair = &lane_values[(size_t)(first + f) * 4 * lanes];
       float* to = &coefficients[(size_t)f * 2 * lanes];
       for (int v = 0; v < lanes; v += 16) {
@@ -855,6 +870,9 @@ struct Rows {
     }
   }
 
+  // Whether the sums of all nodes are one vector.
+  bool by_permutation() const { return ALRD_AVX512 && node_lanes == 16; }
+
   template <int N>
   inline __attribute__((always_inline)) void sum_columns(const float* rows, int width, int n, int c, int v,
                                                          const Level* above, std::vector<float>& out) {
@@ -862,6 +880,20 @@ struct Rows {
     vf total[N];
 #pragma GCC unroll 8
     for (int i = 0; i < N; i++) total[i] = set1(0);
+#if ALRD_AVX512
+    if (above && by_permutation()) {
+      vf sums[N];
+      each<N>([&](auto i) INLINE { sums[i] = load(&above->sums[(size_t)(c + i) * 16]); });
+      for (int k = 0; k < division->nodes; k++) {
+        const vf weight = load(&transfer[(size_t)k * 16]);
+        const vi lane = loadi(&lane_of[(size_t)k * 16]);
+        each<N>([&](auto i) INLINE {
+          total[i] = fma(_mm512_permutexvar_ps(lane, sums[i]), weight, total[i]);
+        });
+      }
+      above = nullptr;
+    }
+#endif
     if (above)
       for (int k = 0; k < division->nodes; k++) {
         const vf weight = load(&transfer[(size_t)k * lanes + v]);
@@ -974,16 +1006,17 @@ struct Worker {
   template <int V>
   void score_tokens(const Rows& r, const Tokens& tokens, int token, int offset, float* out) {
     const Division& d = *r.division;
+    const float* q = &r.fast_query[offset / HALF * (size_t)queries * 2 * r.padded];
     for (int f = 0; f < d.fast; f += 3) {
       vf k[6][V];
       multiply<6, V>(fast, r.fast.data(), columns, tokens, a.planes, 2 * f, token, k);
       each<3>([&](auto p) INLINE {
-        const float* cosine = &d.cosine[(size_t)(f + p) * 2 * SPAN + offset];
-        const float* sine = &d.sine[(size_t)(f + p) * 2 * SPAN + offset];
+        const float* cosine = &d.cosine[(size_t)(f + p) * 2 * HALF + offset % HALF];
+        const float* sine = &d.sine[(size_t)(f + p) * 2 * HALF + offset % HALF];
         each<V>([&](auto v) INLINE {
-          const vf c = load(cosine + 16 * v), s = load(sine + 16 * v), x = k[2 * p][v], y = k[2 * p + 1][v];
-          k[2 * p][v] = fnma(y, s, mul(x, c));
-          k[2 * p + 1][v] = fma(x, s, mul(y, c));
+          const vf c = load(cosine + 16 * v), s = load(sine + 16 * v), x = k[2 * p][v];
+          k[2 * p][v] = fnma(k[2 * p + 1][v], s, mul(x, c));
+          k[2 * p + 1][v] = fma(x, s, mul(k[2 * p + 1][v], c));
         });
       });
       for (int j = 0; j < queries; j++) {
@@ -991,8 +1024,7 @@ struct Worker {
         vf sum[V];
         each<V>([&](auto v) INLINE { sum[v] = load(score + 16 * v); });
         each<3>([&](auto p) INLINE {
-          const float* q = &r.fast_query[((size_t)(f + p) * queries + j) * 2];
-          const vf q1 = set1(q[0]), q2 = set1(q[1]);
+          const vf q1 = set1(q[(size_t)j * 2 * r.padded + f + p]), q2 = set1(q[((size_t)j * 2 + 1) * r.padded + f + p]);
           each<V>([&](auto v) INLINE { sum[v] = fma(q2, k[2 * p + 1][v], fma(q1, k[2 * p][v], sum[v])); });
         });
         each<V>([&](auto v) INLINE { store(score + 16 * v, sum[v]); });
@@ -1453,6 +1485,20 @@ struct Worker {
     }
   }
 
+  // The words of a head group in a block, on their way while the block before it is computed.
+  void prefetch(const Side& side, int of, int slot) const {
+    for (int i = side.first_segment[of]; i < side.first_segment[of + 1]; i++) {
+      const Segment& segment = side.segments[i];
+      const Part& part = side.parts[segment.part];
+      const int size = part.bits == 16 && a.state_type != FLOAT32 ? 2 : 4;
+      for (int r = 0; r < part.rows; r++) {
+        const char* row = (const char*)part.packed + (slot * part.slot_stride + r * part.token_stride) * size;
+        for (int c = segment.channel * size; c < (segment.channel + segment.count) * size; c += 64)
+          _mm_prefetch(row + c, _MM_HINT_T0);
+      }
+    }
+  }
+
   // Blocks [first, last) of the row.
   void attend_blocks(int first, int last) {
     const int64_t plane = (int64_t)a.batch * a.blocks;
@@ -1466,6 +1512,7 @@ struct Worker {
     };
     for (int i = first; i < last; i++) {
       const int count = table[2 * plane + i];
+      if (i + 1 < last) prefetch(a.keys, group, table[i + 1]), prefetch(a.values, value_group, table[i + 1]);
       for (int t = 0; t < count; t += SPAN) {
         const Chunk chunk = {table[i], t, std::min(SPAN, count - t), (int64_t)table[plane + i] + t};
         // Tokens of a batch are at consecutive positions.

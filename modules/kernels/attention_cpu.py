@@ -29,6 +29,7 @@ _Part = _structure(
     "Part",
     bits=_i32,
     run=_i32,
+    rows=_i32,
     packed=_pointer,
     slot_stride=_i64,
     token_stride=_i64,
@@ -122,6 +123,7 @@ def _part(part: PackedPart, run: int) -> ctypes.Structure:
     made = _Part(
         bits=158 if part.bits == 1.58 else int(part.bits),
         run=part.run or run,
+        rows=part.packed.shape[1],
         packed=part.packed.data_ptr(),
         slot_stride=part.packed.stride(0),
         token_stride=part.packed.stride(1),

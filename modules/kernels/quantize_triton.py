@@ -352,13 +352,14 @@ def _quantize_kernel(
     LIMIT: tl.constexpr,
     SYMMETRIC: tl.constexpr,
     MSE: tl.constexpr,
-    STATIC: tl.constexpr,  # scale and zero point are given, float32 [channels]; 0 goes to `finite` where x is not
+    STATIC: tl.constexpr,  # scale and zero point are given, float32 [channels]
     PER_CHANNEL: tl.constexpr,
     ALIGN: tl.constexpr,
     HELD: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    """Quantize and pack; 0 goes to `finite` if x is not, or does not fit its scales."""
     TERNARY: tl.constexpr = BITS == 0
     AXIS: tl.constexpr = 0 if PER_CHANNEL else 1
     TOKENS: tl.constexpr = BLOCK_T // 8 * 5 if TERNARY else BLOCK_T
@@ -447,6 +448,7 @@ def _quantize_kernel(
             at, exists = n * channels + columns, columns < end
         else:
             at, exists = (n * length + rows) * groups + group, rows < length
+        tl.store(finite, 0, tl.max((exists & (fits == 0)).to(tl.int32), 0) > 0)
         tl.store(scale + at, _narrow(best_scale, DTYPE), exists)
         if not SYMMETRIC:
             tl.store(zero_point + at, _narrow(best_zero, DTYPE), exists)
