@@ -30,9 +30,9 @@ def poisoned_result(monkeypatch):
 def instructions(request, monkeypatch):
     """The kernel as this machine runs it, and with AVX2 only."""
     monkeypatch.setenv(cpp_library.MARCH_VARIABLE, request.param)
-    cpp_library.library.cache_clear()
+    cpp_library._load.cache_clear()
     yield kernels.instructions()
-    cpp_library.library.cache_clear()
+    cpp_library._load.cache_clear()
 
 
 def expected(query, cache: PackedCache, **how) -> torch.Tensor:

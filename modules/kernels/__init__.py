@@ -6,7 +6,8 @@
 
 Packing gives the same bits everywhere. Attention agrees to the rounding of the queries' type. `triton` and `cpu` attend
 to the packed blocks themselves, in a step of up to 16 new tokens; longer ones (a prompt in pieces), and caches with a
-quantizer that the kernels do not know, are read by the reference in any back end (`Backend.attends_to`).
+quantizer that the kernels do not know, are read by the reference in any back end (`Backend.attends_to`), as is all
+that `torch.compile` traces on a CPU.
 """
 
 import os
@@ -62,7 +63,7 @@ class Backend:
         sides = () if cache.keys is None else (cache.keys, cache.values)
         taken = query.shape[2] <= MAX_QUERY_LENGTH and query.dtype in FUSED_DTYPES
         if self.name == "cpu" and torch.compiler.is_compiling():
-            taken = False  # a graph takes no foreign function; on a CPU there is nothing to gain by one
+            taken = False
         if weights_length is None and taken and self.attends_to(*sides):
             return self.fused_attention(query, cache=cache, **how), None
         return latent_attention(query, cache=cache, weights_length=weights_length, **how)
@@ -123,4 +124,11 @@ def _cpu(field: str, device: torch.device) -> Backend:
     from modules.kernels.cpp_library import library
 
     library()
-    return _backend("cpu", quantize_cpu, fused_attention)
+    names = ("quantize_and_pack", "unpack_and_dequantize", "find_range")
+    functions = [_unless_compiling(getattr(quantize_cpu, name), getattr(quant_utils, name)) for name in names]
+    return Backend("cpu", *functions, fused_attention)
+
+
+def _unless_compiling(function: Callable, traced: Callable) -> Callable:
+    """`function`, and in a graph of `torch.compile`, which takes no C++ of ours, `traced`."""
+    return lambda *args, **kwargs: (traced if torch.compiler.is_compiling() else function)(*args, **kwargs)

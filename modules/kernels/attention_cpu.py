@@ -244,9 +244,9 @@ def latent_attention(
     scaling: float,
 ) -> torch.Tensor:
     """`modules.kernels.attention.latent_attention`, the sums only: `[B, H_q, L, max(value_widths)]` float32."""
-    if why_not(cache, expand_keys, value_widths, rope) is None:
-        return lookup_attention(query, positions, cache, expand_keys, value_widths, rope, scaling)
     batch, query_heads, length, size = query.shape
+    if cache.keys is not None and why_not(cache, expand_keys, value_widths, rope, size) is None:
+        return lookup_attention(query, positions, cache, expand_keys, value_widths, rope, scaling)
     tolerance, planes = _PRECISION[query.dtype]
     frequency, order = _pairs((0.0,) * (size // 2) if rope is None else tuple(rope.inv_freq.tolist()))
     scaling = scaling if rope is None else scaling * rope.attention_scaling**2

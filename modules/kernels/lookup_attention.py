@@ -52,12 +52,18 @@ def _why_not(side: str, stored: PackedSide, block_length: int, heads: int) -> st
     return None
 
 
-def why_not(cache: PackedCache, expand_keys: ALinear | None, value_widths: tuple[int, ...], rope: Rope | None):
-    """What keeps `lookup_attention` from attending to a cache, as text; `None`: nothing."""
+def why_not(
+    cache: PackedCache, expand_keys: ALinear | None, value_widths: tuple[int, ...], rope: Rope | None, size: int
+) -> str | None:
+    """What keeps `lookup_attention` from attending to a cache, by heads of `size`, as text; `None`: nothing."""
     if expand_keys is not None or rope is not None:
         return "expand_keys, rope: must be None: the keys must be cached as the queries meet them"
     if len(set(value_widths)) > 1:
         return f"value_widths={value_widths!r}: must be equal"
+    tiles = (*cache.before, *cache.after)
+    channels = tiles[0].keys.shape[-1] if tiles else sum(sum(part.widths) for part in cache.keys.parts or ())
+    if channels != size * len(value_widths):
+        return f"value_widths={value_widths!r}: must be one for each head of {channels} key channels of {size}"
     if cache.keys is not None:
         for side, stored in (("keys", cache.keys), ("values", cache.values)):
             reason = _why_not(side, stored, cache.block_length, len(value_widths))
@@ -94,7 +100,7 @@ def lookup_attention(
     check_choice("method", method, (*METHODS, None))
     if query.dtype not in _TYPES or query.device.type != "cpu":
         raise ValueError(f"query: must be float32, bfloat16 or float16 on the CPU, not {query.dtype} on {query.device}")
-    reason = why_not(cache, expand_keys, value_widths, rope)
+    reason = why_not(cache, expand_keys, value_widths, rope, query.shape[3])
     if reason is not None:
         raise ValueError(reason)
 
