@@ -25,6 +25,7 @@ from functools import lru_cache
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 from modules.kernels.packed import PackedCache, PackedPart, PackedSide, Rope, Tile
 from modules.kernels.quantize_triton import INTERPRETED, _as_bits, _power_of_three, _power_of_two, _widen
@@ -48,9 +49,10 @@ class _Spec:
         bits: 0: ternary.
         levels, spacing, offset: `modules.quant_utils.grid`.
         run, words, length: Tokens and words of a run, tokens of a block.
-        aligned: Whether a tile lies in one run and starts at a word.
+        one_run: Whether a tile lies in one run.
         by_channel: Whether a chunk of channels lies in more than one scale group of a token.
         block, chunks, first: Channels of a chunk, how many chunks, and the first one.
+        align: What divides where its channels start and how many they are, so that loads are wide.
     """
 
     bits: int
@@ -62,11 +64,12 @@ class _Spec:
     run: int = 0
     words: int = 0
     length: int = 0
-    aligned: bool = False
+    one_run: bool = False
     by_channel: bool = False
     block: int = 64
     chunks: int = 1
     first: int = 0
+    align: int = 1
 
 
 # ---- numbers
@@ -75,7 +78,7 @@ class _Spec:
 @triton.jit
 def _operand(x, DTYPE: tl.constexpr):
     """`x` as an operand of matrix products in `DTYPE`."""
-    if _INTERPRETED and DTYPE == tl.bfloat16:
+    if _INTERPRETED and DTYPE.is_bf16():
         bits = _widen(x).to(tl.int32, bitcast=True)
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
     else:
@@ -88,51 +91,41 @@ def _dot(a, b, accumulator):
 
 
 @triton.jit
-def _cos_sin(turns):
-    """Cosine and sine, float32, of int64 angles in units of 2^-48 turns: a polynomial around the nearest quarter."""
+def _cos_sin(turns, DTYPE: tl.constexpr):
+    """Cosine and sine, float32, of int64 angles in units of 2^-48 turns.
+
+    For operands of two bytes by the approximations of the hardware, whose error is below 2^-20 within half a turn; else
+    by polynomials around the nearest quarter.
+    """
     angle = (turns >> 16).to(tl.int32)
-    quarter = (angle + (1 << 29)) >> 30
-    x = (angle - (quarter << 30)).to(tl.float32) * _RADIANS_PER_UNIT
-    square = x * x
-    sin = x * (1 + square * (-1 / 6 + square * (1 / 120 + square * (-1 / 5040 + square * (1 / 362880)))))
-    cos = 1 + square * (-1 / 2 + square * (1 / 24 + square * (-1 / 720 + square * (1 / 40320))))
-    swapped, cos_sign, sin_sign = (quarter & 1) != 0, ((quarter + 1) & 2) != 0, (quarter & 2) != 0
-    cos, sin = tl.where(swapped, sin, cos), tl.where(swapped, cos, sin)
-    return tl.where(cos_sign, -cos, cos), tl.where(sin_sign, -sin, sin)
+    if not _INTERPRETED and not DTYPE.is_fp32():
+        x = angle.to(tl.float32) * _RADIANS_PER_UNIT
+        return libdevice.fast_cosf(x), libdevice.fast_sinf(x)
+    else:
+        quarter = (angle + (1 << 29)) >> 30
+        x = (angle - (quarter << 30)).to(tl.float32) * _RADIANS_PER_UNIT
+        square = x * x
+        sin = x * (1 + square * (-1 / 6 + square * (1 / 120 + square * (-1 / 5040 + square * (1 / 362880)))))
+        cos = 1 + square * (-1 / 2 + square * (1 / 24 + square * (-1 / 720 + square * (1 / 40320))))
+        swapped, cos_sign, sin_sign = (quarter & 1) != 0, ((quarter + 1) & 2) != 0, (quarter & 2) != 0
+        cos, sin = tl.where(swapped, sin, cos), tl.where(swapped, cos, sin)
+        return tl.where(cos_sign, -cos, cos), tl.where(sin_sign, -sin, sin)
 
 
 # ---- blocks
 
 
 @triton.jit
-def _plane(
-    packed, before, within, length, valid, columns, exists, stride, BITS: tl.constexpr, ALIGNED: tl.constexpr
-):
-    """Codes `[t, n]` of a plane that starts at row `before`, for tokens at places `within` its `length` ones."""
-    PER_WORD: tl.constexpr = 32 // BITS
-    BLOCK_T: tl.constexpr = within.shape[0]
-    if ALIGNED:
-        WORDS: tl.constexpr = BLOCK_T // PER_WORD
-        word = tl.min(within, 0) // PER_WORD + tl.arange(0, WORDS)
-        there = (word < tl.cdiv(length, PER_WORD))[:, None] & exists[None, :]
-        words = tl.load(packed + (before + word)[:, None] * stride + columns[None, :], there, 0)
-        words = tl.broadcast_to(words[:, None, :], (WORDS, PER_WORD, columns.shape[0]))
-        words = tl.reshape(words, (BLOCK_T, columns.shape[0]))
-        place = tl.arange(0, BLOCK_T) % PER_WORD
+def _codes(packed, before, within, there, columns, stride, BITS: tl.constexpr):
+    """Codes `[t, n]` of a plane that starts at row `before`, for tokens at places `within` it; 0 bits: ternary."""
+    PER_WORD: tl.constexpr = 20 if BITS == 0 else 32 // BITS
+    row, place = before + within // PER_WORD, (within % PER_WORD)[:, None]
+    words = tl.load(packed + row[:, None] * stride + columns[None, :], there, 0)
+    if BITS == 0:
+        digits = ((words >> (place // 5 * 8)) & 255) * _power_of_three(place % 5)
+        return ((digits & 255) * 3) >> 8
     else:
-        row = before + within // PER_WORD
-        words = tl.load(packed + row[:, None] * stride + columns[None, :], valid[:, None] & exists[None, :], 0)
-        place = within % PER_WORD
-    return (words >> (place * BITS)[:, None]) & ((1 << BITS) - 1)
-
-
-@triton.jit
-def _ternary(packed, before, within, valid, columns, exists, stride):
-    """Ternary codes `[t, n]`."""
-    row, digit = before + within // 20, within % 20
-    words = tl.load(packed + row[:, None] * stride + columns[None, :], valid[:, None] & exists[None, :], 0)
-    digits = ((words >> (digit // 5 * 8)[:, None]) & 255) * _power_of_three(digit % 5)[:, None]
-    return ((digits & 255) * 3) >> 8
+        return (words >> (place * BITS)) & ((1 << BITS) - 1)
 
 
 @triton.jit
@@ -143,58 +136,42 @@ def _latents(part, span, chunk, slot, first, count, DTYPE: tl.constexpr, SPEC: t
     place = chunk * SPEC.block + tl.arange(0, SPEC.block)
     exists, columns = place < width, start + place
     token = first + tl.arange(0, BLOCK_T)
+    valid = token < (count if SPEC.bits == 16 else SPEC.length)
+    there = valid[:, None] & exists[None, :]
     packed += slot * stride_slot
     if SPEC.bits == 16:
-        there = (token < count)[:, None] & exists[None, :]
         return _operand(tl.load(packed + token[:, None] * stride + columns[None, :], there, 0), DTYPE)
     else:
-        valid = token < SPEC.length
-        if SPEC.run >= SPEC.length:
-            run, within, length = first * 0, token, SPEC.length
+        run = first // SPEC.run if SPEC.one_run else token // SPEC.run
+        before, within = run * SPEC.words, token - run * SPEC.run
+        if SPEC.bits == 3:
+            codes = _codes(packed, before, within, there, columns, stride, 2)
+            before += tl.cdiv(tl.minimum(SPEC.run, SPEC.length - run * SPEC.run), 16)
+            codes |= _codes(packed, before, within, there, columns, stride, 1) << 2
         else:
-            run = first // SPEC.run if SPEC.aligned else token // SPEC.run
-            within, length = token - run * SPEC.run, tl.minimum(SPEC.run, SPEC.length - run * SPEC.run)
-        before = run * SPEC.words
-        if SPEC.bits == 0:
-            codes = _ternary(packed, before, within, valid, columns, exists, stride)
-        elif SPEC.bits == 3:
-            codes = _plane(packed, before, within, length, valid, columns, exists, stride, 2, SPEC.aligned)
-            before += tl.cdiv(length, 16)
-            codes |= _plane(packed, before, within, length, valid, columns, exists, stride, 1, SPEC.aligned) << 2
-        else:
-            codes = _plane(packed, before, within, length, valid, columns, exists, stride, SPEC.bits, SPEC.aligned)
+            codes = _codes(packed, before, within, there, columns, stride, SPEC.bits)
 
-        # Rows and columns of the parameters: one of each is a vector along a side of the tile, or a single one.
-        if SPEC.per_channel:
-            row, column = run, columns[None, :]
-            there = exists[None, :]
-            if not SPEC.aligned and SPEC.run < SPEC.length:
-                row, there = run[:, None], valid[:, None] & exists[None, :]
+        # The parameters are a row or a column of the tile where they can be, which is read by few threads.
+        if SPEC.per_channel and SPEC.one_run:
+            at, there = (run * scale_stride + columns)[None, :], exists[None, :]
+        elif SPEC.per_channel:
+            at = run[:, None] * scale_stride + columns[None, :]
+        elif SPEC.by_channel:
+            at = token[:, None] * scale_stride + tl.load(groups + columns, exists, 0)[None, :]
         else:
-            row, there = token[:, None], valid[:, None]
-            if SPEC.by_channel:
-                column = tl.load(groups + columns, exists, 0)[None, :]
-            else:
-                column = tl.load(groups + start + chunk * SPEC.block, chunk * SPEC.block < width, 0)
-        at = slot * scale_slot + row * scale_stride + column
+            group = tl.load(groups + start + chunk * SPEC.block, chunk * SPEC.block < width, 0)
+            at, there = (token * scale_stride + group)[:, None], valid[:, None]
+        scale += slot * scale_slot
         step = _widen(tl.load(scale + at, there, 0))
-        if SPEC.symmetric:
-            zero = step * -SPEC.offset
-        else:
-            zero = _widen(tl.load(zero_point + at, there, 0))
+        zero = step * -SPEC.offset if SPEC.symmetric else _widen(tl.load(zero_point + slot * scale_slot + at, there, 0))
         step *= SPEC.spacing
-        if DTYPE == tl.float32:
-            x = codes.to(tl.float32) * step + zero
-        else:
-            if DTYPE == tl.float16:
-                # The last level of a group may have been rounded beyond the type.
-                zero = tl.maximum(zero, -65504.0)
-                step = tl.minimum(step, (65504.0 - zero) * (1 / (SPEC.levels - 1)))
-            # 128 + code, or 256 + code: the codes of up to 7, or 8, bits stand before the binary point.
-            WIDE: tl.constexpr = SPEC.bits == 8
-            x = ((codes << (15 if WIDE else 16)) | (0x43800000 if WIDE else 0x43000000)).to(tl.float32, bitcast=True)
-            x = x * step + (zero - (256.0 if WIDE else 128.0) * step)
-        return _operand(x, DTYPE)
+        if DTYPE.is_fp16():
+            # The last level of a group may have been rounded beyond the type.
+            zero = tl.maximum(zero, -65504.0)
+            step = tl.minimum(step, (65504.0 - zero) * (1 / (SPEC.levels - 1)))
+        # A code or-ed into the mantissa of 2^23 is a float: a conversion takes four times as long on some devices.
+        x = (codes | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+        return _operand(x * step + zero, DTYPE)
 
 
 @triton.jit
@@ -202,21 +179,24 @@ def _spans(parts, group, SPECS: tl.constexpr):
     """First stored channel, width and first column in its group of every piece."""
     spans = ()
     for i in tl.static_range(len(SPECS)):
-        at = parts[i][3] + 3 * group
-        spans = spans + ((tl.load(at), tl.load(at + 1), tl.load(at + 2)),)
+        spans += (_span(parts[i][3] + 3 * group, SPECS[i].align),)
     return spans
+
+
+@triton.jit
+def _span(at, ALIGN: tl.constexpr):
+    start, width, column = tl.load(at), tl.load(at + 1), tl.load(at + 2)
+    return tl.multiple_of(start, ALIGN), tl.multiple_of(width, ALIGN), tl.multiple_of(column, ALIGN)
 
 
 # ---- keys
 
 
 @triton.jit
-def _expander(
-    weight, stride, span, chunk, row, half, DTYPE: tl.constexpr, SPEC: tl.constexpr, HALF: tl.constexpr
-):
-    """Rows `row` to `row + half` of the weight, for a chunk of channels: `[SPEC.block, HALF]`."""
+def _expander(weight, stride, span, chunk, row, f, half, DTYPE: tl.constexpr, SPEC: tl.constexpr):
+    """The weight of channels of a chunk for rows `row + f`, zero from row `row + half` on: `[SPEC.block, len(f)]`."""
     _, width, column = span
-    place, f = chunk * SPEC.block + tl.arange(0, SPEC.block), tl.arange(0, HALF)
+    place = chunk * SPEC.block + tl.arange(0, SPEC.block)
     there = (place < width)[:, None] & (f < half)[None, :]
     if weight is None:
         return _operand(tl.where(there & ((column + place)[:, None] == row + f[None, :]), 1.0, 0.0), DTYPE)
@@ -226,46 +206,85 @@ def _expander(
 
 
 @triton.jit
-def _expanders(
-    weight, stride, spans, row, half, DTYPE: tl.constexpr, SPECS: tl.constexpr, HALF: tl.constexpr
-):
-    """Both halves of the weight, for the pieces of one chunk."""
+def _constants(frequency, f, offsets, bias, spans, expand, DTYPE: tl.constexpr, SPECS: tl.constexpr):
+    """What rebuilding and rotating keys at frequencies `f` needs in every tile."""
+    weight, stride, row, half = expand
     held = ()
     for i in tl.static_range(len(SPECS)):
         if SPECS[i].chunks == 1:
-            low = _expander(weight, stride, spans[i], 0, row, half, DTYPE, SPECS[i], HALF)
-            high = _expander(weight, stride, spans[i], 0, row + half, half, DTYPE, SPECS[i], HALF)
-            held = held + ((low, high),)
+            low = _expander(weight, stride, spans[i], 0, row, f, half, DTYPE, SPECS[i])
+            held += ((low, _expander(weight, stride, spans[i], 0, row + half, f, half, DTYPE, SPECS[i])),)
         else:
-            held = held + ((0, 0),)
-    return held
+            held += (None,)
+    turn, biases = None, None
+    if frequency is not None:
+        turn = _cos_sin(offsets.to(tl.int64)[:, None] * frequency[None, :], DTYPE)
+    if bias is not None:
+        there = f < half
+        biases = (_widen(tl.load(bias + row + f, there, 0)), _widen(tl.load(bias + row + half + f, there, 0)))
+    return held, turn, biases
 
 
 @triton.jit
-def _add_keys(
-    low,
-    high,
-    part,
-    span,
-    held,
-    expand,
-    place,
-    DTYPE: tl.constexpr,
-    SPEC: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    HALF: tl.constexpr,
-):
+def _add_keys(low, high, latents, part, span, held, f, expand, place, DTYPE: tl.constexpr, SPEC: tl.constexpr):
+    """Keys `[t, len(f)]` of the lower and the upper half of the head, with those of a piece added."""
+    BLOCK_T: tl.constexpr = low.shape[0]
     weight, stride, row, half = expand
     slot, first, count = place
     if SPEC.chunks == 1:
-        latents = _latents(part, span, 0, slot, first, count, DTYPE, SPEC, BLOCK_T)
         low, high = _dot(latents, held[0], low), _dot(latents, held[1], high)
     else:
         for chunk in range(tl.cdiv(span[1], SPEC.block)):
             latents = _latents(part, span, chunk, slot, first, count, DTYPE, SPEC, BLOCK_T)
-            low = _dot(latents, _expander(weight, stride, span, chunk, row, half, DTYPE, SPEC, HALF), low)
-            high = _dot(latents, _expander(weight, stride, span, chunk, row + half, half, DTYPE, SPEC, HALF), high)
+            low = _dot(latents, _expander(weight, stride, span, chunk, row, f, half, DTYPE, SPEC), low)
+            high = _dot(latents, _expander(weight, stride, span, chunk, row + half, f, half, DTYPE, SPEC), high)
     return low, high
+
+
+@triton.jit
+def _add_scores(
+    scores,
+    query,
+    constants,
+    latents,
+    parts,
+    spans,
+    expand,
+    place,
+    start,
+    DTYPE: tl.constexpr,
+    SPECS: tl.constexpr,
+):
+    """Scores `[t, M]` with those of some frequencies added; `query`: its two halves, their numbers and frequencies."""
+    q_low, q_high, f, frequency = query
+    held, turn, biases = constants
+    low = tl.zeros((scores.shape[0], f.shape[0]), tl.float32)
+    high = low
+    for i in tl.static_range(len(SPECS)):
+        low, high = _add_keys(low, high, latents[i], parts[i], spans[i], held[i], f, expand, place, DTYPE, SPECS[i])
+    if biases is not None:
+        low, high = low + biases[0][None, :], high + biases[1][None, :]
+    if frequency is not None:
+        low, high = low * turn[0] - high * turn[1], high * turn[0] + low * turn[1]
+        cos, sin = _cos_sin(start.to(tl.int64) * frequency, DTYPE)
+        cos, sin = cos[:, None], sin[:, None]
+        q_low, q_high = q_low * cos + q_high * sin, q_high * cos - q_low * sin
+    scores = _dot(_operand(low, DTYPE), _operand(q_low, DTYPE), scores)
+    return _dot(_operand(high, DTYPE), _operand(q_high, DTYPE), scores)
+
+
+@triton.jit
+def _query_tile(at, stride, inv_freq, positions, f, half, shown, DTYPE: tl.constexpr):
+    """Both halves `[len(f), M]` of the queries at frequencies `f`, rotated to their positions; and the frequencies."""
+    there = (f < half)[:, None] & shown[None, :]
+    low = _widen(tl.load(at[None, :] + (f * stride)[:, None], there, 0))
+    high = _widen(tl.load(at[None, :] + ((half + f) * stride)[:, None], there, 0))
+    if inv_freq is None:
+        return low, high, f, None
+    else:
+        frequency = (tl.load(inv_freq + f, f < half, 0).to(tl.float64) * _UNITS_PER_RADIAN).to(tl.int64)
+        cos, sin = _cos_sin(positions.to(tl.int64)[None, :] * frequency[:, None], DTYPE)
+        return low * cos - high * sin, high * cos + low * sin, f, frequency
 
 
 # ---- values
@@ -273,9 +292,11 @@ def _add_keys(
 
 @triton.jit
 def _no_values(SPEC: tl.constexpr, BLOCK_M: tl.constexpr):
+    CHUNKS: tl.constexpr = SPEC.chunks
+    BLOCK_R: tl.constexpr = SPEC.block
     sums = ()
-    for _ in tl.static_range(SPEC.chunks):
-        sums = sums + (tl.zeros((SPEC.block, BLOCK_M), tl.float32),)
+    for _ in tl.static_range(CHUNKS):
+        sums += (tl.zeros((BLOCK_R, BLOCK_M), tl.float32),)
     return sums
 
 
@@ -283,18 +304,20 @@ def _no_values(SPEC: tl.constexpr, BLOCK_M: tl.constexpr):
 def _add_values(
     sums, part, span, weights, decay, place, DTYPE: tl.constexpr, SPEC: tl.constexpr, BLOCK_T: tl.constexpr
 ):
+    CHUNKS: tl.constexpr = SPEC.chunks
     slot, first, count = place
     added = ()
-    for i in tl.static_range(SPEC.chunks):
+    for i in tl.static_range(CHUNKS):
         latents = _latents(part, span, SPEC.first + i, slot, first, count, DTYPE, SPEC, BLOCK_T)
-        added = added + (_dot(tl.trans(latents), weights, sums[i] * decay[None, :]),)
+        added += (_dot(tl.trans(latents), weights, sums[i] * decay[None, :]),)
     return added
 
 
 @triton.jit
 def _store_values(sums, at, shown, span, SPEC: tl.constexpr):
+    CHUNKS: tl.constexpr = SPEC.chunks
     _, width, column = span
-    for i in tl.static_range(SPEC.chunks):
+    for i in tl.static_range(CHUNKS):
         place = (SPEC.first + i) * SPEC.block + tl.arange(0, SPEC.block)
         there = (place < width)[:, None] & shown[None, :]
         tl.store(at[None, :] + (column + place)[:, None], sums[i], there)
@@ -305,11 +328,9 @@ def _store_values(sums, at, shown, span, SPEC: tl.constexpr):
 
 @triton.jit
 def _attend(
-    q_low,
-    q_high,
+    queries,
     query_positions,
     shown,
-    frequency,
     expand,
     bias,
     keys,
@@ -323,39 +344,33 @@ def _attend(
     KEYS: tl.constexpr,
     VALUES: tl.constexpr,
     TILES: tl.constexpr,  # of a block; 0: as many as its valid tokens fill
+    BLOCK_M: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     """Attention of a tile of queries to every `step`-th block; writes its sums, highest score and total."""
-    HALF: tl.constexpr = q_low.shape[0]
-    BLOCK_M: tl.constexpr = q_low.shape[1]
     slots, starts, counts, block, end, step = blocks
-    weight, stride, row, half = expand
     key_spans, value_spans = _spans(keys, groups[0], KEYS), _spans(values, groups[1], VALUES)
-    held = _expanders(weight, stride, key_spans, row, half, DTYPE, KEYS, HALF)
     offsets = tl.arange(0, BLOCK_T)
-    if frequency is not None:
-        cos, sin = _cos_sin(offsets.to(tl.int64)[:, None] * frequency[None, :])
-    if bias is not None:
-        f = tl.arange(0, HALF)
-        bias_low = _widen(tl.load(bias + row + f, f < half, 0))
-        bias_high = _widen(tl.load(bias + row + half + f, f < half, 0))
-
+    constants = ()
+    for i in tl.static_range(len(queries)):
+        constants += (_constants(queries[i][3], queries[i][2], offsets, bias, key_spans, expand, DTYPE, KEYS),)
     highest = tl.full((BLOCK_M,), -_INFINITY, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     summed = ()
     for i in tl.static_range(len(VALUES)):
-        summed = summed + (_no_values(VALUES[i], BLOCK_M),)
+        summed += (_no_values(VALUES[i], BLOCK_M),)
 
     # Blocks without valid tokens are at the end of a row: the number of those with some, by bisection.
     number = tl.maximum(tl.cdiv(end - block, step), 0)
-    least = tl.where(number > 0, tl.where(tl.load(counts + block + (number - 1) * step, number > 0, 0) > 0, number, 0), 0)
+    last = tl.load(counts + block + (number - 1) * step, number > 0, 0)
+    least = tl.where(last > 0, number, 0)
     while least < number:
         middle = (least + number) // 2
         some = tl.load(counts + block + middle * step) > 0
         least, number = tl.where(some, middle + 1, least), tl.where(some, number, middle)
     tiles = TILES
     if TILES == 0:
-        tiles = tl.cdiv(tl.load(counts + block), BLOCK_T)
+        tiles = tl.cdiv(last, BLOCK_T)
 
     for i in range(number * tiles):
         j = block + i // tiles * step
@@ -364,23 +379,16 @@ def _attend(
         slot = j if slots is None else tl.load(slots + j)
         place = (slot.to(tl.int64), first, count)
 
-        low, high = tl.zeros((BLOCK_T, HALF), tl.float32), tl.zeros((BLOCK_T, HALF), tl.float32)
+        latents = ()
         for p in tl.static_range(len(KEYS)):
-            low, high = _add_keys(
-                low, high, keys[p], key_spans[p], held[p], expand, place, DTYPE, KEYS[p], BLOCK_T, HALF
+            latents += (_held_latents(keys[p], key_spans[p], place, DTYPE, KEYS[p], BLOCK_T),)
+        scores = tl.zeros((BLOCK_T, BLOCK_M), tl.float32)
+        for p in tl.static_range(len(queries)):
+            scores = _add_scores(
+                scores, queries[p], constants[p], latents, keys, key_spans, expand, place, start, DTYPE, KEYS
             )
-        if bias is not None:
-            low, high = low + bias_low[None, :], high + bias_high[None, :]
-        turned_low, turned_high = q_low, q_high
-        if frequency is not None:
-            low, high = low * cos - high * sin, high * cos + low * sin
-            c, s = _cos_sin(start.to(tl.int64) * frequency)
-            turned_low = q_low * c[:, None] + q_high * s[:, None]
-            turned_high = q_high * c[:, None] - q_low * s[:, None]
-        scores = _dot(_operand(low, DTYPE), _operand(turned_low, DTYPE), tl.zeros((BLOCK_T, BLOCK_M), tl.float32))
-        scores = _dot(_operand(high, DTYPE), _operand(turned_high, DTYPE), scores) * scaling
         seen = (first + offsets < count)[:, None] & ((start + offsets)[:, None] <= query_positions[None, :])
-        scores = tl.where(seen, scores, -_INFINITY)
+        scores = tl.where(seen, scores * scaling, -_INFINITY)
 
         higher = tl.maximum(highest, tl.max(scores, 0))
         reference = tl.where(higher == -_INFINITY, 0.0, higher)
@@ -390,7 +398,7 @@ def _attend(
         highest = higher
         operand, gained = _operand(weights, DTYPE), ()
         for p in tl.static_range(len(VALUES)):
-            gained = gained + (
+            gained += (
                 _add_values(summed[p], values[p], value_spans[p], operand, decay, place, DTYPE, VALUES[p], BLOCK_T),
             )
         summed = gained
@@ -399,6 +407,16 @@ def _attend(
         _store_values(summed[p], sums, shown, value_spans[p], VALUES[p])
     tl.store(stats, highest, shown)
     tl.store(stats + 1, total, shown)
+
+
+@triton.jit
+def _held_latents(part, span, place, DTYPE: tl.constexpr, SPEC: tl.constexpr, BLOCK_T: tl.constexpr):
+    """`_latents` of a piece of one chunk; longer ones are read chunk by chunk."""
+    if SPEC.chunks == 1:
+        slot, first, count = place
+        return _latents(part, span, 0, slot, first, count, DTYPE, SPEC, BLOCK_T)
+    else:
+        return None
 
 
 @triton.jit(do_not_specialize=["shares", "blocks", "length", "rows"])
@@ -437,25 +455,22 @@ def _attention_kernel(
     WIDTH: tl.constexpr,  # of the sums
     TILES: tl.constexpr,
     HALF: tl.constexpr,
+    BLOCK_F: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_T: tl.constexpr,
     EXACT_T: tl.constexpr,
 ):
     share, half = tl.program_id(1), size // 2
     batch, head = tl.program_id(0) // heads, tl.program_id(0) % heads
-    place, f = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, HALF)
+    place = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     shown = place < SHARED * length
-    at = batch.to(tl.int64) * query_strides[0] + (head * SHARED + place // length) * query_strides[1]
-    at += place % length * query_strides[2]
-    there = (f < half)[:, None] & shown[None, :]
-    q_low = _widen(tl.load(query + at[None, :] + (f * query_strides[3])[:, None], there, 0))
-    q_high = _widen(tl.load(query + at[None, :] + ((half + f) * query_strides[3])[:, None], there, 0))
+    at = query + batch.to(tl.int64) * query_strides[0]
+    at += (head * SHARED + place // length) * query_strides[1] + place % length * query_strides[2]
     query_positions = tl.load(positions + batch * position_stride + place % length, shown, 0)
-    frequency = None
-    if inv_freq is not None:
-        frequency = (tl.load(inv_freq + f, f < half, 0).to(tl.float64) * _UNITS_PER_RADIAN).to(tl.int64)
-        c, s = _cos_sin(query_positions.to(tl.int64)[None, :] * frequency[:, None])
-        q_low, q_high = q_low * c - q_high * s, q_high * c + q_low * s
+    queries = ()
+    for i in tl.static_range(HALF // BLOCK_F):
+        f = i * BLOCK_F + tl.arange(0, BLOCK_F)
+        queries += (_query_tile(at, query_strides[3], inv_freq, query_positions, f, half, shown, DTYPE),)
 
     row = ((batch * heads + head) * SHARED * length + place).to(tl.int64) + share.to(tl.int64) * rows
     sums, stats = sums + row * WIDTH, stats + row * 2
@@ -467,11 +482,9 @@ def _attention_kernel(
             table += batch * table_strides[1]
             listed = (table, table + table_strides[0], table + 2 * table_strides[0], share, blocks, shares)
             _attend(
-                q_low,
-                q_high,
+                queries,
                 query_positions,
                 shown,
-                frequency,
                 expand,
                 bias,
                 keys,
@@ -485,6 +498,7 @@ def _attention_kernel(
                 KEYS,
                 VALUES,
                 TILES,
+                BLOCK_M,
                 BLOCK_T,
             )
     else:
@@ -498,11 +512,9 @@ def _attention_kernel(
             start += batch * start_row - batch
             count += batch * count_row - batch
             _attend(
-                q_low,
-                q_high,
+                queries,
                 query_positions,
                 shown,
-                frequency,
                 expand,
                 bias,
                 key_part,
@@ -516,6 +528,7 @@ def _attention_kernel(
                 EXACT_KEYS,
                 EXACT_VALUES,
                 0,
+                BLOCK_M,
                 EXACT_T,
             )
 
@@ -525,7 +538,7 @@ def _choose(condition, chosen, other):
     """One of two tuples."""
     result = ()
     for i in tl.static_range(len(other)):
-        result = result + (tl.where(condition, chosen[i], other[i]),)
+        result += (tl.where(condition, chosen[i], other[i]),)
     return result
 
 
@@ -618,7 +631,6 @@ def _side_layout(parts: tuple, channels: tuple[int, ...] | None, widths: tuple[i
         group_of = [i for i, width in enumerate(groups or ()) for _ in range(width)]
         table = torch.tensor(group_of, dtype=torch.int32, device=device) if groups else None
         levels, spacing, offset = (0, 1, 0) if bits == 16 else grid(bits)
-        per_word = 1 if bits == 16 else 32 // bits if bits != 1.58 else 0
         spec = _Spec(
             bits=0 if bits == 1.58 else int(bits),
             levels=levels,
@@ -629,7 +641,7 @@ def _side_layout(parts: tuple, channels: tuple[int, ...] | None, widths: tuple[i
             run=run,
             words=0 if bits == 16 else packed_words(run, bits),
             length=length,
-            aligned=per_word > 0 and (run >= length or run % block_t == 0),
+            one_run=run >= length or run % block_t == 0,
         )
         for spans in _pieces(own, widths):
             widest = max(width for _, width, _ in spans)
@@ -641,7 +653,9 @@ def _side_layout(parts: tuple, channels: tuple[int, ...] | None, widths: tuple[i
 
             fitting = [b for b in (64, 32, 16) if b <= block and not straddles(b)]
             block = fitting[0] if fitting else block
-            own_spec = replace(spec, block=block, chunks=-(-widest // block), by_channel=not fitting)
+            align = math.gcd(16, *(number for span in spans for number in span))
+            chunks = -(-widest // block)
+            own_spec = replace(spec, block=block, chunks=chunks, by_channel=not fitting, align=align)
             layout.append((index, own_spec, torch.tensor(spans, dtype=torch.int32, device=device), table))
     return tuple(layout)
 
@@ -684,7 +698,7 @@ def _exact_layout(widths: tuple[int, ...], device) -> tuple[torch.Tensor, _Spec]
     """Spans and `_Spec` of tokens in full precision."""
     spans = [[sum(widths[:g]), width, 0] for g, width in enumerate(widths)]
     block = _power_of_two(max(widths), 16, 64)
-    spec = _Spec(bits=16, block=block, chunks=-(-max(widths) // block))
+    spec = _Spec(bits=16, block=block, chunks=-(-max(widths) // block), align=math.gcd(16, *widths))
     return torch.tensor(spans, dtype=torch.int32, device=device), spec
 
 
@@ -720,7 +734,7 @@ def latent_attention(
     rope: Rope | None,
     scaling: float,
 ) -> torch.Tensor:
-    """As `latent_attention` in `modules/kernels/attention.py`, without weights: `[B, H_q, L, max(value_widths)]` float32.
+    """As `latent_attention` in `modules/kernels/attention.py`, the sums only: `[B, H_q, L, max(value_widths)]` float32.
 
     Matrix products are in the type of the query, sums in float32. The device is not waited for: how the work is cut
     follows from the shapes alone.
@@ -744,7 +758,8 @@ def latent_attention(
     key_spans, exact_keys = _exact_layout(tuple(key_widths), device)
     value_spans, exact_values = _exact_layout(tuple(value_widths), device)
 
-    block_m = _power_of_two(shared * length, 16, _MAX_ROWS)
+    half = _power_of_two(size // 2, 16, size)
+    block_m = _power_of_two(shared * length, 8, _MAX_ROWS)
     programs = batch * key_heads * -(-shared * length // block_m)
     blocks = cache.table.shape[2] if keys else 0
     most = -(-blocks * cache.block_length // _TOKENS_OF_SHARE)
@@ -792,11 +807,13 @@ def latent_attention(
                 VALUE_HEADS=key_heads // len(value_widths),
                 WIDTH=width,
                 TILES=-(-cache.block_length // _block_t(cache.block_length)),
-                HALF=_power_of_two(size // 2, 16, size),
+                HALF=half,
+                BLOCK_F=half if any(spec.chunks > 1 for spec in (*key_specs, exact_keys)) else min(half, 32),
                 BLOCK_M=block_m,
                 BLOCK_T=_block_t(cache.block_length),
                 EXACT_T=64,
                 num_warps=4,
+                num_stages=2,
             )
         _merge_kernel[(rows, -(-width // 64))](
             sums=sums,
