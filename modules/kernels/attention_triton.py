@@ -215,7 +215,7 @@ def _constants(frequency, f, offsets, bias, spans, expand, DTYPE: tl.constexpr, 
             low = _expander(weight, stride, spans[i], 0, row, f, half, DTYPE, SPECS[i])
             held += ((low, _expander(weight, stride, spans[i], 0, row + half, f, half, DTYPE, SPECS[i])),)
         else:
-            held += (None,)
+            held += (0,)
     turn, biases = None, None
     if frequency is not None:
         turn = _cos_sin(offsets.to(tl.int64)[:, None] * frequency[None, :], DTYPE)
@@ -235,9 +235,9 @@ def _add_keys(low, high, latents, part, span, held, f, expand, place, DTYPE: tl.
         low, high = _dot(latents, held[0], low), _dot(latents, held[1], high)
     else:
         for chunk in range(tl.cdiv(span[1], SPEC.block)):
-            latents = _latents(part, span, chunk, slot, first, count, DTYPE, SPEC, BLOCK_T)
-            low = _dot(latents, _expander(weight, stride, span, chunk, row, f, half, DTYPE, SPEC), low)
-            high = _dot(latents, _expander(weight, stride, span, chunk, row + half, f, half, DTYPE, SPEC), high)
+            tile = _latents(part, span, chunk, slot, first, count, DTYPE, SPEC, BLOCK_T)
+            low = _dot(tile, _expander(weight, stride, span, chunk, row, f, half, DTYPE, SPEC), low)
+            high = _dot(tile, _expander(weight, stride, span, chunk, row + half, f, half, DTYPE, SPEC), high)
     return low, high
 
 
@@ -416,7 +416,7 @@ def _held_latents(part, span, place, DTYPE: tl.constexpr, SPEC: tl.constexpr, BL
         slot, first, count = place
         return _latents(part, span, 0, slot, first, count, DTYPE, SPEC, BLOCK_T)
     else:
-        return None
+        return 0
 
 
 @triton.jit(do_not_specialize=["shares", "blocks", "length", "rows"])
