@@ -11,7 +11,8 @@ tokens and channels, which are many, are the rows of the matrix products, and qu
 
 Tokens in full precision are blocks of 16 bits to it; each `Tile` of them is a share of its own.
 
-Angles are integers in units of 2^-48 turns: products with positions wrap around, and nothing is lost at any length.
+Angles are integers in units of 2^-32 turns: a product with a position wraps around, and its error, that of the
+frequency, is a hundredth of what float32 makes of large angles.
 
 Triton's interpreter has bfloat16 in name only. There it goes in as the int16 of its bits, and operands of products are
 float32 rounded to it, which gives what tensor cores give.
@@ -34,7 +35,7 @@ from modules.svd_linear import ALinear
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 _INFINITY = tl.constexpr(math.inf)
-_UNITS_PER_RADIAN = tl.constexpr(2.0**48 / (2 * math.pi))
+_UNITS_PER_RADIAN = tl.constexpr(2.0**32 / (2 * math.pi))
 _RADIANS_PER_UNIT = tl.constexpr(2 * math.pi / 2.0**32)
 _LOG2_E = math.log2(math.e)
 
@@ -50,6 +51,7 @@ class _Spec:
         levels, spacing, offset: `modules.quant_utils.grid`.
         run, words, length: Tokens and words of a run, tokens of a block.
         one_run: Whether a tile lies in one run.
+        whole, filled: Whether tiles never overrun a block, and chunks never a group's channels.
         by_channel: Whether a chunk of channels lies in more than one scale group of a token.
         block, chunks, first: Channels of a chunk, how many chunks, and the first one.
         align: What divides where its channels start and how many they are, so that loads are wide.
@@ -65,6 +67,8 @@ class _Spec:
     words: int = 0
     length: int = 0
     one_run: bool = False
+    whole: bool = False
+    filled: bool = False
     by_channel: bool = False
     block: int = 64
     chunks: int = 1
@@ -91,13 +95,12 @@ def _dot(a, b, accumulator):
 
 
 @triton.jit
-def _cos_sin(turns, DTYPE: tl.constexpr):
-    """Cosine and sine, float32, of int64 angles in units of 2^-48 turns.
+def _cos_sin(angle, DTYPE: tl.constexpr):
+    """Cosine and sine, float32, of int32 angles in units of 2^-32 turns.
 
     For operands of two bytes by the approximations of the hardware, whose error is below 2^-20 within half a turn; else
     by polynomials around the nearest quarter.
     """
-    angle = (turns >> 16).to(tl.int32)
     if not _INTERPRETED and not DTYPE.is_fp32():
         x = angle.to(tl.float32) * _RADIANS_PER_UNIT
         return libdevice.fast_cosf(x), libdevice.fast_sinf(x)
@@ -135,8 +138,12 @@ def _latents(part, span, chunk, slot, first, count, DTYPE: tl.constexpr, SPEC: t
     start, width, _ = span
     place = chunk * SPEC.block + tl.arange(0, SPEC.block)
     exists, columns = place < width, start + place
+    if SPEC.filled:
+        exists = place >= 0
     token = first + tl.arange(0, BLOCK_T)
     valid = token < (count if SPEC.bits == 16 else SPEC.length)
+    if SPEC.whole:
+        valid = token >= 0
     there = valid[:, None] & exists[None, :]
     packed += slot * stride_slot
     if SPEC.bits == 16:
@@ -218,7 +225,7 @@ def _constants(frequency, f, offsets, bias, spans, expand, DTYPE: tl.constexpr, 
             held += (0,)
     turn, biases = None, None
     if frequency is not None:
-        turn = _cos_sin(offsets.to(tl.int64)[:, None] * frequency[None, :], DTYPE)
+        turn = _cos_sin(offsets[:, None] * frequency[None, :], DTYPE)
     if bias is not None:
         there = f < half
         biases = (_widen(tl.load(bias + row + f, there, 0)), _widen(tl.load(bias + row + half + f, there, 0)))
@@ -266,7 +273,7 @@ def _add_scores(
         low, high = low + biases[0][None, :], high + biases[1][None, :]
     if frequency is not None:
         low, high = low * turn[0] - high * turn[1], high * turn[0] + low * turn[1]
-        cos, sin = _cos_sin(start.to(tl.int64) * frequency, DTYPE)
+        cos, sin = _cos_sin(start * frequency, DTYPE)
         cos, sin = cos[:, None], sin[:, None]
         q_low, q_high = q_low * cos + q_high * sin, q_high * cos - q_low * sin
     scores = _dot(_operand(low, DTYPE), _operand(q_low, DTYPE), scores)
@@ -282,8 +289,9 @@ def _query_tile(at, stride, inv_freq, positions, f, half, shown, DTYPE: tl.const
     if inv_freq is None:
         return low, high, f, None
     else:
-        frequency = (tl.load(inv_freq + f, f < half, 0).to(tl.float64) * _UNITS_PER_RADIAN).to(tl.int64)
-        cos, sin = _cos_sin(positions.to(tl.int64)[None, :] * frequency[:, None], DTYPE)
+        frequency = tl.load(inv_freq + f, f < half, 0).to(tl.float64) * _UNITS_PER_RADIAN
+        frequency = (frequency + 0.5).to(tl.int64).to(tl.int32)
+        cos, sin = _cos_sin(positions[None, :] * frequency[:, None], DTYPE)
         return low * cos - high * sin, high * cos + low * sin, f, frequency
 
 
@@ -466,7 +474,7 @@ def _attention_kernel(
     shown = place < SHARED * length
     at = query + batch.to(tl.int64) * query_strides[0]
     at += (head * SHARED + place // length) * query_strides[1] + place % length * query_strides[2]
-    query_positions = tl.load(positions + batch * position_stride + place % length, shown, 0)
+    query_positions = tl.load(positions + batch * position_stride + place % length, shown, 0).to(tl.int32)
     queries = ()
     for i in tl.static_range(HALF // BLOCK_F):
         f = i * BLOCK_F + tl.arange(0, BLOCK_F)
@@ -583,7 +591,7 @@ def _merge_kernel(
 _DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 #: Most queries of a tile, and sums of values that a program keeps; more are done by further programs or launches.
-_MAX_ROWS, _MAX_SUMS = 64, 8192
+_MAX_ROWS, _MAX_SUMS = 16, 4096
 
 #: Tokens that are worth a program.
 _TOKENS_OF_SHARE = 256
@@ -615,16 +623,18 @@ def _pieces(channels: list[int], widths: tuple[int, ...]) -> list[list[list[int]
 
 
 @lru_cache
-def _side_layout(parts: tuple, channels: tuple[int, ...] | None, widths: tuple[int, ...], length: int, device):
+def _side_layout(
+    parts: tuple, channels: tuple[int, ...] | None, widths: tuple[int, ...], length: int, block_t: int, device
+):
     """For each piece of a side its part's index, `_Spec`, spans and scale group of each channel.
 
     Args:
         parts: For each part bits, channels, run, groups and whether it is symmetric.
         channels: As in `PackedSide`.
         widths: Channels of each head group.
-        length: Tokens of a block.
+        length, block_t: Tokens of a block and of a tile.
     """
-    layout, first, block_t = [], 0, _block_t(length)
+    layout, first = [], 0
     for index, (bits, n, run, groups, symmetric) in enumerate(parts):
         own = list(channels[first : first + n] if channels else range(first, first + n))
         first += n
@@ -642,6 +652,7 @@ def _side_layout(parts: tuple, channels: tuple[int, ...] | None, widths: tuple[i
             words=0 if bits == 16 else packed_words(run, bits),
             length=length,
             one_run=run >= length or run % block_t == 0,
+            whole=bits != 16 and length % block_t == 0,
         )
         for spans in _pieces(own, widths):
             widest = max(width for _, width, _ in spans)
@@ -655,14 +666,10 @@ def _side_layout(parts: tuple, channels: tuple[int, ...] | None, widths: tuple[i
             block = fitting[0] if fitting else block
             align = math.gcd(16, *(number for span in spans for number in span))
             chunks = -(-widest // block)
-            own_spec = replace(spec, block=block, chunks=chunks, by_channel=not fitting, align=align)
+            filled = all(width % block == 0 and width == widest for _, width, _ in spans)
+            own_spec = replace(spec, block=block, chunks=chunks, by_channel=not fitting, align=align, filled=filled)
             layout.append((index, own_spec, torch.tensor(spans, dtype=torch.int32, device=device), table))
     return tuple(layout)
-
-
-def _block_t(length: int) -> int:
-    """Tokens of a tile of blocks of `length`."""
-    return 32 if length <= 32 else 64
 
 
 def _bits(x: torch.Tensor | None) -> torch.Tensor | None:
@@ -680,7 +687,7 @@ def _storage(part: PackedPart, spans: torch.Tensor, groups: torch.Tensor | None)
     return (_bits(part.packed), _bits(scale), _bits(part.zero_point), spans, groups, *own, *strides)
 
 
-def _side(side: PackedSide | None, widths: tuple[int, ...], length: int, device) -> tuple[list, list]:
+def _side(side: PackedSide | None, widths: tuple[int, ...], length: int, block_t: int, device) -> tuple[list, list]:
     """Runtime arguments and `_Spec`s of the pieces of a side."""
     if side is None:
         return [], []
@@ -689,7 +696,7 @@ def _side(side: PackedSide | None, widths: tuple[int, ...], length: int, device)
         for p in side.parts
     )
     channels = None if side.channels is None else tuple(side.channels.tolist())
-    layout = _side_layout(parts, channels, tuple(widths), length, device)
+    layout = _side_layout(parts, channels, tuple(widths), length, block_t, device)
     return [_storage(side.parts[i], spans, groups) for i, _, spans, groups in layout], [spec for _, spec, *_ in layout]
 
 
@@ -698,7 +705,8 @@ def _exact_layout(widths: tuple[int, ...], device) -> tuple[torch.Tensor, _Spec]
     """Spans and `_Spec` of tokens in full precision."""
     spans = [[sum(widths[:g]), width, 0] for g, width in enumerate(widths)]
     block = _power_of_two(max(widths), 16, 64)
-    spec = _Spec(bits=16, block=block, chunks=-(-max(widths) // block), align=math.gcd(16, *widths))
+    filled = len(set(widths)) == 1 and widths[0] % block == 0
+    spec = _Spec(bits=16, block=block, chunks=-(-max(widths) // block), align=math.gcd(16, *widths), filled=filled)
     return torch.tensor(spans, dtype=torch.int32, device=device), spec
 
 
@@ -753,8 +761,11 @@ def latent_attention(
     shared, width = heads // key_heads, max(value_widths)
     rows = batch * heads * length
 
-    keys, key_specs = _side(cache.keys, key_widths, cache.block_length, device)
-    values, value_specs = _side(cache.values, value_widths, cache.block_length, device)
+    # Keys of long latents are kept while their chunks pass by: of fewer tokens, that they fit the registers.
+    long = max(key_widths) > 64
+    block_t = 32 if long or cache.block_length <= 32 else 64
+    keys, key_specs = _side(cache.keys, key_widths, cache.block_length, block_t, device)
+    values, value_specs = _side(cache.values, value_widths, cache.block_length, block_t, device)
     key_spans, exact_keys = _exact_layout(tuple(key_widths), device)
     value_spans, exact_values = _exact_layout(tuple(value_widths), device)
 
@@ -806,12 +817,12 @@ def latent_attention(
                 KEY_HEADS=key_heads // len(key_widths),
                 VALUE_HEADS=key_heads // len(value_widths),
                 WIDTH=width,
-                TILES=-(-cache.block_length // _block_t(cache.block_length)),
+                TILES=-(-cache.block_length // block_t),
                 HALF=half,
-                BLOCK_F=half if any(spec.chunks > 1 for spec in (*key_specs, exact_keys)) else min(half, 32),
+                BLOCK_F=half if long else min(half, 32),
                 BLOCK_M=block_m,
-                BLOCK_T=_block_t(cache.block_length),
-                EXACT_T=64,
+                BLOCK_T=block_t,
+                EXACT_T=32 if long else 64,
                 num_warps=4,
                 num_stages=2,
             )
