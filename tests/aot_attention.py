@@ -15,8 +15,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from modules.codecs import make_codec
 from configuration_alrd_llama import QuantScheme
+from modules.codecs import make_codec
 from modules.kernels import attention_triton as kernels
 from modules.kernels.packed import PackedCache, PackedSide, Rope, Tile
 from modules.svd_linear import ALinear
@@ -91,43 +91,45 @@ def layer(
         "cache": cache,
         "expand_keys": ALinear(key_ranks, key_heads * size, key_heads, False).to(dtype),
         "value_widths": value_ranks,
-        "rope": None if NOROPE else Rope(torch.zeros(size // 2)),
+        "rope": Rope(torch.zeros(size // 2)),
         "scaling": size**-0.5,
     }
 
 
-#: Width tiers of the bundled tiny model: calibrated scales, blocks of 32.
-import os
-
-NOROPE = os.environ.get("NOROPE")
+#: Tiers of every width as the budget command stores them for the bundled tiny model: calibrated scales, blocks of 32.
 TINY = {
-    "tiers": [[(8, 8), (8, 4), (8, 3), (4, 2), (4, 1)]],
+    "tiers": [[(1, 16), (15, 8), (32, 4), (16, 3), (32, 2), (16, 1)]],
     "group_size": 32,
     "static": True,
     "orientation": "per_channel",
 }
 
 
+def tiny(length: int, dtype=torch.bfloat16):
+    """A layer of the bundled tiny model: 8 query heads on 4 key/value heads of 64, joint latents."""
+    return layer(8, 4, 64, (112,), (112,), length, dtype, 2, **TINY)
+
+
 def cases(everything: bool):
     """Functions that make the arguments of `latent_attention`, by name."""
+    groups = (256,) * 8
     yield "llama3 rank 64 2-bit", lambda: llama3(2)
-    yield "tiny tiers static", lambda: layer(8, 4, 16, (32,), (32,), 1, torch.float32, 2, **TINY)
-    if everything:
-        for length in (1, 16):
-            suffix = f" L={length}" if length > 1 else ""
-            yield f"llama3 rank 64 4-bit{suffix}", lambda n=length: llama3(4, length=n)
-            yield f"llama3 joint 512 2-bit{suffix}", lambda n=length: llama3(2, (512,), n)
-            groups = (256,) * 8
-            yield (
-                f"llama2 groups of four 2-bit{suffix}",
-                lambda n=length: layer(32, 32, 128, groups, groups, n, torch.float16, 2),
-            )
-        yield "llama3 rank 64 2-bit L=16", lambda: llama3(2, length=16)
-        yield "llama3 rank 64 3-bit", lambda: llama3(3)
-        yield "llama3 rank 64 1.58-bit", lambda: llama3(1.58)
-        yield "llama3 rank 64 8-bit", lambda: llama3(8)
-        yield "llama3 rank 64 2-bit fp32", lambda: llama3(2, dtype=torch.float32)
-        yield "tiny tiers static L=16", lambda: layer(8, 4, 16, (32,), (32,), 16, torch.float32, 2, **TINY)
+    if not everything:
+        return
+    for length in (1, 16):
+        suffix = f" L={length}" if length > 1 else ""
+        if length > 1:
+            yield f"llama3 rank 64 2-bit{suffix}", lambda n=length: llama3(2, length=n)
+        yield f"llama3 rank 64 4-bit{suffix}", lambda n=length: llama3(4, length=n)
+        yield f"llama3 joint 512 2-bit{suffix}", lambda n=length: llama3(2, (512,), n)
+        llama2 = (32, 32, 128, groups, groups)
+        yield f"llama2 groups of four 2-bit{suffix}", lambda n=length: layer(*llama2, n, torch.float16, 2)
+        yield f"tiny tiers static{suffix}", lambda n=length: tiny(n)
+    yield "llama3 rank 64 3-bit", lambda: llama3(3)
+    yield "llama3 rank 64 1.58-bit", lambda: llama3(1.58, symmetric=True)
+    yield "llama3 rank 64 8-bit fp16", lambda: llama3(8, dtype=torch.float16)
+    yield "llama3 rank 64 2-bit fp32", lambda: llama3(2, dtype=torch.float32)
+    yield "tiny tiers static fp32", lambda: tiny(1, torch.float32)
 
 
 def main(everything: bool, architectures: list[int], only: str = "") -> list[dict]:

@@ -1,10 +1,10 @@
 """Attention over the packed latent in Triton: what `modules/kernels/attention.py` computes, on the packed bits.
 
-A program takes a key/value head of a row, the query heads that share it, and a share of the row's blocks (split over the
-sequence as in flash decoding); a second kernel merges the shares. It walks tiles of `BLOCK_T` tokens, transposed, so that
-tokens and channels, which are many, are the rows of the matrix products, and queries, which are few, the columns:
+A program takes a key/value head of a row, the query heads that share it, and a share of the row's blocks (split over
+the sequence as in flash decoding); a second kernel merges the shares. It walks tiles of `BLOCK_T` tokens, transposed, so
+that tokens and channels, which are many, are rows of the matrix products, and queries, which are few, the columns:
 
-    latents   [t, r]   each word is read once; a code becomes a float when it is or-ed into the mantissa of 128
+    latents   [t, r]   unpacked and scaled in registers; a code becomes a float by or-ing it into the mantissa of 2^23
     keys      [t, d]   latents · A_headᵀ in two halves, rotated by their offset in the tile, a constant table
     scores    [t, M]   keys · qᵀ, with q rotated back by the position of the tile's first token
     values    [r, M]   latentsᵀ · weights, summed up in float32; never rebuilt
@@ -218,7 +218,8 @@ def _constants(frequency, f, offsets, bias, spans, expand, DTYPE: tl.constexpr, 
     weight, stride, row, half = expand
     held = ()
     for i in tl.static_range(len(SPECS)):
-        if SPECS[i].chunks == 1:
+        # Operands of float32 products would lie in registers.
+        if SPECS[i].chunks == 1 and not DTYPE.is_fp32():
             low = _expander(weight, stride, spans[i], 0, row, f, half, DTYPE, SPECS[i])
             held += ((low, _expander(weight, stride, spans[i], 0, row + half, f, half, DTYPE, SPECS[i])),)
         else:
@@ -238,8 +239,11 @@ def _add_keys(low, high, latents, part, span, held, f, expand, place, DTYPE: tl.
     BLOCK_T: tl.constexpr = low.shape[0]
     weight, stride, row, half = expand
     slot, first, count = place
-    if SPEC.chunks == 1:
+    if SPEC.chunks == 1 and not DTYPE.is_fp32():
         low, high = _dot(latents, held[0], low), _dot(latents, held[1], high)
+    elif SPEC.chunks == 1:
+        low = _dot(latents, _expander(weight, stride, span, 0, row, f, half, DTYPE, SPEC), low)
+        high = _dot(latents, _expander(weight, stride, span, 0, row + half, f, half, DTYPE, SPEC), high)
     else:
         for chunk in range(tl.cdiv(span[1], SPEC.block)):
             tile = _latents(part, span, chunk, slot, first, count, DTYPE, SPEC, BLOCK_T)
@@ -761,8 +765,9 @@ def latent_attention(
     shared, width = heads // key_heads, max(value_widths)
     rows = batch * heads * length
 
-    # Keys of long latents are kept while their chunks pass by: of fewer tokens, that they fit the registers.
-    long = max(key_widths) > 64
+    # Keys of long latents are kept while their chunks pass by, and float32 takes twice the room: tiles of fewer tokens
+    # and more threads, that all fits the registers.
+    long = max(key_widths) > 64 or query.dtype == torch.float32
     block_t = 32 if long or cache.block_length <= 32 else 64
     keys, key_specs = _side(cache.keys, key_widths, cache.block_length, block_t, device)
     values, value_specs = _side(cache.values, value_widths, cache.block_length, block_t, device)
@@ -819,12 +824,12 @@ def latent_attention(
                 WIDTH=width,
                 TILES=-(-cache.block_length // block_t),
                 HALF=half,
-                BLOCK_F=half if long else min(half, 32),
+                BLOCK_F=min(half, 16 if query.dtype == torch.float32 else 64 if long else 32),
                 BLOCK_M=block_m,
                 BLOCK_T=block_t,
                 EXACT_T=32 if long else 64,
-                num_warps=4,
-                num_stages=2,
+                num_warps=8 if long else 4,
+                num_stages=1 if query.dtype == torch.float32 else 2,
             )
         _merge_kernel[(rows, -(-width // 64))](
             sums=sums,
