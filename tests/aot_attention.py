@@ -62,6 +62,11 @@ def llama3(bits: int, ranks=(64,) * 8, length: int = 1, value_ranks=None, dtype=
     return layer(32, 8, 128, ranks, value_ranks or ranks, length, dtype, bits, **scheme)
 
 
+def llama2(length: int):
+    """A layer of Llama-2-7B, 32 heads of 128, in groups of four heads of rank 256."""
+    return layer(32, 32, 128, (256,) * 8, (256,) * 8, length, torch.float16, 2)
+
+
 def layer(
     heads, key_heads, size, key_ranks, value_ranks, length, dtype, bits, batch=1, blocks=512, tiers=None, **scheme
 ):
@@ -112,7 +117,6 @@ def tiny(length: int, dtype=torch.bfloat16):
 
 def cases(everything: bool):
     """Functions that make the arguments of `latent_attention`, by name."""
-    groups = (256,) * 8
     yield "llama3 rank 64 2-bit", lambda: llama3(2)
     if not everything:
         return
@@ -122,8 +126,7 @@ def cases(everything: bool):
             yield f"llama3 rank 64 2-bit{suffix}", lambda n=length: llama3(2, length=n)
         yield f"llama3 rank 64 4-bit{suffix}", lambda n=length: llama3(4, length=n)
         yield f"llama3 joint 512 2-bit{suffix}", lambda n=length: llama3(2, (512,), n)
-        llama2 = (32, 32, 128, groups, groups)
-        yield f"llama2 groups of four 2-bit{suffix}", lambda n=length: layer(*llama2, n, torch.float16, 2)
+        yield f"llama2 groups of four 2-bit{suffix}", lambda n=length: llama2(n)
         yield f"tiny tiers static{suffix}", lambda n=length: tiny(n)
     yield "llama3 rank 64 3-bit", lambda: llama3(3)
     yield "llama3 rank 64 1.58-bit", lambda: llama3(1.58, symmetric=True)

@@ -15,13 +15,12 @@ import pytest
 import torch
 
 from configuration_alrd_llama import QuantScheme
-from modules.kernels import get_backend
 from modules.kernels.attention import latent_attention as reference
 from modules.kernels.packed import PackedCache, PackedPart, Rope, Tile
 from modules.kivi_cache import CacheScheme, KIVILatentLayer
 from modules.svd_linear import ALinear, split_groups
 from tests.conftest import PoisonedTorch
-from tests.helpers import all_ranks, tiny_dense, tiny_split
+from tests.helpers import tiny_dense, tiny_split
 
 triton = pytest.importorskip("triton")
 from modules.kernels import attention_triton as kernels  # noqa: E402
@@ -64,9 +63,9 @@ def step(
     dtype=FP32,
     keys=None,
     values=None,
-    tokens=(100, 100),
+    tokens=(75, 40),
     length=1,
-    heads=(4, 2),
+    heads=(2, 1),
     size=16,
     key_ranks=(12,),
     value_ranks=(10,),
@@ -187,6 +186,11 @@ def check(device, **case) -> None:
     assert error.mean() <= 2 * plain.mean() + 1e-7
 
 
+def some(cases, *chosen: str) -> list:
+    """Names of cases, those that are not chosen marked `slow`: the interpreter takes seconds for each."""
+    return [pytest.param(name, marks=[] if name in chosen else pytest.mark.slow) for name in cases]
+
+
 # ---- every storage
 
 
@@ -214,48 +218,181 @@ STORAGE = {
 }
 
 
-@pytest.mark.parametrize("name", STORAGE)
+@pytest.mark.parametrize("name", some(STORAGE, "2 bits by token", "3 bits in runs", "16 bits"))
 def test_every_width(device, name):
     keys, values = STORAGE[name]
     case = list(STORAGE).index(name)
-    check(device, dtype=(FP16, BF16, FP32)[case % 3], keys=keys, values=values, tokens=(111, 60), length=1 + case % 2)
+    check(device, dtype=(FP16, BF16, FP32)[case % 3], keys=keys, values=values, tokens=(75, 50), length=1 + case % 2)
 
 
 STATIC = {"orientation": "per_channel", "static": True}
 
 
-@pytest.mark.parametrize("dtype", [FP16, BF16, FP32])
-@pytest.mark.parametrize("static", [False, True])
-def test_width_tiers(device, dtype, static):
+@pytest.mark.parametrize("name", some(["static", "measured"], "static"))
+def test_width_tiers(device, name):
     """The mean scalar, and widths that stand in another order than the channels, some of them twice."""
-    own = STATIC if static else {}
+    own, dtype = (STATIC, BF16) if name == "static" else ({}, FP16)
     keys = tiered([(1, 16), (3, 8), (4, 4), (2, 1)], [(5, 2), (2, 4), (4, 2)], **own)
     values = tiered([(1, 16), (3, 3), (4, 2)], [(2, 8), (3, 1)], [(4, 2)], [(1, 16), (5, 2)], **own)
     shape = {"heads": (8, 4), "key_ranks": (10, 11), "value_ranks": (8, 5, 4, 6)}
-    check(device, dtype=dtype, keys=keys, values=values, tokens=(75, 111), length=2, **shape)
+    check(device, dtype=dtype, keys=keys, values=values, tokens=(50, 75), length=2, **shape)
 
 
 # ---- every shape
 
 SHAPES = {
-    "joint": {"heads": (6, 3), "key_ranks": (37,), "value_ranks": (41,), "tokens": (90, 50)},
+    "joint": {"heads": (6, 3), "key_ranks": (37,), "value_ranks": (41,), "tokens": (75,)},
     "ranks of several chunks": {"heads": (2, 2), "key_ranks": (130,), "value_ranks": (197,), "size": 96},
-    "per head, unequal": {"heads": (6, 3), "key_ranks": (7, 20, 3), "value_ranks": (20, 9, 1), "length": 3},
+    "per head, unequal": {
+        "heads": (6, 3),
+        "key_ranks": (7, 20, 3),
+        "value_ranks": (20, 9, 1),
+        "tokens": (45,),
+        "length": 3,
+    },
     "multi-query": {"heads": (5, 1), "length": 16},
     "more queries than a tile": {"heads": (10, 2), "length": 16, "tokens": (70,)},
     "head of 80": {"size": 80, "heads": (2, 1), "bias": True, "tokens": (64,)},
-    "dense keys": {"expand": False, "heads": (4, 4), "value_ranks": (16,) * 4, "length": 2},
+    "dense keys": {"expand": False, "heads": (2, 2), "value_ranks": (16, 16), "tokens": (45,)},
     "dense keys without RoPE": {"expand": False, "rope": False, "length": 5},
     "no RoPE": {"rope": False, "tokens": (80,)},
     "nothing packed": {"tokens": (20, 8), "length": 4},
     "one row has no blocks": {"tokens": (110, 6), "length": 2},
-    "left padding": {"tokens": (100, 61, 140), "heads": (2, 2), "length": 2},
-    "cropped": {"tokens": (150, 133), "crop": 30, "length": 3},
+    "left padding": {"tokens": (75, 40, 110), "length": 2},
+    "cropped": {"tokens": (110, 90), "crop": 30, "length": 3},
     "large frequencies": {"rotary": Rope(torch.rand(8) * 3, 0.5), "tokens": (130,)},
 }
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", some(SHAPES, "joint", "per head, unequal", "dense keys", "left padding"))
 def test_every_shape(device, name):
     shape = SHAPES[name]
     check(device, **{"dtype": (BF16, FP16, FP32)[list(SHAPES).index(name) % 3]} | shape)
+
+
+@pytest.mark.parametrize("programs", [pytest.param(1, marks=pytest.mark.slow), 100])
+def test_shares_of_any_size(device, programs, monkeypatch):
+    """One program for all blocks of a row, and one for every block."""
+    monkeypatch.setattr(kernels, "_wanted_programs", lambda device: programs)
+    monkeypatch.setattr(kernels, "_TOKENS_OF_SHARE", 32)
+    check(device, dtype=FP16, tokens=(110, 70), length=2)
+
+
+def test_sums_of_several_launches(device, monkeypatch):
+    monkeypatch.setattr(kernels, "_MAX_SUMS", 300)
+    check(device, dtype=BF16, heads=(2, 2), value_ranks=(75, 20), tokens=(45,), key_ranks=(6,))
+
+
+def test_a_query_that_sees_nothing_gets_zeros(device):
+    arguments = step(tokens=(45,))
+    arguments["positions"] = torch.full_like(arguments["positions"], -1)
+    assert not kernels.latent_attention(**moved(arguments, device)).any()
+    empty = arguments | {"cache": PackedCache()}
+    assert not kernels.latent_attention(**moved(empty, device)).any()
+
+
+def test_pads_and_cut_tokens_are_not_read(device):
+    """Whatever stands behind the counts: another row's, or what a crop has left."""
+    arguments = step(tokens=(110, 90), crop=30, length=2)
+    before = kernels.latent_attention(**moved(arguments, device))
+    cache = arguments["cache"]
+    tiles = [replace(t, keys=t.keys.clone(), values=t.values.clone()) for t in (*cache.before, *cache.after)]
+    for tile in tiles:
+        behind = torch.arange(tile.keys.shape[2]) >= tile.count[..., None]
+        tile.keys[behind], tile.values[behind] = torch.nan, torch.inf
+    arguments["cache"] = replace(cache, before=tuple(tiles[:1]), after=tuple(tiles[1:]))
+    assert torch.equal(kernels.latent_attention(**moved(arguments, device)), before)
+
+
+# ---- launches
+
+
+class Recorder:
+    """Stands in for a kernel: keeps the arguments of its launches."""
+
+    def __init__(self, launches: list):
+        self.launches = launches
+
+    def __getitem__(self, grid):
+        return lambda **arguments: self.launches.append((grid, arguments))
+
+
+def test_launches_follow_from_shapes_and_copy_nothing(monkeypatch):
+    """On the meta device no tensor has a value that could be asked for."""
+    launches = []
+    for name in ("_attention_kernel", "_merge_kernel"):
+        monkeypatch.setattr(kernels, name, Recorder(launches))
+    monkeypatch.setattr(kernels, "_wanted_programs", lambda device: 100)
+    arguments = step(tokens=(300, 70))
+    parts = arguments["cache"].keys.parts
+    kernels.latent_attention(**arguments)
+    assert launches[0][1]["keys"][0][0].data_ptr() == parts[0].packed.data_ptr()
+    assert launches[0][1]["query"].data_ptr() == arguments["query"].data_ptr()
+    grids = [grid for grid, _ in launches]
+    launches.clear()
+    kernels.latent_attention(**moved(arguments, torch.device("meta")))
+    assert [grid for grid, _ in launches] == grids
+
+
+# ---- the model
+
+SETTINGS = {
+    "2 bits in groups": ({"head_group_size": 2, "ranks": {"k_proj": 12, "v_proj": 20}}, {}),
+    "joint, tokens in channels": (
+        {"ranks": {"k_proj": 24, "v_proj": 17}},
+        {
+            "k_scheme": {"orientation": "per_token"},
+            "v_scheme": {"orientation": "per_channel"},
+            "k_bits": 4,
+            "v_bits": 3,
+        },
+    ),
+}
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if i else pytest.mark.slow) for i, n in enumerate(SETTINGS)])
+def test_a_model_decodes_as_with_the_reference(tmp_path, name):
+    """Past the window, a step of several tokens among them, left-padded: the same logits to rounding."""
+    split, settings = SETTINGS[name]
+    model = tiny_split(tmp_path, dense=tiny_dense(num_hidden_layers=1), k_hadamard=True, v_hadamard=False, **split)
+    settings = {"group_size": 16, "residual_length": 6, "sink_length": 2, "k_bits": 2, "v_bits": 2} | settings
+    tokens = torch.randint(1, 97, (2, 45))
+    mask = torch.ones_like(tokens)
+    mask[1, :9] = 0
+    logits = {}
+    for backend in ("reference", "triton"):
+        cache, parts = model.create_kivi_cache(backend=backend, **settings), []
+        with torch.no_grad():
+            for piece in (slice(0, 38), slice(38, 39), slice(39, 44), slice(44, 45)):
+                parts.append(
+                    model(tokens[:, piece], attention_mask=mask[:, : piece.stop], past_key_values=cache).logits
+                )
+        assert cache.layers[0].block_table().shape[2] == 2
+        logits[backend] = torch.cat(parts[1:], 1)
+    torch.testing.assert_close(logits["triton"], logits["reference"], rtol=1e-4, atol=1e-4)
+
+
+# ---- GPUs that are not here
+
+
+def assert_compiles(*options: str) -> None:
+    """The kernels compile for GPUs, spill nothing and fit their shared memory."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    root = Path(__file__).parent.parent
+    command = [sys.executable, str(root / "tests" / "aot_attention.py"), "--json", *options]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment | {"PYTHONPATH": str(root)})
+    assert result.returncode == 0, result.stderr
+    records = json.loads(result.stdout)
+    assert {r["kernel"] for r in records} == {"attention_kernel", "merge_kernel"}
+    assert not [r for r in records if r["stack"] or r["local"] or r["shared"] > r["shared_limit"]]
+
+
+def test_kernels_compile_for_a_gpu():
+    assert_compiles("--architectures", "90")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["80", "89", "90", "100"])
+def test_every_kernel_compiles_for_gpus(architecture):
+    assert_compiles("--all", "--architectures", architecture)

@@ -1,8 +1,8 @@
 """Attention over the packed latent in Triton: what `modules/kernels/attention.py` computes, on the packed bits.
 
 A program takes a key/value head of a row, the query heads that share it, and a share of the row's blocks (split over
-the sequence as in flash decoding); a second kernel merges the shares. It walks tiles of `BLOCK_T` tokens, transposed, so
-that tokens and channels, which are many, are rows of the matrix products, and queries, which are few, the columns:
+the sequence as in flash decoding); a second kernel merges the shares. It walks tiles of `BLOCK_T` tokens, transposed:
+tokens and channels, which are many, are rows of the matrix products, and queries, which are few, the columns.
 
     latents   [t, r]   unpacked and scaled in registers; a code becomes a float by or-ing it into the mantissa of 2^23
     keys      [t, d]   latents · A_headᵀ in two halves, rotated by their offset in the tile, a constant table
@@ -559,7 +559,7 @@ def _merge_kernel(
     sums,
     stats,
     output,
-    widths,
+    spans,
     shares,
     rows,
     length,
@@ -571,7 +571,7 @@ def _merge_kernel(
 ):
     """The sums of all shares of a row of queries on one scale, over their total."""
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    width = tl.load(widths + row // length % heads // SHARED_HEADS)
+    width = tl.load(spans + row // length % heads // SHARED_HEADS * 3 + 1)
     highest, total = tl.full((), -_INFINITY, tl.float32), tl.zeros((), tl.float32)
     summed = tl.zeros((BLOCK_N,), tl.float32)
     for first in range(0, shares, BLOCK_S):
@@ -604,7 +604,7 @@ _TOKENS_OF_SHARE = 256
 @lru_cache
 def _wanted_programs(device: torch.device) -> int:
     """Programs that fill a device."""
-    return 8 if device.type == "cpu" else 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    return 4 if device.type != "cuda" else 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _pieces(channels: list[int], widths: tuple[int, ...]) -> list[list[list[int]]]:
@@ -835,7 +835,7 @@ def latent_attention(
             sums=sums,
             stats=stats,
             output=output,
-            widths=value_spans[:, 1].contiguous(),
+            spans=value_spans,
             shares=total,
             rows=rows,
             length=length,
