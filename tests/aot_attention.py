@@ -1,14 +1,23 @@
 """Compile the attention kernels for GPUs that are not here, and read off the binaries what they use.
 
     python tests/aot_attention.py [--all] [--architectures 80 90] [--only llama3]
+    python tests/aot_attention.py --roofline
 
 For each case, a layer and what its cache holds: registers of a thread, its stack and local memory (both 0 unless
 registers spill), shared memory of a program, and how much of it an architecture has. Not under TRITON_INTERPRET: run as
 a process of its own. `tests/test_attention_triton.py` asserts the record.
+
+`--roofline`: bounds on paper for an H200, nothing of which is measured, from bytes, operations and the instructions of
+the compiled loop over the packed tiles.
 """
 
 import argparse
+import itertools
 import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
 
 import torch
 import triton
@@ -135,13 +144,19 @@ def cases(everything: bool):
     yield "tiny tiers static fp32", lambda: tiny(1, torch.float32)
 
 
-def main(everything: bool, architectures: list[int], only: str = "") -> list[dict]:
-    """Compile; returns one record for each kernel and architecture."""
+def record_launches() -> list:
+    """From now on launches are recorded, in this list, and not made."""
     launches: list = []
     for name in ("_attention_kernel", "_merge_kernel"):
-        setattr(kernels, name, Recorder(getattr(kernels, name), launches))
+        kernel = getattr(kernels, name)
+        setattr(kernels, name, Recorder(kernel.kernel if isinstance(kernel, Recorder) else kernel, launches))
     kernels._wanted_programs = lambda device: 264
-    records = []
+    return launches
+
+
+def main(everything: bool, architectures: list[int], only: str = "") -> list[dict]:
+    """Compile; returns one record for each kernel and architecture."""
+    launches, records = record_launches(), []
     for name, case in cases(everything):
         if only not in name:
             continue
@@ -158,13 +173,74 @@ def main(everything: bool, architectures: list[int], only: str = "") -> list[dic
     return records
 
 
+#: An H200: bytes a second, dense bf16 operations a second, multiprocessors, clock under load, registers of each.
+H200 = {"bandwidth": 4.8e12, "flops": 989e12, "sms": 132, "clock": 1.7e9, "registers": 65536}
+
+
+def loop_instructions(compiled) -> int:
+    """Instructions of the longest loop of the binary: that over the packed tiles."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(compiled.asm["cubin"])
+        command = [triton.knobs.nvidia.cuobjdump.path, "-sass", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    lines = [(int(m[1], 16), m[2]) for m in re.finditer(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", text)]
+    places = {address: i for i, (address, _) in enumerate(lines)}
+    targets = [(i, re.search(r"\bBRA\b.*?0x([0-9a-f]+)", line)) for i, (_, line) in enumerate(lines)]
+    return max(i - places[int(m[1], 16)] + 1 for i, m in targets if m and int(m[1], 16) < lines[i][0])
+
+
+def roofline(bits: int, tokens: int, batch: int) -> dict:
+    """Lower bounds, in microseconds, of a step of Llama-3-8B's layer at rank 64 per head, and of its dense cache."""
+    launches = record_launches()
+    with torch.no_grad():
+        kernels.latent_attention(**llama3(bits))
+    kernel, arguments = launches[0]
+    compiled = compile_kernel(kernel, arguments, 90)
+    used, heads, size, rank = usage(compiled), 8, 128, 64
+    queries, tile = arguments["BLOCK_M"], arguments["BLOCK_T"]
+    # Codes of both sides; keys: two parameters of two bytes per channel and block; values: per token and head.
+    nbytes = tokens * batch * heads * (2 * rank * bits / 8 + 4 * rank / 128 + 4)
+    work = tokens * batch * heads * 2 * (rank * size + size * queries + rank * queries)
+    issued = tokens * batch * heads / tile * used["warps"] * loop_instructions(compiled)
+    resident = min(
+        H200["registers"] // (-(-used["registers"] // 8) * 8 * 32 * used["warps"]), SHARED_LIMIT[90] // used["shared"]
+    )
+    return {
+        "memory": nbytes / H200["bandwidth"] * 1e6,
+        "tensor cores": work / H200["flops"] * 1e6,
+        "instructions": issued / (4 * H200["sms"] * H200["clock"]) * 1e6,
+        "dense": tokens * batch * heads * size * 4 / H200["bandwidth"] * 1e6,
+        "registers": used["registers"],
+        "warps": resident * used["warps"],
+        "megabytes": nbytes / 1e6,
+    }
+
+
+def print_roofline() -> None:
+    print("Llama-3-8B layer, rank 64 per head, 65,536 tokens, H200: lower bounds in µs, on paper, not measured\n")
+    print("| bits | batch | MB read | memory | tensor cores | issue | registers | warps/SM | dense fp16 | ratio |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for bits, batch in itertools.product((2, 4), (1, 8)):
+        r = roofline(bits, 65536, batch)
+        bound = max(r["memory"], r["tensor cores"], r["instructions"])
+        print(
+            f"| {bits} | {batch} | {r['megabytes']:.1f} | {r['memory']:.1f} | {r['tensor cores']:.1f} | "
+            f"{r['instructions']:.1f} | {r['registers']} | {r['warps']} of 64 | {r['dense']:.1f} | "
+            f"{r['dense'] / bound:.2f} |"
+        )
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true", help="Every case.")
     parser.add_argument("--architectures", type=int, nargs="+", default=(80, 89, 90, 100))
     parser.add_argument("--only", default="", help="Cases whose name contains this.")
     parser.add_argument("--json", action="store_true", help="Print the records as JSON.")
+    parser.add_argument("--roofline", action="store_true", help="Bounds on paper instead.")
     options = parser.parse_args()
+    if options.roofline:
+        print_roofline()
+        raise SystemExit
     records = main(options.all, options.architectures, options.only)
     if options.json:
         print(json.dumps(records))
