@@ -720,7 +720,7 @@ def _launches(specs: list[_Spec], rows: int) -> list[list[tuple[int, _Spec]]]:
     for index, spec in enumerate(specs):
         first, room = 0, rows * spec.block
         while first < spec.chunks:
-            fit = (_MAX_SUMS - kept) // room
+            fit = max((_MAX_SUMS - kept) // room, int(kept == 0))
             if fit == 0:
                 launches.append([])
                 kept = 0
