@@ -141,7 +141,6 @@ def cases(everything: bool):
     yield "llama3 rank 64 1.58-bit", lambda: llama3(1.58, symmetric=True)
     yield "llama3 rank 64 8-bit fp16", lambda: llama3(8, dtype=torch.float16)
     yield "llama3 rank 64 2-bit fp32", lambda: llama3(2, dtype=torch.float32)
-    yield "tiny tiers static fp32", lambda: tiny(1, torch.float32)
 
 
 def record_launches() -> list:

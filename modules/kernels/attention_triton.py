@@ -54,6 +54,7 @@ class _Spec:
         whole, filled: Whether tiles never overrun a block, and chunks never a group's channels.
         by_channel: Whether a chunk of channels lies in more than one scale group of a token.
         block, chunks, first: Channels of a chunk, how many chunks, and the first one.
+        held: Whether the weight of its keys is kept from tile to tile.
         align: What divides where its channels start and how many they are, so that loads are wide.
     """
 
@@ -73,6 +74,7 @@ class _Spec:
     block: int = 64
     chunks: int = 1
     first: int = 0
+    held: bool = False
     align: int = 1
 
 
@@ -218,8 +220,7 @@ def _constants(frequency, f, offsets, bias, spans, expand, DTYPE: tl.constexpr, 
     weight, stride, row, half = expand
     held = ()
     for i in tl.static_range(len(SPECS)):
-        # Operands of float32 products would lie in registers.
-        if SPECS[i].chunks == 1 and not DTYPE.is_fp32():
+        if SPECS[i].held:
             low = _expander(weight, stride, spans[i], 0, row, f, half, DTYPE, SPECS[i])
             held += ((low, _expander(weight, stride, spans[i], 0, row + half, f, half, DTYPE, SPECS[i])),)
         else:
@@ -239,7 +240,7 @@ def _add_keys(low, high, latents, part, span, held, f, expand, place, DTYPE: tl.
     BLOCK_T: tl.constexpr = low.shape[0]
     weight, stride, row, half = expand
     slot, first, count = place
-    if SPEC.chunks == 1 and not DTYPE.is_fp32():
+    if SPEC.held:
         low, high = _dot(latents, held[0], low), _dot(latents, held[1], high)
     elif SPEC.chunks == 1:
         low = _dot(latents, _expander(weight, stride, span, 0, row, f, half, DTYPE, SPEC), low)
@@ -594,8 +595,8 @@ def _merge_kernel(
 #: Types that the kernels take; others pass through float32.
 _DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
-#: Most queries of a tile, and sums of values that a program keeps; more are done by further programs or launches.
-_MAX_ROWS, _MAX_SUMS = 16, 4096
+#: Most queries of a tile (with 16 registers spill), and sums of values that a program keeps; more are done by further programs or launches.
+_MAX_ROWS, _MAX_SUMS = 8, 4096
 
 #: Tokens that are worth a program.
 _TOKENS_OF_SHARE = 256
@@ -765,8 +766,9 @@ def latent_attention(
     shared, width = heads // key_heads, max(value_widths)
     rows = batch * heads * length
 
-    # Keys of long latents are kept while their chunks pass by, and float32 takes twice the room: tiles of fewer tokens
-    # and more threads, that all fits the registers.
+    block_m = _power_of_two(shared * length, 8, _MAX_ROWS)
+    # Keys of long latents are kept while their chunks pass by, and float32 takes more room: tiles of fewer tokens and
+    # more threads, that all fits the registers.
     long = max(key_widths) > 64 or query.dtype == torch.float32
     block_t = 32 if long or cache.block_length <= 32 else 64
     keys, key_specs = _side(cache.keys, key_widths, cache.block_length, block_t, device)
@@ -775,7 +777,6 @@ def latent_attention(
     value_spans, exact_values = _exact_layout(tuple(value_widths), device)
 
     half = _power_of_two(size // 2, 16, size)
-    block_m = _power_of_two(shared * length, 8, _MAX_ROWS)
     programs = batch * key_heads * -(-shared * length // block_m)
     blocks = cache.table.shape[2] if keys else 0
     most = -(-blocks * cache.block_length // _TOKENS_OF_SHARE)
@@ -814,9 +815,9 @@ def latent_attention(
                 heads=key_heads,
                 size=size,
                 DTYPE=_DTYPES[query.dtype],
-                KEYS=tuple(key_specs),
+                KEYS=tuple(replace(spec, held=spec.chunks == 1 and not long) for spec in key_specs),
                 VALUES=tuple(spec for _, spec in chosen),
-                EXACT_KEYS=(exact_keys,),
+                EXACT_KEYS=(replace(exact_keys, held=exact_keys.chunks == 1 and not long),),
                 EXACT_VALUES=tuple(spec for _, spec in (exact_launches[i] if i < len(exact_launches) else [])),
                 SHARED=shared,
                 KEY_HEADS=key_heads // len(key_widths),
