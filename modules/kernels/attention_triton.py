@@ -595,7 +595,8 @@ def _merge_kernel(
 #: Types that the kernels take; others pass through float32.
 _DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
-#: Most queries of a tile (with 16 registers spill), and sums of values that a program keeps; more are done by further programs or launches.
+#: Most queries of a tile (with 16, registers spill), and sums of values that a program keeps; more are done by further
+#: programs or launches.
 _MAX_ROWS, _MAX_SUMS = 8, 4096
 
 #: Tokens that are worth a program.
