@@ -106,13 +106,14 @@ def get_backend(name: str | None, device: torch.device) -> Backend:
 def _triton(field: str, device: torch.device) -> Backend:
     # Here, so that triton is imported only where it is chosen.
     import modules.kernels.quantize_triton as kernels
+    from modules.kernels.attention_triton import latent_attention as fused_attention
 
     if device.type != "cuda" and not kernels.INTERPRETED:
         raise ValueError(
             f"{field}='triton': must be 'reference' or 'cpu' for tensors on {device}: triton runs on CUDA devices, and "
             "elsewhere only in its interpreter (TRITON_INTERPRET=1, set before the kernels are imported)"
         )
-    return _backend("triton", kernels)
+    return _backend("triton", kernels, fused_attention)
 
 
 def _cpu(field: str, device: torch.device) -> Backend:

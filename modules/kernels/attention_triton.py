@@ -1,0 +1,854 @@
+"""Attention over the packed latent in Triton: what `modules/kernels/attention.py` computes, on the packed bits.
+
+A program takes a key/value head of a row, the query heads that share it, and a share of the row's blocks (split over
+the sequence as in flash decoding); a second kernel merges the shares. It walks tiles of `BLOCK_T` tokens, transposed:
+tokens and channels, which are many, are rows of the matrix products, and queries, which are few, the columns.
+
+    latents   [t, r]   unpacked and scaled in registers; a code becomes a float by or-ing it into the mantissa of 2^23
+    keys      [t, d]   latents · A_headᵀ in two halves, rotated by their offset in the tile, a constant table
+    scores    [t, M]   keys · qᵀ, with q rotated back by the position of the tile's first token
+    values    [r, M]   latentsᵀ · weights, summed up in float32; never rebuilt
+
+Tokens in full precision are blocks of 16 bits to it; each `Tile` of them is a share of its own.
+
+Angles are integers in units of 2^-32 turns: a product with a position wraps around, and its error, that of the
+frequency, is a hundredth of what float32 makes of large angles.
+
+Triton's interpreter has bfloat16 in name only. There it goes in as the int16 of its bits, and operands of products are
+float32 rounded to it, which gives what tensor cores give.
+"""
+
+import math
+from bisect import bisect_right
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+from modules.kernels.packed import PackedCache, PackedPart, PackedSide, Rope, Tile
+from modules.kernels.quantize_triton import INTERPRETED, _as_bits, _power_of_three, _power_of_two, _widen
+from modules.quant_utils import grid, packed_words
+from modules.svd_linear import ALinear
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
+_INFINITY = tl.constexpr(math.inf)
+_UNITS_PER_RADIAN = tl.constexpr(2.0**32 / (2 * math.pi))
+_RADIANS_PER_UNIT = tl.constexpr(2 * math.pi / 2.0**32)
+_LOG2_E = math.log2(math.e)
+
+
+@dataclass(frozen=True)
+class _Spec:
+    """What a kernel knows of a piece of one side when it is compiled.
+
+    A piece is, of a `PackedPart` and for every head group, a run of channels that are neighbours in the group too.
+
+    Attributes:
+        bits: 0: ternary.
+        levels, spacing, offset: `modules.quant_utils.grid`.
+        run, words, length: Tokens and words of a run, tokens of a block.
+        one_run: Whether a tile lies in one run.
+        whole, filled: Whether tiles never overrun a block, and chunks never a group's channels.
+        by_channel: Whether a chunk of channels lies in more than one scale group of a token.
+        block, chunks, first: Channels of a chunk, how many chunks, and the first one.
+        held: Whether the weight of its keys is kept from tile to tile.
+        align: What divides where its channels start and how many they are, so that loads are wide.
+    """
+
+    bits: int
+    levels: int = 0
+    spacing: int = 1
+    offset: int = 0
+    symmetric: bool = False
+    per_channel: bool = False
+    run: int = 0
+    words: int = 0
+    length: int = 0
+    one_run: bool = False
+    whole: bool = False
+    filled: bool = False
+    by_channel: bool = False
+    block: int = 64
+    chunks: int = 1
+    first: int = 0
+    held: bool = False
+    align: int = 1
+
+
+# ---- numbers
+
+
+@triton.jit
+def _operand(x, DTYPE: tl.constexpr):
+    """`x` as an operand of matrix products in `DTYPE`."""
+    if _INTERPRETED and DTYPE.is_bf16():
+        bits = _widen(x).to(tl.int32, bitcast=True)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+    else:
+        return x.to(DTYPE)
+
+
+@triton.jit
+def _dot(a, b, accumulator):
+    return tl.dot(a, b, accumulator, input_precision="ieee")
+
+
+@triton.jit
+def _cos_sin(angle, DTYPE: tl.constexpr):
+    """Cosine and sine, float32, of int32 angles in units of 2^-32 turns.
+
+    For operands of two bytes by the approximations of the hardware, whose error is below 2^-20 within half a turn; else
+    by polynomials around the nearest quarter.
+    """
+    if not _INTERPRETED and not DTYPE.is_fp32():
+        x = angle.to(tl.float32) * _RADIANS_PER_UNIT
+        return libdevice.fast_cosf(x), libdevice.fast_sinf(x)
+    else:
+        quarter = (angle + (1 << 29)) >> 30
+        x = (angle - (quarter << 30)).to(tl.float32) * _RADIANS_PER_UNIT
+        square = x * x
+        sin = x * (1 + square * (-1 / 6 + square * (1 / 120 + square * (-1 / 5040 + square * (1 / 362880)))))
+        cos = 1 + square * (-1 / 2 + square * (1 / 24 + square * (-1 / 720 + square * (1 / 40320))))
+        swapped, cos_sign, sin_sign = (quarter & 1) != 0, ((quarter + 1) & 2) != 0, (quarter & 2) != 0
+        cos, sin = tl.where(swapped, sin, cos), tl.where(swapped, cos, sin)
+        return tl.where(cos_sign, -cos, cos), tl.where(sin_sign, -sin, sin)
+
+
+# ---- blocks
+
+
+@triton.jit
+def _codes(packed, before, within, there, columns, stride, BITS: tl.constexpr):
+    """Codes `[t, n]` of a plane that starts at row `before`, for tokens at places `within` it; 0 bits: ternary."""
+    PER_WORD: tl.constexpr = 20 if BITS == 0 else 32 // BITS
+    row, place = before + within // PER_WORD, (within % PER_WORD)[:, None]
+    words = tl.load(packed + row[:, None] * stride + columns[None, :], there, 0)
+    if BITS == 0:
+        digits = ((words >> (place // 5 * 8)) & 255) * _power_of_three(place % 5)
+        return ((digits & 255) * 3) >> 8
+    else:
+        return (words >> (place * BITS)) & ((1 << BITS) - 1)
+
+
+@triton.jit
+def _latents(part, span, chunk, slot, first, count, DTYPE: tl.constexpr, SPEC: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Tile `[BLOCK_T, SPEC.block]` of states from token `first` of a block, as an operand."""
+    packed, scale, zero_point, _, groups, stride_slot, stride, scale_slot, scale_stride = part
+    start, width, _ = span
+    place = chunk * SPEC.block + tl.arange(0, SPEC.block)
+    exists, columns = place < width, start + place
+    if SPEC.filled:
+        exists = place >= 0
+    token = first + tl.arange(0, BLOCK_T)
+    valid = token < (count if SPEC.bits == 16 else SPEC.length)
+    if SPEC.whole:
+        valid = token >= 0
+    there = valid[:, None] & exists[None, :]
+    packed += slot * stride_slot
+    if SPEC.bits == 16:
+        return _operand(tl.load(packed + token[:, None] * stride + columns[None, :], there, 0), DTYPE)
+    else:
+        run = first // SPEC.run if SPEC.one_run else token // SPEC.run
+        before, within = run * SPEC.words, token - run * SPEC.run
+        if SPEC.bits == 3:
+            codes = _codes(packed, before, within, there, columns, stride, 2)
+            before += tl.cdiv(tl.minimum(SPEC.run, SPEC.length - run * SPEC.run), 16)
+            codes |= _codes(packed, before, within, there, columns, stride, 1) << 2
+        else:
+            codes = _codes(packed, before, within, there, columns, stride, SPEC.bits)
+
+        # The parameters are a row or a column of the tile where they can be, which is read by few threads.
+        if SPEC.per_channel and SPEC.one_run:
+            at, there = (run * scale_stride + columns)[None, :], exists[None, :]
+        elif SPEC.per_channel:
+            at = run[:, None] * scale_stride + columns[None, :]
+        elif SPEC.by_channel:
+            at = token[:, None] * scale_stride + tl.load(groups + columns, exists, 0)[None, :]
+        else:
+            group = tl.load(groups + start + chunk * SPEC.block, chunk * SPEC.block < width, 0)
+            at, there = (token * scale_stride + group)[:, None], valid[:, None]
+        scale += slot * scale_slot
+        step = _widen(tl.load(scale + at, there, 0))
+        zero = step * -SPEC.offset if SPEC.symmetric else _widen(tl.load(zero_point + slot * scale_slot + at, there, 0))
+        step *= SPEC.spacing
+        if DTYPE.is_fp16():
+            # The last level of a group may have been rounded beyond the type.
+            zero = tl.maximum(zero, -65504.0)
+            step = tl.minimum(step, (65504.0 - zero) * (1 / (SPEC.levels - 1)))
+        # A code or-ed into the mantissa of 2^23 is a float: a conversion takes four times as long on some devices.
+        x = (codes | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+        return _operand(x * step + zero, DTYPE)
+
+
+@triton.jit
+def _spans(parts, group, SPECS: tl.constexpr):
+    """First stored channel, width and first column in its group of every piece."""
+    spans = ()
+    for i in tl.static_range(len(SPECS)):
+        spans += (_span(parts[i][3] + 3 * group, SPECS[i].align),)
+    return spans
+
+
+@triton.jit
+def _span(at, ALIGN: tl.constexpr):
+    start, width, column = tl.load(at), tl.load(at + 1), tl.load(at + 2)
+    return tl.multiple_of(start, ALIGN), tl.multiple_of(width, ALIGN), tl.multiple_of(column, ALIGN)
+
+
+# ---- keys
+
+
+@triton.jit
+def _expander(weight, stride, span, chunk, row, f, half, DTYPE: tl.constexpr, SPEC: tl.constexpr):
+    """The weight of channels of a chunk for rows `row + f`, zero from row `row + half` on: `[SPEC.block, len(f)]`."""
+    _, width, column = span
+    place = chunk * SPEC.block + tl.arange(0, SPEC.block)
+    there = (place < width)[:, None] & (f < half)[None, :]
+    if weight is None:
+        return _operand(tl.where(there & ((column + place)[:, None] == row + f[None, :]), 1.0, 0.0), DTYPE)
+    else:
+        at = (row + f).to(tl.int64)[None, :] * stride + (column + place)[:, None]
+        return _operand(tl.load(weight + at, there, 0), DTYPE)
+
+
+@triton.jit
+def _constants(frequency, f, offsets, bias, spans, expand, DTYPE: tl.constexpr, SPECS: tl.constexpr):
+    """What rebuilding and rotating keys at frequencies `f` needs in every tile."""
+    weight, stride, row, half = expand
+    held = ()
+    for i in tl.static_range(len(SPECS)):
+        if SPECS[i].held:
+            low = _expander(weight, stride, spans[i], 0, row, f, half, DTYPE, SPECS[i])
+            held += ((low, _expander(weight, stride, spans[i], 0, row + half, f, half, DTYPE, SPECS[i])),)
+        else:
+            held += (0,)
+    turn, biases = None, None
+    if frequency is not None:
+        turn = _cos_sin(offsets[:, None] * frequency[None, :], DTYPE)
+    if bias is not None:
+        there = f < half
+        biases = (_widen(tl.load(bias + row + f, there, 0)), _widen(tl.load(bias + row + half + f, there, 0)))
+    return held, turn, biases
+
+
+@triton.jit
+def _add_keys(low, high, latents, part, span, held, f, expand, place, DTYPE: tl.constexpr, SPEC: tl.constexpr):
+    """Keys `[t, len(f)]` of the lower and the upper half of the head, with those of a piece added."""
+    BLOCK_T: tl.constexpr = low.shape[0]
+    weight, stride, row, half = expand
+    slot, first, count = place
+    if SPEC.held:
+        low, high = _dot(latents, held[0], low), _dot(latents, held[1], high)
+    elif SPEC.chunks == 1:
+        low = _dot(latents, _expander(weight, stride, span, 0, row, f, half, DTYPE, SPEC), low)
+        high = _dot(latents, _expander(weight, stride, span, 0, row + half, f, half, DTYPE, SPEC), high)
+    else:
+        for chunk in range(tl.cdiv(span[1], SPEC.block)):
+            tile = _latents(part, span, chunk, slot, first, count, DTYPE, SPEC, BLOCK_T)
+            low = _dot(tile, _expander(weight, stride, span, chunk, row, f, half, DTYPE, SPEC), low)
+            high = _dot(tile, _expander(weight, stride, span, chunk, row + half, f, half, DTYPE, SPEC), high)
+    return low, high
+
+
+@triton.jit
+def _add_scores(
+    scores,
+    query,
+    constants,
+    latents,
+    parts,
+    spans,
+    expand,
+    place,
+    start,
+    DTYPE: tl.constexpr,
+    SPECS: tl.constexpr,
+):
+    """Scores `[t, M]` with those of some frequencies added; `query`: its two halves, their numbers and frequencies."""
+    q_low, q_high, f, frequency = query
+    held, turn, biases = constants
+    low = tl.zeros((scores.shape[0], f.shape[0]), tl.float32)
+    high = low
+    for i in tl.static_range(len(SPECS)):
+        low, high = _add_keys(low, high, latents[i], parts[i], spans[i], held[i], f, expand, place, DTYPE, SPECS[i])
+    if biases is not None:
+        low, high = low + biases[0][None, :], high + biases[1][None, :]
+    if frequency is not None:
+        low, high = low * turn[0] - high * turn[1], high * turn[0] + low * turn[1]
+        cos, sin = _cos_sin(start * frequency, DTYPE)
+        cos, sin = cos[:, None], sin[:, None]
+        q_low, q_high = q_low * cos + q_high * sin, q_high * cos - q_low * sin
+    scores = _dot(_operand(low, DTYPE), _operand(q_low, DTYPE), scores)
+    return _dot(_operand(high, DTYPE), _operand(q_high, DTYPE), scores)
+
+
+@triton.jit
+def _query_tile(at, stride, inv_freq, positions, f, half, shown, DTYPE: tl.constexpr):
+    """Both halves `[len(f), M]` of the queries at frequencies `f`, rotated to their positions; and the frequencies."""
+    there = (f < half)[:, None] & shown[None, :]
+    low = _widen(tl.load(at[None, :] + (f * stride)[:, None], there, 0))
+    high = _widen(tl.load(at[None, :] + ((half + f) * stride)[:, None], there, 0))
+    if inv_freq is None:
+        return low, high, f, None
+    else:
+        frequency = tl.load(inv_freq + f, f < half, 0).to(tl.float64) * _UNITS_PER_RADIAN
+        frequency = (frequency + 0.5).to(tl.int64).to(tl.int32)
+        cos, sin = _cos_sin(positions[None, :] * frequency[:, None], DTYPE)
+        return low * cos - high * sin, high * cos + low * sin, f, frequency
+
+
+# ---- values
+
+
+@triton.jit
+def _no_values(SPEC: tl.constexpr, BLOCK_M: tl.constexpr):
+    CHUNKS: tl.constexpr = SPEC.chunks
+    BLOCK_R: tl.constexpr = SPEC.block
+    sums = ()
+    for _ in tl.static_range(CHUNKS):
+        sums += (tl.zeros((BLOCK_R, BLOCK_M), tl.float32),)
+    return sums
+
+
+@triton.jit
+def _add_values(
+    sums, part, span, weights, decay, place, DTYPE: tl.constexpr, SPEC: tl.constexpr, BLOCK_T: tl.constexpr
+):
+    CHUNKS: tl.constexpr = SPEC.chunks
+    slot, first, count = place
+    added = ()
+    for i in tl.static_range(CHUNKS):
+        latents = _latents(part, span, SPEC.first + i, slot, first, count, DTYPE, SPEC, BLOCK_T)
+        added += (_dot(tl.trans(latents), weights, sums[i] * decay[None, :]),)
+    return added
+
+
+@triton.jit
+def _store_values(sums, at, shown, span, SPEC: tl.constexpr):
+    CHUNKS: tl.constexpr = SPEC.chunks
+    _, width, column = span
+    for i in tl.static_range(CHUNKS):
+        place = (SPEC.first + i) * SPEC.block + tl.arange(0, SPEC.block)
+        there = (place < width)[:, None] & shown[None, :]
+        tl.store(at[None, :] + (column + place)[:, None], sums[i], there)
+
+
+# ---- attention
+
+
+@triton.jit
+def _attend(
+    queries,
+    query_positions,
+    shown,
+    expand,
+    bias,
+    keys,
+    values,
+    groups,
+    blocks,
+    sums,
+    stats,
+    scaling,
+    DTYPE: tl.constexpr,
+    KEYS: tl.constexpr,
+    VALUES: tl.constexpr,
+    TILES: tl.constexpr,  # of a block; 0: as many as its valid tokens fill
+    BLOCK_M: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Attention of a tile of queries to every `step`-th block; writes its sums, highest score and total."""
+    slots, starts, counts, block, end, step = blocks
+    key_spans, value_spans = _spans(keys, groups[0], KEYS), _spans(values, groups[1], VALUES)
+    offsets = tl.arange(0, BLOCK_T)
+    constants = ()
+    for i in tl.static_range(len(queries)):
+        constants += (_constants(queries[i][3], queries[i][2], offsets, bias, key_spans, expand, DTYPE, KEYS),)
+    highest = tl.full((BLOCK_M,), -_INFINITY, tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    summed = ()
+    for i in tl.static_range(len(VALUES)):
+        summed += (_no_values(VALUES[i], BLOCK_M),)
+
+    # Blocks without valid tokens are at the end of a row: the number of those with some, by bisection.
+    number = tl.maximum(tl.cdiv(end - block, step), 0)
+    last = tl.load(counts + block + (number - 1) * step, number > 0, 0)
+    least = tl.where(last > 0, number, 0)
+    while least < number:
+        middle = (least + number) // 2
+        some = tl.load(counts + block + middle * step) > 0
+        least, number = tl.where(some, middle + 1, least), tl.where(some, number, middle)
+    tiles = TILES
+    if TILES == 0:
+        tiles = tl.cdiv(last, BLOCK_T)
+
+    for i in range(number * tiles):
+        j = block + i // tiles * step
+        first = i % tiles * BLOCK_T
+        start, count = tl.load(starts + j) + first, tl.load(counts + j)
+        slot = j if slots is None else tl.load(slots + j)
+        place = (slot.to(tl.int64), first, count)
+
+        latents = ()
+        for p in tl.static_range(len(KEYS)):
+            latents += (_held_latents(keys[p], key_spans[p], place, DTYPE, KEYS[p], BLOCK_T),)
+        scores = tl.zeros((BLOCK_T, BLOCK_M), tl.float32)
+        for p in tl.static_range(len(queries)):
+            scores = _add_scores(
+                scores, queries[p], constants[p], latents, keys, key_spans, expand, place, start, DTYPE, KEYS
+            )
+        seen = (first + offsets < count)[:, None] & ((start + offsets)[:, None] <= query_positions[None, :])
+        scores = tl.where(seen, scores * scaling, -_INFINITY)
+
+        higher = tl.maximum(highest, tl.max(scores, 0))
+        reference = tl.where(higher == -_INFINITY, 0.0, higher)
+        weights = tl.exp2(scores - reference[None, :])
+        decay = tl.exp2(highest - reference)
+        total = total * decay + tl.sum(weights, 0)
+        highest = higher
+        operand, gained = _operand(weights, DTYPE), ()
+        for p in tl.static_range(len(VALUES)):
+            gained += (
+                _add_values(summed[p], values[p], value_spans[p], operand, decay, place, DTYPE, VALUES[p], BLOCK_T),
+            )
+        summed = gained
+
+    for p in tl.static_range(len(VALUES)):
+        _store_values(summed[p], sums, shown, value_spans[p], VALUES[p])
+    tl.store(stats, highest, shown)
+    tl.store(stats + 1, total, shown)
+
+
+@triton.jit
+def _held_latents(part, span, place, DTYPE: tl.constexpr, SPEC: tl.constexpr, BLOCK_T: tl.constexpr):
+    """`_latents` of a piece of one chunk; longer ones are read chunk by chunk."""
+    if SPEC.chunks == 1:
+        slot, first, count = place
+        return _latents(part, span, 0, slot, first, count, DTYPE, SPEC, BLOCK_T)
+    else:
+        return 0
+
+
+@triton.jit(do_not_specialize=["shares", "blocks", "length", "rows"])
+def _attention_kernel(
+    query,
+    positions,
+    inv_freq,
+    weight,
+    bias,
+    sums,
+    stats,
+    keys,  # for each piece: packed, scale, zero point, spans, scale groups, four strides
+    values,
+    table,
+    exact,  # for each tile: keys, values, start, count, and strides of their rows, and of the tokens of the first two
+    exact_spans,
+    scaling,
+    shares,  # of the packed blocks; the tiles come after them
+    blocks,
+    length,
+    rows,
+    query_strides,
+    position_stride,
+    weight_stride,
+    table_strides,
+    heads,
+    size,
+    DTYPE: tl.constexpr,
+    KEYS: tl.constexpr,
+    VALUES: tl.constexpr,
+    EXACT_KEYS: tl.constexpr,
+    EXACT_VALUES: tl.constexpr,
+    SHARED: tl.constexpr,  # query heads of a key head
+    KEY_HEADS: tl.constexpr,  # of a head group
+    VALUE_HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,  # of the sums
+    TILES: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    EXACT_T: tl.constexpr,
+):
+    share, half = tl.program_id(1), size // 2
+    batch, head = tl.program_id(0) // heads, tl.program_id(0) % heads
+    place = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    shown = place < SHARED * length
+    at = query + batch.to(tl.int64) * query_strides[0]
+    at += (head * SHARED + place // length) * query_strides[1] + place % length * query_strides[2]
+    query_positions = tl.load(positions + batch * position_stride + place % length, shown, 0).to(tl.int32)
+    queries = ()
+    for i in tl.static_range(HALF // BLOCK_F):
+        f = i * BLOCK_F + tl.arange(0, BLOCK_F)
+        queries += (_query_tile(at, query_strides[3], inv_freq, query_positions, f, half, shown, DTYPE),)
+
+    row = ((batch * heads + head) * SHARED * length + place).to(tl.int64) + share.to(tl.int64) * rows
+    sums, stats = sums + row * WIDTH, stats + row * 2
+    # The identity stands for a missing weight: every head is a group of its own.
+    expand = (weight, weight_stride, head * size if weight is not None else 0, half)
+    groups = (head // KEY_HEADS, head // VALUE_HEADS)
+    if share < shares:
+        if len(KEYS) > 0:
+            table += batch * table_strides[1]
+            listed = (table, table + table_strides[0], table + 2 * table_strides[0], share, blocks, shares)
+            _attend(
+                queries,
+                query_positions,
+                shown,
+                expand,
+                bias,
+                keys,
+                values,
+                groups,
+                listed,
+                sums,
+                stats,
+                scaling,
+                DTYPE,
+                KEYS,
+                VALUES,
+                TILES,
+                BLOCK_M,
+                BLOCK_T,
+            )
+    else:
+        if len(exact) > 0:
+            tile = exact[0]
+            for i in tl.static_range(1, len(exact)):
+                tile = _choose(share - shares == i, exact[i], tile)
+            key, value, start, count, key_row, key_stride, value_row, value_stride, start_row, count_row = tile
+            key_part = ((key, None, None, exact_spans[0], None, key_row, key_stride, 0, 0),)
+            value_part = ((value, None, None, exact_spans[1], None, value_row, value_stride, 0, 0),)
+            start += batch * start_row - batch
+            count += batch * count_row - batch
+            _attend(
+                queries,
+                query_positions,
+                shown,
+                expand,
+                bias,
+                key_part,
+                value_part,
+                groups,
+                (None, start, count, batch, batch + 1, 1),
+                sums,
+                stats,
+                scaling,
+                DTYPE,
+                EXACT_KEYS,
+                EXACT_VALUES,
+                0,
+                BLOCK_M,
+                EXACT_T,
+            )
+
+
+@triton.jit
+def _choose(condition, chosen, other):
+    """One of two tuples."""
+    result = ()
+    for i in tl.static_range(len(other)):
+        result += (tl.where(condition, chosen[i], other[i]),)
+    return result
+
+
+@triton.jit(do_not_specialize=["shares", "rows", "length"])
+def _merge_kernel(
+    sums,
+    stats,
+    output,
+    spans,
+    shares,
+    rows,
+    length,
+    heads,
+    WIDTH: tl.constexpr,
+    SHARED_HEADS: tl.constexpr,  # query heads of a value head group
+    BLOCK_S: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The sums of all shares of a row of queries on one scale, over their total."""
+    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    width = tl.load(spans + row // length % heads // SHARED_HEADS * 3 + 1)
+    highest, total = tl.full((), -_INFINITY, tl.float32), tl.zeros((), tl.float32)
+    summed = tl.zeros((BLOCK_N,), tl.float32)
+    for first in range(0, shares, BLOCK_S):
+        share = first + tl.arange(0, BLOCK_S)
+        at = share.to(tl.int64) * rows + row
+        peak = tl.load(stats + at * 2, share < shares, -_INFINITY)
+        there = peak > -_INFINITY
+        higher = tl.maximum(highest, tl.max(peak, 0))
+        reference = tl.where(higher == -_INFINITY, 0.0, higher)
+        factor, decay = tl.exp2(peak - reference), tl.exp2(highest - reference)
+        total = total * decay + tl.sum(tl.load(stats + at * 2 + 1, there, 0) * factor, 0)
+        tile = tl.load(sums + at[:, None] * WIDTH + column[None, :], there[:, None] & (column < width)[None, :], 0)
+        summed = summed * decay + tl.sum(tile * factor[:, None], 0)
+        highest = higher
+    tl.store(output + row * WIDTH + column, summed / tl.where(total == 0, 1.0, total), column < WIDTH)
+
+
+# ---- launches
+
+#: Types that the kernels take; others pass through float32.
+_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+#: Most queries of a tile (with 16, registers spill), and sums of values that a program keeps; more are done by further
+#: programs or launches.
+_MAX_ROWS, _MAX_SUMS = 8, 4096
+
+#: Tokens that are worth a program.
+_TOKENS_OF_SHARE = 256
+
+
+@lru_cache
+def _wanted_programs(device: torch.device) -> int:
+    """Programs that fill a device."""
+    return 4 if device.type != "cuda" else 2 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _pieces(channels: list[int], widths: tuple[int, ...]) -> list[list[list[int]]]:
+    """First stored channel, width and first column in its group, by piece and group.
+
+    Args:
+        channels: Of each stored channel of a part, its own.
+        widths: Channels of each head group.
+    """
+    starts = [sum(widths[:g]) for g in range(len(widths))]
+    found: list[list[list[int]]] = [[] for _ in widths]
+    for stored, channel in enumerate(channels):
+        group = bisect_right(starts, channel) - 1
+        spans, column = found[group], channel - starts[group]
+        if spans and spans[-1][0] + spans[-1][1] == stored and spans[-1][2] + spans[-1][1] == column:
+            spans[-1][1] += 1
+        else:
+            spans.append([stored, 1, column])
+    return [[s[i] if i < len(s) else [0, 0, 0] for s in found] for i in range(max(map(len, found)))]
+
+
+@lru_cache
+def _side_layout(
+    parts: tuple, channels: tuple[int, ...] | None, widths: tuple[int, ...], length: int, block_t: int, device
+):
+    """For each piece of a side its part's index, `_Spec`, spans and scale group of each channel.
+
+    Args:
+        parts: For each part bits, channels, run, groups and whether it is symmetric.
+        channels: As in `PackedSide`.
+        widths: Channels of each head group.
+        length, block_t: Tokens of a block and of a tile.
+    """
+    layout, first = [], 0
+    for index, (bits, n, run, groups, symmetric) in enumerate(parts):
+        own = list(channels[first : first + n] if channels else range(first, first + n))
+        first += n
+        group_of = [i for i, width in enumerate(groups or ()) for _ in range(width)]
+        table = torch.tensor(group_of, dtype=torch.int32, device=device) if groups else None
+        levels, spacing, offset = (0, 1, 0) if bits == 16 else grid(bits)
+        spec = _Spec(
+            bits=0 if bits == 1.58 else int(bits),
+            levels=levels,
+            spacing=spacing,
+            offset=offset,
+            symmetric=symmetric,
+            per_channel=groups is None,
+            run=run,
+            words=0 if bits == 16 else packed_words(run, bits),
+            length=length,
+            one_run=run >= length or run % block_t == 0,
+            whole=bits != 16 and length % block_t == 0,
+        )
+        for spans in _pieces(own, widths):
+            widest = max(width for _, width, _ in spans)
+            block = _power_of_two(widest, 16, 64)
+
+            def straddles(block: int, spans=spans, group_of=group_of) -> bool:
+                pieces = [group_of[s + i : s + min(i + block, w)] for s, w, _ in spans for i in range(0, w, block)]
+                return any(len(set(piece)) > 1 for piece in pieces)
+
+            fitting = [b for b in (64, 32, 16) if b <= block and not straddles(b)]
+            block = fitting[0] if fitting else block
+            align = math.gcd(16, *(number for span in spans for number in span))
+            chunks = -(-widest // block)
+            filled = all(width % block == 0 and width == widest for _, width, _ in spans)
+            own_spec = replace(spec, block=block, chunks=chunks, by_channel=not fitting, align=align, filled=filled)
+            layout.append((index, own_spec, torch.tensor(spans, dtype=torch.int32, device=device), table))
+    return tuple(layout)
+
+
+def _bits(x: torch.Tensor | None) -> torch.Tensor | None:
+    """What the kernels take for a float tensor."""
+    return x if x is None or not INTERPRETED else _as_bits(x)
+
+
+def _storage(part: PackedPart, spans: torch.Tensor, groups: torch.Tensor | None) -> tuple:
+    """The runtime arguments of a piece."""
+    scale, strides = part.scale, (0, 0)
+    if scale is not None:
+        assert part.zero_point is None or part.zero_point.stride() == scale.stride()
+        strides = (0 if scale.shape[0] == 1 else scale.stride(0), scale.stride(1))
+    own = (part.packed.stride(0), part.packed.stride(1))
+    return (_bits(part.packed), _bits(scale), _bits(part.zero_point), spans, groups, *own, *strides)
+
+
+def _side(side: PackedSide | None, widths: tuple[int, ...], length: int, block_t: int, device) -> tuple[list, list]:
+    """Runtime arguments and `_Spec`s of the pieces of a side."""
+    if side is None:
+        return [], []
+    parts = tuple(
+        (p.bits, p.packed.shape[2], p.run or length, p.groups, p.bits != 16 and p.zero_point is None)
+        for p in side.parts
+    )
+    channels = None if side.channels is None else tuple(side.channels.tolist())
+    layout = _side_layout(parts, channels, tuple(widths), length, block_t, device)
+    return [_storage(side.parts[i], spans, groups) for i, _, spans, groups in layout], [spec for _, spec, *_ in layout]
+
+
+@lru_cache
+def _exact_layout(widths: tuple[int, ...], device) -> tuple[torch.Tensor, _Spec]:
+    """Spans and `_Spec` of tokens in full precision."""
+    spans = [[sum(widths[:g]), width, 0] for g, width in enumerate(widths)]
+    block = _power_of_two(max(widths), 16, 64)
+    filled = len(set(widths)) == 1 and widths[0] % block == 0
+    spec = _Spec(bits=16, block=block, chunks=-(-max(widths) // block), align=math.gcd(16, *widths), filled=filled)
+    return torch.tensor(spans, dtype=torch.int32, device=device), spec
+
+
+def _launches(specs: list[_Spec], rows: int) -> list[list[tuple[int, _Spec]]]:
+    """Indices and specs of the pieces whose sums each launch keeps: together at most `_MAX_SUMS`."""
+    launches, kept = [[]], 0
+    for index, spec in enumerate(specs):
+        first, room = 0, rows * spec.block
+        while first < spec.chunks:
+            fit = max((_MAX_SUMS - kept) // room, int(kept == 0))
+            if fit == 0:
+                launches.append([])
+                kept = 0
+                continue
+            chunks = min(fit, spec.chunks - first)
+            launches[-1].append((index, replace(spec, first=first, chunks=chunks)))
+            first, kept = first + chunks, kept + chunks * room
+    return launches
+
+
+def _exact_arguments(tile: Tile) -> tuple:
+    keys, values = tile.keys, tile.values
+    strides = (keys.stride(0), keys.stride(2), values.stride(0), values.stride(2))
+    return (_bits(keys), _bits(values), tile.start, tile.count, *strides, tile.start.stride(0), tile.count.stride(0))
+
+
+def latent_attention(
+    query: torch.Tensor,
+    positions: torch.Tensor,
+    cache: PackedCache,
+    expand_keys: ALinear | None,
+    value_widths: tuple[int, ...],
+    rope: Rope | None,
+    scaling: float,
+) -> torch.Tensor:
+    """As `latent_attention` in `modules/kernels/attention.py`, the sums only: `[B, H_q, L, max(value_widths)]` float32.
+
+    Matrix products are in the type of the query, sums in float32. The device is not waited for: how the work is cut
+    follows from the shapes alone.
+    """
+    if query.dtype not in _DTYPES:
+        query = query.float()
+    batch, heads, length, size = query.shape
+    device, exact = query.device, (*cache.before, *cache.after)
+    if expand_keys is not None:
+        key_heads, key_widths = expand_keys.num_heads, expand_keys.ranks
+        weight, bias = expand_keys.weight, expand_keys.bias
+    else:
+        channels = exact[0].keys.shape[-1] if exact else sum(p.packed.shape[2] for p in cache.keys.parts)
+        key_heads, weight, bias = channels // size, None, None
+        key_widths = (size,) * key_heads
+    shared, width = heads // key_heads, max(value_widths)
+    rows = batch * heads * length
+
+    block_m = _power_of_two(shared * length, 8, _MAX_ROWS)
+    # Keys of long latents are kept while their chunks pass by, and float32 takes more room: tiles of fewer tokens and
+    # more threads, that all fits the registers.
+    long = max(key_widths) > 64 or query.dtype == torch.float32
+    block_t = 32 if long or cache.block_length <= 32 else 64
+    keys, key_specs = _side(cache.keys, key_widths, cache.block_length, block_t, device)
+    values, value_specs = _side(cache.values, value_widths, cache.block_length, block_t, device)
+    key_spans, exact_keys = _exact_layout(tuple(key_widths), device)
+    value_spans, exact_values = _exact_layout(tuple(value_widths), device)
+
+    half = _power_of_two(size // 2, 16, size)
+    programs = batch * key_heads * -(-shared * length // block_m)
+    blocks = cache.table.shape[2] if keys else 0
+    most = -(-blocks * cache.block_length // _TOKENS_OF_SHARE)
+    shares = min(max(_wanted_programs(device) // programs, 1), most, blocks)
+    total = shares + len(exact)
+    output = torch.empty((batch, heads, length, width), dtype=torch.float32, device=device)
+    sums = torch.empty((total, rows, width), dtype=torch.float32, device=device)
+    stats = torch.empty((total, rows, 2), dtype=torch.float32, device=device)
+
+    launches, exact_launches = _launches(value_specs, block_m), _launches([exact_values], block_m)
+    with torch.cuda.device_of(query):
+        for i in range(max(len(launches), len(exact_launches)) if total else 0):
+            chosen = launches[i] if i < len(launches) else []
+            _attention_kernel[(batch * key_heads, total, -(-shared * length // block_m))](
+                query=_bits(query),
+                positions=positions,
+                inv_freq=None if rope is None else rope.inv_freq,
+                weight=_bits(weight),
+                bias=_bits(bias),
+                sums=sums,
+                stats=stats,
+                keys=tuple(keys),
+                values=tuple(values[index] for index, _ in chosen),
+                table=cache.table,
+                exact=tuple(map(_exact_arguments, exact)),
+                exact_spans=(key_spans, value_spans),
+                scaling=scaling * _LOG2_E * (1.0 if rope is None else rope.attention_scaling**2),
+                shares=shares,
+                blocks=blocks,
+                length=length,
+                rows=rows,
+                query_strides=query.stride(),
+                position_stride=positions.stride(0),
+                weight_stride=0 if weight is None else weight.stride(0),
+                table_strides=(0, 0) if cache.table is None else cache.table.stride()[:2],
+                heads=key_heads,
+                size=size,
+                DTYPE=_DTYPES[query.dtype],
+                KEYS=tuple(replace(spec, held=spec.chunks == 1 and not long) for spec in key_specs),
+                VALUES=tuple(spec for _, spec in chosen),
+                EXACT_KEYS=(replace(exact_keys, held=exact_keys.chunks == 1 and not long),),
+                EXACT_VALUES=tuple(spec for _, spec in (exact_launches[i] if i < len(exact_launches) else [])),
+                SHARED=shared,
+                KEY_HEADS=key_heads // len(key_widths),
+                VALUE_HEADS=key_heads // len(value_widths),
+                WIDTH=width,
+                TILES=-(-cache.block_length // block_t),
+                HALF=half,
+                BLOCK_F=min(half, 16 if query.dtype == torch.float32 else 64 if long else 32),
+                BLOCK_M=block_m,
+                BLOCK_T=block_t,
+                EXACT_T=32 if long else 64,
+                num_warps=8 if long else 4,
+                num_stages=1 if query.dtype == torch.float32 else 2,
+            )
+        _merge_kernel[(rows, -(-width // 64))](
+            sums=sums,
+            stats=stats,
+            output=output,
+            spans=value_spans,
+            shares=total,
+            rows=rows,
+            length=length,
+            heads=heads,
+            WIDTH=width,
+            SHARED_HEADS=heads // len(value_widths),
+            BLOCK_S=16,
+            BLOCK_N=64,
+            num_warps=4,
+        )
+    return output
+
+
+__all__ = ["latent_attention"]
