@@ -366,7 +366,7 @@ def test_dense_keys_beside_joint_values(tokens, dtype):
     """As look-up attention reads them, but for the number of groups."""
     for groups in ((7,), (7, 7), (7, 7, 7, 7)):
         how = {"heads": (8, 4), "ranks": (None, groups), "dense": True, "rope": None}
-        check(make_step(side(4, "per_token", 0), side(4), dtype, tokens=tokens, **how))
+        check(make_step(side(4, "per_token"), side(4), dtype, tokens=tokens, **how))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
