@@ -245,7 +245,8 @@ def latent_attention(
 ) -> torch.Tensor:
     """`modules.kernels.attention.latent_attention`, the sums only: `[B, H_q, L, max(value_widths)]` float32."""
     batch, query_heads, length, size = query.shape
-    if cache.keys is not None and why_not(cache, expand_keys, value_widths, rope, size) is None:
+    rounded = query.dtype != torch.float32  # which look-up would be too coarse for
+    if rounded and cache.keys is not None and why_not(cache, expand_keys, value_widths, rope, size) is None:
         return lookup_attention(query, positions, cache, expand_keys, value_widths, rope, scaling)
     tolerance, planes = _PRECISION[query.dtype]
     frequency, order = _pairs((0.0,) * (size // 2) if rope is None else tuple(rope.inv_freq.tolist()))
