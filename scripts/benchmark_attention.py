@@ -13,10 +13,10 @@ Against, each in turns with ours in the same rounds (ratios are of the medians, 
     unpack                    our cache dequantized and expanded whole, then SDPA
     llama.cpp f16, q8_0, q4_0 `ggml_flash_attn_ext` of llama-cpp-python on llama.cpp's layout, without append and mask
     flash                     on CUDA: `scaled_dot_product_attention` with `enable_gqa` and flash only, in a CUDA graph
-The first scheme meets all of them, the others only the code by hand (on CUDA: flash). Before each call a large buffer
-is read, so that caches are cold, as when the layers of a model take turns (`--no_cold` leaves that out), and the
-threads are given time to sleep. On CUDA our step is a graph of its kernels without append, as the others are; its time
-from Python is `eager_seconds`.
+The first scheme meets all of them, the others only the code by hand (on CUDA: flash). Before each call the threads of
+the last one are given time to sleep, and a large buffer is read by the threads that PyTorch will use, so that its
+workers are awake and caches cold, as when the layers of a model take turns (`--no_cold` reads a small one). On CUDA our
+step is a graph of its kernels without append, as the others are; its time from Python is `eager_seconds`.
 
 First comes a gate: the error of our step against float64 on what is stored must be at most twice that of plain
 PyTorch in the model's type on the same states; otherwise nothing is reported. Peers that lose nothing are checked too.
@@ -70,7 +70,8 @@ from scripts.compare_peers import installed_version
 #: The best dense code on each kind of device, which every scheme meets.
 YARDSTICKS = {"cpu": "by hand", "cuda": "flash"}
 
-#: Seconds before each call: OpenMP's workers spin for a few milliseconds after a product, on the cores of the next one.
+#: Seconds before each call: OpenMP's workers spin for a few milliseconds after a product, on the cores of the next one,
+#: which may have threads of its own.
 PAUSE = 0.02
 
 #: Rounds that a pair gets at least, however long they take.
@@ -170,16 +171,18 @@ def measure_machine(options: BenchmarkConfig) -> dict[str, float]:
     return machine
 
 
-def between_calls(options: BenchmarkConfig) -> Callable[[], None]:
-    """What happens before each call, so that all find the same machine: caches cold, no thread of another spinning."""
+def between_calls(options: BenchmarkConfig) -> Callable[[int], None]:
+    """What happens before each call, so that all find the same machine; takes the threads that PyTorch is to wake."""
     size = 2**16 if options.quick or not options.cold else 2**26
     buffer = torch.ones(size, dtype=torch.int32, device=options.device)
 
-    def prepare() -> None:
+    def prepare(threads: int) -> None:
+        time.sleep(PAUSE)
+        torch.set_num_threads(threads)
         buffer.max()
         if buffer.is_cuda:
             torch.cuda.synchronize()
-        time.sleep(PAUSE)
+        torch.set_num_threads(options.threads)
 
     return prepare
 
@@ -370,8 +373,11 @@ def in_a_graph(step: Run, name: str) -> tuple[Run, bool]:
     return replay, True
 
 
-def in_turns(options: BenchmarkConfig, steps: dict[str, Run], cool: Callable[[], None]) -> dict[str, list[float]]:
-    """Seconds of each step in rounds; every round takes each of them once, and the order changes."""
+def in_turns(
+    options: BenchmarkConfig, steps: dict[str, Run], cool: Callable[[int], None], foreign: bool = False
+) -> dict[str, list[float]]:
+    """Seconds of each step in rounds; every round takes each of them once, and the order changes. The step "peer" has
+    threads of its own if `foreign`."""
     device, names = torch.device(options.device), list(steps)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for step in steps.values():  # allocators, threads and code caches
@@ -382,7 +388,7 @@ def in_turns(options: BenchmarkConfig, steps: dict[str, Run], cool: Callable[[],
         if done >= FEWEST_ROUNDS and time.perf_counter() - started > options.seconds:
             break
         for name in names if done % 2 else names[::-1]:
-            cool()
+            cool(1 if foreign and name == "peer" else options.threads)
             seconds[name].append(timed(steps[name], device)[0])
     return seconds
 
@@ -448,7 +454,8 @@ def measure_case(
         if theirs.tolerance is not None and not error <= theirs.tolerance:
             raise RuntimeError(f"correctness gate: error {error:.2e} of {name} is above {theirs.tolerance}; no figures")
         their_step, their_graph = in_a_graph(theirs.step, name) if cuda else (theirs.step, False)
-        seconds = in_turns(options, {"ours": our_step, "peer": their_step}, cool)
+        foreign = "llama-cpp-python" in peer.needs
+        seconds = in_turns(options, {"ours": our_step, "peer": their_step}, cool, foreign)
         mine = [s + append_s for s in seconds["ours"]]
         everything += mine
         record["peers"][name] = {
