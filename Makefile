@@ -15,15 +15,21 @@ demo: .venv/installed
 
 BUDGETS := 0.25 0.125 0.0625 0.05 0.04 0.03
 
-# Measure what the README states and write its tables (about two hours; the longest parts go on where they stopped).
+# Measure what the README states and write its tables (three to four hours; the longest parts go on where they stopped).
 results: .venv/installed
-	.venv/bin/pip install --quiet --no-deps optimum-quanto==0.2.7 hqq==0.2.8.post1 ninja einops termcolor
+	.venv/bin/pip install --quiet --no-deps optimum-quanto==0.2.7 hqq==0.2.8.post1 einops termcolor
+	.venv/bin/pip install --quiet --no-deps llama-cpp-python==0.3.36
 	$(RUN) scripts/calibrate_svd_ranks.py --sweep $(BUDGETS) --output build/sweep
 	OMP_NUM_THREADS=1 $(RUN) scripts/compare_peers.py --parts transformers KIVI Palu ASVD checkpoints \
 		--checkpoints $(BUDGETS:%=build/sweep/%) --output build/peers.json
 	$(RUN) scripts/ablate_calibration.py --output build/ablation.json
 	$(RUN) scripts/project_calibration.py --output scripts/results/projection.json
 	$(RUN) scripts/benchmark_cache.py --output scripts/results/benchmark_cache.json
+	$(RUN) scripts/benchmark_attention.py --output build/benchmark_attention.json
+	$(RUN) scripts/benchmark_decode.py --checkpoints build/sweep/0.125 build/sweep/0.0625 \
+		--output build/benchmark_decode.json
+	$(RUN) scripts/benchmark_lookup.py --threads 2 --output scripts/results/benchmark_lookup.json
+	cp build/benchmark_attention.json build/benchmark_decode.json scripts/results/
 	cp build/peers.json build/peers.png build/ablation.json scripts/results/
 	cp build/sweep/0.0625/widths.png build/sweep/0.0625/spectra.png scripts/results/
 	$(RUN) scripts/readme_tables.py

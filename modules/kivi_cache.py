@@ -25,7 +25,7 @@ from modules.block_pool import BlockPool
 from modules.codecs import StaticScales, block_length, block_nbytes, check_codec, make_codec
 from modules.files import save_tensors
 from modules.fixed_cache import SIDES, FixedStore, Room, check_fixed
-from modules.kernels import BACKENDS, Backend, get_backend
+from modules.kernels import BACKENDS, FUSED_DTYPES, Backend, get_backend
 from modules.kernels.packed import PackedCache, Tile
 from modules.quant_utils import KIVIQuantizer
 from modules.vidkv import parse_quantization_config
@@ -370,6 +370,14 @@ class KIVILatentLayer(CacheLayerMixin):
     def row_lengths(self) -> list[int] | torch.Tensor:
         """Tokens of each row; empty before the first one. A layer of fixed capacity gives `[B]` int32, unread."""
         return [row.tokens for row in self.rows]
+
+    @property
+    def backend_note(self) -> str:
+        """The back end, and whether the reference attends to the blocks in its place."""
+        fused = self.backend.attends_to(*self.pool.sides()) and self.dtype in FUSED_DTYPES
+        return (
+            self.backend.name if fused or self.backend.name == "reference" else f"{self.backend} (attention: reference)"
+        )
 
     def block_table(self) -> torch.Tensor:
         """`[3, B, blocks]` int32: slot in the pool, first position, valid tokens; rows with fewer blocks end in 0."""
@@ -884,7 +892,7 @@ class KIVILatentCache(Cache):
         s = first if first.keys.tiers or first.values.tiers else self.scheme
         held = f"rows of {tokens} tokens" if tokens else "empty"
         slack = self.nbytes - self.nbytes_used
-        backends = sorted({str(layer.backend) for layer in self.layers if layer.is_initialized})
+        backends = sorted({layer.backend_note for layer in self.layers if layer.is_initialized})
         true_bits = " / ".join(f"{bits:.3g}" for bits in self.bits_per_element.values())
         special = f", {len(self.layer_schemes)} layers of their own" if self.layer_schemes else ""
         return (

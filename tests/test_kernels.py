@@ -12,6 +12,7 @@ import torch
 
 from modules import quant_utils as reference
 from modules.kernels import BACKENDS, get_backend
+from modules.kivi_cache import create_kivi_cache
 from tests.conftest import PoisonedTorch
 
 triton = pytest.importorskip("triton")
@@ -329,3 +330,22 @@ def test_kernels_compile_for_gpus():
 @pytest.mark.parametrize("architecture", ["80", "89", "90", "100"])
 def test_every_kernel_compiles_for_gpus(architecture):
     assert_compiles("--all", "--architectures", architecture)
+
+
+# ---- what a cache says
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({}, "backend cpu;"),
+        ({"backend": "reference"}, "backend reference;"),
+        ({"k_bits": 1.5}, "backend cpu (attention: reference);"),
+        ({"v_scheme": {"protected": 0.25}}, "backend cpu (attention: reference);"),
+    ],
+)
+def test_the_cache_says_who_attends(settings, said, monkeypatch):
+    monkeypatch.delenv("ALRD_BACKEND", raising=False)
+    cache = create_kivi_cache(**settings)
+    cache.update(*torch.randn(2, 1, 2, 200, 16), 0)
+    assert said in repr(cache)

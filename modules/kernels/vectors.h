@@ -1,0 +1,210 @@
+// Vectors of sixteen lanes, in AVX-512 or in two halves of AVX2; loops that are unrolled; numbers in memory.
+
+#pragma once
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+namespace {
+
+inline int round_up(int x, int to) { return (x + to - 1) / to * to; }
+
+// ---- sixteen lanes
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__) && defined(__AVX512DQ__)
+#define ALRD_AVX512 1
+typedef __m512 vf;
+typedef __m512i vi;
+inline vf load(const float* p) { return _mm512_loadu_ps(p); }
+inline void store(float* p, vf x) { _mm512_storeu_ps(p, x); }
+inline vf set1(float x) { return _mm512_set1_ps(x); }
+inline vf add(vf a, vf b) { return _mm512_add_ps(a, b); }
+inline vf sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
+inline vf mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
+inline vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+inline vf fnma(vf a, vf b, vf c) { return _mm512_fnmadd_ps(a, b, c); }
+inline vf max(vf a, vf b) { return _mm512_max_ps(a, b); }
+inline vf abs(vf a) { return _mm512_abs_ps(a); }
+inline vi loadi(const void* p) { return _mm512_loadu_si512(p); }
+inline vi loadi(const void* p, int n) {
+  return n >= 16 ? loadi(p) : _mm512_maskz_loadu_epi32((1u << n) - 1, p);
+}
+inline void storei(void* p, vi x) { _mm512_storeu_si512(p, x); }
+inline vi seti(int x) { return _mm512_set1_epi32(x); }
+inline vf to_float(vi x) { return _mm512_cvtepi32_ps(x); }
+inline vi to_int(vf x) { return _mm512_cvtps_epi32(x); }
+inline vi addi(vi a, vi b) { return _mm512_add_epi32(a, b); }
+inline vi subi(vi a, vi b) { return _mm512_sub_epi32(a, b); }
+inline vi andi(vi a, vi b) { return _mm512_and_si512(a, b); }
+inline vi ori(vi a, vi b) { return _mm512_or_si512(a, b); }
+inline vi shl(vi a, int n) { return _mm512_slli_epi32(a, n); }
+inline vi shr(vi a, int n) { return _mm512_srli_epi32(a, n); }
+inline vi sar(vi a, int n) { return _mm512_srai_epi32(a, n); }
+inline vi mul16(vi a, vi b) { return _mm512_mullo_epi16(a, b); }
+inline vi shr16(vi a, int n) { return _mm512_srli_epi16(a, n); }
+// Bytes of a lane: four codes (unsigned) times four weights (signed), added to the lane. With the intrinsic GCC 12 keeps
+// the sums in memory.
+inline vi dot4(vi sum, vi codes, vi weights) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(weights));
+  return sum;
+}
+inline vf power_of_two(vi n) { return _mm512_castsi512_ps(shl(addi(n, seti(127)), 23)); }
+// The 4 x 4 bytes of each four lanes transposed.
+inline vi transpose_bytes(vi x) {
+  const vi order = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+  return _mm512_shuffle_epi8(x, order);
+}
+inline float sum(vf x) { return _mm512_reduce_add_ps(x); }
+inline float maximum(vf x) { return _mm512_reduce_max_ps(x); }
+inline vf from_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+inline vf from_bfloat(const uint16_t* p) {
+  return _mm512_castsi512_ps(shl(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define ALRD_AVX512 0
+struct vf { __m256 a, b; };
+struct vi { __m256i a, b; };
+inline vf load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline void store(float* p, vf x) { _mm256_storeu_ps(p, x.a), _mm256_storeu_ps(p + 8, x.b); }
+inline vf set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+inline vf add(vf x, vf y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+inline vf sub(vf x, vf y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
+inline vf mul(vf x, vf y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+inline vf fma(vf x, vf y, vf z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+inline vf fnma(vf x, vf y, vf z) { return {_mm256_fnmadd_ps(x.a, y.a, z.a), _mm256_fnmadd_ps(x.b, y.b, z.b)}; }
+inline vf max(vf x, vf y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+inline vf abs(vf x) {
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  return {_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
+}
+inline vi loadi(const void* p) {
+  return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)p + 1)};
+}
+inline void storei(void* p, vi x) {
+  _mm256_storeu_si256((__m256i*)p, x.a), _mm256_storeu_si256((__m256i*)p + 1, x.b);
+}
+inline vi loadi(const void* p, int n) {
+  if (n >= 16) return loadi(p);
+  int32_t lanes[16] = {0};
+  memcpy(lanes, p, 4 * n);
+  return loadi(lanes);
+}
+inline vi seti(int x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+inline vf to_float(vi x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+inline vi to_int(vf x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
+inline vi addi(vi x, vi y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+inline vi subi(vi x, vi y) { return {_mm256_sub_epi32(x.a, y.a), _mm256_sub_epi32(x.b, y.b)}; }
+inline vi andi(vi x, vi y) { return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)}; }
+inline vi ori(vi x, vi y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
+inline vi shl(vi x, int n) { return {_mm256_slli_epi32(x.a, n), _mm256_slli_epi32(x.b, n)}; }
+inline vi shr(vi x, int n) { return {_mm256_srli_epi32(x.a, n), _mm256_srli_epi32(x.b, n)}; }
+inline vi sar(vi x, int n) { return {_mm256_srai_epi32(x.a, n), _mm256_srai_epi32(x.b, n)}; }
+inline vi mul16(vi x, vi y) { return {_mm256_mullo_epi16(x.a, y.a), _mm256_mullo_epi16(x.b, y.b)}; }
+inline vi shr16(vi x, int n) { return {_mm256_srli_epi16(x.a, n), _mm256_srli_epi16(x.b, n)}; }
+// As above, for codes of at most 4 bits: two products are summed up in 16 bits on the way.
+inline vi dot4(vi s, vi codes, vi weights) {
+  const __m256i one = _mm256_set1_epi16(1);
+  return {_mm256_add_epi32(s.a, _mm256_madd_epi16(_mm256_maddubs_epi16(codes.a, weights.a), one)),
+          _mm256_add_epi32(s.b, _mm256_madd_epi16(_mm256_maddubs_epi16(codes.b, weights.b), one))};
+}
+inline vf power_of_two(vi n) {
+  n = shl(addi(n, seti(127)), 23);
+  return {_mm256_castsi256_ps(n.a), _mm256_castsi256_ps(n.b)};
+}
+inline vi transpose_bytes(vi x) {
+  const __m256i order = _mm256_broadcastsi128_si256(
+      _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+  return {_mm256_shuffle_epi8(x.a, order), _mm256_shuffle_epi8(x.b, order)};
+}
+inline float sum(vf x) {
+  float lanes[8], total = 0;
+  _mm256_storeu_ps(lanes, _mm256_add_ps(x.a, x.b));
+  for (float lane : lanes) total += lane;
+  return total;
+}
+inline float maximum(vf x) {
+  float lanes[8];
+  _mm256_storeu_ps(lanes, _mm256_max_ps(x.a, x.b));
+  return *std::max_element(lanes, lanes + 8);
+}
+inline vf from_half(const uint16_t* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + 1))};
+}
+inline vf from_bfloat(const uint16_t* p) {
+  vi bits = {_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)),
+             _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p + 1))};
+  bits = shl(bits, 16);
+  return {_mm256_castsi256_ps(bits.a), _mm256_castsi256_ps(bits.b)};
+}
+#else
+#error "needs AVX2, FMA and F16C, or AVX-512 with VNNI"
+#endif
+
+// exp(x) for x <= 0, relative error below 3e-7; for x below -87, and -inf, what it is at -87.
+inline vf exp_negative(vf x) {
+  x = max(x, set1(-87.0f));
+  const vi n = to_int(mul(x, set1(1.44269504f)));
+  const vf k = to_float(n);
+  const vf r = fnma(k, set1(1.42860677e-6f), fnma(k, set1(0.693145752f), x));
+  vf y = set1(1.0f / 720);
+  for (float c : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) y = fma(y, r, set1(c));
+  return mul(y, power_of_two(n));
+}
+
+// ---- unrolled loops
+
+#define INLINE __attribute__((always_inline))
+
+template <class F, int... I>
+INLINE inline void each(F f, std::integer_sequence<int, I...>) {
+  (f(std::integral_constant<int, I>{}), ...);
+}
+
+// f(0) … f(N - 1), unrolled before the compiler decides what to keep in registers.
+template <int N, class F>
+INLINE inline void each(F f) {
+  each(f, std::make_integer_sequence<int, N>{});
+}
+
+// ---- numbers in memory
+
+enum Type : int32_t { FLOAT32, FLOAT16, BFLOAT16 };
+
+inline float number(const void* p, int64_t i, int32_t type) {
+  if (type == FLOAT32) return ((const float*)p)[i];
+  const uint16_t x = ((const uint16_t*)p)[i];
+  if (type == FLOAT16) return _cvtsh_ss(x);
+  const uint32_t bits = (uint32_t)x << 16;
+  float y;
+  memcpy(&y, &bits, 4);
+  return y;
+}
+
+// n numbers from index i on, as float32; what is written goes up to the next multiple of 16.
+inline void numbers(const void* p, int64_t i, int n, int32_t type, float* out) {
+  int k = 0;
+  for (; k + 16 <= n; k += 16) {
+    if (type == FLOAT32) store(out + k, load((const float*)p + i + k));
+    if (type == FLOAT16) store(out + k, from_half((const uint16_t*)p + i + k));
+    if (type == BFLOAT16) store(out + k, from_bfloat((const uint16_t*)p + i + k));
+  }
+  for (; k < n; k++) out[k] = number(p, i + k, type);
+  for (; k % 16; k++) out[k] = 0;
+}
+
+// n numbers `stride` apart, as float32.
+inline void strided_numbers(const void* p, int64_t i, int64_t stride, int n, int32_t type, float* out) {
+  const uint16_t* half = (const uint16_t*)p + i;
+  if (type == FLOAT32)
+    for (int k = 0; k < n; k++) out[k] = ((const float*)p)[i + k * stride];
+  if (type == FLOAT16)
+    for (int k = 0; k < n; k++) out[k] = _cvtsh_ss(half[k * stride]);
+  if (type == BFLOAT16)
+    for (int k = 0; k < n; k++) ((uint32_t*)out)[k] = (uint32_t)half[k * stride] << 16;
+}
+
+}  // namespace
