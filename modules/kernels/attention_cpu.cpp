@@ -379,14 +379,19 @@ struct Worker {
 
   // ---- values
 
+  // Where the zeros behind n rounded probabilities end: not before the end of the last word of any layout.
+  static int rounded_end(int n) { return std::min(ROUNDED, round_up(n, 16) + 32); }
+
   // Round the probabilities times `scale` (null: 1) of tokens [from, from + n) to integers, in `steps` of each query;
   // `plain`: the sum of the probabilities times `zero` (null: 1).
   void round_probabilities(int from, int n, const float* scale, const float* zero) {
     integers.resize((size_t)queries * ROUNDED), steps.resize(queries), plain.resize(queries);
     packed_high.resize((size_t)queries * PACKED), packed_low.resize((size_t)queries * PACKED);
+    const int end = rounded_end(n);
     for (int j = 0; j < queries; j++) {
       const float* p = &scores[(size_t)j * (SPAN + 16) + from];
-      alignas(64) float x[ROUNDED] = {0}, z[ROUNDED] = {0};
+      alignas(64) float x[ROUNDED], z[ROUNDED];
+      std::fill(x + n, x + end, 0.0f), std::fill(z + n, z + end, 0.0f);
       for (int t = 0; t < n; t++) x[t] = scale ? p[t] * scale[t] : p[t];
       for (int t = 0; t < n; t++) z[t] = zero ? p[t] * zero[t] : p[t];
       vf high = set1(1e-37f), total_ = set1(0);
@@ -394,19 +399,19 @@ struct Worker {
       steps[j] = maximum(high) / 32512, plain[j] = sum(total_);
       const vf inverse = set1(1 / steps[j]);
       int32_t* out = &integers[(size_t)j * ROUNDED];
-      for (int t = 0; t < ROUNDED; t += 16) storei(out + t, to_int(mul(load(x + t), inverse)));
+      for (int t = 0; t < end; t += 16) storei(out + t, to_int(mul(load(x + t), inverse)));
     }
   }
 
   // The rounded probabilities as bytes in the order of a layout: [query][word * fields + i], four to a lane. The first
   // token is the `lead`th of its word.
   void arrange(Layout layout, int lead, int n) {
-    const int words = layout.words(lead + n), fields = layout.fields, tokens = 4 * fields;
+    const int words = layout.words(lead + n), fields = layout.fields, tokens = 4 * fields, end = rounded_end(n);
     for (int j = 0; j < queries; j++) {
       const int32_t* p = &integers[(size_t)j * ROUNDED];
       alignas(64) uint8_t high[ROUNDED + 32], low[ROUNDED + 32];
       memset(high, 0, lead), memset(low, 0, lead);
-      for (int t = 0; t < ROUNDED; t++) high[lead + t] = (p[t] + 128) >> 8, low[lead + t] = p[t];
+      for (int t = 0; t < end; t++) high[lead + t] = (p[t] + 128) >> 8, low[lead + t] = p[t];
       uint8_t* to_high = (uint8_t*)&packed_high[(size_t)j * PACKED];
       uint8_t* to_low = (uint8_t*)&packed_low[(size_t)j * PACKED];
       if (layout.bits == 2 || layout.bits == 4) {
