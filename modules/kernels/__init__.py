@@ -14,6 +14,7 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -126,10 +127,10 @@ def _cpu(field: str, device: torch.device) -> Backend:
 
     library()
     names = ("quantize_and_pack", "unpack_and_dequantize", "find_range")
-    functions = [_unless_compiling(getattr(quantize_cpu, name), getattr(quant_utils, name)) for name in names]
+    functions = [partial(_unless_compiling, getattr(quantize_cpu, name), getattr(quant_utils, name)) for name in names]
     return Backend("cpu", *functions, fused_attention)
 
 
-def _unless_compiling(function: Callable, traced: Callable) -> Callable:
-    """`function`, and in a graph of `torch.compile`, which takes no C++ of ours, `traced`."""
-    return lambda *args, **kwargs: (traced if torch.compiler.is_compiling() else function)(*args, **kwargs)
+def _unless_compiling(function: Callable, traced: Callable, *args, **kwargs):
+    """Call `function`, but in a graph of `torch.compile`, which takes no C++ of ours, `traced`."""
+    return (traced if torch.compiler.is_compiling() else function)(*args, **kwargs)
