@@ -15,9 +15,9 @@ def pytest_configure(config):
         os.environ["TRITON_INTERPRET"] = "1"
 
 
-#: Modules whose tests run with each back end forced. Triton's interpreter takes many minutes for them.
+#: Modules whose tests run with each back end forced.
 FORCED_MODULES = ("test_kivi_cache", "test_modeling")
-FORCED_BACKENDS = ["cpu", "reference", pytest.param("triton", marks=[pytest.mark.interpreter, pytest.mark.slow])]
+FORCED_BACKENDS = ["cpu", "reference", pytest.param("triton", marks=pytest.mark.interpreter)]
 
 
 def pytest_generate_tests(metafunc):

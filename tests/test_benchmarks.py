@@ -236,9 +236,16 @@ def test_turns_change_their_order_and_stop_in_time():
     steps = {name: lambda n=name: order.append(n) for name in "ab"}
     options = attention_options(seconds=1e-9)
     options.rounds = 50
-    seconds = in_turns(options, steps, lambda: order.append("-"))
+    seconds = in_turns(options, steps, lambda threads: order.append("-"))
     assert [len(s) for s in seconds.values()] == [5, 5]
     assert "".join(order) == "aabb" + "-b-a-a-b" * 2 + "-b-a"
+
+
+def test_only_steps_of_pytorch_wake_its_workers():
+    woken = []
+    options = attention_options(seconds=1e-9, threads=2)
+    in_turns(options, {"ours": lambda: None, "peer": lambda: None}, woken.append, foreign=True)
+    assert woken[:4] == [1, 2, 2, 1]
 
 
 @pytest.mark.parametrize(

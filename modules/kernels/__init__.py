@@ -7,7 +7,7 @@
 Packing gives the same bits everywhere. Attention agrees to the rounding of the queries' type. `triton` and `cpu` attend
 to the packed blocks themselves, in a step of up to 16 new tokens; longer ones (a prompt in pieces), and caches with a
 quantizer that the kernels do not know, are read by the reference in any back end (`Backend.attends_to`), as is all
-that `torch.compile` traces on a CPU.
+that `torch.compile` traces on a CPU, and what layers with offloaded weights attend to.
 """
 
 import os
@@ -64,6 +64,9 @@ class Backend:
         sides = () if cache.keys is None else (cache.keys, cache.values)
         taken = query.shape[2] <= MAX_QUERY_LENGTH and query.dtype in FUSED_DTYPES
         if self.name == "cpu" and torch.compiler.is_compiling():
+            taken = False
+        expansion = how["expand_keys"]
+        if expansion is not None and expansion.weight.is_meta:  # offloaded: it is there only while the module is called
             taken = False
         if weights_length is None and taken and self.attends_to(*sides):
             return self.fused_attention(query, cache=cache, **how), None
