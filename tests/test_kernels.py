@@ -14,6 +14,7 @@ from modules import quant_utils as reference
 from modules.kernels import BACKENDS, get_backend
 from modules.kivi_cache import create_kivi_cache
 from tests.conftest import PoisonedTorch
+from tests.helpers import tiny_split
 
 triton = pytest.importorskip("triton")
 from modules.kernels import quantize_triton as kernels  # noqa: E402
@@ -349,3 +350,11 @@ def test_the_cache_says_who_attends(settings, said, monkeypatch):
     cache = create_kivi_cache(**settings)
     cache.update(*torch.randn(2, 1, 2, 200, 16), 0)
     assert said in repr(cache)
+
+
+def test_a_step_over_the_cache_refuses_its_gradient(tmp_path):
+    model, ids = tiny_split(tmp_path, 24), torch.randint(1, 97, (1, 60))
+    cache = model.create_kivi_cache(backend="cpu")
+    model(ids, past_key_values=cache).logits.sum().backward()  # the prompt attends to itself
+    with pytest.raises(RuntimeError, match="a step over a packed cache has no gradient"):
+        model(ids[:, :1], past_key_values=cache).logits.sum().backward()

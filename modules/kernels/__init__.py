@@ -69,8 +69,21 @@ class Backend:
         if expansion is not None and expansion.weight.is_meta:  # offloaded: it is there only while the module is called
             taken = False
         if weights_length is None and taken and self.attends_to(*sides):
-            return self.fused_attention(query, cache=cache, **how), None
+            summed = self.fused_attention(query, cache=cache, **how)
+            return (_WithoutGradient.apply(query, summed) if query.requires_grad else summed), None
         return latent_attention(query, cache=cache, weights_length=weights_length, **how)
+
+
+class _WithoutGradient(torch.autograd.Function):
+    """What a fused kernel made of a query: to ask for its gradient is an error, not a silent zero."""
+
+    @staticmethod
+    def forward(ctx, query: torch.Tensor, summed: torch.Tensor) -> torch.Tensor:
+        return summed.view_as(summed)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise RuntimeError("a step over a packed cache has no gradient; train without a KIVILatentCache")
 
 
 def _backend(name: str, module, fused_attention: Callable | None = None) -> Backend:
