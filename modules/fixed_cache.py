@@ -21,6 +21,7 @@ from functools import partial
 from weakref import WeakValueDictionary
 
 import torch
+from torch.library import custom_op
 
 from configuration_alrd_llama import QuantScheme
 from modules.block_pool import BlockPool
@@ -127,7 +128,7 @@ def _shared_plan(codecs: dict[str, BlockCodec], room: Room, device: torch.device
 
 
 # One node of a graph: a compiler that kept the casts of `quantize` in float32 would change the codes.
-@torch.library.custom_op("alrd::append_tokens", mutates_args=("tensors",))
+@custom_op("alrd::append_tokens", mutates_args=("tensors",))
 def _append_in_graph(
     tensors: list[torch.Tensor], keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor | None, plan: str
 ) -> None:

@@ -94,3 +94,20 @@ def tiny_split(
         **config_fields,
     )
     return ALRDLlamaForCausalLM.from_pretrained(tmp_path / "dense", config=config, dtype=dense.dtype).eval()
+
+
+def magnitudes(length: int, channels: int, dtype: torch.dtype) -> torch.Tensor:
+    """Blocks `[8, length, channels]` of the largest, smallest, constant and mixed values that `dtype` allows."""
+    limit, tiny = torch.finfo(dtype).max, torch.finfo(dtype).tiny
+    noise = torch.rand(length, channels) * 2 - 1
+    blocks = [
+        torch.zeros(length, channels),
+        torch.full((length, channels), -7.3),
+        noise * 0.99 * limit,
+        noise * limit / 100 + 0.9 * limit,
+        noise * 3 * tiny,
+        noise * tiny / 64,  # subnormal
+        torch.where(noise > 0.8, 1e4, 1e-4 * noise),
+        torch.where(noise > 0, limit, -limit),
+    ]
+    return torch.stack(blocks).clamp(-limit, limit).to(dtype)

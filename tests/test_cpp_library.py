@@ -10,6 +10,7 @@ import torch
 from torch.utils import cpp_extension
 
 from modules.kernels import cpp_library
+from modules.kernels.cpp_library import library
 
 ROOT = Path(__file__).parent.parent
 
@@ -119,7 +120,7 @@ def test_a_folder_that_cannot_be_written_is_said(folder, tmp_path, monkeypatch):
     cpp_library._load.cache_clear()
     for _ in range(2):
         with pytest.raises(RuntimeError, match=r"cannot be stored or loaded: .*file"):
-            cpp_library.library()
+            library()
     assert cpp_library._load.cache_info().hits == 1
     cpp_library._load.cache_clear()
 

@@ -431,7 +431,7 @@ def test_a_step_waits_for_nothing(tmp_path, settings):
     """On a device without data every read by the host is an error: of a value, a count, a copy to the CPU."""
     model = tiny_split(tmp_path, RANKS, 2, tiny_dense(num_hidden_layers=1), **(SMALL | settings)).to("meta")
     cache = model.create_kivi_cache(capacity=300)
-    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+    with pytest.raises(RuntimeError, match="meta"):
         torch.zeros(2, device="meta").sum().item()
 
     def ids(length):
@@ -445,7 +445,7 @@ def test_a_step_waits_for_nothing(tmp_path, settings):
     model(ids(1), position_ids=ids(1), past_key_values=cache)
     cache.reset()
     model(ids(60), past_key_values=cache)
-    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+    with pytest.raises(RuntimeError, match="meta"):
         cache.row_tokens()
 
 

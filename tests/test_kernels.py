@@ -14,7 +14,7 @@ from modules import quant_utils as reference
 from modules.kernels import BACKENDS, get_backend
 from modules.kivi_cache import create_kivi_cache
 from tests.conftest import PoisonedTorch
-from tests.helpers import tiny_split
+from tests.helpers import magnitudes, tiny_split
 
 triton = pytest.importorskip("triton")
 from modules.kernels import quantize_triton as kernels  # noqa: E402
@@ -92,23 +92,6 @@ def test_reference_has_the_same_bits_on_a_gpu(n_bits, symmetric, method):
     for widths in (None, (33, 7)):
         expected = reference.quantize_and_pack(x, n_bits, widths, symmetric, method)
         assert_same(reference.quantize_and_pack(x.cuda(), n_bits, widths, symmetric, method), expected)
-
-
-def magnitudes(length: int, channels: int, dtype: torch.dtype) -> torch.Tensor:
-    """Blocks `[8, length, channels]` of the largest, smallest, constant and mixed values that `dtype` allows."""
-    limit, tiny = torch.finfo(dtype).max, torch.finfo(dtype).tiny
-    noise = torch.rand(length, channels) * 2 - 1
-    blocks = [
-        torch.zeros(length, channels),
-        torch.full((length, channels), -7.3),
-        noise * 0.99 * limit,
-        noise * limit / 100 + 0.9 * limit,
-        noise * 3 * tiny,
-        noise * tiny / 64,  # subnormal
-        torch.where(noise > 0.8, 1e4, 1e-4 * noise),
-        torch.where(noise > 0, limit, -limit),
-    ]
-    return torch.stack(blocks).clamp(-limit, limit).to(dtype)
 
 
 @pytest.mark.parametrize("per_channel", [True, False])

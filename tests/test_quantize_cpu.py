@@ -16,6 +16,7 @@ from modules import quant_utils as reference
 from modules.kernels import cpp_library
 from modules.kernels import quantize_cpu as kernels
 from tests.conftest import PoisonedTorch
+from tests.helpers import magnitudes
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -101,23 +102,6 @@ def test_threads_share_the_work():
     assert kernels._threads(x) == 3 and kernels._threads(x[:, :1, :1]) == 1
     for widths, method in itertools.product((None, (100, 200)), ("minmax", "mse")):
         compare(x, 3, widths, False, method)
-
-
-def magnitudes(length: int, channels: int, dtype: torch.dtype) -> torch.Tensor:
-    """Blocks `[8, length, channels]` of the largest, smallest, constant and mixed values that `dtype` allows."""
-    limit, tiny = torch.finfo(dtype).max, torch.finfo(dtype).tiny
-    noise = torch.rand(length, channels) * 2 - 1
-    blocks = [
-        torch.zeros(length, channels),
-        torch.full((length, channels), -7.3),
-        noise * 0.99 * limit,
-        noise * limit / 100 + 0.9 * limit,
-        noise * 3 * tiny,
-        noise * tiny / 64,  # subnormal
-        torch.where(noise > 0.8, 1e4, 1e-4 * noise),
-        torch.where(noise > 0, limit, -limit),
-    ]
-    return torch.stack(blocks).clamp(-limit, limit).to(dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
