@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = [
     "configuration_alrd_llama",
     "modules.files",
+    "modules.distributed",
     "modules.hadamard_utils",
     "modules.quant_utils",
     "modules.svd_linear",
