@@ -12,6 +12,7 @@ ORDER = [
     "modules.files",
     "modules.fingerprint",
     "modules.cache_file",
+    "modules.distributed",
     "modules.hadamard_utils",
     "modules.quant_utils",
     "modules.svd_linear",
