@@ -329,10 +329,13 @@ written flat by `scripts/export_hub.py`. Their license is Apache-2.0 (`LICENSE.c
 
 
 def _origin(config: ExportConfig, report: dict | None) -> str:
-    dense = report and report["config"]["model"]
-    if dense and Path(dense).is_absolute():
-        dense = Path(dense).name  # where it stood is nobody's business
-    return f" Made from `{config.base_model or dense}`." if config.base_model or dense else ""
+    dense = config.base_model or (report and _public(report["config"]["model"]))
+    return f" Made from `{dense}`." if dense else ""
+
+
+def _public(path: str) -> str:
+    """A path or name as a card may show it: where a file stands on this machine is nobody's business."""
+    return Path(path).name if Path(path).is_absolute() else path
 
 
 def _requirements() -> str:
@@ -350,9 +353,9 @@ def _requirements() -> str:
 def _size(report: dict | None) -> str:
     if report is None:
         return "Not stated: the checkpoint has no `report.json`."
-    settings = report["config"]
+    settings, text = report["config"], _public(report["config"]["text"])
     ranks = [sum(r) if isinstance(r, list) else r for r in report["truncation_ranks"].values()]
-    text = (
+    card = (
         f"At {settings['tokens']:,} tokens the cache of one sequence takes {report['nbytes']:,} bytes "
         f"({human_bytes(report['nbytes'])}), {report['share_of_dense']:.2%} of a dense one in 16 bits, with codes, "
         "scales, zero points, window and sinks counted.\n\n"
@@ -360,9 +363,9 @@ def _size(report: dict | None) -> str:
     )
     if report.get("energy_kept"):
         kept = [share for shares in report["energy_kept"].values() for share in shares]
-        text += f", which keep {min(kept):.2%} to {max(kept):.2%} of the energy"
-    return text + (
-        f". Calibrated on {settings['windows']} windows of {settings['length']} tokens of `{settings['text']}` "
+        card += f", which keep {min(kept):.2%} to {max(kept):.2%} of the energy"
+    return card + (
+        f". Calibrated on {settings['windows']} windows of {settings['length']} tokens of `{text}` "
         f"(SHA-256 `{report['text']['sha256'][:16]}…`), objective `{settings['objective']}`, allocation "
         f"`{settings['allocation']}`. Everything is in `report.json`."
     )
@@ -372,8 +375,9 @@ def _quality(evaluation: dict | None) -> str:
     if evaluation is None:
         return "Not measured: no evaluation was given when this folder was written."
     how, machine = evaluation["config"], evaluation["environment"]
+    text = _public(how["text"])
     return (
-        f"Perplexity through the cache: {how['windows']} windows of {how['length']} tokens of `{how['text']}`, "
+        f"Perplexity through the cache: {how['windows']} windows of {how['length']} tokens of `{text}`, "
         f"{how['prefill']} fed at once, then {how['chunk']} at a time; only tokens nine tenths of whose context is "
         f"packed are scored ({evaluation['scored_tokens_per_window']} per window). {evaluation['dtype']}, "
         f"{machine['device']}, torch {machine['torch']}, transformers {machine['transformers']}, commit "
