@@ -88,6 +88,7 @@ found["pickled model"] = generate(pickle.loads(pickle.dumps(model)), None, ids, 
 cache = model.create_kivi_cache(quantization_config={"backend": "QuantizedCacheVLM", "nbits": 1, "residual_length": 9})
 found["quantization_config"] = generate(model, cache, ids, mask)
 
+found["one configuration class"] = type(model.config) is model.config_class
 base = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
 found["base model"] = [type(base).__name__, torch.equal(base(ids[:1])[0], model.model(ids[:1])[0])]
 dense, config = model.to_dense(), model.config.to_dict()
@@ -200,6 +201,7 @@ def test_a_machine_without_the_project(place, tmp_path):
     )
     assert found["quantization_config"] == generate(model, cache, ids, mask)
     assert found["loaded cache"] and found["pickled cache"]
+    assert found["one configuration class"]
     assert found["base model"] == ["ALRDLlamaModel", True]
     assert found["dense"] == "transformers.models.llama.modeling_llama"
     assert found["split again"] == found["of its dense"]
@@ -308,6 +310,15 @@ def test_the_texts_of_the_kernels_are_all_there(place):
     exec((place / "hub-1.5" / f"{flat_name(cpp_sources.__name__)}.py").read_text(), scope)
     assert scope["SOURCES"] == cpp_sources.SOURCES and list(scope["SOURCES"]) == list(cpp_sources.SOURCES)
     assert {path.name for path in Path(cpp_sources.__file__).parent.glob("*.[ch]*")} == set(cpp_sources.SOURCES)
+
+
+def test_any_text_becomes_a_constant(monkeypatch):
+    texts = ["plain\n", "a \\n b\\\n", '"""\n', "no newline at the end\\", "carriage\r\nreturn\n", "'quoted'\n", ""]
+    sources = {f"{i}.cpp": text for i, text in enumerate(texts)}
+    monkeypatch.setattr(cpp_sources, "SOURCES", sources)
+    scope = {}
+    exec(export_hub.constant_sources(), scope)
+    assert scope["SOURCES"] == sources
 
 
 def test_files_beside_the_code(place):
