@@ -101,18 +101,16 @@ def module_closure(entry: str = ENTRY, at_once: bool = False) -> dict[str, ast.M
     return found
 
 
+def foreign_packages(node: ast.Import | ast.ImportFrom) -> set[str]:
+    """Packages, neither of this project nor of Python, that a statement imports from."""
+    names = {alias.name for alias in node.names} if isinstance(node, ast.Import) else {node.module}
+    return {name.split(".")[0] for name in names if not locate(name)} - set(sys.stdlib_module_names)
+
+
 def required_packages() -> set[str]:
-    """Packages of others without which the model cannot be imported, by the names in `import`."""
-    return set().union(
-        *(
-            {alias.name.split(".")[0] for alias in node.names}
-            if isinstance(node, ast.Import)
-            else {node.module.split(".")[0]}
-            for tree in module_closure(at_once=True).values()
-            for node in import_statements(tree, at_once=True)
-            if not imported_modules(node)
-        )
-    ) - set(sys.stdlib_module_names)
+    """Packages without which the model cannot be imported, by the names in `import`."""
+    trees = module_closure(at_once=True).values()
+    return set().union(*(foreign_packages(node) for tree in trees for node in import_statements(tree, at_once=True)))
 
 
 def rewrite_module(name: str, required: set[str]) -> str:
@@ -155,9 +153,7 @@ def import_lines(node: ast.Import | ast.ImportFrom, required: set[str], where: s
     if isinstance(node, ast.ImportFrom) and node.level:
         raise ValueError(f"{where}: the project imports absolutely")
     if not imported_modules(node):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
-        known = {name.split(".")[0] for name in names} <= required | set(sys.stdlib_module_names)
-        if known:
+        if foreign_packages(node) <= required:
             return None
         return ["try:", *(f"    {line}" for line in ast.unparse(node).splitlines()), "except ImportError:", "    raise"]
     lines, others = [], []

@@ -19,6 +19,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, dy
 from modeling_alrd_llama import ALRDLlamaForCausalLM
 from modules import fixed_cache
 from modules.kernels import cpp_library, cpp_sources
+from modules.kivi_cache import KIVILatentCache
 from scripts import calibrate_svd_ranks, export_hub
 from scripts.calibrate_svd_ranks import CalibrationConfig
 from scripts.common import git_commit
@@ -194,6 +195,7 @@ def test_a_machine_without_the_project(place, tmp_path):
         assert found[backend] == expected, backend
         cache.save(tmp_path / "expected.safetensors")
         stored, here = load_file(tmp_path / f"{backend}.safetensors"), load_file(tmp_path / "expected.safetensors")
+        assert str(KIVILatentCache.load(tmp_path / f"{backend}.safetensors", backend=backend)) == str(cache)
         assert stored.keys() == here.keys() and all(torch.equal(stored[name], here[name]) for name in here)
     assert found["own cache"] == found["pickled model"] == found["saved again"] == found["cpu"]
     cache = model.create_kivi_cache(
