@@ -20,6 +20,7 @@ ORDER = [
     "modules.kernels.attention",
     "modules.kernels.quantize_triton",
     "modules.kernels.attention_triton",
+    "modules.kernels.cpp_sources",
     "modules.kernels.cpp_library",
     "modules.kernels.quantize_cpu",
     "modules.kernels.lookup_attention",
