@@ -57,17 +57,15 @@ MODEL = {
     "initializer_range": 0.05,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }
-# A conversation as one Python file, the only kind of text that the model has seen: a system message is the docstring,
-# what the user says are comments, what the assistant says is code.
+# A conversation as one Python file, the only kind of text that the model has seen: what the assistant says is code, all
+# else docstrings. (After a comment the model writes comments, without end.)
 CHAT_TEMPLATE = r'''
 {{- bos_token }}
 {%- for message in messages %}
-    {%- if message.role == "system" %}
-        {{- '"""' + message.content + '"""\n\n' }}
-    {%- elif message.role == "user" %}
-        {{- "# " + message.content | trim | replace("\n", "\n# ") + "\n" }}
+    {%- if message.role in ("system", "user") %}
+        {{- '"""' + message.content | trim + '"""\n\n\n' }}
     {%- elif message.role == "assistant" %}
-        {{- message.content + "\n\n" }}
+        {{- message.content + "\n\n\n" }}
     {%- else %}
         {{- raise_exception("role " + message.role + ": must be system, user or assistant") }}
     {%- endif %}
@@ -346,7 +344,7 @@ figures unrounded.
 {MODEL["head_dim"]}, context {MODEL["max_position_embeddings"]:,}, tied embeddings, weights in bfloat16.
 Byte-level BPE of {MODEL["vocab_size"]:,} tokens: nothing is unknown to it. The tokenizer puts `{BOS}`
 before a text, as Llama's does; the same token ends one. The chat template writes a conversation as one Python
-file: the system's message as its docstring, the user's as comments, the assistant's as code.
+file: the assistant's messages as code, the others as docstrings.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

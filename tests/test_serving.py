@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -28,7 +27,8 @@ from transformers import (
 from modeling_alrd_llama import ALRDLlamaForCausalLM
 from scripts import serve
 from scripts.common import latent_config, load_model
-from scripts.train_small_model import CHAT_TEMPLATE
+from scripts.corpus import Document
+from scripts.train_small_model import CHAT_TEMPLATE, train_tokenizer
 from tests.helpers import tiny_split
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,8 +36,10 @@ BUNDLED = str(ROOT / "models" / "tiny-python-llama")
 START_SECONDS, REQUEST_SECONDS, NEW_TOKENS = 180, 120, 24
 
 SYSTEM = {"role": "system", "content": "Tools that read and write text files, line by line, and count their words."}
-ASK = {"role": "user", "content": "A function that opens the file of this path,\nand returns a list of its lines."}
-ASK_MORE = {"role": "user", "content": "A class that keeps the lines of many files, and forgets the oldest of them."}
+KEEP = {"role": "user", "content": "A class that keeps the lines of many files, and forgets the oldest of them."}
+READ = {"role": "user", "content": "A function that opens the file of this path,\nand returns a list of its lines."}
+REPLY = {"role": "assistant", "content": "import os\n\n\ndef read_lines(path):\n    return open(path).readlines()"}
+CONVERSATIONS = ([SYSTEM, KEEP], [SYSTEM, READ, REPLY, KEEP], [KEEP, REPLY, READ])
 PROMPT = '''"""Parse the headers of a message."""
 
 import re
@@ -75,6 +77,7 @@ class Local:
     def __init__(self, folder: str):
         self.model = ALRDLlamaForCausalLM.from_pretrained(folder, dtype="auto").eval()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.answers: dict[tuple[str, bool], str] = {}
 
     def ids(self, messages: list[dict] | str) -> torch.Tensor:
         if isinstance(messages, str):
@@ -82,20 +85,18 @@ class Local:
         how = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
         return self.tokenizer.apply_chat_template(messages, **how)["input_ids"]
 
-    def answer(self, messages: list[dict] | str, cache=None) -> str:
-        """Greedy answer through `cache`, or a packed one that has packed something."""
-        ids = self.ids(messages)
-        packed = self.model.create_kivi_cache() if cache is None else cache
-        tokens = self.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            past_key_values=packed,
-            max_new_tokens=NEW_TOKENS,
-            do_sample=False,
-        )[0, ids.shape[1] :]
-        assert len(tokens) == NEW_TOKENS  # none of the texts here ends early
-        assert cache is not None or all(len(row.blocks) for layer in packed.layers for row in layer.rows)
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+    def answer(self, messages: list[dict] | str, dense: bool = False) -> str:
+        """Greedy answer through a cache that has packed something, or through a `DynamicCache`."""
+        key = (json.dumps(messages), dense)
+        if key not in self.answers:
+            ids = self.ids(messages)
+            cache = DynamicCache() if dense else self.model.create_kivi_cache()
+            given = {"attention_mask": torch.ones_like(ids), "past_key_values": cache}
+            tokens = self.model.generate(ids, **given, max_new_tokens=NEW_TOKENS, do_sample=False)[0, ids.shape[1] :]
+            assert len(tokens) == NEW_TOKENS  # none of the texts here ends early
+            assert dense or all(row.blocks for layer in cache.layers for row in layer.rows)
+            self.answers[key] = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return self.answers[key]
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +125,7 @@ def running_server(folder: str, log: Path, *options: str):
         yield found[1]
         assert process.poll() is None, f"the server has died: {log.read_text()}"
     finally:
-        process.send_signal(signal.SIGINT)
+        process.terminate()
         try:
             process.wait(20)
         except subprocess.TimeoutExpired:
@@ -176,7 +177,7 @@ def stream(address: str, model: str, messages: list[dict]) -> list[str]:
 
 def test_the_chat_template_writes_a_conversation_as_a_python_file():
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
-    assert tokenizer.chat_template == CHAT_TEMPLATE.removesuffix("\n") or tokenizer.chat_template == CHAT_TEMPLATE
+    assert Path(BUNDLED, "chat_template.jinja").read_text() == CHAT_TEMPLATE
     messages = [
         {"role": "system", "content": "Text files."},
         {"role": "user", "content": "Read a file.\nReturn its lines."},
@@ -184,8 +185,8 @@ def test_the_chat_template_writes_a_conversation_as_a_python_file():
         {"role": "user", "content": " Count them.\n"},
     ]
     text = (
-        '<|endoftext|>"""Text files."""\n\n# Read a file.\n# Return its lines.\n'
-        "def read(path):\n    return open(path).readlines()\n\n# Count them.\n"
+        '<|endoftext|>"""Text files."""\n\n\n"""Read a file.\nReturn its lines."""\n\n\n'
+        'def read(path):\n    return open(path).readlines()\n\n\n"""Count them."""\n\n\n'
     )
     assert tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == text
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
@@ -198,9 +199,14 @@ def test_the_chat_template_writes_a_conversation_as_a_python_file():
         tokenizer.apply_chat_template([{"role": "tool", "content": "1"}], tokenize=False)
 
 
+def test_retraining_keeps_the_chat_template():
+    tokenizer = train_tokenizer([Document("one", "def f():\n    return 1\n")])
+    assert tokenizer.apply_chat_template([SYSTEM], tokenize=False).startswith('<|endoftext|>"""Tools that read')
+
+
 def test_a_pipeline_takes_chat_messages(local):
     generate = pipeline("text-generation", model=local.model, tokenizer=local.tokenizer)
-    messages = [SYSTEM, ASK, {"role": "assistant", "content": "import os"}, ASK_MORE]
+    messages = CONVERSATIONS[1]
     replied = generate(messages, max_new_tokens=NEW_TOKENS, do_sample=False)[0]["generated_text"]
     assert replied[:-1] == messages
     assert replied[-1] == {"role": "assistant", "content": local.answer(messages)}
@@ -214,34 +220,34 @@ def test_models_lists_what_is_served(server, checkpoint):
 
 
 def test_a_chat_of_two_turns_goes_through_the_packed_cache(server, checkpoint, local):
-    messages = [SYSTEM, ASK]
+    messages = [SYSTEM, KEEP]
     first = chat(server, checkpoint, messages)
     assert first == local.answer(messages)
-    messages = [*messages, {"role": "assistant", "content": first}, ASK_MORE]
+    messages = [*messages, {"role": "assistant", "content": first}, READ]
     second = chat(server, checkpoint, messages)
     assert second == local.answer(messages)
     # Two bits change the answers, so they cannot have come through a cache of dense keys and values.
-    assert second != local.answer(messages, DynamicCache())
+    assert first != local.answer([SYSTEM, KEEP], dense=True)
     # Nothing of a request is left in the next one.
-    assert chat(server, checkpoint, [SYSTEM, ASK]) == first
+    assert chat(server, checkpoint, [SYSTEM, KEEP]) == first
 
 
 def test_a_chat_is_streamed(server, checkpoint, local):
-    messages = [SYSTEM, ASK]
+    messages = [SYSTEM, KEEP]
     pieces = stream(server, checkpoint, messages)
     assert len(pieces) > NEW_TOKENS // 2
     assert "".join(pieces) == local.answer(messages)
 
 
 def test_the_stream_is_server_sent_events(server, local):
-    body = {"messages": [SYSTEM, ASK], "max_tokens": NEW_TOKENS, "temperature": 0, "stream": True}
+    body = {"messages": [SYSTEM, KEEP], "max_tokens": NEW_TOKENS, "temperature": 0, "stream": True}
     status, text = post(server, "/v1/chat/completions", body)
     assert status == 200
     *events, end = text.split("\n\n")
     assert end == "" and all(event.startswith("data: ") for event in events)
     choices = [json.loads(event.removeprefix("data: "))["choices"][0] for event in events]
     assert choices[0]["delta"] == {"role": "assistant"}
-    assert "".join(choice["delta"].get("content", "") for choice in choices) == local.answer([SYSTEM, ASK])
+    assert "".join(choice["delta"].get("content", "") for choice in choices) == local.answer([SYSTEM, KEEP])
     assert choices[-1]["finish_reason"] == "length"
 
 
@@ -251,40 +257,39 @@ def test_a_completion_goes_on_with_code(server, checkpoint, local):
 
 
 def test_requests_at_once_do_not_meet(server, checkpoint, local):
-    conversations = [[SYSTEM, ASK], [SYSTEM, ASK_MORE], [SYSTEM, ASK, ASK_MORE]]
-    expected = [local.answer(messages) for messages in conversations]
+    expected = [local.answer(messages) for messages in CONVERSATIONS]
     assert len(set(expected)) == len(expected)
     with ThreadPoolExecutor(3) as pool:
-        streamed = pool.submit(stream, server, checkpoint, conversations[0])
-        whole = [pool.submit(chat, server, checkpoint, messages) for messages in conversations[1:]]
+        streamed = pool.submit(stream, server, checkpoint, CONVERSATIONS[0])
+        whole = [pool.submit(chat, server, checkpoint, messages) for messages in CONVERSATIONS[1:]]
         answers = ["".join(streamed.result(REQUEST_SECONDS)), *(job.result(REQUEST_SECONDS) for job in whole)]
     assert answers == expected
 
 
 def test_a_reader_who_leaves_ends_the_answer(server, checkpoint, local):
-    options = {"messages": [SYSTEM, ASK], "max_tokens": 1500, "temperature": 0, "stream": True}
+    options = {"messages": [SYSTEM, KEEP], "max_tokens": 1500, "temperature": 0, "stream": True}
     with client(server).chat.completions.create(model=checkpoint, **options) as chunks:
         next(iter(chunks))
     # Fifteen hundred tokens would take minutes.
-    assert chat(server, checkpoint, [SYSTEM, ASK]) == local.answer([SYSTEM, ASK])
+    assert chat(server, checkpoint, [SYSTEM, KEEP]) == local.answer([SYSTEM, KEEP])
 
 
 @pytest.mark.parametrize(
     ("body", "status", "message"),
     [
         (b"{", 422, "json_invalid"),
-        ({"messages": [ASK], "colour": "red"}, 422, "Unexpected fields in the request: {'colour'}"),
-        ({"messages": [ASK], "model": "other"}, 400, "requested 'other'"),
+        ({"messages": [KEEP], "colour": "red"}, 422, "Unexpected fields in the request: {'colour'}"),
+        ({"messages": [KEEP], "model": "other"}, 400, "requested 'other'"),
         ({"messages": [{"role": "tool", "content": "1"}]}, 500, "Internal Server Error"),
     ],
 )
 def test_a_bad_request_is_refused_and_the_server_lives(server, local, body, status, message):
     got, text = post(server, "/v1/chat/completions", body)
     assert got == status and message in text
-    body = {"messages": [SYSTEM, ASK], "max_tokens": NEW_TOKENS, "temperature": 0}
+    body = {"messages": [SYSTEM, KEEP], "max_tokens": NEW_TOKENS, "temperature": 0}
     status, text = post(server, "/v1/chat/completions", body)
     assert status == 200
-    assert json.loads(text)["choices"][0]["message"]["content"] == local.answer([SYSTEM, ASK])
+    assert json.loads(text)["choices"][0]["message"]["content"] == local.answer([SYSTEM, KEEP])
 
 
 def test_a_dense_model_is_refused():
@@ -313,8 +318,7 @@ def generate_batch(model: PreTrainedModel, prompts: list[list[int]]) -> list[lis
     return [result.generated_tokens for result in results.values()]
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("use_kivi", [True, False])
+@pytest.mark.parametrize(("use_kivi", "attention"), [(True, "sdpa"), (True, "eager"), (False, "sdpa")])
 def test_continuous_batching_attends_to_dense_pages(tmp_path, use_kivi, attention, recwarn):
     """The tokens are those of the same factors with a `DynamicCache`, and a warning says that nothing is packed."""
     fields = {"use_kivi": use_kivi, "residual_length": 8, "group_size": 8, "k_bits": 2, "v_bits": 2}
@@ -337,12 +341,11 @@ def test_continuous_batching_attends_to_dense_pages(tmp_path, use_kivi, attentio
 
 
 def test_a_server_with_continuous_batching(checkpoint, local, tmp_path):
-    conversations = [[SYSTEM, ASK], [SYSTEM, ASK_MORE], [SYSTEM, ASK, ASK_MORE]]
     pages = [f"--cb-{name.replace('_', '-')}={value}" for name, value in PAGES.items()]
     log = tmp_path / "server.log"
     with running_server(checkpoint, log, "--continuous-batching", *pages) as server, ThreadPoolExecutor(3) as pool:
-        streamed = pool.submit(stream, server, checkpoint, conversations[0])
-        whole = [pool.submit(chat, server, checkpoint, messages) for messages in conversations[1:]]
+        streamed = pool.submit(stream, server, checkpoint, CONVERSATIONS[0])
+        whole = [pool.submit(chat, server, checkpoint, messages) for messages in CONVERSATIONS[1:]]
         answers = ["".join(streamed.result(REQUEST_SECONDS)), *(job.result(REQUEST_SECONDS) for job in whole)]
-    assert answers == [local.answer(messages, DynamicCache()) for messages in conversations]
+    assert answers == [local.answer(messages, dense=True) for messages in CONVERSATIONS]
     assert "keys and values lie dense in the library's pages" in log.read_text()
