@@ -8,7 +8,7 @@
 MODEL is a checkpoint folder that is split already; its config.json says what the cache stores. Every request gets a
 KIVILatentCache of its own, for prompt and answer; requests to one model wait for each other. With --continuous-batching
 they run together, over the library's pages: keys and values made of the same latents, not quantized, and as large as
-the dense model's. The options are those of `transformers serve`:
+the dense model's (Ctrl-C twice then, the library's thread outlives the first). The options of `transformers serve`:
 """
 
 import sys
@@ -25,16 +25,16 @@ from modeling_alrd_llama import ALRDLlamaForCausalLM
 class LatentModelManager(model_manager.ModelManager):
     """The library's, for latent models only; the models that it lists are those that it can serve."""
 
-    def load_model_and_processor(self, *args, **kwargs):
+    def load_model_and_processor(self, model_id_and_revision: str, *args, **kwargs):
         """As the library's.
 
         Raises:
             ValueError: The model is of another class, which the library would serve with a cache of its own.
         """
-        model, processor = super().load_model_and_processor(*args, **kwargs)
+        model, processor = super().load_model_and_processor(model_id_and_revision, *args, **kwargs)
         if not isinstance(model, ALRDLlamaForCausalLM):
             raise ValueError(
-                f"model={args[0]!r}: a {type(model).__name__}, must be a split checkpoint; make one with "
+                f"model={model_id_and_revision!r}: a {type(model).__name__}, must be a split checkpoint; make one with "
                 "scripts/calibrate_svd_ranks.py, or serve this one with `transformers serve`"
             )
         return model, processor
