@@ -1,6 +1,7 @@
 """Llama, Mistral or Qwen2 with low-rank key and value projections, whose latents live in a `KIVILatentCache`."""
 
 import threading
+import warnings
 from dataclasses import dataclass, fields
 
 import torch
@@ -532,6 +533,15 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
             model_kwargs["past_key_values"] = self.create_kivi_cache()
             return
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """As the library's, whose cache of its own holds keys and values made of the latents: right, but not packed."""
+        if self.config.use_kivi:
+            warnings.warn(
+                "continuous batching: keys and values lie dense in the library's pages, not in a KIVILatentCache",
+                stacklevel=2,
+            )
+        return super().init_continuous_batching(*args, **kwargs)
 
     @classmethod
     def from_dense(
