@@ -717,13 +717,14 @@ class FixedLatentLayer(KIVILatentLayer):
             raise ValueError(f"tokens_to_remove={tokens_to_remove}: must be 0 or negative, the slots to remove")
         if not self.is_fed or tokens_to_remove == 0:
             return
-        removed = torch.full((self.store.batch,), -tokens_to_remove, device=self.device)
+        removed, pads_left = torch.full((self.store.batch,), -tokens_to_remove, device=self.device), self.pads
         if any(self.pads):
             left = self.slots + tokens_to_remove
             cut = [sum(max(0, stop - max(start, left)) for start, stop in pads) for pads in self.pads]
             removed -= torch.tensor(cut, device=self.device)
-            self.pads = [tuple((a, min(b, left)) for a, b in pads if a < left) for pads in self.pads]
+            pads_left = [tuple((a, min(b, left)) for a, b in pads if a < left) for pads in self.pads]
         self.store.crop(removed)
+        self.pads = pads_left
 
     def reset(self) -> None:
         """Forget every token; the allocation stays, for as many rows."""
