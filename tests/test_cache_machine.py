@@ -263,24 +263,27 @@ def check_bytes(layer: KIVILatentLayer, model: SimulatedLayer) -> None:
     assert layer.nbytes >= layer.nbytes_used
 
 
-def check_pools(caches: list[KIVILatentCache]) -> None:
-    """Every slot of a pool is free, or referred to as often as the rows of all caches say; slack is at most a quarter.
+def check_pools(caches: list[KIVILatentCache], freed: bool = False) -> None:
+    """The blocks of a pool are those that rows of the caches refer to, free slots are others, slack is a quarter.
 
-    The caches share pools, or not; of a cache that has a pool of its own, the bytes are those of its storages.
+    Caches share pools if they are forks of one another; `freed`: some have been thrown away, which gives their slots
+    back but not their slack, until another of the caches is edited.
     """
     users: dict[int, list[KIVILatentLayer]] = {}
     for layer in (layer for cache in caches for layer in cache.layers if layer.is_initialized):
         users.setdefault(id(layer.pool), []).append(layer)
     for layers in users.values():
-        pool, used = layers[0].pool, [slot for layer in layers for row in layer.rows for slot in row.blocks]
-        assert pool.references == [used.count(slot) for slot in range(len(pool.references))]
-        assert sorted(pool.free) == [slot for slot, references in enumerate(pool.references) if references == 0]
-        assert len(pool.references) <= pool.used + pool.used // 4
+        pool, live = layers[0].pool, {slot for layer in layers for row in layer.rows for slot in row.blocks}
+        assert pool.live() == live and pool.used == len(live)
+        assert len(pool.free) == len(set(pool.free)) and set(pool.free) <= set(range(pool.capacity)) - live
+        if freed and pool.capacity > pool.used + pool.used // 4:
+            pool.trim()
+        assert pool.capacity <= pool.used + pool.used // 4
         for fields in pool.storage.values():
-            assert {len(tensor) for tensor in fields.values()} <= {len(pool.references)}
-        plain = not layers[0].scheme.keys.tiers and not layers[0].scheme.values.static  # codecs without tensors
-        if len(layers) == 1 and plain:
-            assert layers[0].nbytes == storage_nbytes(layers[0])
+            assert {len(tensor) for tensor in fields.values()} <= {pool.capacity}
+    if all(layer.scheme.keys.tiers is None and not layer.scheme.values.static for c in caches for layer in c.layers):
+        # Other codecs have tensors of their own.
+        assert KIVILatentCache.nbytes_together(*caches) == storage_nbytes([cache.layers for cache in caches])
 
 
 # ---- the machine
@@ -294,6 +297,7 @@ class Machine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.pairs: list[Pair] = []
+        self.freed = False
 
     @initialize(setting=settings_of_caches)
     def start(self, setting: Setting) -> None:
@@ -409,6 +413,7 @@ class Machine(RuleBasedStateMachine):
     @rule(number=numbers)
     def forget(self, number):
         self.pairs.pop(number % len(self.pairs))
+        self.freed = True
 
     # ---- after every step
 
@@ -419,7 +424,7 @@ class Machine(RuleBasedStateMachine):
         self.check_pools()
 
     def check_pools(self) -> None:
-        check_pools([pair.cache for pair in self.pairs])
+        check_pools([pair.cache for pair in self.pairs], self.freed)
 
 
 class GrowingMachine(Machine):
@@ -441,6 +446,17 @@ class GrowingMachine(Machine):
         pair.cache.batch_select_indices(torch.tensor(indices))
         for model in pair.layers:
             model.select(indices)
+
+    @precondition(lambda self: len(self.pairs) < MOST_CACHES)
+    @rule(number=Machine.numbers)
+    def fork(self, number):
+        pair = self.pair(number)
+        before = KIVILatentCache.nbytes_together(*(p.cache for p in self.pairs))
+        self.keep(pair.beside(pair.cache.fork()))
+        exact = sum(t.nbytes for layer in pair.cache.layers for t in layer._exact.values())
+        tables = sum(layer.block_table().nbytes for layer in pair.cache.layers if layer.is_initialized)
+        assert KIVILatentCache.nbytes_together(*(p.cache for p in self.pairs)) <= before + exact + tables
+        self.freed = True  # one of the two may let go blocks that the other holds
 
     @precondition(lambda self: len(self.pairs) < MOST_CACHES)
     @rule(number=Machine.numbers)
