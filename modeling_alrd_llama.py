@@ -346,7 +346,9 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
             scheme, tiered = config_schemes(self.config, **{n: settings.pop(n) for n in names if n in settings})
             settings |= {n: getattr(scheme, n) for n in names}
             settings["layer_schemes"] = tiered | (settings.get("layer_schemes") or {})
-        return create_kivi_cache(**settings, static_scales=self._static_scales(), config=self.config)
+        cache = create_kivi_cache(**settings, static_scales=self._static_scales(), config=self.config)
+        cache.bind(self.get_decoder())
+        return cache
 
     def _static_scales(self) -> dict[int, dict]:
         """Calibrated scales that the checkpoint brings, by layer and side."""
@@ -409,6 +411,8 @@ class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):
     ) -> BaseModelOutputWithPast:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if not past_key_values.is_bound:
+            past_key_values.bind(self)
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         positions, real, lengths = self._place_tokens(hidden_states, attention_mask, position_ids, past_key_values)
         position_embeddings = self.rotary_emb(hidden_states, position_ids=positions)
@@ -424,17 +428,18 @@ class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):
         if not step.has_past:
             causal_mask = create_causal_mask(self.config, hidden_states, attention_mask, past_key_values=None)
 
-        for layer in self.layers:
-            hidden_states = layer(
-                hidden_states,
-                attention_mask=causal_mask,
-                position_ids=step.positions,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
-                position_embeddings=position_embeddings,
-                latent_step=step,
-                **kwargs,
-            )
+        with past_key_values.all_or_nothing():
+            for layer in self.layers:
+                hidden_states = layer(
+                    hidden_states,
+                    attention_mask=causal_mask,
+                    position_ids=step.positions,
+                    past_key_values=past_key_values,
+                    use_cache=use_cache,
+                    position_embeddings=position_embeddings,
+                    latent_step=step,
+                    **kwargs,
+                )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
     def _place_tokens(self, embeds, attention_mask, position_ids, cache: KIVILatentCache):

@@ -1,6 +1,10 @@
-"""A pool of immutable quantized blocks, written once and shared by reference counts."""
+"""A pool of immutable quantized blocks, written once and shared by all rows, and caches, that refer to them."""
 
+import threading
+from collections.abc import Iterable
 from functools import partial
+from typing import Protocol
+from weakref import WeakSet
 
 import torch
 
@@ -8,110 +12,154 @@ from modules.codecs import BlockCodec, Fields, block_nbytes
 from modules.kernels.packed import PackedSide
 
 
-class BlockPool:
-    """Slots for blocks that are written once, with reference counts; one slot holds a block of both sides.
+class BlockOwner(Protocol):
+    """Who refers to blocks of a pool: the layer of a cache."""
 
-    The storages grow by copying, to an eighth more than is needed, so that an append is amortised O(1); blocks that are
-    released leave slack of at most a quarter (`trim`).
+    def block_slots(self) -> Iterable[int]:
+        """Slots that are referred to."""
+
+    def move_blocks(self, moved: dict[int, int]) -> None:
+        """Take note that blocks have other slots now."""
+
+
+class BlockPool:
+    """Slots for blocks that are written once; one slot holds a block of both sides.
+
+    A block lives as long as an owner refers to it: nothing is counted, the owners are asked when room is needed.
+    Several threads may each have an owner of their own; what an owner does with slots it does while it holds the
+    `lock`.
+
+    The storages grow by copying, to an eighth more than is needed, so that an append is amortised O(1); blocks that
+    nobody refers to leave slack of at most a quarter (`trim`).
 
     Args:
         codecs: Codec of each side, `{"keys": …, "values": …}`.
         device: Where the slots live.
-        slots: Rooms of a pool of a fixed size, whose owner says what is in which (`modules/fixed_cache.py`).
+        capacity: Slots to begin with; all that there ever are in a pool without owners (`modules/fixed_cache.py`).
     """
 
-    def __init__(self, codecs: dict[str, BlockCodec], device: torch.device, slots: int = 0):
-        self.codecs = codecs
+    def __init__(self, codecs: dict[str, BlockCodec], device: torch.device, capacity: int = 0):
+        self.codecs, self.capacity = codecs, capacity
         self.storage = {
             side: {
-                name: torch.empty((slots, *shape), dtype=dtype, device=device)
+                name: torch.empty((capacity, *shape), dtype=dtype, device=device)
                 for name, (shape, dtype) in codec.fields().items()
             }
             for side, codec in codecs.items()
         }
-        self.references: list[int] = []
+        #: Slots that may be written; others may have become free since.
         self.free: list[int] = []
         self._sides: tuple[PackedSide, ...] | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        self.owners: WeakSet[BlockOwner] = WeakSet()
+        self.lock = threading.RLock()
+
+    def __getstate__(self) -> dict:
+        """A copy has no owners; those that are copied with it say so themselves."""
+        return {name: value for name, value in vars(self).items() if name not in ("owners", "lock")}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self._begin()
+
+    def live(self) -> set[int]:
+        """Slots that somebody refers to."""
+        with self.lock:
+            return {slot for owner in self.owners for slot in owner.block_slots()}
 
     @property
     def used(self) -> int:
         """Blocks that somebody refers to."""
-        return len(self.references) - len(self.free)
+        return len(self.live())
 
     @property
     def slot_nbytes(self) -> int:
         return sum(block_nbytes(codec) for codec in self.codecs.values())
 
+    def tensors(self) -> list[torch.Tensor]:
+        """The storages of all fields, `[capacity, …]` each."""
+        return [tensor for fields in self.storage.values() for tensor in fields.values()]
+
     @property
     def nbytes(self) -> int:
         """Bytes of the storages, slack included."""
-        return sum(t.untyped_storage().nbytes() for fields in self.storage.values() for t in fields.values())
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors())
 
     def encode(self, states: dict[str, torch.Tensor], score: torch.Tensor | None = None) -> dict[str, Fields]:
         """Quantize `[N, T, C]` states of each side without storing them; `score` `[N, T]`: see `BlockCodec.encode`."""
         return {side: self.codecs[side].encode(states[side], score) for side in self.codecs}
 
-    def write(self, encoded: dict[str, Fields]) -> tuple[int, ...]:
-        """Store encoded blocks in free slots, each with one reference; returns the slots."""
-        count = len(next(iter(next(iter(encoded.values())).values())))
-        missing = count - len(self.free)
-        if missing > 0:
-            needed = len(self.references) + missing
-            self._resize(torch.arange(len(self.references)), needed + needed // 8)
-        slots = [self.free.pop() for _ in range(count)]
-        for side, fields in encoded.items():
-            for name, tensor in fields.items():
-                self.storage[side][name][slots] = tensor
-        self.retain(slots)
-        return tuple(slots)
+    def write(self, *batches: dict[str, Fields]) -> list[tuple[int, ...]]:
+        """Store batches of encoded blocks in free slots; returns the slots of each.
 
-    def read(self, side: str, slots: torch.Tensor) -> torch.Tensor:
-        """Dequantized states `[*slots.shape, T, C]` of a tensor of slots."""
-        return self.codecs[side].decode({name: t[slots] for name, t in self.storage[side].items()})
+        An owner refers to them before the next call and before it lets the `lock` go; else they are free again.
+        """
+        counts = [len(next(iter(next(iter(encoded.values())).values()))) for encoded in batches]
+        if sum(counts) > len(self.free):
+            live = self._sweep()
+            if sum(counts) > len(self.free):
+                needed = len(live) + sum(counts)
+                self._resize(torch.arange(self.capacity), needed + needed // 8)
+        free, written = list(self.free), []
+        for encoded, count in zip(batches, counts):
+            slots = [free.pop() for _ in range(count)]
+            for side, fields in encoded.items():
+                for name, tensor in fields.items():
+                    self.storage[side][name][slots] = tensor
+            written.append(tuple(slots))
+        self.free = free
+        return written
 
     def sides(self) -> tuple[PackedSide, ...]:
         """Keys and values of all slots, as attention reads them."""
         if self._sides is None:
-            self._sides = tuple(self._side(side) for side in self.codecs)
+            self._sides = tuple(self._side(codec, self.storage[side]) for side, codec in self.codecs.items())
         return self._sides
 
-    def _side(self, side: str) -> PackedSide:
-        codec, read = self.codecs[side], partial(self.read, side)
+    @staticmethod
+    def _side(codec: BlockCodec, storage: Fields) -> PackedSide:
+        storage = dict(storage)  # whoever reads keeps what there was, even if the pool is resized meanwhile
+        read = partial(_read, codec, storage)
         if not hasattr(codec, "parts"):  # a quantizer of a user's own
             return PackedSide(read)
-        return PackedSide(read, codec.parts(self.storage[side]), codec.stored_channels)
+        return PackedSide(read, codec.parts(storage), codec.stored_channels)
 
-    def retain(self, slots) -> None:
-        for slot in slots:
-            self.references[slot] += 1
+    def _sweep(self) -> set[int]:
+        """Find the free slots, the lowest last; returns the others."""
+        live = self.live()
+        self.free = [slot for slot in reversed(range(self.capacity)) if slot not in live]
+        return live
 
-    def release(self, slots) -> None:
-        for slot in slots:
-            self.references[slot] -= 1
-            if self.references[slot] == 0:
-                self.free.append(slot)
-
-    def trim(self) -> dict[int, int]:
-        """Give back slack beyond a quarter of what is used; returns where each block has moved."""
-        live = [slot for slot, references in enumerate(self.references) if references]
-        if len(self.references) <= len(live) + len(live) // 4:
-            return {slot: slot for slot in live}
-        references = [self.references[slot] for slot in live]
-        self.references, self.free = references, []
+    def trim(self) -> None:
+        """Give back slack beyond a quarter of what is used; the owners learn where each block has moved."""
+        live = sorted(self._sweep())
+        if self.capacity <= len(live) + len(live) // 4:
+            return
         self._resize(torch.tensor(live, dtype=torch.long), len(live))
-        return {old: new for new, old in enumerate(live)}
+        moved = {old: new for new, old in enumerate(live)}
+        for owner in self.owners:
+            owner.move_blocks(moved)
 
     def _resize(self, kept: torch.Tensor, capacity: int) -> None:
-        """Reallocate `capacity` slots that start with the `kept` ones."""
-        self._sides = None
-        for fields in self.storage.values():
+        """Reallocate `capacity` slots that start with the `kept` ones; the free ones among the kept stay free."""
+        resized = {}
+        for side, fields in self.storage.items():
             for name, old in fields.items():
                 new = torch.empty((capacity, *old.shape[1:]), dtype=old.dtype, device=old.device)
                 new[: len(kept)] = old if len(kept) == len(old) else old[kept.to(old.device)]
-                fields[name] = new
-        added = range(len(self.references), capacity)
-        self.references.extend(0 for _ in added)
-        self.free.extend(reversed(added))
+                resized[side, name] = new
+        for (side, name), new in resized.items():
+            self.storage[side][name] = new
+        free = self.free if len(kept) == self.capacity else []
+        self.free = [*reversed(range(len(kept), capacity)), *free]
+        self.capacity, self._sides = capacity, None
 
 
-__all__ = ["BlockPool"]
+def _read(codec: BlockCodec, storage: Fields, slots: torch.Tensor) -> torch.Tensor:
+    """Dequantized states `[*slots.shape, T, C]` of a tensor of slots."""
+    return codec.decode({name: t[slots] for name, t in storage.items()})
+
+
+__all__ = ["BlockOwner", "BlockPool"]

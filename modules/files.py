@@ -14,6 +14,8 @@ def save_tensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor], meta
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata=metadata)
+        with part.open("rb") as written:
+            os.fsync(written.fileno())  # before the name points to it
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

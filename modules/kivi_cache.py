@@ -9,21 +9,23 @@ The states of a token are a flat vector of channels. Latents `[B, 1, T, r]` are 
 states of any other model lose their heads to the channels, and each head keeps scales of its own.
 """
 
-import json
+import copy
 import os
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property, partial
 
 import torch
-from safetensors import safe_open
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from configuration_alrd_llama import ALRDLlamaConfig, QuantScheme, check_choice, check_count, side_scheme
 from modules.block_pool import BlockPool
+from modules.cache_file import read_cache_file, write_cache_file
 from modules.codecs import StaticScales, block_length, block_nbytes, check_codec, make_codec
-from modules.files import save_tensors
+from modules.fingerprint import differences, model_fingerprint
 from modules.fixed_cache import SIDES, FixedStore, Room, check_fixed
 from modules.kernels import BACKENDS, FUSED_DTYPES, Backend, get_backend
 from modules.kernels.packed import PackedCache, Tile
@@ -121,8 +123,11 @@ class CacheScheme:
         return blocks * (block + TABLE_ENTRY_NBYTES) + exact * sum(map(sum, widths)) * dtype.itemsize
 
 
-#: Kind and version of a saved cache, in the file's metadata.
-_FILE_KEY, _FILE_VERSION = "kivi_latent_cache", 2
+#: Tensors of the calibrated scales of a side.
+STATIC_NAMES = ("scale", "zero_point")
+
+#: Types that states can have.
+STATE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 #: A block costs a row three int32 in its table: slot, first position, valid tokens.
 TABLE_ENTRY_NBYTES = 12
@@ -153,6 +158,47 @@ class Row:
     def tokens(self) -> int:
         return self.sinks + self.packed + self.window
 
+    @classmethod
+    def from_record(cls, record: dict, scheme: CacheScheme, slots: int, blocks: int) -> "Row":
+        """Inverse of `asdict`, for a row of so many slots of a layer of so many packed blocks.
+
+        Raises:
+            ValueError: The record is not that of such a row.
+        """
+        names = {f.name for f in fields(cls)}
+        if not isinstance(record, dict) or set(record) != names:
+            raise ValueError(f"row: must have {', '.join(sorted(names))}")
+        window = scheme.residual_length + scheme.block_length - 1
+        for name, limit in (("sinks", scheme.sink_length), ("window", window)):
+            _check_integers(f"row: {name}", [record[name]], 0, limit)
+        _check_integers("row: blocks", record["blocks"], 0, blocks - 1)
+        _check_integers("row: counts", record["counts"], 1, scheme.block_length)
+        if not isinstance(record["pads"], list):
+            raise ValueError("row: pads must be a list")
+        for pad in record["pads"]:
+            _check_integers("row: pads", pad, 0, slots)
+        edges = [edge for pad in record["pads"] for edge in pad]
+        if edges != sorted(edges) or any(len(pad) != 2 for pad in record["pads"]):
+            raise ValueError("row: pads must be rising ranges")
+        if len(record["blocks"]) != len(record["counts"]):
+            raise ValueError("row: blocks and counts must be as many")
+        pads = tuple(map(tuple, record["pads"]))
+        row = cls(record["sinks"], record["window"], tuple(record["blocks"]), tuple(record["counts"]), pads)
+        if row.tokens + sum(stop - start for start, stop in pads) != slots:
+            raise ValueError(f"row: tokens and pads must be its {slots} slots")
+        return row
+
+
+def storage_nbytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the storages that tensors lie in, each counted once."""
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return sum({(s.device, s.data_ptr()): s.nbytes() for s in storages}.values())
+
+
+def _check_integers(name: str, values: list, low: int, high: int) -> None:
+    if not isinstance(values, list) or not all(type(x) is int and low <= x <= high for x in values):
+        raise ValueError(f"{name}={values!r}: must be integers from {low} to {high}")
+
 
 def _pad_ranges(real: list[bool], offset: int) -> tuple[tuple[int, int], ...]:
     """Half-open ranges of consecutive pads, shifted by `offset`."""
@@ -176,6 +222,8 @@ class KIVILatentLayer(CacheLayerMixin):
     is_compileable = False
     is_croppable = True
 
+    pool: BlockPool | None = None
+
     def __init__(
         self,
         scheme: CacheScheme,
@@ -194,12 +242,19 @@ class KIVILatentLayer(CacheLayerMixin):
         self._clear()
 
     def _clear(self) -> None:
+        if self.pool is not None:
+            self.pool.owners.discard(self)
         self.is_initialized = False
         self.slots = 0
         self.rows: list[Row] = []
-        self.pool: BlockPool | None = None
+        self.pool = None
         self._table: torch.Tensor | None = None
         self._exact: dict[str, torch.Tensor] = {}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        if self.pool is not None:
+            self.pool.owners.add(self)
 
     # ---- appending
 
@@ -211,18 +266,22 @@ class KIVILatentLayer(CacheLayerMixin):
         return self.given_widths or tuple((x.shape[3],) * x.shape[1] for x in states)
 
     def _allocate(self, batch: int, widths: LayerWidths, like: torch.Tensor) -> None:
-        scheme, codecs = self.scheme, self._start(widths, like)
+        codecs = self._start(widths, like)
         self.rows = [Row()] * batch
         self.pool = BlockPool(codecs, self.device)
-        rooms = {"sink": scheme.sink_length, "window": scheme.residual_length + scheme.block_length}
+        self.pool.owners.add(self)
         self._exact = {
             f"{room}_{side}": torch.zeros((batch, length, channels), dtype=self.dtype, device=self.device)
-            for room, length in rooms.items()
+            for room, length in self._rooms().items()
             for side, channels in self.channels.items()
         }
         if self.score is not None:
-            self._exact["window_score"] = torch.zeros((batch, rooms["window"]), device=self.device)
+            self._exact["window_score"] = torch.zeros((batch, self._rooms()["window"]), device=self.device)
         self.is_initialized = True
+
+    def _rooms(self) -> dict[str, int]:
+        """Tokens for which there is room in full precision."""
+        return {"sink": self.scheme.sink_length, "window": self.scheme.residual_length + self.scheme.block_length}
 
     def _start(self, widths: LayerWidths, like: torch.Tensor) -> dict:
         """Settle widths, type, device and back end; returns the quantizers."""
@@ -260,10 +319,9 @@ class KIVILatentLayer(CacheLayerMixin):
         self._append(keys, values, real, widths, received)
 
     def _append(self, keys, values, real, widths: LayerWidths, received=None) -> None:
-        keys, values, fresh = keys.detach(), values.detach(), not self.is_initialized
-        scores = self._exact.get("window_score")
+        keys, values, mark = keys.detach(), values.detach(), self.mark()
         try:
-            if fresh:
+            if not self.is_initialized:
                 self._allocate(len(keys), widths, keys)
             self._check_states(keys, values, real)
             states = {"keys": keys, "values": values}
@@ -273,13 +331,27 @@ class KIVILatentLayer(CacheLayerMixin):
                 self._append_one(states)
             else:
                 self._append_many(states, real)
-        except Exception:
-            if scores is not None:
-                self._exact["window_score"] = scores
-            if fresh:
-                self._clear()
+        except BaseException:
+            self.return_to(mark)
             raise
         self.slots += keys.shape[1]
+
+    def mark(self) -> tuple | None:
+        """What `return_to` takes to forget the appends that are still to come; nothing else may come between."""
+        return (self.slots, self.rows, self._exact) if self.is_initialized else None
+
+    def return_to(self, mark: tuple | None) -> None:
+        """Forget what was appended since the mark. An append changes no list and no token that it found."""
+        if mark is None:
+            self._clear()
+            return
+        self.slots, rows, self._exact = mark
+        with self.pool.lock, suppress(RuntimeError, MemoryError):
+            # The first blocks of a row are those of the mark, wherever they have moved.
+            blocks = (row.blocks for row in self.rows)
+            self.rows = [replace(row, blocks=now[: len(row.blocks)]) for row, now in zip(rows, blocks, strict=True)]
+            self._table = None
+            self.pool.trim()  # takes room to give room back; if there is none, the next edit does it
 
     def _check_states(self, keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor | None = None) -> None:
         for side, states in (("keys", keys), ("values", values)):
@@ -309,10 +381,11 @@ class KIVILatentLayer(CacheLayerMixin):
             raise ValueError(f"received: {list(received.shape)} must be [{len(keys)}, positions up to {longest}]")
         received = received.detach()
         new = keys.new_zeros(keys.shape[:2], dtype=torch.float32)
-        self._exact["window_score"] = self._exact["window_score"].clone()
+        scores = self._exact["window_score"].clone()
+        self._exact = self._exact | {"window_score": scores}
         for i, row in enumerate(self.rows):
             start, stop = row.sinks + row.packed, row.tokens
-            self._exact["window_score"][i, : row.window] += received[i, start:stop]
+            scores[i, : row.window] += received[i, start:stop]
             tokens = slice(None) if real is None else real[i].to(keys.device)
             new[i, tokens] = received[i, stop : stop + len(new[i, tokens])]
         return new
@@ -348,22 +421,24 @@ class KIVILatentLayer(CacheLayerMixin):
             kept = {name: x[flushed * length :] for name, x in stream.items()}
             plans.append((sinks, self.pool.encode(due, due.get("score")) if flushed else None, kept))
 
-        for index, (sinks, encoded, kept) in enumerate(plans):
-            row = self.rows[index]
-            slots = self.pool.write(encoded) if encoded else ()
-            for side, x in sinks.items():
-                self._exact[f"sink_{side}"][index, row.sinks : row.sinks + len(x)] = x
-            for name, x in kept.items():
-                self._exact[f"window_{name}"][index, : len(x)] = x
-            pads = () if real is None else _pad_ranges(real[index].tolist(), self.slots)
-            self.rows[index] = Row(
-                sinks=row.sinks + len(sinks["keys"]),
-                window=len(kept["keys"]),
-                blocks=row.blocks + slots,
-                counts=row.counts + (length,) * len(slots),
-                pads=row.pads + pads,
-            )
-        self._table = None
+        exact = {name: tensor.clone() for name, tensor in self._exact.items()}
+        with self.pool.lock:
+            rows, written = list(self.rows), iter(self.pool.write(*[encoded for _, encoded, _ in plans if encoded]))
+            for index, (sinks, encoded, kept) in enumerate(plans):
+                row, slots = rows[index], next(written) if encoded else ()
+                for side, x in sinks.items():
+                    exact[f"sink_{side}"][index, row.sinks : row.sinks + len(x)] = x
+                for name, x in kept.items():
+                    exact[f"window_{name}"][index, : len(x)] = x
+                pads = () if real is None else _pad_ranges(real[index].tolist(), self.slots)
+                rows[index] = Row(
+                    sinks=row.sinks + len(sinks["keys"]),
+                    window=len(kept["keys"]),
+                    blocks=row.blocks + slots,
+                    counts=row.counts + (length,) * len(slots),
+                    pads=row.pads + pads,
+                )
+            self.rows, self._exact, self._table = rows, exact, None
 
     # ---- reading
 
@@ -400,7 +475,8 @@ class KIVILatentLayer(CacheLayerMixin):
         """What new tokens attend to: all that is cached, and the `new` tokens themselves."""
         if not self.is_initialized:
             return PackedCache(after=new)
-        table = self.block_table()
+        with self.pool.lock:  # both of the same state of the pool
+            table, sides = self.block_table(), self.pool.sides()
         full = {row.counts for row in self.rows} == {(self.scheme.block_length,) * table.shape[2]}
         sinks = self._exact_tile("sink", [0 for _ in self.rows], [row.sinks for row in self.rows])
         window = self._exact_tile(
@@ -408,7 +484,6 @@ class KIVILatentLayer(CacheLayerMixin):
         )
         if not table.shape[2]:
             return PackedCache(sinks, window + new)
-        sides = self.pool.sides()
         return PackedCache(sinks, window + new, *sides, self.scheme.block_length, table, full)
 
     def tiles(self, tokens: int = 256) -> Iterator[Tile]:
@@ -473,17 +548,25 @@ class KIVILatentLayer(CacheLayerMixin):
 
     def _select(self, indices: list[int]) -> None:
         """Make row i a copy of row `indices[i]`: an edit of the table, unless much room is to be freed."""
-        old, self.rows = self.rows, [self.rows[i] for i in indices]
-        for row in self.rows:
-            self.pool.retain(row.blocks)
-        for row in old:
-            self.pool.release(row.blocks)
         index = torch.tensor(indices, dtype=torch.long, device=self.device)
-        self._exact = {name: exact.index_select(0, index) for name, exact in self._exact.items()}
-        self._trim()
+        exact = {name: tensor.index_select(0, index) for name, tensor in self._exact.items()}
+        with self.pool.lock:
+            self._edit([self.rows[i] for i in indices], exact, self.slots)
 
-    def _trim(self) -> None:
-        moved = self.pool.trim()
+    def _edit(self, rows: list[Row], exact: dict[str, torch.Tensor], slots: int) -> None:
+        """Take other rows, of blocks that this layer refers to, and give back room; or, if that fails, none of it."""
+        before = self.rows, self._exact, self.slots
+        self.rows, self._exact, self.slots, self._table = rows, exact, slots, None
+        try:
+            self.pool.trim()
+        except BaseException:
+            self.rows, self._exact, self.slots = before
+            raise
+
+    def block_slots(self) -> Iterator[int]:
+        return (slot for row in self.rows for slot in row.blocks)
+
+    def move_blocks(self, moved: dict[int, int]) -> None:
         self.rows = [replace(row, blocks=tuple(moved[slot] for slot in row.blocks)) for row in self.rows]
         self._table = None
 
@@ -514,11 +597,11 @@ class KIVILatentLayer(CacheLayerMixin):
             )
         if tokens_to_remove and self.is_initialized:
             slots = self.slots + tokens_to_remove
-            self.rows = [self._cropped(row, slots) for row in self.rows]
-            self.slots = slots
-            self._trim()
+            with self.pool.lock:
+                self._edit([self._cropped(row, slots) for row in self.rows], self._exact, slots)
 
-    def _cropped(self, row: Row, slots: int) -> Row:
+    @staticmethod
+    def _cropped(row: Row, slots: int) -> Row:
         pads = tuple((start, min(stop, slots)) for start, stop in row.pads if start < slots)
         left = slots - sum(stop - start for start, stop in pads)
         sinks = min(left, row.sinks)
@@ -529,80 +612,120 @@ class KIVILatentLayer(CacheLayerMixin):
                 break
             counts.append(min(count, left))
             left -= counts[-1]
-        self.pool.release(row.blocks[len(counts) :])
         return Row(sinks, left, row.blocks[: len(counts)], tuple(counts), pads)
 
     def reset(self) -> None:
         """Forget every token and free the memory."""
         self._clear()
 
-    # ---- persistence
+    # ---- copies
+
+    def fork(self) -> "KIVILatentLayer":
+        """A layer that goes on by itself from here and shares the packed blocks."""
+        if not self.is_initialized:
+            return copy.copy(self)
+        with self.pool.lock:
+            forked = copy.copy(self)
+        forked._exact = {name: tensor.clone() for name, tensor in self._exact.items()}
+        return forked
 
     def export(self) -> tuple[dict[str, torch.Tensor], dict]:
         """The tokens held: tensors without slack, and the bookkeeping as JSON types."""
         static = {
-            f"static.{side}.{name}": tensor
+            f"static.{side}.{name}": tensor.clone()
             for side, pair in (self.static_scales or {}).items()
-            for name, tensor in zip(("scale", "zero_point"), pair)
+            for name, tensor in zip(STATIC_NAMES, pair)
         }
         if not self.is_initialized:
             return static, {"slots": 0}
-        live = sorted({slot for row in self.rows for slot in row.blocks})
+        with self.pool.lock:
+            live = sorted(set(self.block_slots()))
+            storage, rows = self.pool.storage, self.rows
+            tensors = {f"{side}.{name}": t[live] for side, fields in storage.items() for name, t in fields.items()}
+        rooms = self._rooms()
+        tensors |= static | {name: exact[:, : rooms[name.split("_")[0]]] for name, exact in self._exact.items()}
         moved = {slot: i for i, slot in enumerate(live)}
-        tensors = {
-            f"{side}.{name}": t[live] for side, fields in self.pool.storage.items() for name, t in fields.items()
-        }
-        tensors.update({name: exact.clone() for name, exact in self._exact.items()})
-        tensors.update(static)
-        rows = [asdict(replace(row, blocks=tuple(moved[slot] for slot in row.blocks))) for row in self.rows]
+        rows = [asdict(replace(row, blocks=tuple(moved[slot] for slot in row.blocks))) for row in rows]
         return tensors, {"slots": self.slots, "widths": self.widths, "rows": rows}
 
     def restore(self, tensors: dict[str, torch.Tensor], record: dict) -> None:
-        """Inverse of `export` for a fresh layer."""
+        """Inverse of `export` for a fresh layer, on the device of the tensors, which it copies.
+
+        Raises:
+            ValueError: Tensors and record are not those of a layer of this scheme; the layer is then empty.
+        """
         self._clear()
+        try:
+            self._restore(dict(tensors), record)
+        except BaseException:
+            self._clear()
+            raise
+
+    def _restore(self, tensors: dict[str, torch.Tensor], record: dict) -> None:
+        def take(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+            tensor = tensors.pop(name, None)
+            if tensor is None or tuple(tensor.shape) != shape or tensor.dtype != dtype:
+                found = "missing" if tensor is None else f"{list(tensor.shape)} of {tensor.dtype}"
+                raise ValueError(f"{name}: {found}, must be {list(shape)} of {dtype}")
+            return tensor.clone()
+
+        names = {"slots", "widths", "rows"} if record.get("slots") else {"slots"}
+        if set(record) != names:
+            raise ValueError(f"record: {sorted(record)} must be {sorted(names)}")
+        _check_integers("slots", [record["slots"]], 0, 2**62)
+        static = {n.split(".")[1]: t for n, t in tensors.items() if n.startswith("static.") and n.endswith(".scale")}
         self.static_scales = {
-            side: (tensors[f"static.{side}.scale"], tensors[f"static.{side}.zero_point"])
-            for side in ("keys", "values")
-            if f"static.{side}.scale" in tensors
+            side: tuple(take(f"static.{side}.{name}", tuple(scale.shape), torch.float32) for name in STATIC_NAMES)
+            for side, scale in static.items()
         }
-        if not record["slots"]:
-            return
-        widths = tuple(tuple(side) for side in record["widths"])
-        self._allocate(len(record["rows"]), widths, tensors["window_keys"])
-        self._exact = {name: tensors[name] for name in self._exact}
-        blocks = {
-            side: {name: tensors[f"{side}.{name}"] for name in codec.fields()}
-            for side, codec in self.pool.codecs.items()
-        }
-        slots = self.pool.write(blocks)
-        self.rows = [
-            Row(
-                sinks=row["sinks"],
-                window=row["window"],
-                blocks=tuple(slots[i] for i in row["blocks"]),
-                counts=tuple(row["counts"]),
-                pads=tuple((start, stop) for start, stop in row["pads"]),
-            )
-            for row in record["rows"]
-        ]
-        for row in self.rows:
-            self.pool.retain(row.blocks)
-        self.pool.release(slots)
-        self.slots = record["slots"]
+        if record["slots"]:
+            window, widths, rows = tensors.get("window_keys"), record["widths"], record["rows"]
+            if window is None or window.dim() != 3 or not len(window) or window.dtype not in STATE_DTYPES:
+                raise ValueError("window_keys: must be [rows, tokens, channels] floats")
+            if not isinstance(widths, list) or len(widths) != 2:
+                raise ValueError("widths: must be those of keys and values")
+            for side in widths:
+                _check_integers("widths", side, 1, 2**31)
+            if not isinstance(rows, list) or len(rows) != len(window):
+                raise ValueError(f"rows: must be the {len(window)} of window_keys")
+            channels = {side: sum(width) for side, width in zip(SIDES, widths)}
+            for side, scale in static.items():
+                if scale.shape != (channels.get(side),):
+                    raise ValueError(f"static.{side}.scale: {list(scale.shape)} must be one for each channel")
+            exact = {
+                f"{room}_{side}": take(f"{room}_{side}", (len(window), length, channels[side]), window.dtype)
+                for room, length in self._rooms().items()
+                for side in SIDES
+            }
+            if self.score is not None:
+                exact["window_score"] = take("window_score", tuple(window.shape[:2]), torch.float32)
+            self._allocate(len(window), tuple(map(tuple, widths)), window)
+            count = len(tensors.get(f"keys.{next(iter(self.pool.codecs['keys'].fields()))}", ()))
+            rows = [Row.from_record(row, self.scheme, record["slots"], count) for row in rows]
+            blocks = {
+                side: {n: take(f"{side}.{n}", (count, *shape), dtype) for n, (shape, dtype) in codec.fields().items()}
+                for side, codec in self.pool.codecs.items()
+            }
+            with self.pool.lock:
+                (slots,) = self.pool.write(blocks)
+                self.rows = [replace(row, blocks=tuple(slots[i] for i in row.blocks)) for row in rows]
+            self.slots, self._exact = record["slots"], exact
+        if tensors:
+            raise ValueError(f"{', '.join(sorted(tensors))}: no such tensor in a layer of this scheme")
 
     # ---- size
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all storages, allocated room included."""
+    def tensors(self) -> list[torch.Tensor]:
+        """All that is allocated."""
         if not self.is_initialized:
-            return 0
-        exact = sum(t.untyped_storage().nbytes() for t in self._exact.values())
-        return self.pool.nbytes + exact + self.block_table().untyped_storage().nbytes() + self._static_nbytes
+            return []
+        static = [tensor for pair in (self.static_scales or {}).values() for tensor in pair]
+        return [*self.pool.tensors(), *self._exact.values(), self.block_table(), *static]
 
     @property
-    def _static_nbytes(self) -> int:
-        return sum(t.nbytes for pair in (self.static_scales or {}).values() for t in pair)
+    def nbytes(self) -> int:
+        """Bytes of all storages, allocated room and blocks shared with forks included."""
+        return storage_nbytes(self.tensors())
 
     @property
     def nbytes_used(self) -> int:
@@ -617,7 +740,8 @@ class KIVILatentLayer(CacheLayerMixin):
         exact += 0 if self.score is None else sum(row.window for row in rows) * 4
         entries = sum(len(row.blocks) for row in rows) * TABLE_ENTRY_NBYTES
         blocks = len({slot for row in rows for slot in row.blocks})
-        return blocks * self.pool.slot_nbytes + exact + entries + self._static_nbytes
+        static = sum(tensor.nbytes for pair in (self.static_scales or {}).values() for tensor in pair)
+        return blocks * self.pool.slot_nbytes + exact + entries + static
 
 
 class FixedLatentLayer(KIVILatentLayer):
@@ -735,9 +859,11 @@ class FixedLatentLayer(KIVILatentLayer):
     def restore(self, tensors: dict[str, torch.Tensor], record: dict) -> None:
         raise ValueError("restore: a saved cache is loaded without a fixed capacity (KIVILatentCache.load)")
 
-    @property
-    def nbytes(self) -> int:
-        return super().nbytes + (self.store.state.nbytes if self.is_initialized else 0)
+    def fork(self) -> "FixedLatentLayer":
+        raise ValueError("fork: a row of a cache of fixed capacity owns its blocks; copy.deepcopy() copies them")
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [*super().tensors(), self.store.state] if self.is_initialized else []
 
 
 class KIVILatentCache(Cache):
@@ -767,6 +893,8 @@ class KIVILatentCache(Cache):
         capacity: int | None = None,
     ):
         self.capacity = capacity
+        self._model: Callable | None = None  # weak reference to the decoder that feeds the cache
+        self._fingerprint: dict | None = None  # of the model that has filled it, if another object or process
         self.scheme = scheme or CacheScheme()
         self.layer_schemes = dict(layer_schemes or {})
         self.static_scales = dict(static_scales or {})
@@ -814,8 +942,68 @@ class KIVILatentCache(Cache):
         """As `row_tokens`; with a fixed capacity `[B]` int32 on the device, which nothing has waited for."""
         return self.layers[0].row_lengths() if self.layers else []
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Write the cache, packed as it is, to a safetensors file; an interrupted save leaves an old file whole."""
+    @contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """What is appended inside is appended to all layers or, if an error comes through, to none.
+
+        A cache of fixed capacity, which keeps its bookkeeping on the device, cannot take an append back: reset it then.
+        """
+        marks = [] if self.capacity is not None else [layer.mark() for layer in self.layers]
+        try:
+            yield
+        except BaseException:
+            for i, layer in enumerate(self.layers if self.capacity is None else ()):
+                layer.return_to(marks[i] if i < len(marks) else None)
+            raise
+
+    # ---- sharing, saving
+
+    def fork(self) -> "KIVILatentCache":
+        """A cache that goes on by itself from here: packed blocks are shared, sinks and window copied.
+
+        Blocks are immutable, so whatever happens to one of the two is not seen by the other; those that nobody refers
+        to any more are freed. Two threads may each use a fork.
+
+        Raises:
+            ValueError: The cache has a fixed capacity.
+        """
+        forked = copy.copy(self)
+        forked.layers = [layer.fork() for layer in self.layers]
+        return forked
+
+    def bind(self, decoder: torch.nn.Module) -> None:
+        """Note the decoder that feeds the cache, for the fingerprint of a saved file.
+
+        Raises:
+            ValueError: The cache was filled by another model.
+        """
+        if self._fingerprint is not None:
+            differing = differences(model_fingerprint(decoder), self._fingerprint)
+            if differing:
+                raise ValueError(f"past_key_values: filled by another model than this one: {'; '.join(differing)}")
+        self._model, self._fingerprint = weakref.ref(decoder), None
+
+    @property
+    def is_bound(self) -> bool:
+        return self._model is not None
+
+    def fingerprint(self) -> dict | None:
+        """Fingerprint of the model that has filled the cache (`modules/fingerprint.py`); `None`: not known."""
+        decoder = self._model() if self._model is not None else None
+        return self._fingerprint if decoder is None else model_fingerprint(decoder)
+
+    def __getstate__(self) -> dict:
+        """A copy in another process knows the model by its fingerprint."""
+        return vars(self) | {"_model": None, "_fingerprint": self.fingerprint()}
+
+    def save(self, path: str | os.PathLike, model: torch.nn.Module | None = None) -> None:
+        """Write the cache, packed as it is, to a safetensors file; an interrupted save leaves an old file whole.
+
+        Args:
+            path: The file (`modules/cache_file.py`).
+            model: The model that has filled the cache, for its fingerprint; an `ALRDLlamaForCausalLM` is known. A file
+                without fingerprint is taken for that of any model.
+        """
         tensors, layers = {}, []
         if self.static_scales:
             self.layer(max(self.static_scales))  # so that each set of scales has a layer to be written with
@@ -824,54 +1012,98 @@ class KIVILatentCache(Cache):
             tensors.update({f"{i}.{name}": tensor for name, tensor in exported.items()})
             layers.append(record)
         header = {
-            "version": _FILE_VERSION,
+            "model": self.fingerprint() if model is None else model_fingerprint(model),
             "scheme": asdict(self.scheme),
             "token_score": "function" if callable(self.token_score) else self.token_score,
             "layer_schemes": {str(i): asdict(scheme) for i, scheme in self.layer_schemes.items()},
             "layers": layers,
         }
-        save_tensors(path, tensors, {_FILE_KEY: json.dumps(header)})
+        write_cache_file(path, header, tensors)
 
     @classmethod
     def load(
         cls,
         path: str | os.PathLike,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | None = None,
         backend: str | None = None,
         token_score: TokenScore | None = None,
+        model: torch.nn.Module | None = None,
+        scheme: CacheScheme | None = None,
     ) -> "KIVILatentCache":
         """Read a cache that `save` has written.
 
         Args:
-            path, device: The file, and where the tensors go.
+            path: The file.
+            device: Where the tensors go; `None`: where the layers of `model` are, or the CPU.
             backend: As for `KIVILatentCache`.
             token_score: The function of a cache that had one; it is not in the file.
+            model: The model that is to go on with the cache; without it an `ALRDLlamaForCausalLM` checks the cache at
+                its first step.
+            scheme: What the cache must have been stored by, if it must; `None`: whatever the file says.
 
         Raises:
-            ValueError: The file is of another kind or version, or `token_score` is missing.
+            ValueError: The file is truncated, altered, or of another kind, version, model or scheme; or `token_score`
+                is missing. The message starts with the path and names what differs.
+            OSError: There is no such file.
         """
-        with safe_open(path, "pt", device=str(device)) as file:
-            header = json.loads((file.metadata() or {}).get(_FILE_KEY, "{}"))
-            if header.get("version") != _FILE_VERSION:
-                raise ValueError(f"{path}: version {header.get('version')} must be {_FILE_VERSION}, a saved cache")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        layer_schemes = {int(i): CacheScheme(**scheme) for i, scheme in header["layer_schemes"].items()}
-        if header["token_score"] == "function" and token_score is None:
-            raise ValueError(f"{path}: token_score must be given, the function by which the saved cache scored tokens")
-        if token_score is not None and header["token_score"] != "function":
-            raise ValueError(f"{path}: token_score must not be given, the saved cache had {header['token_score']!r}")
-        token_score = token_score or header["token_score"]
-        scheme = CacheScheme(**header["scheme"])
-        cache = cls(scheme, layer_schemes=layer_schemes, backend=backend, token_score=token_score)
+        header, tensors = read_cache_file(path)
+        try:
+            return cls._load(header, tensors, device, backend, token_score, model, scheme)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path}: its header is not that of a cache ({error})") from error
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    @classmethod
+    def _load(cls, header: dict, tensors: dict, device, backend, token_score, model, scheme) -> "KIVILatentCache":
+        stored, found = CacheScheme(**header["scheme"]), header["model"]
+        if scheme is not None and scheme != stored:
+            raise ValueError(f"another scheme: {'; '.join(differences(asdict(stored), asdict(scheme)))}")
+        if model is not None and found is not None and (differing := differences(found, model_fingerprint(model))):
+            raise ValueError(f"of another model: {'; '.join(differing)}")
+        if (header["token_score"] == "function") != (token_score is not None):
+            need = "must be given, the function by which the saved cache scored tokens"
+            never = f"must not be given, the saved cache had {header['token_score']!r}"
+            raise ValueError(f"token_score: {need if token_score is None else never}")
+        layer_schemes = {int(i): CacheScheme(**fields) for i, fields in header["layer_schemes"].items()}
+        score = token_score or header["token_score"]
+        cache = cls(stored, layer_schemes=layer_schemes, backend=backend, token_score=score)
+        mine = {i: {} for i in range(len(header["layers"]))}
+        for name, tensor in tensors.items():
+            i, _, field_name = name.partition(".")
+            mine[int(i)][field_name] = tensor
         for i, record in enumerate(header["layers"]):
-            restored = {n.removeprefix(f"{i}."): t for n, t in tensors.items() if n.startswith(f"{i}.")}
-            cache.layer(i).restore(restored, record)
+            place = device or (_layer_device(model, i) if model is not None else "cpu")
+            try:
+                cache.layer(i).restore({name: tensor.to(place) for name, tensor in mine[i].items()}, record)
+            except ValueError as error:
+                raise ValueError(f"layer {i}: {error}") from error
+        if (
+            len(
+                {
+                    (layer.slots, *((row.tokens, row.pads) for row in layer.rows))
+                    for layer in cache.layers
+                    if layer.slots
+                }
+            )
+            > 1
+        ):
+            raise ValueError("layers: must hold the same tokens")
+        cache.static_scales = {i: layer.static_scales for i, layer in enumerate(cache.layers) if layer.static_scales}
+        cache._fingerprint = found
+        if model is not None:
+            cache.bind(model.get_decoder())
         return cache
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all storages, allocated room included."""
-        return sum(layer.nbytes for layer in self.layers)
+        """Bytes of all storages, allocated room and blocks shared with forks included."""
+        return self.nbytes_together(self)
+
+    @staticmethod
+    def nbytes_together(*caches: "KIVILatentCache") -> int:
+        """Bytes of all storages of several caches; what forks share counts once."""
+        return storage_nbytes(tensor for cache in caches for layer in cache.layers for tensor in layer.tensors())
 
     @property
     def nbytes_used(self) -> int:
@@ -904,6 +1136,13 @@ class KIVILatentCache(Cache):
             f"backend {' and '.join(backends) or self.backend or 'by device'}; "
             f"{len(self.layers)} layers, {held}, {self.nbytes_used:,} bytes used + {slack:,} slack)"
         )
+
+
+def _layer_device(model: torch.nn.Module, layer_idx: int) -> torch.device:
+    """Where the states of a layer are computed."""
+    layer = model.get_decoder().layers[layer_idx]
+    device = next(layer.parameters()).device
+    return device if device.type != "meta" else torch.device(layer._hf_hook.execution_device)
 
 
 def config_widths(config: ALRDLlamaConfig) -> list[LayerWidths]:

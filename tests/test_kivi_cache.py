@@ -206,14 +206,13 @@ def row_nbytes(setting: Setting, tokens: int) -> int:
 
 
 def check_accounting(layer: KIVILatentLayer) -> None:
-    """Reference counts, free slots, table, sizes and slack agree with the rows."""
+    """Free slots, table, sizes and slack agree with the rows."""
     pool, used = layer.pool, [slot for row in layer.rows for slot in row.blocks]
-    assert pool.references == [used.count(slot) for slot in range(len(pool.references))]
-    assert sorted(pool.free) == [slot for slot, references in enumerate(pool.references) if references == 0]
-    assert pool.used == len(set(used))
-    assert len(pool.references) <= pool.used + pool.used // 4
+    assert pool.live() == set(used) and pool.used == len(set(used))
+    assert set(pool.free) == set(range(pool.capacity)) - set(used)
+    assert pool.capacity <= pool.used + pool.used // 4
     for fields in pool.storage.values():
-        assert {len(tensor) for tensor in fields.values()} <= {len(pool.references)}
+        assert {len(tensor) for tensor in fields.values()} <= {pool.capacity}
 
     exact = sum(row.sinks + row.window for row in layer.rows)
     channels = sum(layer.channels.values())
@@ -290,7 +289,7 @@ def test_blocks_are_written_once(setting, monkeypatch):
     encoded, written = [], []
     encode, write = layer.pool.encode, layer.pool.write
     monkeypatch.setattr(layer.pool, "encode", lambda states, _: encoded.append(states["keys"].shape) or encode(states))
-    monkeypatch.setattr(layer.pool, "write", lambda blocks: written.append(write(blocks)) or written[-1])
+    monkeypatch.setattr(layer.pool, "write", lambda *batches: written.extend(now := write(*batches)) or now)
     held: list[dict[str, torch.Tensor]] = [{}, {}]
     start = 1
     for size in [*([1] * 60), *chunks_of(239, 40)]:
@@ -602,7 +601,7 @@ def test_repeat_and_select(setting):
     check_states(layer, simulated)
     check_accounting(layer)
     assert layer.pool.used == blocks
-    assert max(layer.pool.references) == 3
+    assert all(layer.rows[i].blocks == layer.rows[i // 3 * 3].blocks for i in range(9))
 
     later = setting.states(9, setting.block_length)
     feed(layer, *later, [setting.block_length])
@@ -626,7 +625,6 @@ def test_repeat_and_select(setting):
     check_accounting(layer)
     per_row = (length + setting.block_length - setting.sink_length - setting.residual_length) // setting.block_length
     assert layer.pool.used == per_row
-    assert layer.pool.references.count(1) == per_row
     single = setting.states(1, 2 * setting.block_length)
     feed(layer, *single, [1] * (2 * setting.block_length))
     simulated.append(*single)

@@ -193,8 +193,8 @@ def reorder_forgets_the_table(monkeypatch):
     monkeypatch.setattr(KIVILatentLayer, "_select", broken)
 
 
-def reorder_forgets_to_count_references(monkeypatch):
-    monkeypatch.setattr(block_pool.BlockPool, "release", lambda self, slots: None)
+def the_pool_forgets_an_owner(monkeypatch):
+    monkeypatch.setattr(KIVILatentLayer, "block_slots", lambda self: self.rows[0].blocks)
 
 
 # ---- blocks
@@ -409,7 +409,7 @@ MUTATIONS = [
     (reorder_forgets_the_packed_part, "reorder, 16 bits"),
     (reorder_forgets_the_exact_part, "reorder"),
     (reorder_forgets_the_table, "reorder"),
-    (reorder_forgets_to_count_references, "reorder"),
+    (the_pool_forgets_an_owner, "reorder"),
     (blocks_leave_the_window_early, "cache"),
     (sides_are_swapped, "cache"),
     (ternary_digits_are_in_reverse, "layout, ternary"),

@@ -10,6 +10,8 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = [
     "configuration_alrd_llama",
     "modules.files",
+    "modules.fingerprint",
+    "modules.cache_file",
     "modules.hadamard_utils",
     "modules.quant_utils",
     "modules.svd_linear",
