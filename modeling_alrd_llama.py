@@ -1,7 +1,9 @@
 """Llama, Mistral or Qwen2 with low-rank key and value projections, whose latents live in a `KIVILatentCache`."""
 
 import threading
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
+from functools import wraps
 
 import torch
 from torch import nn
@@ -515,6 +517,13 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @wraps(LlamaForCausalLM.forward)
+    def forward(self, *args, **kwargs):
+        cache = kwargs.get("past_key_values") if len(args) < 4 else args[3]
+        # The logits are what takes most memory in a step.
+        with cache.all_or_nothing() if isinstance(cache, KIVILatentCache) else nullcontext():
+            return super().forward(*args, **kwargs)
 
     @staticmethod
     def create_masks_for_generate(*args, attention_mask=None, past_key_values=None, is_first_iteration=False, **kwargs):
