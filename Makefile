@@ -1,7 +1,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: demo test check results schemes
+.PHONY: demo test test-oldest check results schemes
 
 # One installation, made again when the requirements change.
 .venv/installed: requirements.txt pyproject.toml
@@ -45,7 +45,18 @@ schemes: .venv/installed
 
 # Everything a developer checks; CI calls the same.
 test: .venv/installed check
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q -n auto
+
+# The suite with the oldest release of transformers that is supported.
+test-oldest: .venv-oldest/installed
+	.venv-oldest/bin/python -m pytest -q -n auto
+
+OLDEST := $(shell sed -n 's/^transformers\(.*\)>=\([0-9.]*\),.*/transformers==\2.*/p' requirements.txt)
+
+.venv-oldest/installed: requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet --requirement requirements.txt "$(OLDEST)" --editable .
+	touch $@
 
 check: .venv/installed
 	.venv/bin/ruff check .

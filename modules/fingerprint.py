@@ -46,6 +46,11 @@ def model_fingerprint(model: nn.Module) -> dict[str, Any]:
     return known[1]
 
 
+def forget() -> None:
+    """Compute every fingerprint anew, as a new process would."""
+    _known.clear()
+
+
 def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
     """What differs between two fingerprints, in words."""
     differing = [name for name in sorted({*found, *expected}) if found.get(name) != expected.get(name)]
@@ -77,4 +82,4 @@ def _digest(decoder: nn.Module) -> str:
     return digest.hexdigest()
 
 
-__all__ = ["differences", "model_fingerprint"]
+__all__ = ["differences", "forget", "model_fingerprint"]

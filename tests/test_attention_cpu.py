@@ -499,7 +499,7 @@ def reorder(layer):
         {"tokens": (164, 68), "residual": 0, "new": 2},
         {"tokens": (132,), "residual": 128},
     ],
-    ids=str,
+    ids=lambda case: " ".join(f"{name}={getattr(value, '__qualname__', value)}" for name, value in case.items()),
 )
 def test_what_the_cache_holds(case, dtype):
     schemes = (

@@ -193,7 +193,7 @@ def reorder_forgets_the_table(monkeypatch):
     monkeypatch.setattr(KIVILatentLayer, "_select", broken)
 
 
-def the_pool_forgets_an_owner(monkeypatch):
+def the_pool_forgets_rows(monkeypatch):
     monkeypatch.setattr(KIVILatentLayer, "block_slots", lambda self: self.rows[0].blocks)
 
 
@@ -409,7 +409,7 @@ MUTATIONS = [
     (reorder_forgets_the_packed_part, "reorder, 16 bits"),
     (reorder_forgets_the_exact_part, "reorder"),
     (reorder_forgets_the_table, "reorder"),
-    (the_pool_forgets_an_owner, "reorder"),
+    (the_pool_forgets_rows, "reorder"),
     (blocks_leave_the_window_early, "cache"),
     (sides_are_swapped, "cache"),
     (ternary_digits_are_in_reverse, "layout, ternary"),
@@ -445,6 +445,7 @@ def test_the_check_fails_on_broken_code(mutate, check, monkeypatch):
     mutate(monkeypatch)
     noticed = {
         reorder_forgets_the_table: IndexError,  # a stale table may point beyond a pool that was trimmed
+        the_pool_forgets_rows: KeyError,  # blocks that are still referred to have moved nowhere
         constant_scale_divides_by_zero: ValueError,  # the cache refuses a scale that is no number
     }
     with pytest.raises((AssertionError, noticed.get(mutate, AssertionError))):

@@ -402,5 +402,5 @@ def test_vidkv_with_query_similarity_through_a_stock_model():
 def test_a_score_that_the_saved_cache_did_not_have_is_refused(tmp_path):
     for token_score in (None, "attention"):
         KIVILatentCache(SCHEME, [WIDTHS], token_score=token_score).save(tmp_path / "cache")
-        with pytest.raises(ValueError, match="token_score must not be given"):
+        with pytest.raises(ValueError, match="token_score: must not be given"):
             KIVILatentCache.load(tmp_path / "cache", token_score=by_first_channel)
