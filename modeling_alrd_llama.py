@@ -188,6 +188,8 @@ class ALRDLlamaAttention(LlamaAttention):
         key_latents = to_latents(self.k_proj, hidden_states)
         value_latents = to_latents(self.v_proj, hidden_states)
         layer = past_key_values.layer(self.layer_idx, self.widths)
+        if latent_step.has_past:
+            layer.check_states(key_latents, value_latents)  # before a kernel takes them at their word
 
         received = self._attention_received(query, key_latents, value_latents, layer, latent_step)
         if latent_step.has_past:

@@ -331,7 +331,7 @@ class KIVILatentLayer(CacheLayerMixin):
         try:
             if not self.is_initialized:
                 self._allocate(len(keys), widths, keys)
-            self._check_states(keys, values, real)
+            self.check_states(keys, values, real)
             states = {"keys": keys, "values": values}
             if self.score is not None:
                 states["score"] = self._scores(keys, values, real, received)
@@ -361,7 +361,8 @@ class KIVILatentLayer(CacheLayerMixin):
             self._table = None
             self.pool.trim()  # takes room to give room back; if there is none, the next edit does it
 
-    def _check_states(self, keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor | None = None) -> None:
+    def check_states(self, keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor | None = None) -> None:
+        """Raise a `ValueError` unless states `[B, L, C]` are of the rows, channels and type of those held."""
         for side, states in (("keys", keys), ("values", values)):
             expected = (len(self._exact["window_keys"]), keys.shape[1], self.channels[side])
             if tuple(states.shape) != expected or states.dtype != self.dtype:
@@ -536,7 +537,7 @@ class KIVILatentLayer(CacheLayerMixin):
         new = [x.transpose(1, 2).flatten(2) for x in (key_states, value_states)]
         seen = new
         if self.is_initialized:
-            self._check_states(*new)
+            self.check_states(*new)
             seen = [torch.cat(pair, dim=1) for pair in zip(self.states(), new, strict=True)]
         self._append(*new, None, self._head_widths(key_states, value_states))
         heads = (key_states.shape[1], value_states.shape[1])
@@ -813,7 +814,7 @@ class FixedLatentLayer(KIVILatentLayer):
         try:
             if fresh:
                 self._allocate(len(keys), widths, keys)
-            self._check_states(keys, values, real)
+            self.check_states(keys, values, real)
             pads = self.pads
             if real is not None:
                 slots = self.slots
@@ -941,6 +942,11 @@ class KIVILatentCache(Cache):
         while len(self.layers) <= layer_idx:
             self.layers.append(self._new_layer(len(self.layers)))
         layer = self.layers[layer_idx]
+        if widths is not None and layer.is_initialized and layer.widths != widths:
+            raise ValueError(
+                f"layer {layer_idx}: holds keys and values of {layer.widths} channels by head group, the model's have "
+                f"{widths}"
+            )
         layer.given_widths = layer.given_widths or widths
         return layer
 

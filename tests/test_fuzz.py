@@ -4,6 +4,7 @@ The cases run in a process of their own, which notes each before it tries it, so
 was. `python tests/test_fuzz.py files 1 1000` runs a thousand cases of seed 1 by hand.
 """
 
+import copy
 import faulthandler
 import hashlib
 import json
@@ -52,7 +53,7 @@ def at(tree: Any, path: tuple) -> Any:
 
 def mutated(tree: Any, rng: random.Random, fields: tuple[str, ...] | None = None) -> Any:
     """A copy with one to three changes; `fields`: only below these names of the first level."""
-    tree = json.loads(json.dumps(tree))
+    tree = copy.deepcopy(tree)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         paths = [p for p in places(tree) if p and (fields is None or p[0] in fields)]
         if not paths:
@@ -63,13 +64,13 @@ def mutated(tree: Any, rng: random.Random, fields: tuple[str, ...] | None = None
         if kind == 0 and (not isinstance(parent, list) or len(parent)):
             del parent[key]
         elif kind == 1 and isinstance(parent, list):
-            parent.insert(rng.randrange(len(parent) + 1), json.loads(json.dumps(parent[key])))
+            parent.insert(rng.randrange(len(parent) + 1), copy.deepcopy(parent[key]))
         elif kind == 2:
-            parent[key] = json.loads(json.dumps(at(tree, rng.choice(paths))))
+            parent[key] = copy.deepcopy(at(tree, rng.choice(paths)))
         elif kind == 3 and type(parent[key]) in (int, float):
             parent[key] = parent[key] + rng.choice((-1, 1, 2, -parent[key] * 2, 0.5))
         else:
-            parent[key] = rng.choice(NASTY)
+            parent[key] = copy.deepcopy(rng.choice(NASTY))
     return tree
 
 

@@ -440,3 +440,28 @@ def test_a_fork_that_is_thrown_away_frees_its_blocks():
     prefix.crop(-1)
     assert pool.capacity <= blocks + blocks // 4
     check_pools([prefix])
+
+
+# ---- a cache of another model
+
+
+def test_a_cache_of_other_channels_or_type_is_refused_before_a_kernel_reads_it(tmp_path, monkeypatch):
+    """Also where channels are as many in all, but in other head groups; the C++ attention would read beyond a row."""
+
+    def split(name: str, k_ranks: list[int], v_ranks: list[int]):
+        (tmp_path / name).mkdir()
+        return tiny_split(tmp_path / name, {"k_proj": k_ranks, "v_proj": v_ranks}, head_group_size=2, **SMALL)
+
+    model = split("model", [13, 21], [32, 7])
+    others = [split("swapped", [21, 13], [7, 32]), split("wider", [30, 30], [32, 30]), copy.deepcopy(model).half()]
+    for backend in ("cpu", "reference"):
+        cache = model.create_kivi_cache(backend=backend)
+        logits_of(model, cache, prompt(0, 2, 40))
+        before = held(cache)
+        for other in others:
+            with monkeypatch.context() as patched:
+                patched.setattr(type(model.model.layers[0].self_attn), "_attend_cache", None)  # not called
+                with pytest.raises(ValueError, match=r"channels by head group|as the cache was started"):
+                    logits_of(other, cache, prompt(1, 2, 1))
+            assert_same(held(cache), before)
+        assert torch.isfinite(logits_of(model, cache, prompt(1, 2, 1))).all()
