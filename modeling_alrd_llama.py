@@ -2,7 +2,9 @@
 
 import threading
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
+from functools import wraps
 
 import torch
 from torch import nn
@@ -187,6 +189,8 @@ class ALRDLlamaAttention(LlamaAttention):
         key_latents = to_latents(self.k_proj, hidden_states)
         value_latents = to_latents(self.v_proj, hidden_states)
         layer = past_key_values.layer(self.layer_idx, self.widths)
+        if latent_step.has_past:
+            layer.check_states(key_latents, value_latents)  # before a kernel takes them at their word
 
         received = self._attention_received(query, key_latents, value_latents, layer, latent_step)
         if latent_step.has_past:
@@ -516,6 +520,13 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @wraps(LlamaForCausalLM.forward)
+    def forward(self, *args, **kwargs):
+        cache = kwargs.get("past_key_values") if len(args) < 4 else args[3]
+        # The logits are what takes most memory in a step.
+        with cache.all_or_nothing() if isinstance(cache, KIVILatentCache) else nullcontext():
+            return super().forward(*args, **kwargs)
 
     @staticmethod
     def create_masks_for_generate(*args, attention_mask=None, past_key_values=None, is_first_iteration=False, **kwargs):

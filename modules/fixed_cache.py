@@ -180,17 +180,23 @@ def append_tokens(
     kept = (place(room.window) + (flushed * block)[:, None]).clamp(max=room.window + length - 1).long()[..., None]
     index = place(room.sink_length) - sinks[:, None]
     taken = ((index >= 0) & (index < to_sinks[:, None]))[..., None]
+    exact = {}
     for side, x in new.items():
-        tensors[f"window_{side}"][:, : room.window] = streams[side].gather(1, kept.expand(-1, -1, x.shape[2]))
+        exact[f"window_{side}"] = streams[side].gather(1, kept.expand(-1, -1, x.shape[2]))
         sink = tensors[f"sink_{side}"]
         first = x.gather(1, index.clamp(0, length - 1).long()[..., None].expand_as(sink))
-        sink.copy_(torch.where(taken, first, sink))
+        exact[f"sink_{side}"] = torch.where(taken, first, sink)
     begin, nth = start + to_sinks, place(room.blocks) - blocks[:, None]
     written = (nth >= 0) & (nth < flushed[:, None])
-    table[1] = torch.where(written, begin[:, None] + nth * block, table[1])
-    table[2] = torch.where(written, block, table[2])
+    starts = torch.where(written, begin[:, None] + nth * block, table[1])
+    counts = torch.where(written, block, table[2])
     packed = flushed * block
-    state.copy_(torch.stack([sinks + to_sinks, begin + packed, total - packed, blocks + flushed]))
+    counters = torch.stack([sinks + to_sinks, begin + packed, total - packed, blocks + flushed])
+    # Nothing that is read has changed so far, and from here on nothing takes memory: all of it is done, or none.
+    for name, x in exact.items():
+        tensors[name][:, : x.shape[1]] = x
+    table[1], table[2] = starts, counts
+    state.copy_(counters)
 
 
 def _flush(plan: Plan, tensors, streams: dict[str, torch.Tensor], flushed: torch.Tensor, candidates: int) -> None:
@@ -291,20 +297,28 @@ class FixedStore:
         require((left >= 0).all(), "tokens_to_remove: must be no more tokens than the rows hold")
         window = (left - start).clamp(min=0)
         counts = (left[:, None] - self.table[1]).clamp(min=0).minimum(self.table[2])
-        self.table[1:].copy_(torch.stack([torch.where(counts > 0, self.table[1], 0), counts]))
-        self.state.copy_(torch.stack([sinks.minimum(left), start.minimum(left), window, (counts > 0).sum(1)]))
-        for name, count in (("sink", self.state[0]), ("window", self.state[2])):
-            for side in SIDES:
-                exact = self.exact[f"{name}_{side}"]
-                place = torch.arange(exact.shape[1], device=exact.device)
-                exact.masked_fill_((place >= count[:, None])[..., None], 0)
+        table = torch.stack([torch.where(counts > 0, self.table[1], 0), counts])
+        state = torch.stack([sinks.minimum(left), start.minimum(left), window, (counts > 0).sum(1)])
+        empty = {}
+        for name, exact in self.exact.items():
+            count = state[0 if name.startswith("sink") else 2]
+            empty[name] = (torch.arange(exact.shape[1], device=exact.device) >= count[:, None])[..., None]
+        # As in `append_tokens`: what takes memory is done.
+        self.table[1:].copy_(table)
+        self.state.copy_(state)
+        for name, exact in self.exact.items():
+            exact.masked_fill_(empty[name], 0)
 
     def select(self, indices: torch.Tensor) -> None:
         """Make row i a copy of row `indices[i]`; its packed bytes too, for every row owns its slots."""
         indices = indices.to(self.state.device)
         by_row = [t[:-1].unflatten(0, (self.batch, -1)) for t in self.stored.values()]
-        for tensor in (self.state.T, *self.table[1:], *self.exact.values(), *by_row):
-            tensor.copy_(tensor.index_select(0, indices))
+        tensors = (self.state.T, *self.table[1:], *self.exact.values(), *by_row)
+        # The one piece of memory that it takes.
+        room = torch.empty(max(t.nbytes for t in tensors), dtype=torch.uint8, device=self.state.device)
+        for tensor in tensors:
+            selected = room[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            tensor.copy_(torch.index_select(tensor, 0, indices, out=selected))
 
     def clear(self) -> None:
         """Forget every token; what is allocated stays."""

@@ -206,6 +206,14 @@ def _pad_ranges(real: list[bool], offset: int) -> tuple[tuple[int, int], ...]:
     return tuple((start + offset, stop + offset) for start, stop in zip(edges[::2], edges[1::2], strict=True))
 
 
+def _repeated(rows: list[Row], repeats: int) -> list[int]:
+    return [i for i in range(len(rows)) for _ in range(repeats)]
+
+
+def _chosen(rows: list[Row], indices: torch.Tensor) -> list[int]:
+    return torch.arange(len(rows))[indices.cpu()].tolist()
+
+
 class KIVILatentLayer(CacheLayerMixin):
     """The cache of one layer. States enter as `[B, H, L, D]` through `update`, or flat as `[B, L, C]` by `append`.
 
@@ -323,7 +331,7 @@ class KIVILatentLayer(CacheLayerMixin):
         try:
             if not self.is_initialized:
                 self._allocate(len(keys), widths, keys)
-            self._check_states(keys, values, real)
+            self.check_states(keys, values, real)
             states = {"keys": keys, "values": values}
             if self.score is not None:
                 states["score"] = self._scores(keys, values, real, received)
@@ -353,7 +361,8 @@ class KIVILatentLayer(CacheLayerMixin):
             self._table = None
             self.pool.trim()  # takes room to give room back; if there is none, the next edit does it
 
-    def _check_states(self, keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor | None = None) -> None:
+    def check_states(self, keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor | None = None) -> None:
+        """Raise a `ValueError` unless states `[B, L, C]` are of the rows, channels and type of those held."""
         for side, states in (("keys", keys), ("values", values)):
             expected = (len(self._exact["window_keys"]), keys.shape[1], self.channels[side])
             if tuple(states.shape) != expected or states.dtype != self.dtype:
@@ -528,7 +537,7 @@ class KIVILatentLayer(CacheLayerMixin):
         new = [x.transpose(1, 2).flatten(2) for x in (key_states, value_states)]
         seen = new
         if self.is_initialized:
-            self._check_states(*new)
+            self.check_states(*new)
             seen = [torch.cat(pair, dim=1) for pair in zip(self.states(), new, strict=True)]
         self._append(*new, None, self._head_widths(key_states, value_states))
         heads = (key_states.shape[1], value_states.shape[1])
@@ -548,20 +557,24 @@ class KIVILatentLayer(CacheLayerMixin):
 
     def _select(self, indices: list[int]) -> None:
         """Make row i a copy of row `indices[i]`: an edit of the table, unless much room is to be freed."""
+        self.selection(indices)()
+
+    def selection(self, indices: list[int]) -> Callable[[], None]:
+        """As `_select`, but that the tables are edited when what is returned is called; that takes no memory."""
         index = torch.tensor(indices, dtype=torch.long, device=self.device)
         exact = {name: tensor.index_select(0, index) for name, tensor in self._exact.items()}
-        with self.pool.lock:
-            self._edit([self.rows[i] for i in indices], exact, self.slots)
+
+        def edit() -> None:
+            with self.pool.lock:
+                self._edit([self.rows[i] for i in indices], exact, self.slots)
+
+        return edit
 
     def _edit(self, rows: list[Row], exact: dict[str, torch.Tensor], slots: int) -> None:
-        """Take other rows, of blocks that this layer refers to, and give back room; or, if that fails, none of it."""
-        before = self.rows, self._exact, self.slots
+        """Take other rows, of blocks that this layer refers to, and give back room."""
         self.rows, self._exact, self.slots, self._table = rows, exact, slots, None
-        try:
+        with suppress(RuntimeError, MemoryError):  # as in `return_to`
             self.pool.trim()
-        except BaseException:
-            self.rows, self._exact, self.slots = before
-            raise
 
     def block_slots(self) -> Iterator[int]:
         return (slot for row in self.rows for slot in row.blocks)
@@ -576,11 +589,11 @@ class KIVILatentLayer(CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.is_initialized:
-            self._select([i for i in range(len(self.rows)) for _ in range(repeats)])
+            self._select(_repeated(self.rows, repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         if self.is_initialized:
-            self._select(torch.arange(len(self.rows))[indices.cpu()].tolist())
+            self._select(_chosen(self.rows, indices))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last slots; `tokens_to_remove` is 0 or negative, as for `DynamicCache`.
@@ -801,7 +814,7 @@ class FixedLatentLayer(KIVILatentLayer):
         try:
             if fresh:
                 self._allocate(len(keys), widths, keys)
-            self._check_states(keys, values, real)
+            self.check_states(keys, values, real)
             pads = self.pads
             if real is not None:
                 slots = self.slots
@@ -841,13 +854,14 @@ class FixedLatentLayer(KIVILatentLayer):
             raise ValueError(f"tokens_to_remove={tokens_to_remove}: must be 0 or negative, the slots to remove")
         if not self.is_fed or tokens_to_remove == 0:
             return
-        removed = torch.full((self.store.batch,), -tokens_to_remove, device=self.device)
+        removed, pads_left = torch.full((self.store.batch,), -tokens_to_remove, device=self.device), self.pads
         if any(self.pads):
             left = self.slots + tokens_to_remove
             cut = [sum(max(0, stop - max(start, left)) for start, stop in pads) for pads in self.pads]
             removed -= torch.tensor(cut, device=self.device)
-            self.pads = [tuple((a, min(b, left)) for a, b in pads if a < left) for pads in self.pads]
+            pads_left = [tuple((a, min(b, left)) for a, b in pads if a < left) for pads in self.pads]
         self.store.crop(removed)
+        self.pads = pads_left
 
     def reset(self) -> None:
         """Forget every token; the allocation stays, for as many rows."""
@@ -892,6 +906,7 @@ class KIVILatentCache(Cache):
         capacity: int | None = None,
     ):
         self.capacity = capacity
+        self._torn = False  # whether layers of fixed capacity may hold different tokens
         self._model: Callable | None = None  # weak reference to the decoder that feeds the cache
         self._fingerprint: dict | None = None  # of the model that has filled it, if another object or process
         self.scheme = scheme or CacheScheme()
@@ -927,6 +942,11 @@ class KIVILatentCache(Cache):
         while len(self.layers) <= layer_idx:
             self.layers.append(self._new_layer(len(self.layers)))
         layer = self.layers[layer_idx]
+        if widths is not None and layer.is_initialized and layer.widths != widths:
+            raise ValueError(
+                f"layer {layer_idx}: holds keys and values of {layer.widths} channels by head group, the model's have "
+                f"{widths}"
+            )
         layer.given_widths = layer.given_widths or widths
         return layer
 
@@ -945,15 +965,77 @@ class KIVILatentCache(Cache):
     def all_or_nothing(self) -> Iterator[None]:
         """What is appended inside is appended to all layers or, if an error comes through, to none.
 
-        A cache of fixed capacity, which keeps its bookkeeping on the device, cannot take an append back: reset it then.
+        A cache of fixed capacity cannot take an append back: it is refused from then on, until it is reset.
+
+        Raises:
+            ValueError: An error has come through before.
         """
+        self._check_whole()
         marks = [] if self.capacity is not None else [layer.mark() for layer in self.layers]
         try:
             yield
         except BaseException:
             for i, layer in enumerate(self.layers if self.capacity is None else ()):
                 layer.return_to(marks[i] if i < len(marks) else None)
+            self._torn = self.capacity is not None
             raise
+
+    def _check_whole(self) -> None:
+        if self._torn:
+            raise ValueError(
+                f"capacity={self.capacity}: an error came in the middle of a step or an edit, after which the layers "
+                "of a cache of fixed capacity may differ; reset() it"
+            )
+
+    # ---- editing, of all layers or of none
+
+    def _select(self, indices_of: Callable[[list[Row]], list[int]]) -> None:
+        layers = [layer for layer in self.layers if layer.is_initialized]
+        for edit in [layer.selection(indices_of(layer.rows)) for layer in layers]:
+            edit()
+
+    def _edit_layers(self, edit: str, argument) -> None:
+        """Layers of fixed capacity, of which each is edited or left as it was."""
+        self._check_whole()
+        for i, layer in enumerate(self.layers):
+            try:
+                getattr(layer, edit)(argument)
+            except BaseException:
+                self._torn = i > 0
+                raise
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Make row i a copy of row `beam_idx[i]`."""
+        if self.capacity is None:
+            self._select(lambda rows: beam_idx.tolist())
+        else:
+            self._edit_layers("reorder_cache", beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Put `repeats` copies of each row side by side."""
+        if self.capacity is None:
+            self._select(lambda rows: _repeated(rows, repeats))
+        else:
+            self._edit_layers("batch_repeat_interleave", repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows of these indices, or those where a mask is true."""
+        if self.capacity is None:
+            self._select(lambda rows: _chosen(rows, indices))
+        else:
+            self._edit_layers("batch_select_indices", indices)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last slots; see `KIVILatentLayer.crop`."""
+        if self.capacity is None:
+            super().crop(tokens_to_remove)
+        else:
+            self._edit_layers("crop", tokens_to_remove)
+
+    def reset(self) -> None:
+        """Forget every token."""
+        super().reset()
+        self._torn = False
 
     # ---- sharing, saving
 
