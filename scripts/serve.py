@@ -23,7 +23,7 @@ from modeling_alrd_llama import ALRDLlamaForCausalLM
 
 
 class LatentModelManager(model_manager.ModelManager):
-    """The library's, for latent models only; the models that it lists are those that it can serve."""
+    """The library's, for latent models only; lists the one that it is pinned to."""
 
     def load_model_and_processor(self, model_id_and_revision: str, *args, **kwargs):
         """As the library's.
