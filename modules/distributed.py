@@ -48,7 +48,7 @@ def join_processes(device: str) -> PartialState | None:
     if not torch.distributed.is_initialized():
         atexit.register(lambda: PartialState().destroy_process_group())
     processes = PartialState(cpu=device == "cpu", timeout=PATIENCE)
-    if processes.num_processes != count:
+    if (processes.num_processes, processes.device.type) != (count, device):
         raise ValueError(f"device={device!r}: must be a device of this machine to start {count} processes on it")
     if not is_main(processes):
         logging.disable_progress_bar()  # that of loading weights
