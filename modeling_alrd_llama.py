@@ -524,8 +524,9 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
     @wraps(LlamaForCausalLM.forward)
     def forward(self, *args, **kwargs):
         cache = kwargs.get("past_key_values") if len(args) < 4 else args[3]
+        grows = isinstance(cache, KIVILatentCache) and cache.capacity is None
         # The logits are what takes most memory in a step.
-        with cache.all_or_nothing() if isinstance(cache, KIVILatentCache) else nullcontext():
+        with cache.all_or_nothing() if grows else nullcontext():
             return super().forward(*args, **kwargs)
 
     @staticmethod

@@ -16,7 +16,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from simulated_cache import SimulatedCache, round_trip
 from test_kivi_cache import block_bits, raw_row, same_bits, storage_nbytes
 
@@ -138,7 +145,9 @@ class SimulatedLayer(SimulatedCache):
             return torch.stack([self._channel(states[:, i], b) for i, b in enumerate(bits)], dim=1)
         if side == 1 and self.kind.static:
             scale, zero = (x.numpy() for x in self.kind.scales["values"])
-            codes = np.floor(np.clip((states.float().numpy() - zero) / scale, 0, 2**self.bits[1] - 1) + np.float32(0.5))
+            codes = np.floor(
+                np.clip((states.float().numpy() - zero) / scale, 0, 2 ** self.bits[1] - 1) + np.float32(0.5)
+            )
             return torch.from_numpy(codes * scale + zero).to(states.dtype)
         return super().rounded(states, side)
 
@@ -157,12 +166,13 @@ class SimulatedLayer(SimulatedCache):
     def block_nbytes(self) -> int:
         """Bytes of a block, from the design."""
         kind, size, length = self.kind, self.setting.dtype.itemsize, self.block_length
-        groups = [(b, (n,)) for group in kind.tiers for n, b in group] if kind.tiers else [(kind.k_bits, kind.widths[0])]
+        groups = [(kind.k_bits, kind.widths[0])]
+        if kind.tiers:
+            groups = [(b, (n,)) for group in kind.tiers for n, b in group]
         bits = sum(block_bits(b, length, widths, self.group_size, "keys", size) for b, widths in groups)
         if kind.static:  # per channel, and no parameters
-            return (bits + block_bits(kind.v_bits, length, kind.widths[1], 0, "keys", size)) // 8 - 4 * sum(
-                kind.widths[1]
-            )
+            parameters = 32 * sum(kind.widths[1])
+            return (bits + block_bits(kind.v_bits, length, kind.widths[1], 0, "keys", size) - parameters) // 8
         return (bits + block_bits(kind.v_bits, length, kind.widths[1], self.group_size, "values", size)) // 8
 
 

@@ -341,7 +341,8 @@ def check_model(config: ALRDLlamaConfig, ids: torch.Tensor) -> None:
         assert logits.shape == (2, piece.shape[1], 31) and torch.isfinite(logits).all()
     if config.use_kivi:
         schemes = [cache.layer_schemes.get(i, cache.scheme) for i in range(2)]
-        sizes = [s.layer_nbytes(38, layer.widths, torch.float32) for s, layer in zip(schemes, cache.layers, strict=True)]
+        layers = zip(schemes, cache.layers, strict=True)
+        sizes = [scheme.layer_nbytes(38, layer.widths, torch.float32) for scheme, layer in layers]
         assert cache.row_tokens() == [38, 38] and cache.nbytes_used == 2 * sum(sizes)
 
 

@@ -11,7 +11,6 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import astuple, replace
 from pathlib import Path
 
 import pytest
@@ -465,3 +464,61 @@ def test_a_cache_of_other_channels_or_type_is_refused_before_a_kernel_reads_it(t
                     logits_of(other, cache, prompt(1, 2, 1))
             assert_same(held(cache), before)
         assert torch.isfinite(logits_of(model, cache, prompt(1, 2, 1))).all()
+
+
+# ---- ten thousand steps
+
+STEPS_OF_A_DAY = 10_000
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def formula(cache: KIVILatentCache, tokens: int) -> int:
+    schemes = [cache.layer_schemes.get(i, cache.scheme) for i in range(len(cache.layers))]
+    return sum(
+        scheme.layer_nbytes(tokens, layer.widths, layer.dtype)
+        for scheme, layer in zip(schemes, cache.layers, strict=True)
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the process's memory from Linux")
+@pytest.mark.parametrize("limit", [None, 300, "capacity"], ids=["growing", "cropped back", "fixed capacity"])
+@torch.no_grad()
+def test_ten_thousand_decode_steps_keep_their_memory(tmp_path, limit):
+    """The cache takes what the formula says at every step, and the process no more than the cache.
+
+    `limit` slots: the cache is cropped back by 200 whenever it has reached them.
+    """
+    model = tiny_split(tmp_path, 24, **SMALL | {"group_size": 32})
+    capacity = STEPS_OF_A_DAY + 50 if limit == "capacity" else None
+    cache, cut = model.create_kivi_cache(backend="cpu", capacity=capacity), isinstance(limit, int)
+    logits = logits_of(model, cache, prompt(0, 1, 40))
+    tokens, log = 40, []
+    for step in range(STEPS_OF_A_DAY):
+        if cut and tokens >= limit:
+            cache.crop(-200)
+            tokens -= 200
+        logits = logits_of(model, cache, logits[:, -1:].argmax(-1))
+        tokens += 1
+        if not cut and step % 100 == 0:
+            assert cache.nbytes_used == formula(cache, tokens)
+        if step % 2000 == 1999:
+            gc.collect()
+            live = sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+            log.append((step + 1, tokens, resident(), cache.nbytes_used, cache.nbytes, live))
+            print("step {}: {} tokens, {:,} resident, {:,} used, {:,} allocated, {} tensors".format(*log[-1]))
+    assert torch.isfinite(logits).all() and cache.row_tokens() == [tokens]
+    used, allocated = ([entry[i] for entry in log] for i in (3, 4))
+    assert all(u <= a for u, a in zip(used, allocated, strict=True))
+    assert len({entry[5] for entry in log[1:]}) == 1, "tensors pile up"
+    # Past the first 2000 steps the process grows with the cache: its storages, and while one is copied, both.
+    grown = log[-1][2] - log[0][2]
+    assert grown <= 2 * (allocated[-1] - allocated[0]) + 4 * 2**20
+    if cut:
+        assert max(used) < formula(cache, limit + 32) and max(allocated) < 4 * max(used)
+    if limit == "capacity":
+        assert len(set(allocated)) == 1
