@@ -528,6 +528,13 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
             return
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
+        """Leave the positions after the prompt to a packed cache: `generate` counts on from pads on the right."""
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        if isinstance(model_kwargs.get("past_key_values"), KIVILatentCache):
+            model_kwargs.pop("position_ids", None)
+        return model_kwargs
+
     @classmethod
     def from_dense(
         cls,
