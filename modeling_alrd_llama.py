@@ -512,11 +512,11 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
         self.post_init()
 
     @staticmethod
-    def create_masks_for_generate(*args, attention_mask=None, past_key_values=None, is_first_iteration=False, **kwargs):
-        """The mask that `generate` gives to compiled steps: of a packed cache the prompt's own, none for new tokens."""
+    def create_masks_for_generate(*args, inputs_embeds, attention_mask=None, past_key_values=None, **kwargs):
+        """The mask that `generate` gives to compiled steps: of a packed cache the prompt's own, none for one token."""
         if isinstance(past_key_values, KIVILatentCache):
-            return attention_mask if is_first_iteration else None
-        how = {"attention_mask": attention_mask, "past_key_values": past_key_values}
+            return attention_mask if inputs_embeds.shape[1] > 1 else None
+        how = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "past_key_values": past_key_values}
         return create_masks_for_generate(*args, **how, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
