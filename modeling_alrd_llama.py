@@ -1,5 +1,6 @@
 """Llama, Mistral or Qwen2 with low-rank key and value projections, whose latents live in a `KIVILatentCache`."""
 
+import copy
 import threading
 from dataclasses import dataclass, fields
 
@@ -335,7 +336,8 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
         Raises:
             ValueError: A setting is out of range.
         """
-        self.config.check_latent_cache()
+        config = self._config_of_active_layers()
+        config.check_latent_cache()
         names = tuple(f.name for f in fields(CacheScheme))
         others = ("quantization_config", "layer_schemes", "backend", "token_score", "capacity")
         unknown = sorted(set(settings) - set(names) - set(others))
@@ -343,15 +345,26 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
             known = ", ".join(names + others)
             raise ValueError(f"{', '.join(unknown)}: no such setting of the cache; there are {known}")
         if settings.get("quantization_config") is None:
-            scheme, tiered = config_schemes(self.config, **{n: settings.pop(n) for n in names if n in settings})
+            scheme, tiered = config_schemes(config, **{n: settings.pop(n) for n in names if n in settings})
             settings |= {n: getattr(scheme, n) for n in names}
             settings["layer_schemes"] = tiered | (settings.get("layer_schemes") or {})
-        return create_kivi_cache(**settings, static_scales=self._static_scales(), config=self.config)
+        return create_kivi_cache(**settings, static_scales=self._static_scales(), config=config)
+
+    def _config_of_active_layers(self) -> ALRDLlamaConfig:
+        """The config without the projections of layers that an early exit of `generate` skips for a while."""
+        active = self.config.num_hidden_layers
+        if active >= len(self.get_decoder().layers):
+            return self.config
+        config = copy.copy(self.config)
+        for field in ("truncation_ranks", "width_tiers"):
+            by_name = getattr(config, field)
+            setattr(config, field, {name: by_name[name] for name in by_name if int(name.split(".")[2]) < active})
+        return config
 
     def _static_scales(self) -> dict[int, dict]:
         """Calibrated scales that the checkpoint brings, by layer and side."""
         found = {}
-        for i, layer in enumerate(self.get_decoder().layers):
+        for i, layer in enumerate(self.get_decoder().layers[: self.config.num_hidden_layers]):
             for side, projection in (("keys", layer.self_attn.k_proj), ("values", layer.self_attn.v_proj)):
                 if isinstance(projection, SVDLinear) and projection.latent_scale is not None:
                     scales = (projection.latent_scale.float(), projection.latent_zero_point.float())
@@ -424,7 +437,7 @@ class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):
         if not step.has_past:
             causal_mask = create_causal_mask(self.config, hidden_states, attention_mask, past_key_values=None)
 
-        for layer in self.layers:
+        for layer in self.layers[: self.config.num_hidden_layers]:
             hidden_states = layer(
                 hidden_states,
                 attention_mask=causal_mask,
