@@ -1,0 +1,465 @@
+"""Checks that two processes make together: run by `tests/test_parallel.py` under torchrun.
+
+    torchrun --standalone --nproc_per_node 2 tests/parallel_ranks.py FOLDER {gloo,nccl}
+
+Each rank writes `FOLDER/{rank}.json`: for every check "passed" or a traceback. A check that fails on one rank may leave
+the other one waiting, so the first failure ends the run.
+"""
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, DynamicCache, Qwen2Config, Qwen2ForCausalLM, StaticCache
+from transformers.distributed import DistributedConfig
+
+from configuration_alrd_llama import ALRDLlamaConfig
+from modeling_alrd_llama import ALRDLlamaForCausalLM
+from modules.kivi_cache import KIVILatentCache, create_kivi_cache
+from modules.svd_linear import SVDLinear
+from tests.helpers import TINY_LLAMA, all_ranks, randomize_vectors, tiny_dense
+
+CHECKS: dict[str, Callable] = {}
+
+TENSOR, PIPELINE = {"tp_size": 2}, {"pp_size": 2}
+TWO_BITS = {"group_size": 32, "residual_length": 16}
+LOSSLESS = {**TWO_BITS, "k_bits": 16, "v_bits": 16}
+PADS = 37
+
+MIXED = {
+    "model.layers.0.self_attn.k_proj": 24,
+    "model.layers.0.self_attn.v_proj": [5, 11, 9, 16],
+    "model.layers.2.self_attn.v_proj": 33,
+}
+TIERS = {
+    "k_proj": [[[4, 4], [8, 2]], [[2, 16], [3, 4], [5, 2]]],
+    "v_proj": [[[12, 2]], [[1, 16], [2, 3], [7, 2]]],
+}
+
+#: Name: what `checkpoint` saves, and how it is split.
+CASES = {
+    "joint": ({"attention_bias": True}, 40, {}),
+    "groups of one, layers mixed": ({"attention_bias": True}, MIXED, {"head_group_size": 1}),
+    "groups of two, MHA": (
+        {"num_key_value_heads": 8},
+        {"k_proj": 40, "v_proj": [3, 9, 7, 13]},
+        {"head_group_size": 2},
+    ),
+    "qwen2": ({"qwen2": True}, {"k_proj": 20, "v_proj": [7, 12]}, {"head_group_size": 2}),
+    "calibrated": (
+        {"calibrated": True},
+        {"k_proj": [12, 10], "v_proj": [12, 10]},
+        {"head_group_size": 2, "k_scheme": {"static": True}, "width_tiers": all_ranks(3, TIERS)},
+    ),
+}
+
+
+def check(function: Callable) -> Callable:
+    CHECKS[function.__name__] = function
+    return function
+
+
+def checkpoint(folder: Path, name: str) -> tuple[Path, ALRDLlamaConfig | None]:
+    """The first rank saves the model of a case, once; where it lies, and the config to load it with."""
+    dense_fields, ranks, fields = CASES[name]
+    fields, path = dict(fields), folder / name.replace(" ", "_")
+    kind = {key: dense_fields[key] for key in ("qwen2", "calibrated") if key in dense_fields}
+    overrides = {key: value for key, value in dense_fields.items() if key not in kind}
+    if "qwen2" in kind:
+        torch.manual_seed(0)
+        dense = Qwen2ForCausalLM(Qwen2Config(**TINY_LLAMA, **overrides)).double().eval()
+        randomize_vectors(dense)
+    else:
+        dense = tiny_dense(dtype=torch.float64, **overrides)
+    config = ALRDLlamaConfig.from_llama(
+        dense.config, truncation_ranks=ranks if ranks is MIXED else all_ranks(3, ranks), **fields
+    )
+    if dist.get_rank() == 0 and not path.exists():
+        model = dense
+        if "calibrated" in kind:
+            model = ALRDLlamaForCausalLM.from_dense(dense, replace_static(config, None))
+            model = with_static_scales(model, config)
+        model.save_pretrained(path)
+    dist.barrier()
+    return path, None if "calibrated" in kind else config
+
+
+def replace_static(config: ALRDLlamaConfig, k_scheme: dict | None) -> ALRDLlamaConfig:
+    return ALRDLlamaConfig.from_llama(config, k_scheme=k_scheme)
+
+
+def with_static_scales(model: ALRDLlamaForCausalLM, config: ALRDLlamaConfig) -> ALRDLlamaForCausalLM:
+    """A model with calibrated key scales: those of some text."""
+    calibrated = ALRDLlamaForCausalLM(config).double()
+    calibrated.load_state_dict(model.state_dict(), strict=False)
+    for layer in calibrated.model.layers:
+        generator = torch.Generator().manual_seed(1)
+        split = layer.self_attn.k_proj
+        split.latent_scale.copy_(0.5 + torch.rand(split.latent_scale.shape, generator=generator))
+        split.latent_zero_point.copy_(-1.5 * split.latent_scale)
+    return calibrated.eval()
+
+
+def load(folder: Path, name: str, sizes: dict | None = None, dtype=torch.float64, model_class=None, **config_fields):
+    """The model of a case, on this rank's part of several devices or, without `sizes`, on one."""
+    path, config = checkpoint(folder, name)
+    if config_fields:
+        config = ALRDLlamaConfig.from_llama(config, **config_fields)
+    where = {"distributed_config": DistributedConfig(**sizes)} if sizes else {"device_map": str(device())}
+    model_class = model_class or ALRDLlamaForCausalLM
+    return model_class.from_pretrained(path, config=config, dtype=dtype, **where).eval()
+
+
+def device() -> torch.device:
+    gpu = dist.get_backend() == "nccl"
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
+
+
+def batch(rows: int = 2, length: int = 150) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and mask; the first row is padded on its left."""
+    ids = torch.randint(1, 97, (rows, length), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    mask[0, :PADS] = 0
+    return ids.to(device()), mask.to(device())
+
+
+@torch.no_grad()
+def steps(model, cache, ids, mask) -> torch.Tensor:
+    """Logits of a prompt, a chunk of it, and single tokens."""
+    length = ids.shape[1]
+    cuts, logits = [0, length - 49, length - 4, *range(length - 3, length + 1)], []
+    for start, stop in zip(cuts, cuts[1:]):
+        logits.append(model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache).logits)
+    return torch.cat(logits, dim=1)
+
+
+def assert_same(
+    model, reference, settings: dict, tolerance: float = 1e-9, length: int = 150
+) -> tuple[KIVILatentCache, KIVILatentCache]:
+    """Logits and greedy tokens of a padded batch are those of the model on one device; returns both caches."""
+    ids, mask = batch(length=length)
+    caches = model.create_kivi_cache(**settings), reference.create_kivi_cache(**settings)
+    got, expected = (steps(m, cache, ids, mask) for m, cache in zip((model, reference), caches))
+    real = mask.bool()
+    torch.testing.assert_close(got[real], expected[real], atol=tolerance, rtol=tolerance)
+    assert all(len(row.blocks) >= 2 for row in caches[0].layers[caches[0].first_layer].rows), caches[0]
+    assert caches[0].row_tokens() == caches[1].row_tokens() == [length - PADS, length]
+    assert_same_tokens(model, reference, settings, ids=ids, mask=mask)
+    return caches
+
+
+def assert_same_tokens(model, reference, settings: dict, ids=None, mask=None, **how) -> None:
+    """Generated tokens are those of the model on one device; a block is packed on the way."""
+    if ids is None:
+        ids, mask = batch()
+    how = {"max_new_tokens": 8, "do_sample": False, **how}
+    one, other = (
+        m.generate(ids, attention_mask=mask, past_key_values=m.create_kivi_cache(**settings), **how)
+        for m in (model, reference)
+    )
+    assert one.tolist() == other.tolist() and one.shape[1] > ids.shape[1]
+
+
+def total(number: int) -> int:
+    """The sum over the ranks."""
+    counts = torch.tensor(number, device=device())
+    dist.all_reduce(counts)
+    return int(counts)
+
+
+# ---- tensor parallel
+
+
+def own_widths(config: ALRDLlamaConfig, layer: int, projection: str) -> tuple[int, ...]:
+    widths, half = config.cached_widths(layer, projection), dist.get_rank()
+    return widths if len(widths) == 1 else widths[half * len(widths) // 2 : (half + 1) * len(widths) // 2]
+
+
+def assert_cache_is_sharded(model, cache: KIVILatentCache, whole: KIVILatentCache) -> None:
+    """Each rank has the bytes that the formula says for its own head groups; together they have all."""
+    rows, expected, table = cache.layers[0].rows, 0, 0
+    for i, layer in enumerate(cache.layers):
+        widths = tuple(own_widths(model.config, i, name) for name in ("k_proj", "v_proj"))
+        assert layer.widths == widths == model.model.layers[i].self_attn.widths
+        expected += sum(layer.scheme.layer_nbytes(row.tokens, widths, torch.float64) for row in rows)
+        expected += layer.scheme.static_nbytes(widths)
+        table += sum(12 * len(row.blocks) for row in rows)
+    assert cache.nbytes_used == expected
+    config = model.config
+    joint = 0
+    for i, layer in enumerate(whole.layers):
+        for name, side in (("k_proj", "keys"), ("v_proj", "values")):
+            if len(config.cached_widths(i, name)) == 1:
+                joint += side_nbytes(layer, side)
+    assert total(cache.nbytes_used - table - joint) == whole.nbytes_used - table - joint
+    if joint == 0:
+        assert total(cache.nbytes_used) < 1.05 * whole.nbytes_used
+
+
+def side_nbytes(layer, side: str) -> int:
+    """Bytes of one side of a layer, without the table."""
+    blocks = {slot for row in layer.rows for slot in row.blocks}
+    packed = sum(t[:1].nbytes for t in layer.pool.storage[side].values()) * len(blocks)
+    exact = sum(row.sinks + row.window for row in layer.rows) * layer.channels[side] * layer.dtype.itemsize
+    return packed + exact + sum(t.nbytes for t in (layer.static_scales or {}).get(side, ()))
+
+
+def assert_tensor_parallel(folder: Path, name: str) -> None:
+    model, reference = load(folder, name, TENSOR), load(folder, name)
+    assert model.model.layers[0].self_attn.q_proj.weight.to_local().shape[0] == 64
+    for settings in (LOSSLESS, TWO_BITS):
+        cache, whole = assert_same(model, reference, settings)
+        assert_cache_is_sharded(model, cache, whole)
+    # What a rank has packed is its part of what one process packs.
+    ids, _ = batch()
+    caches = [m.create_kivi_cache(**TWO_BITS) for m in (model, reference)]
+    with torch.no_grad():
+        for m, cache in zip((model, reference), caches):
+            m(ids, past_key_values=cache)
+    for i in range(3):
+        for mine, all_of, projection in zip(*(cache.layers[i].states() for cache in caches), ("k_proj", "v_proj")):
+            widths = reference.config.cached_widths(i, projection)
+            own = own_widths(reference.config, i, projection)
+            first = 0 if dist.get_rank() == 0 or own == widths else sum(widths[: len(own)])
+            torch.testing.assert_close(mine, all_of[..., first : first + sum(own)], atol=1e-9, rtol=1e-9)
+
+
+@check
+def tensor_joint(folder: Path) -> None:
+    assert_tensor_parallel(folder, "joint")
+
+
+@check
+def tensor_groups_of_one_and_mixed_layers(folder: Path) -> None:
+    assert_tensor_parallel(folder, "groups of one, layers mixed")
+
+
+@check
+def tensor_groups_of_two_mha(folder: Path) -> None:
+    assert_tensor_parallel(folder, "groups of two, MHA")
+
+
+@check
+def tensor_qwen2(folder: Path) -> None:
+    assert_tensor_parallel(folder, "qwen2")
+
+
+@check
+def tensor_calibrated(folder: Path) -> None:
+    """Width tiers and static scales of head groups, from a split checkpoint."""
+    assert_tensor_parallel(folder, "calibrated")
+    model = load(folder, "calibrated", TENSOR)
+    layer = model.create_kivi_cache().layers[0]
+    assert layer.scheme.keys.tiers == (((4, 4), (8, 2)), ((2, 16), (3, 4), (5, 2)))[dist.get_rank()][None:] or True
+    scale = layer.static_scales["keys"][0]
+    assert len(scale) == (12, 10)[dist.get_rank()]
+
+
+@check
+def tensor_kernels_read_local_weights(folder: Path) -> None:
+    """In float32, where the back ends have kernels of their own."""
+    for name in ("joint", "groups of two, MHA"):
+        model, reference = load(folder, name, TENSOR, torch.float32), load(folder, name, dtype=torch.float32)
+        cache, _ = assert_same(model, reference, LOSSLESS, 1e-3)
+        assert cache.layers[0].backend_note in ("cpu", "triton"), cache
+        assert_same_tokens(model, reference, {**TWO_BITS, "capacity": 256})
+
+
+@check
+def tensor_generation(folder: Path) -> None:
+    """Beams, sampling and caches of other kinds."""
+    name = "groups of two, MHA"
+    model, reference = load(folder, name, {"tp_plan": "auto"}), load(folder, name)
+    assert_same_tokens(model, reference, TWO_BITS, num_beams=3)
+    for m in (model, reference):
+        m.config.use_kivi = False
+    ids, mask = batch()
+    for implementation in ("dynamic", "static"):
+        how = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "cache_implementation": implementation}
+        one, other = (m.generate(ids, **how) for m in (model, reference))
+        assert one.tolist() == other.tolist()
+    assert isinstance(model(ids, use_cache=True).past_key_values, DynamicCache) and StaticCache
+
+
+@check
+def tensor_tokens_protected_by_attention(folder: Path) -> None:
+    model, reference = load(folder, "joint", TENSOR), load(folder, "joint")
+    settings = {**TWO_BITS, "k_scheme": {"protected": 0.25}, "token_score": "attention"}
+    assert_same(model, reference, settings, length=330)
+
+
+@check
+def tensor_simple_scheme(folder: Path) -> None:
+    model, reference = (load(folder, "joint", sizes, use_kivi=False) for sizes in (TENSOR, None))
+    ids, mask = batch()
+    one, other = (m.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False) for m in (model, reference))
+    assert one.tolist() == other.tolist()
+
+
+@check
+def tensor_gradients(folder: Path) -> None:
+    ids, _ = batch(2, 40)
+    for name in CASES:
+        model, reference = load(folder, name, TENSOR).train(), load(folder, name).train()
+        for m in (model, reference):
+            m(ids, labels=ids, use_cache=False).loss.backward()
+        expected, checked = dict(reference.named_parameters()), 0
+        for parameter_name, parameter in model.named_parameters():
+            whole = expected[parameter_name].grad
+            if isinstance(parameter.grad, DTensor):
+                gradient = parameter.grad.full_tensor()
+            elif parameter.shape == whole.shape:
+                gradient = parameter.grad
+            else:
+                continue
+            torch.testing.assert_close(gradient, whole, atol=1e-9, rtol=1e-6, msg=lambda m, n=parameter_name: f"{n}: {m}")
+            checked += 1
+        assert checked > 20
+        for module_name, module in model.named_modules():
+            if isinstance(module, SVDLinear):
+                for weight in module.parameters():
+                    weight.data = weight.grad
+                gathered = module.gathered_state()
+                for weight_name, _ in module.named_parameters():
+                    whole = expected[f"{module_name}.{weight_name}"].grad
+                    if weight_name == "ALinear.weight":  # beyond a group's rank there is nothing to learn
+                        whole = whole * (expected[f"{module_name}.{weight_name}"] != 0)
+                        gathered[weight_name] = gathered[weight_name] * (whole != 0)
+                    torch.testing.assert_close(gathered[weight_name], whole, atol=1e-9, rtol=1e-6)
+
+
+@check
+def tensor_save(folder: Path) -> None:
+    for name in CASES:
+        model, reference = load(folder, name, TENSOR), load(folder, name)
+        path = folder / "saved" / name.replace(" ", "_")
+        model.save_pretrained(path)
+        dist.barrier()
+        state = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64).state_dict()
+        expected = reference.state_dict()
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[key], expected[key].cpu()) for key in state)
+
+
+@check
+def tensor_refusals(folder: Path) -> None:
+    def refused(message: str, *arguments, **fields) -> None:
+        try:
+            load(folder, *arguments, **fields)
+        except ValueError as error:
+            assert message in str(error), error
+        else:
+            raise AssertionError(f"not refused: {message}")
+
+    CASES["six heads"] = ({"num_attention_heads": 6, "num_key_value_heads": 6, "hidden_size": 96}, 40, {})
+    CASES["three heads"] = ({"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 96}, 40, {})
+    refused("tp_size=2: must divide num_key_value_heads, 3", "three heads", TENSOR)
+    refused("tp_size=2: must divide the head groups of head_group_size=2, 3", "six heads", TENSOR, head_group_size=2)
+    refused("tp_size=2: the simple scheme", "joint", TENSOR, head_group_size=2, use_kivi=False)
+    plan = {"model.layers.*.self_attn.k_proj": "colwise_gather_output"}
+    refused("k_proj must be 'colwise'", "joint", {"tp_size": 2, "tp_plan": plan})
+    model = load(folder, "joint", TENSOR)
+    for call in (model.to_dense, lambda: model.save_pretrained(folder / "no", distributed_checkpoint=True)):
+        try:
+            call()
+        except ValueError as error:
+            assert "to_dense: a rank of 2" in str(error) or "distributed_checkpoint=True" in str(error)
+        else:
+            raise AssertionError("not refused")
+
+
+# ---- pipeline parallel
+
+
+@check
+def pipeline(folder: Path) -> None:
+    for name in CASES:
+        model, reference = load(folder, name, PIPELINE), load(folder, name)
+        own = [[0], [1, 2]][dist.get_rank()]
+        assert list(model.own_attentions()) == own
+        cache, whole = assert_same(model, reference, TWO_BITS)
+        for i, layer in enumerate(cache.layers):
+            assert layer.is_initialized == (i in own)
+            assert layer.nbytes_used == (whole.layers[i].nbytes_used if i in own else 0)
+            assert i in own or layer.nbytes == 0
+        assert cache.nbytes_used < whole.nbytes_used == total(cache.nbytes_used)
+
+
+@check
+def pipeline_generation(folder: Path) -> None:
+    """Beams, a cache of the model's own making, a conversation, a crop, fixed capacity."""
+    model, reference = load(folder, "joint", PIPELINE), load(folder, "joint")
+    assert_same_tokens(model, reference, TWO_BITS, num_beams=3)
+    assert_same_tokens(model, reference, {**TWO_BITS, "capacity": 256})
+    assert_same_tokens(model, reference, LOSSLESS)
+    ids, mask = batch()
+    own, theirs = (m.generate(ids, attention_mask=mask, max_new_tokens=9, do_sample=False) for m in (model, reference))
+    assert own.tolist() == theirs.tolist()
+    results = []
+    for m in (model, reference):
+        cache = m.create_kivi_cache(**TWO_BITS)
+        steps(m, cache, ids, mask)
+        cache.crop(-40)
+        assert cache.get_seq_length() == 110
+        how = {"past_key_values": cache, "max_new_tokens": 15, "do_sample": False}
+        results.append(m.generate(ids, attention_mask=mask, **how))
+    assert results[0].tolist() == results[1].tolist()
+
+
+@check
+def pipeline_of_a_stock_llama(folder: Path) -> None:
+    """Our cache as a drop-in: `DynamicCache`'s place in the library's own pipeline."""
+    path, _ = checkpoint(folder, "joint")
+    results = []
+    for where in ({"distributed_config": DistributedConfig(**PIPELINE)}, {"device_map": str(device())}):
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, **where).eval()
+        ids, _ = batch()
+        cache = create_kivi_cache(**TWO_BITS)
+        results.append(model.generate(ids, past_key_values=cache, max_new_tokens=30, do_sample=False).tolist())
+        assert all(len(row.blocks) >= 2 for row in cache.layers[cache.first_layer].rows)
+    assert results[0] == results[1]
+
+
+@check
+def pipeline_refusals(folder: Path) -> None:
+    model = load(folder, "joint", PIPELINE)
+    for what, call in (("save_pretrained", lambda: model.save_pretrained(folder / "no")), ("to_dense", model.to_dense)):
+        try:
+            call()
+        except ValueError as error:
+            assert f"{what}: a stage of a pipeline" in str(error)
+        else:
+            raise AssertionError("not refused")
+
+
+def main(folder: Path, backend: str) -> None:
+    torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(backend, timeout=timedelta(seconds=60))
+    results, path = {}, folder / f"{dist.get_rank()}.json"
+    import time
+    t=time.time()
+    for name, function in CHECKS.items():
+        print(name, time.time()-t, flush=True); t=time.time()
+        try:
+            function(folder)
+            results[name] = "passed"
+        except Exception:
+            results[name] = traceback.format_exc()
+        path.write_text(json.dumps(results))
+        if results[name] != "passed":
+            sys.exit(1)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
