@@ -143,6 +143,12 @@ def _check_tensor_parallel_plan(plan: dict[str, str]) -> None:
             )
 
 
+def _static_buffer(split: SVDLinear, name: str) -> torch.Tensor:
+    """A buffer in float32, from where accelerate keeps it if it is offloaded (`offload_buffers=True`)."""
+    buffer = getattr(split, name)
+    return (split._hf_hook.weights_map[name] if buffer.is_meta else buffer).float()
+
+
 # ---- model
 
 
@@ -272,7 +278,7 @@ class ALRDLlamaAttention(LlamaAttention):
             "cache": layer.packed(new) if step.has_past else PackedCache(after=(new,)),
             "expand_keys": self.k_proj.ALinear if isinstance(self.k_proj, SVDLinear) else None,
             "value_widths": self.widths[1],
-            "rope": step.rope,
+            "rope": replace(step.rope, inv_freq=step.rope.inv_freq.to(query.device)),
             "scaling": self.scaling,
         }
 
@@ -460,7 +466,7 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
         for i, attention in self.own_attentions().items():
             for side, projection in (("keys", attention.k_proj), ("values", attention.v_proj)):
                 if isinstance(projection, SVDLinear) and projection.latent_scale is not None:
-                    scales = (projection.latent_scale.float(), projection.latent_zero_point.float())
+                    scales = tuple(_static_buffer(projection, n) for n in ("latent_scale", "latent_zero_point"))
                     found.setdefault(i, {})[side] = scales
         return found
 

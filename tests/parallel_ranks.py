@@ -1,24 +1,25 @@
-"""Checks that two processes make together: run by `tests/test_parallel.py` under torchrun.
+"""What two processes check together: `tests/test_parallel.py` runs it under torchrun.
 
-    torchrun --standalone --nproc_per_node 2 tests/parallel_ranks.py FOLDER {gloo,nccl}
+    torchrun --standalone --nproc_per_node 2 tests/parallel_ranks.py FOLDER {gloo,nccl} SECONDS
 
-Each rank writes `FOLDER/{rank}.json`: for every check "passed" or a traceback. A check that fails on one rank may leave
-the other one waiting, so the first failure ends the run.
+Each rank writes `FOLDER/{rank}.json`: for every check "passed" or a traceback. A check that fails on one rank leaves
+the other one waiting, so the first failure ends the run; so do SECONDS, with a traceback of every thread.
 """
 
+import faulthandler
 import json
 import os
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, DynamicCache, Qwen2Config, Qwen2ForCausalLM, StaticCache
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers.distributed import DistributedConfig
 
 from configuration_alrd_llama import ALRDLlamaConfig
@@ -59,7 +60,10 @@ CASES = {
         {"k_proj": [12, 10], "v_proj": [12, 10]},
         {"head_group_size": 2, "k_scheme": {"static": True}, "width_tiers": all_ranks(3, TIERS)},
     ),
+    "six heads": ({"num_attention_heads": 6, "num_key_value_heads": 6, "hidden_size": 96}, 40, {}),
+    "three heads": ({"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 96}, 40, {}),
 }
+SPLITS = tuple(CASES)[:5]
 
 
 def check(function: Callable) -> Callable:
@@ -69,13 +73,13 @@ def check(function: Callable) -> Callable:
 
 def checkpoint(folder: Path, name: str) -> tuple[Path, ALRDLlamaConfig | None]:
     """The first rank saves the model of a case, once; where it lies, and the config to load it with."""
-    dense_fields, ranks, fields = CASES[name]
-    fields, path = dict(fields), folder / name.replace(" ", "_")
-    kind = {key: dense_fields[key] for key in ("qwen2", "calibrated") if key in dense_fields}
-    overrides = {key: value for key, value in dense_fields.items() if key not in kind}
-    if "qwen2" in kind:
+    overrides, ranks, fields = CASES[name]
+    # Before transformers 5.23 the ranks must divide the vocabulary.
+    overrides, path = {"vocab_size": 98, **overrides}, folder / name.replace(" ", "_")
+    calibrated = overrides.pop("calibrated", False)
+    if overrides.pop("qwen2", False):
         torch.manual_seed(0)
-        dense = Qwen2ForCausalLM(Qwen2Config(**TINY_LLAMA, **overrides)).double().eval()
+        dense = Qwen2ForCausalLM(Qwen2Config(**{**TINY_LLAMA, **overrides})).double().eval()
         randomize_vectors(dense)
     else:
         dense = tiny_dense(dtype=torch.float64, **overrides)
@@ -83,39 +87,28 @@ def checkpoint(folder: Path, name: str) -> tuple[Path, ALRDLlamaConfig | None]:
         dense.config, truncation_ranks=ranks if ranks is MIXED else all_ranks(3, ranks), **fields
     )
     if dist.get_rank() == 0 and not path.exists():
-        model = dense
-        if "calibrated" in kind:
-            model = ALRDLlamaForCausalLM.from_dense(dense, replace_static(config, None))
-            model = with_static_scales(model, config)
-        model.save_pretrained(path)
+        (with_static_scales(dense, config) if calibrated else dense).save_pretrained(path)
     dist.barrier()
-    return path, None if "calibrated" in kind else config
+    return path, None if calibrated else config
 
 
-def replace_static(config: ALRDLlamaConfig, k_scheme: dict | None) -> ALRDLlamaConfig:
-    return ALRDLlamaConfig.from_llama(config, k_scheme=k_scheme)
+def with_static_scales(dense, config: ALRDLlamaConfig) -> ALRDLlamaForCausalLM:
+    """A split model with scales for its keys, which are not those of any text: another one for every channel."""
+    scale = 0.5 + torch.rand(22, dtype=dense.dtype, generator=torch.Generator().manual_seed(1))
+    splits = [{"k_proj": {"static_scales": (scale, -1.5 * scale)}, "v_proj": {}}] * 3
+    return ALRDLlamaForCausalLM.from_dense(dense, config, splits)
 
 
-def with_static_scales(model: ALRDLlamaForCausalLM, config: ALRDLlamaConfig) -> ALRDLlamaForCausalLM:
-    """A model with calibrated key scales: those of some text."""
-    calibrated = ALRDLlamaForCausalLM(config).double()
-    calibrated.load_state_dict(model.state_dict(), strict=False)
-    for layer in calibrated.model.layers:
-        generator = torch.Generator().manual_seed(1)
-        split = layer.self_attn.k_proj
-        split.latent_scale.copy_(0.5 + torch.rand(split.latent_scale.shape, generator=generator))
-        split.latent_zero_point.copy_(-1.5 * split.latent_scale)
-    return calibrated.eval()
-
-
-def load(folder: Path, name: str, sizes: dict | None = None, dtype=torch.float64, model_class=None, **config_fields):
-    """The model of a case, on this rank's part of several devices or, without `sizes`, on one."""
+def load(folder: Path, name: str, sizes: dict | None = None, dtype=torch.float64, **config_fields):
+    """The model of a case, this rank's part of it or, without `sizes`, all."""
     path, config = checkpoint(folder, name)
     if config_fields:
         config = ALRDLlamaConfig.from_llama(config, **config_fields)
-    where = {"distributed_config": DistributedConfig(**sizes)} if sizes else {"device_map": str(device())}
-    model_class = model_class or ALRDLlamaForCausalLM
-    return model_class.from_pretrained(path, config=config, dtype=dtype, **where).eval()
+    return ALRDLlamaForCausalLM.from_pretrained(path, config=config, dtype=dtype, **where(sizes)).eval()
+
+
+def where(sizes: dict | None) -> dict:
+    return {"distributed_config": DistributedConfig(**sizes)} if sizes else {"device_map": str(device())}
 
 
 def device() -> torch.device:
@@ -136,7 +129,7 @@ def steps(model, cache, ids, mask) -> torch.Tensor:
     """Logits of a prompt, a chunk of it, and single tokens."""
     length = ids.shape[1]
     cuts, logits = [0, length - 49, length - 4, *range(length - 3, length + 1)], []
-    for start, stop in zip(cuts, cuts[1:]):
+    for start, stop in pairwise(cuts):
         logits.append(model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache).logits)
     return torch.cat(logits, dim=1)
 
@@ -256,11 +249,12 @@ def tensor_qwen2(folder: Path) -> None:
 def tensor_calibrated(folder: Path) -> None:
     """Width tiers and static scales of head groups, from a split checkpoint."""
     assert_tensor_parallel(folder, "calibrated")
-    model = load(folder, "calibrated", TENSOR)
-    layer = model.create_kivi_cache().layers[0]
-    assert layer.scheme.keys.tiers == (((4, 4), (8, 2)), ((2, 16), (3, 4), (5, 2)))[dist.get_rank()][None:] or True
-    scale = layer.static_scales["keys"][0]
-    assert len(scale) == (12, 10)[dist.get_rank()]
+    mine, whole = (load(folder, "calibrated", sizes).create_kivi_cache().layers[0] for sizes in (TENSOR, None))
+    group, channels = dist.get_rank(), (slice(12), slice(12, 22))[dist.get_rank()]
+    for side in ("keys", "values"):
+        assert getattr(mine.scheme, side).tiers == (getattr(whole.scheme, side).tiers[group],)
+    for mine_too, of_all in zip(mine.static_scales["keys"], whole.static_scales["keys"]):
+        assert torch.equal(mine_too, of_all[channels])
 
 
 @check
@@ -275,18 +269,34 @@ def tensor_kernels_read_local_weights(folder: Path) -> None:
 
 @check
 def tensor_generation(folder: Path) -> None:
-    """Beams, sampling and caches of other kinds."""
+    """Beams, and caches of other kinds."""
     name = "groups of two, MHA"
     model, reference = load(folder, name, {"tp_plan": "auto"}), load(folder, name)
     assert_same_tokens(model, reference, TWO_BITS, num_beams=3)
-    for m in (model, reference):
-        m.config.use_kivi = False
     ids, mask = batch()
     for implementation in ("dynamic", "static"):
-        how = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "cache_implementation": implementation}
+        how = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "cache_implementation": implementation}
         one, other = (m.generate(ids, **how) for m in (model, reference))
         assert one.tolist() == other.tolist()
-    assert isinstance(model(ids, use_cache=True).past_key_values, DynamicCache) and StaticCache
+
+
+@check
+def tensor_of_a_stock_llama(folder: Path) -> None:
+    """Our cache as a drop-in: each rank has the heads that the library's plan gives it."""
+    caches = assert_same_stock_llama(folder, TENSOR)
+    assert [len(cache.layers[0].widths[0]) for cache in caches] == [2, 4]
+
+
+def assert_same_stock_llama(folder: Path, sizes: dict) -> list[KIVILatentCache]:
+    path, _ = checkpoint(folder, "joint")
+    results, caches = [], [create_kivi_cache(**TWO_BITS), create_kivi_cache(**TWO_BITS)]
+    for cache, its_sizes in zip(caches, (sizes, None)):
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, **where(its_sizes)).eval()
+        ids, _ = batch()
+        results.append(model.generate(ids, past_key_values=cache, max_new_tokens=30, do_sample=False).tolist())
+        assert all(len(row.blocks) >= 4 for row in cache.layers[cache.first_layer].rows)
+    assert results[0] == results[1]
+    return caches
 
 
 @check
@@ -307,7 +317,7 @@ def tensor_simple_scheme(folder: Path) -> None:
 @check
 def tensor_gradients(folder: Path) -> None:
     ids, _ = batch(2, 40)
-    for name in CASES:
+    for name in SPLITS:
         model, reference = load(folder, name, TENSOR).train(), load(folder, name).train()
         for m in (model, reference):
             m(ids, labels=ids, use_cache=False).loss.backward()
@@ -320,7 +330,9 @@ def tensor_gradients(folder: Path) -> None:
                 gradient = parameter.grad
             else:
                 continue
-            torch.testing.assert_close(gradient, whole, atol=1e-9, rtol=1e-6, msg=lambda m, n=parameter_name: f"{n}: {m}")
+            torch.testing.assert_close(
+                gradient, whole, atol=1e-9, rtol=1e-6, msg=lambda m, n=parameter_name: f"{n}: {m}"
+            )
             checked += 1
         assert checked > 20
         for module_name, module in model.named_modules():
@@ -338,7 +350,7 @@ def tensor_gradients(folder: Path) -> None:
 
 @check
 def tensor_save(folder: Path) -> None:
-    for name in CASES:
+    for name in SPLITS:
         model, reference = load(folder, name, TENSOR), load(folder, name)
         path = folder / "saved" / name.replace(" ", "_")
         model.save_pretrained(path)
@@ -349,31 +361,28 @@ def tensor_save(folder: Path) -> None:
         assert all(torch.equal(state[key], expected[key].cpu()) for key in state)
 
 
+def assert_refused(message: str, call: Callable) -> None:
+    try:
+        call()
+    except ValueError as error:
+        assert message in str(error), error
+    else:
+        raise AssertionError(f"not refused: {message}")
+
+
 @check
 def tensor_refusals(folder: Path) -> None:
     def refused(message: str, *arguments, **fields) -> None:
-        try:
-            load(folder, *arguments, **fields)
-        except ValueError as error:
-            assert message in str(error), error
-        else:
-            raise AssertionError(f"not refused: {message}")
+        assert_refused(message, lambda: load(folder, *arguments, **fields))
 
-    CASES["six heads"] = ({"num_attention_heads": 6, "num_key_value_heads": 6, "hidden_size": 96}, 40, {})
-    CASES["three heads"] = ({"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 96}, 40, {})
     refused("tp_size=2: must divide num_key_value_heads, 3", "three heads", TENSOR)
     refused("tp_size=2: must divide the head groups of head_group_size=2, 3", "six heads", TENSOR, head_group_size=2)
     refused("tp_size=2: the simple scheme", "joint", TENSOR, head_group_size=2, use_kivi=False)
-    plan = {"model.layers.*.self_attn.k_proj": "colwise_gather_output"}
-    refused("k_proj must be 'colwise'", "joint", {"tp_size": 2, "tp_plan": plan})
+    plan = {"model.layers.*.self_attn.q_proj": "colwise_gather_output"}
+    refused("tp_plan: q_proj must be 'colwise'", "joint", {"tp_size": 2, "tp_plan": plan})
     model = load(folder, "joint", TENSOR)
-    for call in (model.to_dense, lambda: model.save_pretrained(folder / "no", distributed_checkpoint=True)):
-        try:
-            call()
-        except ValueError as error:
-            assert "to_dense: a rank of 2" in str(error) or "distributed_checkpoint=True" in str(error)
-        else:
-            raise AssertionError("not refused")
+    assert_refused("to_dense: a rank of 2", model.to_dense)
+    assert_refused("distributed_checkpoint=True", lambda: model.save_pretrained(folder, distributed_checkpoint=True))
 
 
 # ---- pipeline parallel
@@ -381,7 +390,7 @@ def tensor_refusals(folder: Path) -> None:
 
 @check
 def pipeline(folder: Path) -> None:
-    for name in CASES:
+    for name in (SPLITS[0], SPLITS[1], SPLITS[4]):
         model, reference = load(folder, name, PIPELINE), load(folder, name)
         own = [[0], [1, 2]][dist.get_rank()]
         assert list(model.own_attentions()) == own
@@ -416,50 +425,36 @@ def pipeline_generation(folder: Path) -> None:
 
 @check
 def pipeline_of_a_stock_llama(folder: Path) -> None:
-    """Our cache as a drop-in: `DynamicCache`'s place in the library's own pipeline."""
-    path, _ = checkpoint(folder, "joint")
-    results = []
-    for where in ({"distributed_config": DistributedConfig(**PIPELINE)}, {"device_map": str(device())}):
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, **where).eval()
-        ids, _ = batch()
-        cache = create_kivi_cache(**TWO_BITS)
-        results.append(model.generate(ids, past_key_values=cache, max_new_tokens=30, do_sample=False).tolist())
-        assert all(len(row.blocks) >= 2 for row in cache.layers[cache.first_layer].rows)
-    assert results[0] == results[1]
+    """Our cache as a drop-in in the library's own pipeline."""
+    caches = assert_same_stock_llama(folder, PIPELINE)
+    assert total(caches[0].nbytes_used) == caches[1].nbytes_used
 
 
 @check
 def pipeline_refusals(folder: Path) -> None:
     model = load(folder, "joint", PIPELINE)
-    for what, call in (("save_pretrained", lambda: model.save_pretrained(folder / "no")), ("to_dense", model.to_dense)):
-        try:
-            call()
-        except ValueError as error:
-            assert f"{what}: a stage of a pipeline" in str(error)
-        else:
-            raise AssertionError("not refused")
+    assert_refused("save_pretrained: a stage of a pipeline", lambda: model.save_pretrained(folder))
+    assert_refused("to_dense: a stage of a pipeline", model.to_dense)
 
 
-def main(folder: Path, backend: str) -> None:
+def main(folder: Path, backend: str, seconds: int) -> None:
+    faulthandler.dump_traceback_later(seconds, exit=True)
     torch.set_num_threads(1)
     if backend == "nccl":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(backend, timeout=timedelta(seconds=60))
-    results, path = {}, folder / f"{dist.get_rank()}.json"
-    import time
-    t=time.time()
+    results = {}
     for name, function in CHECKS.items():
-        print(name, time.time()-t, flush=True); t=time.time()
         try:
             function(folder)
             results[name] = "passed"
         except Exception:
             results[name] = traceback.format_exc()
-        path.write_text(json.dumps(results))
+        (folder / f"{dist.get_rank()}.json").write_text(json.dumps(results))
         if results[name] != "passed":
             sys.exit(1)
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
