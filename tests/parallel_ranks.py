@@ -15,6 +15,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import torch.distributed as dist
@@ -146,7 +147,23 @@ def assert_same(
     assert all(len(row.blocks) >= 2 for row in caches[0].layers[caches[0].first_layer].rows), caches[0]
     assert caches[0].row_tokens() == caches[1].row_tokens() == [length - PADS, length]
     assert_same_tokens(model, reference, settings, ids=ids, mask=mask)
+    assert_goes_on_from_a_file(model, caches[0], ids, mask)
     return caches
+
+
+@torch.no_grad()
+def assert_goes_on_from_a_file(model, cache: KIVILatentCache, ids, mask) -> None:
+    """Each rank saves its part of the cache and goes on with it."""
+    with TemporaryDirectory() as folder:
+        cache.save(Path(folder) / "cache.safetensors")
+        loaded = KIVILatentCache.load(Path(folder) / "cache.safetensors", device=device())
+    assert loaded.nbytes_used == cache.nbytes_used
+    fed, length = cache.row_tokens(), ids.shape[1]
+    mask = torch.cat([mask, mask[:, -1:]], dim=1)
+    one, other = (model(ids[:, -1:], attention_mask=mask, past_key_values=c).logits for c in (loaded, cache))
+    assert torch.equal(one, other)
+    cache.crop(-1)
+    assert cache.row_tokens() == fed and cache.get_seq_length() == length
 
 
 def assert_same_tokens(model, reference, settings: dict, ids=None, mask=None, **how) -> None:
