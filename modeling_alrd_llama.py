@@ -370,17 +370,17 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *args, config=config, output_loading_info=True, **kwargs
             )
-        if (model.tp_size or 1) > 1:
-            mesh = model._device_mesh
-            mesh = mesh["tp"] if mesh.ndim > 1 else mesh
-            for attention in model.own_attentions().values():
-                attention.keep_heads(mesh.get_local_rank(), mesh.size(), mesh.get_group())
         unloaded = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
         if unloaded:
             raise ValueError(
                 f"{pretrained_model_name_or_path}: the checkpoint has no fitting weights for {', '.join(unloaded)}; "
                 "they would be random"
             )
+        if (model.tp_size or 1) > 1:
+            mesh = model._device_mesh
+            mesh = mesh["tp"] if mesh.ndim > 1 else mesh
+            for attention in model.own_attentions().values():
+                attention.keep_heads(mesh.get_local_rank(), mesh.size(), mesh.get_group())
         return (model, info) if output_loading_info else model
 
     @classmethod
@@ -458,7 +458,7 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
     def own_attentions(self) -> dict[int, ALRDLlamaAttention]:
         """Attention of each layer by index; of those of its own, if the model is a stage of a pipeline."""
         layers = enumerate(self.get_decoder().layers)
-        return {i: layer.self_attn for i, layer in layers if isinstance(layer, ALRDLlamaDecoderLayer)}
+        return {i: layer.self_attn for i, layer in layers if hasattr(layer, "self_attn")}
 
     def _static_scales(self) -> dict[int, dict]:
         """Calibrated scales that the checkpoint brings, by layer and side."""
