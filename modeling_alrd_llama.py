@@ -4,10 +4,11 @@ import copy
 import threading
 import warnings
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import wraps
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, LlamaForCausalLM, PreTrainedModel
 from transformers import initialization as init
@@ -36,7 +37,7 @@ from modules.kernels.attention import attention_received
 from modules.kernels.packed import PackedCache, Rope, Tile
 from modules.kivi_cache import CacheScheme, KIVILatentCache, config_schemes, create_kivi_cache
 from modules.quant_utils import quantize_latent, require
-from modules.svd_linear import ALinear, SVDLinear, factor_groups, join_factors
+from modules.svd_linear import ALinear, SVDLinear, factor_groups, join_factors, own_groups
 
 # ---- loading a dense checkpoint
 
@@ -117,6 +118,41 @@ def _check_stored_model(path, config: ALRDLlamaConfig, hub_arguments: dict) -> N
                 )
 
 
+# ---- several devices
+
+
+def _check_tensor_parallel(config: ALRDLlamaConfig, size: int, other_sizes: int) -> None:
+    """Refuse a number of ranks over which the heads, or their groups, cannot be dealt out whole."""
+    counts = {"num_key_value_heads": config.num_key_value_heads}
+    if config.num_head_groups > 1 and config.truncation_ranks:
+        counts[f"the head groups of head_group_size={config.head_group_size}"] = config.num_head_groups
+        if not config.use_kivi:
+            raise ValueError(
+                f"tp_size={size}: the simple scheme (use_kivi=False) rounds the latents of all head groups together, "
+                "so they cannot be on several ranks; head_group_size must be None"
+            )
+    for name, count in counts.items():
+        if count % size:
+            raise ValueError(f"tp_size={size}: must divide {name}, {count}: a rank caches whole ones")
+    if other_sizes > 1:
+        raise ValueError(f"tp_size={size}: cannot be combined with FSDP (over {other_sizes} ranks)")
+
+
+def _check_tensor_parallel_plan(plan: dict[str, str]) -> None:
+    for projection in ("q_proj", "k_proj", "v_proj"):
+        styles = {style for name, style in plan.items() if name.endswith(f"self_attn.{projection}")}
+        if styles != {"colwise"}:
+            raise ValueError(
+                f"tp_plan: {projection} must be 'colwise', as the cache is split with its heads; got {styles or None}"
+            )
+
+
+def _static_buffer(split: SVDLinear, name: str) -> torch.Tensor:
+    """A buffer in float32, from where accelerate keeps it if it is offloaded (`offload_buffers=True`)."""
+    buffer = getattr(split, name)
+    return (split._hf_hook.weights_map[name] if buffer.is_meta else buffer).float()
+
+
 # ---- model
 
 
@@ -172,7 +208,28 @@ class ALRDLlamaAttention(LlamaAttention):
             if not config.use_kivi:
                 split.latent_transform = SimpleRounding(bits, config.group_size)
             setattr(self, name, split)
-        self.widths = tuple(config.cached_widths(layer_idx, name) for name in ("k_proj", "v_proj"))
+        self.keep_heads(0, 1)
+
+    def keep_heads(self, rank: int, size: int, process_group=None) -> None:
+        """Drop what other ranks of tensor parallelism hold of the split projections, and of the cache."""
+        self.tp_rank, self.tp_size, self.tp_group = rank, size, process_group
+        for projection in (self.k_proj, self.v_proj):
+            if size > 1 and isinstance(projection, SVDLinear):
+                # The library's plan took it for a dense layer: its wrapper would make DTensors of what comes and goes.
+                vars(projection).pop("forward", None)
+                projection.keep_shard(rank, size, process_group)
+        widths = (self.config.cached_widths(self.layer_idx, name) for name in ("k_proj", "v_proj"))
+        self.widths = tuple(own_groups(w, rank, size) for w in widths)
+
+    def own_scheme(self, scheme: CacheScheme) -> CacheScheme:
+        """What this rank stores of a scheme whose width tiers, if it has some, are those of all head groups."""
+        tiers = {name: getattr(scheme, name).get("tiers") for name in ("k_scheme", "v_scheme")}
+        own = {
+            name: {**getattr(scheme, name), "tiers": own_groups(t, self.tp_rank, self.tp_size)}
+            for name, t in tiers.items()
+            if t
+        }
+        return replace(scheme, **own) if own else scheme
 
     def forward(
         self,
@@ -227,7 +284,7 @@ class ALRDLlamaAttention(LlamaAttention):
             "cache": layer.packed(new) if step.has_past else PackedCache(after=(new,)),
             "expand_keys": self.k_proj.ALinear if isinstance(self.k_proj, SVDLinear) else None,
             "value_widths": self.widths[1],
-            "rope": step.rope,
+            "rope": replace(step.rope, inv_freq=step.rope.inv_freq.to(query.device)),
             "scaling": self.scaling,
         }
 
@@ -236,7 +293,10 @@ class ALRDLlamaAttention(LlamaAttention):
         if layer.score != "attention":
             return None
         arguments = self._attention_arguments(query, key_latents, value_latents, layer, step)
-        return attention_received(**arguments, real=step.real, length=max(step.lengths) + query.shape[2])
+        received = attention_received(**arguments, real=step.real, length=max(step.lengths) + query.shape[2])
+        if self.tp_group is not None:
+            dist.all_reduce(received, group=self.tp_group)  # of all heads, so that all ranks protect the same tokens
+        return received
 
     def _attend_cache(self, query, key_latents, value_latents, layer, step: LatentStep):
         """Attention of new tokens over the packed cache and themselves; returns `[B, L, H_q, d]` and weights."""
@@ -322,10 +382,50 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
                 f"{pretrained_model_name_or_path}: the checkpoint has no fitting weights for {', '.join(unloaded)}; "
                 "they would be random"
             )
+        if (model.tp_size or 1) > 1:
+            mesh = model._device_mesh
+            mesh = mesh["tp"] if mesh.ndim > 1 else mesh
+            for attention in model.own_attentions().values():
+                attention.keep_heads(mesh.get_local_rank(), mesh.size(), mesh.get_group())
         return (model, info) if output_loading_info else model
 
+    @classmethod
+    def maybe_distribute_model(cls, model, distributed_config, *mesh):
+        """The library's hook before the weights are read."""
+        size = 1 if distributed_config is None else distributed_config.tp_size
+        if size > 1:
+            others = distributed_config.fsdp_size * getattr(distributed_config, "dp_replicate_size", 1)
+            _check_tensor_parallel(model.config, size, others)
+        model = super().maybe_distribute_model(model, distributed_config, *mesh)
+        if size > 1:
+            _check_tensor_parallel_plan(model.tp_plan)
+        return model
+
+    def gather_sharded_state_dict_for_save(self, model_to_save, state_dict: dict, *args, **kwargs) -> dict:
+        """The library's hook of `save_pretrained`, called by every rank: add what it does not know to be in parts."""
+        whole = super().gather_sharded_state_dict_for_save(model_to_save, state_dict, *args, **kwargs)
+        for module_name, module in model_to_save.named_modules():
+            if isinstance(module, SVDLinear) and module.BLinear.process_group is not None:
+                for name, tensor in module.gathered_state().items():
+                    if f"{module_name}.{name}" in whole:
+                        whole[f"{module_name}.{name}"] = tensor.cpu()
+        return whole
+
+    def _check_whole(self, what: str) -> None:
+        if getattr(self, "_pp_stage", None) is not None:
+            raise ValueError(f"{what}: a stage of a pipeline has some of the layers only; load the model without it")
+
     def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
-        """Save the factors as they are; with `save_original_format=True` the dense model of `to_dense`."""
+        """Save the factors as they are; with `save_original_format=True` the dense model of `to_dense`.
+
+        Under tensor parallelism every rank must call it, and the first one writes the whole model.
+
+        Raises:
+            ValueError: The model is a stage of a pipeline, or under tensor parallelism another format is asked for.
+        """
+        self._check_whole("save_pretrained")
+        if kwargs.get("distributed_checkpoint") and (self.tp_size or 1) > 1:
+            raise ValueError("distributed_checkpoint=True: must be False; the factors are gathered into one checkpoint")
         if save_original_format:
             return self.to_dense().save_pretrained(save_directory, *args, **kwargs)
         return super().save_pretrained(save_directory, *args, save_original_format=False, **kwargs)
@@ -353,9 +453,20 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
             scheme, tiered = config_schemes(config, **{n: settings.pop(n) for n in names if n in settings})
             settings |= {n: getattr(scheme, n) for n in names}
             settings["layer_schemes"] = tiered | (settings.get("layer_schemes") or {})
+            for i, attention in self.own_attentions().items():
+                whole = settings["layer_schemes"].get(i, scheme)
+                if (own := attention.own_scheme(whole)) != whole:
+                    settings["layer_schemes"][i] = own
         cache = create_kivi_cache(**settings, static_scales=self._static_scales(), config=config)
+        for i, attention in self.own_attentions().items():
+            cache.layers[i].given_widths = attention.widths
         cache.bind(self.get_decoder())
         return cache
+
+    def own_attentions(self) -> dict[int, ALRDLlamaAttention]:
+        """Attention of each active layer by index; of those of its own, if the model is a stage of a pipeline."""
+        layers = enumerate(self.get_decoder().layers[: self.config.num_hidden_layers])
+        return {i: layer.self_attn for i, layer in layers if hasattr(layer, "self_attn")}
 
     def _config_of_active_layers(self) -> ALRDLlamaConfig:
         """The config without the projections of layers that an early exit of `generate` skips for a while."""
@@ -371,10 +482,10 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
     def _static_scales(self) -> dict[int, dict]:
         """Calibrated scales that the checkpoint brings, by layer and side."""
         found = {}
-        for i, layer in enumerate(self.get_decoder().layers[: self.config.num_hidden_layers]):
-            for side, projection in (("keys", layer.self_attn.k_proj), ("values", layer.self_attn.v_proj)):
+        for i, attention in self.own_attentions().items():
+            for side, projection in (("keys", attention.k_proj), ("values", attention.v_proj)):
                 if isinstance(projection, SVDLinear) and projection.latent_scale is not None:
-                    scales = (projection.latent_scale.float(), projection.latent_zero_point.float())
+                    scales = tuple(_static_buffer(projection, n) for n in ("latent_scale", "latent_zero_point"))
                     found.setdefault(i, {})[side] = scales
         return found
 
@@ -518,7 +629,7 @@ class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):
         """`[B, past slots + L]` position of the token in each slot, -1 for pads."""
         past = cache.get_seq_length()
         mask = torch.ones((batch, past + length), dtype=torch.bool)
-        for row_mask, row in zip(mask, cache.layers[0].rows):
+        for row_mask, row in zip(mask, cache.layers[cache.first_layer].rows):
             for start, stop in row.pads:
                 row_mask[start:stop] = False
         if real is not None:
@@ -625,7 +736,14 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
 
     @torch.no_grad()
     def to_dense(self) -> PreTrainedModel:
-        """A plain model of the config's `dense_model_type` with the products of the factors."""
+        """A plain model of the config's `dense_model_type` with the products of the factors.
+
+        Raises:
+            ValueError: The model is distributed.
+        """
+        self._check_whole("to_dense")
+        if (self.tp_size or 1) > 1:
+            raise ValueError(f"to_dense: a rank of {self.tp_size} has some of the heads only; load the model on one")
         state = self.state_dict()
         for name, module in self.named_modules():
             if isinstance(module, SVDLinear):

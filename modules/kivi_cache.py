@@ -957,11 +957,27 @@ class KIVILatentCache(Cache):
 
     def row_tokens(self) -> list[int]:
         """Tokens that each row holds, pads not counted; empty before the first one."""
-        return [row.tokens for row in self.layers[0].rows] if self.layers else []
+        return [row.tokens for row in self.layers[self.first_layer].rows] if self.layers else []
 
     def row_lengths(self) -> list[int] | torch.Tensor:
         """As `row_tokens`; with a fixed capacity `[B]` int32 on the device, which nothing has waited for."""
-        return self.layers[0].row_lengths() if self.layers else []
+        return self.layers[self.first_layer].row_lengths() if self.layers else []
+
+    @property
+    def first_layer(self) -> int:
+        """Index of the first layer that holds tokens: a stage of a pipeline feeds only its own. 0 before."""
+        return next((i for i, layer in enumerate(self.layers) if layer.is_initialized), 0)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return super().get_seq_length(layer_idx or self.first_layer)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return super().get_mask_sizes(query_length, layer_idx or self.first_layer)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """As `DynamicCache.crop`, of the layers that hold tokens."""
+        for layer in [layer for layer in self.layers if layer.is_initialized] or self.layers:
+            layer.crop(tokens_to_remove)
 
     @contextmanager
     def all_or_nothing(self) -> Iterator[None]:
@@ -1156,7 +1172,7 @@ class KIVILatentCache(Cache):
             i, _, field_name = name.partition(".")
             mine[int(i)][field_name] = tensor
         for i, record in enumerate(header["layers"]):
-            place = device or (_layer_device(model, i) if model is not None else "cpu")
+            place = device or (_layer_device(model, i) if model is not None and mine[i] else "cpu")
             try:
                 cache.layer(i).restore({name: tensor.to(place) for name, tensor in mine[i].items()}, record)
             except ValueError as error:

@@ -5,9 +5,11 @@ r"""Low-rank linear layers `W ≈ A·B` and the factorizations that make them.
 block-diagonal and the groups' latents lie side by side.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from modules.hadamard_utils import fuse_rotation
@@ -224,11 +226,35 @@ def _rotate_spans(a: torch.Tensor, b: torch.Tensor, spans: list[int]) -> tuple[t
 # ---- modules
 
 
+class _SumGradient(torch.autograd.Function):
+    """The identity. Its gradient is summed over the ranks of a process group, each of which has a part of it."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, process_group) -> torch.Tensor:
+        ctx.process_group = process_group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient, group=ctx.process_group)
+        return gradient, None
+
+
 class BLinear(nn.Linear):
     """Projects hidden states `[..., C]` to latents `[..., Σ r]`; no bias."""
 
     def __init__(self, in_features: int, ranks: tuple[int, ...]):
         super().__init__(in_features, sum(ranks), bias=False)
+        #: Of tensor parallelism, and what all its ranks have: "input" (each has latents of its own) or "latents".
+        self.process_group, self.shared = None, "input"
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.process_group is None or not torch.is_grad_enabled():
+            return super().forward(hidden_states)
+        if self.shared == "input":
+            return super().forward(_SumGradient.apply(hidden_states, self.process_group))
+        return _SumGradient.apply(super().forward(hidden_states), self.process_group)
 
 
 class ALinear(nn.Module):
@@ -274,6 +300,12 @@ class ALinear(nn.Module):
         return states if self.bias is None else states + self.bias
 
 
+def own_groups(groups: Sequence, rank: int, size: int) -> Sequence:
+    """Those of a rank of `size`, of things that belong to head groups, one each; a joint group is every rank's."""
+    share = len(groups) // size
+    return groups if len(groups) == 1 else groups[rank * share : (rank + 1) * share]
+
+
 def split_groups(latent: torch.Tensor, ranks: tuple[int, ...]) -> torch.Tensor:
     """Split latents `[..., Σ r]` into their groups, `[..., n, max r]`, shorter ones filled with zeros."""
     if len(set(ranks)) == 1:
@@ -305,6 +337,7 @@ class SVDLinear(nn.Module):
         static: bool = False,
     ):
         super().__init__()
+        self.in_features, self.out_features = in_features, out_features
         self.BLinear = BLinear(in_features, ranks)
         self.ALinear = ALinear(ranks, out_features, num_heads, bias)
         #: Applied to the latent on its way from B to A; the simple scheme of `use_kivi=False` rounds it here.
@@ -351,9 +384,60 @@ class SVDLinear(nn.Module):
         return split
 
     @torch.no_grad()
+    def keep_shard(self, rank: int, size: int, process_group) -> None:
+        """Drop what other ranks of tensor parallelism hold: the rows of their heads, and the latents of their groups.
+
+        A joint latent is kept whole by every rank.
+
+        Args:
+            rank, size: Of this process and how many; `size` divides the heads, and the groups if there are several.
+            process_group: Of the ranks; gradients are summed over it.
+        """
+        expand, ranks = self.ALinear, self.ALinear.ranks
+        own, rows = own_groups(ranks, rank, size), self.ALinear.weight.shape[0] // size
+        self.shares = [sum(own_groups(ranks, i, size)) for i in range(size)]  # latents of each rank
+        self.full_ranks, self.BLinear.process_group = ranks, process_group
+        self.BLinear.shared = "latents" if len(ranks) == 1 else "input"
+        heads = slice(rank * rows, (rank + 1) * rows)
+        latents = slice(None) if len(ranks) == 1 else slice(sum(self.shares[:rank]), sum(self.shares[: rank + 1]))
+        expand.ranks, expand.num_heads = own, expand.num_heads // size
+        expand.weight = _part(expand.weight, heads, slice(max(own)))
+        expand.bias = _part(expand.bias, heads)
+        self.BLinear.weight, self.BLinear.out_features = _part(self.BLinear.weight, latents), sum(own)
+        self.out_features = rows
+        for name in ("latent_scale", "latent_zero_point"):
+            if getattr(self, name) is not None:
+                setattr(self, name, getattr(self, name)[latents].clone())
+
+    @torch.no_grad()
+    def gathered_state(self) -> dict[str, torch.Tensor]:
+        """The `state_dict` of the whole layer, after `keep_shard`; every rank must call it."""
+        state, size = dict(self.state_dict()), len(self.shares)
+        widest = max(self.full_ranks)
+        for name, tensor in state.items():
+            if name == "ALinear.weight":
+                tensor = nn.functional.pad(tensor, (0, widest - tensor.shape[1]))
+            elif name != "ALinear.bias" and self.BLinear.shared == "latents":
+                continue
+            counts = [len(tensor)] * size if name.startswith("ALinear.") else self.shares
+            padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
+            padded[: len(tensor)] = tensor
+            parts = [torch.empty_like(padded) for _ in counts]
+            dist.all_gather(parts, padded, group=self.BLinear.process_group)
+            state[name] = torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
+        return state
+
+    @torch.no_grad()
     def dense_weight(self) -> torch.Tensor:
         """The product `A·B`, `[out, in]`, multiplied in float32 and returned in the layer's type."""
         return dense_product(self.ALinear.weight, self.BLinear.weight, self.ALinear.ranks)
+
+
+def _part(parameter: nn.Parameter | None, *index: slice) -> nn.Parameter | None:
+    """A copy of a part of a parameter, which leaves the rest to be freed."""
+    if parameter is None:
+        return None
+    return nn.Parameter(parameter[index].clone(memory_format=torch.contiguous_format), parameter.requires_grad)
 
 
 def dense_product(a: torch.Tensor, b: torch.Tensor, ranks: tuple[int, ...]) -> torch.Tensor:

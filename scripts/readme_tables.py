@@ -262,7 +262,8 @@ def prefix(record: dict) -> str:
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
     return "\n".join(lines) + (
         f"\n\nPrefix of {c['length']:,} tokens; each continuation goes on by {1 + c['steps']} tokens; medians and "
-        f"quartiles of {c['rounds']} rounds. {c['dtype']} on {e['cpu'].split(' (')[0]}, {c['threads']} threads, torch {e['torch']}."
+        f"quartiles of {c['rounds']} rounds. {c['dtype']} on {e['cpu'].split(' (')[0]}, {c['threads']} threads, "
+        f"torch {e['torch']}."
     )
 
 
