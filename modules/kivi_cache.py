@@ -974,11 +974,6 @@ class KIVILatentCache(Cache):
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return super().get_mask_sizes(query_length, layer_idx or self.first_layer)
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """As `DynamicCache.crop`, of the layers that hold tokens."""
-        for layer in [layer for layer in self.layers if layer.is_initialized] or self.layers:
-            layer.crop(tokens_to_remove)
-
     @contextmanager
     def all_or_nothing(self) -> Iterator[None]:
         """What is appended inside is appended to all layers or, if an error comes through, to none.
@@ -1044,11 +1039,12 @@ class KIVILatentCache(Cache):
             self._edit_layers("batch_select_indices", indices)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last slots; see `KIVILatentLayer.crop`."""
-        if self.capacity is None:
-            super().crop(tokens_to_remove)
-        else:
+        """Remove the last slots of the layers that hold tokens; see `KIVILatentLayer.crop`."""
+        if self.capacity is not None:
             self._edit_layers("crop", tokens_to_remove)
+            return
+        for layer in [layer for layer in self.layers if layer.is_initialized] or self.layers:
+            layer.crop(tokens_to_remove)
 
     def reset(self) -> None:
         """Forget every token."""
