@@ -45,11 +45,11 @@ schemes: .venv/installed
 
 # Everything a developer checks; CI calls the same.
 test: .venv/installed check
-	$(RUN) -m pytest -q -n auto
+	$(RUN) -m pytest -q -n auto --dist loadfile
 
 # The suite with the oldest release of transformers that is supported.
 test-oldest: .venv-oldest/installed
-	.venv-oldest/bin/python -m pytest -q -n auto
+	.venv-oldest/bin/python -m pytest -q -n auto --dist loadfile
 
 OLDEST := $(shell sed -n 's/^transformers.*>=\([0-9.]*\),.*/transformers==\1.*/p' requirements.txt)
 
