@@ -211,7 +211,11 @@ class ALRDLlamaAttention(LlamaAttention):
         self.keep_heads(0, 1)
 
     def keep_heads(self, rank: int, size: int, process_group=None) -> None:
-        """Drop what other ranks of tensor parallelism hold of the split projections, and of the cache."""
+        """Drop what other ranks of tensor parallelism hold of the split projections, and of the cache.
+
+        Args:
+            rank, size, process_group: As for `SVDLinear.keep_shard`.
+        """
         self.tp_rank, self.tp_size, self.tp_group = rank, size, process_group
         for projection in (self.k_proj, self.v_proj):
             if size > 1 and isinstance(projection, SVDLinear):
