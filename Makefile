@@ -51,7 +51,7 @@ test: .venv/installed check
 test-oldest: .venv-oldest/installed
 	.venv-oldest/bin/python -m pytest -q -n auto
 
-OLDEST := $(shell sed -n 's/^transformers\(.*\)>=\([0-9.]*\),.*/transformers==\2.*/p' requirements.txt)
+OLDEST := $(shell sed -n 's/^transformers.*>=\([0-9.]*\),.*/transformers==\1.*/p' requirements.txt)
 
 .venv-oldest/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv-oldest

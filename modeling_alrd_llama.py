@@ -1,6 +1,8 @@
 """Llama, Mistral or Qwen2 with low-rank key and value projections, whose latents live in a `KIVILatentCache`."""
 
+import copy
 import threading
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import wraps
@@ -339,7 +341,8 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
         Raises:
             ValueError: A setting is out of range.
         """
-        self.config.check_latent_cache()
+        config = self._config_of_active_layers()
+        config.check_latent_cache()
         names = tuple(f.name for f in fields(CacheScheme))
         others = ("quantization_config", "layer_schemes", "backend", "token_score", "capacity")
         unknown = sorted(set(settings) - set(names) - set(others))
@@ -347,17 +350,28 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
             known = ", ".join(names + others)
             raise ValueError(f"{', '.join(unknown)}: no such setting of the cache; there are {known}")
         if settings.get("quantization_config") is None:
-            scheme, tiered = config_schemes(self.config, **{n: settings.pop(n) for n in names if n in settings})
+            scheme, tiered = config_schemes(config, **{n: settings.pop(n) for n in names if n in settings})
             settings |= {n: getattr(scheme, n) for n in names}
             settings["layer_schemes"] = tiered | (settings.get("layer_schemes") or {})
-        cache = create_kivi_cache(**settings, static_scales=self._static_scales(), config=self.config)
+        cache = create_kivi_cache(**settings, static_scales=self._static_scales(), config=config)
         cache.bind(self.get_decoder())
         return cache
+
+    def _config_of_active_layers(self) -> ALRDLlamaConfig:
+        """The config without the projections of layers that an early exit of `generate` skips for a while."""
+        active = self.config.num_hidden_layers
+        if active >= len(self.get_decoder().layers):
+            return self.config
+        config = copy.copy(self.config)
+        for field in ("truncation_ranks", "width_tiers"):
+            by_name = getattr(config, field)
+            setattr(config, field, {name: by_name[name] for name in by_name if int(name.split(".")[2]) < active})
+        return config
 
     def _static_scales(self) -> dict[int, dict]:
         """Calibrated scales that the checkpoint brings, by layer and side."""
         found = {}
-        for i, layer in enumerate(self.get_decoder().layers):
+        for i, layer in enumerate(self.get_decoder().layers[: self.config.num_hidden_layers]):
             for side, projection in (("keys", layer.self_attn.k_proj), ("values", layer.self_attn.v_proj)):
                 if isinstance(projection, SVDLinear) and projection.latent_scale is not None:
                     scales = (projection.latent_scale.float(), projection.latent_zero_point.float())
@@ -433,7 +447,7 @@ class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):
             causal_mask = create_causal_mask(self.config, hidden_states, attention_mask, past_key_values=None)
 
         with past_key_values.all_or_nothing():
-            for layer in self.layers:
+            for layer in self.layers[: self.config.num_hidden_layers]:
                 hidden_states = layer(
                     hidden_states,
                     attention_mask=causal_mask,
@@ -529,11 +543,11 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
             return super().forward(*args, **kwargs)
 
     @staticmethod
-    def create_masks_for_generate(*args, attention_mask=None, past_key_values=None, is_first_iteration=False, **kwargs):
-        """The mask that `generate` gives to compiled steps: of a packed cache the prompt's own, none for new tokens."""
+    def create_masks_for_generate(*args, inputs_embeds, attention_mask=None, past_key_values=None, **kwargs):
+        """The mask that `generate` gives to compiled steps: of a packed cache the prompt's own, none for one token."""
         if isinstance(past_key_values, KIVILatentCache):
-            return attention_mask if is_first_iteration else None
-        how = {"attention_mask": attention_mask, "past_key_values": past_key_values}
+            return attention_mask if inputs_embeds.shape[1] > 1 else None
+        how = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "past_key_values": past_key_values}
         return create_masks_for_generate(*args, **how, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
@@ -544,6 +558,22 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
             model_kwargs["past_key_values"] = self.create_kivi_cache()
             return
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """As the library's, whose cache of its own holds keys and values made of the latents: right, but not packed."""
+        if self.config.use_kivi:
+            warnings.warn(
+                "continuous batching: keys and values lie dense in the library's pages, not in a KIVILatentCache",
+                stacklevel=2,
+            )
+        return super().init_continuous_batching(*args, **kwargs)
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
+        """Leave the positions after the prompt to a packed cache: `generate` counts on from pads on the right."""
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        if isinstance(model_kwargs.get("past_key_values"), KIVILatentCache):
+            model_kwargs.pop("position_ids", None)
+        return model_kwargs
 
     @classmethod
     def from_dense(

@@ -7,9 +7,11 @@ what an error of each projection costs.
 from collections.abc import Callable
 
 import torch
+from accelerate import PartialState
 from transformers import PreTrainedModel
 
 from configuration_alrd_llama import ALRDLlamaConfig, check_choice
+from modules.distributed import gather, is_main, rounds
 from modules.statistics import LayerStatistics
 from modules.svd_linear import Factors, factor_groups, query_key_metric, value_output_metric
 
@@ -141,6 +143,7 @@ def probe_rates(
     seed: int = 0,
     known: dict[str, float] | None = None,
     on_result: Callable[[dict[str, float]], None] | None = None,
+    processes: PartialState | None = None,
 ) -> dict[str, float]:
     """What a unit of error costs in each projection: KL divergence of the next-token distribution, measured.
 
@@ -154,7 +157,9 @@ def probe_rates(
         tokens: `[windows, T]` token ids; the last three quarters of each window are scored.
         level: Noise, as a share of all variance.
         seed: Of the noise.
-        known, on_result: Rates that an interrupted probe has found, and what is called with all that are known.
+        known, on_result: Rates that an interrupted probe has found, and what is called with all that are known, in the
+            main process only.
+        processes: Of `modules.distributed`, over which the projections are divided; the rates do not depend on them.
 
     Returns:
         By projection the rate, per unit of `Factors.energy`; zero where nothing varies.
@@ -166,13 +171,14 @@ def probe_rates(
 
     missing = [name for name in factors if name not in rates]
     references = [log_probabilities(window) for window in tokens] if missing else []
-    for name in missing:
+
+    def probe(name: str) -> float:
         deviations = [_noise(variance, level) for variance in variances[name]]
         error = sum((f.unit * d.square().sum()).item() for f, d in zip(factors[name], deviations, strict=True))
         generator = torch.Generator().manual_seed(seed)
         shapes = [(f.a * d).T.float() for f, d in zip(factors[name], deviations, strict=True)]
 
-        def add_noise(module, inputs, output, shapes=shapes, generator=generator):
+        def add_noise(module, inputs, output):
             parts = [torch.randn(*output.shape[:-1], len(s), generator=generator) @ s for s in shapes]
             return output + torch.cat(parts, dim=-1).to(output)
 
@@ -183,9 +189,13 @@ def probe_rates(
                 divergence += (reference.exp() * (reference - log_probabilities(window))).sum(-1).mean().item()
         finally:
             handle.remove()
-        rates[name] = max(divergence / len(tokens), 0.0) / error if error > 0 else 0.0
-        if on_result is not None:
-            on_result(rates)
+        return max(divergence / len(tokens), 0.0) / error if error > 0 else 0.0
+
+    for mine, _ in rounds(processes, missing):
+        for name, rate in gather(processes, [(name, probe(name)) for name in mine]):
+            rates[name] = rate
+            if on_result is not None and is_main(processes):
+                on_result(rates)
     return rates
 
 

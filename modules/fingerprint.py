@@ -2,11 +2,11 @@
 
 import hashlib
 import json
+from contextlib import nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from accelerate.utils import align_module_device
 from torch import nn
 
 #: Elements of each weight, evenly spread, that are looked at.
@@ -62,6 +62,15 @@ def _version(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+def _weights_at_hand(module: nn.Module):
+    """Context in which weights that accelerate has offloaded are there."""
+    if not hasattr(module, "_hf_hook"):
+        return nullcontext()
+    from accelerate.utils import align_module_device  # the model runs without this package where nothing is offloaded
+
+    return align_module_device(module)
+
+
 def _local(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The part of each tensor that is on this rank."""
     return {name: t.to_local() if hasattr(t, "to_local") else t for name, t in tensors.items()}
@@ -71,7 +80,7 @@ def _local(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def _digest(decoder: nn.Module) -> str:
     digest = hashlib.sha256()
     for prefix, module in decoder.named_modules():
-        with align_module_device(module):  # weights that are offloaded
+        with _weights_at_hand(module):
             own = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
             for name, tensor in _local(own).items():
                 digest.update(f"{prefix}.{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

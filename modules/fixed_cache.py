@@ -15,6 +15,7 @@ is one node.
 """
 
 import itertools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -127,8 +128,9 @@ def _shared_plan(codecs: dict[str, BlockCodec], room: Room, device: torch.device
     return name, plan
 
 
-# One node of a graph: a compiler that kept the casts of `quantize` in float32 would change the codes.
-@custom_op("alrd::append_tokens", mutates_args=("tensors",))
+# One node of a graph: a compiler that kept the casts of `quantize` in float32 would change the codes. The name is this
+# module's own, since code from a hub may be loaded beside it, and the plans of one are unknown to the other.
+@custom_op(re.sub(r"\W", "_", __name__) + "::append_tokens", mutates_args=("tensors",))
 def _append_in_graph(
     tensors: list[torch.Tensor], keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor | None, plan: str
 ) -> None:

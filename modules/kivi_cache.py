@@ -604,6 +604,7 @@ class KIVILatentLayer(CacheLayerMixin):
         Raises:
             ValueError: `tokens_to_remove` is positive or exceeds the slots held.
         """
+        tokens_to_remove = int(tokens_to_remove)  # assisted decoding of transformers 5.17 gives a tensor
         if not -self.slots <= tokens_to_remove <= 0:
             raise ValueError(
                 f"tokens_to_remove={tokens_to_remove}: must be 0 or negative, the slots to remove of {self.slots}"
@@ -850,6 +851,7 @@ class FixedLatentLayer(KIVILatentLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """As `KIVILatentLayer.crop`; waits for the device only if rows have pads."""
+        tokens_to_remove = int(tokens_to_remove)
         if tokens_to_remove > 0:
             raise ValueError(f"tokens_to_remove={tokens_to_remove}: must be 0 or negative, the slots to remove")
         if not self.is_fed or tokens_to_remove == 0:

@@ -17,12 +17,14 @@ from pathlib import Path
 
 import torch
 import transformers
+from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from modules.distributed import is_main, on_main, rounds, sum_tensors
 from modules.files import save_tensors
 
 #: Version of the files; part of their key.
@@ -120,6 +122,7 @@ def collect_statistics(
     folder: str | os.PathLike | None = None,
     about: dict | None = None,
     save_seconds: float = 60.0,
+    processes: PartialState | None = None,
 ) -> list[LayerStatistics]:
     """Run a dense Llama, Mistral or Qwen2 over text once, forwards and, for the Fisher information, backwards.
 
@@ -138,9 +141,11 @@ def collect_statistics(
             file that is there is used, a part of one is completed. `None`: not kept.
         about: What a reader of the file's record may want to know beside its key: names of model and text, commit.
         save_seconds: Time between two saves of a pass that is under way.
+        processes: Of `modules.distributed`, over which the batches are divided. Each draws what it would draw alone;
+            only the rounding of the sums differs from those of one process. The main one alone uses the `folder`.
 
     Returns:
-        One `LayerStatistics` per layer.
+        One `LayerStatistics` per layer, the same bits in all processes.
 
     Raises:
         ValueError: The text is too short: no token, or windows shorter than `sinks` and `sample`.
@@ -152,28 +157,47 @@ def collect_statistics(
     record = statistics_record(model, tokens, fisher, sample, sinks, batch_size, seed)
     path = Path(folder) / f"{record_key(record)}.safetensors" if folder is not None else None
 
-    sums, done = _empty_sums(model, fisher, sample), 0
-    if path is not None and path.exists():
-        sums, done = _load(path)
-    batches, saved = tokens.split(batch_size), time.monotonic()
-    if done < len(batches):
-        with _observed(model, fisher, sinks, sample, sums) as next_batch:
-            for i in tqdm(range(done, len(batches)), desc="Statistics", initial=done, total=len(batches)):
-                next_batch()
-                _run(model, batches[i].to(model.device), fisher, torch.Generator().manual_seed(seed * 1_000_003 + i))
-                done = i + 1
-                if path is not None and (done == len(batches) or time.monotonic() - saved > save_seconds):
-                    save_tensors(path, sums, {"batches": str(done)})
-                    text = json.dumps(record | {"about": about or {}}, indent=2) + "\n"
-                    path.with_suffix(".json").write_text(text, encoding="utf-8")
+    sums, batches = _empty_sums(model, fisher, sample, len(tokens)), tokens.split(batch_size)
+
+    def due() -> bool:
+        return time.monotonic() - saved > save_seconds
+
+    def save() -> None:
+        windows = min(done * batch_size, len(tokens))
+        held = {name: x[:windows] if name.endswith(".sample") else x for name, x in sums.items()}
+        save_tensors(path, held, {"batches": str(done)})
+        text = json.dumps(record | {"about": about or {}}, indent=2) + "\n"
+        path.with_suffix(".json").write_text(text, encoding="utf-8")
+
+    kept = done = on_main(processes, lambda: _load(path, sums) if path is not None and path.exists() else 0)
+    saved = time.monotonic()
+    if kept < len(batches):
+        progress = tqdm(desc="Statistics", initial=kept, total=len(batches), disable=not is_main(processes))
+        with progress, _observed(model, fisher, sinks, sample, sums) as next_batch:
+            for mine, many in rounds(processes, range(kept, len(batches))):
+                for i in mine:
+                    next_batch(i * batch_size)
+                    generator = torch.Generator().manual_seed(seed * 1_000_003 + i)
+                    _run(model, batches[i].to(model.device), fisher, generator)
+                done += many
+                progress.update(many)
+                if path is not None and done < len(batches) and on_main(processes, due):
+                    sum_tensors(processes, sums)
+                    on_main(processes, save)
                     saved = time.monotonic()
+                    if not is_main(processes):  # what was summed is with the main process now
+                        for x in sums.values():
+                            x.zero_()
+    sum_tensors(processes, sums)
+    if path is not None and kept < len(batches):
+        on_main(processes, save)
     return _to_layers(model, sums, tokens.numel())
 
 
 # ---- one pass
 
 
-def _empty_sums(model: PreTrainedModel, fisher: bool, sample: int) -> dict[str, torch.Tensor]:
+def _empty_sums(model: PreTrainedModel, fisher: bool, sample: int, windows: int) -> dict[str, torch.Tensor]:
     sums = {}
     for i, layer in enumerate(model.model.layers):
         attention, heads = layer.self_attn, model.config.num_attention_heads
@@ -182,7 +206,7 @@ def _empty_sums(model: PreTrainedModel, fisher: bool, sample: int) -> dict[str, 
             n = getattr(attention, p).out_features
             sums[f"{i}.{p}.covariance"] = torch.zeros(n, n, dtype=torch.float64)
             sums[f"{i}.{p}.mean"] = torch.zeros(n, dtype=torch.float64)
-            sums[f"{i}.{p}.sample"] = torch.zeros(0, sample, n, dtype=model.dtype)
+            sums[f"{i}.{p}.sample"] = torch.zeros(windows, sample, n, dtype=model.dtype)
             if fisher:
                 sums[f"{i}.{p}.fisher"] = torch.zeros(n, n, dtype=torch.float64)
     return sums
@@ -191,12 +215,19 @@ def _empty_sums(model: PreTrainedModel, fisher: bool, sample: int) -> dict[str, 
 @contextlib.contextmanager
 def _observed(
     model: PreTrainedModel, fisher: bool, sinks: int, sample: int, sums: dict[str, torch.Tensor]
-) -> Iterator[Callable[[], None]]:
-    """Add what passes through the projections of each layer to the sums; yields what must be called before each batch.
+) -> Iterator[Callable[[int], None]]:
+    """Add what passes through the projections of each layer to the sums; yields what must be called before each batch,
+    with the number of its first window.
 
     With the Fisher information the weights are frozen, and each layer is recomputed in the backward pass.
     """
     seen: set[str] = set()
+    window = 0
+
+    def next_batch(first: int) -> None:
+        nonlocal window
+        seen.clear()
+        window = first
 
     def watch(name: str):
         def forward(module, inputs, output):
@@ -212,7 +243,7 @@ def _observed(
                 sums[name.replace("q_proj", "query")] += heads.transpose(1, 2) @ heads
                 return
             y = y if module.bias is None else y - module.bias.detach()
-            sums[f"{name}.sample"] = torch.cat([sums[f"{name}.sample"], y[:, sinks : sinks + sample].cpu()])
+            sums[f"{name}.sample"][window : window + len(y)] = y[:, sinks : sinks + sample].cpu()
             y = y.flatten(0, 1).double().cpu()
             sums[f"{name}.covariance"] += y.T @ y
             sums[f"{name}.mean"] += y.sum(0)
@@ -236,7 +267,7 @@ def _observed(
             model.requires_grad_(False)
             for layer in layers:
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-        yield seen.clear
+        yield next_batch
     finally:
         for handle in handles:
             handle.remove()
@@ -278,10 +309,14 @@ def _to_layers(model: PreTrainedModel, sums: dict[str, torch.Tensor], tokens: in
 # ---- files
 
 
-def _load(path: Path) -> tuple[dict[str, torch.Tensor], int]:
+def _load(path: Path, sums: dict[str, torch.Tensor]) -> int:
+    """Fill in the sums of a file; returns the batches that they are of."""
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, int(file.metadata()["batches"])  # noqa: SIM118
+            for name in file.keys():  # noqa: SIM118
+                tensor = file.get_tensor(name)
+                sums[name][: len(tensor)] = tensor
+            return int(file.metadata()["batches"])
     except SafetensorError as error:
         raise ValueError(f"{path}: is damaged, delete it to collect the statistics anew ({error})") from None
 

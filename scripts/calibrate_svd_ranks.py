@@ -8,6 +8,9 @@ The output is an ordinary Hugging Face checkpoint directory that `ALRDLlamaForCa
 is one for each budget, and the perplexity of all, measured through the cache, in `sweep.json` and `curve.png`. What is
 found out about the model is kept in --statistics: an interrupted run goes on where it stopped, another budget starts
 from there.
+
+Started by `accelerate launch --multi_gpu --num_processes N` (its name for several processes on one machine, CPUs too),
+the processes divide the batches of text and the projections of the sensitivity probe; one of them does the rest.
 """
 
 import json
@@ -18,6 +21,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -36,6 +40,7 @@ from modules.allocation import (
     tier_prices,
 )
 from modules.calibration import OBJECTIVES, PROJECTIONS, RATES_VERSION, probe_rates, projection_factors
+from modules.distributed import device_map, is_main, join_processes, on_main
 from modules.kivi_cache import CacheScheme, config_schemes, config_widths
 from modules.rank_search import (
     asvd_ranks,
@@ -110,7 +115,7 @@ class CalibrationConfig:
     text: str = field(default="stdlib:calibration", metadata={"help": "Text for statistics: see scripts/corpus.py."})
     windows: int = field(default=32, metadata={"help": "Windows of text to run the model on."})
     length: int = field(default=1024, metadata={"help": "Tokens per window."})
-    batch_size: int = field(default=4, metadata={"help": "Windows at a time."})
+    batch_size: int = field(default=4, metadata={"help": "Windows at a time, in each process."})
     seed: int = field(default=0, metadata={"help": "Of the tokens drawn for the Fisher information, and the noise."})
     statistics: str = field(default="build/statistics", metadata={"help": "Folder where statistics are kept."})
     rank_multiple: int = field(default=8, metadata={"help": "Without tiers: ranks are multiples of this."})
@@ -176,6 +181,7 @@ class Calibration:
     search: Callable[[float], dict[str, list[int]]] | None = None
     plan: Plan | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    processes: PartialState | None = None
 
     def split(self, **fields) -> ALRDLlamaForCausalLM:
         """The split model, on the CPU in the type of the dense checkpoint, with other `fields` of its configuration."""
@@ -197,7 +203,7 @@ class Calibration:
 # ---- from a model and a text to factors, costs and rates
 
 
-def calibrate(config: CalibrationConfig) -> Calibration:
+def calibrate(config: CalibrationConfig, processes: PartialState | None = None) -> Calibration:
     """Load the dense model, collect the statistics, make the factors; with a share, choose the ranks too."""
     source = ALRDLlamaConfig.from_pretrained(find_model(config.model))
     if source.truncation_ranks:
@@ -206,9 +212,7 @@ def calibrate(config: CalibrationConfig) -> Calibration:
     for side, scheme in zip("kv", _sides(target)):
         if scheme.static and not config.tiered:
             raise ValueError(f"{side}_scheme: static=True must go with allocation='tiers', which calibrates the scales")
-    dense, tokenizer = load_model(
-        config.model, getattr(torch, config.dtype), None if config.device == "cpu" else config.device
-    )
+    dense, tokenizer = load_model(config.model, getattr(torch, config.dtype), device_map(processes, config.device))
     if any(parameter.is_meta for parameter in dense.parameters()):
         raise ValueError(f"device={config.device!r}: must hold the whole model; none of it may be offloaded")
     if len(tokenizer) > dense.get_input_embeddings().num_embeddings:
@@ -235,14 +239,15 @@ def calibrate(config: CalibrationConfig) -> Calibration:
         }
         record = statistics_record(dense, tokens, **settings)
         about = {"model": config.model, "text": config.text, **describe(documents), "commit": git_commit()}
-        statistics = collect_statistics(dense, tokens, **settings, folder=config.statistics, about=about)
+        where = {"folder": config.statistics, "about": about, "processes": processes}
+        statistics = collect_statistics(dense, tokens, **settings, **where)
     seconds["statistics"], started = time.perf_counter() - started, time.perf_counter()
     factors = projection_factors(dense, target, statistics, config.objective)
     seconds["factors"] = time.perf_counter() - started
     calibration = Calibration(
         dense, tokenizer, source.dtype or torch.float32, describe(documents), statistics, record, factors, target
     )
-    calibration.seconds = seconds
+    calibration.seconds, calibration.processes = seconds, processes
     if config.share is not None:
         energies = {name: [f.energy[: f.a.shape[1]] for f in groups] for name, groups in factors.items()}
         target.truncation_ranks = water_fill(energies, config.share, config.rank_multiple)
@@ -284,23 +289,22 @@ def _windows(config: CalibrationConfig, documents, tokenizer, count: int) -> tor
 
 def _probe(config: CalibrationConfig, calibration: Calibration, documents) -> dict[str, float]:
     """`probe_rates` on two windows, kept beside the statistics as they come."""
-    started = time.perf_counter()
+    started, processes = time.perf_counter(), calibration.processes
     tokens = _windows(config, documents, calibration.tokenizer, 2)
     variances = {
         name: [_variance(f, y) for f, y in zip(groups, _samples(calibration, name), strict=True)]
         for name, groups in calibration.factors.items()
     }
     path = _kept(config, calibration, "rates.json", version=RATES_VERSION, seed=config.seed, tokens=tokens.tolist())
-    known = json.loads(path.read_text())["rates"] if path.exists() else {}
-    progress = tqdm(total=len(variances), initial=len(known), desc="Sensitivity")
+    known = on_main(processes, lambda: json.loads(path.read_text())["rates"] if path.exists() else {})
+    progress = tqdm(total=len(variances), initial=len(known), desc="Sensitivity", disable=not is_main(processes))
 
     def keep(rates: dict[str, float]) -> None:
         write_json(path, {"statistics": record_key(calibration.record), "rates": rates})
         progress.update()
 
-    rates = probe_rates(
-        calibration.dense, calibration.factors, variances, tokens, seed=config.seed, known=known, on_result=keep
-    )
+    how = {"seed": config.seed, "known": known, "on_result": keep, "processes": processes}
+    rates = probe_rates(calibration.dense, calibration.factors, variances, tokens, **how)
     progress.close()
     calibration.seconds["probe"] = time.perf_counter() - started
     return rates
@@ -451,7 +455,7 @@ def write_checkpoint(config: CalibrationConfig, calibration: Calibration, budget
     nbytes = cache_nbytes(target, config.tokens, calibration.stored_dtype)
     report = {
         "config": asdict(config),
-        "environment": environment(),
+        "environment": environment(calibration.dense.device, calibration.processes),
         "text": calibration.text,
         "budget": budget,
         "nbytes": nbytes,
@@ -490,27 +494,37 @@ def _energy_kept(calibration: Calibration, name: str) -> list[float]:
 
 def main(config: CalibrationConfig) -> dict:
     """Write the checkpoint, or one for each budget of a sweep; returns the report, or the record of the sweep."""
-    calibration, output = calibrate(config), Path(config.output)
+    processes = join_processes(config.device)
+    calibration = calibrate(config, processes)
+    report = on_main(processes, _write, config, calibration)
+    return measure_sweep(config, processes) if config.sweep else report
+
+
+def _write(config: CalibrationConfig, calibration: Calibration) -> dict | None:
+    """Choose and write all checkpoints; returns the report if there is one."""
+    output = Path(config.output)
     if config.share is not None:
         return write_checkpoint(config, calibration, None, output)
+    fitted = {budget: fit_budget(config, calibration, budget) for budget in config.budgets}
     if not config.sweep:
-        return write_checkpoint(config, fit_budget(config, calibration, config.budget), config.budget, output)
-    fitted = {budget: fit_budget(config, calibration, budget) for budget in config.sweep}
+        return write_checkpoint(config, fitted[config.budget], config.budget, output)
     for budget in config.sweep:
         write_checkpoint(config, fitted[budget], budget, output / f"{budget:g}")
-    return measure_sweep(config)
+    return None
 
 
-def measure_sweep(config: CalibrationConfig, **evaluation) -> dict:
+def measure_sweep(config: CalibrationConfig, processes: PartialState | None = None, **evaluation) -> dict:
     """Perplexity of the checkpoints of a sweep, through the cache, on the text that chooses defaults."""
     output, caches = Path(config.output), {}
-    device_map = None if config.device == "cpu" else config.device
-    dense, tokenizer = load_model(config.model, device_map=device_map)
+    where = device_map(processes, config.device)
+    dense, tokenizer = load_model(config.model, device_map=where)
     for budget in config.sweep:
-        model = ALRDLlamaForCausalLM.from_pretrained(output / f"{budget:g}", device_map=device_map).eval()
+        model = ALRDLlamaForCausalLM.from_pretrained(output / f"{budget:g}", device_map=where).eval()
         caches[f"{budget:.4g} of the bytes"] = (model, model.create_kivi_cache)
     how = {"text": "stdlib:selection", "windows": 8, "prefill": 1792} | evaluation
-    record = measure(EvalConfig(model=config.model, **how), tokenizer, dense, caches)
+    record = measure(EvalConfig(model=config.model, **how), tokenizer, dense, caches, processes=processes)
+    if not is_main(processes):
+        return record
     write_json(output / "sweep.json", record)
     lines = {"ours": record["results"]}
     if config.peers is not None:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 import transformers
+from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
 
 import modeling_alrd_llama  # noqa: F401  (makes the auto classes know the model)
@@ -246,8 +247,8 @@ def git_commit() -> str | None:
         return None
 
 
-def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What a figure depends on beside the options: versions, commit, machine."""
+def environment(device: torch.device | str = "cpu", processes: PartialState | None = None) -> dict[str, Any]:
+    """What a figure depends on beside the options: versions, commit, machine, and processes that share it."""
     device = torch.device(device)
     return {
         "python": platform.python_version(),
@@ -256,6 +257,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
         "commit": git_commit(),
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
+        "processes": 1 if processes is None else processes.num_processes,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
 

@@ -6,6 +6,9 @@ One forward pass over a window never reads a quantized token, so each window is 
 teacher-forced chunks. Only tokens nine tenths of whose context is packed are scored, the same ones for every cache.
 The loop also runs with the dense model and with the latent in 16 bits: the loss from the first to the second is due to
 the rank, the rest to the bits.
+
+Started by `accelerate launch --multi_gpu --num_processes N` (its name for several processes on one machine, CPUs too),
+the processes divide the batches of windows; the record is that of one process.
 """
 
 import math
@@ -15,10 +18,13 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 
 import torch
+from accelerate import PartialState
 from tqdm import tqdm
 from transformers import AutoTokenizer, DynamicCache
 
+from configuration_alrd_llama import check_choice
 from modeling_alrd_llama import ALRDLlamaForCausalLM
+from modules.distributed import device_map, gather, is_main, join_processes, rounds
 from modules.kivi_cache import KIVILatentCache
 from scripts.common import (
     BUNDLED_MODEL,
@@ -66,14 +72,26 @@ class EvalConfig:
     length: int = field(default=2048, metadata={"help": "Tokens per window."})
     prefill: int = field(default=1664, metadata={"help": "Tokens of a window that are fed at once."})
     chunk: int = field(default=1, metadata={"help": "Tokens per step after the prefill; 1 is decoding."})
-    batch_size: int = field(default=8, metadata={"help": "Windows at a time."})
+    batch_size: int = field(default=8, metadata={"help": "Windows at a time, in each process."})
     dtype: str = field(default="auto", metadata={"help": "Type of the models: float32, bfloat16, float16, auto."})
+    device: str = field(default="cpu", metadata={"help": "Where they run: cpu or cuda."})
     output: str | None = field(default=None, metadata={"help": "JSON file for the results."})
+
+    def __post_init__(self):
+        check_choice("device", self.device, ("cpu", "cuda"))
 
 
 @dataclass
 class Tally:
-    """Sums over scored tokens of one cache."""
+    """Sums over scored tokens of one cache, and what its last cache takes.
+
+    Attributes:
+        nll, kl, agree: Of each scored token, batch after batch.
+        bytes_used, tokens_held: Summed over batches.
+        seconds: The same, of all processes together.
+        token_bytes: Bytes per token of the last cache if it held so many tokens.
+        bits: Bits per element of it; `None` for a `DynamicCache`.
+    """
 
     nll: list[torch.Tensor] = field(default_factory=list)
     kl: list[torch.Tensor] = field(default_factory=list)
@@ -81,13 +99,21 @@ class Tally:
     bytes_used: int = 0
     tokens_held: int = 0
     seconds: float = 0.0
+    token_bytes: dict[str, float] = field(default_factory=dict)
+    bits: float | None = None
 
-    def add(self, logits: torch.Tensor, labels: torch.Tensor, reference: torch.Tensor) -> None:
+    def score(self, logits: torch.Tensor, labels: torch.Tensor, reference: torch.Tensor) -> None:
         """Score `[N, V]` logits against `[N]` labels and the reference's `[N, V]` log probabilities."""
         logs = logits.float().log_softmax(-1)
-        self.nll.append(-logs.gather(1, labels[:, None]).squeeze(1))
-        self.kl.append((reference.exp() * (reference - logs)).sum(-1))
-        self.agree.append((logs.argmax(-1) == reference.argmax(-1)).float())
+        self.nll.append(-logs.gather(1, labels[:, None]).squeeze(1).cpu())
+        self.kl.append((reference.exp() * (reference - logs)).sum(-1).cpu())
+        self.agree.append((logs.argmax(-1) == reference.argmax(-1)).float().cpu())
+
+    def add(self, later: "Tally") -> None:
+        """Go on with what was found on later batches."""
+        for name in ("nll", "kl", "agree", "bytes_used", "tokens_held", "seconds"):
+            setattr(self, name, getattr(self, name) + getattr(later, name))
+        self.token_bytes, self.bits = later.token_bytes, later.bits
 
     def result(self, windows: int) -> dict:
         """Means over all scored tokens, and the mean loss of each of the windows that they come from in equal parts."""
@@ -139,10 +165,11 @@ def parse_bits(text: str) -> tuple[float, float]:
 
 def main(config: EvalConfig) -> dict:
     """Measure every cache; returns the results."""
-    path = find_model(config.model)
+    processes = join_processes(config.device)
+    path, where = find_model(config.model), device_map(processes, config.device)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    model = ALRDLlamaForCausalLM.from_pretrained(path, dtype=config.dtype)
-    dense = load_model(config.dense, config.dtype)[0] if config.dense not in (None, "none") else None
+    model = ALRDLlamaForCausalLM.from_pretrained(path, dtype=config.dtype, device_map=where)
+    dense = load_model(config.dense, config.dtype, where)[0] if config.dense not in (None, "none") else None
 
     overrides = {n: getattr(config, n) for n in ("group_size", "residual_length", "sink_length")}
     overrides = {name: value for name, value in overrides.items() if value is not None}
@@ -161,14 +188,22 @@ def main(config: EvalConfig) -> dict:
             if settings[bits][f"{side}_bits"] == 16:
                 settings[bits][f"{side}_scheme"] = {}  # its fields are about codes
     caches = {bits: (model, partial(model.create_kivi_cache, **s)) for bits, s in settings.items()}
-    record = measure(config, tokenizer, dense, caches)
-    print(table(record["results"]))
-    if config.output:
-        write_json(config.output, record)
+    record = measure(config, tokenizer, dense, caches, processes=processes)
+    if is_main(processes):
+        print(table(record["results"]))
+        if config.output:
+            write_json(config.output, record)
     return record
 
 
-def measure(config: EvalConfig, tokenizer, dense, caches: dict[str, tuple], others: list | None = None) -> dict:
+def measure(
+    config: EvalConfig,
+    tokenizer,
+    dense,
+    caches: dict[str, tuple],
+    others: list | None = None,
+    processes: PartialState | None = None,
+) -> dict:
     """Measure caches on the same tokens.
 
     Args:
@@ -179,9 +214,10 @@ def measure(config: EvalConfig, tokenizer, dense, caches: dict[str, tuple], othe
             with a `scheme` that tells what is packed when (as `scored_positions` asks), `has_packed`, `nbytes_used`,
             `bits_per_element`, and `token_nbytes(length)`, the bytes per token of one row.
         others: Schemes of caches that are measured in other calls: the same tokens are scored if all calls know all.
+        processes: Of `modules.distributed`, over which the batches are divided.
 
     Returns:
-        The record: config, environment, text, and `results` by name.
+        The record, the same in all processes: config, environment, text, and `results` by name.
 
     Raises:
         ValueError: The text is too short, or no token has nine tenths of its context packed.
@@ -209,44 +245,48 @@ def measure(config: EvalConfig, tokenizer, dense, caches: dict[str, tuple], othe
         )
 
     tallies = {name: Tally() for name in ([reference_name] if dense is not None else []) + list(caches)}
-    last_cache = {}
-    progress = tqdm(total=len(tallies) * -(-len(windows) // config.batch_size), desc="Batches")
-    for batch in windows.to(any_model.device).split(config.batch_size):
+    batches = windows.to(any_model.device).split(config.batch_size)
+    progress = tqdm(total=len(tallies) * len(batches), desc="Batches", disable=not is_main(processes))
+
+    def score(batch: torch.Tensor, many: int) -> dict[str, Tally]:
+        """One batch through every cache, while `many` processes do the same."""
         labels = batch[:, config.prefill + 1 :][:, scored].flatten()
-        reference = None
-        for name, tally in tallies.items():
-            started = time.perf_counter()
+        reference, found = None, {}
+        for name in tallies:
+            started, tally = time.perf_counter(), Tally()
             model, make_cache = (dense, DynamicCache) if name == "dense" else caches[name]
             cache = make_cache()
             logits = run_through_cache(model, cache, batch, config.prefill, config.chunk)
             logits = logits[:, :-1][:, scored].flatten(0, 1)
             reference = logits.float().log_softmax(-1) if reference is None else reference
-            tally.add(logits, labels, reference)
-            tally.seconds += time.perf_counter() - started
-            tally.tokens_held += batch.numel()
-            tally.bytes_used += cache_bytes(cache)
+            tally.score(logits, labels, reference)
+            tally.seconds = time.perf_counter() - started
+            tally.tokens_held, tally.bytes_used = batch.numel(), cache_bytes(cache)
             if name != "dense" and not has_packed(cache):
                 raise RuntimeError(f"{name}: a layer of the cache has packed nothing; the figures would not measure it")
-            last_cache[name] = cache
-            progress.update()
+            for length in (4096, 32768):
+                dense_bytes = dense_nbytes(any_model.config, 1, any_model.dtype)
+                tally.token_bytes[str(length)] = dense_bytes if name == "dense" else token_bytes(cache, length)
+            tally.bits = None if name == "dense" else cache.bits_per_element
+            found[name] = tally
+            progress.update(many)
+        return found
+
+    for mine, many in rounds(processes, batches):
+        for found in gather(processes, [score(batch, many) for batch in mine]):
+            for name, tally in found.items():
+                tallies[name].add(tally)
     progress.close()
 
     results = {}
-    c = any_model.config
-    dense_token = dense_nbytes(c, 1, torch.float16)  # as budgets are: in 16 bits
+    dense_token = dense_nbytes(any_model.config, 1, torch.float16)  # as budgets are: in 16 bits
     for name, tally in tallies.items():
-        sizes, bits = {"measured": tally.bytes_used / tally.tokens_held}, None
-        for length in (4096, 32768):
-            sizes[str(length)] = (
-                dense_nbytes(c, 1, any_model.dtype) if name == "dense" else token_bytes(last_cache[name], length)
-            )
-        if name != "dense":
-            bits = last_cache[name].bits_per_element
+        sizes = {"measured": tally.bytes_used / tally.tokens_held} | tally.token_bytes
         results[name] = {
             **tally.result(len(windows)),
             "bytes_per_token": sizes,
             "ratio": {length: dense_token / size for length, size in sizes.items()},
-            "bits_per_element": bits,
+            "bits_per_element": tally.bits,
         }
     for name, result in results.items():
         result["perplexity_increase"] = result["perplexity"] / results[reference_name]["perplexity"] - 1
@@ -256,7 +296,7 @@ def measure(config: EvalConfig, tokenizer, dense, caches: dict[str, tuple], othe
 
     return {
         "config": asdict(config),
-        "environment": environment(),
+        "environment": environment(any_model.device, processes),
         "text": describe(documents),
         "dtype": str(any_model.dtype),
         "scored_tokens_per_window": int(scored.sum()),

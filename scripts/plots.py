@@ -9,12 +9,105 @@ from pathlib import Path
 import numpy as np
 from matplotlib import pyplot
 from matplotlib.colors import BoundaryNorm, ListedColormap
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 
 def _save(figure, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+def method(path: Path) -> None:
+    """How keys and values become packed latents, and how a step reads them: the picture of the README."""
+    shades = {8: "#08519c", 4: "#3182bd", 3: "#6baed6", 2: "#9ecae1", 1: "#deebf7", 0: "#ffffff"}  # by bits
+    figure, axes = pyplot.subplots(figsize=(11, 4.6))
+    axes.set(xlim=(0, 110), ylim=(0, 46))
+    axes.axis("off")
+
+    edge = {"edgecolor": "#404040", "linewidth": 0.8}
+
+    def box(x, y, width, height, text, color="#f0f0f0", size=9, **style):
+        axes.add_patch(FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0.3", **(edge | {"facecolor": color})))
+        axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=size, **style)
+
+    def cell(x, y, width, height, color, text="", size=8, **style):
+        axes.add_patch(Rectangle((x, y), width, height, facecolor=color, **edge, **style))
+        white = color in (shades[8], shades[4])
+        label = axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=size)
+        label.set(color="white" if white else "black")
+
+    def arrow(start, end, **style):
+        axes.add_patch(
+            FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=11, color="#404040", lw=1.1, **style)
+        )
+
+    exact = "#fdd0a2"
+    # Writing: from the hidden states to the latent.
+    box(1, 36, 13, 6, "new token\nhidden state $x$")
+    arrow((14.7, 39), (19.3, 39))
+    box(20, 36, 11, 6, "BLinear\n$c = B\\,x$", "#e5f5e0")
+    arrow((31.7, 39), (36.3, 39))
+    shares = [(8, 2), (4, 4), (3, 4), (2, 6), (1, 5), (0, 6)]
+    x = 37
+    for bits, width in shares:
+        cell(
+            x,
+            37,
+            width,
+            4,
+            shades[bits],
+            "dropped" if bits == 0 else f"{bits}",
+            7.5,
+            linestyle="--" if bits == 0 else "-",
+        )
+        x += width
+    axes.text(37, 42.3, "latent channels by falling energy, bits chosen by the budget", fontsize=8.5)
+    # The cache of a row.
+    y = 21
+    arrow((64.7, 39), (79.8, 29.6), connectionstyle="angle,angleA=0,angleB=90,rad=4")
+    axes.text(
+        81,
+        36.3,
+        "enters the window exact;\npacked with its block once\n$R$ newer tokens exist",
+        fontsize=8.5,
+        va="center",
+    )
+    x = 1
+    for width, text, color in [
+        (9, "4 sinks\nexact", exact),
+        *[(12, f"block {i}", shades[3]) for i in range(3)],
+        (8, "…", "white"),
+        (12, "block $n$", shades[3]),
+        (17, "window: newest\ntokens, exact", exact),
+        (6, "new", "#f0f0f0"),
+    ]:
+        cell(x, y, width, 8, color, text)
+        x += width
+    axes.text(1, 30, "KIVILatentCache, one row of one layer", fontsize=9, weight="bold")
+    axes.text(91, 27.2, "blocks are immutable:", fontsize=8.5)
+    axes.text(91, 24.4, "rows, beams and forks", fontsize=8.5)
+    axes.text(91, 21.6, "share them by a table", fontsize=8.5)
+    # Reading.
+    for start in (28, 40, 60, 74):
+        arrow((start, 20.6), (start, 16.3))
+    box(1, 4, 13, 6, "its query $q$")
+    box(
+        20,
+        9.5,
+        56,
+        6,
+        "scores $q \\cdot \\mathrm{RoPE}(A_k c)$: packed codes are read, keys rebuilt tile by tile",
+        "#e5f5e0",
+    )
+    box(20, 1, 56, 6, "$\\sum p\\,c$: values are summed up as codes, in the latent", "#e5f5e0")
+    arrow((14.7, 7.6), (19.3, 12))
+    arrow((48, 9.2), (48, 7.4))
+    arrow((76.7, 4), (80.3, 4))
+    box(81, 1, 11, 6, "ALinear\n$A_v \\sum p\\,c$", "#e5f5e0")
+    arrow((92.7, 4), (96.3, 4))
+    box(97, 1, 11, 6, "attention\noutput")
+    _save(figure, path)
 
 
 def spectra(report: dict, path: Path) -> None:

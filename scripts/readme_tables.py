@@ -11,11 +11,13 @@ from pathlib import Path
 
 from configuration_alrd_llama import QuantScheme
 from modules.qlutattn import QLUTATTN
+from scripts import plots
 from scripts.ablate_calibration import table as ablation_table
 from scripts.benchmark_attention import full_table, schemes_table
 from scripts.benchmark_attention import peers_table as attention_table
 from scripts.benchmark_decode import decode_table, first_token_table
 from scripts.benchmark_lookup import table as lookup_table
+from scripts.benchmark_prefix import cells as prefix_cells
 from scripts.common import ROOT, human_bytes
 from scripts.compare_peers import frontier_table, peers_table
 from scripts.compare_schemes import drop_in_table, latent_table
@@ -254,6 +256,16 @@ def lookup(record: dict) -> str:
     )
 
 
+def prefix(record: dict) -> str:
+    c, e = record["config"], record["environment"]
+    header, rows = prefix_cells(record)
+    lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
+    return "\n".join(lines) + (
+        f"\n\nPrefix of {c['length']:,} tokens; each continuation goes on by {1 + c['steps']} tokens; medians and "
+        f"quartiles of {c['rounds']} rounds. {c['dtype']} on {e['cpu'].split(' (')[0]}, {c['threads']} threads, torch {e['torch']}."
+    )
+
+
 #: What is written between the marks of a table: the JSON files in scripts/results, and how they are shown.
 RENDERERS = {
     "frontier": (["peers"], frontier),
@@ -271,6 +283,7 @@ RENDERERS = {
     "decode": (["benchmark_decode"], decode),
     "decode_targets": (["benchmark_attention", "benchmark_decode"], decode_targets),
     "lookup": (["benchmark_lookup"], lookup),
+    "prefix": (["benchmark_prefix"], prefix),
 }
 
 
@@ -287,10 +300,11 @@ def with_tables(text: str) -> str:
 
 
 #: The documents with tables.
-DOCUMENTS = (ROOT / "README.md", ROOT / "KIVI_INTEGRATION.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "README.zh-CN.md", ROOT / "KIVI_INTEGRATION.md")
 
 
 def main(documents: tuple[Path, ...] = DOCUMENTS) -> None:
+    plots.method(RESULTS / "method.png")
     for path in documents:
         path.write_text(with_tables(path.read_text()))
 

@@ -57,6 +57,20 @@ MODEL = {
     "initializer_range": 0.05,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }
+# A conversation as one Python file, the only kind of text that the model has seen: what the assistant says is code, all
+# else docstrings. (After a comment the model writes comments, without end.)
+CHAT_TEMPLATE = r'''
+{{- bos_token }}
+{%- for message in messages %}
+    {%- if message.role in ("system", "user") %}
+        {{- '"""' + message.content | trim + '"""\n\n\n' }}
+    {%- elif message.role == "assistant" %}
+        {{- message.content + "\n\n\n" }}
+    {%- else %}
+        {{- raise_exception("role " + message.role + ": must be system, user or assistant") }}
+    {%- endif %}
+{%- endfor %}
+'''.lstrip()
 POSITION_BUCKETS = ((0, 256), (256, 512), (512, 1024), (1024, 2048))
 # Options that may differ between the parts of an interrupted run: they do not affect the weights.
 FREE_OPTIONS = ("output", "work_dir", "save_every", "evaluate_every", "threads")
@@ -146,6 +160,7 @@ def train_tokenizer(documents: list[Document]) -> PreTrainedTokenizerFast:
         pad_token=PAD,
         model_max_length=MODEL["max_position_embeddings"],
         clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
     )
 
 
@@ -328,7 +343,8 @@ figures unrounded.
 {MODEL["num_attention_heads"]} query and {MODEL["num_key_value_heads"]} key/value heads of size
 {MODEL["head_dim"]}, context {MODEL["max_position_embeddings"]:,}, tied embeddings, weights in bfloat16.
 Byte-level BPE of {MODEL["vocab_size"]:,} tokens: nothing is unknown to it. The tokenizer puts `{BOS}`
-before a text, as Llama's does; the same token ends one.
+before a text, as Llama's does; the same token ends one. The chat template writes a conversation as one Python
+file: the assistant's messages as code, the others as docstrings.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

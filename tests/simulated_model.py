@@ -1,6 +1,9 @@
 """A forward pass over simulated caches, from the definition: full keys and values, absolute positions, one softmax."""
 
+import copy
+
 import torch
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import repeat_kv, rotate_half
 
 from modeling_alrd_llama import ALRDLlamaForCausalLM
@@ -60,17 +63,17 @@ def simulated_forward(model, ids: torch.Tensor, caches: list[SimulatedCache], re
 
     Args:
         model: In float64, with an `ExactRotaryEmbedding`: a last bit could otherwise flip a code here or there.
-        ids: `[B, L]`.
+        ids: `[B, L]`, or their embeddings `[B, L, hidden_size]`.
         caches: From `simulated_caches`, with the tokens before these.
         real: `[B, L]` bool, false for pads.
     """
     config, embedding = model.config, model.model.rotary_emb
-    real = torch.ones_like(ids, dtype=torch.bool) if real is None else real
-    hidden = model.model.embed_tokens(ids)
+    hidden = ids if ids.is_floating_point() else model.model.embed_tokens(ids)
+    real = torch.ones(hidden.shape[:2], dtype=torch.bool) if real is None else real
     for layer, cache in zip(model.model.layers, caches, strict=True):
         attention, x = layer.self_attn, layer.input_layernorm(hidden)
         new = [p.BLinear(x) if isinstance(p, SVDLinear) else p(x) for p in (attention.k_proj, attention.v_proj)]
-        mixed = torch.zeros(*ids.shape, attention.o_proj.in_features).to(x)
+        mixed = torch.zeros(*hidden.shape[:2], attention.o_proj.in_features).to(x)
         for i in range(len(ids)):
             past = cache.row_states(i) if cache.rows and cache.rows[i].tokens else tuple(n[i, :0] for n in new)
             sides = [torch.cat([old, n[i][real[i]]]) for old, n in zip(past, new, strict=True)]
@@ -91,3 +94,57 @@ def simulated_forward(model, ids: torch.Tensor, caches: list[SimulatedCache], re
         hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         cache.append(*new, real)
     return model.lm_head(model.model.norm(hidden)).masked_fill(~real[..., None], 0.0)
+
+
+class SimulatedLatents:
+    """What `generate` asks of a cache, of simulated caches of all layers."""
+
+    is_compileable = False
+
+    def __init__(self, layers: list[SimulatedCache]):
+        self.layers = layers
+
+    def get_seq_length(self) -> int:
+        rows = self.layers[0].rows
+        return len(rows[0].slots) if rows else 0
+
+    def activate_past_recording(self) -> None:
+        """Every past is kept as it is."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        for layer in self.layers:
+            layer.crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        for layer in self.layers:
+            layer.select(beam_idx.tolist())
+
+
+class SimulatedForCausalLM(ALRDLlamaForCausalLM):
+    """A model over simulated caches, for `generate`; make one by `of`.
+
+    Attributes:
+        new_caches: Gives the caches of all layers, empty.
+    """
+
+    @classmethod
+    def of(cls, model: ALRDLlamaForCausalLM, new_caches=simulated_caches) -> "SimulatedForCausalLM":
+        """The simulation of a model, which must be as `simulated_forward` wants it; the weights are shared."""
+        simulated = copy.copy(model)
+        simulated.__class__, simulated.new_caches = cls, new_caches
+        return simulated
+
+    def new_cache(self) -> SimulatedLatents:
+        return SimulatedLatents(self.new_caches(self))
+
+    def forward(
+        self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, **kwargs
+    ) -> CausalLMOutputWithPast:
+        cache = past_key_values or self.new_cache()
+        new = input_ids if inputs_embeds is None else inputs_embeds
+        real = None if attention_mask is None else attention_mask[:, -new.shape[1] :].bool()
+        return CausalLMOutputWithPast(logits=simulated_forward(self, new, cache.layers, real), past_key_values=cache)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
+        if model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = self.new_cache()

@@ -26,9 +26,8 @@ extern "C" int64_t sum_threads(const float* x, int64_t n, float scale, int64_t t
 """
 CODE = """
 import sys, torch
-from pathlib import Path
 from modules.kernels import cpp_library
-cpp_library._FOLDER = Path(sys.argv[1])
+cpp_library.SOURCES = {"sum.cpp": sys.argv[1]}
 x = torch.arange(4.0)
 print(cpp_library.call("sum_threads", x, 4, 2.0, 3), cpp_library.call("sum_threads", None, 0, 1.0, True))
 print(len({line.split()[-1] for line in open("/proc/self/maps") if "/libgomp" in line or "/libiomp" in line}))
@@ -36,15 +35,13 @@ print(len({line.split()[-1] for line in open("/proc/self/maps") if "/libgomp" in
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch) -> Path:
+def sources(tmp_path, monkeypatch) -> dict[str, str]:
     """Sources of the test's own, and an empty folder for what is built."""
-    folder = tmp_path / "sources"
-    folder.mkdir()
-    (folder / "sum.cpp").write_text(SOURCE)
-    monkeypatch.setattr(cpp_library, "_FOLDER", folder)
+    sources = {"sum.cpp": SOURCE}
+    monkeypatch.setattr(cpp_library, "SOURCES", sources)
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "built"))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    return folder
+    return sources
 
 
 def build() -> Path:
@@ -53,37 +50,37 @@ def build() -> Path:
     return path
 
 
-def start(folder: Path) -> subprocess.Popen:
+def start() -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-c", CODE, str(folder)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", CODE, SOURCE], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
-def test_processes_build_at_once_and_share_the_openmp_of_torch(folder, tmp_path, monkeypatch):
-    processes = [start(folder) for _ in range(2)]
+def test_processes_build_at_once_and_share_the_openmp_of_torch(sources, tmp_path, monkeypatch):
+    processes = [start() for _ in range(2)]
     outputs = [process.communicate() for process in processes]
     assert [out.splitlines() for out, _ in outputs] == [["36 -100", "1"]] * 2, outputs
     (built,) = (tmp_path / "built").iterdir()
     # Another process takes it as it is: without a path there is neither ninja nor a compiler.
     written = built.stat().st_mtime_ns
     monkeypatch.setenv("PATH", "")
-    out, error = start(folder).communicate()
+    out, error = start().communicate()
     assert out.splitlines() == ["36 -100", "1"], error
     assert built.stat().st_mtime_ns == written
 
 
-def test_a_broken_build_leaves_nothing_behind(folder, tmp_path):
-    (folder / "sum.cpp").write_text(SOURCE.replace("sum = x", "sum = y"))
+def test_a_broken_build_leaves_nothing_behind(sources, tmp_path):
+    sources["sum.cpp"] = SOURCE.replace("sum = x", "sum = y")
     with pytest.raises(RuntimeError, match=r"do not compile: .*sum.cpp:4:\d+: error: .*y.* was not declared") as error:
         build()
     assert "\n" not in str(error.value)
     assert not list((tmp_path / "built").iterdir())
-    (folder / "sum.cpp").write_text(SOURCE)
+    sources["sum.cpp"] = SOURCE
     path = build()
     assert list((tmp_path / "built").iterdir()) == [path]
 
 
-def test_the_name_follows_what_the_library_depends_on(folder, monkeypatch):
+def test_the_name_follows_what_the_library_depends_on(sources, monkeypatch):
     names = [cpp_library._path()]
     with monkeypatch.context() as patch:
         patch.setenv("ALRD_CPU_MARCH", "haswell")
@@ -97,14 +94,14 @@ def test_the_name_follows_what_the_library_depends_on(folder, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch, "__version__", "2.99")
         names.append(cpp_library._path())
-    (folder / "shared.h").write_text("")
+    sources["shared.h"] = ""
     names.append(cpp_library._path())
     assert len(set(names)) == len(names)
-    (folder / "shared.h").unlink()
+    del sources["shared.h"]
     assert cpp_library._path() == names[0]
 
 
-def test_what_is_missing_is_said(folder, monkeypatch):
+def test_what_is_missing_is_said(sources, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setenv("CXX", "no-such-compiler -m64")
         with pytest.raises(RuntimeError, match="need a compiler: 'no-such-compiler -m64' is not found"):
@@ -114,7 +111,7 @@ def test_what_is_missing_is_said(folder, monkeypatch):
         build()
 
 
-def test_a_folder_that_cannot_be_written_is_said(folder, tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_written_is_said(sources, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file" / "folder"))
     cpp_library._load.cache_clear()

@@ -159,8 +159,7 @@ extern "C" int64_t wrong_quotients(float step, int64_t refined) {
 
 def test_codes_of_the_first_ranges_are_exact(tmp_path, monkeypatch):
     """Powers of two change no quotient, so that the significands of one binade stand for all values."""
-    (tmp_path / "quotients.cpp").write_text(QUOTIENTS)
-    monkeypatch.setattr(cpp_library, "_FOLDER", tmp_path)
+    monkeypatch.setattr(cpp_library, "SOURCES", {"quotients.cpp": QUOTIENTS})
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     cpp_library._build(cpp_library._path())
     wrong = ctypes.CDLL(str(cpp_library._path())).wrong_quotients

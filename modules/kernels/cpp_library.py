@@ -1,7 +1,7 @@
-"""The C++ kernels of this folder as one shared library, built on first use and kept.
+"""The C++ kernels as one shared library, built on first use and kept.
 
-Every `*.cpp` here is compiled, as C++17 with `extern "C"` functions on raw pointers and no header of PyTorch, by
-`torch.utils.cpp_extension`. The result stands in PyTorch's folder of extensions (`TORCH_EXTENSIONS_DIR`, or
+Every `*.cpp` of `cpp_sources.py` is compiled, as C++17 with `extern "C"` functions on raw pointers and no header of
+PyTorch, by `torch.utils.cpp_extension`. The result stands in PyTorch's folder of extensions (`TORCH_EXTENSIONS_DIR`, or
 `~/.cache/torch_extensions`) under a name that hashes sources, flags, compiler, PyTorch and processor: a changed source
 or another machine with the same home directory builds its own. A build happens in a folder of its own and is moved
 into place when it is complete, so that processes may build at once and a broken build leaves nothing behind.
@@ -25,10 +25,11 @@ from pathlib import Path
 
 import torch
 
+from modules.kernels.cpp_sources import SOURCES
+
 #: Environment variable with the compiler's `-march`.
 MARCH_VARIABLE = "ALRD_CPU_MARCH"
 
-_FOLDER = Path(__file__).resolve().parent
 #: Without contraction and with IEEE divisions the kernels give the reference's bits; a fused product is written out.
 _FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-Wno-psabi")
 #: OpenMP's symbols come with `libtorch_cpu`, even where the linker would drop a library that none is missing from.
@@ -101,10 +102,6 @@ def _processor() -> str:
     return fields["model name"] + fields["flags"]
 
 
-def _sources() -> list[Path]:
-    return sorted(path for path in _FOLDER.iterdir() if path.suffix in (".cpp", ".h"))
-
-
 def _flags() -> list[str]:
     return [*_FLAGS, f"-march={os.environ.get(MARCH_VARIABLE) or 'native'}"]
 
@@ -115,8 +112,8 @@ def _path() -> Path:
 
     parts = [_processor(), torch.__version__, get_cxx_compiler(), *_flags(), *_LINKER_FLAGS]
     digest = hashlib.sha256("\0".join(parts).encode())
-    for source in _sources():
-        digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
+    for name, text in SOURCES.items():
+        digest.update(name.encode() + b"\0" + text.encode() + b"\0")
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
     return Path(root) / f"alrd_kernels_{digest.hexdigest()[:16]}.so"
 
@@ -135,9 +132,11 @@ def _build(path: Path) -> None:
             raise RuntimeError("the C++ kernels need ninja to be built: it is not found (pip install ninja)")
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=path.stem, dir=path.parent) as folder:
+            for name, text in SOURCES.items():
+                Path(folder, name).write_text(text, encoding="utf-8")
             built = cpp_extension.load(
                 "alrd_kernels",
-                [str(source) for source in _sources() if source.suffix == ".cpp"],
+                [str(Path(folder, name)) for name in SOURCES if name.endswith(".cpp")],
                 extra_cflags=_flags(),
                 extra_ldflags=list(_LINKER_FLAGS),
                 build_directory=folder,
