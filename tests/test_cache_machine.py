@@ -467,6 +467,9 @@ class GrowingMachine(Machine):
         tables = sum(layer.block_table().nbytes for layer in pair.cache.layers if layer.is_initialized)
         assert KIVILatentCache.nbytes_together(*(p.cache for p in self.pairs)) <= before + exact + tables
         self.freed = True  # one of the two may let go blocks that the other holds
+        for i, both in enumerate((pair, self.pairs[-1])):  # each goes on by itself, at the same place
+            if both.rows and both.tokens < MOST_TOKENS:
+                both.append(both.rows, 1, number + i, None)
 
     @precondition(lambda self: len(self.pairs) < MOST_CACHES)
     @rule(number=Machine.numbers)

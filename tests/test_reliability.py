@@ -208,6 +208,15 @@ def test_no_memory_in_an_edit_of_any_back_end(name, capacity, backend):
     check_every_failure(copies_of(cache), edit, must_fail=name in APPENDS, thorough=True)
 
 
+@pytest.mark.parametrize("capacity", [None, 150])
+def test_a_refused_crop_keeps_the_pads(capacity):
+    cache = filled(capacity)
+    before = held(cache)
+    with pytest.raises(ValueError, match="tokens_to_remove"):
+        cache.crop(-38)
+    assert_same(held(cache), before)
+
+
 def test_no_memory_for_a_fork_or_a_copy():
     cache = filled()
     for copied in (KIVILatentCache.fork, copy.deepcopy):
