@@ -544,7 +544,7 @@ class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):
     ) -> BaseModelOutputWithPast:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        if not past_key_values.is_bound:
+        if not past_key_values.is_bound_to(self):
             past_key_values.bind(self)
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         positions, real, lengths = self._place_tokens(hidden_states, attention_mask, position_ids, past_key_values)

@@ -16,10 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from configuration_alrd_llama import QuantScheme
+from modules.cache_layer import TABLE_ENTRY_NBYTES, CacheScheme
 from modules.codecs import block_nbytes, make_codec
 from modules.files import save_tensors
 from modules.hadamard_utils import rotate
-from modules.kivi_cache import TABLE_ENTRY_NBYTES, CacheScheme
 from modules.quant_utils import grid
 from modules.svd_linear import Factors
 

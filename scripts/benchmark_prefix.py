@@ -31,7 +31,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from modeling_alrd_llama import ALRDLlamaForCausalLM
 from modules import fingerprint
-from modules.kivi_cache import KIVILatentCache, storage_nbytes
+from modules.cache_layer import storage_nbytes
+from modules.kivi_cache import KIVILatentCache
 from scripts.attention_peers import milliseconds, quartiles
 from scripts.common import (
     BUNDLED_MODEL,

@@ -172,6 +172,8 @@ def test_another_model_is_refused_when_loading_or_at_the_first_step(tmp_path):
             KIVILatentCache.load(path, model=other)
         with pytest.raises(ValueError, match="filled by another model"):
             other(ids[:, :1], past_key_values=KIVILatentCache.load(path))
+        with pytest.raises(ValueError, match="filled by another model"):
+            other(ids[:, :1], past_key_values=cache.fork())
     model.model.layers[1].mlp.up_proj.weight.mul_(1.01)  # as a fine-tuning does, noticed by the version
     with pytest.raises(ValueError, match="weights"):
         KIVILatentCache.load(path, model=model)
@@ -333,3 +335,18 @@ def test_a_step_that_fails_in_a_later_layer_leaves_the_cache_as_it_was(tmp_path,
     expected = model(new, past_key_values=untouched).logits
     assert torch.equal(model(new, past_key_values=cache).logits, expected)
     assert same_tiles(cache, untouched)
+
+
+@torch.no_grad()
+def test_a_cache_may_go_on_with_a_copy_of_its_model(tmp_path):
+    model, twin = tiny_split(tmp_path, 32), tiny_split(tmp_path, 32)
+    ids = torch.randint(1, 97, (1, 150))
+    cache = model.create_kivi_cache(**SMALL)
+    model(ids, past_key_values=cache)
+    expected = model(ids[:, :1], past_key_values=cache.fork()).logits
+    assert torch.equal(twin(ids[:, :1], past_key_values=cache).logits, expected)
+    other = tiny_split(tmp_path, 32, dense=tiny_dense(seed=1))
+    with pytest.raises(ValueError, match="filled by another model"):
+        other(ids[:, :1], past_key_values=cache)
+    empty = model.create_kivi_cache(**SMALL)
+    assert other(ids, past_key_values=empty).past_key_values.get_seq_length() == 150

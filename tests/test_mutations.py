@@ -215,7 +215,7 @@ def sides_are_swapped(monkeypatch):
         other = "per_token" if scheme.per_channel else "per_channel"
         return codecs.make_codec(replace(scheme, orientation=other), *args)
 
-    monkeypatch.setattr("modules.kivi_cache.make_codec", swapped)
+    monkeypatch.setattr("modules.cache_layer.make_codec", swapped)
 
 
 # ---- widths below two bits, ranges, signs

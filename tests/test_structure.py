@@ -32,6 +32,7 @@ ORDER = [
     "modules.block_pool",
     "modules.kernels.append_triton",
     "modules.fixed_cache",
+    "modules.cache_layer",
     "modules.kivi_cache",
     "modules.qlutattn",
     "modules.calibrated_int8",
