@@ -98,3 +98,67 @@ def curve(series: dict[str, dict], path: Path, limit: float = 0.5) -> None:
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     _save(figure, path)
+
+
+def long_documents(summary: dict, path: Path) -> None:
+    """Perplexity over the dense model's by position in a document, and the bytes that each cache holds there.
+
+    Args:
+        summary: Of `eval_long_documents.summary`.
+        path: PNG to write.
+    """
+    figure, (increase, held) = pyplot.subplots(1, 2, figsize=(11, 4.4))
+    ends = np.array(summary["ends"])
+    middles = ends - ends[0] / 2
+    for marker, (name, cache) in zip("osD^vP*X<>ph", summary["caches"].items()):
+        if name == "dense":
+            held.plot(ends, np.array(cache["bytes_held"]) / 2**20, "k:", label="dense")
+            continue
+        label = f"{name} ({1 / cache['ratio']['4096']:.1%} of dense at 4k)"
+        (line,) = increase.plot(middles, 100 * np.array(cache["increase"][:-1]), marker=marker, ms=4, label=label)
+        if "low" in cache:
+            low, high = (100 * np.array(cache[end][:-1]) for end in ("low", "high"))
+            increase.fill_between(middles, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
+        held.plot(ends, np.array(cache["bytes_held"]) / 2**20, marker=marker, ms=4, color=line.get_color(), label=name)
+    increase.axhline(0, color="black", linewidth=0.7, linestyle=":")
+    increase.set(xlabel="position in the document, tokens", ylabel="perplexity over the dense model's, %")
+    increase.set_yscale("symlog", linthresh=1)
+    increase.yaxis.set_major_formatter("{x:g}")
+    increase.set_title("Loss by position (bands: 95%, over documents)")
+    held.set(xlabel="tokens held", ylabel="bytes of one row, MiB", yscale="log", title="Bytes held")
+    for axes in (increase, held):
+        axes.grid(alpha=0.3)
+    increase.legend(fontsize=7)
+    _save(figure, path)
+
+
+def retrieval(record: dict, path: Path) -> None:
+    """Scores of `eval_retrieval`: by distance a line per cache; by length and depth a heat map per cache."""
+    results, c = record["results"], record["config"]
+    if c["task"] == "copying":
+        figure, axes = pyplot.subplots(figsize=(7.5, 4.4))
+        for marker, (name, found) in zip("osD^vP*X<>ph", results.items()):
+            scores = [found["cells"][f"{distance:g}"]["score"] for distance in c["distances"]]
+            style = {"color": "black", "linewidth": 2.2} if name == "dense" else {"linewidth": 1.2}
+            label = f"{name} ({1 / found['ratio']['4096']:.1%} of dense at 4k)" if name != "dense" else name
+            axes.plot(c["distances"], scores, marker=marker, ms=5, label=label, **style)
+        axes.axhline(1 / c["choices"], color="black", linewidth=0.7, linestyle=":", label="guessing")
+        axes.set(xlabel="tokens between listing and question", ylabel="right answers", ylim=(0, 1.03))
+        axes.set_title(f"Which of {c['choices']} orders of {c['words']} words was listed?")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+        _save(figure, path)
+        return
+    figure, panels = pyplot.subplots(
+        1, len(results), figsize=(2.6 * len(results) + 1, 3.6), sharey=True, squeeze=False, layout="constrained"
+    )
+    for panel, (name, found) in zip(panels[0], results.items()):
+        image = [[found["cells"][f"{n:g} {d:g}"]["score"] for n in c["lengths"]] for d in c["depths"]]
+        drawn = panel.imshow(image, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        panel.set_xticks(range(len(c["lengths"])), [f"{n:,}" for n in c["lengths"]], rotation=45)
+        panel.set_yticks(range(len(c["depths"])), [f"{d:.0%}" for d in c["depths"]])
+        panel.set(title=name, xlabel="tokens")
+    panels[0][0].set_ylabel("depth of the needle")
+    figure.colorbar(drawn, ax=panels[0], label="right answers")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
