@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from scripts.common import ROOT, check_positive, find_model, parse_config, write_json
-from scripts.compared_caches import ComparedCaches, PackedContext, describe_cache, open_record
+from scripts.compared_caches import ComparedCaches, PackedContext, describe_cache, open_record, scores_table
 
 #: The tasks of this repository, made of what is on every machine.
 TASKS = ROOT / "scripts" / "lm_eval_tasks"
@@ -184,6 +184,19 @@ class ThroughCacheLM(HFLM):
         return {**self.context.record(), **describe_cache(self.model, self.last_cache, self.lengths)}
 
 
+def find_tasks(config: HarnessConfig) -> TaskManager:
+    """Of the tasks in the folders; of all that the harness brings, which takes long to read, if one is not there."""
+    folders = [str(TASKS), *([config.include_path] if config.include_path else [])]
+    manager = TaskManager(include_path=folders, include_defaults=False)
+    if set(config.tasks) <= set(manager.all_tasks):
+        return manager
+    manager = TaskManager(include_path=folders)
+    unknown = sorted(set(config.tasks) - set(manager.all_tasks))
+    if unknown:
+        raise ValueError(f"tasks: {', '.join(unknown)} must be tasks of the harness or in {', '.join(folders)}")
+    return manager
+
+
 def measure(config: HarnessConfig, name: str, task: str, manager: TaskManager) -> dict:
     """Scores of one task through the cache of this name.
 
@@ -213,7 +226,7 @@ def main(config: HarnessConfig) -> dict:
     """Measure what is not in the output yet, the dense model first; returns the record."""
     record = open_record(config)
     record["environment"]["lm_eval"] = lm_eval.__version__
-    manager = TaskManager(include_path=[str(TASKS), *([config.include_path] if config.include_path else [])])
+    manager = find_tasks(config)
     for task in config.tasks:
         done = record["results"].setdefault(task, {})
         for name in config.names():
@@ -221,37 +234,8 @@ def main(config: HarnessConfig) -> dict:
                 done[name] = measure(config, name, task, manager)
                 if config.output:
                     write_json(config.output, record)
-    print(table(record))
+    print(scores_table(record))
     return record
-
-
-def table(record: dict) -> str:
-    """Scores beside the dense model's as Markdown, a row per task, metric and cache."""
-    lines = [
-        "| task, metric | cache | score | less the dense model's | bytes of dense, as scored | at 4k "
-        "| tokens with packed context | packed share of it |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for caches in record["results"].values():
-        for part, metrics in caches["dense"]["scores"].items():
-            for metric in (m for m in metrics if "_stderr" not in m and m != "sample_len"):
-                label = f"{part}, {metric.removesuffix(',none')}"
-                for name, found in caches.items():
-                    score = found["scores"][part][metric]
-                    error = found["scores"][part].get(metric.replace(",", "_stderr,"))
-                    packed = ["–", "–", "–"]
-                    if name != "dense":
-                        shares = (
-                            found["tokens_with_packed_context"] / found["scored_tokens"],
-                            found["packed_share_of_context"],
-                        )
-                        packed = [f"{score - metrics[metric]:+.4f}", *(f"{share:.1%}" for share in shares)]
-                    lines.append(
-                        f"| {label} | {name} | {score:.4f}{f' ± {error:.4f}' if error else ''} | {packed[0]} | "
-                        f"{1 / found['ratio']['measured']:.2%} | {1 / found['ratio']['4096']:.2%} | "
-                        f"{packed[1]} | {packed[2]} |"
-                    )
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import datasets
 from scripts.corpus import load_documents
 
 #: Lines that a question shows and asks for, and how many questions a document gives at most.
-SHOWN, ASKED, PER_DOCUMENT = 120, 3, 8
+SHOWN, ASKED, PER_DOCUMENT = 120, 3, 12
 
 
 def next_lines(**_) -> dict[str, datasets.Dataset]:
@@ -15,7 +15,7 @@ def next_lines(**_) -> dict[str, datasets.Dataset]:
     generator, rows = random.Random(0), []
     for document in load_documents("stdlib:test"):
         lines = [line for line in document.text.splitlines(keepends=True) if line.strip()]
-        pieces = range(SHOWN, len(lines) - ASKED, SHOWN)
+        pieces = range(SHOWN, len(lines) - ASKED, SHOWN // 2)
         for start in list(pieces)[:PER_DOCUMENT]:
             elsewhere = [i for i in range(len(lines) - ASKED) if not start - SHOWN - ASKED < i < start + ASKED]
             if len(elsewhere) < 3:
