@@ -282,22 +282,24 @@ def verdict(record: dict) -> str:
 
 
 def table(record: dict) -> str:
-    """Scores by cache and cell as Markdown; the mean is over the cells in which the dense model scores enough."""
-    shown = told_apart(record)
-    cells = [key for key in record["results"]["dense"]["cells"] if key != "control"]
-    heads = [f"{key}{'' if key in shown else ' (dense too weak)'}" for key in cells]
-    lines = [
-        "| cache | bytes of dense at 4k | " + " | ".join(heads) + " | mean where the dense model can |",
-        "|---" * (len(cells) + 3) + "|",
-    ]
-    for name, found in record["results"].items():
-        scores = [f"{found['cells'][key]['score']:.2f}" for key in cells]
-        mean = sum(found["cells"][key]["score"] for key in shown) / len(shown) if shown else None
-        lines.append(
-            f"| {name} | {1 / found['ratio']['4096']:.2%} | "
-            + " | ".join(scores)
-            + f" | {'–' if mean is None else f'{mean:.3f}'} |"
-        )
+    """Scores by cache and cell as Markdown; means are over the cells in which the dense model scores enough."""
+    shown, results = told_apart(record), record["results"]
+    cells = [key for key in results["dense"]["cells"] if key != "control"]
+    copying = record["config"]["task"] == "copying"
+    heads = ["cache", "bytes of dense at 4k"]
+    heads += [f"{key}{'' if key in shown else ' (dense too weak)'}" for key in cells]
+    heads += ["mean", "loss over dense, nats per word"] if copying else ["mean"]
+
+    def mean(name: str, field: str) -> float:
+        return sum(results[name]["cells"][key][field] for key in shown) / len(shown) if shown else float("nan")
+
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name, found in results.items():
+        row = [name, f"{1 / found['ratio']['4096']:.2%}", *(f"{found['cells'][key]['score']:.2f}" for key in cells)]
+        row.append(f"{mean(name, 'score'):.3f}")
+        if copying:
+            row.append(f"{mean(name, 'loss_per_word') - mean('dense', 'loss_per_word'):+.3f}")
+        lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
 
 

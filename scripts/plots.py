@@ -114,7 +114,7 @@ def long_documents(summary: dict, path: Path) -> None:
         if name == "dense":
             held.plot(ends, np.array(cache["bytes_held"]) / 2**20, "k:", label="dense")
             continue
-        label = f"{name} ({1 / cache['ratio']['4096']:.1%} of dense at 4k)"
+        label = f"{name} ({100 / cache['ratio']['4096']:.3g}% of dense at 4k)"
         (line,) = increase.plot(middles, 100 * np.array(cache["increase"][:-1]), marker=marker, ms=4, label=label)
         if "low" in cache:
             low, high = (100 * np.array(cache[end][:-1]) for end in ("low", "high"))
@@ -136,17 +136,26 @@ def retrieval(record: dict, path: Path) -> None:
     """Scores of `eval_retrieval`: by distance a line per cache; by length and depth a heat map per cache."""
     results, c = record["results"], record["config"]
     if c["task"] == "copying":
-        figure, axes = pyplot.subplots(figsize=(7.5, 4.4))
+        figure, (right, loss) = pyplot.subplots(1, 2, figsize=(12, 4.2))
+        keys = [f"{distance:g}" for distance in c["distances"]]
+        dense = results["dense"]["cells"]
         for marker, (name, found) in zip("osD^vP*X<>ph", results.items()):
-            scores = [found["cells"][f"{distance:g}"]["score"] for distance in c["distances"]]
-            style = {"color": "black", "linewidth": 2.2} if name == "dense" else {"linewidth": 1.2}
-            label = f"{name} ({1 / found['ratio']['4096']:.1%} of dense at 4k)" if name != "dense" else name
-            axes.plot(c["distances"], scores, marker=marker, ms=5, label=label, **style)
-        axes.axhline(1 / c["choices"], color="black", linewidth=0.7, linestyle=":", label="guessing")
-        axes.set(xlabel="tokens between listing and question", ylabel="right answers", ylim=(0, 1.03))
-        axes.set_title(f"Which of {c['choices']} orders of {c['words']} words was listed?")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
+            style = {"marker": marker, "ms": 5, "linewidth": 1.2}
+            if name == "dense":
+                style |= {"color": "black", "linewidth": 3, "alpha": 0.4}
+            label = name if name == "dense" else f"{name} ({100 / found['ratio']['4096']:.3g}% of dense)"
+            right.plot(c["distances"], [found["cells"][k]["score"] for k in keys], **style)
+            over = [found["cells"][k]["loss_per_word"] - dense[k]["loss_per_word"] for k in keys]
+            loss.plot(c["distances"], over, label=label, **style)
+        right.axhline(1 / c["choices"], color="black", linewidth=0.7, linestyle=":")
+        right.text(c["distances"][0], 1 / c["choices"] + 0.01, "guessing", fontsize=8)
+        right.set(ylabel="right answers", ylim=(0, 1.03))
+        right.set_title(f"Which of {c['choices']} orders of {c['words']} words was listed?")
+        loss.set(ylabel="nats per word over the dense model", title="Loss of the listed order")
+        for axes in (right, loss):
+            axes.set_xlabel("tokens between listing and question")
+            axes.grid(alpha=0.3)
+        loss.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), title="bytes at 4,096 tokens")
         _save(figure, path)
         return
     figure, panels = pyplot.subplots(
