@@ -12,6 +12,7 @@ nothing was packed is refused. Tasks are the harness's, those of scripts/lm_eval
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import lm_eval
 import torch
@@ -49,6 +50,8 @@ class HarnessConfig(ComparedCaches):
         check_positive("batch_size", self.batch_size)
         if not self.tasks:
             raise ValueError("tasks=[]: must name at least one")
+        if self.include_path is not None and not Path(self.include_path).is_dir():
+            raise ValueError(f"include_path={self.include_path!r}: must be an existing folder")
         if self.max_length is not None:
             self.check_length(self.max_length)
 

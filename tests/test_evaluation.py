@@ -199,6 +199,8 @@ class TestHarness:
             HarnessConfig(bits=["2"], tasks=[])
         with pytest.raises(ValueError, match="chunk=0"):
             HarnessConfig(bits=["2"], chunk=0)
+        with pytest.raises(ValueError, match="include_path='nowhere'"):
+            HarnessConfig(bits=["2"], include_path="nowhere")
         with pytest.raises(ValueError, match="length=4000: must be at most the 2048 positions"):
             HarnessConfig(bits=["2"], max_length=4000)
 
