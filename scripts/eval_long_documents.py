@@ -1,4 +1,4 @@
-"""Perplexity by position over long documents, measured *through* the packed cache, and the bytes it holds on the way.
+r"""Perplexity by position over long documents, measured *through* the packed cache, and the bytes it holds on the way.
 
     python scripts/eval_long_documents.py --checkpoints build/eighth build/sixteenth --output build/long_documents.json
     python scripts/eval_long_documents.py --dense meta-llama/Llama-3.1-8B --bits 4 2 --length 32768 --chunk 16 \

@@ -1,4 +1,4 @@
-"""Does the packed cache still know what stood far back? Two tasks, each beside the dense model's score.
+r"""Does the packed cache still know what stood far back? Two tasks, each beside the dense model's score.
 
     python scripts/eval_retrieval.py --checkpoints build/eighth build/sixteenth --bits 4 2 --output build/copying.json
     python scripts/eval_retrieval.py --task needle --dense meta-llama/Llama-3.1-8B-Instruct --bits 4 2 \
