@@ -128,7 +128,9 @@ def long_documents(summary: dict, path: Path) -> None:
     held.set(xlabel="tokens held", ylabel="bytes of one row, MiB", yscale="log", title="Bytes held")
     for axes in (increase, held):
         axes.grid(alpha=0.3)
+    held.yaxis.set_major_formatter("{x:g}")
     increase.legend(fontsize=7)
+    held.legend(fontsize=7)
     _save(figure, path)
 
 

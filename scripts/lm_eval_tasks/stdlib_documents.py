@@ -7,23 +7,22 @@ import datasets
 from scripts.corpus import load_documents
 
 #: Lines that a question shows and asks for, and how many questions a document gives at most.
-SHOWN, ASKED, PER_DOCUMENT = 120, 3, 12
+SHOWN, ASKED, PER_DOCUMENT = 80, 4, 12
 
 
 def next_lines(**_) -> dict[str, datasets.Dataset]:
-    """Which three lines follow 120 lines of code? The other three choices stand elsewhere in the same document."""
+    """Which four lines follow 80 lines of code? The other three choices stand in other documents."""
     generator, rows = random.Random(0), []
-    for document in load_documents("stdlib:test"):
-        lines = [line for line in document.text.splitlines(keepends=True) if line.strip()]
-        pieces = range(SHOWN, len(lines) - ASKED, SHOWN // 2)
-        for start in list(pieces)[:PER_DOCUMENT]:
-            elsewhere = [i for i in range(len(lines) - ASKED) if not start - SHOWN - ASKED < i < start + ASKED]
-            if len(elsewhere) < 3:
-                continue
-            starts = [start, *generator.sample(elsewhere, 3)]
+    texts = [[line for line in d.text.splitlines(keepends=True) if line.strip()] for d in load_documents("stdlib:test")]
+    for lines in texts:
+        for start in range(SHOWN, len(lines) - ASKED, SHOWN)[:PER_DOCUMENT]:
+            choices = ["".join(lines[start : start + ASKED])]
+            for other in generator.sample([x for x in texts if x is not lines], 3):
+                place = generator.randrange(len(other) - ASKED)
+                choices.append("".join(other[place : place + ASKED]))
             order = generator.sample(range(4), 4)
-            choices = ["".join(lines[starts[i] : starts[i] + ASKED]) for i in order]
-            rows.append({"text": "".join(lines[start - SHOWN : start]), "choices": choices, "answer": order.index(0)})
+            text = "".join(lines[start - SHOWN : start])
+            rows.append({"text": text, "choices": [choices[i] for i in order], "answer": order.index(0)})
     # Questions of different documents side by side, so that a limited run sees them all.
     generator.shuffle(rows)
     return {"test": datasets.Dataset.from_list(rows)}
