@@ -191,3 +191,78 @@ def curve(series: dict[str, dict], path: Path, limit: float = 0.5) -> None:
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     _save(figure, path)
+
+
+def long_documents(summary: dict, path: Path) -> None:
+    """Perplexity over the dense model's by position in a document, and the bytes that each cache holds there.
+
+    Args:
+        summary: Of `eval_long_documents.summary`.
+        path: PNG to write.
+    """
+    figure, (increase, held) = pyplot.subplots(1, 2, figsize=(11, 4.4))
+    ends = np.array(summary["ends"])
+    middles = ends - ends[0] / 2
+    for marker, (name, cache) in zip("osD^vP*X<>ph", summary["caches"].items()):
+        if name == "dense":
+            held.plot(ends, np.array(cache["bytes_held"]) / 2**20, "k:", label="dense")
+            continue
+        label = f"{name} ({100 / cache['ratio']['4096']:.3g}% of dense at 4k)"
+        (line,) = increase.plot(middles, 100 * np.array(cache["increase"][:-1]), marker=marker, ms=4, label=label)
+        if "low" in cache:
+            low, high = (100 * np.array(cache[end][:-1]) for end in ("low", "high"))
+            increase.fill_between(middles, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
+        held.plot(ends, np.array(cache["bytes_held"]) / 2**20, marker=marker, ms=4, color=line.get_color(), label=name)
+    increase.axhline(0, color="black", linewidth=0.7, linestyle=":")
+    increase.set(xlabel="position in the document, tokens", ylabel="perplexity over the dense model's, %")
+    increase.set_yscale("symlog", linthresh=1)
+    increase.yaxis.set_major_formatter("{x:g}")
+    increase.set_title("Loss by position (bands: 95%, over documents)")
+    held.set(xlabel="tokens held", ylabel="bytes of one row, MiB", yscale="log", title="Bytes held")
+    for axes in (increase, held):
+        axes.grid(alpha=0.3)
+    held.yaxis.set_major_formatter("{x:g}")
+    increase.legend(fontsize=7)
+    held.legend(fontsize=7)
+    _save(figure, path)
+
+
+def retrieval(record: dict, path: Path) -> None:
+    """Scores of `eval_retrieval`: by distance a line per cache; by length and depth a heat map per cache."""
+    results, c = record["results"], record["config"]
+    if c["task"] == "copying":
+        figure, (right, loss) = pyplot.subplots(1, 2, figsize=(12, 4.2))
+        keys = [f"{distance:g}" for distance in c["distances"]]
+        dense = results["dense"]["cells"]
+        for marker, (name, found) in zip("osD^vP*X<>ph", results.items()):
+            style = {"marker": marker, "ms": 5, "linewidth": 1.2}
+            if name == "dense":
+                style |= {"color": "black", "linewidth": 3, "alpha": 0.4}
+            label = name if name == "dense" else f"{name} ({100 / found['ratio']['4096']:.3g}% of dense)"
+            right.plot(c["distances"], [found["cells"][k]["score"] for k in keys], **style)
+            over = [found["cells"][k]["loss_per_word"] - dense[k]["loss_per_word"] for k in keys]
+            loss.plot(c["distances"], over, label=label, **style)
+        right.axhline(1 / c["choices"], color="black", linewidth=0.7, linestyle=":")
+        right.text(c["distances"][0], 1 / c["choices"] + 0.01, "guessing", fontsize=8)
+        right.set(ylabel="right answers", ylim=(0, 1.03))
+        right.set_title(f"Which of {c['choices']} orders of {c['words']} words was listed?")
+        loss.set(ylabel="nats per word over the dense model", title="Loss of the listed order")
+        for axes in (right, loss):
+            axes.set_xlabel("tokens between listing and question")
+            axes.grid(alpha=0.3)
+        loss.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), title="bytes at 4,096 tokens")
+        _save(figure, path)
+        return
+    figure, panels = pyplot.subplots(
+        1, len(results), figsize=(2.6 * len(results) + 1, 3.6), sharey=True, squeeze=False, layout="constrained"
+    )
+    for panel, (name, found) in zip(panels[0], results.items()):
+        image = [[found["cells"][f"{n:g} {d:g}"]["score"] for n in c["lengths"]] for d in c["depths"]]
+        drawn = panel.imshow(image, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        panel.set_xticks(range(len(c["lengths"])), [f"{n:,}" for n in c["lengths"]], rotation=45)
+        panel.set_yticks(range(len(c["depths"])), [f"{d:.0%}" for d in c["depths"]])
+        panel.set(title=name, xlabel="tokens")
+    panels[0][0].set_ylabel("depth of the needle")
+    figure.colorbar(drawn, ax=panels[0], label="right answers")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)

@@ -21,7 +21,10 @@ from scripts.benchmark_prefix import cells as prefix_cells
 from scripts.common import ROOT, human_bytes
 from scripts.compare_peers import frontier_table, peers_table
 from scripts.compare_schemes import drop_in_table, latent_table
+from scripts.compared_caches import scores_table
+from scripts.eval_long_documents import table as long_documents_table
 from scripts.eval_perplexity import table as perplexity_table
+from scripts.eval_retrieval import table as retrieval_table
 from scripts.measure_distortion import table as distortion_table
 from scripts.project_calibration import table as projection_table
 
@@ -267,6 +270,48 @@ def prefix(record: dict) -> str:
     )
 
 
+def _evaluation_note(record: dict) -> str:
+    """Where an evaluation of compared caches was run, and on which text."""
+    e, text = record["environment"], record.get("text")
+    of_text = ""
+    if text:
+        split = record["config"]["text"].removeprefix("stdlib:")
+        of_text = f"Text: standard library of Python {text['python']}, {split} modules, sha256 {text['sha256'][:12]}. "
+    return (
+        f"{of_text}{e['cpu'].split(' (')[0]}, {e['threads']} thread{'s' * (e['threads'] > 1)}, torch {e['torch']}, "
+        f"transformers {e['transformers']}."
+    )
+
+
+def copying(record: dict) -> str:
+    c, cells = record["config"], record["results"]["dense"]["cells"]
+    questions = next(iter(cells.values()))["questions"]
+    return (
+        f"{retrieval_table(record)}\n\nShare of right answers by tokens between listing and question: which of "
+        f"{c['choices']} orders of {c['words']} words was listed? {questions} questions each. {record['verdict']} "
+        f"{_evaluation_note(record)}"
+    )
+
+
+def long_documents(record: dict) -> str:
+    c = record["config"]
+    rope = json.loads(c["rope_parameters"] or "{}")
+    stretched = f", positions stretched {rope['factor']:g} times by {rope['rope_type']}" if rope else ""
+    return (
+        f"{long_documents_table(record)}\n\nPerplexity of the dense model and increases over it by position, "
+        f"{c['documents']} documents of {c['length']:,} tokens{stretched}; fed in steps of {c['chunk']}. "
+        f"Intervals: paired bootstrap over documents. {_evaluation_note(record)}"
+    )
+
+
+def lm_eval(record: dict) -> str:
+    c, e = record["config"], record["environment"]
+    return (
+        f"{scores_table(record)}\n\nlm-evaluation-harness {e['lm_eval']}, the first {c['limit']} questions, every "
+        f"scored token read from the cache in steps of {c['chunk']}. {_evaluation_note(record)}"
+    )
+
+
 #: What is written between the marks of a table: the JSON files in scripts/results, and how they are shown.
 RENDERERS = {
     "frontier": (["peers"], frontier),
@@ -285,6 +330,9 @@ RENDERERS = {
     "decode_targets": (["benchmark_attention", "benchmark_decode"], decode_targets),
     "lookup": (["benchmark_lookup"], lookup),
     "prefix": (["benchmark_prefix"], prefix),
+    "copying": (["copying"], copying),
+    "long_documents": (["long_documents"], long_documents),
+    "lm_eval": (["lm_eval_harness"], lm_eval),
 }
 
 
