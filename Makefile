@@ -29,6 +29,16 @@ results: .venv/installed
 	$(RUN) scripts/benchmark_decode.py --checkpoints build/sweep/0.125 build/sweep/0.0625 \
 		--output build/benchmark_decode.json
 	$(RUN) scripts/benchmark_lookup.py --threads 2 --output scripts/results/benchmark_lookup.json
+	$(RUN) scripts/benchmark_prefix.py --checkpoints build/sweep/0.125 build/sweep/0.0625 \
+		--output scripts/results/benchmark_prefix.json
+	$(RUN) scripts/eval_retrieval.py --checkpoints build/sweep/0.125 build/sweep/0.0625 build/sweep/0.04 --bits 16 4 3 2 \
+		--distances 200 400 600 800 1000 --trials 4 --chunk 9 --output build/copying.json
+	$(RUN) scripts/eval_long_documents.py --checkpoints build/sweep/0.0625 build/sweep/0.04 --bits 2 --length 8192 \
+		--documents 3 --chunk 16 --output build/long_documents.json --rope_parameters \
+		'{"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 2048}'
+	$(RUN) scripts/lm_eval_harness.py --tasks stdlib_next_lines --checkpoints build/sweep/0.0625 build/sweep/0.04 \
+		--bits 2 --limit 32 --batch_size 16 --chunk 8 --output build/lm_eval_harness.json
+	cp build/copying.* build/long_documents.* build/lm_eval_harness.json scripts/results/
 	cp build/benchmark_attention.json build/benchmark_decode.json scripts/results/
 	cp build/peers.json build/peers.png build/ablation.json scripts/results/
 	cp build/sweep/0.0625/widths.png build/sweep/0.0625/spectra.png scripts/results/
