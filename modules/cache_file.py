@@ -18,7 +18,9 @@ KEY, CHECKSUM, VERSION = "kivi_latent_cache", "sha256", 3
 
 
 def _sha256(tensor: torch.Tensor) -> str:
-    return hashlib.sha256(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
+    # A tensor of one element counts as contiguous with any stride, but is no bytes then.
+    flat = tensor.detach().cpu().clone(memory_format=torch.contiguous_format).flatten()
+    return hashlib.sha256(flat.view(torch.uint8).numpy()).hexdigest()
 
 
 def write_cache_file(path: str | os.PathLike, header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:

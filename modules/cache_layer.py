@@ -678,16 +678,15 @@ class KIVILatentLayer(CacheLayerMixin):
                 raise ValueError(f"{name}: {found}, must be {list(shape)} of {dtype}")
             return tensor.clone()
 
-        names = {"slots", "widths", "rows"} if record.get("slots") else {"slots"}
-        if set(record) != names:
-            raise ValueError(f"record: {sorted(record)} must be {sorted(names)}")
-        _check_integers("slots", [record["slots"]], 0, 2**62)
+        if set(record) not in ({"slots"}, {"slots", "widths", "rows"}):
+            raise ValueError(f"record: {sorted(record)} must be slots, and widths and rows unless nothing was fed")
+        _check_integers("slots", [record["slots"]], 0, 2**62 if "rows" in record else 0)
         static = {n.split(".")[1]: t for n, t in tensors.items() if n.startswith("static.") and n.endswith(".scale")}
         self.static_scales = {
             side: tuple(take(f"static.{side}.{name}", tuple(scale.shape), torch.float32) for name in STATIC_NAMES)
             for side, scale in static.items()
         }
-        if record["slots"]:
+        if "rows" in record:
             window, widths, rows = tensors.get("window_keys"), record["widths"], record["rows"]
             if window is None or window.dim() != 3 or not len(window) or window.dtype not in STATE_DTYPES:
                 raise ValueError("window_keys: must be [rows, tokens, channels] floats")

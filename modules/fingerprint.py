@@ -87,7 +87,7 @@ def _digest(decoder: nn.Module) -> str:
                 flat = tensor.flatten()
                 count = min(SAMPLE, len(flat))
                 picked = flat[torch.arange(count, device=flat.device) * (len(flat) - 1) // max(1, count - 1)]
-                digest.update(picked.cpu().view(torch.uint8).numpy())
+                digest.update(picked.clone().cpu().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

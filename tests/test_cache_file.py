@@ -76,6 +76,16 @@ def test_an_empty_cache(tmp_path):
     assert KIVILatentCache.load(tmp_path / "empty.safetensors").scheme.k_bits == 4
 
 
+def test_a_cache_that_was_cropped_to_nothing(tmp_path):
+    cache = filled()
+    cache.crop(-67)
+    cache.save(tmp_path / "cropped.safetensors")
+    loaded = KIVILatentCache.load(tmp_path / "cropped.safetensors")
+    for c in (cache, loaded):
+        feed(c, 50, seed=1)
+    assert same_tiles(cache, loaded) and loaded.row_tokens() == [50, 50, 50]
+
+
 def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
     cache = filled()
     cache.save(tmp_path / "prefix.safetensors")

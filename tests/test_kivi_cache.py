@@ -115,7 +115,8 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal in type, shape and every bit."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    a, b = (x.clone(memory_format=torch.contiguous_format).view(torch.uint8) for x in (a, b))
+    return torch.equal(a, b)
 
 
 def raw_row(layer: KIVILatentLayer, i: int) -> dict[str, torch.Tensor]:
