@@ -544,8 +544,9 @@ class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):
     ) -> BaseModelOutputWithPast:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        if not past_key_values.is_bound_to(self):
-            past_key_values.bind(self)
+        known = past_key_values.is_bound_to(self)
+        if not known:
+            past_key_values.check_model(self)
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         positions, real, lengths = self._place_tokens(hidden_states, attention_mask, position_ids, past_key_values)
         position_embeddings = self.rotary_emb(hidden_states, position_ids=positions)
@@ -573,6 +574,8 @@ class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):
                     latent_step=step,
                     **kwargs,
                 )
+        if not known:
+            past_key_values.bind(self)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
     def _place_tokens(self, embeds, attention_mask, position_ids, cache: KIVILatentCache):

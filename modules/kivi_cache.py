@@ -218,19 +218,22 @@ class KIVILatentCache(Cache):
         return forked
 
     def bind(self, decoder: torch.nn.Module) -> None:
-        """Note the decoder that feeds the cache, for the fingerprint of a saved file.
+        """Note the decoder that feeds the cache, for the fingerprint of a saved file."""
+        self._model, self._fingerprint = weakref.ref(decoder), None
+
+    def is_bound_to(self, decoder: torch.nn.Module) -> bool:
+        """Whether the decoder feeds the cache; a fixed capacity, whose steps are compiled, knows but the first one."""
+        return self._model is not None and (self.capacity is not None or self._model() is decoder)
+
+    def check_model(self, decoder: torch.nn.Module) -> None:
+        """Refuse to go on with another model than that which has filled the cache.
 
         Raises:
-            ValueError: The cache was filled by another model.
+            ValueError: The fingerprints differ.
         """
         filled_by = self.fingerprint() if self.get_seq_length() else None
         if filled_by is not None and (differing := differences(model_fingerprint(decoder), filled_by)):
             raise ValueError(f"past_key_values: filled by another model than this one: {'; '.join(differing)}")
-        self._model, self._fingerprint = weakref.ref(decoder), None
-
-    def is_bound_to(self, decoder: torch.nn.Module) -> bool:
-        """Whether `bind` need not be called; with a fixed capacity, whose steps are compiled, after the first one."""
-        return self._model is not None and (self.capacity is not None or self._model() is decoder)
 
     def fingerprint(self) -> dict | None:
         """Fingerprint of the model that has filled the cache (`modules/fingerprint.py`); `None`: not known."""

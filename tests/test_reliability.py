@@ -469,8 +469,12 @@ def test_a_cache_of_other_channels_or_type_is_refused_before_a_kernel_reads_it(t
         for other in others:
             with monkeypatch.context() as patched:
                 patched.setattr(type(model.model.layers[0].self_attn), "_attend_cache", None)  # not called
+                with pytest.raises(ValueError, match="filled by another model"):
+                    logits_of(other, cache, prompt(1, 2, 1))
+                cache._model = None  # as if its fingerprint were not known
                 with pytest.raises(ValueError, match=r"channels by head group|as the cache was started"):
                     logits_of(other, cache, prompt(1, 2, 1))
+                cache.bind(model.get_decoder())
             assert_same(held(cache), before)
         assert torch.isfinite(logits_of(model, cache, prompt(1, 2, 1))).all()
 
