@@ -12,8 +12,9 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
+from itertools import count
 from pathlib import Path
 from typing import ClassVar
 
@@ -21,6 +22,7 @@ import torch
 import transformers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, QuantizedCache
+from transformers.cache_utils import QuantizedLayer
 
 from configuration_alrd_llama import ALRDLlamaConfig
 from modeling_alrd_llama import ALRDLlamaForCausalLM
@@ -86,8 +88,8 @@ BACKENDS = {"quanto": ("optimum-quanto", 0), "hqq": ("hqq", 1)}
 class FlushScheme:
     """What a `QuantizedCache` has packed when, in the terms of `CacheScheme` that `scored_positions` asks for.
 
-    The prompt is packed at once, to its last token. Each step's tokens then join the residual, and the step that brings
-    it to `residual_length` packs the whole history anew, itself included.
+    The prompt is packed at once, to its last token. Each step's tokens then join the residual, and once it is full a
+    step packs the whole history anew, itself included.
     """
 
     backend: str
@@ -102,8 +104,32 @@ class FlushScheme:
 
     def flushed_blocks(self, tokens: int) -> int:
         """Packed tokens of the `tokens` held before a step."""
-        period = -(-self.residual_length // self.chunk) * self.chunk
+        period = _flush_period(self.residual_length, self.chunk)
         return self.prefill + (tokens - self.prefill) // period * period
+
+
+class _UnquantizedLayer(QuantizedLayer):
+    """The library's layer with states that stay as they are, to watch when it packs them."""
+
+    def _quantize(self, tensor, axis):
+        return tensor
+
+    def _dequantize(self, q_tensor):
+        return q_tensor
+
+
+@cache
+def _flush_period(residual_length: int, chunk: int) -> int:
+    """Tokens from one packing to the next in steps of `chunk`, as the library does it: releases differ.
+
+    5.17 packs in the step after the residual has come to `residual_length - 1`, 5.23 in the step that fills it.
+    """
+    layer, states = _UnquantizedLayer(residual_length=residual_length), torch.zeros(1, 1, chunk, 1)
+    layer.update(states, states)  # the prompt
+    for steps in count(1):
+        layer.update(states, states)
+        if not layer.keys.numel():
+            return steps * chunk
 
 
 class CountedQuantizedCache(QuantizedCache):
@@ -122,7 +148,8 @@ class CountedQuantizedCache(QuantizedCache):
 
     @property
     def has_packed(self) -> bool:
-        return all(stored_nbytes(layer._quantized_keys) > 0 for layer in self.layers)
+        # In transformers 5.17 a layer has nothing of that name before its first states.
+        return all(stored_nbytes(getattr(layer, "_quantized_keys", None)) > 0 for layer in self.layers)
 
     @property
     def nbytes_used(self) -> int:

@@ -83,7 +83,8 @@ class TestFlushScheme:
             assert scored[i - 100] == ((100 + (i - 100) // 20 * 20) >= 0.9 * (i + 1))
         assert scored[110 - 100] and not scored[111 - 100] and scored[120 - 100]
 
-    def test_chunks_see_what_was_packed_before_them(self):
+    def test_chunks_see_what_was_packed_before_them(self, monkeypatch):
+        monkeypatch.setattr(compare_peers, "_flush_period", lambda *_: 32)  # that of 5.23
         scheme = FlushScheme("quanto", 4, 0, prefill=100, chunk=16, residual_length=20)
         scored = scored_positions(200, 100, 16, [scheme])
         # Two chunks make 32 ≥ 20 tokens: 100 are packed up to token 131, 132 from there to 163.
