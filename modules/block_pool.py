@@ -101,7 +101,7 @@ class BlockPool:
             live = self._sweep()
             if sum(counts) > len(self.free):
                 needed = len(live) + sum(counts)
-                self._resize(torch.arange(self.capacity), needed + needed // 8)
+                self._grow(needed + needed // 8)
         free, written = list(self.free), []
         for encoded, count in zip(batches, counts):
             slots = [free.pop() for _ in range(count)]
@@ -137,24 +137,32 @@ class BlockPool:
         live = sorted(self._sweep())
         if self.capacity <= len(live) + len(live) // 4:
             return
-        self._resize(torch.tensor(live, dtype=torch.long), len(live))
+        self._compact(live)
         moved = {old: new for new, old in enumerate(live)}
         for owner in self.owners:
             owner.move_blocks(moved)
 
-    def _resize(self, kept: torch.Tensor, capacity: int) -> None:
-        """Reallocate `capacity` slots that start with the `kept` ones; the free ones among the kept stay free."""
-        resized = {}
-        for side, fields in self.storage.items():
+    def _grow(self, capacity: int) -> None:
+        """Reallocate for more slots, field by field, so that no more than one is there twice."""
+        self._sides = None
+        for fields in self.storage.values():
             for name, old in fields.items():
                 new = torch.empty((capacity, *old.shape[1:]), dtype=old.dtype, device=old.device)
-                new[: len(kept)] = old if len(kept) == len(old) else old[kept.to(old.device)]
-                resized[side, name] = new
-        for (side, name), new in resized.items():
-            self.storage[side][name] = new
-        free = self.free if len(kept) == self.capacity else []
-        self.free = [*reversed(range(len(kept), capacity)), *free]
-        self.capacity, self._sides = capacity, None
+                new[: self.capacity] = old[: self.capacity]  # of one that has grown already, if this failed before
+                fields[name] = new
+        self.free = [*reversed(range(self.capacity, capacity)), *self.free]
+        self.capacity = capacity
+
+    def _compact(self, kept: list[int]) -> None:
+        """Reallocate for these slots alone, which move to the front; all fields or, if that fails, none."""
+        index = torch.tensor(kept, dtype=torch.long)
+        compact = {
+            side: {name: tensor[index.to(tensor.device)] for name, tensor in fields.items()}
+            for side, fields in self.storage.items()
+        }
+        for side, fields in compact.items():
+            self.storage[side].update(fields)
+        self.free, self.capacity, self._sides = [], len(kept), None
 
 
 def _read(codec: BlockCodec, storage: Fields, slots: torch.Tensor) -> torch.Tensor:

@@ -552,7 +552,7 @@ def test_rubbish_that_belongs_to_no_token():
 
             def edit(layer):
                 layer.crop(-70)
-                layer.pool._resize(torch.arange(layer.pool.capacity), layer.pool.capacity + 2)
+                layer.pool._grow(layer.pool.capacity + 2)
 
             real = torch.tensor([[True, False, True], [False, False, True], [True, True, True]])
             step = make_step(keys, replace(keys, bits=2), dtype, tokens=(400, 30, 200), new=3, real=real, edit=edit)

@@ -334,8 +334,8 @@ def test_the_pool_grows_geometrically_and_appends_are_flat(monkeypatch):
     layer = setting.layer()
     layer.append(*setting.states(1, 8))
     resized = []
-    resize = layer.pool._resize
-    monkeypatch.setattr(layer.pool, "_resize", lambda *args: resized.append(args[1]) or resize(*args))
+    grow = layer.pool._grow
+    monkeypatch.setattr(layer.pool, "_grow", lambda capacity: resized.append(capacity) or grow(capacity))
     keys, values = setting.states(1, steps)
     costs = []
     for t in range(steps):
