@@ -254,6 +254,21 @@ def test_forks_share_blocks_and_do_not_meet():
     assert same_tiles(cache, forks[0])
 
 
+def test_forks_decode_side_by_side():
+    """Token by token, in turns: each writes its window where the others write theirs."""
+    cache = filled()
+    feed(cache, 3, seed=9)
+    alone = [copy.deepcopy(cache) for _ in range(3)]
+    forks = [cache.fork() for _ in range(3)]
+    for turn in range(40):
+        for i, one in enumerate(forks):
+            feed(one, 1, seed=100 * i + turn)
+    for i, one in enumerate(alone):
+        for turn in range(40):
+            feed(one, 1, seed=100 * i + turn)
+        assert same_tiles(forks[i], one)
+
+
 def test_blocks_of_forks_that_are_gone_are_freed():
     cache = filled()
     used = [layer.pool.used for layer in cache.layers]
