@@ -31,6 +31,8 @@ results: .venv/installed
 	$(RUN) scripts/benchmark_lookup.py --threads 2 --output scripts/results/benchmark_lookup.json
 	$(RUN) scripts/benchmark_prefix.py --checkpoints build/sweep/0.125 build/sweep/0.0625 \
 		--output scripts/results/benchmark_prefix.json
+	$(RUN) scripts/benchmark_prefix.py --length 32768 --continuations 2 --steps 8 --rounds 2 \
+		--output scripts/results/benchmark_prefix_32k.json
 	$(RUN) scripts/eval_retrieval.py --checkpoints build/sweep/0.125 build/sweep/0.0625 build/sweep/0.04 --bits 16 4 3 2 \
 		--distances 200 400 600 800 1000 --trials 4 --chunk 9 --output build/copying.json
 	$(RUN) scripts/eval_long_documents.py --checkpoints build/sweep/0.0625 build/sweep/0.04 --bits 2 --length 8192 \

@@ -13,6 +13,7 @@ from configuration_alrd_llama import QuantScheme
 from modules.qlutattn import QLUTATTN
 from scripts import plots
 from scripts.ablate_calibration import table as ablation_table
+from scripts.attention_peers import milliseconds
 from scripts.benchmark_attention import full_table, schemes_table
 from scripts.benchmark_attention import peers_table as attention_table
 from scripts.benchmark_decode import decode_table, first_token_table
@@ -259,14 +260,17 @@ def lookup(record: dict) -> str:
     )
 
 
-def prefix(record: dict) -> str:
+def prefix(record: dict, longer: dict) -> str:
     c, e = record["config"], record["environment"]
+    (name, long), tokens = next(iter(longer["models"].items())), longer["config"]["length"]
+    times = {way: milliseconds(long["seconds"][way]) for way in ("computed", "loaded")}
     header, rows = prefix_cells(record)
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
     return "\n".join(lines) + (
         f"\n\nPrefix of {c['length']:,} tokens; each continuation goes on by {1 + c['steps']} tokens; medians and "
-        f"quartiles of {c['rounds']} rounds. {c['dtype']} on {e['cpu'].split(' (')[0]}, {c['threads']} threads, "
-        f"torch {e['torch']}."
+        f"quartiles of {c['rounds']} rounds. Prefix of {tokens:,} tokens, {name}: computed in {times['computed']} ms, "
+        f"loaded in {times['loaded']} ms, {long['times_faster']['computed']:.0f}×. {c['dtype']} on "
+        f"{e['cpu'].split(' (')[0]}, {c['threads']} threads, torch {e['torch']}."
     )
 
 
@@ -329,7 +333,7 @@ RENDERERS = {
     "decode": (["benchmark_decode"], decode),
     "decode_targets": (["benchmark_attention", "benchmark_decode"], decode_targets),
     "lookup": (["benchmark_lookup"], lookup),
-    "prefix": (["benchmark_prefix"], prefix),
+    "prefix": (["benchmark_prefix", "benchmark_prefix_32k"], prefix),
     "copying": (["copying"], copying),
     "long_documents": (["long_documents"], long_documents),
     "lm_eval": (["lm_eval_harness"], lm_eval),
