@@ -171,7 +171,8 @@ class KIVILatentCache(Cache):
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Make row i a copy of row `beam_idx[i]`."""
         if self.capacity is None:
-            self._select(lambda rows: beam_idx.tolist())
+            indices = beam_idx.tolist()  # one wait for the device, not one a layer
+            self._select(lambda rows: indices)
         else:
             self._edit_layers("reorder_cache", beam_idx)
 

@@ -32,6 +32,11 @@ from scripts.project_calibration import table as projection_table
 RESULTS = ROOT / "scripts" / "results"
 
 
+def _machine(e: dict) -> str:
+    """Processor, threads and torch of a recorded environment."""
+    return f"{e['cpu'].split(' (')[0]}, {e['threads']} thread{'s' * (e['threads'] > 1)}, torch {e['torch']}"
+
+
 def _measured_by(record: dict, options: dict) -> str:
     """Under a table of perplexities: which text, fed how, on what; `options` are those of the evaluation."""
     e, text = record["environment"], record["text"]
@@ -40,8 +45,8 @@ def _measured_by(record: dict, options: dict) -> str:
         f"{options['windows']} windows of 2,048 tokens (prefill {options['prefill']:,}, then steps of "
         f"{options['chunk']}). Text: standard library of Python {text['python']}, {split} modules, "
         f"sha256 {text['sha256'][:12]}. "
-        f"{record['dtype'].removeprefix('torch.')} on {e['cpu'].split(' (')[0]}, {e['threads']} "
-        f"thread{'s' * (e['threads'] > 1)}, torch {e['torch']}, transformers {e['transformers']}."
+        f"{record['dtype'].removeprefix('torch.')} on {_machine(e)}, "
+        f"transformers {e['transformers']}."
     )
 
 
@@ -63,8 +68,7 @@ def benchmark_cache(record: dict) -> str:
     return "\n".join(lines) + (
         f"\n\nTemporary memory of a decode step at {step['cached_tokens']:,} tokens: at most "
         f"{human_bytes(step['temporary_bytes'])}, {step['temporary_share']:.1%} of the layer's dense keys and values "
-        f"({human_bytes(step['dense_layer_bytes'])}). {record['config']['dtype']} on {e['cpu']}, "
-        f"{e['threads']} thread{'s' * (e['threads'] > 1)}, torch {e['torch']}."
+        f"({human_bytes(step['dense_layer_bytes'])}). {record['config']['dtype']} on {_machine(e)}."
     )
 
 
@@ -158,8 +162,7 @@ def projection(record: dict) -> str:
     c, e = record["config"], record["environment"]
     return (
         f"{projection_table(record)}\n\nFrom one layer of each shape with random weights, run on {c['tokens']} tokens "
-        f"in float32, scaled to {c['windows']} windows of {c['length']:,}; {e['cpu'].split(' (')[0]}, {e['threads']} "
-        f"thread{'s' * (e['threads'] > 1)}, torch {e['torch']}."
+        f"in float32, scaled to {c['windows']} windows of {c['length']:,}; {_machine(e)}."
     )
 
 
@@ -255,8 +258,7 @@ def lookup(record: dict) -> str:
     return (
         f"{lookup_table(record)}\n\nOne decode step of one layer, {c['heads']} query and {c['kv_heads']} key/value "
         f"heads of {c['head_dim']}, memory cold: {c['rounds']} rounds: medians, and ratios' 20th and 80th percentile. "
-        f"Error of look-up: at most {worst:.2f} of plain bfloat16's. {record['instructions']} on {e['cpu']}, "
-        f"{e['threads']} thread{'s' * (e['threads'] > 1)}, torch {e['torch']}."
+        f"Error of look-up: at most {worst:.2f} of plain bfloat16's. {record['instructions']} on {_machine(e)}."
     )
 
 
@@ -270,7 +272,7 @@ def prefix(record: dict, longer: dict) -> str:
         f"\n\nPrefix of {c['length']:,} tokens; each continuation goes on by {1 + c['steps']} tokens; medians and "
         f"quartiles of {c['rounds']} rounds. Prefix of {tokens:,} tokens, {name}: computed in {times['computed']} ms, "
         f"loaded in {times['loaded']} ms, {long['times_faster']['computed']:.0f}×. {c['dtype']} on "
-        f"{e['cpu'].split(' (')[0]}, {c['threads']} threads, torch {e['torch']}."
+        f"{_machine(e)}."
     )
 
 
@@ -281,10 +283,7 @@ def _evaluation_note(record: dict) -> str:
     if text:
         split = record["config"]["text"].removeprefix("stdlib:")
         of_text = f"Text: standard library of Python {text['python']}, {split} modules, sha256 {text['sha256'][:12]}. "
-    return (
-        f"{of_text}{e['cpu'].split(' (')[0]}, {e['threads']} thread{'s' * (e['threads'] > 1)}, torch {e['torch']}, "
-        f"transformers {e['transformers']}."
-    )
+    return f"{of_text}{_machine(e)}, transformers {e['transformers']}."
 
 
 def copying(record: dict) -> str:

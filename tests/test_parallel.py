@@ -20,6 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 #: After this many seconds a run of two processes ends itself.
 LIMIT = 240
 
+NEEDS_TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
 
 def run_ranks(folder: Path, backend: str) -> dict[str, list[str]]:
     """What each of two ranks says of every check."""
@@ -50,7 +52,7 @@ def test_two_processes(two_ranks, name):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@NEEDS_TWO_GPUS
 def test_two_gpus(tmp_path):
     said = run_ranks(tmp_path, "nccl")
     assert said == {name: ["passed", "passed"] for name in CHECKS}
@@ -121,10 +123,8 @@ def test_layers_on_the_cpu_and_on_disk(tmp_path, name, offload_buffers):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["mixed", "MHA", "calibrated"])
-@pytest.mark.parametrize("places", [{0, "cpu"}, {0, 1}])
+@pytest.mark.parametrize("places", [{0, "cpu"}, pytest.param({0, 1}, marks=NEEDS_TWO_GPUS)])
 def test_layers_on_gpus_and_the_cpu(tmp_path, name, places):
-    if torch.cuda.device_count() < sum(isinstance(place, int) for place in places):
-        pytest.skip("needs two GPUs")
     expected, checkpoint = split_model(tmp_path, name)
     model = ALRDLlamaForCausalLM.from_pretrained(
         checkpoint, config=expected.config, device_map="auto", max_memory=dict.fromkeys(places, half_of(expected))
