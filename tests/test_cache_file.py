@@ -117,8 +117,11 @@ def rewrite(path, change_header=None, change_tensors=None, checksum: bool = True
 
 
 def set_first(row_field, value):
+    """A change of a row's field; of a list the last element."""
+
     def change(header):
-        header["layers"][1]["rows"][0][row_field] = value
+        row = header["layers"][1]["rows"][0]
+        row[row_field] = [*row[row_field][:-1], value] if isinstance(row[row_field], list) else value
 
     return change
 
@@ -138,9 +141,9 @@ def set_first(row_field, value):
         (lambda path: rewrite(path, None, lambda t: t.pop("0.keys.scale")), "altered; its tensors"),
         (lambda path: rewrite(path, lambda h: h["scheme"].update(bits=3)), "header is not that of a cache"),
         (lambda path: rewrite(path, lambda h: h["scheme"].update(k_bits=2)), "layer 0: keys.packed: .* must be"),
-        (lambda path: rewrite(path, set_first("blocks", [0, 1, 99])), "layer 1: row: blocks"),
-        (lambda path: rewrite(path, set_first("counts", [16, 16, 17])), "layer 1: row: counts"),
-        (lambda path: rewrite(path, set_first("sinks", -1)), "layer 1: row: sinks"),
+        (lambda path: rewrite(path, set_first("blocks", 99)), "layer 1: row: blocks=.* from 0 to"),
+        (lambda path: rewrite(path, set_first("counts", 17)), "layer 1: row: counts=.* from 1 to 16"),
+        (lambda path: rewrite(path, set_first("sinks", -1)), "layer 1: row: sinks=.* from 0 to 4"),
         (lambda path: rewrite(path, set_first("window", 1)), "its 67 slots"),
         (lambda path: rewrite(path, lambda h: h["layers"][0].update(widths=[[9], [6]])), "layer 0: sink_keys"),
         (lambda path: rewrite(path, lambda h: h["layers"].pop()), "header is not that of a cache"),
