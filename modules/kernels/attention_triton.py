@@ -21,7 +21,9 @@ float32 rounded to it, which gives what tensor cores give.
 import math
 from bisect import bisect_right
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import zip_longest
+from weakref import WeakKeyDictionary
 
 import torch
 import triton
@@ -34,9 +36,6 @@ from modules.quant_utils import grid, packed_words
 from modules.svd_linear import ALinear
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
-_INFINITY = tl.constexpr(math.inf)
-_UNITS_PER_RADIAN = tl.constexpr(2.0**32 / (2 * math.pi))
-_RADIANS_PER_UNIT = tl.constexpr(2 * math.pi / 2.0**32)
 _LOG2_E = math.log2(math.e)
 
 
@@ -55,6 +54,7 @@ class _Spec:
         by_channel: Whether a chunk of channels lies in more than one scale group of a token.
         block, chunks, first: Channels of a chunk, how many chunks, and the first one.
         held: Whether the weight of its keys is kept from tile to tile.
+        identity: Whether it holds the keys themselves, which no weight expands.
         align: What divides where its channels start and how many they are, so that loads are wide.
     """
 
@@ -75,10 +75,17 @@ class _Spec:
     chunks: int = 1
     first: int = 0
     held: bool = False
+    identity: bool = False
     align: int = 1
 
 
 # ---- numbers
+
+
+@triton.constexpr_function
+def _known(value):
+    """An element of a constexpr tuple, as what is known when compiling: Triton 3.6 hands it over bare."""
+    return value
 
 
 @triton.jit
@@ -97,6 +104,12 @@ def _dot(a, b, accumulator):
 
 
 @triton.jit
+def _radians(angle):
+    """Float32 radians of int32 angles in units of 2^-32 turns."""
+    return angle.to(tl.float32) * 1.4629180792671596e-09  # 2 pi / 2^32
+
+
+@triton.jit
 def _cos_sin(angle, DTYPE: tl.constexpr):
     """Cosine and sine, float32, of int32 angles in units of 2^-32 turns.
 
@@ -104,11 +117,11 @@ def _cos_sin(angle, DTYPE: tl.constexpr):
     by polynomials around the nearest quarter.
     """
     if not _INTERPRETED and not DTYPE.is_fp32():
-        x = angle.to(tl.float32) * _RADIANS_PER_UNIT
+        x = _radians(angle)
         return libdevice.fast_cosf(x), libdevice.fast_sinf(x)
     else:
         quarter = (angle + (1 << 29)) >> 30
-        x = (angle - (quarter << 30)).to(tl.float32) * _RADIANS_PER_UNIT
+        x = _radians(angle - (quarter << 30))
         square = x * x
         sin = x * (1 + square * (-1 / 6 + square * (1 / 120 + square * (-1 / 5040 + square * (1 / 362880)))))
         cos = 1 + square * (-1 / 2 + square * (1 / 24 + square * (-1 / 720 + square * (1 / 40320))))
@@ -188,7 +201,7 @@ def _spans(parts, group, SPECS: tl.constexpr):
     """First stored channel, width and first column in its group of every piece."""
     spans = ()
     for i in tl.static_range(len(SPECS)):
-        spans += (_span(parts[i][3] + 3 * group, SPECS[i].align),)
+        spans += (_span(parts[i][3] + 3 * group, _known(SPECS[i].align)),)
     return spans
 
 
@@ -207,7 +220,7 @@ def _expander(weight, stride, span, chunk, row, f, half, DTYPE: tl.constexpr, SP
     _, width, column = span
     place = chunk * SPEC.block + tl.arange(0, SPEC.block)
     there = (place < width)[:, None] & (f < half)[None, :]
-    if weight is None:
+    if SPEC.identity:
         return _operand(tl.where(there & ((column + place)[:, None] == row + f[None, :]), 1.0, 0.0), DTYPE)
     else:
         at = (row + f).to(tl.int64)[None, :] * stride + (column + place)[:, None]
@@ -215,18 +228,24 @@ def _expander(weight, stride, span, chunk, row, f, half, DTYPE: tl.constexpr, SP
 
 
 @triton.jit
-def _constants(frequency, f, offsets, bias, spans, expand, DTYPE: tl.constexpr, SPECS: tl.constexpr):
-    """What rebuilding and rotating keys at frequencies `f` needs in every tile."""
+def _constants(query, offsets, inv_freq, bias, spans, expand, DTYPE: tl.constexpr, SPECS: tl.constexpr):
+    """What rebuilding and rotating keys at the frequencies of `query` needs in every tile.
+
+    Returns:
+        Weights of the pieces that hold theirs, cosines and sines of the offsets (0 without RoPE), halves of the bias (0
+        without one).
+    """
+    _, _, f, frequency = query
     weight, stride, row, half = expand
     held = ()
     for i in tl.static_range(len(SPECS)):
         if SPECS[i].held:
-            low = _expander(weight, stride, spans[i], 0, row, f, half, DTYPE, SPECS[i])
-            held += ((low, _expander(weight, stride, spans[i], 0, row + half, f, half, DTYPE, SPECS[i])),)
+            low = _expander(weight, stride, spans[i], 0, row, f, half, DTYPE, _known(SPECS[i]))
+            held += ((low, _expander(weight, stride, spans[i], 0, row + half, f, half, DTYPE, _known(SPECS[i]))),)
         else:
             held += (0,)
-    turn, biases = None, None
-    if frequency is not None:
+    turn, biases = (0, 0), (0, 0)
+    if inv_freq is not None:
         turn = _cos_sin(offsets[:, None] * frequency[None, :], DTYPE)
     if bias is not None:
         there = f < half
@@ -262,6 +281,8 @@ def _add_scores(
     parts,
     spans,
     expand,
+    inv_freq,
+    bias,
     place,
     start,
     DTYPE: tl.constexpr,
@@ -273,10 +294,12 @@ def _add_scores(
     low = tl.zeros((scores.shape[0], f.shape[0]), tl.float32)
     high = low
     for i in tl.static_range(len(SPECS)):
-        low, high = _add_keys(low, high, latents[i], parts[i], spans[i], held[i], f, expand, place, DTYPE, SPECS[i])
-    if biases is not None:
+        low, high = _add_keys(
+            low, high, latents[i], parts[i], spans[i], held[i], f, expand, place, DTYPE, _known(SPECS[i])
+        )
+    if bias is not None:
         low, high = low + biases[0][None, :], high + biases[1][None, :]
-    if frequency is not None:
+    if inv_freq is not None:
         low, high = low * turn[0] - high * turn[1], high * turn[0] + low * turn[1]
         cos, sin = _cos_sin(start * frequency, DTYPE)
         cos, sin = cos[:, None], sin[:, None]
@@ -287,14 +310,14 @@ def _add_scores(
 
 @triton.jit
 def _query_tile(at, stride, inv_freq, positions, f, half, shown, DTYPE: tl.constexpr):
-    """Both halves `[len(f), M]` of the queries at frequencies `f`, rotated to their positions; and the frequencies."""
+    """Both halves `[len(f), M]` of the queries at frequencies `f`, rotated to their positions; `f`, and its turns."""
     there = (f < half)[:, None] & shown[None, :]
     low = _widen(tl.load(at[None, :] + (f * stride)[:, None], there, 0))
     high = _widen(tl.load(at[None, :] + ((half + f) * stride)[:, None], there, 0))
     if inv_freq is None:
-        return low, high, f, None
+        return low, high, f, f
     else:
-        frequency = tl.load(inv_freq + f, f < half, 0).to(tl.float64) * _UNITS_PER_RADIAN
+        frequency = tl.load(inv_freq + f, f < half, 0).to(tl.float64) * 683565275.5764316  # 2^32 / 2 pi
         frequency = (frequency + 0.5).to(tl.int64).to(tl.int32)
         cos, sin = _cos_sin(positions[None, :] * frequency[:, None], DTYPE)
         return low * cos - high * sin, high * cos + low * sin, f, frequency
@@ -341,10 +364,12 @@ def _store_values(sums, at, shown, span, SPEC: tl.constexpr):
 
 @triton.jit
 def _attend(
-    queries,
-    query_positions,
+    at,
+    query_stride,
+    positions,
     shown,
     expand,
+    inv_freq,
     bias,
     keys,
     values,
@@ -357,21 +382,32 @@ def _attend(
     KEYS: tl.constexpr,
     VALUES: tl.constexpr,
     TILES: tl.constexpr,  # of a block; 0: as many as its valid tokens fill
+    LISTED: tl.constexpr,  # whether `blocks` are numbers of slots; else they are the slots themselves
+    HALF: tl.constexpr,
+    BLOCK_F: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Attention of a tile of queries to every `step`-th block; writes its sums, highest score and total."""
+    """Attention of a tile of queries, those `at` these addresses, to every `step`-th block.
+
+    Writes its sums, highest score and total.
+    """
+    query_positions = tl.load(positions, shown, 0).to(tl.int32)
+    queries = ()
+    for i in tl.static_range(HALF // BLOCK_F):
+        f = i * BLOCK_F + tl.arange(0, BLOCK_F)
+        queries += (_query_tile(at, query_stride, inv_freq, query_positions, f, expand[3], shown, DTYPE),)
     slots, starts, counts, block, end, step = blocks
     key_spans, value_spans = _spans(keys, groups[0], KEYS), _spans(values, groups[1], VALUES)
     offsets = tl.arange(0, BLOCK_T)
     constants = ()
     for i in tl.static_range(len(queries)):
-        constants += (_constants(queries[i][3], queries[i][2], offsets, bias, key_spans, expand, DTYPE, KEYS),)
-    highest = tl.full((BLOCK_M,), -_INFINITY, tl.float32)
+        constants += (_constants(queries[i], offsets, inv_freq, bias, key_spans, expand, DTYPE, KEYS),)
+    highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     summed = ()
     for i in tl.static_range(len(VALUES)):
-        summed += (_no_values(VALUES[i], BLOCK_M),)
+        summed += (_no_values(_known(VALUES[i]), BLOCK_M),)
 
     # Blocks without valid tokens are at the end of a row: the number of those with some, by bisection.
     number = tl.maximum(tl.cdiv(end - block, step), 0)
@@ -389,22 +425,34 @@ def _attend(
         j = block + i // tiles * step
         first = i % tiles * BLOCK_T
         start, count = tl.load(starts + j) + first, tl.load(counts + j)
-        slot = j if slots is None else tl.load(slots + j)
+        slot = tl.load(slots + j) if LISTED else j
         place = (slot.to(tl.int64), first, count)
 
         latents = ()
         for p in tl.static_range(len(KEYS)):
-            latents += (_held_latents(keys[p], key_spans[p], place, DTYPE, KEYS[p], BLOCK_T),)
+            latents += (_held_latents(keys[p], key_spans[p], place, DTYPE, _known(KEYS[p]), BLOCK_T),)
         scores = tl.zeros((BLOCK_T, BLOCK_M), tl.float32)
         for p in tl.static_range(len(queries)):
             scores = _add_scores(
-                scores, queries[p], constants[p], latents, keys, key_spans, expand, place, start, DTYPE, KEYS
+                scores,
+                queries[p],
+                constants[p],
+                latents,
+                keys,
+                key_spans,
+                expand,
+                inv_freq,
+                bias,
+                place,
+                start,
+                DTYPE,
+                KEYS,
             )
         seen = (first + offsets < count)[:, None] & ((start + offsets)[:, None] <= query_positions[None, :])
-        scores = tl.where(seen, scores * scaling, -_INFINITY)
+        scores = tl.where(seen, scores * scaling, float("-inf"))
 
         higher = tl.maximum(highest, tl.max(scores, 0))
-        reference = tl.where(higher == -_INFINITY, 0.0, higher)
+        reference = tl.where(higher == float("-inf"), 0.0, higher)
         weights = tl.exp2(scores - reference[None, :])
         decay = tl.exp2(highest - reference)
         total = total * decay + tl.sum(weights, 0)
@@ -412,12 +460,14 @@ def _attend(
         operand, gained = _operand(weights, DTYPE), ()
         for p in tl.static_range(len(VALUES)):
             gained += (
-                _add_values(summed[p], values[p], value_spans[p], operand, decay, place, DTYPE, VALUES[p], BLOCK_T),
+                _add_values(
+                    summed[p], values[p], value_spans[p], operand, decay, place, DTYPE, _known(VALUES[p]), BLOCK_T
+                ),
             )
         summed = gained
 
     for p in tl.static_range(len(VALUES)):
-        _store_values(summed[p], sums, shown, value_spans[p], VALUES[p])
+        _store_values(summed[p], sums, shown, value_spans[p], _known(VALUES[p]))
     tl.store(stats, highest, shown)
     tl.store(stats + 1, total, shown)
 
@@ -447,7 +497,7 @@ def _attention_kernel(
     exact,  # for each tile: keys, values, start, count, and strides of their rows, and of the tokens of the first two
     exact_spans,
     scaling,
-    shares,  # of the packed blocks; the tiles come after them
+    shares,  # of the packed blocks; the sums of the tiles come after theirs
     blocks,
     length,
     rows,
@@ -466,6 +516,7 @@ def _attention_kernel(
     KEY_HEADS: tl.constexpr,  # of a head group
     VALUE_HEADS: tl.constexpr,
     WIDTH: tl.constexpr,  # of the sums
+    KEYS_ARE_CACHED: tl.constexpr,  # not their latents: there is no weight
     TILES: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_F: tl.constexpr,
@@ -479,26 +530,61 @@ def _attention_kernel(
     shown = place < SHARED * length
     at = query + batch.to(tl.int64) * query_strides[0]
     at += (head * SHARED + place // length) * query_strides[1] + place % length * query_strides[2]
-    query_positions = tl.load(positions + batch * position_stride + place % length, shown, 0).to(tl.int32)
-    queries = ()
-    for i in tl.static_range(HALF // BLOCK_F):
-        f = i * BLOCK_F + tl.arange(0, BLOCK_F)
-        queries += (_query_tile(at, query_strides[3], inv_freq, query_positions, f, half, shown, DTYPE),)
-
+    positions += batch * position_stride + place % length
     row = ((batch * heads + head) * SHARED * length + place).to(tl.int64) + share.to(tl.int64) * rows
     sums, stats = sums + row * WIDTH, stats + row * 2
-    # The identity stands for a missing weight: every head is a group of its own.
-    expand = (weight, weight_stride, head * size if weight is not None else 0, half)
+    # Without a weight every head is a group of its own.
+    expand = (weight, weight_stride, 0 if KEYS_ARE_CACHED else head * size, half)
     groups = (head // KEY_HEADS, head // VALUE_HEADS)
-    if share < shares:
-        if len(KEYS) > 0:
+    # The last programs, which have no block more than the others, take the tokens in full precision.
+    if len(exact) > 0:
+        nth = tl.num_programs(1) - 1 - share
+        if nth < len(exact):
+            tile = exact[0]
+            for i in tl.static_range(1, len(exact)):
+                tile = _choose(nth == i, exact[i], tile)
+            key, value, start, count, key_row, key_stride, value_row, value_stride, start_row, count_row = tile
+            key_part = ((key, key, key, exact_spans[0], exact_spans[0], key_row, key_stride, 0, 0),)
+            value_part = ((value, value, value, exact_spans[1], exact_spans[1], value_row, value_stride, 0, 0),)
+            start += batch * start_row - batch
+            count += batch * count_row - batch
+            further = (shares - share + nth).to(tl.int64) * rows
+            _attend(
+                at,
+                query_strides[3],
+                positions,
+                shown,
+                expand,
+                inv_freq,
+                bias,
+                key_part,
+                value_part,
+                groups,
+                (start, start, count, batch, batch + 1, 1),
+                sums + further * WIDTH,
+                stats + further * 2,
+                scaling,
+                DTYPE,
+                EXACT_KEYS,
+                EXACT_VALUES,
+                0,
+                False,
+                HALF,
+                BLOCK_F,
+                BLOCK_M,
+                EXACT_T,
+            )
+    if len(KEYS) > 0:  # noqa: SIM102 (what is known when compiling, then what is not)
+        if share < shares:
             table += batch * table_strides[1]
             listed = (table, table + table_strides[0], table + 2 * table_strides[0], share, blocks, shares)
             _attend(
-                queries,
-                query_positions,
+                at,
+                query_strides[3],
+                positions,
                 shown,
                 expand,
+                inv_freq,
                 bias,
                 keys,
                 values,
@@ -511,38 +597,11 @@ def _attention_kernel(
                 KEYS,
                 VALUES,
                 TILES,
+                True,
+                HALF,
+                BLOCK_F,
                 BLOCK_M,
                 BLOCK_T,
-            )
-    else:
-        if len(exact) > 0:
-            tile = exact[0]
-            for i in tl.static_range(1, len(exact)):
-                tile = _choose(share - shares == i, exact[i], tile)
-            key, value, start, count, key_row, key_stride, value_row, value_stride, start_row, count_row = tile
-            key_part = ((key, None, None, exact_spans[0], None, key_row, key_stride, 0, 0),)
-            value_part = ((value, None, None, exact_spans[1], None, value_row, value_stride, 0, 0),)
-            start += batch * start_row - batch
-            count += batch * count_row - batch
-            _attend(
-                queries,
-                query_positions,
-                shown,
-                expand,
-                bias,
-                key_part,
-                value_part,
-                groups,
-                (None, start, count, batch, batch + 1, 1),
-                sums,
-                stats,
-                scaling,
-                DTYPE,
-                EXACT_KEYS,
-                EXACT_VALUES,
-                0,
-                BLOCK_M,
-                EXACT_T,
             )
 
 
@@ -573,15 +632,15 @@ def _merge_kernel(
     """The sums of all shares of a row of queries on one scale, over their total."""
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     width = tl.load(spans + row // length % heads // SHARED_HEADS * 3 + 1)
-    highest, total = tl.full((), -_INFINITY, tl.float32), tl.zeros((), tl.float32)
+    highest, total = tl.full((), float("-inf"), tl.float32), tl.zeros((), tl.float32)
     summed = tl.zeros((BLOCK_N,), tl.float32)
     for first in range(0, shares, BLOCK_S):
         share = first + tl.arange(0, BLOCK_S)
         at = share.to(tl.int64) * rows + row
-        peak = tl.load(stats + at * 2, share < shares, -_INFINITY)
-        there = peak > -_INFINITY
+        peak = tl.load(stats + at * 2, share < shares, float("-inf"))
+        there = peak > float("-inf")
         higher = tl.maximum(highest, tl.max(peak, 0))
-        reference = tl.where(higher == -_INFINITY, 0.0, higher)
+        reference = tl.where(higher == float("-inf"), 0.0, higher)
         factor, decay = tl.exp2(peak - reference), tl.exp2(highest - reference)
         total = total * decay + tl.sum(tl.load(stats + at * 2 + 1, there, 0) * factor, 0)
         tile = tl.load(sums + at[:, None] * WIDTH + column[None, :], there[:, None] & (column < width)[None, :], 0)
@@ -684,13 +743,16 @@ def _bits(x: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _storage(part: PackedPart, spans: torch.Tensor, groups: torch.Tensor | None) -> tuple:
-    """The runtime arguments of a piece."""
-    scale, strides = part.scale, (0, 0)
-    if scale is not None:
-        assert part.zero_point is None or part.zero_point.stride() == scale.stride()
+    """The runtime arguments of a piece; where it has no such tensor, another stands in that is not read."""
+    packed = _bits(part.packed)
+    scale = packed if part.scale is None else _bits(part.scale)
+    zero_point = scale if part.zero_point is None else _bits(part.zero_point)
+    strides = (0, 0)
+    if part.scale is not None:
+        assert zero_point.stride() == scale.stride()
         strides = (0 if scale.shape[0] == 1 else scale.stride(0), scale.stride(1))
-    own = (part.packed.stride(0), part.packed.stride(1))
-    return (_bits(part.packed), _bits(scale), _bits(part.zero_point), spans, groups, *own, *strides)
+    groups = spans if groups is None else groups
+    return (packed, scale, zero_point, spans, groups, packed.stride(0), packed.stride(1), *strides)
 
 
 def _side(side: PackedSide | None, widths: tuple[int, ...], length: int, block_t: int, device) -> tuple[list, list]:
@@ -739,6 +801,124 @@ def _exact_arguments(tile: Tile) -> tuple:
     return (_bits(keys), _bits(values), tile.start, tile.count, *strides, tile.start.stride(0), tile.count.stride(0))
 
 
+@dataclass(frozen=True)
+class _Shape:
+    """What a launch follows from besides the blocks themselves.
+
+    Attributes:
+        query: `[B, H_q, L, d]`.
+        key_heads: Heads of the keys.
+        key_widths, value_widths: Channels of each head group.
+        block_length: Tokens of a block.
+        identity: Whether keys are cached, not latents of them.
+    """
+
+    query: tuple[int, int, int, int]
+    dtype: torch.dtype
+    device: torch.device
+    key_heads: int
+    key_widths: tuple[int, ...]
+    value_widths: tuple[int, ...]
+    block_length: int
+    identity: bool
+
+
+class _LaunchRecord:
+    """What the kernels are launched with for one layer, but for the tensors of a step and the number of blocks."""
+
+    def __init__(self, keys: PackedSide | None, values: PackedSide | None, shape: _Shape):
+        batch, heads, length, size = shape.query
+        key_heads, device = shape.key_heads, shape.device
+        shared, rows = heads // key_heads, batch * heads * length
+        self.width, block_m = max(shape.value_widths), _power_of_two(shared * length, 8, _MAX_ROWS)
+        # Keys of long latents are kept while their chunks pass by, and float32 takes more room: tiles of fewer tokens
+        # and more threads, that all fits the registers.
+        wide = shape.dtype == torch.float32
+        long = max(shape.key_widths) > 64 or wide
+        block_t = 32 if long or shape.block_length <= 32 else 64
+        key_pieces, key_specs = _side(keys, shape.key_widths, shape.block_length, block_t, device)
+        value_pieces, value_specs = _side(values, shape.value_widths, shape.block_length, block_t, device)
+        key_spans, exact_keys = _exact_layout(shape.key_widths, device)
+        value_spans, exact_values = _exact_layout(shape.value_widths, device)
+        half = _power_of_two(size // 2, 16, size)
+
+        def key_spec(spec: _Spec) -> _Spec:
+            return replace(spec, held=spec.chunks == 1 and not long, identity=shape.identity)
+
+        #: Grid without the shares, and programs that fit the device for each of them.
+        self.grid = (batch * key_heads, -(-shared * length // block_m))
+        self.fitting = max(_wanted_programs(device) // (self.grid[0] * self.grid[1]), 1)
+        self.block_length, self.rows, self.packed = shape.block_length, rows, bool(key_pieces)
+        common = {
+            "keys": tuple(key_pieces),
+            "exact_spans": (key_spans, value_spans),
+            "length": length,
+            "rows": rows,
+            "heads": key_heads,
+            "size": size,
+            "DTYPE": _DTYPES[shape.dtype],
+            "KEYS": tuple(key_spec(spec) for spec in key_specs),
+            "EXACT_KEYS": (key_spec(exact_keys),),
+            "SHARED": shared,
+            "KEY_HEADS": key_heads // len(shape.key_widths),
+            "VALUE_HEADS": key_heads // len(shape.value_widths),
+            "WIDTH": self.width,
+            "KEYS_ARE_CACHED": shape.identity,
+            "TILES": -(-shape.block_length // block_t),
+            "HALF": half,
+            "BLOCK_F": min(half, 16 if wide else 64 if long else 32),
+            "BLOCK_M": block_m,
+            "BLOCK_T": block_t,
+            "EXACT_T": 32 if long else 64,
+            "num_warps": 8 if long else 4,
+            "num_stages": 1,  # what reading ahead would gain, it loses in registers
+        }
+        #: Keyword arguments of each launch.
+        self.launches = []
+        for packed, exact in zip_longest(
+            _launches(value_specs, block_m), _launches([exact_values], block_m), fillvalue=()
+        ):
+            pieces, specs = tuple(value_pieces[index] for index, _ in packed), tuple(spec for _, spec in packed)
+            own = {"values": pieces, "VALUES": specs, "EXACT_VALUES": tuple(spec for _, spec in exact)}
+            self.launches.append(common | own)
+        self.merge_grid = (rows, -(-self.width // 64))
+        self.merge = {
+            "spans": value_spans,
+            "rows": rows,
+            "length": length,
+            "heads": heads,
+            "WIDTH": self.width,
+            "SHARED_HEADS": heads // len(shape.value_widths),
+            "BLOCK_S": 16,
+            "BLOCK_N": 64,
+            "num_warps": 4,
+        }
+
+    def shares(self, blocks: int, exact: int) -> tuple[int, int]:
+        """Shares into which the packed blocks are dealt, and programs: one wave, if there are enough blocks."""
+        worth = -(-blocks * self.block_length // _TOKENS_OF_SHARE)
+        shares = min(self.fitting, worth, blocks)
+        return shares, max(shares, exact)
+
+
+#: Records by the keys of the blocks that they are for: a pool makes those once.
+_records: WeakKeyDictionary[PackedSide, dict[_Shape, _LaunchRecord]] = WeakKeyDictionary()
+
+
+@lru_cache(maxsize=64)
+def _record_without_blocks(shape: _Shape) -> _LaunchRecord:
+    return _LaunchRecord(None, None, shape)
+
+
+def _record(cache: PackedCache, shape: _Shape) -> _LaunchRecord:
+    if cache.keys is None:
+        return _record_without_blocks(shape)
+    known = _records.setdefault(cache.keys, {})
+    if shape not in known:
+        known[shape] = _LaunchRecord(cache.keys, cache.values, shape)
+    return known[shape]
+
+
 def latent_attention(
     query: torch.Tensor,
     positions: torch.Tensor,
@@ -755,99 +935,53 @@ def latent_attention(
     """
     if query.dtype not in _DTYPES:
         query = query.float()
-    batch, heads, length, size = query.shape
-    device, exact = query.device, (*cache.before, *cache.after)
+    size, exact = query.shape[3], (*cache.before, *cache.after)
     if expand_keys is not None:
         key_heads, key_widths = expand_keys.num_heads, expand_keys.ranks
-        weight, bias = expand_keys.weight, expand_keys.bias
+        weight, bias = _bits(expand_keys.weight), _bits(expand_keys.bias)
     else:
         channels = exact[0].keys.shape[-1] if exact else sum(p.packed.shape[2] for p in cache.keys.parts)
-        key_heads, weight, bias = channels // size, None, None
+        key_heads, weight, bias = channels // size, _bits(query), None
         key_widths = (size,) * key_heads
-    shared, width = heads // key_heads, max(value_widths)
-    rows = batch * heads * length
-
-    block_m = _power_of_two(shared * length, 8, _MAX_ROWS)
-    # Keys of long latents are kept while their chunks pass by, and float32 takes more room: tiles of fewer tokens and
-    # more threads, that all fits the registers.
-    long = max(key_widths) > 64 or query.dtype == torch.float32
-    block_t = 32 if long or cache.block_length <= 32 else 64
-    keys, key_specs = _side(cache.keys, key_widths, cache.block_length, block_t, device)
-    values, value_specs = _side(cache.values, value_widths, cache.block_length, block_t, device)
-    key_spans, exact_keys = _exact_layout(tuple(key_widths), device)
-    value_spans, exact_values = _exact_layout(tuple(value_widths), device)
-
-    half = _power_of_two(size // 2, 16, size)
-    programs = batch * key_heads * -(-shared * length // block_m)
-    blocks = cache.table.shape[2] if keys else 0
-    most = -(-blocks * cache.block_length // _TOKENS_OF_SHARE)
-    shares = min(max(_wanted_programs(device) // programs, 1), most, blocks)
-    total = shares + len(exact)
-    output = torch.empty((batch, heads, length, width), dtype=torch.float32, device=device)
-    sums = torch.empty((total, rows, width), dtype=torch.float32, device=device)
-    stats = torch.empty((total, rows, 2), dtype=torch.float32, device=device)
-
-    launches, exact_launches = _launches(value_specs, block_m), _launches([exact_values], block_m)
+    shape = _Shape(
+        tuple(query.shape),
+        query.dtype,
+        query.device,
+        key_heads,
+        tuple(key_widths),
+        tuple(value_widths),
+        cache.block_length,
+        expand_keys is None,
+    )
+    record = _record(cache, shape)
+    blocks = cache.table.shape[2] if record.packed else 0
+    shares, programs = record.shares(blocks, len(exact))
+    total, new = shares + len(exact), partial(torch.empty, dtype=torch.float32, device=query.device)
+    output, sums = new((*query.shape[:3], record.width)), new((total, record.rows, record.width))
+    stats = new((total, record.rows, 2))
+    step = {
+        "query": _bits(query),
+        "positions": positions,
+        "inv_freq": None if rope is None else rope.inv_freq,
+        "weight": weight,
+        "bias": bias,
+        "sums": sums,
+        "stats": stats,
+        "table": cache.table,
+        "exact": tuple(map(_exact_arguments, exact)),
+        "scaling": scaling * _LOG2_E * (1.0 if rope is None else rope.attention_scaling**2),
+        "shares": shares,
+        "blocks": blocks,
+        "query_strides": query.stride(),
+        "position_stride": positions.stride(0),
+        "weight_stride": weight.stride(0),
+        "table_strides": (0, 0) if cache.table is None else cache.table.stride()[:2],
+    }
     with torch.cuda.device_of(query):
-        for i in range(max(len(launches), len(exact_launches)) if total else 0):
-            chosen = launches[i] if i < len(launches) else []
-            _attention_kernel[(batch * key_heads, total, -(-shared * length // block_m))](
-                query=_bits(query),
-                positions=positions,
-                inv_freq=None if rope is None else rope.inv_freq,
-                weight=_bits(weight),
-                bias=_bits(bias),
-                sums=sums,
-                stats=stats,
-                keys=tuple(keys),
-                values=tuple(values[index] for index, _ in chosen),
-                table=cache.table,
-                exact=tuple(map(_exact_arguments, exact)),
-                exact_spans=(key_spans, value_spans),
-                scaling=scaling * _LOG2_E * (1.0 if rope is None else rope.attention_scaling**2),
-                shares=shares,
-                blocks=blocks,
-                length=length,
-                rows=rows,
-                query_strides=query.stride(),
-                position_stride=positions.stride(0),
-                weight_stride=0 if weight is None else weight.stride(0),
-                table_strides=(0, 0) if cache.table is None else cache.table.stride()[:2],
-                heads=key_heads,
-                size=size,
-                DTYPE=_DTYPES[query.dtype],
-                KEYS=tuple(replace(spec, held=spec.chunks == 1 and not long) for spec in key_specs),
-                VALUES=tuple(spec for _, spec in chosen),
-                EXACT_KEYS=(replace(exact_keys, held=exact_keys.chunks == 1 and not long),),
-                EXACT_VALUES=tuple(spec for _, spec in (exact_launches[i] if i < len(exact_launches) else [])),
-                SHARED=shared,
-                KEY_HEADS=key_heads // len(key_widths),
-                VALUE_HEADS=key_heads // len(value_widths),
-                WIDTH=width,
-                TILES=-(-cache.block_length // block_t),
-                HALF=half,
-                BLOCK_F=min(half, 16 if query.dtype == torch.float32 else 64 if long else 32),
-                BLOCK_M=block_m,
-                BLOCK_T=block_t,
-                EXACT_T=32 if long else 64,
-                num_warps=8 if long else 4,
-                num_stages=1 if query.dtype == torch.float32 else 2,
-            )
-        _merge_kernel[(rows, -(-width // 64))](
-            sums=sums,
-            stats=stats,
-            output=output,
-            spans=value_spans,
-            shares=total,
-            rows=rows,
-            length=length,
-            heads=heads,
-            WIDTH=width,
-            SHARED_HEADS=heads // len(value_widths),
-            BLOCK_S=16,
-            BLOCK_N=64,
-            num_warps=4,
-        )
+        if programs:
+            for launch in record.launches:
+                _attention_kernel[(record.grid[0], programs, record.grid[1])](**step, **launch)
+        _merge_kernel[record.merge_grid](sums=sums, stats=stats, output=output, shares=total, **record.merge)
     return output
 
 

@@ -35,13 +35,12 @@ from modules.quant_utils import (
 #: Whether the kernels run in Triton's interpreter, on the CPU: TRITON_INTERPRET=1 when this module was imported.
 INTERPRETED = triton.knobs.runtime.interpret
 
+# Globals of kernels are integers: a launch compares them with what was compiled, and NaN is never equal to itself.
 _RATIOS = tl.constexpr(len(RATIOS))
 _REFITS = tl.constexpr(REFITS)
-_UNIT = tl.constexpr(UNIT)
-_ERROR_UNIT = tl.constexpr(ERROR_UNIT)
-_ERROR_LIMIT = tl.constexpr(ERROR_LIMIT)
-_INFINITY = tl.constexpr(math.inf)
-_NAN = tl.constexpr(math.nan)
+_UNIT = tl.constexpr(int(UNIT))
+_ERROR_UNIT = tl.constexpr(int(ERROR_UNIT))
+_ERROR_LIMIT = tl.constexpr(int(ERROR_LIMIT))
 #: Beyond any length, and still an int32 when a length is added.
 _NO_TOKEN = tl.constexpr(2**30)
 _NO_ERROR_YET = tl.constexpr(2**63 - 1)
@@ -144,8 +143,8 @@ def _extend_range(low, high, bad, x, valid, AXIS: tl.constexpr):
     """Minimum and maximum with the values of a tile counted in, and whether there was a NaN, which the two ignore."""
     bad |= tl.max((x != x).to(tl.int32), AXIS)
     number = valid & (x == x)
-    low = tl.minimum(low, tl.min(tl.where(number, x, _INFINITY), AXIS))
-    high = tl.maximum(high, tl.max(tl.where(number, x, -_INFINITY), AXIS))
+    low = tl.minimum(low, tl.min(tl.where(number, x, float("inf")), AXIS))
+    high = tl.maximum(high, tl.max(tl.where(number, x, float("-inf")), AXIS))
     return low, high, bad
 
 
@@ -315,7 +314,7 @@ def _find_range_kernel(
     place = (x + tl.multiple_of(n * stride_n, ALIGN), rows, columns, length, end, stride_t)
 
     nothing = tl.zeros((BLOCK_C if PER_CHANNEL else BLOCK_T,), tl.float32)
-    lowest, highest, bad = nothing + _INFINITY, nothing - _INFINITY, nothing.to(tl.int32)
+    lowest, highest, bad = nothing + float("inf"), nothing - float("inf"), nothing.to(tl.int32)
     count = length if PER_CHANNEL else tl.load(table + groups + group)
     for chunk in range(tl.cdiv(count, STEP)):
         tile, valid = _load_chunk(place, chunk, AXIS, STEP, ALIGN)
@@ -324,8 +323,8 @@ def _find_range_kernel(
         at, exists = n * channels + columns, columns < end
     else:
         at, exists = (n * length + rows) * groups + group, rows < length
-    tl.store(low + at, tl.where(bad != 0, _NAN, lowest), exists)
-    tl.store(high + at, tl.where(bad != 0, _NAN, highest), exists)
+    tl.store(low + at, tl.where(bad != 0, float("nan"), lowest), exists)
+    tl.store(high + at, tl.where(bad != 0, float("nan"), highest), exists)
 
 
 @triton.jit
@@ -378,11 +377,11 @@ def _quantize_kernel(
     if STATIC:
         best_scale = tl.load(scale + columns, columns < end, 0)
         best_zero = tl.load(zero_point + columns, columns < end, 0)
-        is_finite = tl.min(tl.min((tl.abs(tile) < _INFINITY).to(tl.int32), 0), 0)
+        is_finite = tl.min(tl.min((tl.abs(tile) < float("inf")).to(tl.int32), 0), 0)
         tl.store(finite, 0, is_finite == 0)
     else:
         nothing = tl.zeros((BLOCK_C if PER_CHANNEL else BLOCK_T,), tl.float32)
-        low, high, bad = nothing + _INFINITY, nothing - _INFINITY, nothing.to(tl.int32)
+        low, high, bad = nothing + float("inf"), nothing - float("inf"), nothing.to(tl.int32)
         for chunk in range(chunks):
             if not HELD:
                 tile, valid = _load_chunk(place, chunk, AXIS, STEP, ALIGN)
@@ -398,7 +397,7 @@ def _quantize_kernel(
                 best_zero = _round_directed(low, DTYPE, False)
                 needed = tl.div_rn(high - best_zero, (LEVELS - 1.0) * SPACING)
             best_scale = _round_directed(needed, DTYPE, True)
-            fits &= best_scale < _INFINITY
+            fits &= best_scale < float("inf")
 
         if MSE:
             base = nothing if SYMMETRIC else low
@@ -442,8 +441,8 @@ def _quantize_kernel(
             best_scale, best_zero = tl.where(better, new_scale, best_scale), tl.where(better, new_zero, best_zero)
 
         step, zero = _step_and_zero(best_scale, best_zero, SYMMETRIC, SPACING, OFFSET)
-        fits &= (step * (LEVELS - 1) < _INFINITY) & (tl.abs(zero) < _INFINITY)
-        best_scale = tl.where(fits, best_scale, _NAN)
+        fits &= (step * (LEVELS - 1) < float("inf")) & (tl.abs(zero) < float("inf"))
+        best_scale = tl.where(fits, best_scale, float("nan"))
         if PER_CHANNEL:
             at, exists = n * channels + columns, columns < end
         else:
