@@ -29,6 +29,7 @@ results: .venv/installed
 	$(RUN) scripts/benchmark_decode.py --checkpoints build/sweep/0.125 build/sweep/0.0625 \
 		--output build/benchmark_decode.json
 	$(RUN) scripts/benchmark_lookup.py --threads 2 --output scripts/results/benchmark_lookup.json
+	$(RUN) scripts/benchmark_host.py --output scripts/results/benchmark_host.json
 	$(RUN) scripts/benchmark_prefix.py --checkpoints build/sweep/0.125 build/sweep/0.0625 \
 		--output scripts/results/benchmark_prefix.json
 	$(RUN) scripts/benchmark_prefix.py --length 32768 --continuations 2 --steps 8 --rounds 2 \

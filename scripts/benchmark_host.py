@@ -1,0 +1,250 @@
+r"""Host time of an eager decode step on a GPU, measured on a machine without one.
+
+What a user of an eager step waits for at short contexts is Python: the preparation of the launches, not the kernels.
+Here a random model of tiny layers decodes on the CPU by the `triton` back end, in two ways:
+
+    prepared    every launch `kernel[grid](**arguments)` of ours does nothing; all that comes before it is done
+    launched    the launches go through Triton's own launcher (arguments bound and specialised, the compiled kernel
+                looked up) up to the launch itself, which is left out
+
+The kernels of PyTorch run, on states of a few numbers. Against both, in turns: the dense model of the same shape with a
+`DynamicCache`, whose time is that of its operators' dispatch. Ratios are of the rounds, with their quartiles. The
+growing cache holds no packed block before 164 tokens; one of fixed capacity always has room for one.
+
+First comes a gate: each layer's step must have launched kernels; otherwise nothing is reported.
+
+    python scripts/benchmark_host.py --output scripts/results/benchmark_host.json
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+from tqdm import tqdm
+from transformers import Cache, DynamicCache, PreTrainedModel
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction, KernelInterface
+
+from configuration_alrd_llama import ALRDLlamaConfig
+from modeling_alrd_llama import ALRDLlamaForCausalLM
+from modules.kernels import append_triton, attention_triton, quantize_triton
+from scripts.attention_peers import milliseconds, quartiles
+from scripts.benchmark_decode import SMALL
+from scripts.common import check_positive, environment, parse_config, set_ranks, write_json
+
+KERNEL_MODULES = (quantize_triton, attention_triton, append_triton)
+
+#: Tokens for which a cache of fixed capacity has room beyond those of the context.
+ROOM = 128
+
+
+@dataclass
+class BenchmarkConfig:
+    """Options of the benchmark."""
+
+    contexts: list[int] = field(default_factory=lambda: [64, 256], metadata={"help": "Tokens per row in the cache."})
+    batches: list[int] = field(default_factory=lambda: [1, 8], metadata={"help": "Rows."})
+    layers: int = field(default=8, metadata={"help": "Layers of the model."})
+    rank: float = field(default=0.5, metadata={"help": "Rank per head, a share of the full rank of 16."})
+    bits: int = field(default=2, metadata={"help": "Bits of keys and values."})
+    launcher: bool = field(default=True, metadata={"help": "Measure Triton's launcher too; it compiles the kernels."})
+    steps: int = field(default=16, metadata={"help": "Steps of a round."})
+    rounds: int = field(default=15, metadata={"help": "Rounds, each contender once in each."})
+    threads: int = field(default=1, metadata={"help": "CPU threads."})
+    seed: int = field(default=0, metadata={"help": "Seed of weights and tokens."})
+    quick: bool = field(default=False, metadata={"help": "One case of two layers and two rounds, without launcher."})
+    output: str | None = field(default=None, metadata={"help": "JSON file to write."})
+
+    def __post_init__(self):
+        if self.quick:
+            self.contexts, self.batches, self.layers, self.steps, self.rounds = [64], [1], 2, 2, 2
+            self.launcher = False
+        for name in ("contexts", "batches", "layers", "steps", "rounds", "threads"):
+            value = getattr(self, name)
+            check_positive(name, *(value if isinstance(value, list) else [value]))
+        if self.steps > ROOM - 2:
+            raise ValueError(f"steps={self.steps}: must be at most {ROOM - 2}")
+        if self.launcher and quantize_triton.INTERPRETED:
+            raise ValueError("launcher=True: must be False with TRITON_INTERPRET=1, whose kernels have no launcher")
+
+
+# ---- launches that are left out
+
+
+class NoLaunch:
+    """Stands for a kernel: a launch does nothing but be counted."""
+
+    launches = 0
+
+    def __getitem__(self, grid):
+        return self._skip
+
+    @staticmethod
+    def _skip(**arguments) -> None:
+        NoLaunch.launches += 1
+
+
+class StandInDriver:
+    """What Triton asks of a driver before it launches, answered as on an H100."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+
+def _run_without_launch(self: JITFunction, *args, grid, warmup: bool, **kwargs):
+    """`JITFunction.run` up to the launch, which it leaves out to compile only."""
+    return _run(self, *args, grid=grid, warmup=True, **kwargs)
+
+
+_run = JITFunction.run
+
+
+@contextmanager
+def without_launches(launcher: bool) -> Iterator[None]:
+    """The `triton` back end takes CPU tensors, and launches nothing; with `launcher` Triton prepares each launch."""
+    with ExitStack() as stack:
+
+        def replaced(owner: Any, name: str, value: Any) -> None:
+            stack.enter_context(patch.object(owner, name, value))
+
+        replaced(quantize_triton, "INTERPRETED", True)
+        for name in ("check_scale", "require"):  # of what no kernel has written
+            replaced(quantize_triton, name, lambda *_: None)
+        if launcher:
+            replaced(triton.runtime.driver, "_active", StandInDriver())
+            replaced(JITFunction, "run", _run_without_launch)
+        else:
+            for module in KERNEL_MODULES:
+                for name, kernel in list(vars(module).items()):
+                    if isinstance(kernel, KernelInterface):
+                        replaced(module, name, NoLaunch())
+        yield
+
+
+# ---- measuring
+
+
+@dataclass
+class Contender:
+    """A model with a filled cache.
+
+    Attributes:
+        launcher: Whether Triton prepares the launches; `None`: there are none of ours.
+    """
+
+    model: PreTrainedModel
+    cache: Cache
+    launcher: bool | None
+
+    @torch.no_grad()
+    def seconds(self, token: torch.Tensor, steps: int) -> float:
+        """Seconds of a step, the mean of several in a row, from the same cache each time."""
+        with without_launches(bool(self.launcher)):
+            cache = deepcopy(self.cache)
+            for _ in range(2):  # what a cache keeps from its first step on
+                self.model(token, past_key_values=cache)
+            started = time.perf_counter()
+            for _ in range(steps):
+                self.model(token, past_key_values=cache)
+            return (time.perf_counter() - started) / steps
+
+
+def models(options: BenchmarkConfig) -> tuple[ALRDLlamaForCausalLM, PreTrainedModel]:
+    """The random model and the dense one that it is equal to."""
+    torch.manual_seed(options.seed)
+    shape = SMALL | {"num_hidden_layers": options.layers}
+    config = ALRDLlamaConfig(
+        **shape,
+        max_position_embeddings=max(options.contexts) + ROOM,
+        k_bits=options.bits,
+        v_bits=options.bits,
+        eos_token_id=None,
+        bos_token_id=None,
+    )
+    set_ranks(config, options.rank, 1)
+    ours = ALRDLlamaForCausalLM(config).eval()
+    return ours, ours.to_dense()
+
+
+@torch.no_grad()
+def measure_case(options: BenchmarkConfig, ours: PreTrainedModel, dense: PreTrainedModel, context: int, batch: int):
+    """All contenders in turns at this context and batch."""
+    prompt = torch.randint(ours.config.vocab_size, (batch, context))
+    token = prompt[:, :1]
+    contenders = {"dense": Contender(dense, DynamicCache(config=dense.config), None)}
+    for launcher in (False, True)[: 1 + options.launcher]:
+        for kind, capacity in (("growing", None), ("fixed", context + ROOM)):
+            cache = ours.create_kivi_cache(capacity=capacity, backend="triton")
+            contenders[f"{kind}, {'launched' if launcher else 'prepared'}"] = Contender(ours, cache, launcher)
+    launches = {}
+    for name, contender in contenders.items():
+        with without_launches(launcher=False):
+            contender.model(prompt, past_key_values=contender.cache)
+            if contender.launcher is False:
+                before = NoLaunch.launches
+                contender.model(token, past_key_values=deepcopy(contender.cache))
+                launches[name] = NoLaunch.launches - before
+                if launches[name] < options.layers:
+                    raise RuntimeError(
+                        f"gate: {launches[name]} launches of {options.layers} layers in {name}; no figures"
+                    )
+        contender.seconds(token, 1)  # compiles
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for done in range(options.rounds):
+        for name in list(contenders)[:: 1 if done % 2 else -1]:
+            seconds[name].append(contenders[name].seconds(token, options.steps))
+    return {
+        "context": context,
+        "batch": batch,
+        "launches_per_step": launches,
+        "rounds": options.rounds,
+        "contenders": {
+            name: {
+                "seconds": quartiles(spent),
+                "over_dense": quartiles([own / theirs for own, theirs in zip(spent, seconds["dense"])]),
+            }
+            for name, spent in seconds.items()
+        },
+    }
+
+
+def main(options: BenchmarkConfig) -> dict[str, Any]:
+    """Measure all cases; returns the record."""
+    torch.set_num_threads(options.threads)
+    ours, dense = models(options)
+    sizes = [(context, batch) for context in options.contexts for batch in options.batches]
+    cases = [measure_case(options, ours, dense, *size) for size in tqdm(sizes, unit="case")]
+    here = environment() | {"triton": triton.__version__}
+    record = {"config": asdict(options), "environment": here, "cases": cases}
+    if options.output:
+        write_json(options.output, record)
+    print(table(record))
+    return record
+
+
+def table(record: dict[str, Any]) -> str:
+    """Time of a step of every contender, as Markdown."""
+    lines = ["| tokens × rows | cache | ms per step | over dense | launches |", "|---|---|---|---|---|"]
+    for case in record["cases"]:
+        for name, c in case["contenders"].items():
+            ratio = "{p50:.2f} [{p25:.2f}–{p75:.2f}]".format(**c["over_dense"])
+            launches = case["launches_per_step"].get(name, "")
+            size = f"{case['context']:,} × {case['batch']}"
+            lines.append(f"| {size} | {name} | {milliseconds(c['seconds'])} | {ratio} | {launches} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main(parse_config(BenchmarkConfig, __doc__))
