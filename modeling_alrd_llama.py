@@ -322,7 +322,7 @@ class ALRDLlamaAttention(LlamaAttention):
 
     def _heads(self, states: torch.Tensor) -> torch.Tensor:
         """`[B, L, H * d]` to `[B, H, L, d]`."""
-        return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return states.view(*states.shape[:-1], -1, self.head_dim).transpose(1, 2)
 
     def _how(self, step: LatentStep) -> dict:
         """How this layer attends to latents."""
@@ -616,7 +616,7 @@ class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):
             causal_mask = create_causal_mask(self.config, hidden_states, attention_mask, past_key_values=None)
 
         with past_key_values.all_or_nothing():
-            for layer in self.layers[: self.config.num_hidden_layers]:
+            for layer in list(self.layers)[: self.config.num_hidden_layers]:
                 hidden_states = layer(
                     hidden_states,
                     attention_mask=causal_mask,

@@ -12,8 +12,9 @@ states of any other model lose their heads to the channels, and each head keeps 
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
@@ -23,7 +24,7 @@ from modules.block_pool import BlockPool
 from modules.codecs import StaticScales, block_length, block_nbytes, check_codec, make_codec
 from modules.fixed_cache import SIDES, FixedStore, Room, check_fixed
 from modules.kernels import FUSED_DTYPES, Backend, get_backend
-from modules.kernels.packed import NewTokens, PackedCache, PackedSide, Tile, counts_of_rows
+from modules.kernels.packed import NewTokens, PackedCache, Tile, counts_of_rows
 
 #: Channels of each head group of the keys and of the values of one layer.
 LayerWidths = tuple[tuple[int, ...], tuple[int, ...]]
@@ -126,8 +127,7 @@ STATE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TABLE_ENTRY_NBYTES = 12
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """Bookkeeping of one row of the batch, on the host: counts of tokens, and where its pads were.
 
     Attributes:
@@ -153,12 +153,12 @@ class Row:
 
     @classmethod
     def from_record(cls, record: dict, scheme: CacheScheme, slots: int, blocks: int) -> "Row":
-        """Inverse of `asdict`, for a row of so many slots of a layer of so many packed blocks.
+        """Inverse of `_asdict`, for a row of so many slots of a layer of so many packed blocks.
 
         Raises:
             ValueError: The record is not that of such a row.
         """
-        names = {f.name for f in fields(cls)}
+        names = set(cls._fields)
         if not isinstance(record, dict) or set(record) != names:
             raise ValueError(f"row: must have {', '.join(sorted(names))}")
         window = scheme.residual_length + scheme.block_length - 1
@@ -252,8 +252,9 @@ class KIVILatentLayer(CacheLayerMixin):
         self.rows: list[Row] = []
         self.pool = None
         self._table: torch.Tensor | None = None
-        #: What reading the blocks takes: table, sides, whether all blocks are full, where the windows start.
-        self._blocks: tuple[torch.Tensor, tuple[PackedSide, ...], bool, tuple[int, ...]] | None = None
+        #: What reading takes that an append to the windows leaves as it is: table, sides, whether all blocks are full,
+        #: where the windows start, and the sinks.
+        self._blocks: tuple | None = None
         self._exact: dict[str, torch.Tensor] = {}
 
     def __setstate__(self, state: dict) -> None:
@@ -316,9 +317,9 @@ class KIVILatentLayer(CacheLayerMixin):
             ValueError: As for `append`.
         """
         self.check_states(new.keys, new.values)  # before a kernel takes them at their word
-        how |= {"positions": new.positions, "cache": self.packed(new.tile()), "expand_keys": expand_keys}
-        summed, _ = self.backend.attend(query, **how)
-        self.append(new.keys, new.values, new.real)
+        cache = self.packed(new.tile())
+        summed, _ = self.backend.attend(query, positions=new.positions, cache=cache, expand_keys=expand_keys, **how)
+        self._store({"keys": new.keys.detach(), "values": new.values.detach()}, new.real)
         return summed
 
     def append(
@@ -352,14 +353,18 @@ class KIVILatentLayer(CacheLayerMixin):
             states = {"keys": keys, "values": values}
             if self.score is not None:
                 states["score"] = self._scores(keys, values, real, received)
-            if real is None and keys.shape[1] == 1 and self._has_room_for_one():
-                self._append_one(states)
-            else:
-                self._append_many(states, real)
+            self._store(states, real)
         except BaseException:
             self.return_to(mark)
             raise
-        self.slots += keys.shape[1]
+
+    def _store(self, states: dict[str, torch.Tensor], real: torch.Tensor | None) -> None:
+        """Append states that have been checked; after an error the cache is as it was before."""
+        if real is None and states["keys"].shape[1] == 1 and self._has_room_for_one():
+            self._append_one(states)
+        else:
+            self._append_many(states, real)
+        self.slots += states["keys"].shape[1]
 
     def mark(self) -> tuple | None:
         """What `return_to` takes to forget the appends that are still to come; nothing else may come between."""
@@ -374,7 +379,7 @@ class KIVILatentLayer(CacheLayerMixin):
         with self.pool.lock, suppress(RuntimeError, MemoryError):
             # The first blocks of a row are those of the mark, wherever they have moved.
             blocks = (row.blocks for row in self.rows)
-            self.rows = [replace(row, blocks=now[: len(row.blocks)]) for row, now in zip(rows, blocks, strict=True)]
+            self.rows = [row._replace(blocks=now[: len(row.blocks)]) for row, now in zip(rows, blocks, strict=True)]
             self._table = None
             self.pool.trim()  # takes room to give room back; if there is none, the next edit does it
 
@@ -422,11 +427,11 @@ class KIVILatentLayer(CacheLayerMixin):
 
     def _append_one(self, states: dict[str, torch.Tensor]) -> None:
         """The common decode step: one token per row into the window, nothing to pack."""
-        ends = counts_of_rows(tuple(row.window for row in self.rows), self.device, torch.int64)
+        ends = counts_of_rows(tuple([row.window for row in self.rows]), self.device, torch.int64)
         for name, x in states.items():
-            window = self._exact[f"window_{name}"]
-            window.scatter_(1, ends.view(-1, *(1,) * (window.dim() - 1)).expand_as(x), x)
-        self.rows = [replace(row, window=row.window + 1) for row in self.rows]
+            index = ends if x.dim() == 2 else ends[..., None].expand_as(x)
+            self._exact[f"window_{name}"].scatter_(1, index, x)
+        self.rows = [row._replace(window=row.window + 1) for row in self.rows]
 
     def _append_many(self, states: dict[str, torch.Tensor], real: torch.Tensor | None) -> None:
         length = self.scheme.block_length
@@ -506,10 +511,10 @@ class KIVILatentLayer(CacheLayerMixin):
             if self._blocks is None or self._blocks[0] is not table or self._blocks[1] is not sides:
                 full = {row.counts for row in self.rows} == {(self.scheme.block_length,) * table.shape[2]}
                 starts = tuple(row.sinks + row.packed for row in self.rows)
-                self._blocks = (table, sides, full, starts)
-        *_, full, starts = self._blocks
-        sinks = self._exact_tile("sink", (0,) * len(self.rows), tuple(row.sinks for row in self.rows))
-        window = self._exact_tile("window", starts, tuple(row.window for row in self.rows))
+                sinks = self._exact_tile("sink", (0,) * len(self.rows), tuple(row.sinks for row in self.rows))
+                self._blocks = (table, sides, full, starts, sinks)
+        *_, full, starts, sinks = self._blocks
+        window = self._exact_tile("window", starts, tuple([row.window for row in self.rows]))
         if not table.shape[2]:
             return PackedCache(sinks, window + new)
         return PackedCache(sinks, window + new, *sides, self.scheme.block_length, table, full)
@@ -522,7 +527,7 @@ class KIVILatentLayer(CacheLayerMixin):
         longest = max(counts)
         if not longest:
             return ()
-        keys, values = (self._exact[f"{room}_{side}"][:, None, :longest] for side in ("keys", "values"))
+        keys, values = (self._exact[f"{room}_{side}"].narrow(1, 0, longest).unsqueeze(1) for side in SIDES)
         tile = Tile(keys, values, counts_of_rows(starts, self.device), counts_of_rows(counts, self.device))
         return (tile if min(counts) == longest else tile.masked(),)
 
@@ -598,7 +603,7 @@ class KIVILatentLayer(CacheLayerMixin):
         return (slot for row in self.rows for slot in row.blocks)
 
     def move_blocks(self, moved: dict[int, int]) -> None:
-        self.rows = [replace(row, blocks=tuple(moved[slot] for slot in row.blocks)) for row in self.rows]
+        self.rows = [row._replace(blocks=tuple(moved[slot] for slot in row.blocks)) for row in self.rows]
         self._table = None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -677,7 +682,7 @@ class KIVILatentLayer(CacheLayerMixin):
         rooms = self._rooms()
         tensors |= static | {name: exact[:, : rooms[name.split("_")[0]]] for name, exact in self._exact.items()}
         moved = {slot: i for i, slot in enumerate(live)}
-        rows = [asdict(replace(row, blocks=tuple(moved[slot] for slot in row.blocks))) for row in rows]
+        rows = [row._replace(blocks=tuple(moved[slot] for slot in row.blocks))._asdict() for row in rows]
         return tensors, {"slots": self.slots, "widths": self.widths, "rows": rows}
 
     def restore(self, tensors: dict[str, torch.Tensor], record: dict) -> None:
@@ -739,7 +744,7 @@ class KIVILatentLayer(CacheLayerMixin):
             }
             with self.pool.lock:
                 (slots,) = self.pool.write(blocks)
-                self.rows = [replace(row, blocks=tuple(slots[i] for i in row.blocks)) for row in rows]
+                self.rows = [row._replace(blocks=tuple(slots[i] for i in row.blocks)) for row in rows]
             self.slots, self._exact = record["slots"], exact
         if tensors:
             raise ValueError(f"{', '.join(sorted(tensors))}: no such tensor in a layer of this scheme")
@@ -833,10 +838,7 @@ class FixedLatentLayer(KIVILatentLayer):
             if fresh:
                 self._allocate(len(keys), widths, keys)
             self.check_states(keys, values, real)
-            pads = self.pads
-            if real is not None:
-                slots = self.slots
-                pads = [old + _pad_ranges(row, slots) for old, row in zip(pads, real.tolist(), strict=True)]
+            pads = self._pads_after(real)
             self.store.append(keys, values, real)
         except Exception:
             if fresh:
@@ -845,10 +847,18 @@ class FixedLatentLayer(KIVILatentLayer):
         self.pads, self.is_fed = pads, True
 
     def attend_and_append(self, query: torch.Tensor, new: NewTokens, expand_keys, **how) -> torch.Tensor:
-        self.check_states(new.keys, new.values)
-        if self.is_fed and new.real is None:
-            return self.store.attend_and_append(query, new, expand_keys, **how)
-        return super().attend_and_append(query, new, expand_keys, **how)
+        self.check_states(new.keys, new.values, new.real)
+        pads = self._pads_after(new.real)
+        summed = self.store.attend_and_append(query, new, expand_keys, **how)
+        self.pads = pads
+        return summed
+
+    def _pads_after(self, real: torch.Tensor | None) -> list[tuple[tuple[int, int], ...]]:
+        """`pads` with those of new tokens."""
+        if real is None:
+            return self.pads
+        slots = self.slots
+        return [old + _pad_ranges(row, slots) for old, row in zip(self.pads, real.tolist(), strict=True)]
 
     def block_table(self) -> torch.Tensor:
         return self.store.table

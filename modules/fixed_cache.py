@@ -123,6 +123,19 @@ def _append_in_graph(
     FixedStore.of(tensors, plan).append(keys, values, real)
 
 
+def _lengths(state: torch.Tensor) -> torch.Tensor:
+    return state[1] + state[2]
+
+
+# A node too: Inductor would read the state again where a later layer asks, after the first one has changed it.
+_lengths_in_graph = custom_op(f"{_NAMESPACE}::lengths", _lengths, mutates_args=())
+
+
+@_lengths_in_graph.register_fake
+def _(state: torch.Tensor) -> torch.Tensor:
+    return state.new_empty(state.shape[1:])
+
+
 @custom_op(f"{_NAMESPACE}::attend_and_append", mutates_args=("tensors",))
 def _attend_in_graph(
     tensors: list[torch.Tensor],
@@ -277,7 +290,15 @@ class FixedStore:
     def _name_tensors(self) -> None:
         self.stored = {f"{side}.{n}": t for side, fields in self.pool.storage.items() for n, t in fields.items()}
         self.tensors = {"state": self.state, "table": self.table, "ok": self.ok} | self.exact | self.stored
-        self.pool.sides()  # now, so that a compiled step finds them made
+        sinks, start, held, _ = self.state.unsqueeze(-1)
+        #: Sinks and window as attention reads them: views, which every step changes.
+        self._tiles = tuple(
+            (Tile(*(self.exact[f"{name}_{side}"][:, None, :length] for side in SIDES), *counts),) if length else ()
+            for name, length, counts in (
+                ("sink", self.room.sink_length, (self._origin, sinks)),
+                ("window", self.room.window, (start, held)),
+            )
+        )
         #: The kernels of an append, prepared at the first one.
         self._fused: Callable | None = None
 
@@ -289,7 +310,8 @@ class FixedStore:
                 torch._dynamo.mark_static_address(tensor)
 
     def __getstate__(self) -> dict:
-        return {name: value for name, value in vars(self).items() if name not in ("stored", "tensors", "_fused")}
+        made = ("stored", "tensors", "_tiles", "_fused")
+        return {name: value for name, value in vars(self).items() if name not in made}
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
@@ -318,7 +340,7 @@ class FixedStore:
     @property
     def lengths(self) -> torch.Tensor:
         """`[B]` int32, tokens of each row."""
-        return self.state[1] + self.state[2]
+        return _lengths_in_graph(self.state) if torch.compiler.is_compiling() else _lengths(self.state)
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor | None = None) -> None:
         """Store new tokens `[B, L, C]` and pack the blocks that fall due; `real` `[B, L]` bool: false for pads.
@@ -376,14 +398,8 @@ class FixedStore:
 
     def packed(self, *new: Tile) -> PackedCache:
         """As `KIVILatentLayer.packed`. Tokens beyond the counts are finite in the tiles, and anything in the blocks."""
-        tiles = []
-        for name, length, start, count in (
-            ("sink", self.room.sink_length, self._origin, self.state[0]),
-            ("window", self.room.window, self.state[1, :, None], self.state[2]),
-        ):
-            states = (self.exact[f"{name}_{side}"][:, None, :length] for side in SIDES)
-            tiles.append((Tile(*states, start, count[:, None]),) if length else ())
-        return PackedCache(tiles[0], tiles[1] + new, *self.pool.sides(), self.room.block_length, self.table)
+        sinks, window = self._tiles
+        return PackedCache(sinks, window + new, *self.pool.sides(), self.room.block_length, self.table)
 
     def read_rows(self) -> list[tuple[int, int, list[int], list[int]]]:
         """Of each row the tokens in its sinks and window, the slots of its blocks and their tokens; waits."""

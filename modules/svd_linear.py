@@ -304,12 +304,15 @@ class ALinear(nn.Module):
             to have weights that sum to one.
         """
         if per_head:
-            weight = self.weight.unflatten(0, (self.num_heads, -1))
-            grouped = latent.unflatten(-3, (self.num_heads, -1)).flatten(-3, -2)
-            states = grouped @ weight.transpose(-1, -2)
+            *lead, heads, length, rank = latent.shape
+            # One product for each key/value head, of the queries of all rows: the weight is not repeated for them.
+            queries = heads // self.num_heads * length
+            grouped = latent.reshape(-1, self.num_heads, queries, rank).transpose(0, 1)
+            states = grouped.reshape(self.num_heads, -1, rank) @ self.weight.view(self.num_heads, -1, rank).mT
             if self.bias is not None:
                 states = states + self.bias.view(self.num_heads, 1, -1)
-            return states.unflatten(-2, (-1, latent.shape[-2])).flatten(-4, -3)
+            states = states.view(self.num_heads, -1, queries, states.shape[-1]).transpose(0, 1)
+            return states.reshape(*lead, heads, length, states.shape[-1])
         return Expansion(self.weight, self.bias, self.ranks, self.num_heads)(latent)
 
 

@@ -336,9 +336,8 @@ def test_generation(tmp_path, how):
     assert min(len(row.blocks) for row in cache.layers[0].rows) >= 3
 
 
-def test_compiled_generation(tmp_path, monkeypatch):
+def test_compiled_generation(tmp_path):
     """The library compiles the steps of a cache that says that it can."""
-    monkeypatch.setenv("ALRD_BACKEND", "reference")  # what a graph on a CPU holds
     model = tiny_split(tmp_path, 24, **SMALL)
     ids, mask = torch.randint(1, 97, (2, 40)), left_padded(2, 40, (11, 0)).long()
     settings = {"attention_mask": mask, "max_new_tokens": 40, "do_sample": False}
@@ -371,9 +370,8 @@ def test_drop_in_for_other_models():
 # ---- graphs
 
 
-def test_a_step_compiles_once(tmp_path, monkeypatch):
+def test_a_step_compiles_once(tmp_path):
     """200 steps with several flushes of each row, then another cache of that kind: one graph, the same logits."""
-    monkeypatch.setenv("ALRD_BACKEND", "reference")  # what a graph on a CPU holds
     model = tiny_split(tmp_path, 24, 2, dense=tiny_dense(num_hidden_layers=2), **SMALL)
     ids, mask = torch.randint(1, 97, (3, 250)), left_padded(3, 50, (37, 0, 48)).long()
     counter = CompileCounterWithBackend("eager")

@@ -6,15 +6,14 @@
 
 Packing gives the same bits everywhere. Attention agrees to the rounding of the queries' type. `triton` and `cpu` attend
 to the packed blocks themselves, in a step of up to 16 new tokens; longer ones (a prompt in pieces), and caches with a
-quantizer that the kernels do not know, are read by the reference in any back end (`Backend.attends_to`), as is all
-that `torch.compile` traces on a CPU, and what layers with offloaded weights attend to.
+quantizer that the kernels do not know, are read by the reference in any back end (`Backend.attends_to`), as is what
+layers with offloaded weights attend to.
 """
 
 import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
@@ -63,8 +62,6 @@ class Backend:
         """As `latent_attention`: by the fused kernel where there is one for what is asked, else by the reference."""
         sides = () if cache.keys is None else (cache.keys, cache.values)
         taken = query.shape[2] <= MAX_QUERY_LENGTH and query.dtype in FUSED_DTYPES
-        if self.name == "cpu" and torch.compiler.is_compiling():
-            taken = False
         expansion = how["expand_keys"]
         if expansion is not None and expansion.weight.is_meta:  # offloaded: it is there only while the module is called
             taken = False
@@ -142,11 +139,4 @@ def _cpu(field: str, device: torch.device) -> Backend:
     from modules.kernels.cpp_library import library
 
     library()
-    names = ("quantize_and_pack", "unpack_and_dequantize", "find_range")
-    functions = [partial(_unless_compiling, getattr(quantize_cpu, name), getattr(quant_utils, name)) for name in names]
-    return Backend("cpu", *functions, fused_attention)
-
-
-def _unless_compiling(function: Callable, traced: Callable, *args, **kwargs):
-    """Call `function`, but in a graph of `torch.compile`, which takes no C++ of ours, `traced`."""
-    return (traced if torch.compiler.is_compiling() else function)(*args, **kwargs)
+    return _backend("cpu", quantize_cpu, fused_attention)

@@ -23,6 +23,7 @@ from bisect import bisect_right
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import zip_longest
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -796,13 +797,12 @@ def _launches(specs: list[_Spec], rows: int) -> list[list[tuple[int, _Spec]]]:
 
 
 def _exact_arguments(tile: Tile) -> tuple:
-    keys, values = tile.keys, tile.values
-    strides = (keys.stride(0), keys.stride(2), values.stride(0), values.stride(2))
-    return (_bits(keys), _bits(values), tile.start, tile.count, *strides, tile.start.stride(0), tile.count.stride(0))
+    key, value = tile.keys.stride(), tile.values.stride()
+    strides = (key[0], key[2], value[0], value[2], tile.start.stride(0), tile.count.stride(0))
+    return (_bits(tile.keys), _bits(tile.values), tile.start, tile.count, *strides)
 
 
-@dataclass(frozen=True)
-class _Shape:
+class _Shape(NamedTuple):
     """What a launch follows from besides the blocks themselves.
 
     Attributes:
