@@ -15,8 +15,9 @@ Against, each in turns with ours in the same rounds (ratios are of the medians, 
     flash                     on CUDA: `scaled_dot_product_attention` with `enable_gqa` and flash only, in a CUDA graph
 The first scheme meets all of them, the others only the code by hand (on CUDA: flash). Before each call the threads of
 the last one are given time to sleep, and a large buffer is read by the threads that PyTorch will use, so that its
-workers are awake and caches cold, as when the layers of a model take turns (`--no_cold` reads a small one). On CUDA our
-step is a graph of its kernels without append, as the others are; its time from Python is `eager_seconds`.
+workers are awake and caches cold, as when the layers of a model take turns (`--no_cold` reads a small one). On CUDA the
+L2 is overwritten instead, and our step is a graph of its kernels without append, as the others are; its time from Python
+is `eager_seconds`.
 
 First comes a gate: the error of our step against float64 on what is stored must be at most twice that of plain
 PyTorch in the model's type on the same states; otherwise nothing is reported. Peers that lose nothing are checked too.
@@ -61,11 +62,11 @@ from scripts.common import (
     check_positive,
     environment,
     human_bytes,
+    installed_version,
     parse_config,
     set_ranks,
     write_json,
 )
-from scripts.compare_peers import installed_version
 
 #: The best dense code on each kind of device, which every scheme meets.
 YARDSTICKS = {"cpu": "by hand", "cuda": "flash"}
@@ -173,7 +174,8 @@ def measure_machine(options: BenchmarkConfig) -> dict[str, float]:
 
 def between_calls(options: BenchmarkConfig) -> Callable[[int], None]:
     """What happens before each call, so that all find the same machine; takes the threads that PyTorch is to wake."""
-    size = 2**16 if options.quick or not options.cold else 2**26
+    cpu = torch.device(options.device).type == "cpu"  # elsewhere `timed` sees to the caches
+    size = 2**26 if options.cold and cpu and not options.quick else 2**16
     buffer = torch.ones(size, dtype=torch.int32, device=options.device)
 
     def prepare(threads: int) -> None:
@@ -325,13 +327,13 @@ class LatentLayer:
         return self.attention.k_proj, self.attention.v_proj
 
     @torch.no_grad()
-    def check(self) -> dict[str, float]:
-        """The correctness gate, on the first and the last row.
+    def check(self, step: Run | None = None) -> dict[str, float]:
+        """The correctness gate, on the first and the last row, of `attend` or of a step that stands for it.
 
         Raises:
             RuntimeError: The step's error is more than `GATE` times that of plain PyTorch.
         """
-        output, worst = self.attend(), {"ours": 0.0, "plain": 0.0, "ratio": 0.0}
+        output, worst = (step or self.attend)(), {"ours": 0.0, "plain": 0.0, "ratio": 0.0}
         for row in sorted({0, self.batch - 1}):
             exact = self.exact(row)
             states = (x.to(self.dtype)[None] for x in self.stored(row))
@@ -350,9 +352,30 @@ class LatentLayer:
 # ---- measuring
 
 
+@dataclass(frozen=True)
+class GraphedStep:
+    """A step that was captured in a CUDA graph.
+
+    Attributes:
+        step: What was captured. It owns the tensors that the graph reads: were it dropped, their memory would be given
+            to others.
+        graph: The capture.
+        output: What the step returned; every replay writes it anew.
+    """
+
+    step: Run
+    graph: torch.cuda.CUDAGraph
+    output: torch.Tensor
+
+    def __call__(self) -> torch.Tensor:
+        self.graph.replay()
+        return self.output
+
+
 def in_a_graph(step: Run, name: str) -> tuple[Run, bool]:
     """On CUDA the step as a captured graph; as it is, with a line that says so, if it cannot be captured."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             step()
@@ -365,12 +388,7 @@ def in_a_graph(step: Run, name: str) -> tuple[Run, bool]:
         torch.cuda.synchronize()
         print(f"{name}: timed without a CUDA graph, which it does not fit into: {str(error).splitlines()[0]}")
         return step, False
-
-    def replay() -> torch.Tensor:
-        graph.replay()
-        return output
-
-    return replay, True
+    return GraphedStep(step, graph, output), True
 
 
 def in_turns(
@@ -389,7 +407,7 @@ def in_turns(
             break
         for name in names if done % 2 else names[::-1]:
             cool(1 if foreign and name == "peer" else options.threads)
-            seconds[name].append(timed(steps[name], device)[0])
+            seconds[name].append(timed(steps[name], device, options.cold)[0])
     return seconds
 
 
@@ -436,6 +454,7 @@ def measure_case(
     if cuda:
         record["eager_seconds"] = quartiles(in_turns(options, {"ours": our_step}, cool)["ours"])
         our_step, record["cuda_graph"] = in_a_graph(ours.prepared(), "ours")
+        record["gate"] = ours.check(our_step)
     # On CUDA the graphs of both sides are kernels of the attention alone.
     append_s, everything = 0.0 if cuda else ours.append["mean_s"], []
     for name in peers:
@@ -450,10 +469,10 @@ def measure_case(
             print(f"{name}: left out of {length:,} tokens x {batch}: {reason}")
             record["peers"][name] = {"left_out": reason}
             continue
-        error = states.error(theirs.step()) if theirs.checked else None
+        their_step, their_graph = in_a_graph(theirs.step, name) if cuda else (theirs.step, False)
+        error = states.error(their_step()) if theirs.checked else None
         if theirs.tolerance is not None and not error <= theirs.tolerance:
             raise RuntimeError(f"correctness gate: error {error:.2e} of {name} is above {theirs.tolerance}; no figures")
-        their_step, their_graph = in_a_graph(theirs.step, name) if cuda else (theirs.step, False)
         foreign = "llama-cpp-python" in peer.needs
         seconds = in_turns(options, {"ours": our_step, "peer": their_step}, cool, foreign)
         mine = [s + append_s for s in seconds["ours"]]
