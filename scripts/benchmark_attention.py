@@ -16,8 +16,8 @@ Against, each in turns with ours in the same rounds (ratios are of the medians, 
 The first scheme meets all of them, the others only the code by hand (on CUDA: flash). Before each call the threads of
 the last one are given time to sleep, and a large buffer is read by the threads that PyTorch will use, so that its
 workers are awake and caches cold, as when the layers of a model take turns (`--no_cold` reads a small one). On CUDA the
-L2 is overwritten instead, and our step is a graph of its kernels without append, as the others are; its time from Python
-is `eager_seconds`.
+L2 is overwritten instead, and our step is a graph of its kernels without append, as the others are; its time from
+Python is `eager_seconds`.
 
 First comes a gate: the error of our step against float64 on what is stored must be at most twice that of plain
 PyTorch in the model's type on the same states; otherwise nothing is reported. Peers that lose nothing are checked too.
@@ -195,14 +195,19 @@ def between_calls(options: BenchmarkConfig) -> Callable[[int], None]:
 class LatentLayer:
     """Our layer with a filled cache, and one new token per row that attends to it.
 
+    Args:
+        capacity: Of the cache; `None`: it grows.
+
     Attributes:
         attention: The module, random weights that keep keys and values at unit variance.
         cache: Its cache, of T - 1 tokens per row; the new token is the T-th.
-        append: What the appends of the last block took.
+        append: What the appends of the last block took, on the device and, until it could go on, the host.
     """
 
     @torch.no_grad()
-    def __init__(self, options: BenchmarkConfig, scheme: dict[str, Any], length: int, batch: int):
+    def __init__(
+        self, options: BenchmarkConfig, scheme: dict[str, Any], length: int, batch: int, capacity: int | None = None
+    ):
         self.options, self.length, self.batch = options, length, batch
         self.dtype, self.device = getattr(torch, options.dtype), torch.device(options.device)
         self.config = config = options.layer_config(scheme)
@@ -213,7 +218,9 @@ class LatentLayer:
         embedding = LlamaRotaryEmbedding(config).to(self.device)
         self.rope = Rope(embedding.inv_freq, embedding.attention_scaling)
         self.widths = config_widths(config)[0]
-        self.cache = KIVILatentCache(CacheScheme.from_config(config), [self.widths], backend=options.backend)
+        self.cache = KIVILatentCache(
+            CacheScheme.from_config(config), [self.widths], backend=options.backend, capacity=capacity
+        )
         self.layer = self.cache.layers[0]
         new = [self._states((batch, 1, sum(side))) for side in self.widths]
         self.new_keys, self.new_values = new
@@ -251,19 +258,26 @@ class LatentLayer:
 
     def _time_appends(self, block: int) -> dict[str, Any]:
         """Seconds of appending a token and making what attention reads, over the last block of the tokens."""
-        packed = self.layer.pool.used
-        seconds = [timed(self._append, self.device)[0] for _ in range(block)]
+        packed = self._blocks()
+        seconds, host = zip(*(timed(self._append, self.device) for _ in range(block)), strict=True)
         return {
             "tokens": block,
-            "blocks_packed": (self.layer.pool.used - packed) // self.batch,
+            "blocks_packed": (self._blocks() - packed) // self.batch,
             "mean_s": statistics.fmean(seconds),
             "p50_s": statistics.median(seconds),
             "max_s": max(seconds),
+            "host_p50_s": statistics.median(host),
         }
 
-    def _append(self) -> None:
+    def _blocks(self) -> int:
+        return sum(len(row.blocks) for row in self.layer.rows)
+
+    def _append(self) -> float:
+        """Seconds until the host is free again."""
+        started = time.perf_counter()
         self.layer.append(self.new_keys, self.new_values)
         self.layer.packed()
+        return time.perf_counter() - started
 
     def contender(self) -> Contender:
         """The step without its append, whose amortised time is added to every figure."""
@@ -286,7 +300,10 @@ class LatentLayer:
             exact.dtype = torch.float32
             blocks = list(self.layer.rows[row].blocks)
             packed = exact.decode({name: t[blocks] for name, t in self.layer.pool.storage[side].items()})
-            tiles = [[getattr(t, side)[row, 0].float() for t in tiles] for tiles in (seen.before, seen.after)]
+            tiles = [
+                [getattr(t, side)[row, 0, : t.count[row, 0]].float() for t in tiles]
+                for tiles in (seen.before, seen.after)
+            ]
             sides.append(torch.cat([*tiles[0], packed.flatten(0, 1), *tiles[1]]))
         return tuple(sides)
 
