@@ -34,7 +34,7 @@ from transformers.utils.output_capturing import capture_outputs
 from configuration_alrd_llama import ALRDLlamaConfig, check_tiers
 from modules.kernels import MAX_QUERY_LENGTH
 from modules.kernels.attention import attention_received
-from modules.kernels.packed import PackedCache, Rope, Tile
+from modules.kernels.packed import NewTokens, PackedCache, Rope, counts_of_rows
 from modules.kivi_cache import CacheScheme, KIVILatentCache, config_schemes, create_kivi_cache
 from modules.quant_utils import quantize_latent, require
 from modules.svd_linear import ALinear, SVDLinear, factor_groups, join_factors, own_groups
@@ -163,7 +163,9 @@ class LatentStep:
     Attributes:
         positions: `[B, L]`, position of each token in its row; a pad has that of the token before it.
         real: `[B, L]` bool on the CPU, false for pads; `None`: no pads.
-        lengths: Tokens that each row holds already; `[B]` on the device if the cache's capacity is fixed.
+        start, count: `[B, 1]` int32, tokens that each row holds already, and new ones.
+        order: `[B, L, 1]`, the row's tokens, then its pads; `None`: no pads.
+        longest: Tokens of the longest row, the new ones included, where the host knows it.
         has_past: Whether the cache has been fed before.
         rope: Frequencies for the cached keys.
         slots: `[B, past slots + L]`, position of the token in each slot, -1 for pads, if attention weights are to be
@@ -172,23 +174,62 @@ class LatentStep:
 
     positions: torch.Tensor
     real: torch.Tensor | None
-    lengths: list[int] | torch.Tensor
+    start: torch.Tensor
+    count: torch.Tensor
+    order: torch.Tensor | None
+    longest: int | None
     has_past: bool
-    rope: Rope
+    rope: Rope | None = None
     slots: torch.Tensor | None = None
 
-    def new_tile(self, keys: torch.Tensor, values: torch.Tensor) -> Tile:
-        """The new tokens' latents `[B, L, C]` as a tile: pads moved behind the row's real tokens."""
-        device = keys.device
-        start = torch.as_tensor(self.lengths, dtype=torch.int32, device=device)[:, None]
-        if self.real is None:
-            count = torch.full_like(start, keys.shape[1])
+    @classmethod
+    def place(
+        cls, lengths: list[int] | torch.Tensor, real: torch.Tensor | None, length: int, device: torch.device, **fields
+    ) -> "LatentStep":
+        """New tokens behind those that the rows hold.
+
+        Args:
+            lengths: Tokens of each row; `[B]` on the device if the host does not know them.
+            real: `[B, L]` bool on the CPU, false for pads; `None`: no pads.
+            length: L.
+            device: Where the tensors go.
+            fields: `has_past`, `rope`, `slots`.
+        """
+        known = not isinstance(lengths, torch.Tensor)
+        start = counts_of_rows(tuple(lengths), device) if known else lengths[:, None].to(device)
+        if real is None:
+            positions = start + torch.arange(length, device=device)
+            count, order = torch.full_like(start, length), None
         else:
-            real = self.real.to(device)
-            count = real.sum(dim=1, keepdim=True, dtype=torch.int32)
-            order = (~real).to(torch.int8).argsort(dim=1, stable=True)[..., None]
-            keys, values = (x.gather(1, order.expand_as(x)) for x in (keys, values))
-        return Tile(keys[:, None], values[:, None], start, count)
+            mask = real.to(device)
+            positions = (start + mask.cumsum(1) - 1).clamp(min=0)
+            count = mask.sum(dim=1, keepdim=True, dtype=torch.int32)
+            order = (~mask).to(torch.int8).argsort(dim=1, stable=True)[..., None]
+        longest = max(lengths) + length if known else None
+        return cls(positions, real, start, count, order, longest, **fields)
+
+    def check_positions(self, position_ids: torch.Tensor) -> None:
+        """Refuse other positions than those that follow from what the rows hold."""
+        agrees = position_ids.to(self.positions.device) == self.positions
+        agrees = agrees if self.real is None else agrees | ~self.real.to(agrees.device)
+        require(
+            agrees.all(),
+            "position_ids: must count the tokens of each row from 0 without gaps, pads not counted, and go on "
+            "where the cache ends; leave them out to have them made",
+        )
+
+    def on(self, device: torch.device) -> "LatentStep":
+        """The same where a layer is."""
+        if device == self.positions.device:
+            return self
+        names = ("positions", "start", "count", "order", "slots")
+        tensors = {name: getattr(self, name) for name in names}
+        moved = {name: None if x is None else x.to(device) for name, x in tensors.items()}
+        return replace(self, **moved, rope=replace(self.rope, inv_freq=self.rope.inv_freq.to(device)))
+
+    def new_tokens(self, keys: torch.Tensor, values: torch.Tensor) -> NewTokens:
+        """The new tokens' latents `[B, L, C]` with where they stand."""
+        return NewTokens(keys, values, self.positions, self.start, self.count, self.real, self.order)
 
 
 class ALRDLlamaAttention(LlamaAttention):
@@ -251,8 +292,12 @@ class ALRDLlamaAttention(LlamaAttention):
         key_latents = to_latents(self.k_proj, hidden_states)
         value_latents = to_latents(self.v_proj, hidden_states)
         layer = past_key_values.layer(self.layer_idx, self.widths)
-        if latent_step.has_past:
-            layer.check_states(key_latents, value_latents)  # before a kernel takes them at their word
+        latent_step = latent_step.on(query.device)
+
+        if latent_step.has_past and latent_step.slots is None and layer.score != "attention":
+            new = latent_step.new_tokens(key_latents, value_latents)
+            summed = layer.attend_and_append(query, new, **self._how(latent_step))
+            return self.o_proj(self._expand_values(summed, query).flatten(2)), None
 
         received = self._attention_received(query, key_latents, value_latents, layer, latent_step)
         if latent_step.has_past:
@@ -279,40 +324,47 @@ class ALRDLlamaAttention(LlamaAttention):
         """`[B, L, H * d]` to `[B, H, L, d]`."""
         return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    def _attention_arguments(self, query, key_latents, value_latents, layer, step: LatentStep) -> dict:
-        """Arguments of an attention of the new tokens to the cache and to themselves."""
-        new = step.new_tile(key_latents, value_latents)
+    def _how(self, step: LatentStep) -> dict:
+        """How this layer attends to latents."""
         return {
-            "query": query,
-            "positions": step.positions.to(query.device),
-            "cache": layer.packed(new) if step.has_past else PackedCache(after=(new,)),
             "expand_keys": self.k_proj.ALinear if isinstance(self.k_proj, SVDLinear) else None,
             "value_widths": self.widths[1],
-            "rope": replace(step.rope, inv_freq=step.rope.inv_freq.to(query.device)),
+            "rope": step.rope,
             "scaling": self.scaling,
         }
+
+    def _attention_arguments(self, query, key_latents, value_latents, layer, step: LatentStep) -> dict:
+        """Arguments of an attention of the new tokens to the cache and to themselves."""
+        new = step.new_tokens(key_latents, value_latents).tile()
+        cache = layer.packed(new) if step.has_past else PackedCache(after=(new,))
+        return {"query": query, "positions": step.positions, "cache": cache, **self._how(step)}
+
+    def _expand_values(self, summed: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+        """Weighted sums of the values' latents `[B, H_q, L, r]` to the heads' outputs `[B, L, H_q, d]`."""
+        summed = summed.to(query.dtype)
+        output = self.v_proj.ALinear(summed, per_head=True) if isinstance(self.v_proj, SVDLinear) else summed
+        return output.transpose(1, 2)
 
     def _attention_received(self, query, key_latents, value_latents, layer, step: LatentStep) -> torch.Tensor | None:
         """What `KIVILatentLayer.append` takes, if the cache chooses its protected tokens by it."""
         if layer.score != "attention":
             return None
         arguments = self._attention_arguments(query, key_latents, value_latents, layer, step)
-        received = attention_received(**arguments, real=step.real, length=max(step.lengths) + query.shape[2])
+        received = attention_received(**arguments, real=step.real, length=step.longest)
         if self.tp_group is not None:
             dist.all_reduce(received, group=self.tp_group)  # of all heads, so that all ranks protect the same tokens
         return received
 
     def _attend_cache(self, query, key_latents, value_latents, layer, step: LatentStep):
-        """Attention of new tokens over the packed cache and themselves; returns `[B, L, H_q, d]` and weights."""
+        """Attention of new tokens, which are not appended, over the packed cache; `[B, L, H_q, d]` and weights."""
+        layer.check_states(key_latents, value_latents)  # before a kernel takes them at their word
         arguments = self._attention_arguments(query, key_latents, value_latents, layer, step)
         weights_length = None if step.slots is None else step.slots.shape[1]
         summed, weights = layer.backend.attend(**arguments, weights_length=weights_length)
-        summed = summed.to(query.dtype)
-        output = self.v_proj.ALinear(summed, per_head=True) if isinstance(self.v_proj, SVDLinear) else summed
         if weights is not None:
-            slots = step.slots.to(weights.device)[:, None, None].expand_as(weights)
+            slots = step.slots[:, None, None].expand_as(weights)
             weights = weights.gather(3, slots.clamp(min=0)).masked_fill(slots < 0, 0.0).to(query.dtype)
-        return output.transpose(1, 2), weights
+        return self._expand_values(summed, query), weights
 
 
 def to_latents(projection: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -548,15 +600,16 @@ class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):
         if not known:
             past_key_values.check_model(self)
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        positions, real, lengths = self._place_tokens(hidden_states, attention_mask, position_ids, past_key_values)
-        position_embeddings = self.rotary_emb(hidden_states, position_ids=positions)
-        # Dynamic NTK changes the frequencies with the length, so they are read after the embedding has seen it.
-        rope = Rope(self.rotary_emb.inv_freq, self.rotary_emb.attention_scaling)
-        slots = None
-        if kwargs.get("output_attentions", self.config.output_attentions):
-            slots = self._slot_positions(past_key_values, real, *positions.shape)
+        lengths, real = self._new_tokens(hidden_states, attention_mask, past_key_values)
         has_past = isinstance(lengths, torch.Tensor) or past_key_values.get_seq_length() > 0
-        step = LatentStep(positions, real, lengths, has_past, rope, slots)
+        step = LatentStep.place(lengths, real, hidden_states.shape[1], hidden_states.device, has_past=has_past)
+        if position_ids is not None:
+            step.check_positions(position_ids)
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=step.positions)
+        # Dynamic NTK changes the frequencies with the length, so they are read after the embedding has seen it.
+        step = replace(step, rope=Rope(self.rotary_emb.inv_freq, self.rotary_emb.attention_scaling))
+        if kwargs.get("output_attentions", self.config.output_attentions):
+            step = replace(step, slots=self._slot_positions(past_key_values, real, *step.positions.shape))
         # The first chunk attends to itself by the library's functions; later ones read the cache by its own lengths.
         causal_mask = None
         if not step.has_past:
@@ -578,31 +631,17 @@ class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):
             past_key_values.bind(self)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
-    def _place_tokens(self, embeds, attention_mask, position_ids, cache: KIVILatentCache):
-        """`LatentStep`'s positions, pads and lengths of the new tokens, checked against what the cache holds."""
+    def _new_tokens(self, embeds, attention_mask, cache: KIVILatentCache):
+        """Tokens that the rows hold, as `KIVILatentCache.row_lengths`, and which of the new ones are real."""
         batch, length = embeds.shape[:2]
         lengths = cache.row_lengths()
         lengths = lengths if len(lengths) else [0] * batch
         if len(lengths) != batch:
             raise ValueError(f"input_ids: batch of {batch} must be the {len(lengths)} rows of the cache")
-        real = self._new_tokens(attention_mask, lengths, cache, length)
-        past = torch.as_tensor(lengths, device=embeds.device)[:, None]
-        if real is None:
-            positions = past + torch.arange(length, device=embeds.device)
-        else:
-            positions = (past + real.to(embeds.device).cumsum(1) - 1).clamp(min=0)
-        if position_ids is not None:
-            agrees = position_ids.to(embeds.device) == positions
-            agrees = agrees if real is None else agrees | ~real.to(embeds.device)
-            require(
-                agrees.all(),
-                "position_ids: must count the tokens of each row from 0 without gaps, pads not counted, and go on "
-                "where the cache ends; leave them out to have them made",
-            )
-        return positions, real, lengths
+        return lengths, self._real_tokens(attention_mask, lengths, cache, length)
 
     @staticmethod
-    def _new_tokens(attention_mask, lengths, cache: KIVILatentCache, length: int) -> torch.Tensor | None:
+    def _real_tokens(attention_mask, lengths, cache: KIVILatentCache, length: int) -> torch.Tensor | None:
         """`[B, L]` on the CPU, which of the new slots hold tokens; `None` if all do."""
         if attention_mask is None:
             return None

@@ -36,11 +36,18 @@ class BlockPool:
         codecs: Codec of each side, `{"keys": …, "values": …}`.
         device: Where the slots live.
         capacity: Slots to begin with; all that there ever are in a pool without owners (`modules/fixed_cache.py`).
+        storage: The storages of such a pool, by side and field, if there are some.
     """
 
-    def __init__(self, codecs: dict[str, BlockCodec], device: torch.device, capacity: int = 0):
+    def __init__(
+        self,
+        codecs: dict[str, BlockCodec],
+        device: torch.device,
+        capacity: int = 0,
+        storage: dict[str, Fields] | None = None,
+    ):
         self.codecs, self.capacity = codecs, capacity
-        self.storage = {
+        self.storage = storage or {
             side: {
                 name: torch.empty((capacity, *shape), dtype=dtype, device=device)
                 for name, (shape, dtype) in codec.fields().items()

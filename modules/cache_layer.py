@@ -23,7 +23,7 @@ from modules.block_pool import BlockPool
 from modules.codecs import StaticScales, block_length, block_nbytes, check_codec, make_codec
 from modules.fixed_cache import SIDES, FixedStore, Room, check_fixed
 from modules.kernels import FUSED_DTYPES, Backend, get_backend
-from modules.kernels.packed import PackedCache, Tile
+from modules.kernels.packed import NewTokens, PackedCache, PackedSide, Tile, counts_of_rows
 
 #: Channels of each head group of the keys and of the values of one layer.
 LayerWidths = tuple[tuple[int, ...], tuple[int, ...]]
@@ -252,6 +252,8 @@ class KIVILatentLayer(CacheLayerMixin):
         self.rows: list[Row] = []
         self.pool = None
         self._table: torch.Tensor | None = None
+        #: What reading the blocks takes: table, sides, whether all blocks are full, where the windows start.
+        self._blocks: tuple[torch.Tensor, tuple[PackedSide, ...], bool, tuple[int, ...]] | None = None
         self._exact: dict[str, torch.Tensor] = {}
 
     def __setstate__(self, state: dict) -> None:
@@ -298,6 +300,26 @@ class KIVILatentLayer(CacheLayerMixin):
             self.static_scales = moved
         self.backend = get_backend(self.backend_name, self.device)
         return scheme.codecs(widths, self.dtype, self.backend, self.static_scales)
+
+    def attend_and_append(self, query: torch.Tensor, new: NewTokens, expand_keys, **how) -> torch.Tensor:
+        """Attention of new tokens to all that is cached and to themselves, who are cached then.
+
+        Args:
+            query: `[B, H_q, L, d]` before RoPE.
+            new: The new tokens.
+            expand_keys, how: `value_widths`, `rope` and `scaling`, as for `modules.kernels.attention.latent_attention`.
+
+        Returns:
+            `[B, H_q, L, max(value_widths)]` float32, the weighted sums of the values' latents.
+
+        Raises:
+            ValueError: As for `append`.
+        """
+        self.check_states(new.keys, new.values)  # before a kernel takes them at their word
+        how |= {"positions": new.positions, "cache": self.packed(new.tile()), "expand_keys": expand_keys}
+        summed, _ = self.backend.attend(query, **how)
+        self.append(new.keys, new.values, new.real)
+        return summed
 
     def append(
         self,
@@ -400,10 +422,10 @@ class KIVILatentLayer(CacheLayerMixin):
 
     def _append_one(self, states: dict[str, torch.Tensor]) -> None:
         """The common decode step: one token per row into the window, nothing to pack."""
-        rows = torch.arange(len(self.rows), device=self.device)
-        ends = torch.tensor([row.window for row in self.rows], device=self.device)
+        ends = counts_of_rows(tuple(row.window for row in self.rows), self.device, torch.int64)
         for name, x in states.items():
-            self._exact[f"window_{name}"][rows, ends] = x[:, 0]
+            window = self._exact[f"window_{name}"]
+            window.scatter_(1, ends.view(-1, *(1,) * (window.dim() - 1)).expand_as(x), x)
         self.rows = [replace(row, window=row.window + 1) for row in self.rows]
 
     def _append_many(self, states: dict[str, torch.Tensor], real: torch.Tensor | None) -> None:
@@ -479,13 +501,15 @@ class KIVILatentLayer(CacheLayerMixin):
         """What new tokens attend to: all that is cached, and the `new` tokens themselves."""
         if not self.is_initialized:
             return PackedCache(after=new)
-        with self.pool.lock:  # both of the same state of the pool
+        with self.pool.lock:  # all of the same state of the pool
             table, sides = self.block_table(), self.pool.sides()
-        full = {row.counts for row in self.rows} == {(self.scheme.block_length,) * table.shape[2]}
-        sinks = self._exact_tile("sink", [0 for _ in self.rows], [row.sinks for row in self.rows])
-        window = self._exact_tile(
-            "window", [row.sinks + row.packed for row in self.rows], [row.window for row in self.rows]
-        )
+            if self._blocks is None or self._blocks[0] is not table or self._blocks[1] is not sides:
+                full = {row.counts for row in self.rows} == {(self.scheme.block_length,) * table.shape[2]}
+                starts = tuple(row.sinks + row.packed for row in self.rows)
+                self._blocks = (table, sides, full, starts)
+        *_, full, starts = self._blocks
+        sinks = self._exact_tile("sink", (0,) * len(self.rows), tuple(row.sinks for row in self.rows))
+        window = self._exact_tile("window", starts, tuple(row.window for row in self.rows))
         if not table.shape[2]:
             return PackedCache(sinks, window + new)
         return PackedCache(sinks, window + new, *sides, self.scheme.block_length, table, full)
@@ -494,13 +518,12 @@ class KIVILatentLayer(CacheLayerMixin):
         """The cached tokens in order, dequantized; packed ones about `tokens` at a time."""
         return self.packed().tiles(tokens)
 
-    def _exact_tile(self, room: str, starts: list[int], counts: list[int]) -> tuple[Tile, ...]:
+    def _exact_tile(self, room: str, starts: tuple[int, ...], counts: tuple[int, ...]) -> tuple[Tile, ...]:
         longest = max(counts)
         if not longest:
             return ()
         keys, values = (self._exact[f"{room}_{side}"][:, None, :longest] for side in ("keys", "values"))
-        index = torch.tensor([starts, counts], dtype=torch.int32, device=self.device).unsqueeze(-1)
-        tile = Tile(keys, values, index[0], index[1])
+        tile = Tile(keys, values, counts_of_rows(starts, self.device), counts_of_rows(counts, self.device))
         return (tile if min(counts) == longest else tile.masked(),)
 
     def states(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -820,6 +843,12 @@ class FixedLatentLayer(KIVILatentLayer):
                 self._clear()
             raise
         self.pads, self.is_fed = pads, True
+
+    def attend_and_append(self, query: torch.Tensor, new: NewTokens, expand_keys, **how) -> torch.Tensor:
+        self.check_states(new.keys, new.values)
+        if self.is_fed and new.real is None:
+            return self.store.attend_and_append(query, new, expand_keys, **how)
+        return super().attend_and_append(query, new, expand_keys, **how)
 
     def block_table(self) -> torch.Tensor:
         return self.store.table

@@ -16,7 +16,7 @@ import torch
 from configuration_alrd_llama import QuantScheme
 from modules.hadamard_utils import rotate, rotate_back
 from modules.kernels import Backend, get_backend
-from modules.kernels.packed import PackedPart
+from modules.kernels.packed import PackedPart, PackRecord
 from modules.quant_utils import DEFAULT_BLOCK_LENGTH, group_widths, packed_words, parameter_dtype, to_finite
 
 Fields = dict[str, torch.Tensor]
@@ -85,6 +85,13 @@ class _Codec:
         """The storage of all slots, `[slots, …]`, as attention kernels read it; `None`: they cannot."""
         return None
 
+    def records(self) -> tuple[PackRecord, ...] | None:
+        """How its blocks are packed, as kernels that write blocks read it; `None`: they cannot."""
+        return None
+
+    def _record(self, **fields) -> PackRecord:
+        return PackRecord("", tuple(range(sum(self.widths))), self.scheme.bits, **fields)
+
     def _with(self, scheme: QuantScheme, length: int, widths: tuple[int, ...], dtype: torch.dtype) -> BlockCodec:
         """The quantizer of a part of the states."""
         return make_codec(scheme, length, widths, dtype, self.backend, scale_dtype=self.scale_dtype)
@@ -104,6 +111,9 @@ class ExactCodec(_Codec):
 
     def parts(self, fields: Fields) -> tuple[PackedPart, ...]:
         return (PackedPart(16, self.widths, fields["states"], run=self.length),)
+
+    def records(self) -> tuple[PackRecord, ...]:
+        return (self._record(),)
 
 
 class UniformCodec(_Codec):
@@ -176,6 +186,10 @@ class UniformCodec(_Codec):
         parameters = (fields["scale"], fields.get("zero_point"))
         return (PackedPart(self.scheme.bits, self.widths, fields["packed"], *parameters, self.runs[0], self.groups),)
 
+    def records(self) -> tuple[PackRecord, ...]:
+        how = {"symmetric": self.scheme.symmetric, "range_method": self.scheme.range_method}
+        return (self._record(runs=self._equal_runs(), groups=self.groups, scale_dtype=self.scale_dtype, **how),)
+
 
 class StaticCodec(_Codec):
     """Codes by scales from calibration, which are stored once, not per block: exactly `bits` bits per element."""
@@ -201,6 +215,10 @@ class StaticCodec(_Codec):
     def parts(self, fields: Fields) -> tuple[PackedPart, ...]:
         parameters = (None if x is None else x.view(1, 1, -1) for x in self.scales)
         return (PackedPart(self.scheme.bits, self.widths, fields["packed"], *parameters, self.length),)
+
+    def records(self) -> tuple[PackRecord, ...]:
+        how = {"symmetric": self.scales[1] is None, "scale_dtype": self.scale_dtype, "scales": self.scales}
+        return (self._record(runs=((1, self.length),), **how),)
 
 
 class RotatedCodec(_Codec):
@@ -330,6 +348,16 @@ class TieredCodec(_Codec):
             return None
         widths = {bits: tuple(sum(n for n, b in group if b == bits) for group in self.scheme.tiers) for bits in parts}
         return tuple(replace(part, widths=widths[bits]) for bits, (part,) in parts.items())
+
+    def records(self) -> tuple[PackRecord, ...] | None:
+        records = []
+        for name, codec in self.codecs.items():
+            own = codec.records()
+            if own is None:
+                return None
+            (record,) = own
+            records.append(replace(record, prefix=f"{name}.", channels=tuple(self.channels[name].tolist())))
+        return tuple(records)
 
 
 class ProtectedTokenCodec(_Codec):

@@ -10,8 +10,8 @@ and no operation waits for the device, so CUDA graphs and `torch.compile` can ta
 
 A step is the same operations whatever the rows hold: blocks that may fall due are always quantized, and what is not due
 is written to a spare slot. (A CPU, which waits for nobody, only writes the tokens where no block is due; so do the
-Triton kernels.) The bytes are those that `KIVILatentLayer` stores for the same tokens. In a compiled graph the append
-is one node.
+Triton kernels.) The bytes are those that `KIVILatentLayer` stores for the same tokens. In a compiled graph attention
+and append of a layer are one node.
 """
 
 import itertools
@@ -27,9 +27,10 @@ from torch.library import custom_op
 from configuration_alrd_llama import QuantScheme
 from modules.block_pool import BlockPool
 from modules.codecs import BlockCodec
-from modules.kernels import MAX_QUERY_LENGTH
-from modules.kernels.packed import PackedCache, Tile
+from modules.kernels import MAX_QUERY_LENGTH, Backend
+from modules.kernels.packed import NewTokens, PackedCache, Rope, Tile
 from modules.quant_utils import require
+from modules.svd_linear import Expansion
 
 SIDES = ("keys", "values")
 
@@ -87,23 +88,13 @@ class Plan:
     Attributes:
         room: Sizes of a row.
         codecs: Quantizer of each side, `{"keys": …, "values": …}`.
-        names: Names of the store's tensors, in the order in which a compiled graph passes them.
-        fused: As `append_tokens`, by kernels: for at most `MAX_QUERY_LENGTH` tokens per row, none of them a pad.
     """
 
     room: Room
     codecs: dict[str, BlockCodec]
-    names: tuple[str, ...]
-    fused: Callable | None = None
 
     def __deepcopy__(self, memo) -> "Plan":
         return self
-
-    def append(self, tensors: dict[str, torch.Tensor], keys, values, real: torch.Tensor | None) -> None:
-        if self.fused is not None and real is None and keys.shape[1] <= MAX_QUERY_LENGTH:
-            self.fused(tensors, keys, values)
-        else:
-            append_tokens(self, tensors, keys, values, real)
 
 
 #: Plans by the name under which a compiled graph refers to them.
@@ -112,30 +103,62 @@ _PLANS: WeakValueDictionary[str, Plan] = WeakValueDictionary()
 _count = itertools.count()
 
 
-def _shared_plan(codecs: dict[str, BlockCodec], room: Room, device: torch.device, names) -> tuple[str, Plan]:
+def _shared_plan(codecs: dict[str, BlockCodec], room: Room, device: torch.device) -> tuple[str, Plan]:
     """The plan of such stores and its name: one for all that are alike, so that a graph serves the next cache too."""
     alike = [(c.scheme, c.widths, c.dtype, c.scale_dtype, c.backend.name) for c in codecs.values()]
     static = any(codec.scheme.static for codec in codecs.values())  # scales of their own
     name = f"{room} {device} {alike} {next(_count) if static else ''}"
-    plan = _PLANS.get(name)
-    if plan is None:
-        fused = None
-        if codecs["keys"].backend.name == "triton":
-            from modules.kernels.append_triton import FusedAppend
-
-            fused = FusedAppend(room, codecs, device)
-        plan = _PLANS[name] = Plan(room, codecs, names, fused)
-    return name, plan
+    return name, _PLANS.setdefault(name, Plan(room, codecs))
 
 
-# One node of a graph: a compiler that kept the casts of `quantize` in float32 would change the codes. The name is this
+# Nodes of a graph: a compiler that kept the casts of `quantize` in float32 would change the codes. The names are this
 # module's own, since code from a hub may be loaded beside it, and the plans of one are unknown to the other.
-@custom_op(re.sub(r"\W", "_", __name__) + "::append_tokens", mutates_args=("tensors",))
+_NAMESPACE = re.sub(r"\W", "_", __name__)
+
+
+@custom_op(f"{_NAMESPACE}::append_tokens", mutates_args=("tensors",))
 def _append_in_graph(
     tensors: list[torch.Tensor], keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor | None, plan: str
 ) -> None:
-    known = _PLANS[plan]
-    known.append(dict(zip(known.names, tensors, strict=True)), keys, values, real)
+    FixedStore.of(tensors, plan).append(keys, values, real)
+
+
+@custom_op(f"{_NAMESPACE}::attend_and_append", mutates_args=("tensors",))
+def _attend_in_graph(
+    tensors: list[torch.Tensor],
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    positions: torch.Tensor,
+    start: torch.Tensor,
+    count: torch.Tensor,
+    real: torch.Tensor | None,
+    order: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    ranks: list[int],
+    num_heads: int,
+    value_widths: list[int],
+    inv_freq: torch.Tensor,
+    attention_scaling: float,
+    scaling: float,
+    plan: str,
+) -> torch.Tensor:
+    return FixedStore.of(tensors, plan).attend_and_append(
+        query,
+        NewTokens(keys, values, positions, start, count, real, order),
+        None if weight is None else Expansion(weight, bias, tuple(ranks), num_heads),
+        value_widths=tuple(value_widths),
+        rope=Rope(inv_freq, attention_scaling),
+        scaling=scaling,
+    )
+
+
+@_attend_in_graph.register_fake
+def _(tensors: list[torch.Tensor], query: torch.Tensor, *arguments) -> torch.Tensor:
+    value_widths = arguments[11]
+    shape = (*query.shape[:3], max(value_widths))
+    return query.new_empty(shape, dtype=torch.promote_types(query.dtype, torch.float32))
 
 
 def append_tokens(
@@ -215,6 +238,13 @@ def _flush(plan: Plan, tensors, streams: dict[str, torch.Tensor], flushed: torch
         tensors[name].index_copy_(0, slots, tensor)
 
 
+#: Places of the tokens in full precision, by the names of their tensors.
+_EXACT = {f"{place}_{side}": (place, side) for place in ("sink", "window") for side in SIDES}
+
+#: Stores by the address of their `state`.
+_STORES: WeakValueDictionary[int, "FixedStore"] = WeakValueDictionary()
+
+
 class FixedStore:
     """The tokens of one layer. After the constructor no method waits for the device but `read_rows`.
 
@@ -228,7 +258,6 @@ class FixedStore:
     def __init__(self, codecs: dict[str, BlockCodec], room: Room, batch: int, dtype: torch.dtype, device: torch.device):
         self.room, self.batch = room, batch
         self.pool = BlockPool(codecs, device, batch * room.blocks + 1)
-        self.pool.sides()  # now, so that a compiled step finds them made
         self.state = torch.zeros((4, batch), dtype=torch.int32, device=device)
         self.table = torch.zeros((3, batch, room.blocks), dtype=torch.int32, device=device)
         self.table[0] = torch.arange(batch * room.blocks, device=device).view(batch, -1)
@@ -236,18 +265,55 @@ class FixedStore:
         # The kernels put the new tokens of a step behind the window before they take blocks from its front.
         rooms = {"sink": room.sink_length, "window": room.window + MAX_QUERY_LENGTH}
         self.exact = {
-            f"{name}_{side}": torch.zeros((batch, length, sum(codecs[side].widths)), dtype=dtype, device=device)
-            for name, length in rooms.items()
-            for side in SIDES
+            name: torch.zeros((batch, rooms[place], sum(codecs[side].widths)), dtype=dtype, device=device)
+            for name, (place, side) in _EXACT.items()
         }
-        self.stored = {f"{side}.{n}": t for side, fields in self.pool.storage.items() for n, t in fields.items()}
         #: For the kernels: whether all values could be quantized, and no row has exceeded its capacity.
         self.ok = torch.ones(2, dtype=torch.bool, device=device)
+        self.plan_name, self.plan = _shared_plan(codecs, room, device)
+        self._name_tensors()
+        self._register()
+
+    def _name_tensors(self) -> None:
+        self.stored = {f"{side}.{n}": t for side, fields in self.pool.storage.items() for n, t in fields.items()}
         self.tensors = {"state": self.state, "table": self.table, "ok": self.ok} | self.exact | self.stored
-        self.plan_name, self.plan = _shared_plan(codecs, room, device, tuple(self.tensors))
+        self.pool.sides()  # now, so that a compiled step finds them made
+        #: The kernels of an append, prepared at the first one.
+        self._fused: Callable | None = None
+
+    def _register(self) -> None:
+        """Be found by a compiled graph, which knows tensors only."""
         if not torch.compiler.is_compiling():
+            _STORES[self.state.data_ptr()] = self
             for tensor in (self._origin, *self.tensors.values()):
                 torch._dynamo.mark_static_address(tensor)
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in vars(self).items() if name not in ("stored", "tensors", "_fused")}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self._name_tensors()
+        self._register()
+
+    @classmethod
+    def of(cls, tensors: list[torch.Tensor], plan_name: str) -> "FixedStore":
+        """The store that has these tensors, in the order of `tensors`.
+
+        A compiler may have copied them, to write the changes back later: then a store of the copies.
+        """
+        known = _STORES.get(tensors[0].data_ptr())
+        if known is not None and all(a.data_ptr() == b.data_ptr() for a, b in zip(tensors, known.tensors.values())):
+            return known
+        plan, store = _PLANS[plan_name], cls.__new__(cls)
+        store.plan_name, store.plan, store.room, store.batch = plan_name, plan, plan.room, tensors[0].shape[1]
+        store.state, store.table, store.ok, *rest = tensors
+        store._origin = torch.zeros((store.batch, 1), dtype=torch.int32, device=store.state.device)
+        store.exact = {name: rest.pop(0) for name in _EXACT}
+        storage = {side: {name: rest.pop(0) for name in codec.fields()} for side, codec in plan.codecs.items()}
+        store.pool = BlockPool(plan.codecs, store.state.device, storage=storage)
+        store._name_tensors()
+        return store
 
     @property
     def lengths(self) -> torch.Tensor:
@@ -264,8 +330,47 @@ class FixedStore:
         """
         if torch.compiler.is_compiling():
             _append_in_graph(list(self.tensors.values()), keys, values, real, self.plan_name)
+        elif self._backend.name == "triton" and real is None and keys.shape[1] <= MAX_QUERY_LENGTH:
+            self._fused = self._fused or self._fused_append()
+            self._fused(keys, values)
         else:
-            self.plan.append(self.tensors, keys, values, real)
+            append_tokens(self.plan, self.tensors, keys, values, real)
+
+    @property
+    def _backend(self) -> Backend:
+        return self.plan.codecs["keys"].backend
+
+    def _fused_append(self) -> Callable:
+        # Here, so that triton is imported only where it is chosen.
+        from modules.kernels.append_triton import FusedAppend
+
+        records = {side: codec.records() for side, codec in self.plan.codecs.items()}
+        return FusedAppend(self.room, records, self.tensors)
+
+    def attend_and_append(self, query: torch.Tensor, new: NewTokens, expand_keys, **how) -> torch.Tensor:
+        """`KIVILatentLayer.attend_and_append`, which in a graph is one node."""
+        if not torch.compiler.is_compiling():
+            cache = self.packed(new.tile())
+            summed, _ = self._backend.attend(
+                query, positions=new.positions, cache=cache, expand_keys=expand_keys, **how
+            )
+            self.append(new.keys.detach(), new.values.detach(), new.real)
+            return summed
+        expansion = (None, None, [], 0)
+        if expand_keys is not None:
+            expansion = (expand_keys.weight, expand_keys.bias, list(expand_keys.ranks), expand_keys.num_heads)
+        rope = how["rope"]
+        return _attend_in_graph(
+            list(self.tensors.values()),
+            query,
+            *new,
+            *expansion,
+            list(how["value_widths"]),
+            rope.inv_freq,
+            rope.attention_scaling,
+            how["scaling"],
+            self.plan_name,
+        )
 
     # ---- reading
 

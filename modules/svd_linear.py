@@ -257,6 +257,23 @@ class BLinear(nn.Linear):
         return _SumGradient.apply(super().forward(hidden_states), self.process_group)
 
 
+class Expansion(NamedTuple):
+    """The tensors of an `ALinear`, with its attributes, for who must not hold a module: an operation in a graph."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    ranks: tuple[int, ...]
+    num_heads: int
+
+    def __call__(self, latent: torch.Tensor) -> torch.Tensor:
+        """`ALinear.forward` of latents `[..., Σ r]`."""
+        if len(self.ranks) == 1:
+            return nn.functional.linear(latent, self.weight, self.bias)
+        weight = self.weight.unflatten(0, (len(self.ranks), -1))
+        states = torch.einsum("...nr,nor->...no", split_groups(latent, self.ranks), weight).flatten(-2)
+        return states if self.bias is None else states + self.bias
+
+
 class ALinear(nn.Module):
     """Expands latents to keys or values, head group by head group.
 
@@ -293,11 +310,7 @@ class ALinear(nn.Module):
             if self.bias is not None:
                 states = states + self.bias.view(self.num_heads, 1, -1)
             return states.unflatten(-2, (-1, latent.shape[-2])).flatten(-4, -3)
-        if len(self.ranks) == 1:
-            return nn.functional.linear(latent, self.weight, self.bias)
-        weight = self.weight.unflatten(0, (len(self.ranks), -1))
-        states = torch.einsum("...nr,nor->...no", split_groups(latent, self.ranks), weight).flatten(-2)
-        return states if self.bias is None else states + self.bias
+        return Expansion(self.weight, self.bias, self.ranks, self.num_heads)(latent)
 
 
 def own_groups(groups: Sequence, rank: int, size: int) -> Sequence:

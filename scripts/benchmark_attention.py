@@ -240,8 +240,7 @@ class LatentLayer:
 
     def position(self) -> LatentStep:
         held = self.layer.rows[0].tokens
-        positions = torch.full((self.batch, 1), held, device=self.device)
-        return LatentStep(positions, None, [held] * self.batch, True, self.rope)
+        return LatentStep.place([held] * self.batch, None, 1, self.device, has_past=True, rope=self.rope)
 
     @torch.no_grad()
     def attend(self) -> torch.Tensor:
@@ -293,7 +292,7 @@ class LatentLayer:
 
     def stored(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
         """What the row holds, dequantized in float32, with the new token: `[T, C_k]` and `[T, C_v]`."""
-        seen = self.layer.packed(self.position().new_tile(self.new_keys, self.new_values))
+        seen = self.layer.packed(self.position().new_tokens(self.new_keys, self.new_values).tile())
         sides = []
         for side, codec in self.layer.pool.codecs.items():
             exact = copy(codec)

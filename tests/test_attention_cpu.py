@@ -146,7 +146,8 @@ def make_step(
     states = [
         noise(len(lengths), new, sum(width), dtype=dtype, shape_of_channels=channels) for width in (key_ranks, ranks[1])
     ]
-    tile = LatentStep(positions, real, lengths.tolist(), True, rope).new_tile(*states)
+    step = LatentStep.place(lengths.tolist(), real, new, torch.device("cpu"), has_past=True)
+    tile = step.new_tokens(*states).tile()
     arguments = {
         "query": (gain * torch.randn(len(lengths), query_heads, new, size)).to(dtype),
         "positions": positions,

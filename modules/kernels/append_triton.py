@@ -6,13 +6,14 @@ kernel of `modules/kernels/quantize_triton.py`, so the bytes are those of any ca
 """
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from modules.codecs import BlockCodec, ExactCodec, StaticCodec, TieredCodec
 from modules.kernels import quantize_triton as quantize
+from modules.kernels.packed import PackRecord
 from modules.kernels.quantize_triton import _as_bits, _candidates, _quantize_kernel
 from modules.quant_utils import grid, packed_words, require
 
@@ -308,170 +309,212 @@ def _advance_kernel(
 # ---- launches
 
 
-def _leaves(codec: BlockCodec) -> list[tuple[str, BlockCodec, tuple[int, ...]]]:
-    """The quantizers of a side that have one width, each with the prefix of its fields and its channels."""
-    if not isinstance(codec, TieredCodec):
-        return [("", codec, tuple(range(sum(codec.widths))))]
-    return [(f"{name}.", inner, tuple(codec.channels[name].tolist())) for name, inner in codec.codecs.items()]
-
-
 def _raw(x: torch.Tensor) -> torch.Tensor:
     """The bits of floats as integers, for copies."""
     return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.dtype.itemsize])
 
 
+class _Launch(NamedTuple):
+    """A kernel, its grid, and the arguments that no step changes."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+
+    def start(self, **arguments) -> None:
+        self.kernel[self.grid](**self.arguments, **arguments)
+
+
+class _Flush(NamedTuple):
+    """Quantizing the channels of one record, of the blocks that are due.
+
+    Attributes:
+        take: Copies channels that are not side by side to `scratch`, or states as they are to their slots; `None`:
+            there is nothing to copy.
+        scratch: Shape of the copy; `None`: there is none.
+        quantize: For each length of the groups of a block that are packed by themselves; none at 16 bits.
+    """
+
+    take: _Launch | None
+    scratch: tuple[int, int, int] | None
+    quantize: list[_Launch]
+
+
 class FusedAppend:
     """`append_tokens` of `modules/fixed_cache.py` by kernels, for up to `MAX_QUERY_LENGTH` tokens per row and no pads.
 
-    An error is raised as `require` does, after the fact: the rows are then not usable until they are cleared.
+    What is launched depends on the number of new tokens alone and is prepared once for each. An error is raised as
+    `require` does, after the fact: the rows are then not usable until they are cleared.
 
     Args:
         room: `Room` of a row.
-        codecs: Quantizer of each side; `ExactCodec`, `UniformCodec`, `StaticCodec` or a `TieredCodec` of such.
-        device: Of the store's tensors.
+        records: Of each side, how its blocks are packed.
+        tensors: Those of the store, by name.
     """
 
-    def __init__(self, room, codecs: dict[str, BlockCodec], device: torch.device):
-        self.room = room
-        self.constants = {
+    def __init__(self, room, records: dict[str, tuple[PackRecord, ...]], tensors: dict[str, torch.Tensor]):
+        self.room, self.records, self.tensors = room, records, tensors
+        exact = {name: _raw(tensors[name]) for name in ("sink_keys", "sink_values", "window_keys", "window_values")}
+        self.batch, self.device = len(tensors["window_keys"]), tensors["state"].device
+        self.row = {
+            "state": tensors["state"],
+            "batch": self.batch,
             "RESIDUAL": room.residual_length,
             "BLOCK": room.block_length,
             "SINKS": room.sink_length,
             "CAPACITY": room.capacity,
             "BLOCKS": room.blocks,
         }
-        self.leaves = [
-            (side, f"{side}.{prefix}", inner, channels, torch.tensor(channels, dtype=torch.int32, device=device))
-            for side, codec in codecs.items()
-            for prefix, inner, channels in _leaves(codec)
-        ]
+        self.whole = self.row | {
+            "window_keys": exact["window_keys"],
+            "window_values": exact["window_values"],
+            "key_channels": exact["window_keys"].shape[2],
+            "value_channels": exact["window_values"].shape[2],
+            "ROOM": exact["window_keys"].shape[1],
+            "WIDTH": 128,
+        }
+        self.sinks = {"sink_keys": exact["sink_keys"], "sink_values": exact["sink_values"]}
+        self.finite, self.fits = tensors["ok"]
+        self.prepared: dict[int, tuple[_Launch, list[_Flush], _Launch]] = {}
 
-    def __call__(self, tensors: dict[str, torch.Tensor], keys: torch.Tensor, values: torch.Tensor) -> None:
-        batch, length = keys.shape[:2]
+    def __call__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        length = keys.shape[1]
+        if length not in self.prepared:
+            self.prepared[length] = self._prepare(length)
+        append, flushes, advance = self.prepared[length]
         keys, values = (_raw(x if x.stride(-1) == 1 else x.contiguous()) for x in (keys, values))
-        exact = {name: _raw(tensors[name]) for name in ("sink_keys", "sink_values", "window_keys", "window_values")}
-        channels = {"key_channels": keys.shape[2], "value_channels": values.shape[2]}
-        row = {"state": tensors["state"], "batch": batch, **self.constants}
-        capacity = {"ROOM": exact["window_keys"].shape[1], "WIDTH": 128}
         with torch.cuda.device_of(keys):
-            blocks = sum(-(-c // capacity["WIDTH"]) for c in channels.values())
-            _append_kernel[(batch * length, blocks)](
+            append.start(
                 keys=keys,
                 values=values,
-                length=length,
                 key_stride_b=keys.stride(0),
                 key_stride_t=keys.stride(1),
                 value_stride_b=values.stride(0),
                 value_stride_t=values.stride(1),
-                num_warps=4,
-                **row,
-                **exact,
-                **channels,
-                **capacity,
             )
-            for leaf in self.leaves:
-                self._flush(tensors, row, length, *leaf)
-            _advance_kernel[(batch,)](
-                table=tensors["table"],
-                window_keys=exact["window_keys"],
-                window_values=exact["window_values"],
-                ok=tensors["ok"].view(torch.uint8),
-                length=length,
-                HEIGHT=1 << min(self.room.block_length.bit_length() - 1, 4),
-                num_warps=8,
-                **row,
-                **channels,
-                **capacity,
-            )
-        require(tensors["ok"][0], "x: values to quantize must be finite and fit their scales; see check_scale")
-        require(tensors["ok"][1], self.room.full_message)
+            for flush in flushes:
+                self._start(flush)
+            advance.start()
+        require(self.finite, "x: values to quantize must be finite and fit their scales; see check_scale")
+        require(self.fits, self.room.full_message)
 
-    def _take(self, tensors, row: dict, length: int, window: torch.Tensor, source, taken, to_slots: bool) -> None:
-        due, channels, height = self.room.due(length), len(source), 16
-        _take_kernel[(row["batch"] * due, -(-self.room.block_length // height), -(-channels // 128))](
-            slots=tensors["table"],
-            window=_raw(window),
-            source=source,
-            taken=_raw(taken),
-            length=length,
-            channels=channels,
-            stride_b=window.stride(0),
-            stride_t=window.stride(1),
-            DUE=due,
-            TO_SLOTS=to_slots,
-            HEIGHT=height,
-            WIDTH=128,
-            num_warps=4,
-            **row,
+    def _start(self, flush: _Flush) -> None:
+        copied = {}
+        if flush.scratch is not None:
+            x = torch.empty(flush.scratch, dtype=self.tensors["window_keys"].dtype, device=self.device)
+            flush.take.start(taken=_raw(x))
+            copied = {"x": _as_bits(x)}
+        elif flush.take is not None:
+            flush.take.start()
+        for launch in flush.quantize:
+            launch.start(**copied)
+
+    def _prepare(self, length: int) -> tuple[_Launch, list[_Flush], _Launch]:
+        blocks = sum(-(-self.whole[f"{side}_channels"] // self.whole["WIDTH"]) for side in ("key", "value"))
+        append = self.whole | self.sinks | {"length": length, "num_warps": 4}
+        advance = self.whole | {
+            "table": self.tensors["table"],
+            "ok": self.tensors["ok"].view(torch.uint8),
+            "length": length,
+            "HEIGHT": 1 << min(self.room.block_length.bit_length() - 1, 4),
+            "num_warps": 8,
+        }
+        flushes = []
+        for side, records in self.records.items():
+            flushes += [self._flush(side, record, length) for record in records]
+        return (
+            _Launch(_append_kernel, (self.batch * length, blocks), append),
+            flushes,
+            _Launch(_advance_kernel, (self.batch,), advance),
         )
 
-    def _flush(self, tensors, row: dict, new_tokens: int, side: str, prefix: str, codec, channels, source) -> None:
-        """Quantize the channels of one quantizer, of the blocks that are due."""
-        window, due = tensors[f"window_{side}"], self.room.due(new_tokens)
-        if isinstance(codec, ExactCodec):
-            self._take(tensors, row, new_tokens, window, source, tensors[f"{prefix}states"], True)
-            return
-        x = window[..., channels[0] :]
+    def _take(self, window: torch.Tensor, channels: tuple[int, ...], length: int, to_slots: bool) -> _Launch:
+        due, height = self.room.due(length), 16
+        grid = (self.batch * due, -(-self.room.block_length // height), -(-len(channels) // 128))
+        arguments = self.row | {
+            "slots": self.tensors["table"],
+            "window": _raw(window),
+            "source": torch.tensor(channels, dtype=torch.int32, device=self.device),
+            "length": length,
+            "channels": len(channels),
+            "stride_b": window.stride(0),
+            "stride_t": window.stride(1),
+            "DUE": due,
+            "TO_SLOTS": to_slots,
+            "HEIGHT": height,
+            "WIDTH": 128,
+            "num_warps": 4,
+        }
+        return _Launch(_take_kernel, grid, arguments)
+
+    def _flush(self, side: str, record: PackRecord, new_tokens: int) -> _Flush:
+        window, due, prefix = self.tensors[f"window_{side}"], self.room.due(new_tokens), f"{side}.{record.prefix}"
+        channels, bits, static = record.channels, record.bits, record.scales is not None
+        if bits == 16:
+            take = self._take(window, channels, new_tokens, True)
+            take.arguments["taken"] = _raw(self.tensors[f"{prefix}states"])
+            return _Flush(take, None, [])
+        x, take, scratch = window[..., channels[0] :], None, None
         if channels[-1] - channels[0] >= len(channels):  # not side by side
-            x = window.new_empty((row["batch"], due * self.room.block_length, len(channels)))
-            self._take(tensors, row, new_tokens, window, source, x, False)
-        static, bits = isinstance(codec, StaticCodec), codec.scheme.bits
-        packed = tensors[f"{prefix}packed"]
-        stored = (tensors.get(f"{prefix}scale"), tensors.get(f"{prefix}zero_point"))
-        scale, zero_point = codec.scales if static else stored
+            scratch = (self.batch, due * self.room.block_length, len(channels))
+            x = torch.empty(scratch, dtype=window.dtype, device="meta")  # for its strides
+            take = self._take(window, channels, new_tokens, False)
+        packed = self.tensors[f"{prefix}packed"]
+        stored = (self.tensors.get(f"{prefix}scale"), self.tensors.get(f"{prefix}zero_point"))
+        scale, zero_point = record.scales or stored
         levels, spacing, offset = grid(bits)
-        symmetric = zero_point is None
-        widths = None if static else codec.groups
-        first = {"first_run": 0, "first_token": 0, "first_word": 0}
-        for count, run in ((1, codec.length),) if static else codec._equal_runs():
+        symmetric, widths = record.symmetric, record.groups
+        launches, first = [], {"first_run": 0, "first_token": 0, "first_word": 0}
+        for count, run in record.runs:
             slots, words = -(-run // 20) * 32 if bits == 1.58 else run, packed_words(run, bits)
-            search = not static and (codec.scheme.range_method == "mse" or (symmetric and bits < 2))
+            search = not static and (record.range_method == "mse" or (symmetric and bits < 2))
             align = math.gcd(16, len(channels), x.stride(0), x.stride(1), *(widths or ()))
             tile = quantize._tile(slots, max(widths or (len(channels),)), widths is None, align, search)
             if search and widths is None:
                 tile = (tile[0], max(tile[1] // 2, 16), tile[2])  # the row's bookkeeping takes registers too
-            quantize._launch(
-                _flush_kernel,
-                {
-                    "slots": tensors["table"],
-                    "x": _as_bits(x),
-                    "packed": packed,
-                    "scale": _as_bits(scale),
-                    "zero_point": _as_bits(scale if symmetric else zero_point),
-                    "finite": tensors["ok"].view(torch.uint8),
-                    "candidates": _candidates(bits, symmetric, x.device),
-                    "new_tokens": new_tokens,
-                    "runs": count,
-                    "slot_words": packed.stride(0),
-                    "slot_parameters": scale.stride(0),
-                    "length": run,
-                    "words": words,
-                    "channels": len(channels),
-                    "stride_b": x.stride(0),
-                    "stride_t": x.stride(1),
-                    "DUE": due,
-                    "BITS": quantize._bits(bits),
-                    "LEVELS": levels,
-                    "SPACING": spacing,
-                    "OFFSET": offset,
-                    "LIMIT": torch.finfo(codec.scale_dtype).max,
-                    "SYMMETRIC": symmetric,
-                    "MSE": search,
-                    "STATIC": static,
-                    "HELD": static or (slots <= tile[0] if widths is None else max(widths) <= tile[1]),
-                    **first,
-                    **row,
-                },
-                row["batch"] * due * count,
+            prepared, further = quantize._prepared(
+                self.batch * due * count,
                 -(-len(channels) // tile[1]) if widths is None else 1,
                 1 if widths is None and not static else -(-slots // tile[0]),
                 widths,
                 align,
                 tile,
+                self.device,
             )
+            arguments = {
+                "slots": self.tensors["table"],
+                "packed": packed,
+                "scale": _as_bits(scale),
+                "zero_point": _as_bits(scale if symmetric else zero_point),
+                "finite": self.tensors["ok"].view(torch.uint8),
+                "candidates": _candidates(bits, symmetric, self.device),
+                "new_tokens": new_tokens,
+                "runs": count,
+                "slot_words": packed.stride(0),
+                "slot_parameters": scale.stride(0),
+                "length": run,
+                "words": words,
+                "channels": len(channels),
+                "stride_b": x.stride(0),
+                "stride_t": x.stride(1),
+                "DUE": due,
+                "BITS": quantize._bits(bits),
+                "LEVELS": levels,
+                "SPACING": spacing,
+                "OFFSET": offset,
+                "LIMIT": torch.finfo(record.scale_dtype).max,
+                "SYMMETRIC": symmetric,
+                "MSE": search,
+                "STATIC": static,
+                "HELD": static or (slots <= tile[0] if widths is None else max(widths) <= tile[1]),
+            }
+            if scratch is None:
+                arguments["x"] = _as_bits(x)
+            launches.append(_Launch(_flush_kernel, prepared, arguments | first | self.row | further))
             first["first_run"] += count
             first["first_token"] += count * run
             first["first_word"] += count * words
+        return _Flush(take, scratch, launches)
 
 
 __all__ = ["FusedAppend"]

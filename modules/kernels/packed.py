@@ -2,11 +2,30 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
 
-@dataclass(frozen=True)
+@lru_cache(maxsize=256)
+def _differences(values: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype, device=device)[:, None]
+
+
+@lru_cache(maxsize=64)
+def counts_of_rows(counts: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    """`[B, 1]` of the rows' counts, to be read only; kept, since all layers ask for the same.
+
+    What differs between the rows is kept on the device and stays from step to step, so that a step copies nothing.
+    """
+    least = min(counts)
+    with torch.inference_mode(False):
+        return _differences(tuple(count - least for count in counts), dtype, device) + least
+
+
+@dataclass(frozen=True, eq=False)
 class Rope:
     """Frequencies `[d/2]` of a rotary embedding and the factor that scales its cosines and sines (yarn)."""
 
@@ -42,6 +61,34 @@ class Tile:
         return replace(self, keys=self.keys.where(valid, 0), values=self.values.where(valid, 0))
 
 
+class NewTokens(NamedTuple):
+    """The new tokens of a step in one layer, not cached yet.
+
+    Attributes:
+        keys, values: `[B, L, C_k]` and `[B, L, C_v]`.
+        positions: `[B, L]` int64, position of each token in its row; a pad has that of the token before it.
+        start: `[B, 1]` int32, tokens that the row holds already.
+        count: `[B, 1]` int32, new tokens of the row.
+        real: `[B, L]` bool on the CPU, false for pads; `None`: no pads.
+        order: `[B, L, 1]` int64, the row's tokens, then its pads; `None`: no pads.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    positions: torch.Tensor
+    start: torch.Tensor
+    count: torch.Tensor
+    real: torch.Tensor | None = None
+    order: torch.Tensor | None = None
+
+    def tile(self) -> Tile:
+        """As attention reads them, pads moved behind the row's tokens."""
+        keys, values = self.keys, self.values
+        if self.order is not None:
+            keys, values = (x.gather(1, self.order.expand_as(x)) for x in (keys, values))
+        return Tile(keys[:, None], values[:, None], self.start, self.count)
+
+
 @dataclass(frozen=True, eq=False)
 class PackedPart:
     """Channels of one side that every block of a pool stores alike; the format is that of `modules/quant_utils.py`.
@@ -65,6 +112,33 @@ class PackedPart:
     zero_point: torch.Tensor | None = None
     run: int = 0
     groups: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class PackRecord:
+    """How the channels of one width are packed into a block, for kernels that write blocks.
+
+    Attributes:
+        prefix: What the names of its fields begin with: `{prefix}packed`, `{prefix}scale`, `{prefix}zero_point`, or
+            `{prefix}states` at 16 bits.
+        channels: Those of the side that it stores, in the order of storage.
+        bits: Width of a code. 16: the states themselves.
+        runs: (how many, tokens) of the groups of a block that are packed by themselves.
+        groups: Per token, the channels of each scale group; `None`: per channel.
+        symmetric, range_method: As in `QuantScheme`, resolved.
+        scale_dtype: Type of scales and zero points.
+        scales: Calibrated scale and zero point `[n]` float32; `None`: they are measured.
+    """
+
+    prefix: str
+    channels: tuple[int, ...]
+    bits: float
+    runs: tuple[tuple[int, int], ...] = ()
+    groups: tuple[int, ...] | None = None
+    symmetric: bool = False
+    range_method: str = "minmax"
+    scale_dtype: torch.dtype | None = None
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,4 +192,4 @@ class PackedCache:
         yield from self.after
 
 
-__all__ = ["PackedCache", "PackedPart", "PackedSide", "Rope", "Tile"]
+__all__ = ["NewTokens", "PackRecord", "PackedCache", "PackedPart", "PackedSide", "Rope", "Tile", "counts_of_rows"]

@@ -595,26 +595,32 @@ def _tile(slots: int, channels: int, per_channel: bool, align: int, search: bool
     return block_t, block_c, max(block_t * block_c // (32 * per_thread), 1)
 
 
-def _launch(kernel, arguments: dict, n: int, blocks: int, token_blocks: int, widths, align: int, tile) -> None:
-    """Start `kernel` on `n` rows; `arguments` without what follows from the others."""
+def _prepared(n: int, blocks: int, token_blocks: int, widths, align: int, tile, device) -> tuple[tuple[int], dict]:
+    """Grid of a launch on `n` rows, and the arguments that follow from how the work is cut."""
     groups = widths or (1,)
-    table = _group_table(groups, arguments["packed" if "packed" in arguments else "x"].device)
-    with torch.cuda.device_of(table):
-        kernel[(n * token_blocks * len(groups) * blocks,)](
-            **arguments,
-            table=table,
-            groups=len(groups),
-            blocks=blocks,
-            token_blocks=token_blocks,
-            PER_CHANNEL=widths is None,
-            ALIGN=align,
-            BLOCK_T=tile[0],
-            BLOCK_C=tile[1],
-            num_warps=tile[2],
-            # The most there is: left alone, the assembler spills a few for one more program on a multiprocessor.
-            maxnreg=255,
-            enable_fp_fusion=False,
-        )
+    arguments = {
+        "table": _group_table(groups, device),
+        "groups": len(groups),
+        "blocks": blocks,
+        "token_blocks": token_blocks,
+        "PER_CHANNEL": widths is None,
+        "ALIGN": align,
+        "BLOCK_T": tile[0],
+        "BLOCK_C": tile[1],
+        "num_warps": tile[2],
+        # The most there is: left alone, the assembler spills a few for one more program on a multiprocessor.
+        "maxnreg": 255,
+        "enable_fp_fusion": False,
+    }
+    return (n * token_blocks * len(groups) * blocks,), arguments
+
+
+def _launch(kernel, arguments: dict, *cut) -> None:
+    """Start `kernel` on the arguments and those that `_prepared` adds to them."""
+    device = arguments["packed" if "packed" in arguments else "x"].device
+    grid, further = _prepared(*cut, device)
+    with torch.cuda.device_of(further["table"]):
+        kernel[grid](**arguments, **further)
 
 
 def find_range(x: torch.Tensor, widths: tuple[int, ...] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
