@@ -1,6 +1,6 @@
 r"""What a GPU is lent for, in minutes: attention, whole models in `generate`, appends, packing, each beside its peer.
 
-Rows, in the order in which they are measured; each is written when it is done, so a short lease is enough:
+Rows; each is written when it is done, so a short lease is enough:
 
     attention   one step of one layer of Llama-3-8B (`benchmark_attention.py`): ours and PyTorch's flash attention, each
                 in a CUDA graph, L2 cold
@@ -8,26 +8,31 @@ Rows, in the order in which they are measured; each is written when it is done, 
                 ours eager (`disable_compile=True`), the dense model with `DynamicCache`, eager, and with `StaticCache`,
                 which `generate` compiles. Seconds of a step are those of --new_tokens N1 less those of N0 over N1 - N0,
                 on the same prompt and with room for N1 tokens in both; beside them the time to the first token, and
-                what the first call took (compilation, capture)
+                what the first call took: compilation, capture and N1 tokens (the first row of all finds the caches of
+                the compilers empty)
     append      one token per row into one layer, growing and of fixed capacity: the device's time and the host's
     pack        quantize-and-pack against a copy of the same states (`benchmark_quantize.py`)
 
-Before a row comes its gate: the error of our attention, or of every layer's in a model, is at most twice that of plain
+No row without its gate: the error of our attention, or of every layer's in a model, is at most twice that of plain
 PyTorch in the model's type; `generate` gives the tokens that it gives eager; both appends store the same; packing gives
 the reference's bits. A row whose gate is red, or that fails, has no figures; the others are measured all the same, and
 the run ends in an error. Rows that the output holds are not measured again.
 
-    python scripts/benchmark_gpu.py --output scripts/results/benchmark_gpu.json
+    make gpu    # the GPU tests, then: python scripts/benchmark_gpu.py --output scripts/results/benchmark_gpu.json
     python scripts/benchmark_gpu.py --quick --device cpu    # tries it out: no compilation, no graph
 """
 
 import gc
+import os
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple
+from unittest.mock import patch
 
 import torch
 from transformers import MaxLengthCriteria, PreTrainedModel, StoppingCriteriaList
@@ -212,11 +217,11 @@ class Models:
         """One row."""
         which, how, _ = WAYS[way]
         record: dict[str, Any] = {"kind": "model", "way": way, "context": context}
-        if which == "latent":
-            record["gate"] = self.gate
         few, many = self.options.new_tokens
         run = partial(self.generate, getattr(self.subject, which), context, **how)
         record["first_call_s"], ids = self.seconds(partial(run, many))
+        if which == "latent":
+            record["gate"] = self.gate  # not before the first call, for which it would compile the kernels
         if way == "ours":
             eager = self.generate(
                 self.subject.latent,
@@ -295,19 +300,29 @@ class Row(NamedTuple):
 
 
 def rows(options: BenchmarkConfig) -> Iterator[Row]:
-    """Every row, the ones that take longest last."""
-    for size in options.sizes:
-        yield Row(f"attention, {size}", 20, partial(measure_attention, options, size))
+    """Every row: first the one that is to find nothing compiled, last those that take longest."""
     models = Models(options)
-    of_models = [
+    first, *others = (
         Row(f"model, {context}, {way}", needs_s, partial(models.measure, way, context))
         for context in options.contexts
         for way, (_, _, needs_s) in WAYS.items()
-    ]
-    yield from (row for row in of_models if not row.name.endswith("StaticCache"))
+    )
+    yield first
+    for size in options.sizes:
+        yield Row(f"attention, {size}", 20, partial(measure_attention, options, size))
+    yield from (row for row in others if not row.name.endswith("StaticCache"))
     yield Row(f"append, {options.append}", 15, partial(measure_append, options))
     yield Row("pack", 15, partial(measure_pack, options))
-    yield from (row for row in of_models if row.name.endswith("StaticCache"))
+    yield from (row for row in others if row.name.endswith("StaticCache"))
+
+
+@contextmanager
+def empty_compiler_caches() -> Iterator[None]:
+    """What Triton and `torch.compile` keep is not found, and not left: a first call is that of a new user."""
+    with tempfile.TemporaryDirectory() as folder:
+        places = {"TRITON_CACHE_DIR": f"{folder}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}
+        with patch.dict(os.environ, places):
+            yield
 
 
 #: Options that two runs must share for their rows to stand in one file.
@@ -318,10 +333,13 @@ def main(options: BenchmarkConfig) -> dict[str, Any]:
     """Measure the rows that the output does not hold, as far as the budget goes; returns the record.
 
     Raises:
-        ValueError: The output holds rows of other options, or of another device, commit or release.
+        ValueError: There is no such device, or the output holds rows of other options, or of another device, commit or
+            release.
         RuntimeError: A row failed; the others are measured.
     """
     started = time.perf_counter()
+    if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={options.device!r}: this machine has none; --quick --device cpu tries the script out")
     torch.set_num_threads(options.threads)
     here = environment(options.device)
     names = ("device", "cpu", "python", "torch", "transformers", "triton", "commit")
@@ -429,4 +447,5 @@ def pack_table(cases: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    main(parse_config(BenchmarkConfig, __doc__))
+    with empty_compiler_caches():
+        main(parse_config(BenchmarkConfig, __doc__))

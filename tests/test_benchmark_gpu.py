@@ -1,11 +1,14 @@
 """The benchmark of a lent GPU, tried out on a CPU: its rows, its gates, what it does when time or a row fails it."""
 
 import json
+import os
 import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import triton
 
 from scripts import benchmark_decode, benchmark_gpu, readme_tables
 from scripts.benchmark_attention import LatentLayer
@@ -45,9 +48,10 @@ def test_the_record_is_complete(run):
     assert record["key"]["device"] == record["environment"]["device"] == "cpu"
     cases = record["cases"]
     models = [f"model, 192, {way}" for way in ("ours", "ours, eager", "DynamicCache", "StaticCache")]
-    assert list(cases) == ["attention, 512x1", "attention, 512x2", *models[:3], "append, 512x2", "pack", models[3]]
-    for size in ("512x1", "512x2"):
-        case = cases[f"attention, {size}"]
+    layers = ["attention, 512x1", "attention, 512x2"]
+    assert list(cases) == [models[0], *layers, *models[1:3], "append, 512x2", "pack", models[3]]
+    for name in layers:
+        case = cases[name]
         assert case["rank"] == 0.5 and case["bits"] == 2 and case["gate"]["ratio"] <= 2
         assert case["peers"]["by hand"]["speedup"] > 0 and case["machine"]["bytes_per_s"] > 0
     for name in models:
@@ -147,6 +151,21 @@ def test_a_model_that_generates_something_else_has_no_row(monkeypatch):
     monkeypatch.setattr(benchmark_gpu.Models, "generate", wrong)
     with pytest.raises(RuntimeError, match=r"token 0 of generate\(\) is not that of eager steps"):
         benchmark_gpu.Models(options()).measure("ours", 64)
+
+
+def test_the_compilers_find_nothing_and_leave_nothing(monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", "before")
+    with benchmark_gpu.empty_compiler_caches():
+        places = [Path(os.environ[name]) for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")]
+        assert not any(place.exists() for place in places) and Path(triton.knobs.cache.dir) == places[0]
+        places[0].mkdir()
+    assert not places[0].parent.exists() and triton.knobs.cache.dir == "before"
+
+
+def test_a_machine_without_the_device_says_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device='cuda': this machine has none; --quick --device cpu tries"):
+        benchmark_gpu.main(BenchmarkConfig())
 
 
 @pytest.mark.parametrize("way", WAYS)
