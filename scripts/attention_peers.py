@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,8 +21,7 @@ from transformers import DynamicCache, QuantizedCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from configuration_alrd_llama import ALRDLlamaConfig
-from scripts.common import human_bytes
-from scripts.compare_peers import installed_version
+from scripts.common import human_bytes, installed_version
 
 #: The largest error of our step, in units of that of plain PyTorch in the model's type.
 GATE = 2.0
@@ -42,13 +41,24 @@ def least_seconds(call: Callable, device: torch.device, repeats: int = 7) -> flo
     return min(timed(call, device)[0] for _ in range(repeats))
 
 
-def timed(call: Callable, device: torch.device) -> tuple[float, Any]:
-    """Seconds of a call, by the device's own clock on CUDA, and what it returns."""
+@lru_cache
+def _larger_than_l2(device: torch.device) -> torch.Tensor:
+    return torch.empty(4 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.uint8, device=device)
+
+
+def timed(call: Callable, device: torch.device, cold: bool = True) -> tuple[float, Any]:
+    """Seconds of a call, and what it returns; on CUDA by the device's own clock, with an L2 that holds nothing of it.
+
+    Args:
+        cold: On CUDA, whether the L2 is filled with other bytes first, as when the layers of a model take turns.
+    """
     if device.type != "cuda":
         started = time.perf_counter()
         result = call()
         return time.perf_counter() - started, result
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    if cold:
+        _larger_than_l2(device).zero_()
     torch.cuda._sleep(2_000_000)  # about a millisecond, in which the host gets ahead: its launches are not in the time
     start.record()
     result = call()

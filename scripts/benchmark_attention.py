@@ -15,8 +15,9 @@ Against, each in turns with ours in the same rounds (ratios are of the medians, 
     flash                     on CUDA: `scaled_dot_product_attention` with `enable_gqa` and flash only, in a CUDA graph
 The first scheme meets all of them, the others only the code by hand (on CUDA: flash). Before each call the threads of
 the last one are given time to sleep, and a large buffer is read by the threads that PyTorch will use, so that its
-workers are awake and caches cold, as when the layers of a model take turns (`--no_cold` reads a small one). On CUDA our
-step is a graph of its kernels without append, as the others are; its time from Python is `eager_seconds`.
+workers are awake and caches cold, as when the layers of a model take turns (`--no_cold` reads a small one). On CUDA the
+L2 is overwritten instead, and our step is a graph of its kernels without append, as the others are; its time from
+Python is `eager_seconds`.
 
 First comes a gate: the error of our step against float64 on what is stored must be at most twice that of plain
 PyTorch in the model's type on the same states; otherwise nothing is reported. Peers that lose nothing are checked too.
@@ -61,11 +62,11 @@ from scripts.common import (
     check_positive,
     environment,
     human_bytes,
+    installed_version,
     parse_config,
     set_ranks,
     write_json,
 )
-from scripts.compare_peers import installed_version
 
 #: The best dense code on each kind of device, which every scheme meets.
 YARDSTICKS = {"cpu": "by hand", "cuda": "flash"}
@@ -173,7 +174,8 @@ def measure_machine(options: BenchmarkConfig) -> dict[str, float]:
 
 def between_calls(options: BenchmarkConfig) -> Callable[[int], None]:
     """What happens before each call, so that all find the same machine; takes the threads that PyTorch is to wake."""
-    size = 2**16 if options.quick or not options.cold else 2**26
+    cpu = torch.device(options.device).type == "cpu"  # elsewhere `timed` sees to the caches
+    size = 2**26 if options.cold and cpu and not options.quick else 2**16
     buffer = torch.ones(size, dtype=torch.int32, device=options.device)
 
     def prepare(threads: int) -> None:
@@ -193,14 +195,19 @@ def between_calls(options: BenchmarkConfig) -> Callable[[int], None]:
 class LatentLayer:
     """Our layer with a filled cache, and one new token per row that attends to it.
 
+    Args:
+        capacity: Of the cache; `None`: it grows.
+
     Attributes:
         attention: The module, random weights that keep keys and values at unit variance.
         cache: Its cache, of T - 1 tokens per row; the new token is the T-th.
-        append: What the appends of the last block took.
+        append: What the appends of the last block took, on the device and, until it could go on, the host.
     """
 
     @torch.no_grad()
-    def __init__(self, options: BenchmarkConfig, scheme: dict[str, Any], length: int, batch: int):
+    def __init__(
+        self, options: BenchmarkConfig, scheme: dict[str, Any], length: int, batch: int, capacity: int | None = None
+    ):
         self.options, self.length, self.batch = options, length, batch
         self.dtype, self.device = getattr(torch, options.dtype), torch.device(options.device)
         self.config = config = options.layer_config(scheme)
@@ -211,7 +218,9 @@ class LatentLayer:
         embedding = LlamaRotaryEmbedding(config).to(self.device)
         self.rope = Rope(embedding.inv_freq, embedding.attention_scaling)
         self.widths = config_widths(config)[0]
-        self.cache = KIVILatentCache(CacheScheme.from_config(config), [self.widths], backend=options.backend)
+        self.cache = KIVILatentCache(
+            CacheScheme.from_config(config), [self.widths], backend=options.backend, capacity=capacity
+        )
         self.layer = self.cache.layers[0]
         new = [self._states((batch, 1, sum(side))) for side in self.widths]
         self.new_keys, self.new_values = new
@@ -248,19 +257,26 @@ class LatentLayer:
 
     def _time_appends(self, block: int) -> dict[str, Any]:
         """Seconds of appending a token and making what attention reads, over the last block of the tokens."""
-        packed = self.layer.pool.used
-        seconds = [timed(self._append, self.device)[0] for _ in range(block)]
+        packed = self._blocks()
+        seconds, host = zip(*(timed(self._append, self.device) for _ in range(block)), strict=True)
         return {
             "tokens": block,
-            "blocks_packed": (self.layer.pool.used - packed) // self.batch,
+            "blocks_packed": (self._blocks() - packed) // self.batch,
             "mean_s": statistics.fmean(seconds),
             "p50_s": statistics.median(seconds),
             "max_s": max(seconds),
+            "host_p50_s": statistics.median(host),
         }
 
-    def _append(self) -> None:
+    def _blocks(self) -> int:
+        return sum(len(row.blocks) for row in self.layer.rows)
+
+    def _append(self) -> float:
+        """Seconds until the host is free again."""
+        started = time.perf_counter()
         self.layer.append(self.new_keys, self.new_values)
         self.layer.packed()
+        return time.perf_counter() - started
 
     def contender(self) -> Contender:
         """The step without its append, whose amortised time is added to every figure."""
@@ -283,7 +299,10 @@ class LatentLayer:
             exact.dtype = torch.float32
             blocks = list(self.layer.rows[row].blocks)
             packed = exact.decode({name: t[blocks] for name, t in self.layer.pool.storage[side].items()})
-            tiles = [[getattr(t, side)[row, 0].float() for t in tiles] for tiles in (seen.before, seen.after)]
+            tiles = [
+                [getattr(t, side)[row, 0, : t.count[row, 0]].float() for t in tiles]
+                for tiles in (seen.before, seen.after)
+            ]
             sides.append(torch.cat([*tiles[0], packed.flatten(0, 1), *tiles[1]]))
         return tuple(sides)
 
@@ -324,13 +343,13 @@ class LatentLayer:
         return self.attention.k_proj, self.attention.v_proj
 
     @torch.no_grad()
-    def check(self) -> dict[str, float]:
-        """The correctness gate, on the first and the last row.
+    def check(self, step: Run | None = None) -> dict[str, float]:
+        """The correctness gate, on the first and the last row, of `attend` or of a step that stands for it.
 
         Raises:
             RuntimeError: The step's error is more than `GATE` times that of plain PyTorch.
         """
-        output, worst = self.attend(), {"ours": 0.0, "plain": 0.0, "ratio": 0.0}
+        output, worst = (step or self.attend)(), {"ours": 0.0, "plain": 0.0, "ratio": 0.0}
         for row in sorted({0, self.batch - 1}):
             exact = self.exact(row)
             states = (x.to(self.dtype)[None] for x in self.stored(row))
@@ -349,9 +368,30 @@ class LatentLayer:
 # ---- measuring
 
 
+@dataclass(frozen=True)
+class GraphedStep:
+    """A step that was captured in a CUDA graph.
+
+    Attributes:
+        step: What was captured. It owns the tensors that the graph reads: were it dropped, their memory would be given
+            to others.
+        graph: The capture.
+        output: What the step returned; every replay writes it anew.
+    """
+
+    step: Run
+    graph: torch.cuda.CUDAGraph
+    output: torch.Tensor
+
+    def __call__(self) -> torch.Tensor:
+        self.graph.replay()
+        return self.output
+
+
 def in_a_graph(step: Run, name: str) -> tuple[Run, bool]:
     """On CUDA the step as a captured graph; as it is, with a line that says so, if it cannot be captured."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             step()
@@ -364,12 +404,7 @@ def in_a_graph(step: Run, name: str) -> tuple[Run, bool]:
         torch.cuda.synchronize()
         print(f"{name}: timed without a CUDA graph, which it does not fit into: {str(error).splitlines()[0]}")
         return step, False
-
-    def replay() -> torch.Tensor:
-        graph.replay()
-        return output
-
-    return replay, True
+    return GraphedStep(step, graph, output), True
 
 
 def in_turns(
@@ -388,7 +423,7 @@ def in_turns(
             break
         for name in names if done % 2 else names[::-1]:
             cool(1 if foreign and name == "peer" else options.threads)
-            seconds[name].append(timed(steps[name], device)[0])
+            seconds[name].append(timed(steps[name], device, options.cold)[0])
     return seconds
 
 
@@ -435,6 +470,7 @@ def measure_case(
     if cuda:
         record["eager_seconds"] = quartiles(in_turns(options, {"ours": our_step}, cool)["ours"])
         our_step, record["cuda_graph"] = in_a_graph(ours.prepared(), "ours")
+        record["gate"] = ours.check(our_step)
     # On CUDA the graphs of both sides are kernels of the attention alone.
     append_s, everything = 0.0 if cuda else ours.append["mean_s"], []
     for name in peers:
@@ -449,10 +485,10 @@ def measure_case(
             print(f"{name}: left out of {length:,} tokens x {batch}: {reason}")
             record["peers"][name] = {"left_out": reason}
             continue
-        error = states.error(theirs.step()) if theirs.checked else None
+        their_step, their_graph = in_a_graph(theirs.step, name) if cuda else (theirs.step, False)
+        error = states.error(their_step()) if theirs.checked else None
         if theirs.tolerance is not None and not error <= theirs.tolerance:
             raise RuntimeError(f"correctness gate: error {error:.2e} of {name} is above {theirs.tolerance}; no figures")
-        their_step, their_graph = in_a_graph(theirs.step, name) if cuda else (theirs.step, False)
         foreign = "llama-cpp-python" in peer.needs
         seconds = in_turns(options, {"ours": our_step, "peer": their_step}, cool, foreign)
         mine = [s + append_s for s in seconds["ours"]]

@@ -130,22 +130,31 @@ class Subject:
 
     Attributes:
         checkpoint: Folder of the split model; `None`: the random one.
+        shape: Arguments of the random model's `LlamaConfig`; `None`: `RANDOM`, or `SMALL` in a quick run.
     """
 
     options: BenchmarkConfig
     name: str
     checkpoint: str | None = None
+    shape: dict[str, Any] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
         return getattr(torch, self.options.dtype)
 
     def _random_config(self) -> LlamaConfig:
-        shape = SMALL if self.options.quick else RANDOM
+        shape = self.shape or (SMALL if self.options.quick else RANDOM)
         longest = 2 * max(*self.options.lengths, self.options.prompt)
         return LlamaConfig(
-            **shape, tie_word_embeddings=True, max_position_embeddings=longest, eos_token_id=None, bos_token_id=None
+            **{"tie_word_embeddings": True} | shape,
+            max_position_embeddings=longest,
+            eos_token_id=None,
+            bos_token_id=None,
         )
+
+    def _random_model(self, config: LlamaConfig) -> PreTrainedModel:
+        with torch.device(self.options.device):  # where random numbers are drawn fastest
+            return AutoModelForCausalLM.from_config(config, dtype=self.dtype).eval()
 
     @cached_property
     def latent(self) -> PreTrainedModel:
@@ -154,14 +163,14 @@ class Subject:
             return load_model(self.checkpoint, dtype=self.dtype)[0].to(self.options.device)
         config = ALRDLlamaConfig.from_llama(self._random_config(), k_bits=self.options.bits, v_bits=self.options.bits)
         set_ranks(config, self.options.rank, self.options.head_group_size)
-        return AutoModelForCausalLM.from_config(config, dtype=self.dtype).to(self.options.device).eval()
+        return self._random_model(config)
 
     @cached_property
     def dense(self) -> PreTrainedModel:
         torch.manual_seed(self.options.seed)
         if self.checkpoint:
             return load_model(self.options.model, dtype=self.dtype)[0].to(self.options.device)
-        return AutoModelForCausalLM.from_config(self._random_config(), dtype=self.dtype).to(self.options.device).eval()
+        return self._random_model(self._random_config())
 
     def latent_cache(self, length: int, batch: int, backend: str | None, piece: int = 16384) -> KIVILatentCache:
         """A packed cache of random latents; the same ones for the same size."""

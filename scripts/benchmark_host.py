@@ -226,8 +226,7 @@ def main(options: BenchmarkConfig) -> dict[str, Any]:
     ours, dense = models(options)
     sizes = [(context, batch) for context in options.contexts for batch in options.batches]
     cases = [measure_case(options, ours, dense, *size) for size in tqdm(sizes, unit="case")]
-    here = environment() | {"triton": triton.__version__}
-    record = {"config": asdict(options), "environment": here, "cases": cases}
+    record = {"config": asdict(options), "environment": environment(), "cases": cases}
     if options.output:
         write_json(options.output, record)
     print(table(record))

@@ -11,7 +11,6 @@ otherwise nothing is reported.
 """
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -22,6 +21,7 @@ from tqdm import tqdm
 from configuration_alrd_llama import QuantScheme, check_choice
 from modules import quant_utils
 from modules.kernels import BACKENDS, Backend, get_backend
+from scripts.attention_peers import timed
 from scripts.common import DTYPES, check_positive, environment, parse_config, write_json
 
 #: GB/s of states that packing should reach on a CPU.
@@ -125,22 +125,10 @@ def check(schemes: list[QuantScheme], backend: Backend, x: torch.Tensor) -> None
 
 
 def seconds(call: Callable, repeats: int, device: torch.device) -> dict[str, float]:
-    """Seconds of a call: median, 20th and 80th percentile."""
+    """Seconds of a call: median, 20th and 80th percentile; on CUDA with nothing of it in the L2."""
     for _ in range(2):  # compiles, and fills the allocator's cache
         call()
-    times = []
-    for _ in range(repeats):
-        if device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) / 1e3)
-        else:
-            started = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - started)
+    times = [timed(call, device)[0] for _ in range(repeats)]
     fifths = statistics.quantiles(times, n=5)
     return {"p20": fifths[0], "p50": statistics.median(times), "p80": fifths[3]}
 

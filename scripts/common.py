@@ -7,6 +7,7 @@ import platform
 import subprocess
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -238,6 +239,14 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
+def installed_version(package: str) -> str | None:
+    """Version of an installed package; `None`: it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def git_commit() -> str | None:
     """Commit of the repository, `-dirty` if tracked files differ from it; `None` outside a checkout."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
@@ -254,6 +263,7 @@ def environment(device: torch.device | str = "cpu", processes: PartialState | No
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "triton": installed_version("triton"),
         "commit": git_commit(),
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),

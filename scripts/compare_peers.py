@@ -13,7 +13,6 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property, partial
-from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
 from typing import ClassVar
@@ -38,7 +37,15 @@ from modules.rank_search import (
 )
 from modules.statistics import collect_statistics
 from scripts import plots
-from scripts.common import BUNDLED_MODEL, find_model, folder_sha256, load_model, parse_config, write_json
+from scripts.common import (
+    BUNDLED_MODEL,
+    find_model,
+    folder_sha256,
+    installed_version,
+    load_model,
+    parse_config,
+    write_json,
+)
 from scripts.corpus import describe, load_documents, tokenize_windows
 from scripts.eval_perplexity import EvalConfig, measure, paired_bootstrap, scored_positions
 
@@ -194,13 +201,6 @@ def stored_nbytes(stored) -> int:
 
     visit(stored)
     return sum(storages.values())
-
-
-def installed_version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 # ---- the models that our engine runs

@@ -17,6 +17,7 @@ from scripts.attention_peers import milliseconds
 from scripts.benchmark_attention import full_table, schemes_table
 from scripts.benchmark_attention import peers_table as attention_table
 from scripts.benchmark_decode import decode_table, first_token_table
+from scripts.benchmark_gpu import table as gpu_table
 from scripts.benchmark_lookup import table as lookup_table
 from scripts.benchmark_prefix import cells as prefix_cells
 from scripts.common import ROOT, human_bytes
@@ -196,6 +197,16 @@ def decode(record: dict) -> str:
     return f"{decode_table(record)}\n\n{first_token_table(record)}\n\n{_speed_note(record)}"
 
 
+def gpu(record: dict) -> str:
+    c, e, (few, many) = record["config"], record["environment"], record["config"]["new_tokens"]
+    return (
+        f"{gpu_table(record)}\n\nAttention and appends: one layer of Llama-3-8B, rank {c['rank']:.0%} per head, "
+        f"{c['bits']} bits; L2 cold, attention in CUDA graphs on both sides. Models: 8 layers of that shape, random; a "
+        f"step is the time of {many} new tokens less that of {few}, over {many - few}. {e['device']}, {c['dtype']}, "
+        f"Python {e['python']}, torch {e['torch']}, triton {e['triton']}, transformers {e['transformers']}."
+    )
+
+
 #: How many times faster the attention step is to be than other codes, at 32k tokens and at 4k.
 DECODE_TARGETS = {
     32768: {"DynamicCache": 15, "quanto 2 bit": 25, "hqq 2 bit": 25, "by hand": 1},
@@ -331,6 +342,7 @@ RENDERERS = {
     "attention_full": (["benchmark_attention"], attention_full),
     "decode": (["benchmark_decode"], decode),
     "decode_targets": (["benchmark_attention", "benchmark_decode"], decode_targets),
+    "gpu": (["benchmark_gpu"], gpu),
     "lookup": (["benchmark_lookup"], lookup),
     "prefix": (["benchmark_prefix", "benchmark_prefix_32k"], prefix),
     "copying": (["copying"], copying),

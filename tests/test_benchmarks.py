@@ -1,8 +1,11 @@
 """The decode benchmarks: small shapes, in process; that their gates can fail, and that their tables are complete."""
 
 import json
+import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ import torch
 from modules.kernels import Backend
 from scripts import attention_peers, benchmark_attention, benchmark_decode, readme_tables
 from scripts.attention_peers import PEERS, DenseStates, Ggml, relative_error
-from scripts.benchmark_attention import LatentLayer, cases, in_turns, measure_case
+from scripts.benchmark_attention import LatentLayer, cases, in_a_graph, in_turns, measure_case
 from scripts.benchmark_decode import Subject
 
 AttentionConfig, DecodeConfig = benchmark_attention.BenchmarkConfig, benchmark_decode.BenchmarkConfig
@@ -167,6 +170,58 @@ def test_the_reference_of_the_gate(group, bits):
 def test_the_prepared_step_is_the_step():
     ours = layer()
     assert torch.equal(ours.prepared()(), ours.attend())
+
+
+def test_a_graph_owns_the_tensors_that_it_reads(monkeypatch):
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    replaced = {
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+        "stream": lambda stream: nullcontext(),
+        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
+        "graph": lambda graph: nullcontext(),
+    }
+    for name, value in replaced.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+
+    def made() -> tuple:
+        states = torch.ones(3)
+        return weakref.ref(states), in_a_graph(lambda: states + 1, "ours")
+
+    states, (step, captured) = made()
+    assert captured and torch.equal(step(), torch.full((3,), 2.0))
+    assert states() is not None
+    del step
+    assert states() is None
+
+
+@pytest.mark.gpu
+def test_a_graph_gives_the_same_whatever_was_allocated_since():
+    ours = layer(device="cuda", backend=None)
+    expected = ours.attend()
+    step, captured = in_a_graph(ours.prepared(), "ours")
+    rubbish = [torch.full((2**size,), 0x7FC0, dtype=torch.int16, device="cuda") for size in range(4, 20) for _ in "ab"]
+    assert captured and len(rubbish) == 32
+    assert torch.equal(step(), expected)
+
+
+def test_the_l2_is_cold_before_the_clock_starts(monkeypatch):
+    order = []
+    events = iter(["start", "end"] * 2)
+
+    def event(enable_timing: bool) -> SimpleNamespace:
+        name = next(events)
+        return SimpleNamespace(
+            record=lambda: order.append(name), synchronize=lambda: None, elapsed_time=lambda other: 2.0
+        )
+
+    buffer = SimpleNamespace(zero_=lambda: order.append("flush"))
+    monkeypatch.setattr(attention_peers, "_larger_than_l2", lambda device: buffer)
+    monkeypatch.setattr(torch.cuda, "Event", event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: order.append("sleep"))
+    for cold in (True, False):
+        assert attention_peers.timed(lambda: order.append("call"), torch.device("cuda"), cold)[0] == 0.002
+    assert order == ["flush", "sleep", "start", "call", "end", "sleep", "start", "call", "end"]
 
 
 def test_quartiles():
