@@ -3,9 +3,10 @@
 import copy
 import threading
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
-from functools import wraps
+from functools import partial, wraps
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, Llama
 from transformers import initialization as init
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
+from transformers.generation import GenerationMode
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -32,12 +34,16 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from configuration_alrd_llama import ALRDLlamaConfig, check_tiers
+from modules.decode_graph import DecodeGraph
 from modules.kernels import MAX_QUERY_LENGTH
 from modules.kernels.attention import attention_received
 from modules.kernels.packed import NewTokens, PackedCache, Rope, counts_of_rows
 from modules.kivi_cache import CacheScheme, KIVILatentCache, config_schemes, create_kivi_cache
 from modules.quant_utils import quantize_latent, require
 from modules.svd_linear import ALinear, SVDLinear, factor_groups, join_factors, own_groups
+
+#: The capacity that `generate` gives a cache is a multiple of it, in tokens.
+CAPACITY_STEP = 512
 
 # ---- loading a dense checkpoint
 
@@ -377,6 +383,21 @@ def from_latents(projection: nn.Module, latents: torch.Tensor) -> torch.Tensor:
     return projection.ALinear(latents) if isinstance(projection, SVDLinear) else latents
 
 
+def captures_graphs(model: PreTrainedModel) -> bool:
+    """Whether steps of a model can be captured as CUDA graphs."""
+    return model.device.type == "cuda"
+
+
+@torch.compiler.disable
+def _untraced(function: Callable, *args, **kwargs):
+    return function(*args, **kwargs)
+
+
+def _is_traced_in_vain(cache) -> bool:
+    """Whether `torch.compile` is about to trace a step of a cache that grows: it would trace each block anew."""
+    return torch.compiler.is_compiling() and isinstance(cache, KIVILatentCache) and cache.capacity is None
+
+
 class SimpleRounding(nn.Module):
     """The simple scheme of `use_kivi=False`: every latent rounded on its way to keys or values, except in training."""
 
@@ -578,8 +599,10 @@ class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):
         wanted = self.config.use_cache if use_cache is None else use_cache
         if past_key_values is None and wanted and self.config.use_kivi and not self.training:
             past_key_values = self.create_kivi_cache()
-        latent = isinstance(past_key_values, KIVILatentCache)
-        return (self._forward_latent if latent else super().forward)(
+        forward = self._forward_latent if isinstance(past_key_values, KIVILatentCache) else super().forward
+        if _is_traced_in_vain(past_key_values):
+            forward = partial(_untraced, forward)
+        return forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -694,6 +717,8 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
     @wraps(LlamaForCausalLM.forward)
     def forward(self, *args, **kwargs):
         cache = kwargs.get("past_key_values") if len(args) < 4 else args[3]
+        if _is_traced_in_vain(cache):
+            return _untraced(super().forward, *args, **kwargs)
         grows = isinstance(cache, KIVILatentCache) and cache.capacity is None
         # The logits are what takes most memory in a step.
         with cache.all_or_nothing() if grows else nullcontext():
@@ -707,14 +732,70 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
         how = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "past_key_values": past_key_values}
         return create_masks_for_generate(*args, **how, **kwargs)
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+    @wraps(GenerationMixin.generate)
+    def generate(self, *args, **kwargs):
+        result = super().generate(*args, **kwargs)
+        cache = getattr(result, "past_key_values", None)
+        if isinstance(cache, KIVILatentCache) and cache.made_by_generate:
+            # Its capacity was that of this text; a caller who goes on has a longer one.
+            result.past_key_values = cache.growing()
+        return result
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ):
         """Give `generate` a packed cache of our own where it would make a `DynamicCache`."""
         given = model_kwargs.get("past_key_values") is not None
         stock = generation_config.use_cache is False or generation_config.cache_implementation is not None
         if self.config.use_kivi and not given and not stock:
-            model_kwargs["past_key_values"] = self.create_kivi_cache()
+            cache = self._compiled_cache(generation_config, generation_mode, max_cache_length)
+            model_kwargs["past_key_values"] = self.create_kivi_cache() if cache is None else cache
             return
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+
+    def _compiled_cache(self, generation_config, generation_mode, max_cache_length: int) -> KIVILatentCache | None:
+        """A cache of fixed capacity, whose decode steps `generate` replays or compiles; `None` where it cannot.
+
+        As for the library's own compilation `disable_compile=True` turns it off.
+        """
+        if (
+            generation_mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+            or generation_config.is_assistant  # whose text goes on from call to call
+            or generation_config.output_attentions
+            or not all(layer.scheme.takes_capacity for layer in self.create_kivi_cache().layers)
+        ):
+            return None
+        # Rounded up, so that a compiled step serves texts of other lengths too.
+        cache = self.create_kivi_cache(capacity=-(-max_cache_length // CAPACITY_STEP) * CAPACITY_STEP)
+        cache.made_by_generate = True
+        return cache if self._valid_auto_compile_criteria({"past_key_values": cache}, generation_config) else None
+
+    def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
+        """As the library's, which knows nothing of layers on several devices in one graph."""
+        spread = isinstance(model_kwargs.get("past_key_values"), KIVILatentCache) and (
+            (self.tp_size or 1) > 1
+            or getattr(self, "_pp_stage", None) is not None
+            or len(set(getattr(self, "hf_device_map", {}).values())) > 1
+        )
+        return not spread and super()._valid_auto_compile_criteria(model_kwargs, generation_config)
+
+    def get_compiled_call(self, compile_config):
+        """The decode step of `generate`: replayed from a CUDA graph, or compiled as a `compile_config` says.
+
+        Capturing takes a step, and compiling a minute.
+        """
+        compiled = super().get_compiled_call
+        if compile_config is not None or not captures_graphs(self):
+            return compiled(compile_config)
+        replayed = DecodeGraph(self)
+
+        def step(**inputs):
+            packed = isinstance(inputs.get("past_key_values"), KIVILatentCache)
+            return (replayed if packed else compiled(compile_config))(**inputs)
+
+        return step
 
     def init_continuous_batching(self, *args, **kwargs):
         """As the library's, whose cache of its own holds keys and values made of the latents: right, but not packed."""

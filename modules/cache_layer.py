@@ -22,7 +22,7 @@ from transformers.cache_utils import CacheLayerMixin
 from configuration_alrd_llama import ALRDLlamaConfig, QuantScheme, check_count, side_scheme
 from modules.block_pool import BlockPool
 from modules.codecs import StaticScales, block_length, block_nbytes, check_codec, make_codec
-from modules.fixed_cache import SIDES, FixedStore, Room, check_fixed
+from modules.fixed_cache import SIDES, FixedStore, Room, check_fixed, field_without_capacity
 from modules.kernels import FUSED_DTYPES, Backend, get_backend
 from modules.kernels.packed import NewTokens, PackedCache, Tile, counts_of_rows
 
@@ -98,6 +98,11 @@ class CacheScheme:
             side: make_codec(scheme, self.block_length, width, dtype, backend, (static_scales or {}).get(side))
             for side, scheme, width in (("keys", self.keys, widths[0]), ("values", self.values, widths[1]))
         }
+
+    @property
+    def takes_capacity(self) -> bool:
+        """Whether a cache of fixed capacity can store it."""
+        return all(field_without_capacity(side) is None for side in (self.keys, self.values))
 
     def flushed_blocks(self, window: int) -> int:
         """Blocks that leave a window which has grown to this many tokens."""

@@ -35,19 +35,24 @@ from modules.svd_linear import Expansion
 SIDES = ("keys", "values")
 
 
+def field_without_capacity(scheme: QuantScheme) -> str | None:
+    """The field of a scheme for which a cache of fixed capacity cannot store it; `None`: it can."""
+    refused = {
+        "quantizer": scheme.quantizer is not None,
+        "protected": bool(scheme.protected),
+        "rotation": scheme.rotation,
+        "bits": scheme.bits == 1.5 and scheme.tiers is None,
+    }
+    return next((field for field, is_refused in refused.items() if is_refused), None)
+
+
 def check_fixed(name: str, scheme: QuantScheme) -> None:
     """Raise a `ValueError` for a scheme of the side `name` that a cache of fixed capacity does not store."""
-    for field, refused in (
-        ("quantizer", scheme.quantizer is not None),
-        ("protected", bool(scheme.protected)),
-        ("rotation", scheme.rotation),
-        ("bits", scheme.bits == 1.5 and scheme.tiers is None),
-    ):
-        if refused:
-            raise ValueError(
-                f"capacity: {name} have {field}={getattr(scheme, field)!r}, which a cache of fixed capacity does not "
-                "store; leave out capacity, or choose another width or scheme"
-            )
+    if (field := field_without_capacity(scheme)) is not None:
+        raise ValueError(
+            f"capacity: {name} have {field}={getattr(scheme, field)!r}, which a cache of fixed capacity does not "
+            "store; leave out capacity, or choose another width or scheme"
+        )
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """A packed KV cache of `transformers`, for latents and for any model; what a layer does is in `cache_layer.py`."""
 
 import copy
+import json
 import os
 import weakref
 from collections.abc import Callable, Iterator
@@ -59,6 +60,8 @@ class KIVILatentCache(Cache):
         capacity: int | None = None,
     ):
         self.capacity = capacity
+        #: Whether `generate` has chosen the capacity, for one text.
+        self.made_by_generate = False
         self._torn = False  # whether layers of fixed capacity may hold different tokens
         self._model: Callable | None = None  # weak reference to the decoder that feeds the cache
         self._fingerprint: dict | None = None  # of the model that has filled it, if another object or process
@@ -204,6 +207,21 @@ class KIVILatentCache(Cache):
         self._torn = False
 
     # ---- sharing, saving
+
+    def growing(self) -> "KIVILatentCache":
+        """A cache of no fixed capacity with what this one holds, which it copies.
+
+        Raises:
+            ValueError: An error has left the layers of this cache with different tokens.
+        """
+        self._check_whole()
+        grown = copy.copy(self)
+        grown.capacity, grown.made_by_generate = None, False
+        grown.layers = [grown._new_layer(i, layer.given_widths) for i, layer in enumerate(self.layers)]
+        for layer, own in zip(grown.layers, self.layers, strict=True):
+            tensors, record = own.export()
+            layer.restore(tensors, json.loads(json.dumps(record)))  # as it is read from a file
+        return grown
 
     def fork(self) -> "KIVILatentCache":
         """A cache that goes on by itself from here: packed blocks are shared, sinks and window copied.
