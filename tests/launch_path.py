@@ -67,6 +67,15 @@ def cases(everything: bool) -> Iterator[tuple[str, Callable]]:
             yield f"append {name}", lambda s=step: aot_append.appender(*s)
     for name, case in aot_attention.cases(everything):
         yield f"attention {name}", lambda c=case: partial(attention_triton.latent_attention, **c())
+    if everything:
+        yield "attention with a bias", attention_with_bias
+
+
+def attention_with_bias() -> Callable:
+    arguments = aot_attention.llama3(2)
+    expansion = arguments["expand_keys"]
+    expansion.bias = torch.nn.Parameter(expansion.weight.new_zeros(len(expansion.weight)))
+    return partial(attention_triton.latent_attention, **arguments)
 
 
 @torch.no_grad()
