@@ -70,15 +70,16 @@ GPU_OUTPUT ?= scripts/results/benchmark_gpu.json
 test: .venv/installed check
 	$(RUN) -m pytest -q -n auto --dist loadfile
 
-# The suite with the oldest release of transformers that is supported.
+# The suite with the oldest releases of transformers and triton that are supported.
 test-oldest: .venv-oldest/installed
 	.venv-oldest/bin/python -m pytest -q -n auto --dist loadfile
 
-OLDEST := $(shell sed -n 's/^transformers.*>=\([0-9.]*\),.*/transformers==\1.*/p' requirements.txt)
-
-.venv-oldest/installed: requirements.txt pyproject.toml
+# The interpreter of triton 3.6, which runs the kernels in tests, makes integers of arrays as numpy took it until 2.3.
+.venv-oldest/installed: requirements.txt pyproject.toml Makefile
 	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/pip install --quiet --requirement requirements.txt "$(OLDEST)" --editable .
+	sed -nE 's/^(transformers|triton)(\[.*\])?>=([0-9.]*),[^;]*/\1==\3.*/p' requirements.txt > .venv-oldest/constraints
+	echo 'numpy<2.4' >> .venv-oldest/constraints
+	.venv-oldest/bin/pip install --quiet --requirement requirements.txt --constraint .venv-oldest/constraints --editable .
 	touch $@
 
 check: .venv/installed

@@ -8,6 +8,8 @@ Prints one JSON record for each kernel and architecture. Not under TRITON_INTERP
 
 import argparse
 import json
+from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -38,16 +40,21 @@ KERNELS = {
 WIDTHS = ((128, 128), (128, 128))
 
 
+def appender(scheme: CacheScheme, dtype: torch.dtype, length: int) -> Callable[[], None]:
+    """A function that makes the step of a case, always on the same store."""
+    scales = {"keys": (torch.ones(256), torch.zeros(256))} if scheme.keys.static else None
+    codecs = scheme.codecs(WIDTHS, dtype, SimpleNamespace(name="triton"), scales)
+    room = Room(scheme.residual_length, scheme.block_length, scheme.sink_length, 4096)
+    store = FixedStore(codecs, room, 2, dtype, torch.device("cpu"))
+    return partial(store.append, *(torch.zeros(2, length, 256, dtype=dtype) for _ in range(2)))
+
+
 def launches_of(scheme: CacheScheme, dtype: torch.dtype, length: int) -> list:
     """The kernels that a step launches, with their arguments."""
     launches: list = []
     for name in KERNELS:
         setattr(append_triton, name, aot_compile.Recorder(KERNELS[name], launches))
-    scales = {"keys": (torch.ones(256), torch.zeros(256))} if scheme.keys.static else None
-    codecs = scheme.codecs(WIDTHS, dtype, SimpleNamespace(name="triton"), scales)
-    room = Room(scheme.residual_length, scheme.block_length, scheme.sink_length, 4096)
-    store = FixedStore(codecs, room, 2, dtype, torch.device("cpu"))
-    store.append(*(torch.zeros(2, length, 256, dtype=dtype) for _ in range(2)))
+    appender(scheme, dtype, length)()
     return launches
 
 

@@ -141,6 +141,7 @@ def cases(everything: bool):
     yield "llama3 rank 64 1.58-bit", lambda: llama3(1.58, symmetric=True)
     yield "llama3 rank 64 8-bit fp16", lambda: llama3(8, dtype=torch.float16)
     yield "llama3 rank 64 2-bit fp32", lambda: llama3(2, dtype=torch.float32)
+    yield "llama3 keys without RoPE 2-bit", lambda: llama3(2, (128,) * 8) | {"expand_keys": None, "rope": None}
 
 
 def record_launches() -> list:

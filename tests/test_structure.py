@@ -1,7 +1,14 @@
-"""Imports point one way: quantization maths and packing, then cache and attention, then modeling, then scripts."""
+"""Imports point one way: quantization maths and packing, then cache and attention, then modeling, then scripts.
+
+And what Triton kernels may not hold on every supported release; `tests/test_launch_path.py` launches them.
+"""
 
 import ast
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -103,3 +110,60 @@ def test_no_path_of_a_machine_is_written_down():
     for path in [*sources(), *ROOT.glob("*.md"), ROOT / "Makefile"]:
         for line in path.read_text().splitlines():
             assert not any(f"/{place}/" in line for place in ("work", "home", "root", "Users")), f"{path}: {line}"
+
+
+# ---- Triton kernels
+
+
+def is_jit(node: ast.AST) -> bool:
+    """Whether it is a function that Triton compiles."""
+    return isinstance(node, ast.FunctionDef) and any("triton.jit" in ast.unparse(d) for d in node.decorator_list)
+
+
+def jit_functions() -> list[tuple[Path, ast.FunctionDef]]:
+    return [(path, node) for path in sources() for node in ast.walk(ast.parse(path.read_text())) if is_jit(node)]
+
+
+def within(node: ast.AST, left_out) -> Iterator[ast.AST]:
+    """What stands in `node` but outside of parts that are left out."""
+    for child in ast.iter_child_nodes(node):
+        if not left_out(child):
+            yield child
+            yield from within(child, left_out)
+
+
+def test_no_kernel_reads_a_float_global():
+    """A launch compares globals with what was compiled, and NaN is never equal; Inductor cannot write Inf down."""
+    pytest.importorskip("triton")
+    for path, function in jit_functions():
+        known = vars(import_module(module_name(path)))
+        for node in ast.walk(function):
+            if isinstance(node, ast.Name) and node.id in known:
+                value = getattr(known[node.id], "value", known[node.id])
+                assert not isinstance(value, float), f"{path}: {function.name} reads {node.id}={value}"
+
+
+def test_no_tuple_of_a_kernel_holds_none():
+    """Triton 3.6 compiles no such tuple. So `None` is only compared with, and what is compared stands in no tuple."""
+    for path, function in jit_functions():
+        indices = {node.slice for node in ast.walk(function) if isinstance(node, ast.Subscript)}
+        nodes = list(within(function, indices.__contains__))
+        nones = {node for node in nodes if isinstance(node, ast.Constant) and node.value is None}
+        comparisons = [n for n in nodes if isinstance(n, ast.Compare) and nones & set(n.comparators)]
+        stray = nones - {n for comparison in comparisons for n in comparison.comparators}
+        assert not stray, f"{path}: {function.name} holds None in line {[n.lineno for n in stray]}"
+        optional = {ast.unparse(comparison.left) for comparison in comparisons}
+        elements = {ast.unparse(e) for node in nodes if isinstance(node, ast.Tuple) for e in node.elts}
+        held = optional & elements
+        assert not held, f"{path}: {function.name}: a tuple holds {held}, which may be None"
+
+
+def test_elements_of_constant_tuples_reach_functions_as_known():
+    """Triton 3.6 hands them over bare, which a function does not take: `_known` makes constants of them."""
+    for path, function in jit_functions():
+        constants = {a.arg for a in function.args.args if a.annotation and "constexpr" in ast.unparse(a.annotation)}
+        for call in (node for node in ast.walk(function) if isinstance(node, ast.Call)):
+            if isinstance(call.func, ast.Name) and call.func.id != "_known":
+                for node in within(call, lambda child: isinstance(child, ast.Call)):
+                    bare = isinstance(node, ast.Subscript) and ast.unparse(node.value) in constants
+                    assert not bare, f"{path}: {function.name} passes {ast.unparse(node)} to {call.func.id}"

@@ -1,0 +1,90 @@
+"""Triton's own launch path, for GPUs that are not here: see `tests/launch_path.py`."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+from triton.runtime import KernelInterface
+
+from tests.test_structure import is_jit, module_name, within
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*command: str) -> subprocess.CompletedProcess:
+    """Python without the interpreter of Triton."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    path = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
+    command = [sys.executable, *command]
+    return subprocess.run(command, capture_output=True, text=True, env=environment | {"PYTHONPATH": path})
+
+
+def launched_kernels() -> set[str]:
+    """Kernels that host code speaks of: it cannot call them, so it launches them."""
+    found = set()
+    for path in (ROOT / "modules").rglob("*.py"):
+        known = vars(import_module(module_name(path)))
+        for node in within(ast.parse(path.read_text()), is_jit):
+            value = known.get(node.id) if isinstance(node, ast.Name) else None
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                value = getattr(known.get(node.value.id), node.attr, None)
+            if isinstance(value, KernelInterface):
+                found.add(value.fn.__name__)
+    return found
+
+
+def check(architectures: list[int], *options: str) -> None:
+    """Every kernel is launched on each architecture, and none is compiled again for the second launch."""
+    result = run(str(ROOT / "tests" / "launch_path.py"), "--architectures", *map(str, architectures), *options)
+    assert result.returncode == 0, result.stderr
+    records = json.loads(result.stdout)
+    for architecture in architectures:
+        assert {r["kernel"] for r in records if r["architecture"] == architecture} == launched_kernels()
+    assert not [r for r in records if r["launches"] < 2]
+
+
+def test_kernels_are_launched_twice():
+    check([80, 89, 90, 100])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [80, 89, 90, 100])
+def test_every_case_is_launched_twice(architecture):
+    check([architecture], "--all")
+
+
+CHANGED = """
+import torch, triton
+import triton.language as tl
+from tests.launch_path import CountingDriver
+
+OFFSET = tl.constexpr(1)
+
+@triton.jit
+def kernel(x):
+    tl.store(x, OFFSET)
+
+driver = CountingDriver()
+driver.device = 90
+triton.runtime.driver.set_active(driver)
+x = torch.zeros(1)
+kernel[(1,)](x)
+kernel[(1,)](x)
+print([record["launches"] for record in driver.records])
+OFFSET = tl.constexpr(2)
+kernel[(1,)](x)
+"""
+
+
+def test_globals_are_compared_at_every_launch(tmp_path):
+    (tmp_path / "changed.py").write_text(CHANGED)
+    result = run(str(tmp_path / "changed.py"))
+    assert result.stdout == "[2]\n"
+    assert "Global variable OFFSET has changed since we compiled this kernel, from constexpr[1]" in result.stderr
