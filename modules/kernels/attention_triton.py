@@ -21,7 +21,7 @@ float32 rounded to it, which gives what tensor cores give.
 import math
 from bisect import bisect_right
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import zip_longest
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -483,7 +483,7 @@ def _held_latents(part, span, place, DTYPE: tl.constexpr, SPEC: tl.constexpr, BL
         return 0
 
 
-@triton.jit(do_not_specialize=["shares", "blocks", "length", "rows"])
+@triton.jit(do_not_specialize=["total", "shares", "blocks", "length", "rows"])
 def _attention_kernel(
     query,
     positions,
@@ -491,7 +491,7 @@ def _attention_kernel(
     weight,
     bias,
     sums,
-    stats,
+    total,  # shares and tiles; behind the sums of all of them are the statistics
     keys,  # for each piece: packed, scale, zero point, spans, scale groups, four strides
     values,
     table,
@@ -533,7 +533,8 @@ def _attention_kernel(
     at += (head * SHARED + place // length) * query_strides[1] + place % length * query_strides[2]
     positions += batch * position_stride + place % length
     row = ((batch * heads + head) * SHARED * length + place).to(tl.int64) + share.to(tl.int64) * rows
-    sums, stats = sums + row * WIDTH, stats + row * 2
+    stats = sums + total.to(tl.int64) * rows * WIDTH + row * 2
+    sums += row * WIDTH
     # Without a weight every head is a group of its own.
     expand = (weight, weight_stride, 0 if KEYS_ARE_CACHED else head * size, half)
     groups = (head // KEY_HEADS, head // VALUE_HEADS)
@@ -618,7 +619,6 @@ def _choose(condition, chosen, other):
 @triton.jit(do_not_specialize=["shares", "rows", "length"])
 def _merge_kernel(
     sums,
-    stats,
     output,
     spans,
     shares,
@@ -633,6 +633,7 @@ def _merge_kernel(
     """The sums of all shares of a row of queries on one scale, over their total."""
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     width = tl.load(spans + row // length % heads // SHARED_HEADS * 3 + 1)
+    stats = sums + shares.to(tl.int64) * rows * WIDTH
     highest, total = tl.full((), float("-inf"), tl.float32), tl.zeros((), tl.float32)
     summed = tl.zeros((BLOCK_N,), tl.float32)
     for first in range(0, shares, BLOCK_S):
@@ -956,9 +957,10 @@ def latent_attention(
     record = _record(cache, shape)
     blocks = cache.table.shape[2] if record.packed else 0
     shares, programs = record.shares(blocks, len(exact))
-    total, new = shares + len(exact), partial(torch.empty, dtype=torch.float32, device=query.device)
-    output, sums = new((*query.shape[:3], record.width)), new((total, record.rows, record.width))
-    stats = new((total, record.rows, 2))
+    total = shares + len(exact)
+    output = torch.empty((*query.shape[:3], record.width), dtype=torch.float32, device=query.device)
+    # Sums and, behind those of all shares, the highest score and the total of each.
+    sums = torch.empty(total * record.rows * (record.width + 2), dtype=torch.float32, device=query.device)
     step = {
         "query": _bits(query),
         "positions": positions,
@@ -966,7 +968,7 @@ def latent_attention(
         "weight": weight,
         "bias": bias,
         "sums": sums,
-        "stats": stats,
+        "total": total,
         "table": cache.table,
         "exact": tuple(map(_exact_arguments, exact)),
         "scaling": scaling * _LOG2_E * (1.0 if rope is None else rope.attention_scaling**2),
@@ -981,7 +983,7 @@ def latent_attention(
         if programs:
             for launch in record.launches:
                 _attention_kernel[(record.grid[0], programs, record.grid[1])](**step, **launch)
-        _merge_kernel[record.merge_grid](sums=sums, stats=stats, output=output, shares=total, **record.merge)
+        _merge_kernel[record.merge_grid](sums=sums, output=output, shares=total, **record.merge)
     return output
 
 
