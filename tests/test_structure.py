@@ -145,6 +145,7 @@ def test_no_kernel_reads_a_float_global():
 
 def test_no_tuple_of_a_kernel_holds_none():
     """Triton 3.6 compiles no such tuple. So `None` is only compared with, and what is compared stands in no tuple."""
+    optional, elements = set(), set()
     for path, function in jit_functions():
         indices = {node.slice for node in ast.walk(function) if isinstance(node, ast.Subscript)}
         nodes = list(within(function, indices.__contains__))
@@ -152,10 +153,10 @@ def test_no_tuple_of_a_kernel_holds_none():
         comparisons = [n for n in nodes if isinstance(n, ast.Compare) and nones & set(n.comparators)]
         stray = nones - {n for comparison in comparisons for n in comparison.comparators}
         assert not stray, f"{path}: {function.name} holds None in line {[n.lineno for n in stray]}"
-        optional = {ast.unparse(comparison.left) for comparison in comparisons}
-        elements = {ast.unparse(e) for node in nodes if isinstance(node, ast.Tuple) for e in node.elts}
-        held = optional & elements
-        assert not held, f"{path}: {function.name}: a tuple holds {held}, which may be None"
+        optional |= {ast.unparse(comparison.left) for comparison in comparisons}
+        elements |= {(ast.unparse(e), function.name) for n in nodes if isinstance(n, ast.Tuple) for e in n.elts}
+    held = [(element, function) for element, function in elements if element in optional]
+    assert optional and not held, f"may be None, and stand in a tuple: {held}"
 
 
 def test_elements_of_constant_tuples_reach_functions_as_known():
