@@ -255,3 +255,41 @@ def test_inductor_reads_lengths_before_they_change(model):
                 torch.cat([forward(ids[:, t : t + 1], past_key_values=cache).logits for t in range(50, 60)], 1)
             )
     assert (logits[0] - logits[1]).abs().max() < 1e-4
+
+
+# ---- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", MODES.values(), ids=MODES)
+def test_replayed_steps_on_a_gpu(model, how):
+    """Exactly what the same kernels give without a graph: over the same capacity, step by step."""
+    model = model.cuda()
+    asked = {name: tensor.cuda() for name, tensor in prompt().items()} | {"max_new_tokens": 60, **how}
+    rows = 2 * how.get("num_return_sequences", 1)
+    replays, texts = [], []
+    replay = torch.cuda.CUDAGraph.replay
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda.CUDAGraph, "replay", lambda self: (replays.append(self), replay(self)))
+        for settings in ({}, {"past_key_values": model.create_kivi_cache(capacity=CAPACITY_STEP)}):
+            torch.manual_seed(1)
+            texts.append(model.generate(**asked, **settings, **({"disable_compile": True} if settings else {})))
+            assert len(texts[-1]) == rows
+    assert torch.equal(*texts)
+    assert len(replays) == max(0, texts[0].shape[1] - 42)
+
+
+@pytest.mark.gpu
+def test_a_compiled_step_on_a_gpu(model):
+    """One graph, also inside CUDA graphs, the tokens of eager steps."""
+    model = model.cuda()
+    ids = torch.randint(1, 97, (2, 90), device="cuda")
+    step = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+    logits = []
+    with torch.no_grad():
+        for forward in (model, step):
+            cache = model.create_kivi_cache(capacity=100, k_bits=8, v_bits=8)
+            model(ids[:, :50], past_key_values=cache)
+            pieces = [forward(ids[:, t : t + 1], past_key_values=cache).logits.clone() for t in range(50, 90)]
+            logits.append(torch.cat(pieces, 1))
+    assert torch.equal(logits[0].argmax(-1), logits[1].argmax(-1))

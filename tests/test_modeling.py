@@ -367,3 +367,24 @@ class TestRefusals:
         config.v_bits = 7
         with pytest.raises(ValueError, match="v_bits=7"):
             ALRDLlamaForCausalLM(config)
+
+
+def test_a_step_makes_no_tensor_of_numbers(tmp_path, monkeypatch):
+    """On an accelerator each would be copied from the host; rows of different lengths, steps that pack nothing."""
+    model = tiny_split(tmp_path, 24, group_size=32, residual_length=5)
+    ids, mask = torch.randint(1, 97, (2, 60)), torch.ones((2, 50), dtype=torch.long)
+    mask[0, :7] = 0
+    cache = model.create_kivi_cache()
+    with torch.no_grad():
+        model(ids[:, :50], attention_mask=mask, past_key_values=cache)
+        model(ids[:, 50:51], past_key_values=cache)
+
+        def refuse(*args, **kwargs):
+            raise AssertionError("made of numbers on the host")
+
+        for name in ("tensor", "as_tensor", "from_numpy"):
+            monkeypatch.setattr(torch, name, refuse)
+        blocks = [len(row.blocks) for row in cache.layers[0].rows]
+        for t in range(51, 56):
+            model(ids[:, t : t + 1], past_key_values=cache)
+    assert [len(row.blocks) for row in cache.layers[0].rows] == blocks == [1, 1]
