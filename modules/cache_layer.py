@@ -187,6 +187,22 @@ class Row(NamedTuple):
         return row
 
 
+class _Table(NamedTuple):
+    """The block table of a layer, and what else of its rows an append to the windows leaves as it is.
+
+    Attributes:
+        entries: As `PackedCache.table`.
+        full: As `PackedCache.full`.
+        sinks: Tokens in the sinks of each row.
+        window_starts: Position of the first token of each window.
+    """
+
+    entries: torch.Tensor
+    full: bool
+    sinks: tuple[int, ...]
+    window_starts: tuple[int, ...]
+
+
 def storage_nbytes(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the storages that tensors lie in, each counted once."""
     storages = (tensor.untyped_storage() for tensor in tensors)
@@ -256,10 +272,7 @@ class KIVILatentLayer(CacheLayerMixin):
         self.slots = 0
         self.rows: list[Row] = []
         self.pool = None
-        self._table: torch.Tensor | None = None
-        #: What reading takes that an append to the windows leaves as it is: table, sides, whether all blocks are full,
-        #: where the windows start, and the sinks.
-        self._blocks: tuple | None = None
+        self._table: _Table | None = None
         self._exact: dict[str, torch.Tensor] = {}
 
     def __setstate__(self, state: dict) -> None:
@@ -504,25 +517,25 @@ class KIVILatentLayer(CacheLayerMixin):
                 for entry, column in zip(entries, (row.blocks, starts, row.counts), strict=True):
                     entry.append([*column, *fill])
             shape = (3, len(self.rows), widest)
-            self._table = torch.tensor(entries, dtype=torch.int32, device=self.device).view(shape)
-        return self._table
+            self._table = _Table(
+                torch.tensor(entries, dtype=torch.int32, device=self.device).view(shape),
+                full={row.counts for row in self.rows} == {(self.scheme.block_length,) * widest},
+                sinks=tuple(row.sinks for row in self.rows),
+                window_starts=tuple(row.sinks + row.packed for row in self.rows),
+            )
+        return self._table.entries
 
     def packed(self, *new: Tile) -> PackedCache:
         """What new tokens attend to: all that is cached, and the `new` tokens themselves."""
         if not self.is_initialized:
             return PackedCache(after=new)
         with self.pool.lock:  # all of the same state of the pool
-            table, sides = self.block_table(), self.pool.sides()
-            if self._blocks is None or self._blocks[0] is not table or self._blocks[1] is not sides:
-                full = {row.counts for row in self.rows} == {(self.scheme.block_length,) * table.shape[2]}
-                starts = tuple(row.sinks + row.packed for row in self.rows)
-                sinks = self._exact_tile("sink", (0,) * len(self.rows), tuple(row.sinks for row in self.rows))
-                self._blocks = (table, sides, full, starts, sinks)
-        *_, full, starts, sinks = self._blocks
-        window = self._exact_tile("window", starts, tuple([row.window for row in self.rows]))
-        if not table.shape[2]:
+            entries, sides, table = self.block_table(), self.pool.sides(), self._table
+        sinks = self._exact_tile("sink", (0,) * len(table.sinks), table.sinks)
+        window = self._exact_tile("window", table.window_starts, tuple([row.window for row in self.rows]))
+        if not entries.shape[2]:
             return PackedCache(sinks, window + new)
-        return PackedCache(sinks, window + new, *sides, self.scheme.block_length, table, full)
+        return PackedCache(sinks, window + new, *sides, self.scheme.block_length, entries, table.full)
 
     def tiles(self, tokens: int = 256) -> Iterator[Tile]:
         """The cached tokens in order, dequantized; packed ones about `tokens` at a time."""

@@ -162,7 +162,7 @@ def the_last_pad_is_stored(monkeypatch):
 def reorder_forgets_the_packed_part(monkeypatch):
     def broken(self, indices):
         self.rows = [
-            replace(self.rows[source], blocks=own.blocks, counts=own.counts)
+            self.rows[source]._replace(blocks=own.blocks, counts=own.counts)
             for own, source in zip(self.rows, indices, strict=True)
         ]
         self._exact = {name: exact[indices] for name, exact in self._exact.items()}
@@ -186,7 +186,8 @@ def reorder_forgets_the_table(monkeypatch):
     select = KIVILatentLayer._select
 
     def broken(self, indices):
-        table = self.block_table()
+        self.block_table()
+        table = self._table
         select(self, indices)
         self._table = table
 

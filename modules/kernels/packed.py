@@ -40,7 +40,7 @@ class Rope:
         return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
 
 
-@dataclass(slots=True, eq=False)  # made in every step: a frozen one takes three times as long
+@dataclass(eq=False)  # made in every step: a frozen one takes three times as long
 class Tile:
     """A piece of the cache as attention reads it: m runs of t tokens per row, dequantized.
 
@@ -157,7 +157,7 @@ class PackedSide:
     channels: torch.Tensor | None = None
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(eq=False)
 class PackedCache:
     """All that the new tokens of a step attend to in one layer.
 
