@@ -114,9 +114,13 @@ def _check_plain(dense: nn.Module) -> None:
     """Refuse a model whose weights are not its own: with adapters, wrapped, compiled or quantized."""
     kind = type(dense).__name__
     adapted = [name for name, module in dense.named_modules() if hasattr(module, "base_layer")]
-    if adapted or hasattr(dense, "peft_config"):
-        where = f", of {adapted[0]} and {len(adapted) - 1} more" if adapted else ""
-        raise ValueError(f"dense: {kind} has PEFT adapters{where}: must be merged first, by dense.merge_and_unload()")
+    if adapted:
+        raise ValueError(
+            f"dense: {kind} has PEFT adapters, of {adapted[0]} and {len(adapted) - 1} more: must be merged first, by "
+            "PEFT's merge_and_unload()"
+        )
+    if hasattr(dense, "peft_config"):
+        raise ValueError(f"dense: {kind} has PEFT prompts: must be without them, as dense.get_base_model() is")
     weights = dense.state_dict()
     for i in range(dense.config.num_hidden_layers):
         for projection in ("q_proj", "k_proj", "v_proj", "o_proj"):

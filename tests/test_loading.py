@@ -305,7 +305,7 @@ def adapted_mlp(dense):
 NOT_PLAIN = {
     "PEFT": (lambda dense: PeftModel(adapted(dense)), r"PeftModel has PEFT adapters, of .*layers\.0\.self_attn\.q_pro"),
     "PEFT, feed-forward only": (adapted_mlp, r"has PEFT adapters, of .*up_proj .*merge_and_unload"),
-    "PEFT, prompts": (PeftModel, r"PeftModel has PEFT adapters: must be merged first, by dense\.merge_and_unload\(\)"),
+    "PEFT, prompts": (PeftModel, r"PeftModel has PEFT prompts: .*dense\.get_base_model\(\)"),
     "adapters in the model": (adapted, r"LlamaForCausalLM has PEFT adapters"),
     "compiled": (torch.compile, r"OptimizedModule must be a plain model, .*q_proj\.weight: no such weight"),
     "quantized": (quantized_weights, r"layers\.1\.self_attn\.o_proj\.weight: a weight in torch\.int8"),

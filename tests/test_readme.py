@@ -72,7 +72,7 @@ def fresh_shell(tmp_path):
 
 
 def test_the_commands_of_the_readme_are_found(fresh_shell):
-    """In a fresh shell: targets of `make` exist, and the environment is activated, so that a script finds the project."""
+    """In a fresh shell: targets of `make` exist, and the environment is activated, so a script finds the project."""
     targets, start, serve = shell_blocks("README.md")[:3]
     planned = fresh_shell(re.sub(r"^make", "make --dry-run", targets, flags=re.MULTILINE))
     assert "scripts/demo.py" in planned and "pytest" in planned and "pip install" not in planned
