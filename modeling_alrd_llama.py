@@ -272,8 +272,20 @@ class ALRDLlamaAttention(LlamaAttention):
                 # The library's plan took it for a dense layer: its wrapper would make DTensors of what comes and goes.
                 vars(projection).pop("forward", None)
                 projection.keep_shard(rank, size, process_group)
+        self.widths = self._config_widths()
+
+    def _config_widths(self) -> tuple[tuple[int, ...], ...]:
+        """Channels by head group of keys and values that this rank caches by the config as it is now."""
         widths = (self.config.cached_widths(self.layer_idx, name) for name in ("k_proj", "v_proj"))
-        self.widths = tuple(own_groups(w, rank, size) for w in widths)
+        return tuple(own_groups(w, self.tp_rank, self.tp_size) for w in widths)
+
+    def check_config(self) -> None:
+        """Refuse a config whose ranks or head groups have been assigned since the layer was built."""
+        if self._config_widths() != self.widths:
+            raise ValueError(
+                f"truncation_ranks, head_group_size: must stay as layer {self.layer_idx} was built, for {self.widths} "
+                f"channels by head group, not {self._config_widths()}; split the dense model again to change them"
+            )
 
     def own_scheme(self, scheme: CacheScheme) -> CacheScheme:
         """What this rank stores of a scheme whose width tiers, if it has some, are those of all head groups."""
@@ -534,6 +546,7 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
                     settings["layer_schemes"][i] = own
         cache = create_kivi_cache(**settings, static_scales=self._static_scales(), config=config)
         for i, attention in self.own_attentions().items():
+            attention.check_config()
             cache.layers[i].given_widths = attention.widths
         cache.bind(self.get_decoder())
         return cache

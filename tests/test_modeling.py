@@ -404,6 +404,14 @@ class TestRefusals:
         with pytest.raises(ValueError, match="bits: no such setting"):
             tiny_split(tmp_path, 40).create_kivi_cache(bits=2)
 
+    @pytest.mark.parametrize("fields", [{"head_group_size": 2}, {"truncation_ranks": {}}], ids=str)
+    def test_ranks_assigned_later(self, tmp_path, fields):
+        model = tiny_split(tmp_path, 40)
+        for name, value in fields.items():
+            setattr(model.config, name, value)
+        with pytest.raises(ValueError, match="truncation_ranks, head_group_size: must stay as layer 0 was built"):
+            model.generate(torch.randint(1, 97, (1, 10)))
+
     def test_settings_assigned_later(self, tmp_path):
         model = tiny_split(tmp_path, 40)
         model.config.k_bits = 5
