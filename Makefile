@@ -1,13 +1,15 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: demo test test-oldest check results schemes gpu
+.PHONY: install demo test test-oldest check results schemes gpu
 
 # One installation, made again when the requirements change.
 .venv/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --requirement requirements.txt --editable .
 	touch $@
+
+install: .venv/installed
 
 # Calibrate the bundled model for three budgets, measure through the cache, plot, generate. Results in build/demo.
 demo: .venv/installed

@@ -27,6 +27,9 @@ _NOT_SUPPORTED = {
     "qwen3_moe": "normalised queries and keys (q_norm, k_norm) and a mixture of experts",
 }
 
+#: What the layers of a saved split model are: no class of the library takes it for one of its own types.
+LATENT_LAYER_TYPE = "latent_attention of alrd_llama: see README.md of this folder"
+
 _PROJECTION_NAME = re.compile(r"model\.layers\.(\d+)\.self_attn\.([kv]_proj)")
 
 
@@ -243,8 +246,12 @@ class ALRDLlamaConfig(LlamaConfig):
     r"""A `LlamaConfig` plus the ranks of the split projections and the settings of their KV cache.
 
     It also describes a split Mistral or Qwen2, whose fields that a Llama does not have are kept for the way back. As
-    every token is cached and attended to, `sliding_window` must be `None` or at least `max_position_embeddings`, where
-    it never acts; `use_sliding_window` must be off and `layer_types`, if given, `"full_attention"`.
+    every token is cached and attended to, `sliding_window` must be `None` or at least `max_position_embeddings`, and
+    the model then refuses a text beyond it; `use_sliding_window` must be off and `layer_types`, if given,
+    `"full_attention"`.
+
+    A saved `config.json` of split projections calls its layers `LATENT_LAYER_TYPE`, so that `LlamaForCausalLM` refuses
+    the folder, whose keys and values it would make up.
 
     Args:
         dense_model_type (`str`, defaults to `"llama"`):
@@ -304,6 +311,10 @@ class ALRDLlamaConfig(LlamaConfig):
     v_hadamard: bool = True
 
     def __post_init__(self, **kwargs):
+        if set(kwargs.get("layer_types") or ()) == {LATENT_LAYER_TYPE}:
+            del kwargs["layer_types"]
+            if self.dense_model_type == "qwen2":
+                kwargs["layer_types"] = ["full_attention"] * self.num_hidden_layers
         # A dense model's dictionary brings its own model_type; kept, it would hide our weight conversion.
         source = kwargs.pop("model_type", self.model_type)
         if source != self.model_type:
@@ -342,6 +353,11 @@ class ALRDLlamaConfig(LlamaConfig):
             foreign.discard("head_dim")  # a Qwen2 reads it, though it is no field of its class
         foreign |= {"model_type", "architectures"}
         return dense_class(**{name: value for name, value in self.to_dict().items() if name not in foreign})
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What is written to `config.json`."""
+        latent = {"layer_types": [LATENT_LAYER_TYPE] * self.num_hidden_layers} if self.truncation_ranks else {}
+        return super().to_diff_dict() | latent
 
     @property
     def num_head_groups(self) -> int:
@@ -421,13 +437,19 @@ class ALRDLlamaConfig(LlamaConfig):
             raise ValueError(f"{field}: tiers of {list(channels)} channels must fill the group ranks {list(ranks)}")
 
     def _check_full_attention(self) -> None:
+        for field, right in (("is_causal", True), ("attention_chunk_size", None), ("is_heterogeneous", False)):
+            if getattr(self, field, right) != right:
+                raise ValueError(
+                    f"{field}={getattr(self, field)!r}: must be {right!r}; every token attends to all tokens up to it, "
+                    "in all layers alike"
+                )
         if getattr(self, "use_sliding_window", False):
             raise ValueError("use_sliding_window=True: must be False; attention over a sliding window is not supported")
         window, longest = getattr(self, "sliding_window", None), self.max_position_embeddings
         if window is not None and window < longest:
             raise ValueError(
-                f"sliding_window={window!r}: must be None or at least max_position_embeddings={longest}, where it "
-                "never acts; attention over a sliding window is not supported"
+                f"sliding_window={window!r}: must be None or at least max_position_embeddings={longest}; attention "
+                "over a sliding window is not supported"
             )
         others = sorted(set(getattr(self, "layer_types", None) or ()) - {"full_attention"})
         if others:

@@ -1,17 +1,25 @@
 """Llama, Mistral or Qwen2 with low-rank key and value projections, whose latents live in a `KIVILatentCache`."""
 
 import copy
+import os
 import threading
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, fields, replace
 from functools import partial, wraps
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
@@ -80,7 +88,22 @@ def register_dense_conversion(config: ALRDLlamaConfig) -> None:
 #: The library keeps conversions per model type, ours differ per configuration: one load at a time.
 _loading = threading.Lock()
 
-_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+#: What a person finds who opens a saved folder without the project.
+_FOLDER_README = """# A model with low-rank keys and values (alrd_llama)
+
+The key and value projections are stored as factors, which the classes of transformers do not know: `LlamaForCausalLM`
+refuses this folder, and the auto classes know it only after the project is imported. From a checkout of the project:
+
+    from modeling_alrd_llama import ALRDLlamaForCausalLM
+
+    model = ALRDLlamaForCausalLM.from_pretrained("path of this folder")
+
+`model.save_pretrained(folder, save_original_format=True)` writes the plain dense model for any other program;
+`python scripts/export_hub.py --model FOLDER --output OTHER` writes a folder that loads without the project, by
+`trust_remote_code=True`.
+"""
+
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "gguf_file")
 
 
 def _check_dense_model_type(stored: ALRDLlamaConfig, config: ALRDLlamaConfig) -> None:
@@ -90,6 +113,27 @@ def _check_dense_model_type(stored: ALRDLlamaConfig, config: ALRDLlamaConfig) ->
             f"dense_model_type={config.dense_model_type!r}: must be {stored.dense_model_type!r}, as the weights are; "
             "make the config from that of the checkpoint"
         )
+
+
+def _check_plain(dense: nn.Module) -> None:
+    """Refuse a model whose weights are not its own: with adapters, wrapped, compiled or quantized."""
+    kind = type(dense).__name__
+    adapted = [name for name, module in dense.named_modules() if hasattr(module, "base_layer")]
+    if adapted:
+        raise ValueError(
+            f"dense: {kind} has PEFT adapters, of {adapted[0]} and {len(adapted) - 1} more: must be merged first, by "
+            "PEFT's merge_and_unload()"
+        )
+    if hasattr(dense, "peft_config"):
+        raise ValueError(f"dense: {kind} has PEFT prompts: must be without them, as dense.get_base_model() is")
+    weights = dense.state_dict()
+    for i in range(dense.config.num_hidden_layers):
+        for projection in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            name = f"model.layers.{i}.self_attn.{projection}.weight"
+            weight = weights.get(name)
+            if weight is None or not weight.is_floating_point() or weight.itemsize == 1:
+                found = "no such weight" if weight is None else f"a weight in {weight.dtype}"
+                raise ValueError(f"dense: {kind} must be a plain model, not wrapped, not quantized; {name}: {found}")
 
 
 def _check_stored_model(path, config: ALRDLlamaConfig, hub_arguments: dict) -> None:
@@ -116,6 +160,12 @@ def _check_stored_model(path, config: ALRDLlamaConfig, hub_arguments: dict) -> N
                 )
             name = f"model.layers.{i}.self_attn.{projection}"
             tiers, asked = stored.width_tiers.get(name), config.width_tiers.get(name)
+            bits = f"{projection[0]}_bits"
+            if tiers is not None and asked is not None and getattr(config, bits) != getattr(stored, bits):
+                raise ValueError(
+                    f"{bits}={getattr(config, bits)}: must be {getattr(stored, bits)} as stored, for the checkpoint's "
+                    "width_tiers take its place; give it to create_kivi_cache() for one width"
+                )
             static = (getattr(config, f"{projection[0]}_scheme") or {}).get("static", False)
             if tiers is not None and (static if asked is None else check_tiers(asked) != check_tiers(tiers)):
                 raise ValueError(
@@ -214,14 +264,19 @@ class LatentStep:
         longest = max(lengths) + length if known else None
         return cls(positions, real, start, count, order, longest, **fields)
 
-    def check_positions(self, position_ids: torch.Tensor) -> None:
-        """Refuse other positions than those that follow from what the rows hold."""
+    def check_positions(self, position_ids: torch.Tensor, lengths: list[int] | torch.Tensor) -> None:
+        """Refuse other positions than those that follow from the `lengths` that the rows hold."""
+        if position_ids.shape[-1] != self.positions.shape[1]:
+            raise ValueError(
+                f"position_ids: {tuple(position_ids.shape)} must be {tuple(self.positions.shape)}, as the new tokens"
+            )
+        held = "" if isinstance(lengths, torch.Tensor) else f", which holds {lengths} tokens"
         agrees = position_ids.to(self.positions.device) == self.positions
         agrees = agrees if self.real is None else agrees | ~self.real.to(agrees.device)
         require(
             agrees.all(),
             "position_ids: must count the tokens of each row from 0 without gaps, pads not counted, and go on "
-            "where the cache ends; leave them out to have them made",
+            f"where the cache ends{held}; leave them out to have them made",
         )
 
     def on(self, device: torch.device) -> "LatentStep":
@@ -245,15 +300,14 @@ class ALRDLlamaAttention(LlamaAttention):
         super().__init__(config, layer_idx)
         if config.dense_model_type == "qwen2":
             self.o_proj.bias = None  # `attention_bias` is for q, k and v only
-        for name, bits in (("k_proj", config.k_bits), ("v_proj", config.v_bits)):
+        for name in ("k_proj", "v_proj"):
             ranks = config.group_ranks(layer_idx, name)
             if ranks is None:
                 continue
             dense, heads = getattr(self, name), config.num_key_value_heads
             static = bool((getattr(config, f"{name[0]}_scheme") or {}).get("static"))
             split = SVDLinear(dense.in_features, dense.out_features, ranks, heads, dense.bias is not None, static)
-            if not config.use_kivi:
-                split.latent_transform = SimpleRounding(bits, config.group_size)
+            split.latent_transform = SimpleRounding(config, f"{name[0]}_bits")
             setattr(self, name, split)
         self.keep_heads(0, 1)
 
@@ -269,8 +323,20 @@ class ALRDLlamaAttention(LlamaAttention):
                 # The library's plan took it for a dense layer: its wrapper would make DTensors of what comes and goes.
                 vars(projection).pop("forward", None)
                 projection.keep_shard(rank, size, process_group)
+        self.widths = self._config_widths()
+
+    def _config_widths(self) -> tuple[tuple[int, ...], ...]:
+        """Channels by head group of keys and values that this rank caches by the config as it is now."""
         widths = (self.config.cached_widths(self.layer_idx, name) for name in ("k_proj", "v_proj"))
-        self.widths = tuple(own_groups(w, rank, size) for w in widths)
+        return tuple(own_groups(w, self.tp_rank, self.tp_size) for w in widths)
+
+    def check_config(self) -> None:
+        """Refuse a config whose ranks or head groups have been assigned since the layer was built."""
+        if self._config_widths() != self.widths:
+            raise ValueError(
+                f"truncation_ranks, head_group_size: must stay as layer {self.layer_idx} was built, for {self.widths} "
+                f"channels by head group, not {self._config_widths()}; split the dense model again to change them"
+            )
 
     def own_scheme(self, scheme: CacheScheme) -> CacheScheme:
         """What this rank stores of a scheme whose width tiers, if it has some, are those of all head groups."""
@@ -399,20 +465,28 @@ def _is_traced_in_vain(cache) -> bool:
 
 
 class SimpleRounding(nn.Module):
-    """The simple scheme of `use_kivi=False`: every latent rounded on its way to keys or values, except in training."""
+    """The simple scheme, where the config says `use_kivi=False` now: every latent rounded on its way to keys or values,
+    except in training."""
 
-    def __init__(self, n_bits: float, group_size: int):
+    def __init__(self, config: ALRDLlamaConfig, bits_field: str):
         super().__init__()
-        self.n_bits, self.group_size = n_bits, group_size
+        self.config, self.bits_field = config, bits_field
 
     def extra_repr(self) -> str:
-        return f"n_bits={self.n_bits}, group_size={self.group_size}"
+        n_bits = None if self.config.use_kivi else getattr(self.config, self.bits_field)
+        return f"n_bits={n_bits}, group_size={self.config.group_size}"
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        return latents if self.training else quantize_latent(latents, self.n_bits, self.group_size)
+        if self.config.use_kivi or self.training:
+            return latents
+        return quantize_latent(latents, getattr(self.config, self.bits_field), self.config.group_size)
 
 
 class ALRDLlamaDecoderLayer(LlamaDecoderLayer):
+    #: Gradient checkpointing leaves the cache there, so that `generate` is right in training mode too; a step that is
+    #: computed again for its gradient would fill the cache twice, and `ALRDLlamaModel.forward` refuses it.
+    _can_checkpoint_with_cache = True
+
     def __init__(self, config: ALRDLlamaConfig, layer_idx: int):
         super(LlamaDecoderLayer, self).__init__()
         self.hidden_size = config.hidden_size
@@ -443,12 +517,19 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
         Takes the arguments of `PreTrainedModel.from_pretrained`.
 
         Raises:
-            ValueError: A parameter would stay at its random initialisation, or `config` asks for another kind of model
-                or other factors than the checkpoint stores.
+            ValueError: A parameter would stay at its random initialisation, or `config`, or a field of it given by
+                keyword, asks for another kind of model or other factors than the checkpoint stores.
         """
-        if config is not None and pretrained_model_name_or_path is not None:
+        if pretrained_model_name_or_path is not None:
             hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-            _check_stored_model(pretrained_model_name_or_path, config, hub_arguments)
+            wanted = config
+            if not isinstance(config, PreTrainedConfig):
+                # As the library will: fields by keyword take the place of those in the folder.
+                own = {name: kwargs[name] for name in ALRDLlamaConfig.__dataclass_fields__ if name in kwargs}
+                wanted = ALRDLlamaConfig.from_pretrained(
+                    pretrained_model_name_or_path if config is None else config, **hub_arguments, **own
+                )
+            _check_stored_model(pretrained_model_name_or_path, wanted, hub_arguments)
         with _loading:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *args, config=config, output_loading_info=True, **kwargs
@@ -495,6 +576,8 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
     def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
         """Save the factors as they are; with `save_original_format=True` the dense model of `to_dense`.
 
+        A `README.md` that says how to load the folder is written beside the factors, unless there is one.
+
         Under tensor parallelism every rank must call it, and the first one writes the whole model.
 
         Raises:
@@ -505,7 +588,11 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
             raise ValueError("distributed_checkpoint=True: must be False; the factors are gathered into one checkpoint")
         if save_original_format:
             return self.to_dense().save_pretrained(save_directory, *args, **kwargs)
-        return super().save_pretrained(save_directory, *args, save_original_format=False, **kwargs)
+        super().save_pretrained(save_directory, *args, save_original_format=False, **kwargs)
+        is_main_process = args[0] if args else kwargs.get("is_main_process", True)
+        if is_main_process and self.config.truncation_ranks:
+            with suppress(FileExistsError), open(os.path.join(save_directory, "README.md"), "x") as readme:
+                readme.write(_FOLDER_README)
 
     def create_kivi_cache(self, **settings) -> KIVILatentCache:
         """An empty packed cache for this model.
@@ -536,6 +623,7 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
                     settings["layer_schemes"][i] = own
         cache = create_kivi_cache(**settings, static_scales=self._static_scales(), config=config)
         for i, attention in self.own_attentions().items():
+            attention.check_config()
             cache.layers[i].given_widths = attention.widths
         cache.bind(self.get_decoder())
         return cache
@@ -596,10 +684,16 @@ class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):
         With such a cache, `attention_mask` is `None` or `[B, past slots + L]`, and `position_ids`, if given, count
         the tokens of each row from 0, pads not counted.
         """
+        if not self.config.use_kivi:
+            self.config.check_latent_cache()  # the field may have been assigned since the model was built
         wanted = self.config.use_cache if use_cache is None else use_cache
         if past_key_values is None and wanted and self.config.use_kivi and not self.training:
             past_key_values = self.create_kivi_cache()
-        forward = self._forward_latent if isinstance(past_key_values, KIVILatentCache) else super().forward
+        latent = isinstance(past_key_values, KIVILatentCache)
+        self._check_window(input_ids if inputs_embeds is None else inputs_embeds, past_key_values)
+        if self.training and past_key_values is not None:
+            self._check_training(latent)
+        forward = self._forward_latent if latent else super().forward
         if _is_traced_in_vain(past_key_values):
             forward = partial(_untraced, forward)
         return forward(
@@ -611,6 +705,34 @@ class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):
             use_cache=use_cache,
             **kwargs,
         )
+
+    def _check_window(self, new: torch.Tensor | None, cache) -> None:
+        """Refuse a text beyond the sliding window, which a dense Mistral would no longer see as a whole."""
+        window = getattr(self.config, "sliding_window", None)
+        if window is None or new is None:
+            return
+        capacity = getattr(cache, "capacity", None)  # asking such a cache for its length would wait for the device
+        slots = capacity or (0 if cache is None else cache.get_seq_length()) + new.shape[1]
+        if slots > window:
+            what = f"capacity={capacity}" if capacity else f"a text of {slots} slots"
+            raise ValueError(
+                f"sliding_window={window}: {what} exceeds it, and must not; attention over a sliding window is not "
+                "supported"
+            )
+
+    def _check_training(self, latent: bool) -> None:
+        """Refuse a cache in training mode where it would be filled twice, or a dropout left out."""
+        if torch.is_grad_enabled() and any(getattr(layer, "gradient_checkpointing", False) for layer in self.layers):
+            raise ValueError(
+                "past_key_values: must be None with gradient checkpointing in training mode, where a layer that is "
+                "computed again for its gradient would fill the cache twice; use torch.no_grad(), model.eval() or "
+                "use_cache=False"
+            )
+        if latent and self.config.attention_dropout:
+            raise ValueError(
+                f"attention_dropout={self.config.attention_dropout}: must be 0 in training mode with a packed cache, "
+                "whose attention has no dropout; use model.eval() or another cache"
+            )
 
     @merge_with_config_defaults
     @capture_outputs
@@ -627,7 +749,7 @@ class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):
         has_past = isinstance(lengths, torch.Tensor) or past_key_values.get_seq_length() > 0
         step = LatentStep.place(lengths, real, hidden_states.shape[1], hidden_states.device, has_past=has_past)
         if position_ids is not None:
-            step.check_positions(position_ids)
+            step.check_positions(position_ids, lengths)
         position_embeddings = self.rotary_emb(hidden_states, position_ids=step.positions)
         # Dynamic NTK changes the frequencies with the length, so they are read after the embedding has seen it.
         step = replace(step, rope=Rope(self.rotary_emb.inv_freq, self.rotary_emb.attention_scaling))
@@ -660,7 +782,10 @@ class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):
         lengths = cache.row_lengths()
         lengths = lengths if len(lengths) else [0] * batch
         if len(lengths) != batch:
-            raise ValueError(f"input_ids: batch of {batch} must be the {len(lengths)} rows of the cache")
+            raise ValueError(
+                f"input_ids: batch of {batch} must be the {len(lengths)} rows of the cache; batch_repeat_interleave(), "
+                "batch_select_indices() and reset() change its rows"
+            )
         return lengths, self._real_tokens(attention_mask, lengths, cache, length)
 
     @staticmethod
@@ -688,21 +813,19 @@ class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):
             require(mask[:, -1].all(), "attention_mask: a step of one token must not be a pad on an accelerator")
             return None
         mask = mask.cpu()
-        if mask[:, :slots].sum(1).tolist() != lengths:
-            raise ValueError(f"attention_mask: its past part must mark the {lengths} tokens that the rows hold")
+        if slots and not torch.equal(mask[:, :slots], cache.held_slots()):
+            raise ValueError(
+                f"attention_mask: its past part must mark the {lengths} tokens that the rows hold, and no others; "
+                "cache.take_out(attention_mask) makes pads of tokens at the end of a row, crop() and reset() go back"
+            )
         real = mask[:, slots:]
         return None if real.all() else real
 
     @staticmethod
     def _slot_positions(cache: KIVILatentCache, real, batch: int, length: int) -> torch.Tensor:
         """`[B, past slots + L]` position of the token in each slot, -1 for pads."""
-        past = cache.get_seq_length()
-        mask = torch.ones((batch, past + length), dtype=torch.bool)
-        for row_mask, row in zip(mask, cache.layers[cache.first_layer].rows):
-            for start, stop in row.pads:
-                row_mask[start:stop] = False
-        if real is not None:
-            mask[:, past:] = real
+        new = torch.ones((batch, length), dtype=torch.bool) if real is None else real
+        mask = torch.cat([cache.held_slots(), new], dim=1) if cache.get_seq_length() else new
         return (mask.cumsum(1) - 1).masked_fill(~mask, -1)
 
 
@@ -741,10 +864,38 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
             result.past_key_values = cache.growing()
         return result
 
+    def _prepare_attention_mask_for_generation(self, inputs_tensor, generation_config, model_kwargs):
+        """As the library's, but for a draft model: without a mask its target has one of ones, whatever the ids are."""
+        if generation_config.is_assistant:
+            return torch.ones(inputs_tensor.shape[:2], dtype=torch.long, device=inputs_tensor.device)
+        return super()._prepare_attention_mask_for_generation(inputs_tensor, generation_config, model_kwargs)
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+        """As the library's; here `generate` has prompt, mask and cache side by side, none of them cut yet."""
+        cache = model_kwargs.get("past_key_values")
+        if isinstance(cache, KIVILatentCache) and cache.get_seq_length():
+            self._continue_cache(cache, inputs_tensor.shape[1], model_kwargs["attention_mask"])
+        return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+
+    @staticmethod
+    def _continue_cache(cache: KIVILatentCache, length: int, mask: torch.Tensor) -> None:
+        """Refuse a prompt that does not go on from what a cache holds; take out what its mask calls pads by now."""
+        slots = cache.get_seq_length()
+        if mask.shape[1] != slots + length and not mask.shape[1] == length > slots:
+            raise ValueError(
+                f"past_key_values: holds {slots} slots, rows of {cache.row_tokens()} tokens; the prompt has {length}, "
+                f"its attention_mask {mask.shape[1]}: must be the whole text, longer than what the cache holds, or new "
+                f"tokens with a mask of all {slots + length} slots. cache.crop(-n) takes back its last n slots, "
+                "cache.reset() all"
+            )
+        if len(mask) == len(cache.row_tokens()):
+            cache.take_out(mask)
+
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ):
         """Give `generate` a packed cache of our own where it would make a `DynamicCache`."""
+        self._check_assisted(model_kwargs.get("past_key_values"), generation_mode)
         given = model_kwargs.get("past_key_values") is not None
         stock = generation_config.use_cache is False or generation_config.cache_implementation is not None
         if self.config.use_kivi and not given and not stock:
@@ -797,6 +948,16 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
 
         return step
 
+    @staticmethod
+    def _check_assisted(cache, generation_mode, *args, **kwargs) -> None:
+        """Refuse a cache that holds tokens where the library feeds the text from its beginning."""
+        speculative = generation_mode == GenerationMode.ASSISTED_GENERATION
+        if speculative and isinstance(cache, KIVILatentCache) and cache.get_seq_length():
+            raise ValueError(
+                f"past_key_values: holds {cache.get_seq_length()} slots, but assisted decoding and prompt look-up feed "
+                "the whole text: give an empty cache (reset()), or generate without a draft"
+            )
+
     def init_continuous_batching(self, *args, **kwargs):
         """As the library's, whose cache of its own holds keys and values made of the latents: right, but not packed."""
         if self.config.use_kivi:
@@ -832,8 +993,10 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
             dtype, device: Type and place of the split model; default: those of `dense`.
 
         Raises:
-            ValueError: `dense` is a model that cannot be split, or `config` is for another kind of model.
+            ValueError: `dense` is a model that cannot be split, has adapters of PEFT or another wrapper around it, or
+                `config` is for another kind of model.
         """
+        _check_plain(dense)
         _check_dense_model_type(ALRDLlamaConfig.from_llama(dense.config), config)
         model = cls(config)
         # As in a loaded model the frequencies of RoPE stay in float32.

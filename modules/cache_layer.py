@@ -584,6 +584,29 @@ class KIVILatentLayer(CacheLayerMixin):
         heads = (key_states.shape[1], value_states.shape[1])
         return tuple(x.unflatten(2, (h, -1)).transpose(1, 2) for x, h in zip(seen, heads, strict=True))
 
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """`[B, H, T, D]`, dequantized at each reading, for cross-attention, which reads it in place of `update`."""
+        return self._by_head(0)
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """As `keys`."""
+        return self._by_head(1)
+
+    @keys.setter
+    def keys(self, states: None) -> None:
+        """The library's constructor has nothing to give; what is cached comes by `append` and `update`."""
+        if states is not None:
+            raise ValueError("keys: must not be assigned; update() adds to a packed cache")
+
+    values = values.setter(keys.fset)
+
+    def _by_head(self, side: int) -> torch.Tensor | None:
+        if not self.is_initialized:
+            return None
+        return self.states()[side].unflatten(2, (len(self.widths[side]), -1)).transpose(1, 2)
+
     def get_seq_length(self) -> int:
         """Slots fed to the cache, pads included, as the library counts them."""
         return self.slots
@@ -655,10 +678,26 @@ class KIVILatentLayer(CacheLayerMixin):
             with self.pool.lock:
                 self._edit([self._cropped(row, slots) for row in self.rows], self._exact, slots)
 
-    @staticmethod
-    def _cropped(row: Row, slots: int) -> Row:
+    def take_out(self, removed: torch.Tensor, kept: torch.Tensor) -> None:
+        """Make pads of the last `removed` `[B]` tokens of each row, whose tokens are then those that `kept` marks.
+
+        Args:
+            removed: int on the CPU.
+            kept: `[B, slots]` bool on the CPU.
+        """
+        shortened = zip(self.rows, removed.tolist(), kept.tolist(), strict=True)
+        with self.pool.lock:
+            rows = [self._shortened(row, row.tokens - n, _pad_ranges(real, 0)) for row, n, real in shortened]
+            self._edit(rows, self._exact, self.slots)
+
+    @classmethod
+    def _cropped(cls, row: Row, slots: int) -> Row:
         pads = tuple((start, min(stop, slots)) for start, stop in row.pads if start < slots)
-        left = slots - sum(stop - start for start, stop in pads)
+        return cls._shortened(row, slots - sum(stop - start for start, stop in pads), pads)
+
+    @staticmethod
+    def _shortened(row: Row, left: int, pads: tuple[tuple[int, int], ...]) -> Row:
+        """The first `left` tokens of a row."""
         sinks = min(left, row.sinks)
         left -= sinks
         counts = []
@@ -915,6 +954,10 @@ class FixedLatentLayer(KIVILatentLayer):
             pads_left = [tuple((a, min(b, left)) for a, b in pads if a < left) for pads in self.pads]
         self.store.crop(removed)
         self.pads = pads_left
+
+    def take_out(self, removed: torch.Tensor, kept: torch.Tensor) -> None:
+        self.store.crop(removed.to(self.device))
+        self.pads = [_pad_ranges(real, 0) for real in kept.tolist()]
 
     def reset(self) -> None:
         """Forget every token; the allocation stays, for as many rows."""

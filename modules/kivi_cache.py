@@ -63,6 +63,10 @@ class KIVILatentCache(Cache):
         #: Whether `generate` has chosen the capacity, for one text.
         self.made_by_generate = False
         self._torn = False  # whether layers of fixed capacity may hold different tokens
+        self._announced: int | None = (
+            None  # slots that a step will fill, if its model has asked for the sizes of a mask
+        )
+        self._last_updated: int | None = None  # layer that `update` fed last
         self._model: Callable | None = None  # weak reference to the decoder that feeds the cache
         self._fingerprint: dict | None = None  # of the model that has filled it, if another object or process
         self.scheme = scheme or CacheScheme()
@@ -107,7 +111,30 @@ class KIVILatentCache(Cache):
         return layer
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
-        return self.layer(layer_idx).update(key_states, value_states, *args, **kwargs)
+        layer = self.layer(layer_idx)
+        below = next((i for i in range(layer_idx - 1, -1, -1) if self.layers[i].is_initialized), None)
+        slots = layer.slots + key_states.shape[2]
+        twice = self._last_updated == layer_idx and self._announced == layer.slots
+        if twice or (below is not None and slots != self.layers[below].slots):
+            other = "it is fed twice in one step" if twice else f"layer {below} holds {self.layers[below].slots}"
+            raise ValueError(
+                f"past_key_values: layer {layer_idx} would hold {slots} slots, but {other}; must be the same tokens in "
+                "all layers, once. An encoder-decoder model needs EncoderDecoderCache(this cache, DynamicCache()); "
+                "after an error in a step, crop() or reset() the cache"
+            )
+        self._last_updated = layer_idx
+        return layer.update(key_states, value_states, *args, **kwargs)
+
+    def _refuse_states(self, *args, **kwargs):
+        """What layers of other kinds than attention ask of a cache."""
+        raise ValueError(
+            "past_key_values: a KIVILatentCache holds keys and values only, but this model has layers with other "
+            "states (linear attention, state space, convolution or an indexer); leave the cache to the model"
+        )
+
+    update_conv_state = get_conv_state = _refuse_states
+    update_recurrent_state = get_recurrent_state = _refuse_states
+    has_previous_state = update_indexer = _refuse_states
 
     def row_tokens(self) -> list[int]:
         """Tokens that each row holds, pads not counted; empty before the first one."""
@@ -116,6 +143,15 @@ class KIVILatentCache(Cache):
     def row_lengths(self) -> list[int] | torch.Tensor:
         """As `row_tokens`; with a fixed capacity `[B]` int32 on the device, which nothing has waited for."""
         return self.layers[self.first_layer].row_lengths() if self.layers else []
+
+    def held_slots(self) -> torch.Tensor:
+        """`[B, slots]` bool on the CPU: true for tokens, false for pads."""
+        layer = self.layers[self.first_layer]
+        held = torch.ones((len(layer.rows), layer.slots), dtype=torch.bool)
+        for row_held, row in zip(held, layer.rows):
+            for start, stop in row.pads:
+                row_held[start:stop] = False
+        return held
 
     @property
     def first_layer(self) -> int:
@@ -126,7 +162,9 @@ class KIVILatentCache(Cache):
         return super().get_seq_length(layer_idx or self.first_layer)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return super().get_mask_sizes(query_length, layer_idx or self.first_layer)
+        sizes = super().get_mask_sizes(query_length, layer_idx or self.first_layer)
+        self._announced = sizes[0]
+        return sizes
 
     @contextmanager
     def all_or_nothing(self) -> Iterator[None]:
@@ -200,6 +238,31 @@ class KIVILatentCache(Cache):
             return
         for layer in [layer for layer in self.layers if layer.is_initialized] or self.layers:
             layer.crop(tokens_to_remove)
+
+    def take_out(self, attention_mask: torch.Tensor) -> None:
+        """Make pads of the tokens at the end of rows that a mask calls pads, as `crop` would: `generate` feeds pads as
+        tokens to rows that have ended before the others.
+
+        Args:
+            attention_mask: `[B, slots]` or longer, 0 for pads.
+
+        Raises:
+            ValueError: The mask has another shape, calls a pad a token, or a token that others follow a pad.
+        """
+        held = self.held_slots()
+        if attention_mask.dim() != 2 or len(attention_mask) != len(held) or attention_mask.shape[1] < held.shape[1]:
+            raise ValueError(f"attention_mask: {list(attention_mask.shape)} must be {list(held.shape)} or longer")
+        kept = attention_mask[:, : held.shape[1]].cpu() != 0
+        if torch.equal(kept, held):
+            return
+        removed = held & ~kept
+        if (kept & (~held | removed.cumsum(1).bool())).any():
+            raise ValueError(
+                f"attention_mask: rows of {self.row_tokens()} tokens can lose their last ones only, but the mask hides "
+                "a token before others, or calls a pad a token; crop() or reset() the cache"
+            )
+        for layer in [layer for layer in self.layers if layer.is_initialized]:
+            layer.take_out(removed.sum(1), kept)
 
     def reset(self) -> None:
         """Forget every token."""

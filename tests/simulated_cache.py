@@ -110,6 +110,15 @@ class SimulatedCache:
                     (row.window or row.packed or row.sinks).pop()
             row.starts = [start for start in row.starts if start < len(row.sinks) + len(row.packed)]
 
+    def take_out(self, kept: torch.Tensor) -> None:
+        """Make pads of the last tokens of rows, those that `kept` `[B, slots]` does not mark."""
+        for row, marks in zip(self.rows, kept.tolist(), strict=True):
+            for i, mark in enumerate(marks):
+                if row.slots[i] and not mark:
+                    (row.window or row.packed or row.sinks).pop()
+                row.slots[i] = mark
+            row.starts = [start for start in row.starts if start < len(row.sinks) + len(row.packed)]
+
     def select(self, indices: list[int]) -> None:
         """Make row i a copy of row `indices[i]`."""
         self.rows = [self.rows[i].copy() for i in indices]

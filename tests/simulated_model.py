@@ -143,6 +143,9 @@ class SimulatedForCausalLM(ALRDLlamaForCausalLM):
         cache = past_key_values or self.new_cache()
         new = input_ids if inputs_embeds is None else inputs_embeds
         real = None if attention_mask is None else attention_mask[:, -new.shape[1] :].bool()
+        if attention_mask is not None and cache.get_seq_length():
+            for layer in cache.layers:
+                layer.take_out(attention_mask[:, : cache.get_seq_length()].bool())
         return CausalLMOutputWithPast(logits=simulated_forward(self, new, cache.layers, real), past_key_values=cache)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:

@@ -19,6 +19,7 @@ from transformers import (
     MixtralConfig,
     Olmo2Config,
     Phi3Config,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -398,6 +399,102 @@ def test_a_window_that_never_acts(tmp_path, window):
         found = model(ids[:, 2040:], past_key_values=cache).logits
         assert torch.allclose(found, dense(ids, logits_to_keep=8).logits, atol=1e-3)
     assert without_names(model.config.to_dense()) | {"dtype": 0} == without_names(dense.config) | {"dtype": 0}
+
+
+# ---- what a configuration says about attention
+
+#: Values of every field that the attention of a stock model reads, or that the library's caches and masks read. Dynamic
+#: NTK, whose frequencies change from step to step, has a test of its own (`test_modeling.py`).
+ATTENTION_FIELDS = {
+    "attention_bias": [True, False],
+    "attention_chunk_size": [8],
+    "attention_dropout": [0.5],
+    "head_dim": [8],
+    "is_causal": [False],
+    "layer_types": [["full_attention"] * 2, ["full_attention", "sliding_attention"]],
+    "max_position_embeddings": [32],
+    "max_window_layers": [0, 1],
+    "mlp_bias": [True],
+    "num_attention_heads": [4],
+    "num_key_value_heads": [8, 1],
+    "pretraining_tp": [2],
+    "rope_parameters": [
+        {"rope_type": "default", "rope_theta": 500.0},
+        {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+        {
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "factor": 2.0,
+            "short_factor": [1.0] * 8,
+            "long_factor": [2.0] * 8,
+            "original_max_position_embeddings": 32,
+        },
+    ],
+    "sliding_window": [None, 16, 64, 65, 80],
+    "use_sliding_window": [True, False],
+}
+
+#: Fields that are none of attention's business, or that a test of their own is about.
+OTHER_FIELDS = {
+    "hidden_act",
+    "hidden_size",
+    "initializer_range",
+    "intermediate_size",
+    "num_hidden_layers",
+    "rms_norm_eps",
+}
+OTHER_FIELDS |= {"tie_word_embeddings", "use_cache", "vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"}
+
+
+@pytest.mark.parametrize("config_class", [LlamaConfig, MistralConfig, Qwen2Config])
+def test_every_field_is_walked(config_class):
+    """A field that a release of the library adds is to be looked at."""
+    own = set(config_class.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__)
+    assert own <= set(ATTENTION_FIELDS) | OTHER_FIELDS
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [(f, v) for f, values in ATTENTION_FIELDS.items() for v in values], ids=str
+)
+@pytest.mark.parametrize("kind", DENSE_MODEL_TYPES)
+@torch.no_grad()
+def test_a_field_is_applied_or_refused(kind, field, value):
+    """A text of 70 tokens, beyond windows and contexts of 64: the dense model's logits, or an error with a field."""
+    fields = {"num_hidden_layers": 2, "max_position_embeddings": 64, field: value}
+    if kind == "qwen2" and field == "sliding_window":
+        fields["use_sliding_window"] = value is not None  # the window of others is dropped by their class
+    elif field in ("use_sliding_window", "max_window_layers", "layer_types"):
+        fields |= {"sliding_window": 16, "use_sliding_window": field != "layer_types" and value is not False}
+    dense, ids = tiny(kind, **fields), torch.randint(1, 97, (1, 70))
+    try:
+        model = ALRDLlamaForCausalLM.from_dense(dense, config_for(dense, **LOSSLESS))
+        cache = model.create_kivi_cache()
+        found = torch.cat([model(piece, past_key_values=cache).logits for piece in ids.split([50, 1, 19], 1)], 1)
+    except ValueError as error:
+        assert str(error).startswith(("sliding_window=", "use_sliding_window=", "layer_types: ", f"{field}={value}: "))
+        assert "sliding" in str(fields) or field in ("is_causal", "attention_chunk_size")
+        return
+    assert field not in ("is_causal", "attention_chunk_size")
+    for start, stop in ((0, 50), (50, 51), (51, 70)):  # frequencies may depend on the length of the text so far
+        expected = dense(ids[:, :stop], use_cache=False).logits
+        assert torch.allclose(found[:, start:stop], expected[:, start:], atol=1e-3)
+
+
+@pytest.mark.parametrize("window", [64, 100])
+@torch.no_grad()
+def test_a_text_beyond_a_window_is_refused(window):
+    dense = tiny("mistral", sliding_window=window, max_position_embeddings=64)
+    model = ALRDLlamaForCausalLM.from_dense(dense, config_for(dense, **LOSSLESS))
+    ids, message = torch.randint(1, 97, (1, window)), rf"sliding_window={window}: .* exceeds it"
+    for settings in ({}, {"use_cache": False}, {"past_key_values": DynamicCache()}, {"cache_implementation": "static"}):
+        whole = model.generate(ids, max_new_tokens=1, do_sample=False, **settings)
+        assert torch.equal(whole, dense.generate(ids, max_new_tokens=1, do_sample=False))
+        settings |= {"past_key_values": DynamicCache()} if "past_key_values" in settings else {}
+        with pytest.raises(ValueError, match=message):
+            model.generate(ids, max_new_tokens=2, do_sample=False, **settings)
+    with pytest.raises(ValueError, match=rf"sliding_window={window}: capacity={window + 1} exceeds it"):
+        model(ids, past_key_values=model.create_kivi_cache(capacity=window + 1))
 
 
 # ---- refusals

@@ -204,6 +204,44 @@ def test_an_early_exit_drafts_with_the_first_layers(tmp_path, monkeypatch):
     assert model.create_kivi_cache().layers[2].given_widths == target.layers[2].given_widths
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_a_draft_knows_no_pads_but_those_of_its_target(tmp_path, seed):
+    """A mask of ones is dropped by the library, which would then take every pad id in the draft's text for padding."""
+    dense = tiny_dense(seed, num_hidden_layers=2, pad_token_id=5)
+    model, ids = tiny_split(tmp_path, 40, None, dense, **LOSSLESS), text(1, 30, seed)
+    ids[0, 7 + seed] = 5
+    expected = generated(dense, {}, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    for prompt in ({"attention_mask": torch.ones_like(ids)}, {"pad_token_id": 7, "eos_token_id": 96}):
+        text_of_target = expected if "attention_mask" in prompt else generated(dense, prompt, {"input_ids": ids})
+        found = generated(dense, prompt, {"input_ids": ids}, assistant_model=model)
+        assert torch.equal(found, text_of_target)
+
+
+@pytest.mark.parametrize("capacity", [None, 100])
+def test_training_mode_with_gradient_checkpointing(tmp_path, capacity):
+    dense = tiny_dense(num_hidden_layers=2)
+    model = tiny_split(tmp_path, 64, None, dense, **LOSSLESS).train()
+    model.gradient_checkpointing_enable()
+    expected = generated(dense, {})
+    for settings in ({"past_key_values": model.create_kivi_cache(capacity=capacity)}, {}, {"use_cache": False}):
+        assert torch.equal(generated(model, settings), expected)
+    for cache in (DynamicCache(), model.create_kivi_cache()):
+        assert torch.equal(generated(model, {}, past_key_values=cache), expected)
+        # The step that computes a gradient would be run again by the backward pass, and fill the cache twice.
+        with pytest.raises(ValueError, match="past_key_values: must be None with gradient checkpointing"):
+            model(text(), past_key_values=type(cache)())
+    model(text(), labels=text()).loss.backward()
+    assert model.model.layers[0].self_attn.k_proj.ALinear.weight.grad.abs().sum() > 0
+
+
+def test_dropout_of_the_attention_is_refused_with_a_packed_cache(tmp_path):
+    model = tiny_split(tmp_path, 64, None, tiny_dense(attention_dropout=0.1), **LOSSLESS).train()
+    with pytest.raises(ValueError, match=r"attention_dropout=0\.1: must be 0 in training mode"):
+        generated(model, {})
+    generated(model, {}, past_key_values=DynamicCache())
+    generated(model.eval(), {})
+
+
 # ---- quantized: the simulation's text
 
 SCHEMES = {
@@ -274,6 +312,86 @@ def test_a_quantized_text_is_not_the_lossless_one(quantized):
     assert not torch.equal(generated(model, {}), generated(model, {}, past_key_values=lossless))
 
 
+# ---- short prompts: blocks of 4 tokens and a window of 4, so that 20 tokens are packed already
+
+SHORT = {"group_size": 4, "residual_length": 4, "sink_length": 2, "pad_token_id": None}
+
+
+@pytest.fixture(scope="module", params=[16, 2])
+def short(request, tmp_path_factory):
+    """A split model and what writes the same: at 16 bits its dense model, at 2 bits its simulation."""
+    dense = tiny_dense(num_hidden_layers=2, pad_token_id=None)
+    bits = {"k_bits": request.param, "v_bits": request.param}
+    model = exact(tiny_split(tmp_path_factory.mktemp("short"), 40, None, dense, **{**SHORT, **bits}))
+    reference = SimulatedForCausalLM.of(model)
+    if request.param == 16:
+        reference = model.to_dense()
+        reference.model.rotary_emb = model.model.rotary_emb
+    return model, reference
+
+
+def assistant() -> dict:
+    drafting = tiny_dense(1, num_hidden_layers=2, dtype=torch.float64, pad_token_id=None)
+    drafting.generation_config.num_assistant_tokens = 7
+    drafting.generation_config.assistant_confidence_threshold = 0.0
+    return {"assistant_model": drafting}
+
+
+SHORT_MODES = {name: MODES[name] for name in ("greedy", "sampling", "several samples", "beams", "beam sampling")}
+SHORT_MODES |= {"chunks of 6": {"prefill_chunk_size": 6}, "chunks of 1": {"prefill_chunk_size": 1}}
+SHORT_MODES |= {"look-up": DRAFTLESS["prompt look-up"], "draft": None, "sampled draft": {"do_sample": True}}
+
+
+@pytest.mark.parametrize("name", SHORT_MODES)
+def test_short_prompts(short, name):
+    (model, reference), mode = short, SHORT_MODES[name]
+    if name in ("look-up", "draft", "sampled draft"):
+        prompt = {"input_ids": text(1, 10).repeat(1, 2)}
+        mode = {**(mode or {}), **(assistant() if "draft" in name else {})}
+    else:
+        prompt = padded(length=20)
+    cache = model.create_kivi_cache()
+    found = generated(model, mode, prompt, past_key_values=cache)
+    assert torch.equal(found, generated(reference, mode, prompt))
+    assert_packed(cache, 4)
+    assert max(row.window for row in cache.layers[0].rows) < 8
+    if "draft" in name:  # and the other way round, where nothing but the drafts is the cache's
+        drafting = mode.pop("assistant_model")
+        assert torch.equal(generated(drafting, {}, prompt, assistant_model=model), generated(drafting, {}, prompt))
+
+
+def test_short_prompts_with_pads_on_the_right(short):
+    """A row is what it is alone; the first new token, made of a pad, is taken as it came."""
+    model, _ = short
+    ids, mask = text(2, 20), torch.ones((2, 20), dtype=torch.long)
+    mask[0, 14:] = 0
+    found = generated(model, {}, {"input_ids": ids, "attention_mask": mask}, return_dict_in_generate=True)
+    simulated = generated(SimulatedForCausalLM.of(model), {}, {"input_ids": ids, "attention_mask": mask})
+    assert torch.equal(found.sequences, simulated)
+    assert found.past_key_values.row_tokens() == [33, 39]
+    assert_packed(found.past_key_values, 6)
+
+
+@pytest.mark.parametrize("only_new", [False, True], ids=["whole text", "new ids, full mask"])
+def test_short_turns(short, only_new):
+    model, reference = short
+    ours, theirs = model.create_kivi_cache(), DynamicCache()
+    if isinstance(reference, SimulatedForCausalLM):
+        theirs = reference.new_cache()
+    prompts = [padded(length=20), padded(length=20)]
+    for turn in range(3):
+        outcomes = []
+        for m, cache, prompt in zip(short, (ours, theirs), prompts):
+            held, given = cache.get_seq_length(), dict(prompt)
+            if only_new:
+                given["input_ids"] = prompt["input_ids"][:, held:]
+            new = generated(m, {}, given, past_key_values=cache)[:, given["input_ids"].shape[1] :]
+            outcomes.append(torch.cat([prompt["input_ids"], new], dim=1))
+        assert torch.equal(*outcomes)
+        prompts = [extended(p, whole, text(2, 5, seed=turn)) for p, whole in zip(prompts, outcomes)]
+    assert_packed(ours, 16)
+
+
 # ---- one cache, several calls
 
 
@@ -311,6 +429,131 @@ def test_quantized_turns_are_the_simulation(quantized):
     cache, simulated = model.create_kivi_cache(), simulation.new_cache()
     assert torch.equal(conversation(model, cache, True), conversation(simulation, simulated, True))
     assert_packed(cache, 8)
+
+
+# ---- a cache that does not fit the prompt
+
+HOLDS = r"past_key_values: holds 40 slots, rows of \[40\] tokens; the prompt has {0}, its attention_mask {1}: must be "
+HOLDS += r".*new tokens with a mask of all {2} slots\. cache\.crop\(-n\) .*cache\.reset\(\)"
+
+#: Prompts that do not go on from a cache of 40 tokens: length of ids and mask.
+UNFIT = {"held whole": (40, None), "shorter": (5, None), "new ids without a mask": (12, None), "short mask": (12, 30)}
+
+
+@pytest.mark.parametrize("settings", [{}, {"prefill_chunk_size": 6}, {"num_beams": 2}], ids=str)
+@pytest.mark.parametrize("capacity", [None, 100])
+@pytest.mark.parametrize(("length", "mask"), UNFIT.values(), ids=UNFIT)
+@torch.no_grad()
+def test_a_prompt_that_does_not_go_on_is_refused(models, length, mask, capacity, settings):
+    _, model = models
+    cache = model.create_kivi_cache(capacity=capacity)
+    model(text(1, 40), past_key_values=cache)
+    prompt = {"input_ids": text(1, 40)[:, :length]}
+    if mask is not None:
+        prompt["attention_mask"] = torch.ones((1, mask), dtype=torch.long)
+    with pytest.raises(ValueError, match=HOLDS.format(length, mask or length, 40 + length)):
+        generated(model, settings, prompt, past_key_values=cache)
+    assert cache.row_tokens() == [40]
+
+
+def test_the_same_cache_twice_is_refused_and_the_ways_on_work(models):
+    dense, model = models
+    prompt, cache = {"input_ids": text(1, 41)}, model.create_kivi_cache()
+    expected = generated(dense, {}, prompt)
+    assert torch.equal(generated(model, {}, prompt, past_key_values=cache), expected)
+    with pytest.raises(ValueError, match=r"holds 60 slots, rows of \[60\] tokens; the prompt has 41"):
+        generated(model, {}, prompt, past_key_values=cache)
+    cache.crop(-20)
+    assert torch.equal(generated(model, {}, prompt, past_key_values=cache), expected)
+    cache.reset()
+    assert torch.equal(generated(model, {}, prompt, past_key_values=cache), expected)
+    embeds = dense.get_input_embeddings()(prompt["input_ids"]).detach()
+    with pytest.raises(ValueError, match=r"holds 60 slots.* the prompt has 41"):
+        generated(model, {}, {"inputs_embeds": embeds}, past_key_values=cache)
+
+
+@pytest.mark.parametrize("mode", [{"prompt_lookup_num_tokens": 3}, {"assistant_early_exit": 1}], ids=str)
+def test_a_draft_needs_an_empty_cache(models, mode):
+    """The library feeds the whole text: a stock cache would go on with a wrong one."""
+    _, model = models
+    cache = model.create_kivi_cache()
+    written = generated(model, {}, looking_up(), past_key_values=cache)
+    prompt = {"input_ids": torch.cat([written, text(1, 9)], dim=1)}
+    with pytest.raises(ValueError, match=r"past_key_values: holds 59 slots, but assisted decoding.*reset\(\)"):
+        generated(model, mode, prompt, past_key_values=cache)
+
+
+# ---- rows that end early
+
+
+def chat(model, cache, only_new: bool = False) -> list[torch.Tensor]:
+    """New tokens of three turns on one cache, -1 in rows that have ended: a row ends at a token below 12, and the next
+    turn's mask calls the pads that it was fed then what they are."""
+    prompt, written = padded(), []
+    for turn in range(3):
+        held, given = cache.get_seq_length(), dict(prompt)
+        if only_new:
+            given["input_ids"] = prompt["input_ids"][:, held:]
+        how = {"eos_token_id": [*range(1, 12)], "pad_token_id": 0, "past_key_values": cache}
+        new = generated(model, how, given)[:, given["input_ids"].shape[1] :]
+        ends = ((new > 0) & (new < 12)).long()
+        ended = ends.cumsum(1) - ends > 0
+        written.append(new.masked_fill(ended, -1))
+        more = text(2, 17 + 4 * turn, seed=50 + turn)
+        ids = torch.cat([prompt["input_ids"], new, more], dim=1)
+        mask = torch.cat([prompt["attention_mask"], (~ended).long(), torch.ones_like(more)], dim=1)
+        prompt = {"input_ids": ids, "attention_mask": mask}
+    return written
+
+
+@pytest.mark.parametrize("only_new", [False, True], ids=["whole text", "new ids, full mask"])
+@pytest.mark.parametrize("capacity", [None, 250])
+def test_chats_whose_rows_end_at_different_times(models, only_new, capacity):
+    dense, model = models
+    cache = model.create_kivi_cache(capacity=capacity)
+    found, expected = chat(model, cache, only_new), chat(dense, DynamicCache(), only_new)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    fed = [(new == -1).sum(1).tolist() for new in expected[:-1]]
+    assert all(a != b for a, b in fed) and max(map(max, fed)) > 8  # more than a block of pads is taken out
+    assert_packed(cache, 4)
+
+
+def test_quantized_chats_are_the_simulation(quantized):
+    """What was packed when a row's pads are taken out stays as it is."""
+    model, simulation = quantized
+    cache, simulated = model.create_kivi_cache(), simulation.new_cache()
+    for found, expected in zip(chat(model, cache), chat(simulation, simulated), strict=True):
+        assert torch.equal(found, expected)
+    assert cache.row_tokens() == [len(row.tokens) for row in simulated.layers[0].rows]
+
+
+@torch.no_grad()
+def test_tokens_taken_out_by_hand(models):
+    dense, model = models
+    ids, mask = text(2, 60), torch.ones((2, 80), dtype=torch.long)
+    mask[0, 37:60] = 0
+    cache, new = model.create_kivi_cache(), text(2, 20, seed=9)
+    model(ids, past_key_values=cache)
+    with pytest.raises(ValueError, match=r"past part must mark the \[60, 60\] .*cache\.take_out\(attention_mask\)"):
+        model(new, attention_mask=mask, past_key_values=cache)
+    cache.take_out(mask)
+    assert cache.row_tokens() == [37, 60] and cache.get_seq_length() == 60
+    found = model(new, attention_mask=mask, past_key_values=cache).logits
+    alone = dense(torch.cat([ids[:1, :37], new[:1]], dim=1)).logits[0, 37:]
+    assert torch.allclose(found[0], alone, atol=1e-4)
+    cache.crop(-30)
+    assert cache.row_tokens() == [37, 50]
+    before = cache.layers[1].rows
+    for row, slots, value in ((1, slice(20, 30), 0), (0, slice(40, 45), 1)):
+        wrong = mask[:, :50].clone()
+        wrong[row, slots] = value
+        with pytest.raises(
+            ValueError, match=r"attention_mask: rows of \[37, 50\] tokens can lose their last ones only"
+        ):
+            cache.take_out(wrong)
+    with pytest.raises(ValueError, match=r"attention_mask: \[2, 49\] must be \[2, 50\] or longer"):
+        cache.take_out(mask[:, :49])
+    assert cache.layers[1].rows == before
 
 
 @pytest.mark.parametrize("removed", [3, 17, 30])

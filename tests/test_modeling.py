@@ -305,6 +305,38 @@ def test_simple_scheme_rounds_every_latent_and_keeps_stock_caches(tmp_path):
     model.generate(ids, max_new_tokens=3)
 
 
+@torch.no_grad()
+def test_the_simple_scheme_may_be_switched_on_a_built_model(tmp_path):
+    model, ids = tiny_split(tmp_path, 40, k_bits=2, v_bits=3, group_size=16), torch.randint(1, 97, (1, 60))
+    exact = model(ids, use_cache=False).logits
+    for fields in ({"use_kivi": False}, {"k_bits": 3}, {"group_size": 8}):
+        for name, value in fields.items():
+            setattr(model.config, name, value)
+        built = ALRDLlamaForCausalLM.from_dense(tiny_dense(), ALRDLlamaConfig(**model.config.to_dict()))
+        assert torch.equal(model(ids, use_cache=False).logits, built(ids, use_cache=False).logits)
+        assert not torch.equal(model(ids, use_cache=False).logits, exact)
+        written = model.generate(ids, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
+        assert isinstance(written.past_key_values, DynamicCache)
+        assert torch.equal(written.sequences, built.generate(ids, max_new_tokens=5, do_sample=False))
+    model.config.use_kivi = True
+    assert torch.equal(model(ids, use_cache=False).logits, exact)
+    assert isinstance(model(ids).past_key_values, KIVILatentCache)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [({"k_bits": 5}, "k_bits=5: must be"), ({"v_scheme": {"rotation": True}}, "v_scheme: the simple scheme")],
+    ids=str,
+)
+def test_what_the_simple_scheme_does_not_do_is_refused_on_a_built_model(tmp_path, fields, message):
+    model, ids = tiny_split(tmp_path, 40), torch.randint(1, 97, (1, 10))
+    for name, value in {"use_kivi": False, **fields}.items():
+        setattr(model.config, name, value)
+    for run in (lambda: model(ids), lambda: model(ids, use_cache=False), lambda: model.generate(ids)):
+        with pytest.raises(ValueError, match=message):
+            run()
+
+
 def _without_rounding(config: ALRDLlamaConfig) -> ALRDLlamaConfig:
     return ALRDLlamaConfig(**{**config.to_dict(), "k_bits": 16, "v_bits": 16})
 
@@ -335,6 +367,20 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"attention_mask: \(2, 10\) must be .* \(2, 20\)"):
             model(ids, attention_mask=torch.ones(2, 10), past_key_values=cache)
 
+    def test_mask_that_hides_one_token_and_shows_a_pad(self, tmp_path):
+        model, cache = (m := tiny_split(tmp_path, 40)), m.create_kivi_cache()
+        ids, mask = torch.randint(1, 97, (2, 10)), torch.ones(2, 20)
+        mask[0, :2] = 0
+        model(ids, attention_mask=mask[:, :10], past_key_values=cache)
+        mask[0] = mask[0].roll(3)
+        with pytest.raises(ValueError, match=r"attention_mask: its past part must mark the \[8, 10\] tokens"):
+            model(ids, attention_mask=mask, past_key_values=cache)
+
+    def test_positions_of_another_length(self, tmp_path):
+        model = tiny_split(tmp_path, 40)
+        with pytest.raises(ValueError, match=r"position_ids: \(1, 9\) must be \(2, 10\)"):
+            model(torch.randint(1, 97, (2, 10)), position_ids=torch.arange(9)[None], use_cache=True)
+
     def test_mask_that_hides_cached_tokens(self, tmp_path):
         model, cache = (m := tiny_split(tmp_path, 40)), m.create_kivi_cache()
         ids, mask = torch.randint(1, 97, (2, 10)), torch.ones(2, 20)
@@ -357,6 +403,14 @@ class TestRefusals:
     def test_unknown_cache_setting(self, tmp_path):
         with pytest.raises(ValueError, match="bits: no such setting"):
             tiny_split(tmp_path, 40).create_kivi_cache(bits=2)
+
+    @pytest.mark.parametrize("fields", [{"head_group_size": 2}, {"truncation_ranks": {}}], ids=str)
+    def test_ranks_assigned_later(self, tmp_path, fields):
+        model = tiny_split(tmp_path, 40)
+        for name, value in fields.items():
+            setattr(model.config, name, value)
+        with pytest.raises(ValueError, match="truncation_ranks, head_group_size: must stay as layer 0 was built"):
+            model.generate(torch.randint(1, 97, (1, 10)))
 
     def test_settings_assigned_later(self, tmp_path):
         model = tiny_split(tmp_path, 40)
