@@ -586,9 +586,9 @@ class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):
         if len(lengths) != batch:
             raise ValueError(f"input_ids: batch of {batch} must be the {len(lengths)} rows of the cache")
         real = self._new_tokens(attention_mask, lengths, cache, length)
-        past = torch.as_tensor(lengths, device=embeds.device)[:, None]
+        past = torch.as_tensor(lengths, dtype=torch.int64, device=embeds.device)[:, None]
         if real is None:
-            positions = past + torch.arange(length, device=embeds.device)
+            positions = past + torch.arange(length, dtype=torch.int64, device=embeds.device)
         else:
             positions = (past + real.to(embeds.device).cumsum(1) - 1).clamp(min=0)
         if position_ids is not None:
@@ -635,7 +635,7 @@ class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):
     def _slot_positions(cache: KIVILatentCache, real, batch: int, length: int) -> torch.Tensor:
         """`[B, past slots + L]` position of the token in each slot, -1 for pads."""
         past = cache.get_seq_length()
-        mask = torch.ones((batch, past + length), dtype=torch.bool)
+        mask = torch.ones((batch, past + length), dtype=torch.bool, device="cpu")
         for row_mask, row in zip(mask, cache.layers[cache.first_layer].rows):
             for start, stop in row.pads:
                 row_mask[start:stop] = False

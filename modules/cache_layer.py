@@ -206,7 +206,7 @@ def repeated_rows(rows: list[Row], repeats: int) -> list[int]:
 
 def chosen_rows(rows: list[Row], indices: torch.Tensor) -> list[int]:
     """Indices of the rows that a tensor of indices or a mask `[B]` names."""
-    return torch.arange(len(rows))[indices.cpu()].tolist()
+    return torch.arange(len(rows), dtype=torch.int64, device="cpu")[indices.cpu()].tolist()
 
 
 class KIVILatentLayer(CacheLayerMixin):
@@ -279,7 +279,8 @@ class KIVILatentLayer(CacheLayerMixin):
             for side, channels in self.channels.items()
         }
         if self.score is not None:
-            self._exact["window_score"] = torch.zeros((batch, self._rooms()["window"]), device=self.device)
+            shape = (batch, self._rooms()["window"])
+            self._exact["window_score"] = torch.zeros(shape, dtype=torch.float32, device=self.device)
         self.is_initialized = True
 
     def _rooms(self) -> dict[str, int]:
@@ -400,8 +401,8 @@ class KIVILatentLayer(CacheLayerMixin):
 
     def _append_one(self, states: dict[str, torch.Tensor]) -> None:
         """The common decode step: one token per row into the window, nothing to pack."""
-        rows = torch.arange(len(self.rows), device=self.device)
-        ends = torch.tensor([row.window for row in self.rows], device=self.device)
+        rows = torch.arange(len(self.rows), dtype=torch.int64, device=self.device)
+        ends = torch.tensor([row.window for row in self.rows], dtype=torch.int64, device=self.device)
         for name, x in states.items():
             self._exact[f"window_{name}"][rows, ends] = x[:, 0]
         self.rows = [replace(row, window=row.window + 1) for row in self.rows]
@@ -850,11 +851,12 @@ class FixedLatentLayer(KIVILatentLayer):
             raise ValueError(f"tokens_to_remove={tokens_to_remove}: must be 0 or negative, the slots to remove")
         if not self.is_fed or tokens_to_remove == 0:
             return
-        removed, pads_left = torch.full((self.store.batch,), -tokens_to_remove, device=self.device), self.pads
+        int64 = {"dtype": torch.int64, "device": self.device}
+        removed, pads_left = torch.full((self.store.batch,), -tokens_to_remove, **int64), self.pads
         if any(self.pads):
             left = self.slots + tokens_to_remove
             cut = [sum(max(0, stop - max(start, left)) for start, stop in pads) for pads in self.pads]
-            removed -= torch.tensor(cut, device=self.device)
+            removed -= torch.tensor(cut, **int64)
             pads_left = [tuple((a, min(b, left)) for a, b in pads if a < left) for pads in self.pads]
         self.store.crop(removed)
         self.pads = pads_left

@@ -86,7 +86,7 @@ def _digest(decoder: nn.Module) -> str:
                 digest.update(f"{prefix}.{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 flat = tensor.flatten()
                 count = min(SAMPLE, len(flat))
-                picked = flat[torch.arange(count, device=flat.device) * (len(flat) - 1) // max(1, count - 1)]
+                picked = flat[torch.arange(count, dtype=torch.int64, device=flat.device) * (len(flat) - 1) // max(1, count - 1)]
                 digest.update(picked.clone().cpu().view(torch.uint8).numpy())
     return digest.hexdigest()
 
