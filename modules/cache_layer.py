@@ -239,7 +239,9 @@ class KIVILatentLayer(CacheLayerMixin):
         self.scheme = scheme
         self.given_widths = widths
         static = {"keys": scheme.keys.static, "values": scheme.values.static}
-        self.static_scales = {side: pair for side, pair in (static_scales or {}).items() if static[side]}
+        scales = {side: pair for side, pair in (static_scales or {}).items() if static[side]}
+        # As the kernels read them, whatever the default type was when they were made.
+        self.static_scales = {side: tuple(t.float() for t in pair) for side, pair in scales.items()}
         self.backend_name = backend
         self.score = score if scheme.keys.protected or scheme.values.protected else None
         self._clear()
@@ -384,7 +386,7 @@ class KIVILatentLayer(CacheLayerMixin):
         longest = max(row.tokens + new for row, new in zip(self.rows, new_tokens))
         if received.dim() != 2 or len(received) != len(keys) or received.shape[1] < longest:
             raise ValueError(f"received: {list(received.shape)} must be [{len(keys)}, positions up to {longest}]")
-        received = received.detach()
+        received = received.detach().float()
         new = keys.new_zeros(keys.shape[:2], dtype=torch.float32)
         scores = self._exact["window_score"].clone()
         self._exact = self._exact | {"window_score": scores}

@@ -26,7 +26,7 @@ from modules.cache_layer import (
     storage_nbytes,
 )
 from modules.codecs import block_nbytes
-from modules.fingerprint import differences, model_fingerprint
+from modules.fingerprint import DIGESTS, differences, model_fingerprint
 from modules.kernels import BACKENDS
 from modules.quant_utils import KIVIQuantizer
 from modules.vidkv import parse_quantization_config
@@ -233,26 +233,47 @@ class KIVILatentCache(Cache):
             ValueError: The fingerprints differ.
         """
         filled_by = self.fingerprint() if self.get_seq_length() else None
-        if filled_by is not None and (differing := differences(model_fingerprint(decoder), filled_by)):
+        if filled_by is None:
+            return
+        if differing := differences(model_fingerprint(decoder, filled_by.get("digest")), filled_by):
             raise ValueError(f"past_key_values: filled by another model than this one: {'; '.join(differing)}")
 
-    def fingerprint(self) -> dict | None:
-        """Fingerprint of the model that has filled the cache (`modules/fingerprint.py`); `None`: not known."""
+    def fingerprint(self, digest: str = "all") -> dict | None:
+        """Fingerprint of the model that has filled the cache; `None`: not known.
+
+        It is that of the model as it is now, if the model is in this process, else as it was when the cache left it.
+
+        Args:
+            digest: As for `model_fingerprint`, where it is taken now.
+        """
         decoder = self._model() if self._model is not None else None
-        return self._fingerprint if decoder is None else model_fingerprint(decoder)
+        return self._fingerprint if decoder is None else model_fingerprint(decoder, digest)
+
+    def __copy__(self) -> "KIVILatentCache":
+        copied = type(self).__new__(type(self))
+        vars(copied).update(vars(self))
+        return copied
+
+    def __deepcopy__(self, memo: dict) -> "KIVILatentCache":
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
 
     def __getstate__(self) -> dict:
         """A copy in another process knows the model by its fingerprint."""
         return vars(self) | {"_model": None, "_fingerprint": self.fingerprint()}
 
-    def save(self, path: str | os.PathLike, model: torch.nn.Module | None = None) -> None:
+    def save(self, path: str | os.PathLike, model: torch.nn.Module | None = None, digest: str = "all") -> None:
         """Write the cache, packed as it is, to a safetensors file; an interrupted save leaves an old file whole.
 
         Args:
             path: The file (`modules/cache_file.py`).
             model: The model that has filled the cache, for its fingerprint; an `ALRDLlamaForCausalLM` is known. A file
                 without fingerprint is taken for that of any model.
+            digest: What the fingerprint, which `load` takes anew, is of: "all" weights, or a "sample" of each, in
+                milliseconds (`model_fingerprint`). It is that of the model as it is now: save before you change it.
         """
+        check_choice("digest", digest, DIGESTS)
         tensors, layers = {}, []
         if self.static_scales:
             self.layer(max(self.static_scales))  # so that each set of scales has a layer to be written with
@@ -261,7 +282,7 @@ class KIVILatentCache(Cache):
             tensors.update({f"{i}.{name}": tensor for name, tensor in exported.items()})
             layers.append(record)
         header = {
-            "model": self.fingerprint() if model is None else model_fingerprint(model),
+            "model": self.fingerprint(digest) if model is None else model_fingerprint(model, digest),
             "scheme": asdict(self.scheme),
             "token_score": "function" if callable(self.token_score) else self.token_score,
             "layer_schemes": {str(i): asdict(scheme) for i, scheme in self.layer_schemes.items()},
@@ -308,7 +329,8 @@ class KIVILatentCache(Cache):
         stored, found = CacheScheme(**header["scheme"]), header["model"]
         if scheme is not None and scheme != stored:
             raise ValueError(f"another scheme: {'; '.join(differences(asdict(stored), asdict(scheme)))}")
-        if model is not None and found is not None and (differing := differences(found, model_fingerprint(model))):
+        expected = found if model is None or found is None else model_fingerprint(model, found.get("digest"))
+        if differing := differences(found or {}, expected or {}):
             raise ValueError(f"of another model: {'; '.join(differing)}")
         if (header["token_score"] == "function") != (token_score is not None):
             need = "must be given, the function by which the saved cache scored tokens"

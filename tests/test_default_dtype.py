@@ -216,5 +216,26 @@ def test_everything_is_the_same_under_any_default_dtype(default, expected, tmp_p
     assert differing(results(tmp_path / default, default), expected) == []
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_tensors_that_users_give_may_have_another_type(dtype, tmp_path):
+    pair, states = (torch.rand(16).half() / 4 + 0.1, torch.randn(16).half() - 2), torch.randn(1, 200, 16)
+    received = torch.rand(1, 200).half()
+    static, protected = {"static": True, "orientation": "per_channel"}, {"protected": 0.1}
+    found = []
+    for given in (dtype, torch.float32):
+        scales = {0: {"values": tuple(t.to(given) for t in pair)}}
+        calibrated = KIVILatentCache(CacheScheme(4, 4, 16, 5, 0, v_scheme=static), static_scales=scales)
+        calibrated.save(tmp_path / "empty.safetensors")
+        cache = KIVILatentCache.load(tmp_path / "empty.safetensors", backend="cpu")
+        cache.layer(0, ((8, 8), (8, 8))).append(states, states)
+        how = {"expand_keys": None, "value_widths": (8, 8), "rope": None, "scaling": 0.3}
+        attend, query = cache.layers[0].backend.attend, torch.ones(1, 2, 1, 8)
+        found.append(attend(query, positions=torch.tensor([[200]]), cache=cache.layers[0].packed(), **how)[0])
+        scored = KIVILatentCache(CacheScheme(2, 2, 16, 5, 0, v_scheme=protected), token_score="attention")
+        scored.layer(0).append(states, states, received=received.to(given))
+        found.append(scored.layers[0].states())
+    assert torch.equal(found[0], found[2]) and differing(found[1], found[3]) == []
+
+
 if __name__ == "__main__":
     torch.save(run_everything(Path(sys.argv[1]), getattr(torch, sys.argv[2])), Path(sys.argv[1]) / "results.pt")
