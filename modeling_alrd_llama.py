@@ -116,6 +116,13 @@ def _check_stored_model(path, config: ALRDLlamaConfig, hub_arguments: dict) -> N
                     f"width_tiers[{name!r}]={asked}: the checkpoint is calibrated for {tiers}; for one width give "
                     f"create_kivi_cache() {projection[0]}_bits, or calibrate the dense checkpoint again"
                 )
+            field = f"{projection[0]}_bits"
+            if tiers is not None and asked is not None and getattr(config, field) != getattr(stored, field):
+                raise ValueError(
+                    f"{field}={getattr(config, field)}: must be {getattr(stored, field)} as stored, since width_tiers "
+                    f"say the widths of {projection}; for one width give create_kivi_cache() {field}, or "
+                    "width_tiers={}"
+                )
 
 
 # ---- several devices

@@ -13,7 +13,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cached_property
+from functools import cached_property, wraps
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
@@ -182,6 +182,22 @@ class Row:
         return row
 
 
+def in_any_mode(method: Callable) -> Callable:
+    """A method that makes tensors which a cache keeps: ordinary ones in `torch.inference_mode()` too.
+
+    Those made in that mode could not be changed outside it, nor meet a query that asks for its gradient.
+    """
+
+    @wraps(method)
+    def run(*args, **kwargs):
+        if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+            return method(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return method(*args, **kwargs)
+
+    return run
+
+
 def storage_nbytes(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the storages that tensors lie in, each counted once."""
     storages = (tensor.untyped_storage() for tensor in tensors)
@@ -263,6 +279,7 @@ class KIVILatentLayer(CacheLayerMixin):
 
     # ---- appending
 
+    @in_any_mode
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocate for the batch, type and device of `[B, H, L, D]` states."""
         self._allocate(len(key_states), self._head_widths(key_states, value_states), key_states)
@@ -324,6 +341,7 @@ class KIVILatentLayer(CacheLayerMixin):
         widths = self.given_widths or ((keys.shape[2],), (values.shape[2],))
         self._append(keys, values, real, widths, received)
 
+    @in_any_mode
     def _append(self, keys, values, real, widths: LayerWidths, received=None) -> None:
         keys, values, mark = keys.detach(), values.detach(), self.mark()
         try:
@@ -346,6 +364,7 @@ class KIVILatentLayer(CacheLayerMixin):
         """What `return_to` takes to forget the appends that are still to come; nothing else may come between."""
         return (self.slots, self.rows, self._exact) if self.is_initialized else None
 
+    @in_any_mode
     def return_to(self, mark: tuple | None) -> None:
         """Forget what was appended since the mark. An append changes no list and no token that it found."""
         if mark is None:
@@ -461,6 +480,7 @@ class KIVILatentLayer(CacheLayerMixin):
             self.backend.name if fused or self.backend.name == "reference" else f"{self.backend} (attention: reference)"
         )
 
+    @in_any_mode
     def block_table(self) -> torch.Tensor:
         """`[3, B, blocks]` int32: slot in the pool, first position, valid tokens; rows with fewer blocks end in 0."""
         if self._table is None:
@@ -557,6 +577,7 @@ class KIVILatentLayer(CacheLayerMixin):
         """Make row i a copy of row `indices[i]`: an edit of the table, unless much room is to be freed."""
         self.selection(indices)()
 
+    @in_any_mode
     def selection(self, indices: list[int]) -> Callable[[], None]:
         """As `_select`, but that the tables are edited when what is returned is called; that takes no memory."""
         index = torch.tensor(indices, dtype=torch.long, device=self.device)
@@ -568,6 +589,7 @@ class KIVILatentLayer(CacheLayerMixin):
 
         return edit
 
+    @in_any_mode
     def _edit(self, rows: list[Row], exact: dict[str, torch.Tensor], slots: int) -> None:
         """Take other rows, of blocks that this layer refers to, and give back room."""
         self.rows, self._exact, self.slots, self._table = rows, exact, slots, None
@@ -632,6 +654,7 @@ class KIVILatentLayer(CacheLayerMixin):
 
     # ---- copies
 
+    @in_any_mode
     def fork(self) -> "KIVILatentLayer":
         """A layer that goes on by itself from here and shares the packed blocks."""
         if not self.is_initialized:
@@ -660,6 +683,7 @@ class KIVILatentLayer(CacheLayerMixin):
         rows = [asdict(replace(row, blocks=tuple(moved[slot] for slot in row.blocks))) for row in rows]
         return tensors, {"slots": self.slots, "widths": self.widths, "rows": rows}
 
+    @in_any_mode
     def restore(self, tensors: dict[str, torch.Tensor], record: dict) -> None:
         """Inverse of `export` for a fresh layer, on the device of the tensors, which it copies.
 
@@ -807,6 +831,7 @@ class FixedLatentLayer(KIVILatentLayer):
         self.pool, self._exact, self.pads = self.store.pool, self.store.exact, [()] * batch
         self.is_initialized = True
 
+    @in_any_mode
     def _append(self, keys, values, real, widths: LayerWidths, received=None) -> None:
         keys, values, fresh = keys.detach(), values.detach(), not self.is_initialized
         try:
@@ -890,6 +915,7 @@ __all__ = [
     "Row",
     "TokenScore",
     "chosen_rows",
+    "in_any_mode",
     "repeated_rows",
     "storage_nbytes",
 ]

@@ -22,6 +22,7 @@ from modules.cache_layer import (
     Row,
     TokenScore,
     chosen_rows,
+    in_any_mode,
     repeated_rows,
     storage_nbytes,
 )
@@ -254,6 +255,7 @@ class KIVILatentCache(Cache):
         vars(copied).update(vars(self))
         return copied
 
+    @in_any_mode
     def __deepcopy__(self, memo: dict) -> "KIVILatentCache":
         copied = memo[id(self)] = type(self).__new__(type(self))
         vars(copied).update(copy.deepcopy(vars(self), memo))
@@ -262,6 +264,11 @@ class KIVILatentCache(Cache):
     def __getstate__(self) -> dict:
         """A copy in another process knows the model by its fingerprint."""
         return vars(self) | {"_model": None, "_fingerprint": self.fingerprint()}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        if torch.is_inference_mode_enabled():  # in which the tensors have been read
+            vars(self).update(vars(copy.deepcopy(self)))
 
     def save(self, path: str | os.PathLike, model: torch.nn.Module | None = None, digest: str = "all") -> None:
         """Write the cache, packed as it is, to a safetensors file; an interrupted save leaves an old file whole.
