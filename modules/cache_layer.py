@@ -10,6 +10,7 @@ states of any other model lose their heads to the channels, and each head keeps 
 """
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -121,6 +122,9 @@ STATIC_NAMES = ("scale", "zero_point")
 
 #: Types that states can have.
 STATE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+#: Distance of two levels below which a float16 scale has less than three bits: eight times the smallest float16.
+LEAST_STEP = 2.0**-21
 
 #: A block costs a row three int32 in its table: slot, first position, valid tokens.
 TABLE_ENTRY_NBYTES = 12
@@ -349,6 +353,8 @@ class KIVILatentLayer(CacheLayerMixin):
                 self._allocate(len(keys), widths, keys)
             self.check_states(keys, values, real)
             states = {"keys": keys, "values": values}
+            if mark is None:
+                self._check_magnitude(states)
             if self.score is not None:
                 states["score"] = self._scores(keys, values, real, received)
             if real is None and keys.shape[1] == 1 and self._has_room_for_one():
@@ -391,6 +397,23 @@ class KIVILatentLayer(CacheLayerMixin):
             raise ValueError(
                 f"real: {list(real.shape)} of {real.dtype} must be a bool for each of {list(keys.shape[:2])}"
             )
+
+    def _check_magnitude(self, states: dict[str, torch.Tensor]) -> None:
+        """Warn of first states `[B, L, C]` that are so small that their scales have few digits in float16."""
+        if self.dtype not in (torch.float32, torch.float64) or torch.compiler.is_compiling():
+            return
+        for side, x in states.items():
+            scheme = getattr(self.scheme, side)
+            widths = {b for group in scheme.tiers or () for _, b in group} or {scheme.bits}
+            bits = max(widths - {16}, default=16)
+            largest = x.abs().amax().item() if x.numel() and bits < 16 and not scheme.static else 0.0
+            if 0 < largest < (2**bits - 1) * LEAST_STEP / 2:
+                warnings.warn(
+                    f"{side}: states of at most {largest:.1e} in {self.dtype} have scales in float16, which keep few "
+                    f"digits of steps below {LEAST_STEP:.1e}; load the model in bfloat16, whose scales are bfloat16, "
+                    "or take 16 bits",
+                    stacklevel=2,
+                )
 
     def _scores(self, keys, values, real: torch.Tensor | None, received: torch.Tensor | None) -> torch.Tensor:
         """Score `[B, L]` of the new tokens; attention that the window has received is added to its scores."""
@@ -838,6 +861,8 @@ class FixedLatentLayer(KIVILatentLayer):
             if fresh:
                 self._allocate(len(keys), widths, keys)
             self.check_states(keys, values, real)
+            if fresh:
+                self._check_magnitude({"keys": keys, "values": values})
             pads = self.pads
             if real is not None:
                 slots = self.slots

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from functools import partial
 import torch
 from transformers import Cache
 
-from configuration_alrd_llama import ALRDLlamaConfig, check_choice, check_count
+from configuration_alrd_llama import ALRDLlamaConfig, QuantScheme, check_choice, check_count
 from modules.cache_file import read_cache_file, write_cache_file
 from modules.cache_layer import (
     CacheScheme,
@@ -60,6 +61,8 @@ class KIVILatentCache(Cache):
         capacity: int | None = None,
     ):
         self.capacity = capacity
+        self._measured: set[int] = set()  # layers whose first packed keys have been looked at
+        self._told = False  # whether they have given cause for a warning
         self._torn = False  # whether layers of fixed capacity may hold different tokens
         self._model: Callable | None = None  # weak reference to the decoder that feeds the cache
         self._fingerprint: dict | None = None  # of the model that has filled it, if another object or process
@@ -105,7 +108,13 @@ class KIVILatentCache(Cache):
         return layer
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
-        return self.layer(layer_idx).update(key_states, value_states, *args, **kwargs)
+        layer = self.layer(layer_idx)
+        keys, values = layer.update(key_states, value_states, *args, **kwargs)
+        exact = self.scheme.sink_length
+        if not self._told and layer_idx not in self._measured and self.scheme.flushed_blocks(keys.shape[2] - exact):
+            self._measured.add(layer_idx)
+            self._told = _warn_of_turning_keys(layer_idx, keys[:, :, exact:], layer.scheme.keys)
+        return keys, values
 
     def row_tokens(self) -> list[int]:
         """Tokens that each row holds, pads not counted; empty before the first one."""
@@ -414,6 +423,36 @@ class KIVILatentCache(Cache):
             f"backend {' and '.join(backends) or self.backend or 'by device'}; "
             f"{len(self.layers)} layers, {held}, {self.nbytes_used:,} bytes used + {slack:,} slack)"
         )
+
+
+#: Reach of the keys of a drop-in cache beyond which it warns (`_warn_of_turning_keys`).
+MOST_REACH = 12.0
+
+
+def _warn_of_turning_keys(layer_idx: int, keys: torch.Tensor, scheme: QuantScheme) -> bool:
+    """Warn, if need be, of keys `[B, H, T, D]` after RoPE with a large bias that turns; returns whether it did.
+
+    RoPE keeps the length of each pair of channels (i, i + D/2), so how much the lengths differ from token to token says
+    how much the keys do, whatever turns them; the range that codes must span, in units of that, is some 8 for keys
+    without a bias.
+    """
+    if keys.shape[3] % 2 or scheme.tiers is not None or scheme.bits >= 8:
+        return False
+    keys = keys[:, :, :128].detach().float()
+    low, high = keys.chunk(2, dim=-1)
+    length = (low.square() + high.square()).sqrt()
+    spread = length.std(dim=(0, 2))
+    differ = spread > 1e-5 * length.mean(dim=(0, 2))  # but for tokens that are all the same
+    reach = (keys.amax(2) - keys.amin(2)).mean(0).unflatten(-1, (2, -1)).amax(1)
+    measure = (reach[differ] / spread[differ]).mean().item() if differ.any() else 0.0
+    if measure > MOST_REACH:
+        warnings.warn(
+            f"layer {layer_idx}: keys after RoPE reach over {measure:.0f} times the spread of their lengths (without a "
+            f"bias it is some 8), and codes of {scheme.bits} bits lose what differs from token to token; split the "
+            "model (ALRDLlamaForCausalLM caches keys before RoPE, and no bias), or take k_bits=8",
+            stacklevel=3,
+        )
+    return measure > MOST_REACH
 
 
 def _layer_device(model: torch.nn.Module, layer_idx: int) -> torch.device:
