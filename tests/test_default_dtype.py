@@ -16,6 +16,7 @@ from modules.calibrated_int8 import calibrate, deploy_fake_quant
 from modules.calibration import OBJECTIVES, probe_rates, projection_factors
 from modules.kernels import get_backend
 from modules.kernels.lookup_attention import METHODS, lookup_attention
+from modules.kernels.packed import Rope
 from modules.kivi_cache import CacheScheme, KIVILatentCache, KIVILatentLayer, create_kivi_cache
 from modules.qlutattn import QLUTATTN, layer_schemes_by_range
 from modules.quant_utils import kivi_quantize_per_channel, kivi_quantize_per_token
@@ -235,6 +236,28 @@ def test_tensors_that_users_give_may_have_another_type(dtype, tmp_path):
         scored.layer(0).append(states, states, received=received.to(given))
         found.append(scored.layers[0].states())
     assert torch.equal(found[0], found[2]) and differing(found[1], found[3]) == []
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("name", [name for name in DROP_IN if name != "similarity"])
+def test_no_tensor_of_a_cache_is_made_on_the_default_device(name, backend):
+    """On one without memory nothing would come out."""
+    states, query = torch.randn(2, 4, 180, 16), torch.randn(2, 8, 1, 16)
+    positions, beams = torch.tensor([[170], [170]]), torch.tensor([1, 0])
+    how = {"expand_keys": None, "value_widths": (16,) * 4, "rope": Rope(torch.rand(8)), "scaling": 0.3}
+    found = []
+    for place in ("cpu", "meta"):
+        cache = create_kivi_cache(group_size=16, residual_length=5, backend=backend, **DROP_IN[name])
+        with torch.device(place):
+            cache.update(states[:, :, :160], states[:, :, :160], 0)
+            for i in range(160, 180):
+                cache.update(states[:, :, i : i + 1], states[:, :, i : i + 1], 0)
+            cache.crop(-9)
+            cache.reorder_cache(beams)
+            layer = cache.fork().layers[0]
+            attended = layer.backend.attend(query, positions=positions, cache=layer.packed(), **how)[0]
+        found.append([*layer.states(), attended])
+    assert differing(*found) == []
 
 
 if __name__ == "__main__":
