@@ -861,7 +861,7 @@ class FixedLatentLayer(KIVILatentLayer):
             if fresh:
                 self._allocate(len(keys), widths, keys)
             self.check_states(keys, values, real)
-            if fresh:
+            if fresh and keys.device.type == "cpu":  # elsewhere it would wait for the device
                 self._check_magnitude({"keys": keys, "values": values})
             pads = self.pads
             if real is not None:
