@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import asdict, dataclass, replace
-from numbers import Real
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, LlamaConfig, PreTrainedConfig
@@ -33,10 +32,11 @@ LATENT_LAYER_TYPE = "latent_attention of alrd_llama: see README.md of this folde
 _PROJECTION_NAME = re.compile(r"model\.layers\.(\d+)\.self_attn\.([kv]_proj)")
 
 
-def check_bits(field: str, value: Real) -> None:
-    """Raise a `ValueError` naming `field` unless `value` is one of `SUPPORTED_BITS`."""
-    if isinstance(value, bool) or not isinstance(value, Real) or value not in SUPPORTED_BITS:
-        raise ValueError(f"{field}={value!r}: must be one of {', '.join(map(str, SUPPORTED_BITS))} bits")
+def check_bits(field: str, value: float) -> None:
+    """Raise a `ValueError` naming `field` unless `value` is one of `SUPPORTED_BITS`, of a type that JSON keeps."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value not in SUPPORTED_BITS:
+        widths = ", ".join(map(str, SUPPORTED_BITS))
+        raise ValueError(f"{field}={value!r}: must be one of {widths} bits, an int or a float of Python")
 
 
 def check_count(field: str, value: int) -> None:
@@ -45,7 +45,7 @@ def check_count(field: str, value: int) -> None:
         raise ValueError(f"{field}={value!r}: must be an integer of at least 0")
 
 
-def check_tiers(tiers: Any) -> tuple[tuple[tuple[int, Real], ...], ...]:
+def check_tiers(tiers: Any) -> tuple[tuple[tuple[int, float], ...], ...]:
     """`tiers` as tuples: for each head group the (channels, bits) of its width tiers.
 
     Raises:
@@ -123,7 +123,8 @@ class QuantScheme:
         check_choice("range_method", self.range_method, ("minmax", "mse", None))
         check_choice("rotation", self.rotation, (True, False))
         check_choice("static", self.static, (True, False))
-        if not isinstance(self.protected, Real) or isinstance(self.protected, bool) or not 0 <= self.protected < 1:
+        share = isinstance(self.protected, (int, float)) and not isinstance(self.protected, bool)
+        if not share or not 0 <= self.protected < 1:
             raise ValueError(f"protected={self.protected!r}: must be a share in [0, 1)")
         check_bits("protected_bits", self.protected_bits)
         if self.quantizer is not None and not isinstance(self.quantizer, str):
@@ -242,6 +243,17 @@ def side_scheme(side: str, bits: float, group_size: int, fields: dict | None) ->
         raise ValueError(f"{side}_scheme, with {side}_bits={bits}: {error}") from None
 
 
+def _check_tiers_are_meant(stored: dict, given: dict) -> None:
+    """Refuse one width for a side of a stored configuration whose width tiers say more."""
+    for side in ("k", "v"):
+        field, tiers = f"{side}_bits", stored.get("width_tiers") or {}
+        if field in given and "width_tiers" not in given and any(name.endswith(f"{side}_proj") for name in tiers):
+            raise ValueError(
+                f"{field}={given[field]!r}: must be left out, since width_tiers say the widths of {side}_proj; for one "
+                f"width give create_kivi_cache() {field}, or give width_tiers={{}} too"
+            )
+
+
 class ALRDLlamaConfig(LlamaConfig):
     r"""A `LlamaConfig` plus the ranks of the split projections and the settings of their KV cache.
 
@@ -343,7 +355,14 @@ class ALRDLlamaConfig(LlamaConfig):
     @classmethod
     def from_llama(cls, config: PreTrainedConfig, **fields) -> "ALRDLlamaConfig":
         """Return the configuration of a dense or split model's `config` with the given `fields` of this class set."""
-        return cls(**{**config.to_dict(), **fields})
+        stored = config.to_dict()
+        _check_tiers_are_meant(stored, fields)
+        return cls(**{**stored, **fields})
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        _check_tiers_are_meant(config_dict, kwargs)
+        return super().from_dict(config_dict, **kwargs)
 
     def to_dense(self) -> PreTrainedConfig:
         """The configuration of the dense model, of its own class."""

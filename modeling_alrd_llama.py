@@ -172,6 +172,13 @@ def _check_stored_model(path, config: ALRDLlamaConfig, hub_arguments: dict) -> N
                     f"width_tiers[{name!r}]={asked}: the checkpoint is calibrated for {tiers}; for one width give "
                     f"create_kivi_cache() {projection[0]}_bits, or calibrate the dense checkpoint again"
                 )
+            field = f"{projection[0]}_bits"
+            if tiers is not None and asked is not None and getattr(config, field) != getattr(stored, field):
+                raise ValueError(
+                    f"{field}={getattr(config, field)}: must be {getattr(stored, field)} as stored, since width_tiers "
+                    f"say the widths of {projection}; for one width give create_kivi_cache() {field}, or "
+                    "width_tiers={}"
+                )
 
 
 # ---- several devices
@@ -254,7 +261,7 @@ class LatentStep:
         known = not isinstance(lengths, torch.Tensor)
         start = counts_of_rows(tuple(lengths), device) if known else lengths[:, None].to(device)
         if real is None:
-            positions = start + torch.arange(length, device=device)
+            positions = start + torch.arange(length, dtype=torch.int64, device=device)
             count, order = torch.full_like(start, length), None
         else:
             mask = real.to(device)
@@ -824,7 +831,7 @@ class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):
     @staticmethod
     def _slot_positions(cache: KIVILatentCache, real, batch: int, length: int) -> torch.Tensor:
         """`[B, past slots + L]` position of the token in each slot, -1 for pads."""
-        new = torch.ones((batch, length), dtype=torch.bool) if real is None else real
+        new = torch.ones((batch, length), dtype=torch.bool, device="cpu") if real is None else real
         mask = torch.cat([cache.held_slots(), new], dim=1) if cache.get_seq_length() else new
         return (mask.cumsum(1) - 1).masked_fill(~mask, -1)
 

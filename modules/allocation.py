@@ -99,8 +99,7 @@ def load_costs(path: Path) -> dict[str, list[ChannelCosts]]:
     except SafetensorError as error:
         raise ValueError(f"{path}: is damaged, delete it to measure the costs anew ({error})") from None
     for name, i in sorted({(name, int(i)) for name, i, _ in (key.split("/") for key in tensors)}):
-        scales = tensors.get(f"{name}/{i}/scales", torch.empty(0))
-        pairs = [tuple(pair) for pair in scales]
+        pairs = [tuple(pair) for pair in tensors.get(f"{name}/{i}/scales", ())]
         costs.setdefault(name, []).append(
             ChannelCosts(tensors[f"{name}/{i}/dropped"], tensors[f"{name}/{i}/kept"], pairs)
         )
@@ -261,14 +260,14 @@ def allocate(
 
 def _choose_group(table: torch.Tensor, price: Prices, multiplier: float) -> tuple[torch.Tensor, int]:
     """Column of each row (0: dropped) of a `[n, 1 + widths]` table with the least cost plus bytes, and the bytes."""
-    per_channel = torch.tensor([0, *price.channel], dtype=torch.float64)
+    per_channel = torch.tensor([0, *price.channel], dtype=torch.float64, device="cpu")
     widths = range(len(price.channel))
     sets, best = [tuple(widths)], None
     if any(price.tier):
         # Every set of tiers is tried, since one that is used costs bytes of its own.
         sets = [tiers for n in widths for tiers in itertools.combinations(widths, n + 1)]
     for tiers in sets:
-        columns = torch.tensor([0, *(w + 1 for w in tiers)])
+        columns = torch.tensor([0, *(w + 1 for w in tiers)], dtype=torch.int64, device="cpu")
         index = columns[(table[:, columns] + multiplier * per_channel[columns]).argmin(dim=1)]
         if not index.any():
             # A projection keeps at least its first channel.

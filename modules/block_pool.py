@@ -162,7 +162,7 @@ class BlockPool:
 
     def _compact(self, kept: list[int]) -> None:
         """Reallocate for these slots alone, which move to the front; all fields or, if that fails, none."""
-        index = torch.tensor(kept, dtype=torch.long)
+        index = torch.tensor(kept, dtype=torch.int64, device="cpu")
         compact = {
             side: {name: tensor[index.to(tensor.device)] for name, tensor in fields.items()}
             for side, fields in self.storage.items()

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from modules.files import save_tensors
 
-KEY, CHECKSUM, VERSION = "kivi_latent_cache", "sha256", 3
+KEY, CHECKSUM, VERSION = "kivi_latent_cache", "sha256", 4
 
 
 def _sha256(tensor: torch.Tensor) -> str:

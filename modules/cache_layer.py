@@ -10,10 +10,11 @@ states of any other model lose their heads to the channels, and each head keeps 
 """
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
-from functools import cached_property
+from functools import cached_property, wraps
 from typing import NamedTuple
 
 import torch
@@ -128,6 +129,9 @@ STATIC_NAMES = ("scale", "zero_point")
 #: Types that states can have.
 STATE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+#: Distance of two levels below which a float16 scale has less than three bits: eight times the smallest float16.
+LEAST_STEP = 2.0**-21
+
 #: A block costs a row three int32 in its table: slot, first position, valid tokens.
 TABLE_ENTRY_NBYTES = 12
 
@@ -203,6 +207,22 @@ class _Table(NamedTuple):
     window_starts: tuple[int, ...]
 
 
+def in_any_mode(method: Callable) -> Callable:
+    """A method that makes tensors which a cache keeps: ordinary ones in `torch.inference_mode()` too.
+
+    Those made in that mode could not be changed outside it, nor meet a query that asks for its gradient.
+    """
+
+    @wraps(method)
+    def run(*args, **kwargs):
+        if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+            return method(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return method(*args, **kwargs)
+
+    return run
+
+
 def storage_nbytes(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the storages that tensors lie in, each counted once."""
     storages = (tensor.untyped_storage() for tensor in tensors)
@@ -227,7 +247,7 @@ def repeated_rows(rows: list[Row], repeats: int) -> list[int]:
 
 def chosen_rows(rows: list[Row], indices: torch.Tensor) -> list[int]:
     """Indices of the rows that a tensor of indices or a mask `[B]` names."""
-    return torch.arange(len(rows))[indices.cpu()].tolist()
+    return torch.arange(len(rows), dtype=torch.int64, device="cpu")[indices.cpu()].tolist()
 
 
 class KIVILatentLayer(CacheLayerMixin):
@@ -260,7 +280,9 @@ class KIVILatentLayer(CacheLayerMixin):
         self.scheme = scheme
         self.given_widths = widths
         static = {"keys": scheme.keys.static, "values": scheme.values.static}
-        self.static_scales = {side: pair for side, pair in (static_scales or {}).items() if static[side]}
+        scales = {side: pair for side, pair in (static_scales or {}).items() if static[side]}
+        # As the kernels read them, whatever the default type was when they were made.
+        self.static_scales = {side: tuple(t.float() for t in pair) for side, pair in scales.items()}
         self.backend_name = backend
         self.score = score if scheme.keys.protected or scheme.values.protected else None
         self._clear()
@@ -282,6 +304,7 @@ class KIVILatentLayer(CacheLayerMixin):
 
     # ---- appending
 
+    @in_any_mode
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocate for the batch, type and device of `[B, H, L, D]` states."""
         self._allocate(len(key_states), self._head_widths(key_states, value_states), key_states)
@@ -300,7 +323,8 @@ class KIVILatentLayer(CacheLayerMixin):
             for side, channels in self.channels.items()
         }
         if self.score is not None:
-            self._exact["window_score"] = torch.zeros((batch, self._rooms()["window"]), device=self.device)
+            shape = (batch, self._rooms()["window"])
+            self._exact["window_score"] = torch.zeros(shape, dtype=torch.float32, device=self.device)
         self.is_initialized = True
 
     def _rooms(self) -> dict[str, int]:
@@ -362,6 +386,7 @@ class KIVILatentLayer(CacheLayerMixin):
         widths = self.given_widths or ((keys.shape[2],), (values.shape[2],))
         self._append(keys, values, real, widths, received)
 
+    @in_any_mode
     def _append(self, keys, values, real, widths: LayerWidths, received=None) -> None:
         keys, values, mark = keys.detach(), values.detach(), self.mark()
         try:
@@ -369,6 +394,8 @@ class KIVILatentLayer(CacheLayerMixin):
                 self._allocate(len(keys), widths, keys)
             self.check_states(keys, values, real)
             states = {"keys": keys, "values": values}
+            if mark is None:
+                self._check_magnitude(states)
             if self.score is not None:
                 states["score"] = self._scores(keys, values, real, received)
             self._store(states, real)
@@ -376,6 +403,7 @@ class KIVILatentLayer(CacheLayerMixin):
             self.return_to(mark)
             raise
 
+    @in_any_mode
     def _store(self, states: dict[str, torch.Tensor], real: torch.Tensor | None) -> None:
         """Append states that have been checked; after an error the cache is as it was before."""
         if real is None and states["keys"].shape[1] == 1 and self._has_room_for_one():
@@ -388,6 +416,7 @@ class KIVILatentLayer(CacheLayerMixin):
         """What `return_to` takes to forget the appends that are still to come; nothing else may come between."""
         return (self.slots, self.rows, self._exact) if self.is_initialized else None
 
+    @in_any_mode
     def return_to(self, mark: tuple | None) -> None:
         """Forget what was appended since the mark. An append changes no list and no token that it found."""
         if mark is None:
@@ -415,6 +444,23 @@ class KIVILatentLayer(CacheLayerMixin):
                 f"real: {list(real.shape)} of {real.dtype} must be a bool for each of {list(keys.shape[:2])}"
             )
 
+    def _check_magnitude(self, states: dict[str, torch.Tensor]) -> None:
+        """Warn of first states `[B, L, C]` that are so small that their scales have few digits in float16."""
+        if self.dtype not in (torch.float32, torch.float64) or torch.compiler.is_compiling():
+            return
+        for side, x in states.items():
+            scheme = getattr(self.scheme, side)
+            widths = {b for group in scheme.tiers or () for _, b in group} or {scheme.bits}
+            bits = max(widths - {16}, default=16)
+            largest = x.abs().amax().item() if x.numel() and bits < 16 and not scheme.static else 0.0
+            if 0 < largest < (2**bits - 1) * LEAST_STEP / 2:
+                warnings.warn(
+                    f"{side}: states of at most {largest:.1e} in {self.dtype} have scales in float16, which keep few "
+                    f"digits of steps below {LEAST_STEP:.1e}; load the model in bfloat16, whose scales are bfloat16, "
+                    "or take 16 bits",
+                    stacklevel=2,
+                )
+
     def _scores(self, keys, values, real: torch.Tensor | None, received: torch.Tensor | None) -> torch.Tensor:
         """Score `[B, L]` of the new tokens; attention that the window has received is added to its scores."""
         if self.score != "attention":
@@ -428,7 +474,7 @@ class KIVILatentLayer(CacheLayerMixin):
         longest = max(row.tokens + new for row, new in zip(self.rows, new_tokens))
         if received.dim() != 2 or len(received) != len(keys) or received.shape[1] < longest:
             raise ValueError(f"received: {list(received.shape)} must be [{len(keys)}, positions up to {longest}]")
-        received = received.detach()
+        received = received.detach().float()
         new = keys.new_zeros(keys.shape[:2], dtype=torch.float32)
         scores = self._exact["window_score"].clone()
         self._exact = self._exact | {"window_score": scores}
@@ -503,6 +549,7 @@ class KIVILatentLayer(CacheLayerMixin):
             self.backend.name if fused or self.backend.name == "reference" else f"{self.backend} (attention: reference)"
         )
 
+    @in_any_mode
     def block_table(self) -> torch.Tensor:
         """`[3, B, blocks]` int32: slot in the pool, first position, valid tokens; rows with fewer blocks end in 0."""
         if self._table is None:
@@ -623,6 +670,7 @@ class KIVILatentLayer(CacheLayerMixin):
         """Make row i a copy of row `indices[i]`: an edit of the table, unless much room is to be freed."""
         self.selection(indices)()
 
+    @in_any_mode
     def selection(self, indices: list[int]) -> Callable[[], None]:
         """As `_select`, but that the tables are edited when what is returned is called; that takes no memory."""
         index = torch.tensor(indices, dtype=torch.long, device=self.device)
@@ -634,6 +682,7 @@ class KIVILatentLayer(CacheLayerMixin):
 
         return edit
 
+    @in_any_mode
     def _edit(self, rows: list[Row], exact: dict[str, torch.Tensor], slots: int) -> None:
         """Take other rows, of blocks that this layer refers to, and give back room."""
         self.rows, self._exact, self.slots, self._table = rows, exact, slots, None
@@ -714,6 +763,7 @@ class KIVILatentLayer(CacheLayerMixin):
 
     # ---- copies
 
+    @in_any_mode
     def fork(self) -> "KIVILatentLayer":
         """A layer that goes on by itself from here and shares the packed blocks."""
         if not self.is_initialized:
@@ -742,6 +792,7 @@ class KIVILatentLayer(CacheLayerMixin):
         rows = [row._replace(blocks=tuple(moved[slot] for slot in row.blocks))._asdict() for row in rows]
         return tensors, {"slots": self.slots, "widths": self.widths, "rows": rows}
 
+    @in_any_mode
     def restore(self, tensors: dict[str, torch.Tensor], record: dict) -> None:
         """Inverse of `export` for a fresh layer, on the device of the tensors, which it copies.
 
@@ -889,12 +940,15 @@ class FixedLatentLayer(KIVILatentLayer):
         self.pool, self._exact, self.pads = self.store.pool, self.store.exact, [()] * batch
         self.is_initialized = True
 
+    @in_any_mode
     def _append(self, keys, values, real, widths: LayerWidths, received=None) -> None:
         keys, values, fresh = keys.detach(), values.detach(), not self.is_initialized
         try:
             if fresh:
                 self._allocate(len(keys), widths, keys)
             self.check_states(keys, values, real)
+            if fresh and keys.device.type == "cpu":  # elsewhere it would wait for the device
+                self._check_magnitude({"keys": keys, "values": values})
             pads = self._pads_after(real)
             self.store.append(keys, values, real)
         except Exception:
@@ -946,11 +1000,12 @@ class FixedLatentLayer(KIVILatentLayer):
             raise ValueError(f"tokens_to_remove={tokens_to_remove}: must be 0 or negative, the slots to remove")
         if not self.is_fed or tokens_to_remove == 0:
             return
-        removed, pads_left = torch.full((self.store.batch,), -tokens_to_remove, device=self.device), self.pads
+        int64 = {"dtype": torch.int64, "device": self.device}
+        removed, pads_left = torch.full((self.store.batch,), -tokens_to_remove, **int64), self.pads
         if any(self.pads):
             left = self.slots + tokens_to_remove
             cut = [sum(max(0, stop - max(start, left)) for start, stop in pads) for pads in self.pads]
-            removed -= torch.tensor(cut, device=self.device)
+            removed -= torch.tensor(cut, **int64)
             pads_left = [tuple((a, min(b, left)) for a, b in pads if a < left) for pads in self.pads]
         self.store.crop(removed)
         self.pads = pads_left
@@ -986,6 +1041,7 @@ __all__ = [
     "Row",
     "TokenScore",
     "chosen_rows",
+    "in_any_mode",
     "repeated_rows",
     "storage_nbytes",
 ]

@@ -43,9 +43,11 @@ def rope_key_metric(
     """
     q = query_covariance.double().unflatten(0, (num_key_value_heads, -1)).sum(1)
     half = inv_freq.double().cpu()
-    eye = torch.eye(q.shape[-1], dtype=torch.float64)
+    eye = torch.eye(q.shape[-1], dtype=torch.float64, device=q.device)
     total = torch.zeros_like(q)
-    for offset in torch.linspace(0, torch.tensor(float(longest)).log().item(), _OFFSETS).exp().round().tolist():
+    float32 = {"dtype": torch.float32, "device": "cpu"}
+    last = torch.tensor(longest, **float32).log().item()
+    for offset in torch.linspace(0, last, _OFFSETS, **float32).exp().round().tolist():
         cos, sin = (offset * half).cos(), (offset * half).sin()
         low, high = eye.chunk(2, dim=-1)
         rotation = torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
@@ -179,7 +181,8 @@ def probe_rates(
         shapes = [(f.a * d).T.float() for f, d in zip(factors[name], deviations, strict=True)]
 
         def add_noise(module, inputs, output):
-            parts = [torch.randn(*output.shape[:-1], len(s), generator=generator) @ s for s in shapes]
+            shape, float32 = output.shape[:-1], {"dtype": torch.float32, "device": "cpu"}
+            parts = [torch.randn(*shape, len(s), generator=generator, **float32) @ s for s in shapes]
             return output + torch.cat(parts, dim=-1).to(output)
 
         handle = model.get_submodule(name).register_forward_hook(add_noise)

@@ -258,9 +258,9 @@ class MixedChannelCodec(_Codec):
         self.codecs = {"wide": self._with(replace(self.scheme, bits=2), self.length, wide, torch.float32)}
         if self.narrow:
             self.codecs["narrow"] = self._with(low, self.length, self.narrow, torch.float32)
-        group = torch.arange(len(self.widths)).repeat_interleave(torch.tensor(self.widths))
-        self._group = group
-        self._wide_of_group = torch.tensor(wide)[group]
+        group = [i for i, width in enumerate(self.widths) for _ in range(width)]
+        self._group = torch.tensor(group, dtype=torch.int64, device="cpu")
+        self._wide_of_group = torch.tensor(wide, dtype=torch.int64, device="cpu")[self._group]
 
     def fields(self):
         own = {"is_wide": ((_mask_bytes(sum(self.widths)),), torch.uint8)}
@@ -277,7 +277,8 @@ class MixedChannelCodec(_Codec):
         # Rank of each channel's range in its group: sorted by falling range, then by group, both stably.
         falling = (low - high).argsort(dim=-1, stable=True)
         by_group = falling.gather(-1, group[falling].argsort(dim=-1, stable=True))
-        starts = torch.tensor([sum(self.widths[:i]) for i in range(len(self.widths))], device=states.device)
+        starts = [sum(self.widths[:i]) for i in range(len(self.widths))]
+        starts = torch.tensor(starts, dtype=torch.int64, device=states.device)
         rank = by_group.argsort(dim=-1) - starts[group]
         is_wide = rank < self._wide_of_group.to(states.device)
 
@@ -308,7 +309,8 @@ class TieredCodec(_Codec):
 
     def __init__(self, *args, static_scales: StaticScales | None = None):
         super().__init__(*args)
-        channels = torch.arange(sum(self.widths)).split([n for group in self.scheme.tiers for n, _ in group])
+        channels = torch.arange(sum(self.widths), dtype=torch.int64, device="cpu")
+        channels = channels.split([n for group in self.scheme.tiers for n, _ in group])
         tiers = [(bits, c) for (_, bits), c in zip((t for g in self.scheme.tiers for t in g), channels)]
         #: Channels of each width, the widest first, and its quantizer.
         self.channels, self.codecs = {}, {}

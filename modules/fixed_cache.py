@@ -278,7 +278,7 @@ class FixedStore:
         self.pool = BlockPool(codecs, device, batch * room.blocks + 1)
         self.state = torch.zeros((4, batch), dtype=torch.int32, device=device)
         self.table = torch.zeros((3, batch, room.blocks), dtype=torch.int32, device=device)
-        self.table[0] = torch.arange(batch * room.blocks, device=device).view(batch, -1)
+        self.table[0] = torch.arange(batch * room.blocks, dtype=torch.int32, device=device).view(batch, -1)
         self._origin = torch.zeros((batch, 1), dtype=torch.int32, device=device)
         # The kernels put the new tokens of a step behind the window before they take blocks from its front.
         rooms = {"sink": room.sink_length, "window": room.window + MAX_QUERY_LENGTH}
@@ -428,7 +428,8 @@ class FixedStore:
         empty = {}
         for name, exact in self.exact.items():
             count = state[0 if name.startswith("sink") else 2]
-            empty[name] = (torch.arange(exact.shape[1], device=exact.device) >= count[:, None])[..., None]
+            place = torch.arange(exact.shape[1], dtype=torch.int32, device=exact.device)
+            empty[name] = (place >= count[:, None])[..., None]
         # As in `append_tokens`: what takes memory is done.
         self.table[1:].copy_(table)
         self.state.copy_(state)

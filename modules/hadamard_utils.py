@@ -61,6 +61,7 @@ def _transform(x: torch.Tensor) -> torch.Tensor:
 
 
 @lru_cache
+@torch.inference_mode(False)
 def _signs(n: int, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng([0, n]).choice([-1.0, 1.0], size=n)).float().to(device)
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from functools import partial
 import torch
 from transformers import Cache
 
-from configuration_alrd_llama import ALRDLlamaConfig, check_choice, check_count
+from configuration_alrd_llama import ALRDLlamaConfig, QuantScheme, check_choice, check_count
 from modules.cache_file import read_cache_file, write_cache_file
 from modules.cache_layer import (
     CacheScheme,
@@ -23,11 +24,12 @@ from modules.cache_layer import (
     Row,
     TokenScore,
     chosen_rows,
+    in_any_mode,
     repeated_rows,
     storage_nbytes,
 )
 from modules.codecs import block_nbytes
-from modules.fingerprint import differences, model_fingerprint
+from modules.fingerprint import DIGESTS, differences, model_fingerprint
 from modules.kernels import BACKENDS
 from modules.quant_utils import KIVIQuantizer
 from modules.vidkv import parse_quantization_config
@@ -62,10 +64,11 @@ class KIVILatentCache(Cache):
         self.capacity = capacity
         #: Whether `generate` has chosen the capacity, for one text.
         self.made_by_generate = False
+        self._measured: set[int] = set()  # layers whose first packed keys have been looked at
+        self._told = False  # whether they have given cause for a warning
         self._torn = False  # whether layers of fixed capacity may hold different tokens
-        self._announced: int | None = (
-            None  # slots that a step will fill, if its model has asked for the sizes of a mask
-        )
+        #: Slots that a step will fill, if its model has asked for the sizes of a mask.
+        self._announced: int | None = None
         self._last_updated: int | None = None  # layer that `update` fed last
         self._model: Callable | None = None  # weak reference to the decoder that feeds the cache
         self._fingerprint: dict | None = None  # of the model that has filled it, if another object or process
@@ -123,7 +126,12 @@ class KIVILatentCache(Cache):
                 "after an error in a step, crop() or reset() the cache"
             )
         self._last_updated = layer_idx
-        return layer.update(key_states, value_states, *args, **kwargs)
+        keys, values = layer.update(key_states, value_states, *args, **kwargs)
+        exact = self.scheme.sink_length
+        if not self._told and layer_idx not in self._measured and self.scheme.flushed_blocks(keys.shape[2] - exact):
+            self._measured.add(layer_idx)
+            self._told = _warn_of_turning_keys(layer_idx, keys[:, :, exact:], layer.scheme.keys)
+        return keys, values
 
     def _refuse_states(self, *args, **kwargs):
         """What layers of other kinds than attention ask of a cache."""
@@ -147,7 +155,7 @@ class KIVILatentCache(Cache):
     def held_slots(self) -> torch.Tensor:
         """`[B, slots]` bool on the CPU: true for tokens, false for pads."""
         layer = self.layers[self.first_layer]
-        held = torch.ones((len(layer.rows), layer.slots), dtype=torch.bool)
+        held = torch.ones((len(layer.rows), layer.slots), dtype=torch.bool, device="cpu")
         for row_held, row in zip(held, layer.rows):
             for start, stop in row.pads:
                 row_held[start:stop] = False
@@ -314,26 +322,53 @@ class KIVILatentCache(Cache):
             ValueError: The fingerprints differ.
         """
         filled_by = self.fingerprint() if self.get_seq_length() else None
-        if filled_by is not None and (differing := differences(model_fingerprint(decoder), filled_by)):
+        if filled_by is None:
+            return
+        if differing := differences(model_fingerprint(decoder, filled_by.get("digest")), filled_by):
             raise ValueError(f"past_key_values: filled by another model than this one: {'; '.join(differing)}")
 
-    def fingerprint(self) -> dict | None:
-        """Fingerprint of the model that has filled the cache (`modules/fingerprint.py`); `None`: not known."""
+    def fingerprint(self, digest: str = "all") -> dict | None:
+        """Fingerprint of the model that has filled the cache; `None`: not known.
+
+        It is that of the model as it is now, if the model is in this process, else as it was when the cache left it.
+
+        Args:
+            digest: As for `model_fingerprint`, where it is taken now.
+        """
         decoder = self._model() if self._model is not None else None
-        return self._fingerprint if decoder is None else model_fingerprint(decoder)
+        return self._fingerprint if decoder is None else model_fingerprint(decoder, digest)
+
+    def __copy__(self) -> "KIVILatentCache":
+        copied = type(self).__new__(type(self))
+        vars(copied).update(vars(self))
+        return copied
+
+    @in_any_mode
+    def __deepcopy__(self, memo: dict) -> "KIVILatentCache":
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
 
     def __getstate__(self) -> dict:
         """A copy in another process knows the model by its fingerprint."""
         return vars(self) | {"_model": None, "_fingerprint": self.fingerprint()}
 
-    def save(self, path: str | os.PathLike, model: torch.nn.Module | None = None) -> None:
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        if torch.is_inference_mode_enabled():  # in which the tensors have been read
+            vars(self).update(vars(copy.deepcopy(self)))
+
+    def save(self, path: str | os.PathLike, model: torch.nn.Module | None = None, digest: str = "all") -> None:
         """Write the cache, packed as it is, to a safetensors file; an interrupted save leaves an old file whole.
 
         Args:
             path: The file (`modules/cache_file.py`).
             model: The model that has filled the cache, for its fingerprint; an `ALRDLlamaForCausalLM` is known. A file
                 without fingerprint is taken for that of any model.
+            digest: What the fingerprint, which `load` takes anew, is of: "all" weights, or a "sample" of each, in
+                milliseconds (`model_fingerprint`). It is that of the model as it is now: save before you change it.
         """
+        check_choice("digest", digest, DIGESTS)
         tensors, layers = {}, []
         if self.static_scales:
             self.layer(max(self.static_scales))  # so that each set of scales has a layer to be written with
@@ -342,7 +377,7 @@ class KIVILatentCache(Cache):
             tensors.update({f"{i}.{name}": tensor for name, tensor in exported.items()})
             layers.append(record)
         header = {
-            "model": self.fingerprint() if model is None else model_fingerprint(model),
+            "model": self.fingerprint(digest) if model is None else model_fingerprint(model, digest),
             "scheme": asdict(self.scheme),
             "token_score": "function" if callable(self.token_score) else self.token_score,
             "layer_schemes": {str(i): asdict(scheme) for i, scheme in self.layer_schemes.items()},
@@ -389,7 +424,8 @@ class KIVILatentCache(Cache):
         stored, found = CacheScheme(**header["scheme"]), header["model"]
         if scheme is not None and scheme != stored:
             raise ValueError(f"another scheme: {'; '.join(differences(asdict(stored), asdict(scheme)))}")
-        if model is not None and found is not None and (differing := differences(found, model_fingerprint(model))):
+        expected = found if model is None or found is None else model_fingerprint(model, found.get("digest"))
+        if differing := differences(found or {}, expected or {}):
             raise ValueError(f"of another model: {'; '.join(differing)}")
         if (header["token_score"] == "function") != (token_score is not None):
             need = "must be given, the function by which the saved cache scored tokens"
@@ -466,6 +502,36 @@ class KIVILatentCache(Cache):
             f"backend {' and '.join(backends) or self.backend or 'by device'}; "
             f"{len(self.layers)} layers, {held}, {self.nbytes_used:,} bytes used + {slack:,} slack)"
         )
+
+
+#: Reach of the keys of a drop-in cache beyond which it warns (`_warn_of_turning_keys`).
+MOST_REACH = 12.0
+
+
+def _warn_of_turning_keys(layer_idx: int, keys: torch.Tensor, scheme: QuantScheme) -> bool:
+    """Warn, if need be, of keys `[B, H, T, D]` after RoPE with a large bias that turns; returns whether it did.
+
+    RoPE keeps the length of each pair of channels (i, i + D/2), so how much the lengths differ from token to token says
+    how much the keys do, whatever turns them; the range that codes must span, in units of that, is some 8 for keys
+    without a bias.
+    """
+    if keys.shape[3] % 2 or scheme.tiers is not None or scheme.bits >= 8:
+        return False
+    keys = keys[:, :, :128].detach().float()
+    low, high = keys.chunk(2, dim=-1)
+    length = (low.square() + high.square()).sqrt()
+    spread = length.std(dim=(0, 2))
+    differ = spread > 1e-5 * length.mean(dim=(0, 2))  # but for tokens that are all the same
+    reach = (keys.amax(2) - keys.amin(2)).mean(0).unflatten(-1, (2, -1)).amax(1)
+    measure = (reach[differ] / spread[differ]).mean().item() if differ.any() else 0.0
+    if measure > MOST_REACH:
+        warnings.warn(
+            f"layer {layer_idx}: keys after RoPE reach over {measure:.0f} times the spread of their lengths (without a "
+            f"bias it is some 8), and codes of {scheme.bits} bits lose what differs from token to token; split the "
+            "model (ALRDLlamaForCausalLM caches keys before RoPE, and no bias), or take k_bits=8",
+            stacklevel=3,
+        )
+    return measure > MOST_REACH
 
 
 def _layer_device(model: torch.nn.Module, layer_idx: int) -> torch.device:

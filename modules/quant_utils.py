@@ -112,7 +112,7 @@ def expand_groups(parameter: torch.Tensor, widths: tuple[int, ...]) -> torch.Ten
         return parameter.expand(*parameter.shape[:-1], widths[0])
     if len(set(widths)) == 1:
         return parameter.unsqueeze(-1).expand(*parameter.shape, widths[0]).flatten(-2)
-    repeats = torch.tensor(widths, device=parameter.device)
+    repeats = torch.tensor(widths, dtype=torch.int64, device=parameter.device)
     return parameter.repeat_interleave(repeats, dim=-1, output_size=sum(widths))
 
 
@@ -176,7 +176,7 @@ def _least_error_range(u: torch.Tensor, n_bits: float, widths: tuple[int, ...], 
 
     step, zero = best_step, best_zero
     fixed = (u * UNIT + 0.5).floor_().long()
-    counts = torch.tensor(widths, device=u.device)
+    counts = torch.tensor(widths, dtype=torch.int64, device=u.device)
     for _ in range(refits):
         codes = _codes(u, expand_groups(step, widths), expand_groups(zero, widths), levels).long()
         if symmetric:

@@ -9,6 +9,7 @@ A search measures the dense model once; the ranks for any share then follow by a
 `truncation_ranks`: by projection name, `"model.layers.{i}.self_attn.k_proj"`, one rank per head group.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -188,7 +189,8 @@ def fisher_ranks(
 @torch.no_grad()
 def mean_absolute_inputs(model: PreTrainedModel, batches: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     """`[C]` float64 mean of `|x|` over a text (`[B, T]` batches of ids), per layer, x being what keys are made from."""
-    sums, tokens, handles = [torch.zeros(model.config.hidden_size).double() for _ in model.model.layers], 0, []
+    zeros = torch.zeros(model.config.hidden_size, dtype=torch.float64, device="cpu")
+    sums, tokens, handles = [zeros.clone() for _ in model.model.layers], 0, []
     for layer, total in zip(model.model.layers, sums):
 
         def observe(module, inputs, total=total):
@@ -251,7 +253,7 @@ def perplexity(model: PreTrainedModel, batches: list[torch.Tensor]) -> float:
         scored = ids[:, 1:].numel()
         nll += model(ids, labels=ids, use_cache=False).loss.double().item() * scored
         tokens += scored
-    return float(torch.tensor(nll / tokens, dtype=torch.float64).exp())
+    return math.exp(nll / tokens)
 
 
 @torch.no_grad()

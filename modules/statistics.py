@@ -198,17 +198,17 @@ def collect_statistics(
 
 
 def _empty_sums(model: PreTrainedModel, fisher: bool, sample: int, windows: int) -> dict[str, torch.Tensor]:
-    sums = {}
+    sums, float64 = {}, {"dtype": torch.float64, "device": "cpu"}
     for i, layer in enumerate(model.model.layers):
         attention, heads = layer.self_attn, model.config.num_attention_heads
-        sums[f"{i}.query"] = torch.zeros(heads, attention.head_dim, attention.head_dim, dtype=torch.float64)
+        sums[f"{i}.query"] = torch.zeros(heads, attention.head_dim, attention.head_dim, **float64)
         for p in ("k_proj", "v_proj"):
             n = getattr(attention, p).out_features
-            sums[f"{i}.{p}.covariance"] = torch.zeros(n, n, dtype=torch.float64)
-            sums[f"{i}.{p}.mean"] = torch.zeros(n, dtype=torch.float64)
-            sums[f"{i}.{p}.sample"] = torch.zeros(windows, sample, n, dtype=model.dtype)
+            sums[f"{i}.{p}.covariance"] = torch.zeros(n, n, **float64)
+            sums[f"{i}.{p}.mean"] = torch.zeros(n, **float64)
+            sums[f"{i}.{p}.sample"] = torch.zeros(windows, sample, n, dtype=model.dtype, device="cpu")
             if fisher:
-                sums[f"{i}.{p}.fisher"] = torch.zeros(n, n, dtype=torch.float64)
+                sums[f"{i}.{p}.fisher"] = torch.zeros(n, n, **float64)
     return sums
 
 

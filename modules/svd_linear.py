@@ -79,7 +79,7 @@ def value_output_metric(
         `[H_kv * d, H_kv * d]` float64, positive semidefinite.
     """
     o = o_weight.double().unflatten(1, (num_heads, -1))
-    overlap = torch.eye(num_heads) if overlap is None else overlap
+    overlap = torch.eye(num_heads, dtype=o.dtype, device=o.device) if overlap is None else overlap
     blocks = torch.einsum("cpd,pq,cqe->pdqe", o, overlap.to(o), o)
     shared = num_heads // num_key_value_heads
     blocks = blocks.unflatten(0, (num_key_value_heads, shared)).unflatten(3, (num_key_value_heads, shared))
@@ -88,14 +88,14 @@ def value_output_metric(
     return metric.reshape(size, size)
 
 
-def _root_and_inverse(metric: torch.Tensor | None, size: int, floor: float = 1e-4):
+def _root_and_inverse(metric: torch.Tensor | None, size: int, device: torch.device, floor: float = 1e-4):
     """Symmetric root of a metric (`None`, `[n]` diagonal or `[n, n]`), its inverse, and the metric's unit.
 
     The metric is divided by its largest eigenvalue, the unit, and smaller eigenvalues than `floor` are raised to it:
     the factors are stored in narrow types, so their sizes must neither depend on the unit nor differ too much. A metric
     of zeros (a pruned head) orders nothing; the identity stands in for it.
     """
-    identity = torch.eye(size, dtype=torch.float64)
+    identity = torch.eye(size, dtype=torch.float64, device=device)
     if metric is None:
         return identity, identity, 1.0
     metric = metric.double()
@@ -150,7 +150,7 @@ def factor_weight(
         if statistic is not None and not torch.isfinite(statistic).all():
             raise ValueError(f"{name}: must be finite, found NaN or Inf")
 
-    root, inverse_root, unit = _root_and_inverse(metric, out)
+    root, inverse_root, unit = _root_and_inverse(metric, out, weight.device)
     own = output_covariance(weight)
     if covariance is not None:
         # A trace of the weight's own covariance orders the directions that the text never excites, so that the
@@ -162,14 +162,15 @@ def factor_weight(
     if mean is not None and mean.abs().max() > 0:
         first = root @ (mean.double() / mean.double().abs().max())
         first = (first / first.norm())[:, None]
-        rest = torch.eye(out, dtype=torch.float64) - first @ first.T
+        rest = torch.eye(out, dtype=torch.float64, device=first.device) - first @ first.T
         # `first` gets the one negative eigenvalue, so it comes first; put at the end, it becomes the first column.
         lowest = own.trace().clamp(min=torch.finfo(torch.float64).tiny)
         energy, vectors = torch.linalg.eigh(rest @ own @ rest - lowest * first @ first.T)
         vectors = torch.cat([vectors[:, 1:], first], dim=1)
         energy = torch.cat([energy[1:], (first.T @ own @ first)[0]])
     u = vectors.flip(1)[:, :rank]
-    u = u * torch.where(u.gather(0, u.abs().argmax(0, keepdim=True)) < 0, -1.0, 1.0)
+    largest = u.gather(0, u.abs().argmax(0, keepdim=True))
+    u = torch.where(largest < 0, -u, u)
     project = u.T @ root
     return Factors(inverse_root @ u, project @ weight.double(), unit * energy.flip(0).clamp(min=0), project, unit)
 

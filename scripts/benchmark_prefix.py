@@ -30,7 +30,6 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from modeling_alrd_llama import ALRDLlamaForCausalLM
-from modules import fingerprint
 from modules.cache_layer import storage_nbytes
 from modules.kivi_cache import KIVILatentCache
 from scripts.attention_peers import milliseconds, quartiles
@@ -111,7 +110,6 @@ def measure(model: ALRDLlamaForCausalLM, dense: PreTrainedModel, config: Benchma
         return token(any_model, any_cache)
 
     def loaded() -> torch.Tensor:
-        fingerprint.forget()  # a new process does not know it
         return token(model, KIVILatentCache.load(path, model=model))
 
     ways: dict[str, Callable[[], torch.Tensor]] = {

@@ -132,7 +132,7 @@ def set_first(row_field, value):
         (lambda path: os.truncate(path, os.path.getsize(path) - 100), "not a whole safetensors file"),
         (lambda path: os.truncate(path, 5), "not a whole safetensors file"),
         (lambda path: save_file({"x": torch.zeros(1)}, path), "not a saved cache"),
-        (lambda path: rewrite(path, lambda h: h.update(version=2)), "version 2 must be 3"),
+        (lambda path: rewrite(path, lambda h: h.update(version=2)), "version 2 must be 4"),
         (
             lambda path: rewrite(path, lambda h: h["scheme"].update(sink_length=3), checksum=False),
             "altered; the header",

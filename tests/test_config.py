@@ -1,7 +1,9 @@
 """`ALRDLlamaConfig`: defaults, sources, saving, and every refusal."""
 
 import json
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from helpers import TINY_LLAMA, all_ranks, tiny_dense, tiny_split
@@ -267,3 +269,68 @@ def test_helpers_make_the_same_dense_model_twice():
 def test_a_folder_without_a_config_is_refused(tmp_path):
     with pytest.raises((ValueError, OSError)):
         ALRDLlamaConfig.from_pretrained(tmp_path)
+
+
+# ---- types that no file keeps, settings that nothing would read
+
+
+NUMBERS = {
+    "k_bits": np.int64(4),
+    "v_bits": np.float32(4),
+    "group_size": np.int64(64),
+    "residual_length": np.int32(8),
+    "sink_length": np.int64(2),
+    "head_group_size": np.int64(2),
+    "use_kivi": np.True_,
+    "k_hadamard": np.False_,
+    "truncation_ranks": {K0: np.int64(8)},
+    "width_tiers": {K0: [[[4, np.int64(4)], [4, 2]]]},
+    "k_scheme": {"group_size": np.int64(16)},
+    "v_scheme": {"protected": np.float32(0.1)},
+    "v_scheme ": {"protected": 0.1, "protected_bits": np.int64(8)},
+    "k_scheme ": {"rotation": np.True_},
+    "v_scheme  ": {"tiers": (((np.int64(4), 2),),)},
+    "k_bits ": Fraction(4),
+}
+
+
+@pytest.mark.parametrize(("field", "value"), NUMBERS.items(), ids=NUMBERS)
+def test_numbers_that_json_does_not_keep_are_refused_where_they_enter(field, value):
+    field = field.strip()
+    ranks = {} if field == "truncation_ranks" else {"truncation_ranks": {K0: 8}}
+    with pytest.raises(ValueError, match=field.split("_")[1]):
+        tiny_config(**{field: value}, **ranks)
+    if field in ("k_bits", "v_bits", "group_size", "residual_length", "sink_length", "k_scheme", "v_scheme"):
+        with pytest.raises(ValueError, match=field.split("_")[0]):
+            create_kivi_cache(**{field: value})
+
+
+def test_numpy_floats_are_floats_of_python(tmp_path):
+    tiny_config(k_bits=np.float64(1.58), v_scheme={"protected": np.float64(0.25)}).save_pretrained(tmp_path)
+    config = ALRDLlamaConfig.from_pretrained(tmp_path)
+    assert (config.k_bits, config.v_scheme) == (1.58, {"protected": 0.25})
+
+
+@pytest.mark.parametrize("bits", [2, 16])
+def test_one_width_for_a_side_with_tiers_is_refused(bits, tmp_path):
+    """Nothing would read it: the tiers say the widths."""
+    ranks, tiers = all_ranks(3, 8), {n: [[[4, 8], [4, 3]]] for n in all_ranks(3, {"k_proj": 8})}
+    model = tiny_split(tmp_path, ranks, width_tiers=tiers)
+    model.save_pretrained(tmp_path / "tiered")
+    message = f"k_bits={bits}: must be left out, since width_tiers say the widths of k_proj"
+    for load in (ALRDLlamaConfig.from_pretrained, ALRDLlamaForCausalLM.from_pretrained, AutoConfig.from_pretrained):
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path / "tiered", k_bits=bits)
+    with pytest.raises(ValueError, match=message):
+        ALRDLlamaConfig.from_llama(model.config, k_bits=bits)
+    assigned = ALRDLlamaConfig.from_pretrained(tmp_path / "tiered")
+    assigned.k_bits = 16
+    with pytest.raises(ValueError, match="k_bits=16: must be 2 as stored, since width_tiers say the widths of k_proj"):
+        ALRDLlamaForCausalLM.from_pretrained(tmp_path / "tiered", config=assigned)
+    one = ALRDLlamaForCausalLM.from_pretrained(tmp_path / "tiered", k_bits=bits, v_bits=3, width_tiers={})
+    assert {(s.keys.bits, s.values.bits) for s in cache_schemes(one.create_kivi_cache())} == {(bits, 3)}
+    assert {s.keys.bits for s in cache_schemes(model.create_kivi_cache(k_bits=bits))} == {bits}
+
+
+def cache_schemes(cache) -> list[CacheScheme]:
+    return [layer.scheme for layer in cache.layers]

@@ -53,7 +53,7 @@ def latent_attention(
 
     for tile in cache.tiles():
         runs, tokens = tile.keys.shape[1:3]
-        offsets = torch.arange(tokens, device=query.device)
+        offsets = torch.arange(tokens, dtype=torch.int64, device=query.device)
         keys = tile.keys if expand_keys is None else expand_keys(tile.keys)
         keys, shifted = keys.unflatten(-1, (-1, size)).to(query.dtype), query[:, None]
         if rope is not None:

@@ -213,7 +213,8 @@ def _columns(side: PackedSide, *arguments) -> _Columns:
 @lru_cache(maxsize=64)
 def _pairs(frequencies: tuple[float, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """The frequencies in falling order, and which they are, int32."""
-    frequency, order = torch.tensor(frequencies, dtype=torch.float64).sort(descending=True, stable=True)
+    frequency = torch.tensor(frequencies, dtype=torch.float64, device="cpu")
+    frequency, order = frequency.sort(descending=True, stable=True)
     return frequency, order.to(torch.int32)
 
 
@@ -252,7 +253,7 @@ def latent_attention(
     frequency, order = _pairs((0.0,) * (size // 2) if rope is None else tuple(rope.inv_freq.tolist()))
     scaling = scaling if rope is None else scaling * rope.attention_scaling**2
     query, positions = query.detach().float().contiguous(), positions.to(torch.int64).contiguous()
-    output = torch.empty(batch, query_heads, length, max(value_widths))
+    output = torch.empty((batch, query_heads, length, max(value_widths)), dtype=torch.float32, device="cpu")
     exact = tuple(replace(t, keys=_dense(t.keys), values=_dense(t.values)) for t in (*cache.before, *cache.after))
     if expand_keys is None:
         channels = exact[0].keys.shape[-1] if exact else sum(sum(part.widths) for part in cache.keys.parts)

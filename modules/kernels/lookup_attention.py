@@ -105,7 +105,7 @@ def lookup_attention(
         raise ValueError(reason)
 
     batch, heads, length, size = query.shape
-    out = torch.empty((batch, heads, length, value_widths[0]))
+    out = torch.empty((batch, heads, length, value_widths[0]), dtype=torch.float32, device="cpu")
     dtype, query, positions = query.dtype, query.float().contiguous(), positions.contiguous()
     runs, kept = [], []
     for tile in (*cache.before, *cache.after):
@@ -120,7 +120,7 @@ def lookup_attention(
             runs.append([*pointers[:2], _TYPES[keys.dtype], keys.shape[1], *strides, *pointers[2:]])
 
     if cache.keys is None:
-        table, packed = torch.zeros((3, batch, 0), dtype=torch.int32), [_side(None), _side(None)]
+        table, packed = torch.zeros((3, batch, 0), dtype=torch.int32, device="cpu"), [_side(None)] * 2
         block, widths = 0, []
     else:
         table, block = cache.table.contiguous(), cache.block_length
@@ -128,7 +128,7 @@ def lookup_attention(
         packed = [_side(s.parts[0], method or faster[s.parts[0].bits]) for s in (cache.keys, cache.values)]
         widths = cache.keys.parts[0].groups
     shape = (batch, heads, length, len(value_widths), size, value_widths[0], float(scaling))
-    groups, exact = torch.tensor(widths, dtype=torch.int64), torch.tensor(runs, dtype=torch.int64)
+    groups, exact = (torch.tensor(numbers, dtype=torch.int64, device="cpu") for numbers in (widths, runs))
     keys, values = packed
     cpp_library.call(
         "lookup_attention", out, query, positions, *shape, table, table.shape[2], block, *keys, groups, len(widths),

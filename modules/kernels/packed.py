@@ -57,7 +57,8 @@ class Tile:
 
     def masked(self) -> "Tile":
         """The tile with zeros beyond the counts: what lies there is another row's, and may be NaN or Inf."""
-        valid = (torch.arange(self.keys.shape[2], device=self.keys.device) < self.count[..., None])[..., None]
+        place = torch.arange(self.keys.shape[2], dtype=torch.int32, device=self.keys.device)
+        valid = (place < self.count[..., None])[..., None]
         return replace(self, keys=self.keys.where(valid, 0), values=self.values.where(valid, 0))
 
 

@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 
 from modules.kernels.cpp_library import call
-from modules.quant_utils import RATIOS, check_scale, grid, packed_words, parameter_dtype, require
+from modules.quant_utils import RATIOS, check_scale, grid, packed_words, parameter_dtype
 
 #: Types that the kernels read and write, in the order of their numbers there; others pass through float32.
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -33,7 +33,8 @@ def _group_table(widths: tuple[int, ...] | None) -> torch.Tensor | None:
     """First channel and width of each group, `[2, len(widths)]` int64."""
     if widths is None:
         return None
-    return torch.tensor([[sum(widths[:i]) for i in range(len(widths))], widths])
+    starts = [sum(widths[:i]) for i in range(len(widths))]
+    return torch.tensor([starts, widths], dtype=torch.int64, device="cpu")
 
 
 @lru_cache
@@ -42,8 +43,9 @@ def _candidates(n_bits: float, symmetric: bool) -> torch.Tensor:
     levels, spacing, offset = grid(n_bits)
     middle = offset / spacing
     full = 1 / (levels - 1 - middle) if symmetric else 1 / (levels - 1)
-    steps = torch.tensor([ratio * full for ratio in RATIOS])
-    zeros = steps * -middle if symmetric else torch.tensor([(1 - ratio) / 2 for ratio in RATIOS])
+    float32 = {"dtype": torch.float32, "device": "cpu"}
+    steps = torch.tensor([ratio * full for ratio in RATIOS], **float32)
+    zeros = steps * -middle if symmetric else torch.tensor([(1 - ratio) / 2 for ratio in RATIOS], **float32)
     return torch.stack([steps, zeros])
 
 
@@ -57,7 +59,7 @@ def find_range(x: torch.Tensor, widths: tuple[int, ...] | None = None) -> tuple[
     n, length, channels = x.shape
     x, groups = _rows(x), 0 if widths is None else len(widths)
     shape = (n, channels) if widths is None else (n, length, groups)
-    low, high = (torch.empty(shape, dtype=torch.float32) for _ in range(2))
+    low, high = (torch.empty(shape, dtype=torch.float32, device="cpu") for _ in range(2))
     sizes = (n, length, channels, groups, x.stride(0), x.stride(1))
     call("alrd_find_range", x, _DTYPES.index(x.dtype), low, high, _group_table(widths), *sizes, _threads(x))
     return low, high
@@ -75,13 +77,13 @@ def quantize_and_pack(
     """As `quantize_and_pack` in `modules/quant_utils.py`."""
     n, length, channels = x.shape
     dtype, x = scale_dtype or parameter_dtype(x.dtype), _rows(x)
-    packed = torch.empty((n, packed_words(length, n_bits), channels), dtype=torch.int32)
+    packed = torch.empty((n, packed_words(length, n_bits), channels), dtype=torch.int32, device="cpu")
     if static is None:
         fixed_scale = fixed_zero = None
         groups = 0 if widths is None else len(widths)
         shape = (n, channels) if widths is None else (n, length, groups)
-        scale = torch.empty(shape, dtype=dtype)
-        zero_point = None if symmetric else torch.empty(shape, dtype=dtype)
+        scale = torch.empty(shape, dtype=dtype, device="cpu")
+        zero_point = None if symmetric else torch.empty(shape, dtype=dtype, device="cpu")
     else:
         widths, groups, (scale, zero_point) = None, 0, static
         symmetric = zero_point is None
@@ -105,8 +107,8 @@ def quantize_and_pack(
         torch.finfo(dtype).max,
         _threads(x),
     )
-    if static is not None:
-        require(torch.tensor(bool(good)), "x: values to quantize must be finite; NaN or Inf were found")
+    if static is not None and not good:
+        raise ValueError("x: values to quantize must be finite; NaN or Inf were found")
     if static is not None or not good:
         check_scale(scale)
     return packed, scale, zero_point
@@ -124,7 +126,8 @@ def unpack_and_dequantize(
     """As `unpack_and_dequantize` in `modules/quant_utils.py`."""
     n, _, channels = packed.shape
     packed, scale = _rows(packed), scale.contiguous()
-    states = torch.empty((n, length, channels), dtype=dtype if dtype in _DTYPES else torch.float32)
+    written = dtype if dtype in _DTYPES else torch.float32
+    states = torch.empty((n, length, channels), dtype=written, device="cpu")
     call(
         "alrd_dequantize",
         packed,

@@ -576,8 +576,9 @@ def _candidates(n_bits: float, symmetric: bool, device: torch.device) -> torch.T
     levels, spacing, offset = grid(n_bits)
     middle = offset / spacing
     full = 1 / (levels - 1 - middle) if symmetric else 1 / (levels - 1)
-    steps = torch.tensor([ratio * full for ratio in RATIOS])
-    zeros = steps * -middle if symmetric else torch.tensor([(1 - ratio) / 2 for ratio in RATIOS])
+    float32 = {"dtype": torch.float32, "device": "cpu"}
+    steps = torch.tensor([ratio * full for ratio in RATIOS], **float32)
+    zeros = steps * -middle if symmetric else torch.tensor([(1 - ratio) / 2 for ratio in RATIOS], **float32)
     return torch.stack([steps, zeros]).to(device)
 
 
