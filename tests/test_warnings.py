@@ -78,9 +78,8 @@ def test_ordinary_keys_are_taken_without_a_word(block):
         ):
             for bits in (2, 4):
                 model(ids, past_key_values=create_kivi_cache(k_bits=bits, group_size=block))
-        cache = create_kivi_cache(group_size=block)
-        cache.update(torch.zeros(1, 2, 300, 8), torch.zeros(1, 2, 300, 8), 0)
-        cache.update(torch.randn(1, 2, 1, 7), torch.randn(1, 2, 1, 7), 1)
+        create_kivi_cache(group_size=block).update(torch.zeros(1, 2, 300, 8), torch.zeros(1, 2, 300, 8), 0)
+        create_kivi_cache(group_size=block).update(torch.randn(1, 2, 1, 7), torch.randn(1, 2, 1, 7), 0)
 
 
 def relative_error(scale: float, bits: float) -> float:
