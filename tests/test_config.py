@@ -325,7 +325,9 @@ def test_one_width_for_a_side_with_tiers_is_refused(bits, tmp_path):
         ALRDLlamaConfig.from_llama(model.config, k_bits=bits)
     assigned = ALRDLlamaConfig.from_pretrained(tmp_path / "tiered")
     assigned.k_bits = 16
-    with pytest.raises(ValueError, match="k_bits=16: must be 2 as stored, for the checkpoint's width_tiers take its place"):
+    with pytest.raises(
+        ValueError, match="k_bits=16: must be 2 as stored, for the checkpoint's width_tiers take its place"
+    ):
         ALRDLlamaForCausalLM.from_pretrained(tmp_path / "tiered", config=assigned)
     one = ALRDLlamaForCausalLM.from_pretrained(tmp_path / "tiered", k_bits=bits, v_bits=3, width_tiers={})
     assert {(s.keys.bits, s.values.bits) for s in cache_schemes(one.create_kivi_cache())} == {(bits, 3)}
