@@ -94,7 +94,7 @@ def test_the_translation_prints_the_same_commands():
 
 @pytest.mark.slow
 def test_the_quick_start_runs_as_printed(fresh_shell):
-    """Two to three minutes."""
+    """Minutes: it calibrates and measures."""
     start = shell_blocks("README.md")[1]
     assert start.startswith("make install")
     assert "class Stack:" in fresh_shell(start)
