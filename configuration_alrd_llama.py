@@ -243,15 +243,21 @@ def side_scheme(side: str, bits: float, group_size: int, fields: dict | None) ->
         raise ValueError(f"{side}_scheme, with {side}_bits={bits}: {error}") from None
 
 
-def _check_tiers_are_meant(stored: dict, given: dict) -> None:
-    """Refuse one width for a side of a stored configuration whose width tiers say more."""
+def check_width_beside_tiers(side: str, given: float, stored: float) -> None:
+    """Refuse another width for a side of a stored configuration whose width tiers take its place."""
+    if given != stored:
+        raise ValueError(
+            f"{side}_bits={given!r}: must be {stored} as stored, for the width_tiers of {side}_proj take its place; "
+            f"for one width give {side}_bits to create_kivi_cache(), or width_tiers={{}} too"
+        )
+
+
+def _check_given_widths(stored: dict, given: dict) -> None:
+    """`check_width_beside_tiers` of a stored configuration and the fields that are given beside it."""
     for side in ("k", "v"):
         field, tiers = f"{side}_bits", stored.get("width_tiers") or {}
         if field in given and "width_tiers" not in given and any(name.endswith(f"{side}_proj") for name in tiers):
-            raise ValueError(
-                f"{field}={given[field]!r}: must be left out, since width_tiers say the widths of {side}_proj; for one "
-                f"width give create_kivi_cache() {field}, or give width_tiers={{}} too"
-            )
+            check_width_beside_tiers(side, given[field], stored.get(field, getattr(ALRDLlamaConfig, field)))
 
 
 class ALRDLlamaConfig(LlamaConfig):
@@ -356,12 +362,12 @@ class ALRDLlamaConfig(LlamaConfig):
     def from_llama(cls, config: PreTrainedConfig, **fields) -> "ALRDLlamaConfig":
         """Return the configuration of a dense or split model's `config` with the given `fields` of this class set."""
         stored = config.to_dict()
-        _check_tiers_are_meant(stored, fields)
+        _check_given_widths(stored, fields)
         return cls(**{**stored, **fields})
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
-        _check_tiers_are_meant(config_dict, kwargs)
+        _check_given_widths(config_dict, kwargs)
         return super().from_dict(config_dict, **kwargs)
 
     def to_dense(self) -> PreTrainedConfig:

@@ -41,7 +41,7 @@ from transformers.models.llama.modeling_llama import (
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from configuration_alrd_llama import ALRDLlamaConfig, check_tiers
+from configuration_alrd_llama import ALRDLlamaConfig, check_tiers, check_width_beside_tiers
 from modules.decode_graph import DecodeGraph
 from modules.kernels import MAX_QUERY_LENGTH
 from modules.kernels.attention import attention_received
@@ -161,11 +161,8 @@ def _check_stored_model(path, config: ALRDLlamaConfig, hub_arguments: dict) -> N
             name = f"model.layers.{i}.self_attn.{projection}"
             tiers, asked = stored.width_tiers.get(name), config.width_tiers.get(name)
             bits = f"{projection[0]}_bits"
-            if tiers is not None and asked is not None and getattr(config, bits) != getattr(stored, bits):
-                raise ValueError(
-                    f"{bits}={getattr(config, bits)}: must be {getattr(stored, bits)} as stored, for the checkpoint's "
-                    "width_tiers take its place; give it to create_kivi_cache() for one width"
-                )
+            if tiers is not None and asked is not None:
+                check_width_beside_tiers(projection[0], getattr(config, bits), getattr(stored, bits))
             static = (getattr(config, f"{projection[0]}_scheme") or {}).get("static", False)
             if tiers is not None and (static if asked is None else check_tiers(asked) != check_tiers(tiers)):
                 raise ValueError(

@@ -311,13 +311,13 @@ def test_numpy_floats_are_floats_of_python(tmp_path):
     assert (config.k_bits, config.v_scheme) == (1.58, {"protected": 0.25})
 
 
-@pytest.mark.parametrize("bits", [2, 16])
+@pytest.mark.parametrize("bits", [3, 16])
 def test_one_width_for_a_side_with_tiers_is_refused(bits, tmp_path):
     """Nothing would read it: the tiers say the widths."""
     ranks, tiers = all_ranks(3, 8), {n: [[[4, 8], [4, 3]]] for n in all_ranks(3, {"k_proj": 8})}
     model = tiny_split(tmp_path, ranks, width_tiers=tiers)
     model.save_pretrained(tmp_path / "tiered")
-    message = f"k_bits={bits}: must be left out, since width_tiers say the widths of k_proj"
+    message = f"k_bits={bits}: must be 2 as stored, for the width_tiers of k_proj take its place"
     for load in (ALRDLlamaConfig.from_pretrained, ALRDLlamaForCausalLM.from_pretrained, AutoConfig.from_pretrained):
         with pytest.raises(ValueError, match=message):
             load(tmp_path / "tiered", k_bits=bits)
@@ -326,7 +326,7 @@ def test_one_width_for_a_side_with_tiers_is_refused(bits, tmp_path):
     assigned = ALRDLlamaConfig.from_pretrained(tmp_path / "tiered")
     assigned.k_bits = 16
     with pytest.raises(
-        ValueError, match="k_bits=16: must be 2 as stored, for the checkpoint's width_tiers take its place"
+        ValueError, match="k_bits=16: must be 2 as stored, for the width_tiers of k_proj take its place"
     ):
         ALRDLlamaForCausalLM.from_pretrained(tmp_path / "tiered", config=assigned)
     one = ALRDLlamaForCausalLM.from_pretrained(tmp_path / "tiered", k_bits=bits, v_bits=3, width_tiers={})
