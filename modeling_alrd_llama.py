@@ -216,7 +216,7 @@ def _static_buffer(split: SVDLinear, name: str) -> torch.Tensor:
 # ---- model
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class LatentStep:
     """What every layer must know about the new tokens of a forward pass over a `KIVILatentCache`.
 

@@ -433,8 +433,8 @@ class KIVILatentLayer(CacheLayerMixin):
     def check_states(self, keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor | None = None) -> None:
         """Raise a `ValueError` unless states `[B, L, C]` are of the rows, channels and type of those held."""
         for side, states in (("keys", keys), ("values", values)):
-            expected = (len(self._exact["window_keys"]), keys.shape[1], self.channels[side])
-            if tuple(states.shape) != expected or states.dtype != self.dtype:
+            expected = (self._exact["window_keys"].shape[0], keys.shape[1], self.channels[side])
+            if states.shape != expected or states.dtype != self.dtype:
                 raise ValueError(
                     f"{side}: [batch, tokens, channels] of {list(states.shape)} in {states.dtype} must be "
                     f"{list(expected)} in {self.dtype}, as the cache was started"
@@ -491,10 +491,14 @@ class KIVILatentLayer(CacheLayerMixin):
 
     def _append_one(self, states: dict[str, torch.Tensor]) -> None:
         """The common decode step: one token per row into the window, nothing to pack."""
-        ends = counts_of_rows(tuple([row.window for row in self.rows]), self.device, torch.int64)
+        ends = tuple([row.window for row in self.rows])
         for name, x in states.items():
-            index = ends if x.dim() == 2 else ends[..., None].expand_as(x)
-            self._exact[f"window_{name}"].scatter_(1, index, x)
+            window = self._exact[f"window_{name}"]
+            if len(set(ends)) == 1:
+                window.narrow(1, ends[0], 1).copy_(x)
+            else:
+                index = counts_of_rows(ends, self.device, torch.int64)
+                window.scatter_(1, index if x.dim() == 2 else index[..., None].expand_as(x), x)
         self.rows = [row._replace(window=row.window + 1) for row in self.rows]
 
     def _append_many(self, states: dict[str, torch.Tensor], real: torch.Tensor | None) -> None:
@@ -592,7 +596,10 @@ class KIVILatentLayer(CacheLayerMixin):
         longest = max(counts)
         if not longest:
             return ()
-        keys, values = (self._exact[f"{room}_{side}"].narrow(1, 0, longest).unsqueeze(1) for side in SIDES)
+        keys, values = self._exact[f"{room}_keys"], self._exact[f"{room}_values"]
+        if longest < keys.shape[1]:
+            keys, values = keys.narrow(1, 0, longest), values.narrow(1, 0, longest)
+        keys, values = keys.unsqueeze(1), values.unsqueeze(1)
         tile = Tile(keys, values, counts_of_rows(starts, self.device), counts_of_rows(counts, self.device))
         return (tile if min(counts) == longest else tile.masked(),)
 

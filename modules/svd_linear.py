@@ -309,7 +309,8 @@ class ALinear(nn.Module):
             # One product for each key/value head, of the queries of all rows: the weight is not repeated for them.
             queries = heads // self.num_heads * length
             grouped = latent.reshape(-1, self.num_heads, queries, rank).transpose(0, 1)
-            states = grouped.reshape(self.num_heads, -1, rank) @ self.weight.view(self.num_heads, -1, rank).mT
+            weight = self.weight.view(self.num_heads, -1, rank)
+            states = torch.bmm(grouped.reshape(self.num_heads, -1, rank), weight.mT)
             if self.bias is not None:
                 states = states + self.bias.view(self.num_heads, 1, -1)
             states = states.view(self.num_heads, -1, queries, states.shape[-1]).transpose(0, 1)

@@ -56,7 +56,7 @@ class Backend:
 
     def attends_to(self, *sides: PackedSide) -> bool:
         """Whether the fused kernel of this back end reads such blocks."""
-        return self.fused_attention is not None and all(side.parts is not None for side in sides)
+        return self.fused_attention is not None and all([side.parts is not None for side in sides])
 
     def attend(self, query: torch.Tensor, *, cache: PackedCache, weights_length: int | None = None, **how):
         """As `latent_attention`: by the fused kernel where there is one for what is asked, else by the reference."""

@@ -6,6 +6,7 @@ kernel of `modules/kernels/quantize_triton.py`, so the bytes are those of any ca
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -315,14 +316,13 @@ def _raw(x: torch.Tensor) -> torch.Tensor:
 
 
 class _Launch(NamedTuple):
-    """A kernel, its grid, and the arguments that no step changes."""
+    """A kernel on its grid, and the arguments that no step changes."""
 
-    kernel: Any
-    grid: tuple[int, ...]
+    run: Callable
     arguments: dict[str, Any]
 
     def start(self, **arguments) -> None:
-        self.kernel[self.grid](**self.arguments, **arguments)
+        self.run(**self.arguments, **arguments)
 
 
 class _Flush(NamedTuple):
@@ -423,9 +423,9 @@ class FusedAppend:
         for side, records in self.records.items():
             flushes += [self._flush(side, record, length) for record in records]
         return (
-            _Launch(_append_kernel, (self.batch * length, blocks), append),
+            _Launch(_append_kernel[(self.batch * length, blocks)], append),
             flushes,
-            _Launch(_advance_kernel, (self.batch,), advance),
+            _Launch(_advance_kernel[(self.batch,)], advance),
         )
 
     def _take(self, window: torch.Tensor, channels: tuple[int, ...], length: int, to_slots: bool) -> _Launch:
@@ -445,7 +445,7 @@ class FusedAppend:
             "WIDTH": 128,
             "num_warps": 4,
         }
-        return _Launch(_take_kernel, grid, arguments)
+        return _Launch(_take_kernel[grid], arguments)
 
     def _flush(self, side: str, record: PackRecord, new_tokens: int) -> _Flush:
         window, due, prefix = self.tensors[f"window_{side}"], self.room.due(new_tokens), f"{side}.{record.prefix}"
@@ -510,7 +510,7 @@ class FusedAppend:
             }
             if scratch is None:
                 arguments["x"] = _as_bits(x)
-            launches.append(_Launch(_flush_kernel, prepared, arguments | first | self.row | further))
+            launches.append(_Launch(_flush_kernel[prepared], arguments | first | self.row | further))
             first["first_run"] += count
             first["first_token"] += count * run
             first["first_word"] += count * words
