@@ -402,8 +402,9 @@ class ALRDLlamaAttention(LlamaAttention):
 
     def _how(self, step: LatentStep) -> dict:
         """How this layer attends to latents."""
+        projection = self.k_proj
         return {
-            "expand_keys": self.k_proj.ALinear if isinstance(self.k_proj, SVDLinear) else None,
+            "expand_keys": projection.ALinear if isinstance(projection, SVDLinear) else None,
             "value_widths": self.widths[1],
             "rope": step.rope,
             "scaling": self.scaling,
@@ -417,8 +418,8 @@ class ALRDLlamaAttention(LlamaAttention):
 
     def _expand_values(self, summed: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
         """Weighted sums of the values' latents `[B, H_q, L, r]` to the heads' outputs `[B, L, H_q, d]`."""
-        summed = summed.to(query.dtype)
-        output = self.v_proj.ALinear(summed, per_head=True) if isinstance(self.v_proj, SVDLinear) else summed
+        summed, projection = summed.to(query.dtype), self.v_proj
+        output = projection.ALinear(summed, per_head=True) if isinstance(projection, SVDLinear) else summed
         return output.transpose(1, 2)
 
     def _attention_received(self, query, key_latents, value_latents, layer, step: LatentStep) -> torch.Tensor | None:
