@@ -929,13 +929,16 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
         return cache if self._valid_auto_compile_criteria({"past_key_values": cache}, generation_config) else None
 
     def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
-        """As the library's, which knows nothing of layers on several devices in one graph."""
-        spread = isinstance(model_kwargs.get("past_key_values"), KIVILatentCache) and (
+        """As the library's; a step over several devices is no graph, nor one whose RoPE waits for the longest row."""
+        rope_type = self.get_decoder().rotary_emb.rope_type
+        refused = isinstance(model_kwargs.get("past_key_values"), KIVILatentCache) and (
             (self.tp_size or 1) > 1
             or getattr(self, "_pp_stage", None) is not None
             or len(set(getattr(self, "hf_device_map", {}).values())) > 1
+            or "dynamic" in rope_type
+            or rope_type == "longrope"
         )
-        return not spread and super()._valid_auto_compile_criteria(model_kwargs, generation_config)
+        return not refused and super()._valid_auto_compile_criteria(model_kwargs, generation_config)
 
     def get_compiled_call(self, compile_config):
         """The decode step of `generate`: replayed from a CUDA graph, or compiled as a `compile_config` says.

@@ -173,6 +173,15 @@ def test_schemes_of_no_fixed_size_grow(tmp_path, on_cuda):
     assert isinstance(found.past_key_values, KIVILatentCache) and not StandInGraph.captured
 
 
+@pytest.mark.parametrize("rope_type", ["dynamic", "linear"])
+def test_frequencies_that_follow_the_length_are_not_captured(tmp_path, on_cuda, rope_type):
+    """The library reads the longest position on the host, which a capture cannot, to choose them."""
+    rope = {"rope_type": rope_type, "factor": 4.0, "rope_theta": 10000.0}
+    model = tiny_split(tmp_path, 24, dense=tiny_dense(num_hidden_layers=2, rope_parameters=rope), **SMALL)
+    model.generate(**prompt(), max_new_tokens=20, do_sample=False)
+    assert len(StandInGraph.captured) == (rope_type == "linear")
+
+
 def test_a_refused_capture_is_said(model, on_cuda, monkeypatch):
     @contextmanager
     def refuse(graph, **_):
