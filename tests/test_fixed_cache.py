@@ -244,6 +244,19 @@ def test_saved_and_loaded_as_any_cache(tmp_path):
     assert (a - b).abs().max() < 1e-4
 
 
+def test_an_emptied_cache_is_saved_and_grows(tmp_path):
+    model = tiny_split(tmp_path, 24, **SMALL)
+    cache = model.create_kivi_cache(capacity=150)
+    model(torch.randint(1, 97, (2, 60)), past_key_values=cache)
+    cache.reset()
+    cache.save(tmp_path / "cache")
+    ids = torch.randint(1, 97, (3, 40))
+    expected = model(ids, past_key_values=model.create_kivi_cache()).logits
+    for empty in (cache.growing(), KIVILatentCache.load(tmp_path / "cache")):
+        assert empty.row_tokens() == []
+        assert torch.equal(model(ids, past_key_values=empty).logits, expected)
+
+
 class OwnCodec(ExactCodec):
     pass
 
