@@ -904,14 +904,16 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
         given = model_kwargs.get("past_key_values") is not None
         stock = generation_config.use_cache is False or generation_config.cache_implementation is not None
         if self.config.use_kivi and not given and not stock:
-            cache = self._compiled_cache(generation_config, generation_mode, max_cache_length)
+            cache = self._compiled_cache(generation_config, generation_mode, max_cache_length, model_kwargs)
             model_kwargs["past_key_values"] = self.create_kivi_cache() if cache is None else cache
             return
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
 
-    def _compiled_cache(self, generation_config, generation_mode, max_cache_length: int) -> KIVILatentCache | None:
+    def _compiled_cache(
+        self, generation_config, generation_mode, max_cache_length: int, model_kwargs
+    ) -> KIVILatentCache | None:
         """A cache of fixed capacity, whose decode steps `generate` replays or compiles; `None` where it cannot.
 
         As for the library's own compilation `disable_compile=True` turns it off.
@@ -920,13 +922,26 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
             generation_mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
             or generation_config.is_assistant  # whose text goes on from call to call
             or generation_config.output_attentions
+            or self._has_pads_after(generation_config.prefill_chunk_size, model_kwargs.get("attention_mask"))
             or not all(layer.scheme.takes_capacity for layer in self.create_kivi_cache().layers)
         ):
             return None
         # Rounded up, so that a compiled step serves texts of other lengths too.
-        cache = self.create_kivi_cache(capacity=-(-max_cache_length // CAPACITY_STEP) * CAPACITY_STEP)
+        capacity = -(-max_cache_length // CAPACITY_STEP) * CAPACITY_STEP
+        window = getattr(self.config, "sliding_window", None)
+        if window is not None and capacity > window:
+            if max_cache_length > window:
+                return None  # the text may end before; if it does not, the step that exceeds the window is refused
+            capacity = window
+        cache = self.create_kivi_cache(capacity=capacity)
         cache.made_by_generate = True
         return cache if self._valid_auto_compile_criteria({"past_key_values": cache}, generation_config) else None
+
+    @staticmethod
+    def _has_pads_after(chunk: int | None, attention_mask: torch.Tensor | None) -> bool:
+        """Whether a prompt fed in chunks has pads after the first one, where a short step of fixed capacity refuses
+        them."""
+        return chunk is not None and attention_mask is not None and not bool(attention_mask[:, chunk:].all())
 
     def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
         """As the library's; a step over several devices is no graph, nor one whose RoPE waits for the longest row."""

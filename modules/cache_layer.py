@@ -787,7 +787,7 @@ class KIVILatentLayer(CacheLayerMixin):
             for side, pair in (self.static_scales or {}).items()
             for name, tensor in zip(STATIC_NAMES, pair)
         }
-        if not self.is_initialized:
+        if not self.rows:  # nothing was fed, or a layer of fixed capacity was reset
             return static, {"slots": 0}
         with self.pool.lock:
             live = sorted(set(self.block_slots()))

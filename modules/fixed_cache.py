@@ -320,7 +320,7 @@ class FixedStore:
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
-        if _PLANS.get(self.plan_name) is not self.plan:  # of another process, whose names say other things
+        if _PLANS.get(self.plan_name) is not self.plan:  # unpickled, maybe where the name is that of another plan
             self.plan_name, self.plan = _shared_plan(self.plan.codecs, self.room, self.state.device)
         self._name_tensors()
         self._register()

@@ -190,7 +190,8 @@ class KIVILatentCache(Cache):
         except BaseException:
             for i, layer in enumerate(self.layers if self.capacity is None else ()):
                 layer.return_to(marks[i] if i < len(marks) else None)
-            self._torn = self.capacity is not None
+            # A step that was being captured has done nothing yet.
+            self._torn = self.capacity is not None and not torch.cuda.is_current_stream_capturing()
             raise
 
     def _check_whole(self) -> None:

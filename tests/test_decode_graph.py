@@ -7,12 +7,12 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
-from transformers import CompileConfig, GenerationMixin
+from transformers import CompileConfig, GenerationMixin, MistralConfig, MistralForCausalLM
 
 from modeling_alrd_llama import CAPACITY_STEP, ALRDLlamaForCausalLM
 from modules.decode_graph import DecodeGraph
 from modules.kivi_cache import KIVILatentCache
-from tests.helpers import tiny_dense, tiny_split
+from tests.helpers import TINY_LLAMA, tiny_dense, tiny_split
 
 #: Blocks so small that much happens within few tokens.
 SMALL = {"k_bits": 2, "v_bits": 2, "group_size": 20, "residual_length": 5, "sink_length": 4}
@@ -193,6 +193,52 @@ def test_a_refused_capture_is_said(model, on_cuda, monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", refuse)
     with pytest.warns(UserWarning, match="not replayed from a CUDA graph: operation not permitted"):
         assert torch.equal(model.generate(**asked), expected)
+
+
+def test_a_capture_refused_within_the_step_leaves_the_cache_whole(model, on_cuda, monkeypatch):
+    capturing = []
+
+    @contextmanager
+    def capture(graph, **_):
+        capturing.append(graph)
+        try:
+            yield
+        finally:
+            capturing.clear()
+
+    def refuse(layer, inputs):
+        if capturing:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    asked = {**prompt(), "max_new_tokens": 20, "do_sample": False}
+    expected = model.generate(**asked, disable_compile=True)
+    model.model.layers[0].register_forward_pre_hook(refuse)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(capturing))
+    with pytest.warns(UserWarning, match="not replayed from a CUDA graph: operation not permitted"):
+        assert torch.equal(model.generate(**asked), expected)
+
+
+@pytest.mark.parametrize("chunk", [4, 17])
+def test_pads_beyond_the_first_chunk_of_a_prompt(model, on_cuda, chunk):
+    """Short steps of a fixed capacity have no pads: the cache grows."""
+    asked = prompt()
+    asked["attention_mask"][0, :38] = 0
+    texts = [
+        model.generate(**asked, max_new_tokens=20, do_sample=False, prefill_chunk_size=chunk, **switch)
+        for switch in ({}, {"disable_compile": True})
+    ]
+    assert torch.equal(*texts)
+
+
+def test_capacity_stays_in_the_sliding_window(tmp_path, on_cuda):
+    """Rounding it up must not exceed the window; nor is a text refused for a length that it does not reach."""
+    dense = MistralForCausalLM(MistralConfig(**TINY_LLAMA | {"max_position_embeddings": 300}, sliding_window=300))
+    model = tiny_split(tmp_path, 24, 2, dense=dense.eval(), **SMALL)
+    cache = model.generate(**prompt(), max_new_tokens=20, do_sample=False, return_dict_in_generate=True).past_key_values
+    assert cache.row_tokens() == [48, 59] and len(StandInGraph.captured) == 1
+    ends = {"eos_token_id": list(range(97)), "pad_token_id": 0}
+    assert model.generate(**prompt(), max_length=400, do_sample=False, **ends).shape == (2, 41)
 
 
 def test_capacity_is_rounded_up(model, on_cuda):

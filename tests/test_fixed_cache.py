@@ -1,14 +1,16 @@
 """The cache of fixed capacity: the bytes of any cache, no wait in a step, graphs, generation."""
 
 import copy
+import gc
 import itertools
+import pickle
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import CompileConfig
 
-from modules import KIVILatentCache, create_kivi_cache
+from modules import KIVILatentCache, create_kivi_cache, fixed_cache
 from modules.codecs import QUANTIZERS, ExactCodec
 from modules.kivi_cache import CacheScheme, FixedLatentLayer, KIVILatentLayer
 from tests.helpers import tiny_dense, tiny_split
@@ -244,6 +246,19 @@ def test_saved_and_loaded_as_any_cache(tmp_path):
     assert (a - b).abs().max() < 1e-4
 
 
+def test_an_emptied_cache_is_saved_and_grows(tmp_path):
+    model = tiny_split(tmp_path, 24, **SMALL)
+    cache = model.create_kivi_cache(capacity=150)
+    model(torch.randint(1, 97, (2, 60)), past_key_values=cache)
+    cache.reset()
+    cache.save(tmp_path / "cache")
+    ids = torch.randint(1, 97, (3, 40))
+    expected = model(ids, past_key_values=model.create_kivi_cache()).logits
+    for empty in (cache.growing(), KIVILatentCache.load(tmp_path / "cache")):
+        assert empty.row_tokens() == []
+        assert torch.equal(model(ids, past_key_values=empty).logits, expected)
+
+
 class OwnCodec(ExactCodec):
     pass
 
@@ -397,6 +412,30 @@ def test_inductor_stores_the_same_bytes(name):
     step = torch.compile(fixed.append, backend="inductor", fullgraph=True)
     for _ in range(40):
         states = random_states(2, 1, torch.bfloat16)
+        ordinary.append(*states)
+        step(*states)
+    assert_same_rows(fixed, ordinary)
+
+
+@pytest.mark.parametrize("name", ["per channel and token", "static"])
+def test_an_unpickled_layer_in_a_graph(name, monkeypatch):
+    """As in another process, where nobody has its plan, and the name of it may be that of another one."""
+    monkeypatch.setattr(fixed_cache, "_count", itertools.count())
+    ordinary, fixed = pair(SCHEMES[name])
+    states = random_states(2, 30)
+    for layer in (ordinary, fixed):
+        layer.append(*states)
+    pickled = pickle.dumps(fixed)
+    del fixed, layer
+    gc.collect()
+    monkeypatch.setattr(fixed_cache, "_count", itertools.count())
+    if name == "static":
+        other = pair(SCHEMES[name])[1]  # with scales of its own
+        other.append(*states)
+    fixed = pickle.loads(pickled)
+    step = torch.compile(fixed.append, backend="aot_eager", fullgraph=True)  # which copies what an operation changes
+    for _ in range(20):
+        states = random_states(2, 1)
         ordinary.append(*states)
         step(*states)
     assert_same_rows(fixed, ordinary)

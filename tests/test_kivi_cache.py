@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
 from modules import KIVILatentCache, create_kivi_cache
-from modules.kernels.packed import counts_of_rows
+from modules.kernels.packed import _kept_counts
 from modules.kivi_cache import CacheScheme, KIVILatentLayer
 
 ODD = ((13, 7), (9, 9, 2))
@@ -365,7 +365,7 @@ def test_a_single_append_copies_no_history():
         layer = feed(setting.layer(), *setting.states(1, length), [length])
         held = {tensor.data_ptr() for fields in layer.pool.storage.values() for tensor in fields.values()}
         step = setting.states(1, 40)
-        counts_of_rows.cache_clear()  # which all layers share
+        _kept_counts.cache_clear()  # which all layers share
         with AllocationMeter() as meter:
             feed(layer, *step, [1] * 40)
         assert held == {tensor.data_ptr() for fields in layer.pool.storage.values() for tensor in fields.values()}

@@ -6,6 +6,7 @@ from transformers import DynamicCache, StaticCache
 
 from configuration_alrd_llama import ALRDLlamaConfig
 from modeling_alrd_llama import ALRDLlamaForCausalLM
+from modules.kernels.packed import _differences, _kept_counts
 from modules.kivi_cache import KIVILatentCache, create_kivi_cache
 from tests.helpers import TINY_LLAMA, tiny_dense, tiny_split
 from tests.simulated_model import ExactRotaryEmbedding, simulated_caches, simulated_forward
@@ -442,3 +443,15 @@ def test_a_step_makes_no_tensor_of_numbers(tmp_path, monkeypatch):
         for t in range(51, 56):
             model(ids[:, t : t + 1], past_key_values=cache)
     assert [len(row.blocks) for row in cache.layers[0].rows] == blocks == [1, 1]
+
+
+def test_a_refused_export_leaves_no_trace(tmp_path):
+    """Where tokens stand is kept from step to step, but not as the fake tensors of an export."""
+    model = tiny_split(tmp_path, 24)
+    ids = torch.randint(1, 97, (2, 40))
+    expected = model(ids).logits
+    _kept_counts.cache_clear()
+    _differences.cache_clear()
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        torch.export.export(model, (ids,))
+    assert torch.equal(model(ids).logits, expected)

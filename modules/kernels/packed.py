@@ -15,14 +15,22 @@ def _differences(values: tuple[int, ...], dtype: torch.dtype, device: torch.devi
 
 
 @lru_cache(maxsize=64)
+def _kept_counts(counts: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    least = min(counts)
+    with torch.inference_mode(False):
+        return _differences(tuple(count - least for count in counts), dtype, device) + least
+
+
 def counts_of_rows(counts: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.int32) -> torch.Tensor:
     """`[B, 1]` of the rows' counts, to be read only; kept, since all layers ask for the same.
 
     What differs between the rows is kept on the device and stays from step to step, so that a step copies nothing.
     """
-    least = min(counts)
-    with torch.inference_mode(False):
-        return _differences(tuple(count - least for count in counts), dtype, device) + least
+    found = _kept_counts(counts, dtype, device)
+    if type(found) is not torch.Tensor:  # a fake one, of an export say, which later steps must not meet
+        _kept_counts.cache_clear()
+        _differences.cache_clear()
+    return found
 
 
 @dataclass(frozen=True, eq=False)
