@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from configuration_alrd_llama import ALRDLlamaConfig, QuantScheme, check_choice, side_scheme
 from modeling_alrd_llama import ALRDLlamaForCausalLM
-from modules.allocation import (
+from modules.fit.allocation import (
     COSTS_VERSION,
     TIER_BITS,
     ChannelCosts,
@@ -39,10 +39,9 @@ from modules.allocation import (
     save_costs,
     tier_prices,
 )
-from modules.calibration import OBJECTIVES, PROJECTIONS, RATES_VERSION, probe_rates, projection_factors
-from modules.distributed import device_map, is_main, join_processes, on_main
-from modules.kivi_cache import CacheScheme, config_schemes, config_widths
-from modules.rank_search import (
+from modules.fit.distributed import device_map, is_main, join_processes, on_main
+from modules.fit.objectives import OBJECTIVES, PROJECTIONS, RATES_VERSION, probe_rates, projection_factors
+from modules.fit.rank_search import (
     asvd_ranks,
     asvd_sensitivity,
     fisher_information,
@@ -50,7 +49,8 @@ from modules.rank_search import (
     uniform_ranks,
     water_fill,
 )
-from modules.statistics import LayerStatistics, collect_statistics, record_key, statistics_record
+from modules.fit.statistics import LayerStatistics, collect_statistics, record_key, statistics_record
+from modules.kivi_cache import CacheScheme, config_schemes, config_widths
 from modules.svd_linear import Factors
 from scripts import plots
 from scripts.common import (
@@ -71,7 +71,7 @@ from scripts.corpus import describe, load_documents, tokenize_windows
 from scripts.eval_perplexity import EvalConfig, measure, table
 
 #: How channels are chosen for a budget: widths by channel; or one width for all and ranks by a search of
-#: `modules/rank_search.py`, "fisher" being Palu's and "sensitivity" ASVD's.
+#: `modules/fit/rank_search.py`, "fisher" being Palu's and "sensitivity" ASVD's.
 ALLOCATIONS = ("tiers", "water_filling", "uniform", "fisher", "sensitivity")
 
 #: Static scales leave nothing to store per block; measured best at small budgets (LOG.md).

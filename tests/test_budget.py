@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from modeling_alrd_llama import ALRDLlamaForCausalLM
-from modules import statistics
+from modules.fit import statistics
 from scripts import calibrate_svd_ranks as script
 from scripts.calibrate_svd_ranks import CalibrationConfig, main
 from scripts.common import ROOT, load_model

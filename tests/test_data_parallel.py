@@ -14,9 +14,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from modules import statistics
-from modules.distributed import device_map, gather, is_main, join_processes, on_main, rounds, sum_tensors
-from modules.statistics import collect_statistics
+from modules.fit import statistics
+from modules.fit.distributed import device_map, gather, is_main, join_processes, on_main, rounds, sum_tensors
+from modules.fit.statistics import collect_statistics
 from scripts import calibrate_svd_ranks as script
 from scripts.calibrate_svd_ranks import CalibrationConfig
 from scripts.calibrate_svd_ranks import main as calibrate
