@@ -143,7 +143,8 @@ class Calibration:
 
     def _split(self, name: str, ranks: tuple[int, ...]) -> dict:
         """Factors of the channels that a projection keeps, and their calibrated scales."""
-        chosen = self.plan.channels[name] if self.plan else [torch.arange(rank) for rank in ranks]
+        int64 = {"dtype": torch.int64, "device": "cpu"}
+        chosen = self.plan.channels[name] if self.plan else [torch.arange(rank, **int64) for rank in ranks]
         scales = self.plan.scales[name] if self.plan else []
         how = {"factors": [f.select(c) for f, c in zip(self.factors[name], chosen, strict=True)]}
         return how | ({"static_scales": tuple(torch.cat(s) for s in zip(*scales))} if scales else {})
