@@ -1,5 +1,6 @@
 """Configuration of a Llama, Mistral or Qwen2 with low-rank key/value projections and a quantized latent KV cache."""
 
+import json
 import re
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -68,6 +69,21 @@ def check_choice(field: str, value, choices: tuple) -> None:
     """Raise a `ValueError` naming `field` unless `value` is one of `choices`, and of the same type."""
     if not any(type(value) is type(choice) and value == choice for choice in choices):
         raise ValueError(f"{field}={value!r}: must be one of {', '.join(map(repr, choices))}")
+
+
+def check_positive(name: str, *values: float) -> None:
+    """Raise a `ValueError` naming the field `name` unless all `values` are above 0."""
+    for value in values:
+        if not value > 0:
+            raise ValueError(f"{name}={value!r}: must be above 0")
+
+
+def parse_json(name: str, text: str | None) -> Any:
+    """The value of the option `name`, which is JSON or not given."""
+    try:
+        return None if text is None else json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{name}={text!r}: must be JSON ({error})") from None
 
 
 def check_dense_model_type(field: str, value: str | None) -> None:

@@ -1,7 +1,9 @@
-"""Tensors in files that are whole at any time."""
+"""Files that are whole at any time."""
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -21,4 +23,14 @@ def save_tensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor], meta
         part.unlink(missing_ok=True)
 
 
-__all__ = ["save_tensors"]
+def write_json(path: str | Path, record: dict[str, Any]) -> None:
+    """Write `record` so that `path` holds either the old text or the new one; makes the folders above it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+__all__ = ["save_tensors", "write_json"]

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from scripts.calibrate_svd_ranks import CalibrationConfig, calibrate, fit_budget
+from modules.fit.budget import fit_budget
+from scripts.calibrate_svd_ranks import CalibrationConfig, calibrate_model
 from scripts.common import BUNDLED_MODEL, find_model, folder_sha256, load_model, parse_config, write_json
 from scripts.corpus import describe, load_documents
 from scripts.eval_perplexity import EvalConfig, measure
@@ -92,7 +93,7 @@ def main(config: AblationConfig) -> dict:
             continue
         print(f"\n{name}")
         calibration_config = CalibrationConfig(model=config.model, sweep=missing, **VARIANTS[name])
-        calibration, caches, fitted = calibrate(calibration_config), {}, {}
+        calibration, caches, fitted = calibrate_model(calibration_config), {}, {}
         for budget in missing:
             try:
                 fitted[budget] = fit_budget(calibration_config, calibration, budget)

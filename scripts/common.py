@@ -1,7 +1,6 @@
 """What the command line programs share: options, loading, sizes, records."""
 
 import hashlib
-import json
 import os
 import platform
 import subprocess
@@ -17,7 +16,10 @@ from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
 
 import modeling_alrd_llama  # noqa: F401  (makes the auto classes know the model)
-from configuration_alrd_llama import ALRDLlamaConfig
+from configuration_alrd_llama import ALRDLlamaConfig, parse_json
+from configuration_alrd_llama import check_positive as check_positive  # for the scripts, as the next two
+from modules.files import write_json as write_json
+from modules.fit.budget import dense_nbytes as dense_nbytes
 from modules.kivi_cache import CacheScheme
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,14 +77,6 @@ def whole(value: float) -> int | float:
     return int(value) if value == int(value) else value
 
 
-def parse_json(name: str, text: str | None) -> Any:
-    """The value of the option `name`, which is JSON or not given."""
-    try:
-        return None if text is None else json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{name}={text!r}: must be JSON ({error})") from None
-
-
 class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
     """Shows the defaults, and the description as it is written."""
 
@@ -94,13 +88,6 @@ def parse_config(config_class: type[Config], description: str | None) -> Config:
         return parser.parse_args_into_dataclasses(look_for_args_file=False)[0]
     except ValueError as error:
         parser.error(str(error))
-
-
-def check_positive(name: str, *values: float) -> None:
-    """Raise a `ValueError` naming the field `name` unless all `values` are above 0."""
-    for value in values:
-        if not value > 0:
-            raise ValueError(f"{name}={value!r}: must be above 0")
 
 
 # ---- models
@@ -205,12 +192,6 @@ def folder_sha256(path: str) -> str | None:
 # ---- sizes
 
 
-def dense_nbytes(config: ALRDLlamaConfig, length: int, dtype: torch.dtype, batch_size: int = 1) -> int:
-    """Bytes of a dense cache: 2 · layers · H_kv · d · bytes · batch · T."""
-    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
-    return per_token * batch_size * length
-
-
 def human_bytes(nbytes: float) -> str:
     """Bytes in binary units with three or more digits, e.g. `512 KiB` and `1.50 GiB`."""
     units = ["B", "KiB", "MiB", "GiB", "TiB"]
@@ -270,13 +251,3 @@ def environment(device: torch.device | str = "cpu", processes: PartialState | No
         "processes": 1 if processes is None else processes.num_processes,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
-
-
-def write_json(path: str | Path, record: dict[str, Any]) -> None:
-    """Write `record` so that `path` holds either the old text or the new one; makes the folders above it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

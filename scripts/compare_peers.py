@@ -25,9 +25,8 @@ from transformers.cache_utils import QuantizedLayer
 
 from configuration_alrd_llama import ALRDLlamaConfig
 from modeling_alrd_llama import ALRDLlamaForCausalLM
-from modules.calibration import OBJECTIVES
-from modules.kivi_cache import CacheScheme, KIVILatentCache, config_widths
-from modules.rank_search import (
+from modules.fit.objectives import OBJECTIVES
+from modules.fit.rank_search import (
     asvd_ranks,
     asvd_sensitivity,
     asvd_statistics,
@@ -35,7 +34,8 @@ from modules.rank_search import (
     fisher_ranks,
     mean_absolute_inputs,
 )
-from modules.statistics import collect_statistics
+from modules.fit.statistics import collect_statistics
+from modules.kivi_cache import CacheScheme, KIVILatentCache, config_widths
 from scripts import plots
 from scripts.common import (
     BUNDLED_MODEL,

@@ -17,7 +17,7 @@ from configuration_alrd_llama import QuantScheme
 from modules.calibrated_int8 import calibrate as calibrate_int8
 from modules.kivi_cache import CacheScheme, KIVILatentCache, create_kivi_cache
 from modules.qlutattn import QLUTATTN, layer_schemes_by_range
-from scripts.calibrate_svd_ranks import CalibrationConfig, calibrate
+from scripts.calibrate_svd_ranks import CalibrationConfig, calibrate_model
 from scripts.common import BUNDLED_MODEL, load_model, parse_config, write_json
 from scripts.corpus import load_documents, tokenize_windows
 from scripts.eval_perplexity import EvalConfig, measure, table
@@ -159,7 +159,7 @@ def main(config: CompareConfig) -> dict:
     """Measure what is not in the output yet; returns the record."""
     names = ("model", "text", "windows", "length", "prefill", "chunk")
     evaluation = EvalConfig(**{name: getattr(config, name) for name in names})
-    calibration = calibrate(CalibrationConfig(model=config.model, share=config.share, objective="query_output"))
+    calibration = calibrate_model(CalibrationConfig(model=config.model, share=config.share, objective="query_output"))
     dense = load_model(config.model)[0]
     if config.recommended:
         return _measure_recommended(config, evaluation, calibration, dense)

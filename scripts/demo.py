@@ -14,7 +14,8 @@ import torch
 from transformers import AutoTokenizer, set_seed
 
 from modeling_alrd_llama import ALRDLlamaForCausalLM
-from scripts.calibrate_svd_ranks import CalibrationConfig, calibrate, fit_budget, measure_sweep, write_checkpoint
+from modules.fit.budget import fit_budget
+from scripts.calibrate_svd_ranks import CalibrationConfig, calibrate_model, measure_sweep, write_checkpoint
 from scripts.common import BUNDLED_MODEL, ROOT, parse_config
 from scripts.corpus import load_documents
 
@@ -59,7 +60,7 @@ def main(config: DemoConfig) -> dict:
     peers = str(ROOT / "scripts" / "results" / "peers.json") if config.model == BUNDLED_MODEL else None
     calibration_config = CalibrationConfig(model=config.model, sweep=config.budgets, output=config.output, peers=peers)
     print(f"1. Calibrate {config.model}: statistics on text, then ranks and widths for each budget\n")
-    calibration = calibrate(calibration_config)
+    calibration = calibrate_model(calibration_config)
     for budget in config.budgets:
         fitted = fit_budget(calibration_config, calibration, budget)
         write_checkpoint(calibration_config, fitted, budget, folder / f"{budget:g}")

@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, DynamicCache
 
 from configuration_alrd_llama import check_choice
 from modeling_alrd_llama import ALRDLlamaForCausalLM
-from modules.distributed import device_map, gather, is_main, join_processes, rounds
+from modules.fit.distributed import device_map, gather, is_main, join_processes, rounds
 from modules.kivi_cache import KIVILatentCache
 from scripts.common import (
     BUNDLED_MODEL,
@@ -214,7 +214,7 @@ def measure(
             with a `scheme` that tells what is packed when (as `scored_positions` asks), `has_packed`, `nbytes_used`,
             `bits_per_element`, and `token_nbytes(length)`, the bytes per token of one row.
         others: Schemes of caches that are measured in other calls: the same tokens are scored if all calls know all.
-        processes: Of `modules.distributed`, over which the batches are divided.
+        processes: Of `modules.fit.distributed`, over which the batches are divided.
 
     Returns:
         The record, the same in all processes: config, environment, text, and `results` by name.

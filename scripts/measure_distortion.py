@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from configuration_alrd_llama import QuantScheme
 from modules.codecs import block_nbytes, make_codec
-from scripts.calibrate_svd_ranks import CalibrationConfig, calibrate
+from scripts.calibrate_svd_ranks import CalibrationConfig, calibrate_model
 from scripts.common import BUNDLED_MODEL, environment, parse_config, write_json
 from scripts.corpus import load_documents, tokenize_windows
 
@@ -79,7 +79,7 @@ def synthetic(tokens: int, channels: int) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def latents(config: DistortionConfig) -> dict[str, list[torch.Tensor]]:
     """Latents `[1, T, r]` of every layer, by side and rotation; attention sinks left out."""
-    calibration = calibrate(CalibrationConfig(model=config.model, share=config.share, objective="query_output"))
+    calibration = calibrate_model(CalibrationConfig(model=config.model, share=config.share, objective="query_output"))
     windows = tokenize_windows(load_documents(config.text), calibration.tokenizer, 1024)
     spread = torch.linspace(0, len(windows) - 1, config.windows).round().long()
     found = {}

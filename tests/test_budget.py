@@ -10,8 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from configuration_alrd_llama import ALRDLlamaConfig
 from modeling_alrd_llama import ALRDLlamaForCausalLM
-from modules import statistics
+from modules.fit import budget as fit
+from modules.fit import statistics
 from scripts import calibrate_svd_ranks as script
 from scripts.calibrate_svd_ranks import CalibrationConfig, main
 from scripts.common import ROOT, load_model
@@ -276,14 +278,63 @@ def test_constant_text(place, tmp_path):
 def test_the_split_model_is_the_one_that_is_loaded(place, tmp_path, dtype):
     """To the frequencies of RoPE, which are float32 in a bfloat16 model too."""
     config = settings(place, tmp_path, model=str(place / "bfloat16"), dtype=dtype, objective="input", probe=False)
-    calibration = script.calibrate(config)
-    made = script.fit_budget(config, calibration, 0.15).split()
+    calibration = script.calibrate_model(config)
+    made = fit.fit_budget(config, calibration, 0.15).split()
     made.save_pretrained(tmp_path)
     loaded = ALRDLlamaForCausalLM.from_pretrained(tmp_path).eval()
     ids = torch.randint(1, 257, (1, 200))
     assert made.dtype == loaded.dtype == torch.bfloat16
     with torch.no_grad():
         assert torch.equal(made(ids).logits, loaded(ids).logits)
+
+
+# ---- without the script
+
+
+def own_config(place: Path, **fields) -> fit.FitConfig:
+    how = {"tokens": TOKENS, "batch_size": 2, "group_size": 32, "statistics": str(place / "own")}
+    return fit.FitConfig(**how | fields)
+
+
+def calibrate_loaded(config: fit.FitConfig, place: Path, *tokens) -> fit.Calibration:
+    """The calibration of a model that is loaded already, on windows that are tokens already."""
+    dense = load_model(str(place / "bfloat16"), torch.float32)[0]
+    return fit.calibrate(config, dense, ALRDLlamaConfig.from_pretrained(place / "bfloat16"), *tokens)
+
+
+def test_a_loaded_model_and_tokens_give_what_the_command_writes(place, tmp_path):
+    main(settings(place, tmp_path, model=str(place / "bfloat16"), budget=0.2))
+    tokenizer, text = load_model(str(place / "bfloat16"))[1], (place / "text.txt").read_text()
+    tokens = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+    windows = torch.tensor(tokens[: len(tokens) // 140 * 140]).view(-1, 140)
+    chosen = windows[torch.linspace(0, len(windows) - 1, 4).round().long()]
+    calibration = calibrate_loaded(own_config(place), place, chosen, windows[[0, -1]])
+    assert list(calibration.rates) == PROJECTIONS
+    fitted = fit.fit_budget(own_config(place), calibration, 0.2)
+    fitted.split().save_pretrained(tmp_path / "own")
+    assert digest(tmp_path / "own") == digest(tmp_path)
+    assert (tmp_path / "own" / "config.json").read_bytes() == (tmp_path / "config.json").read_bytes()
+
+
+def test_a_loaded_model_needs_tokens_of_a_text(place):
+    windows = torch.ones(2, 100, dtype=torch.int64)
+    for given, fields, message in (
+        (None, {}, "tokens=None: must be given"),
+        (None, {"share": 0.5}, "tokens=None: must be given"),
+        (windows, {}, "length=100: windows must hold the sinks and 128 tokens"),
+        (windows, {"allocation": "best"}, "allocation='best': must be one of"),
+        (windows, {"batch_size": 0}, "batch_size=0: must be above 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            calibrate_loaded(own_config(place, **fields), place, given)
+    needs_none = own_config(place, share=0.5, objective="weight")
+    assert calibrate_loaded(needs_none, place).target.truncation_ranks
+
+
+def test_the_configuration_of_a_split_model_is_refused(place):
+    split = ALRDLlamaConfig.from_pretrained(place / "dense", truncation_ranks={PROJECTIONS[0]: 4})
+    with pytest.raises(ValueError, match="source: must be the configuration of a dense model, is split already"):
+        fit.split_config(fit.FitConfig(), split)
 
 
 # ---- the same again
@@ -349,7 +400,7 @@ def test_an_interrupted_statistics_pass_goes_on(place, tmp_path, monkeypatch):
 def test_an_interrupted_probe_goes_on(place, tmp_path, monkeypatch):
     main(settings(place, tmp_path / "whole", statistics=str(tmp_path / "s1")))
     config = settings(place, tmp_path / "again", statistics=str(tmp_path / "s2"))
-    write, seen = script.write_json, []
+    write, seen = fit.write_json, []
 
     def write_rates(path, record):
         write(path, record)
@@ -358,7 +409,7 @@ def test_an_interrupted_probe_goes_on(place, tmp_path, monkeypatch):
             if seen == [1, 2]:
                 raise Interruption
 
-    monkeypatch.setattr(script, "write_json", write_rates)
+    monkeypatch.setattr(fit, "write_json", write_rates)
     with pytest.raises(Interruption):
         main(config)
     assert not (tmp_path / "again").exists()
@@ -399,9 +450,9 @@ def test_interrupted_measurements_of_costs_go_on(place, tmp_path, monkeypatch):
     own = {"probe": False, "objective": "input", "head_group_size": 2, "budget": 0.2}
     main(settings(place, tmp_path / "whole", **own, statistics=str(tmp_path / "s1")))
     config = settings(place, tmp_path / "again", **own, statistics=str(tmp_path / "s2"))
-    measure, seen = script.measure_costs, []
+    measure, seen = fit.measure_costs, []
     with monkeypatch.context() as patch:
-        patch.setattr(script, "measure_costs", interrupt_after(5, measure, seen))
+        patch.setattr(fit, "measure_costs", interrupt_after(5, measure, seen))
         with pytest.raises(Interruption):
             main(config)
     assert not (tmp_path / "again").exists()
@@ -519,7 +570,7 @@ def test_options_are_checked_before_the_long_work(place, tmp_path, fields, monke
     def never(*args, **kwargs):
         raise AssertionError("ran the model")
 
-    monkeypatch.setattr(script, "collect_statistics", never)
+    monkeypatch.setattr(fit, "collect_statistics", never)
     with pytest.raises(ValueError, match=next(iter(fields))):
         main(settings(place, tmp_path / "output", **fields))
 

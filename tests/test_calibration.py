@@ -6,9 +6,9 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from configuration_alrd_llama import ALRDLlamaConfig
-from modules import calibration
-from modules.calibration import OBJECTIVES, _noise, probe_rates, projection_factors, rope_key_metric
-from modules.statistics import collect_statistics
+from modules.fit import objectives
+from modules.fit.objectives import OBJECTIVES, _noise, probe_rates, projection_factors, rope_key_metric
+from modules.fit.statistics import collect_statistics
 from modules.svd_linear import factor_groups, query_key_metric, value_output_metric
 from tests.helpers import tiny_dense
 
@@ -70,7 +70,7 @@ class TestRopeKeyMetric:
         assert (error.flatten() @ opposite @ error.flatten()).item() != pytest.approx(total, rel=0.01)
 
     def test_tends_to_the_diagonal_one_where_all_frequencies_turn_often(self, monkeypatch):
-        monkeypatch.setattr(calibration, "_OFFSETS", 4000)
+        monkeypatch.setattr(objectives, "_OFFSETS", 4000)
         queries = torch.randn(30, 4, 8).double() + torch.randn(4, 8)
         covariance = torch.einsum("nhi,nhj->hij", queries, queries) / 30
         energy = (queries[..., :4] ** 2 + queries[..., 4:] ** 2).mean(0)

@@ -14,10 +14,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from modules import statistics
-from modules.distributed import device_map, gather, is_main, join_processes, on_main, rounds, sum_tensors
-from modules.statistics import collect_statistics
-from scripts import calibrate_svd_ranks as script
+from modules.fit import budget, statistics
+from modules.fit.distributed import device_map, gather, is_main, join_processes, on_main, rounds, sum_tensors
+from modules.fit.statistics import collect_statistics
 from scripts.calibrate_svd_ranks import CalibrationConfig
 from scripts.calibrate_svd_ranks import main as calibrate
 from scripts.eval_perplexity import EvalConfig
@@ -108,7 +107,7 @@ def together(place, alone) -> subprocess.CompletedProcess:
     """Two processes go on with what one process began: two batches of five, and the first of four rates."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
         interrupt(patch, after=2)
-        patch.setattr(script, "collect_statistics", partial(collect_statistics, save_seconds=0))
+        patch.setattr(budget, "collect_statistics", partial(collect_statistics, save_seconds=0))
         calibrate(CalibrationConfig(**calibration(place, "together")))
     (rates,) = (place / "alone statistics").glob("*.rates.json")
     record = json.loads(rates.read_text())
@@ -169,8 +168,8 @@ def test_statistics_have_the_names_and_sums_of_one_process(place, alone, togethe
 
 def test_one_process_uses_what_two_have_found(place, together, monkeypatch):
     begun = interrupt(monkeypatch, after=0)
-    monkeypatch.setattr(script, "measure_costs", lambda *_: pytest.fail("measured again"))
-    monkeypatch.setattr("scripts.calibrate_svd_ranks.probe_rates", partial(known_rates, script.probe_rates))
+    monkeypatch.setattr(budget, "measure_costs", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(budget, "probe_rates", partial(known_rates, budget.probe_rates))
     report = calibrate(CalibrationConfig(**calibration(place, "together") | {"output": str(place / "again")}))
     assert not begun and report["nbytes"] == json.loads((place / "together" / "report.json").read_text())["nbytes"]
 

@@ -30,9 +30,9 @@ from transformers import (
 
 from configuration_alrd_llama import DENSE_MODEL_TYPES, ALRDLlamaConfig
 from modeling_alrd_llama import ALRDLlamaForCausalLM
-from modules.calibration import OBJECTIVES
+from modules.fit.objectives import OBJECTIVES
+from modules.fit.statistics import collect_statistics
 from modules.kivi_cache import KIVILatentCache
-from modules.statistics import collect_statistics
 from modules.svd_linear import SVDLinear
 from scripts import calibrate_svd_ranks, common, estimate_memory, eval_perplexity, generate
 from tests.helpers import TINY_LLAMA, all_ranks, randomize_vectors, tiny_dense

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from configuration_alrd_llama import ALRDLlamaConfig
-from modules import rank_search
-from modules.rank_search import (
+from modules.fit import rank_search
+from modules.fit.rank_search import (
     asvd_ranks,
     asvd_sensitivity,
     asvd_statistics,

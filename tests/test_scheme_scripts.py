@@ -10,7 +10,7 @@ from modules.kivi_cache import create_kivi_cache
 from scripts import compare_schemes, measure_distortion
 from scripts.benchmark_quantize import BenchmarkConfig
 from scripts.benchmark_quantize import main as benchmark
-from scripts.calibrate_svd_ranks import CalibrationConfig, calibrate
+from scripts.calibrate_svd_ranks import CalibrationConfig, calibrate_model
 from scripts.compare_schemes import ROTATIONS, CompareConfig
 from scripts.measure_distortion import DistortionConfig, distortion
 
@@ -48,11 +48,11 @@ def compared(tmp_path_factory):
     # The `seeded` fixture of a test comes later: two threads on a busy core wait for each other.
     torch.set_num_threads(1)
     statistics = str(tmp_path_factory.mktemp("statistics"))
-    calibration = calibrate(
+    calibration = calibrate_model(
         CalibrationConfig(share=0.5, objective="query_output", windows=2, length=256, statistics=statistics)
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare_schemes, "calibrate", lambda config: calibration)
+        patch.setattr(compare_schemes, "calibrate_model", lambda config: calibration)
         patch.setattr(compare_schemes, "SCHEMES", {n: compare_schemes.SCHEMES[n] for n in ("2", "4")})
         patch.setattr(compare_schemes, "drop_in_caches", lambda *_: {"4": lambda: create_kivi_cache(4, 4)})
         patch.setattr(compare_schemes, "ROTATIONS", {"both": (True, True)})

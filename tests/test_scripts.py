@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from modeling_alrd_llama import ALRDLlamaForCausalLM
-from modules.calibration import OBJECTIVES
-from modules.rank_search import water_fill
-from modules.statistics import collect_statistics
+from modules.fit.objectives import OBJECTIVES
+from modules.fit.rank_search import water_fill
+from modules.fit.statistics import collect_statistics
 from scripts.calibrate_svd_ranks import CalibrationConfig
 from scripts.calibrate_svd_ranks import main as calibrate
 from scripts.common import BUNDLED_MODEL, load_model

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from modules import statistics
-from modules.statistics import collect_statistics, record_key, statistics_record
+from modules.fit import statistics
+from modules.fit.statistics import collect_statistics, record_key, statistics_record
 from tests.helpers import TINY_LLAMA, randomize_vectors, tiny_dense
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -1,9 +1,10 @@
-"""Imports point one way: quantization maths and packing, then cache and attention, then modeling, then scripts.
+"""Imports point one way: quantization maths and packing, cache and attention, modeling, the fit to a budget, scripts.
 
 And what Triton kernels may not hold on every supported release; `tests/test_launch_path.py` launches them.
 """
 
 import ast
+import tomllib
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -19,7 +20,6 @@ ORDER = [
     "modules.files",
     "modules.fingerprint",
     "modules.cache_file",
-    "modules.distributed",
     "modules.hadamard_utils",
     "modules.quant_utils",
     "modules.svd_linear",
@@ -44,12 +44,15 @@ ORDER = [
     "modules.decode_graph",
     "modules.qlutattn",
     "modules.calibrated_int8",
-    "modules.statistics",
-    "modules.calibration",
-    "modules.allocation",
-    "modules.rank_search",
+    "modules.fit.distributed",
+    "modules.fit.statistics",
+    "modules.fit.objectives",
+    "modules.fit.allocation",
+    "modules.fit.rank_search",
     "modules",
     "modeling_alrd_llama",
+    "modules.fit.budget",
+    "modules.fit",
     "scripts",
 ]
 
@@ -104,6 +107,11 @@ def test_nothing_but_scripts_imports_scripts():
     for path in sources():
         if not module_name(path).startswith("scripts"):
             assert not any(name.split(".")[0] == "scripts" for name in imported(path)), path
+
+
+def test_every_package_is_installed():
+    packages = {module_name(path) for path in sources() if path.name == "__init__.py"}
+    assert set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]) == packages
 
 
 def test_no_path_of_a_machine_is_written_down():

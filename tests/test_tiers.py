@@ -19,8 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from configuration_alrd_llama import ALRDLlamaConfig, QuantScheme
 from modeling_alrd_llama import ALRDLlamaForCausalLM
-from modules.allocation import static_scales
 from modules.codecs import StaticScales, block_nbytes, make_codec
+from modules.fit.allocation import static_scales
 from modules.hadamard_utils import hadamard_matrix
 from modules.kernels import get_backend
 from modules.kivi_cache import CacheScheme, KIVILatentCache, config_widths, create_kivi_cache

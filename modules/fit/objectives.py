@@ -11,8 +11,8 @@ from accelerate import PartialState
 from transformers import PreTrainedModel
 
 from configuration_alrd_llama import ALRDLlamaConfig, check_choice
-from modules.distributed import gather, is_main, rounds
-from modules.statistics import LayerStatistics
+from modules.fit.distributed import gather, is_main, rounds
+from modules.fit.statistics import LayerStatistics
 from modules.svd_linear import Factors, factor_groups, query_key_metric, value_output_metric
 
 PROJECTIONS = ("k_proj", "v_proj")
@@ -161,7 +161,7 @@ def probe_rates(
         seed: Of the noise.
         known, on_result: Rates that an interrupted probe has found, and what is called with all that are known, in the
             main process only.
-        processes: Of `modules.distributed`, over which the projections are divided; the rates do not depend on them.
+        processes: Of `distributed`, over which the projections are divided; the rates do not depend on them.
 
     Returns:
         By projection the rate, per unit of `Factors.energy`; zero where nothing varies.

@@ -24,8 +24,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from modules.distributed import is_main, on_main, rounds, sum_tensors
 from modules.files import save_tensors
+from modules.fit.distributed import is_main, on_main, rounds, sum_tensors
 
 #: Version of the files; part of their key.
 FILE_VERSION = 1
@@ -141,7 +141,7 @@ def collect_statistics(
             file that is there is used, a part of one is completed. `None`: not kept.
         about: What a reader of the file's record may want to know beside its key: names of model and text, commit.
         save_seconds: Time between two saves of a pass that is under way.
-        processes: Of `modules.distributed`, over which the batches are divided. Each draws what it would draw alone;
+        processes: Of `distributed`, over which the batches are divided. Each draws what it would draw alone;
             only the rounding of the sums differs from those of one process. The main one alone uses the `folder`.
 
     Returns:

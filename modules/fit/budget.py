@@ -1,0 +1,420 @@
+"""From a dense model, a text and a budget to the ranks and widths of a split model, and to that model.
+
+    tokens = tokenizer(text, return_tensors="pt").input_ids[:, : 32 * 1024].view(32, 1024)
+    config, source = FitConfig(), ALRDLlamaConfig.from_llama(dense.config)
+    calibration = calibrate(config, dense, source, tokens, probe_tokens=tokens[:2])
+    model = fit_budget(config, calibration, 0.0625).split()
+
+`scripts/calibrate_svd_ranks.py` is the command. Everything that is found out about the model is kept in a folder, and
+another budget starts from there.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from configuration_alrd_llama import ALRDLlamaConfig, QuantScheme, check_choice, check_positive, parse_json, side_scheme
+from modeling_alrd_llama import ALRDLlamaForCausalLM
+from modules.files import write_json
+from modules.fit.allocation import (
+    COSTS_VERSION,
+    TIER_BITS,
+    ChannelCosts,
+    Plan,
+    allocate,
+    largest_share,
+    load_costs,
+    measure_costs,
+    save_costs,
+    tier_prices,
+)
+from modules.fit.distributed import is_main, on_main
+from modules.fit.objectives import OBJECTIVES, PROJECTIONS, RATES_VERSION, probe_rates, projection_factors
+from modules.fit.rank_search import (
+    asvd_ranks,
+    asvd_sensitivity,
+    fisher_information,
+    fisher_ranks,
+    uniform_ranks,
+    water_fill,
+)
+from modules.fit.statistics import LayerStatistics, collect_statistics, record_key, statistics_record
+from modules.kivi_cache import CacheScheme, config_schemes, config_widths
+from modules.svd_linear import Factors
+
+#: How channels are chosen for a budget: widths by channel; or one width for all and ranks by a search of
+#: `rank_search`, "fisher" being Palu's and "sensitivity" ASVD's.
+ALLOCATIONS = ("tiers", "water_filling", "uniform", "fisher", "sensitivity")
+
+#: Static scales leave nothing to store per block; measured best at small budgets (LOG.md).
+STATIC = '{"orientation": "per_channel", "static": true}'
+
+
+@dataclass
+class FitConfig:
+    """Into how much to split a model, and how that is found out."""
+
+    tokens: int = field(default=4096, metadata={"help": "Tokens in the cache that the budget is for."})
+    share: float | None = field(
+        default=None, metadata={"help": "Without a budget: share of the latent channels to keep, at one width."}
+    )
+    allocation: str = field(
+        default="tiers", metadata={"help": f"How ranks and widths are chosen for a budget: {', '.join(ALLOCATIONS)}."}
+    )
+    objective: str = field(default="fisher", metadata={"help": f"Error that is minimised: {', '.join(OBJECTIVES)}."})
+    head_group_size: int | None = field(
+        default=None, metadata={"help": "Key/value heads that share a latent; all of them (joint) if not given."}
+    )
+    k_mean_split: bool = field(default=False, metadata={"help": "Keep the mean of the keys in a channel of its own."})
+    v_mean_split: bool = field(default=False, metadata={"help": "The same for values."})
+    batch_size: int = field(default=4, metadata={"help": "Windows at a time, in each process."})
+    seed: int = field(default=0, metadata={"help": "Of the tokens drawn for the Fisher information, and the noise."})
+    statistics: str = field(default="build/statistics", metadata={"help": "Folder where statistics are kept."})
+    rank_multiple: int = field(default=8, metadata={"help": "Without tiers: ranks are multiples of this."})
+    k_bits: float = field(default=2, metadata={"help": "Without tiers: width of cached keys, 1 … 16."})
+    v_bits: float = field(default=2, metadata={"help": "Without tiers: width of cached values."})
+    group_size: int | None = field(
+        default=None, metadata={"help": "Elements per scale, or tokens per block; with tiers the best of 32, 64, 128."}
+    )
+    residual_length: int | None = field(
+        default=None, metadata={"help": "Newest tokens kept in full precision; 16 with tiers, else 32."}
+    )
+    sink_length: int = field(default=4, metadata={"help": "First tokens kept in full precision."})
+    k_scheme: str | None = field(
+        default=None,
+        metadata={"help": f"Other fields of QuantScheme for keys, as JSON; with tiers {STATIC} by default."},
+    )
+    v_scheme: str | None = field(default=None, metadata={"help": "The same for values."})
+
+    def __post_init__(self):
+        check_choice("allocation", self.allocation, ALLOCATIONS)
+        check_choice("objective", self.objective, tuple(OBJECTIVES))
+        for name in ("tokens", "batch_size", "rank_multiple"):
+            check_positive(name, getattr(self, name))
+
+    @property
+    def tiered(self) -> bool:
+        """Whether each channel gets a width of its own."""
+        return self.share is None and self.allocation == "tiers"
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether statistics of a text are needed."""
+        return self.objective != "weight" or self.share is None or self.k_mean_split or self.v_mean_split
+
+
+@dataclass
+class Calibration:
+    """A dense model, what was found out about it, and the configuration of its split form."""
+
+    dense: PreTrainedModel
+    stored_dtype: torch.dtype
+    tokens: torch.Tensor | None
+    statistics: list[LayerStatistics] | None
+    record: dict
+    factors: dict[str, list[Factors]]
+    target: ALRDLlamaConfig
+    costs: dict[Path, dict[str, list[ChannelCosts]]] = field(default_factory=dict)
+    rates: dict[str, float] = field(default_factory=dict)
+    search: Callable[[float], dict[str, list[int]]] | None = None
+    plan: Plan | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    processes: PartialState | None = None
+    #: What a script writes beside the split model: its tokenizer, and what identifies the text.
+    tokenizer: PreTrainedTokenizerBase | None = None
+    text: dict = field(default_factory=dict)
+
+    def split(self, **fields) -> ALRDLlamaForCausalLM:
+        """The split model, on the CPU in the type of the dense checkpoint, with other `fields` of its configuration."""
+        target = ALRDLlamaConfig.from_llama(self.target, **fields)
+        splits = []
+        for i in range(target.num_hidden_layers):
+            names = {p: f"model.layers.{i}.self_attn.{p}" for p in PROJECTIONS}
+            splits.append({p: self._split(name, target.group_ranks(i, p)) for p, name in names.items()})
+        return ALRDLlamaForCausalLM.from_dense(self.dense, target, splits, self.stored_dtype, "cpu")
+
+    def _split(self, name: str, ranks: tuple[int, ...]) -> dict:
+        """Factors of the channels that a projection keeps, and their calibrated scales."""
+        int64 = {"dtype": torch.int64, "device": "cpu"}
+        chosen = self.plan.channels[name] if self.plan else [torch.arange(rank, **int64) for rank in ranks]
+        scales = self.plan.scales[name] if self.plan else []
+        how = {"factors": [f.select(c) for f, c in zip(self.factors[name], chosen, strict=True)]}
+        return how | ({"static_scales": tuple(torch.cat(s) for s in zip(*scales))} if scales else {})
+
+
+# ---- from a model and a text to factors, costs and rates
+
+
+def calibrate(
+    config: FitConfig,
+    dense: PreTrainedModel,
+    source: ALRDLlamaConfig,
+    tokens: torch.Tensor | None = None,
+    probe_tokens: torch.Tensor | None = None,
+    about: dict | None = None,
+    processes: PartialState | None = None,
+) -> Calibration:
+    """Collect the statistics and make the factors; with a share, choose the ranks too.
+
+    Args:
+        config: Settings; `config.statistics` names the folder that keeps what is measured.
+        dense: The dense model, on any device, none of it offloaded.
+        source: Its configuration. Its `dtype` is that of the split model, whatever type `dense` runs in.
+        tokens: `[windows, T]` token ids of the text, without pads; `None` if not `config.needs_text`.
+        probe_tokens: `[windows, T]` token ids on which is measured what an error costs in each layer, for widths by
+            channel; `None`: all errors cost the same.
+        about: What a reader of the statistics' record may want to know: names of model and text, commit.
+        processes: Of `distributed`, over which the work is divided.
+
+    Raises:
+        ValueError: As `split_config`; the text is missing, or its windows are too short.
+    """
+    target = split_config(config, source)
+    if config.needs_text and tokens is None:
+        raise ValueError("tokens=None: must be given, for the statistics of a text")
+    longest, sample = CacheScheme.from_config(target).block_length, 0
+    if tokens is not None:
+        length = tokens.shape[-1]
+        sample = max(0, min(256, (length - config.sink_length) // 128 * 128))
+        if config.tiered and sample == 0:
+            raise ValueError(f"length={length}: windows must hold the sinks and 128 tokens to sample")
+        if config.tiered and longest > sample:
+            raise ValueError(f"group_size={longest}: must be at most {sample}, the consecutive tokens that are sampled")
+    statistics, record, seconds, started = None, {}, {}, time.perf_counter()
+    if config.needs_text:
+        settings = {
+            "fisher": config.objective == "fisher",
+            "sample": sample,
+            "sinks": config.sink_length,
+            "batch_size": config.batch_size,
+            "seed": config.seed,
+        }
+        record = statistics_record(dense, tokens, **settings)
+        where = {"folder": config.statistics, "about": about, "processes": processes}
+        statistics = collect_statistics(dense, tokens, **settings, **where)
+    seconds["statistics"], started = time.perf_counter() - started, time.perf_counter()
+    factors = projection_factors(dense, target, statistics, config.objective)
+    seconds["factors"] = time.perf_counter() - started
+    stored_dtype = source.dtype or torch.float32
+    calibration = Calibration(dense, stored_dtype, tokens, statistics, record, factors, target)
+    calibration.seconds, calibration.processes = seconds, processes
+    if config.share is not None:
+        energies = {name: [f.energy[: f.a.shape[1]] for f in groups] for name, groups in factors.items()}
+        target.truncation_ranks = water_fill(energies, config.share, config.rank_multiple)
+    elif config.tiered and probe_tokens is not None:
+        calibration.rates = _probe(config, calibration, probe_tokens)
+    return calibration
+
+
+def split_config(config: FitConfig, source: ALRDLlamaConfig) -> ALRDLlamaConfig:
+    """The configuration of the split model that `source`, that of a dense one, becomes; without ranks and widths.
+
+    Raises:
+        ValueError: `source` is split already, or a setting is out of range or does not go with the others.
+    """
+    if source.truncation_ranks:
+        raise ValueError("source: must be the configuration of a dense model, is split already")
+    default = STATIC if config.tiered else None
+    schemes = {name: parse_json(name, getattr(config, name) or default) for name in ("k_scheme", "v_scheme")}
+    fields = {
+        "k_bits": config.k_bits,
+        "v_bits": config.v_bits,
+        "group_size": 128 if config.group_size is None else config.group_size,
+        "residual_length": config.residual_length,
+        "sink_length": config.sink_length,
+        "head_group_size": config.head_group_size,
+        "k_mean_split": config.k_mean_split,
+        "v_mean_split": config.v_mean_split,
+    }
+    if config.residual_length is None:
+        fields["residual_length"] = 16 if config.tiered else 32
+    if config.tiered:
+        # A width by channel leaves nothing for a rotation to even out, but where a token's channels share a scale.
+        sides = {s: side_scheme(s, fields[f"{s}_bits"], fields["group_size"], schemes[f"{s}_scheme"]) for s in "kv"}
+        fields |= {f"{s}_hadamard": not scheme.per_channel for s, scheme in sides.items()}
+    target = ALRDLlamaConfig.from_llama(source, **fields, **schemes)
+    for side, scheme in zip("kv", _sides(target)):
+        if scheme.static and not config.tiered:
+            raise ValueError(f"{side}_scheme: static=True must go with allocation='tiers', which calibrates the scales")
+    return target
+
+
+def _probe(config: FitConfig, calibration: Calibration, tokens: torch.Tensor) -> dict[str, float]:
+    """`probe_rates`, kept beside the statistics as they come."""
+    started, processes = time.perf_counter(), calibration.processes
+    variances = {
+        name: [_variance(f, y) for f, y in zip(groups, _samples(calibration, name), strict=True)]
+        for name, groups in calibration.factors.items()
+    }
+    path = _kept(config, calibration, "rates.json", version=RATES_VERSION, seed=config.seed, tokens=tokens.tolist())
+    known = on_main(processes, lambda: json.loads(path.read_text())["rates"] if path.exists() else {})
+    progress = tqdm(total=len(variances), initial=len(known), desc="Sensitivity", disable=not is_main(processes))
+
+    def keep(rates: dict[str, float]) -> None:
+        write_json(path, {"statistics": record_key(calibration.record), "rates": rates})
+        progress.update()
+
+    how = {"seed": config.seed, "known": known, "on_result": keep, "processes": processes}
+    rates = probe_rates(calibration.dense, calibration.factors, variances, tokens, **how)
+    progress.close()
+    calibration.seconds["probe"] = time.perf_counter() - started
+    return rates
+
+
+def _kept(config: FitConfig, calibration: Calibration, suffix: str, **settings) -> Path:
+    """File in the statistics folder of what follows from the statistics, the factors and further settings."""
+    names = ("objective", "head_group_size", "k_mean_split", "v_mean_split")
+    of = {"statistics": calibration.record} | {name: getattr(config, name) for name in names} | settings
+    return Path(config.statistics) / f"{record_key(of)}.{suffix}"
+
+
+def _samples(calibration: Calibration, name: str) -> tuple[torch.Tensor, ...]:
+    """Sampled outputs of each head group of a projection."""
+    sample = getattr(calibration.statistics[int(name.split(".")[2])], name.rsplit(".", 1)[1]).sample
+    return sample.chunk(len(calibration.factors[name]), dim=-1)
+
+
+def _variance(factors: Factors, sample: torch.Tensor) -> torch.Tensor:
+    return (sample.double() @ factors.project.T).flatten(0, 1).var(0)
+
+
+# ---- from a budget to ranks and widths
+
+
+def fit_budget(config: FitConfig, calibration: Calibration, budget: float) -> Calibration:
+    """The calibration with ranks and widths for a budget, a share of the dense 16-bit cache.
+
+    Raises:
+        ValueError: The budget is too small for block tables, window, sinks and scales.
+    """
+    started = time.perf_counter()
+    dense = dense_nbytes(calibration.target, config.tokens, torch.float16)
+    limit = int(budget * dense)
+    try:
+        if config.allocation == "tiers":
+            fitted = _fit_tiers(config, calibration, limit)
+        else:
+            fitted = _fit_ranks(config, calibration, limit)
+    except ValueError as error:
+        raise ValueError(f"budget={budget} of {dense:,} bytes at {config.tokens} tokens: {error}") from None
+    found = cache_nbytes(fitted.target, config.tokens, calibration.stored_dtype)
+    if fitted.plan is not None and fitted.plan.nbytes != found:
+        raise RuntimeError(f"the cache takes {found} bytes, not the {fitted.plan.nbytes} that were planned")
+    fitted.seconds = calibration.seconds | {"allocation": time.perf_counter() - started}
+    return fitted
+
+
+def _fit_tiers(config: FitConfig, calibration: Calibration, limit: int) -> Calibration:
+    """Widths by channel, with the blocks that leave the least predicted cost."""
+    static = all(scheme.static for scheme in _sides(calibration.target))
+    group_sizes = [config.group_size] if config.group_size is not None else [32, 64, 128] if static else [128]
+    rates, best = calibration.rates or dict.fromkeys(calibration.factors, 1.0), None
+    refused = None
+    for group_size in group_sizes:
+        target = ALRDLlamaConfig.from_llama(calibration.target, group_size=group_size)
+        cache, sides = CacheScheme.from_config(target), dict(zip(PROJECTIONS, _sides(target)))
+        costs = _measured_costs(config, calibration, sides, cache.block_length)
+        price = {p: tier_prices(s, cache, TIER_BITS, config.tokens, calibration.stored_dtype) for p, s in sides.items()}
+        try:
+            plan = allocate(costs, rates, price, TIER_BITS, limit)
+        except ValueError as error:  # shorter blocks leave a shorter window
+            refused = refused or error
+            continue
+        if best is None or plan.divergence < best[1].divergence:
+            best = (target, plan)
+    if best is None:
+        raise refused
+    target, plan = best
+    target.truncation_ranks = {name: [len(c) for c in groups] for name, groups in plan.channels.items()}
+    target.width_tiers = {n: [[list(t) for t in tiers] for tiers in groups] for n, groups in plan.tiers.items()}
+    target.check_latent_cache()
+    return replace(calibration, target=target, plan=plan)
+
+
+def _measured_costs(
+    config: FitConfig, calibration: Calibration, sides: dict[str, QuantScheme], block_length: int
+) -> dict[str, list[ChannelCosts]]:
+    """`measure_costs` of every head group by projection, kept as they come; static scales know no blocks."""
+    schemes = {p: s.to_dict() | ({"group_size": None} if s.static else {}) for p, s in sides.items()}
+    sampled = calibration.statistics[0].k_proj.sample.shape[1]
+    length = sampled if all(s.static for s in sides.values()) else block_length
+    settings = {"version": COSTS_VERSION, "schemes": schemes, "length": length}
+    path = _kept(config, calibration, "costs.safetensors", **settings)
+    if path not in calibration.costs:
+        costs = load_costs(path) if path.exists() else {}
+        for name, groups in tqdm(calibration.factors.items(), desc="Distortion"):
+            if name not in costs:
+                costs[name] = [
+                    measure_costs(f, y[:, : sampled // length * length], sides[name[-6:]], length)
+                    for f, y in zip(groups, _samples(calibration, name), strict=True)
+                ]
+                save_costs(path, costs)
+        calibration.costs[path] = {name: costs[name] for name in calibration.factors}
+    return calibration.costs[path]
+
+
+def _sides(target: ALRDLlamaConfig) -> tuple:
+    scheme = CacheScheme.from_config(target)
+    return scheme.keys, scheme.values
+
+
+def _fit_ranks(config: FitConfig, calibration: Calibration, limit: int) -> Calibration:
+    """One width for all channels, and as many of them as fit."""
+    calibration.search = ranks_of = calibration.search or _rank_search(config, calibration)
+    target = ALRDLlamaConfig.from_llama(calibration.target)
+
+    def nbytes(ranks: dict[str, list[int]]) -> int:
+        target.truncation_ranks = ranks
+        return cache_nbytes(target, config.tokens, calibration.stored_dtype)
+
+    target.truncation_ranks = ranks_of(largest_share(ranks_of, nbytes, limit))
+    return replace(calibration, target=target)
+
+
+def _rank_search(config: FitConfig, calibration: Calibration) -> Callable[[float], dict[str, list[int]]]:
+    """Ranks for a share of all channels, as `config.allocation` finds them."""
+    target, multiple = calibration.target, config.rank_multiple
+    if config.allocation == "water_filling":
+        energies = {name: [f.energy[: f.a.shape[1]] for f in groups] for name, groups in calibration.factors.items()}
+        return partial(water_fill, energies, multiple=multiple)
+    if config.allocation == "uniform":
+        return partial(uniform_ranks, target, multiple=multiple)
+    batches = calibration.tokens.split(1)
+    if config.allocation == "fisher":
+        return partial(fisher_ranks, fisher_information(calibration.dense, batches, target), target, multiple=multiple)
+    hows = [OBJECTIVES[config.objective](calibration.dense, i, s) for i, s in enumerate(calibration.statistics)]
+    sensitivity = asvd_sensitivity(calibration.dense, batches[:8], target, hows, multiple=multiple)
+    return partial(asvd_ranks, sensitivity, target)
+
+
+def cache_nbytes(config: ALRDLlamaConfig, tokens: int, dtype: torch.dtype) -> int:
+    """Bytes of one row of the cache that a configuration makes, everything counted, calibrated scales too."""
+    scheme, tiered = config_schemes(config)
+    layers = [(tiered.get(i, scheme), widths) for i, widths in enumerate(config_widths(config))]
+    return sum(s.layer_nbytes(tokens, widths, dtype) + s.static_nbytes(widths) for s, widths in layers)
+
+
+def dense_nbytes(config: ALRDLlamaConfig, length: int, dtype: torch.dtype, batch_size: int = 1) -> int:
+    """Bytes of a dense cache: 2 · layers · H_kv · d · bytes · batch · T."""
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+    return per_token * batch_size * length
+
+
+__all__ = [
+    "ALLOCATIONS",
+    "Calibration",
+    "FitConfig",
+    "cache_nbytes",
+    "calibrate",
+    "dense_nbytes",
+    "fit_budget",
+    "split_config",
+]
