@@ -146,14 +146,10 @@ def packed_sha256(path: Path) -> str:
 
 
 def following(model: ALRDLlamaForCausalLM, prompt: torch.Tensor, cache: KIVILatentCache) -> list[list[int]]:
-    """The greedy tokens after a prompt, some of which the cache may hold; none of them only repeats."""
-    how = {
-        "attention_mask": (prompt != 0).long(),
-        "past_key_values": cache,
-        "do_sample": False,
-        "no_repeat_ngram_size": 2,
-    }
-    return model.generate(prompt, **how, max_new_tokens=FOLLOWING)[:, prompt.shape[1] :].tolist()
+    """The greedy tokens after a prompt, some of which the cache may hold; no pair comes twice, so a row says more."""
+    how = {"attention_mask": (prompt != 0).long(), "past_key_values": cache, "do_sample": False}
+    tokens = model.generate(prompt, **how, no_repeat_ngram_size=2, max_new_tokens=FOLLOWING)
+    return tokens[:, prompt.shape[1] :].tolist()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
