@@ -49,6 +49,7 @@ ORDER = [
     "modules.allocation",
     "modules.rank_search",
     "modules",
+    "modules.loading",
     "modeling_alrd_llama",
     "scripts",
 ]
