@@ -37,26 +37,12 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from configuration_alrd_llama import ALRDLlamaConfig
+from modules import loading
 from modules.decode_graph import DecodeGraph
 from modules.kernels import MAX_QUERY_LENGTH
 from modules.kernels.attention import attention_received
 from modules.kernels.packed import NewTokens, PackedCache, Rope, counts_of_rows
 from modules.kivi_cache import CacheScheme, KIVILatentCache, config_schemes, create_kivi_cache
-from modules.loading import (
-    check_all_layers,
-    check_all_loaded,
-    check_plain,
-    check_same_model_type,
-    check_stored_model,
-    check_tensor_parallel,
-    check_tensor_parallel_plan,
-    dense_model,
-    factored_state,
-    gathered_factors,
-    loading_lock,
-    register_dense_conversion,
-    write_folder_readme,
-)
 from modules.quant_utils import quantize_latent, require
 from modules.svd_linear import ALinear, SVDLinear, own_groups
 
@@ -380,12 +366,12 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
                 keyword, asks for another kind of model or other factors than the checkpoint stores.
         """
         if pretrained_model_name_or_path is not None:
-            check_stored_model(pretrained_model_name_or_path, config, kwargs)
-        with loading_lock:
+            loading.check_stored_model(pretrained_model_name_or_path, config, kwargs)
+        with loading.lock:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *args, config=config, output_loading_info=True, **kwargs
             )
-        check_all_loaded(pretrained_model_name_or_path, info)
+        loading.check_all_loaded(pretrained_model_name_or_path, info)
         if (model.tp_size or 1) > 1:
             mesh = model._device_mesh
             mesh = mesh["tp"] if mesh.ndim > 1 else mesh
@@ -399,16 +385,16 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
         size = 1 if distributed_config is None else distributed_config.tp_size
         if size > 1:
             others = distributed_config.fsdp_size * getattr(distributed_config, "dp_replicate_size", 1)
-            check_tensor_parallel(model.config, size, others)
+            loading.check_tensor_parallel(model.config, size, others)
         model = super().maybe_distribute_model(model, distributed_config, *mesh)
         if size > 1:
-            check_tensor_parallel_plan(model.tp_plan)
+            loading.check_tensor_parallel_plan(model.tp_plan)
         return model
 
     def gather_sharded_state_dict_for_save(self, model_to_save, state_dict: dict, *args, **kwargs) -> dict:
         """The library's hook of `save_pretrained`, called by every rank: add what it does not know to be in parts."""
         whole = super().gather_sharded_state_dict_for_save(model_to_save, state_dict, *args, **kwargs)
-        return whole | gathered_factors(model_to_save, whole)
+        return whole | loading.gathered_factors(model_to_save, whole)
 
     def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
         """Save the factors as they are; with `save_original_format=True` the dense model of `to_dense`.
@@ -420,7 +406,7 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
         Raises:
             ValueError: The model is a stage of a pipeline, or under tensor parallelism another format is asked for.
         """
-        check_all_layers(self, "save_pretrained")
+        loading.check_all_layers(self, "save_pretrained")
         if kwargs.get("distributed_checkpoint") and (self.tp_size or 1) > 1:
             raise ValueError("distributed_checkpoint=True: must be False; the factors are gathered into one checkpoint")
         if save_original_format:
@@ -428,7 +414,7 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
         super().save_pretrained(save_directory, *args, save_original_format=False, **kwargs)
         is_main_process = args[0] if args else kwargs.get("is_main_process", True)
         if is_main_process and self.config.truncation_ranks:
-            write_folder_readme(save_directory)
+            loading.write_folder_readme(save_directory)
 
     def create_kivi_cache(self, **settings) -> KIVILatentCache:
         """An empty packed cache for this model.
@@ -494,7 +480,7 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
 class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):
     def __init__(self, config: ALRDLlamaConfig):
         config.check_latent_cache()
-        register_dense_conversion(config)
+        loading.register_dense_conversion(config)
         super(LlamaModel, self).__init__(config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
@@ -832,8 +818,8 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
             ValueError: `dense` is a model that cannot be split, has adapters of PEFT or another wrapper around it, or
                 `config` is for another kind of model.
         """
-        check_plain(dense)
-        check_same_model_type(ALRDLlamaConfig.from_llama(dense.config), config)
+        loading.check_plain(dense)
+        loading.check_same_model_type(ALRDLlamaConfig.from_llama(dense.config), config)
         model = cls(config)
         # As in a loaded model the frequencies of RoPE stay in float32.
         rotary_emb = model.model.rotary_emb
@@ -841,7 +827,7 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
         dtype, device = dtype or dense.dtype, torch.device(device or dense.device)
         model.to(dtype)
         model.model.rotary_emb = rotary_emb
-        model.load_state_dict(factored_state(dense, config, splits, dtype, device))
+        model.load_state_dict(loading.factored_state(dense, config, splits, dtype, device))
         model.generation_config = dense.generation_config
         return model.to(device).eval()
 
@@ -851,7 +837,7 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
         Raises:
             ValueError: The model is distributed.
         """
-        return dense_model(self)
+        return loading.dense_model(self)
 
 
 AutoModel.register(ALRDLlamaConfig, ALRDLlamaModel, exist_ok=True)

@@ -1,7 +1,7 @@
-"""Weights on their way in and out: dense checkpoints factored, stored ones checked, parts of ranks, dense models again.
+"""Loading and saving of weights: from dense ones to factors and back, checks, parts of tensor-parallel ranks.
 
-A model that is loaded is split weight by weight, by conversions that the library applies (`register_dense_conversion`);
-one that is there already by `factored_state`.
+`from_pretrained` splits a dense checkpoint weight by weight, by conversions that the library applies
+(`register_dense_conversion`); `from_dense` splits a model in memory (`factored_state`).
 """
 
 import os
@@ -17,8 +17,8 @@ from transformers.core_model_loading import ConversionOps, WeightConverter, Weig
 from configuration_alrd_llama import ALRDLlamaConfig, check_tiers, check_width_beside_tiers
 from modules.svd_linear import SVDLinear, factor_groups, join_factors
 
-#: The library keeps conversions per model type, ours differ per configuration: one load at a time.
-loading_lock = threading.Lock()
+#: Held while a model is loaded: the library keeps conversions per model type, ours differ per configuration.
+lock = threading.Lock()
 
 #: What a person finds who opens a saved folder without the project.
 _FOLDER_README = """# A model with low-rank keys and values (alrd_llama)
@@ -35,6 +35,7 @@ refuses this folder, and the auto classes know it only after the project is impo
 `trust_remote_code=True`.
 """
 
+#: Arguments of `from_pretrained` that say where a checkpoint is.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "gguf_file")
 
 
@@ -187,37 +188,41 @@ def check_stored_model(path, config: PreTrainedConfig | str | None, arguments: d
             if getattr(config, field):
                 raise ValueError(f"{field}=True: the mean is known to calibrated factors only; {path!r} is dense")
         return
-    for projection, rotation in (("k_proj", "k_hadamard"), ("v_proj", "v_hadamard")):
+    for projection in ("k_proj", "v_proj"):
         for i in range(config.num_hidden_layers):
-            ranks = stored.group_ranks(i, projection)
-            if ranks != config.group_ranks(i, projection):
-                raise ValueError(
-                    f"truncation_ranks: {projection} of layer {i} is stored with group ranks {ranks}, the given config "
-                    f"asks for {config.group_ranks(i, projection)}; split the dense checkpoint again to change them"
-                )
-            if ranks is not None and getattr(stored, rotation) != getattr(config, rotation):
-                raise ValueError(
-                    f"{rotation}={getattr(config, rotation)}: the checkpoint's factors are stored with "
-                    f"{rotation}={getattr(stored, rotation)}; split the dense checkpoint again to change it"
-                )
-            name = f"model.layers.{i}.self_attn.{projection}"
-            tiers, asked = stored.width_tiers.get(name), config.width_tiers.get(name)
-            bits = f"{projection[0]}_bits"
-            if tiers is not None and asked is not None:
-                check_width_beside_tiers(projection[0], getattr(config, bits), getattr(stored, bits))
-            static = (getattr(config, f"{projection[0]}_scheme") or {}).get("static", False)
-            if tiers is not None and (static if asked is None else check_tiers(asked) != check_tiers(tiers)):
-                raise ValueError(
-                    f"width_tiers[{name!r}]={asked}: the checkpoint is calibrated for {tiers}; for one width give "
-                    f"create_kivi_cache() {projection[0]}_bits, or calibrate the dense checkpoint again"
-                )
-            field = f"{projection[0]}_bits"
-            if tiers is not None and asked is not None and getattr(config, field) != getattr(stored, field):
-                raise ValueError(
-                    f"{field}={getattr(config, field)}: must be {getattr(stored, field)} as stored, since width_tiers "
-                    f"say the widths of {projection}; for one width give create_kivi_cache() {field}, or "
-                    "width_tiers={}"
-                )
+            _check_stored_ranks(stored, config, i, projection)
+            _check_stored_tiers(stored, config, i, projection)
+
+
+def _check_stored_ranks(stored: ALRDLlamaConfig, config: ALRDLlamaConfig, layer_idx: int, projection: str) -> None:
+    ranks, asked = (c.group_ranks(layer_idx, projection) for c in (stored, config))
+    if ranks != asked:
+        raise ValueError(
+            f"truncation_ranks: {projection} of layer {layer_idx} is stored with group ranks {ranks}, the given config "
+            f"asks for {asked}; split the dense checkpoint again to change them"
+        )
+    rotation = f"{projection[0]}_hadamard"
+    if ranks is not None and getattr(stored, rotation) != getattr(config, rotation):
+        raise ValueError(
+            f"{rotation}={getattr(config, rotation)}: the checkpoint's factors are stored with "
+            f"{rotation}={getattr(stored, rotation)}; split the dense checkpoint again to change it"
+        )
+
+
+def _check_stored_tiers(stored: ALRDLlamaConfig, config: ALRDLlamaConfig, layer_idx: int, projection: str) -> None:
+    """Refuse other width tiers than the factors are calibrated for, or none where calibrated scales need them."""
+    name, side = f"model.layers.{layer_idx}.self_attn.{projection}", projection[0]
+    tiers, asked = stored.width_tiers.get(name), config.width_tiers.get(name)
+    if tiers is None:
+        return
+    if asked is not None:
+        check_width_beside_tiers(side, getattr(config, f"{side}_bits"), getattr(stored, f"{side}_bits"))
+    static = (getattr(config, f"{side}_scheme") or {}).get("static", False)
+    if static if asked is None else check_tiers(asked) != check_tiers(tiers):
+        raise ValueError(
+            f"width_tiers[{name!r}]={asked}: the checkpoint is calibrated for {tiers}; for one width give "
+            f"create_kivi_cache() {side}_bits, or calibrate the dense checkpoint again"
+        )
 
 
 def check_all_loaded(path, info: dict) -> None:
@@ -250,6 +255,7 @@ def check_tensor_parallel(config: ALRDLlamaConfig, size: int, other_sizes: int) 
 
 
 def check_tensor_parallel_plan(plan: dict[str, str]) -> None:
+    """Refuse a plan of the library's, style by name of a layer, that does not split the projections by heads."""
     for projection in ("q_proj", "k_proj", "v_proj"):
         styles = {style for name, style in plan.items() if name.endswith(f"self_attn.{projection}")}
         if styles != {"colwise"}:
@@ -265,7 +271,7 @@ def check_all_layers(model: PreTrainedModel, what: str) -> None:
 
 
 def gathered_factors(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The whole factors, on the CPU, of those in a `state_dict` of which ranks hold parts; every rank must call it."""
+    """Whole factors, on the CPU, for those entries of `state` that ranks hold parts of; every rank must call it."""
     whole = {}
     for module_name, module in model.named_modules():
         if isinstance(module, SVDLinear) and module.BLinear.process_group is not None:
