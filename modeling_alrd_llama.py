@@ -1,11 +1,9 @@
 """Llama, Mistral or Qwen2 with low-rank key and value projections, whose latents live in a `KIVILatentCache`."""
 
 import copy
-import os
-import threading
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial, wraps
 
@@ -17,12 +15,9 @@ from transformers import (
     AutoModelForCausalLM,
     GenerationMixin,
     LlamaForCausalLM,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers import initialization as init
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 from transformers.generation import GenerationMode
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -41,179 +36,18 @@ from transformers.models.llama.modeling_llama import (
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from configuration_alrd_llama import ALRDLlamaConfig, check_tiers, check_width_beside_tiers
+from configuration_alrd_llama import ALRDLlamaConfig
+from modules import loading
 from modules.decode_graph import DecodeGraph
 from modules.kernels import MAX_QUERY_LENGTH
 from modules.kernels.attention import attention_received
 from modules.kernels.packed import NewTokens, PackedCache, Rope, counts_of_rows
 from modules.kivi_cache import CacheScheme, KIVILatentCache, config_schemes, create_kivi_cache
 from modules.quant_utils import quantize_latent, require
-from modules.svd_linear import ALinear, SVDLinear, factor_groups, join_factors, own_groups
+from modules.svd_linear import ALinear, SVDLinear, own_groups
 
 #: The capacity that `generate` gives a cache is a multiple of it, in tokens.
 CAPACITY_STEP = 512
-
-# ---- loading a dense checkpoint
-
-
-class SplitProjection(ConversionOps):
-    """Factor one dense weight while it is loaded: plain SVD per head group, the rotation folded in."""
-
-    def __init__(self, ranks: tuple[int, ...], rotate: bool, tiers: list | None = None):
-        self.ranks, self.rotate, self.tiers = ranks, rotate, tiers
-
-    @torch.no_grad()
-    def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
-        tensors = input_dict[source_patterns[0]]
-        weight = tensors[0] if isinstance(tensors, list) else tensors
-        a, b = join_factors(factor_groups(weight, self.ranks), self.rotate, weight.dtype, self.tiers)
-        return {target_patterns[0]: b, target_patterns[1]: a}
-
-
-def register_dense_conversion(config: ALRDLlamaConfig) -> None:
-    """Tell the library how the dense weights of a checkpoint become those of a model with this configuration."""
-    conversions = []
-    for i in range(config.num_hidden_layers):
-        for projection, rotate in (("k_proj", config.k_hadamard), ("v_proj", config.v_hadamard)):
-            ranks = config.group_ranks(i, projection)
-            if ranks is not None:
-                name = f"layers.{i}.self_attn.{projection}"
-                factors = [f"{name}.BLinear.weight", f"{name}.ALinear.weight"]
-                tiers = config.width_tiers.get(f"model.{name}")
-                conversions.append(WeightConverter(f"{name}.weight", factors, [SplitProjection(ranks, rotate, tiers)]))
-                conversions.append(WeightRenaming(f"{name}.bias", f"{name}.ALinear.bias"))
-    register_checkpoint_conversion_mapping(config.model_type, conversions, overwrite=True)
-
-
-#: The library keeps conversions per model type, ours differ per configuration: one load at a time.
-_loading = threading.Lock()
-
-#: What a person finds who opens a saved folder without the project.
-_FOLDER_README = """# A model with low-rank keys and values (alrd_llama)
-
-The key and value projections are stored as factors, which the classes of transformers do not know: `LlamaForCausalLM`
-refuses this folder, and the auto classes know it only after the project is imported. From a checkout of the project:
-
-    from modeling_alrd_llama import ALRDLlamaForCausalLM
-
-    model = ALRDLlamaForCausalLM.from_pretrained("path of this folder")
-
-`model.save_pretrained(folder, save_original_format=True)` writes the plain dense model for any other program;
-`python scripts/export_hub.py --model FOLDER --output OTHER` writes a folder that loads without the project, by
-`trust_remote_code=True`.
-"""
-
-_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "gguf_file")
-
-
-def _check_dense_model_type(stored: ALRDLlamaConfig, config: ALRDLlamaConfig) -> None:
-    """Refuse a configuration of another kind of model than the weights are of: it would leave out their biases."""
-    if stored.dense_model_type != config.dense_model_type:
-        raise ValueError(
-            f"dense_model_type={config.dense_model_type!r}: must be {stored.dense_model_type!r}, as the weights are; "
-            "make the config from that of the checkpoint"
-        )
-
-
-def _check_plain(dense: nn.Module) -> None:
-    """Refuse a model whose weights are not its own: with adapters, wrapped, compiled or quantized."""
-    kind = type(dense).__name__
-    adapted = [name for name, module in dense.named_modules() if hasattr(module, "base_layer")]
-    if adapted:
-        raise ValueError(
-            f"dense: {kind} has PEFT adapters, of {adapted[0]} and {len(adapted) - 1} more: must be merged first, by "
-            "PEFT's merge_and_unload()"
-        )
-    if hasattr(dense, "peft_config"):
-        raise ValueError(f"dense: {kind} has PEFT prompts: must be without them, as dense.get_base_model() is")
-    weights = dense.state_dict()
-    for i in range(dense.config.num_hidden_layers):
-        for projection in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            name = f"model.layers.{i}.self_attn.{projection}.weight"
-            weight = weights.get(name)
-            if weight is None or not weight.is_floating_point() or weight.itemsize == 1:
-                found = "no such weight" if weight is None else f"a weight in {weight.dtype}"
-                raise ValueError(f"dense: {kind} must be a plain model, not wrapped, not quantized; {name}: {found}")
-
-
-def _check_stored_model(path, config: ALRDLlamaConfig, hub_arguments: dict) -> None:
-    """Refuse a configuration whose model type or factors differ from those that a checkpoint stores."""
-    stored = ALRDLlamaConfig.from_pretrained(path, **hub_arguments)
-    _check_dense_model_type(stored, config)
-    if not stored.truncation_ranks:
-        for field in ("k_mean_split", "v_mean_split"):
-            if getattr(config, field):
-                raise ValueError(f"{field}=True: the mean is known to calibrated factors only; {path!r} is dense")
-        return
-    for projection, rotation in (("k_proj", "k_hadamard"), ("v_proj", "v_hadamard")):
-        for i in range(config.num_hidden_layers):
-            ranks = stored.group_ranks(i, projection)
-            if ranks != config.group_ranks(i, projection):
-                raise ValueError(
-                    f"truncation_ranks: {projection} of layer {i} is stored with group ranks {ranks}, the given config "
-                    f"asks for {config.group_ranks(i, projection)}; split the dense checkpoint again to change them"
-                )
-            if ranks is not None and getattr(stored, rotation) != getattr(config, rotation):
-                raise ValueError(
-                    f"{rotation}={getattr(config, rotation)}: the checkpoint's factors are stored with "
-                    f"{rotation}={getattr(stored, rotation)}; split the dense checkpoint again to change it"
-                )
-            name = f"model.layers.{i}.self_attn.{projection}"
-            tiers, asked = stored.width_tiers.get(name), config.width_tiers.get(name)
-            bits = f"{projection[0]}_bits"
-            if tiers is not None and asked is not None:
-                check_width_beside_tiers(projection[0], getattr(config, bits), getattr(stored, bits))
-            static = (getattr(config, f"{projection[0]}_scheme") or {}).get("static", False)
-            if tiers is not None and (static if asked is None else check_tiers(asked) != check_tiers(tiers)):
-                raise ValueError(
-                    f"width_tiers[{name!r}]={asked}: the checkpoint is calibrated for {tiers}; for one width give "
-                    f"create_kivi_cache() {projection[0]}_bits, or calibrate the dense checkpoint again"
-                )
-            field = f"{projection[0]}_bits"
-            if tiers is not None and asked is not None and getattr(config, field) != getattr(stored, field):
-                raise ValueError(
-                    f"{field}={getattr(config, field)}: must be {getattr(stored, field)} as stored, since width_tiers "
-                    f"say the widths of {projection}; for one width give create_kivi_cache() {field}, or "
-                    "width_tiers={}"
-                )
-
-
-# ---- several devices
-
-
-def _check_tensor_parallel(config: ALRDLlamaConfig, size: int, other_sizes: int) -> None:
-    """Refuse a number of ranks over which the heads, or their groups, cannot be dealt out whole."""
-    counts = {"num_key_value_heads": config.num_key_value_heads}
-    if config.num_head_groups > 1 and config.truncation_ranks:
-        counts[f"the head groups of head_group_size={config.head_group_size}"] = config.num_head_groups
-        if not config.use_kivi:
-            raise ValueError(
-                f"tp_size={size}: the simple scheme (use_kivi=False) rounds the latents of all head groups together, "
-                "so they cannot be on several ranks; head_group_size must be None"
-            )
-    for name, count in counts.items():
-        if count % size:
-            raise ValueError(f"tp_size={size}: must divide {name}, {count}: a rank caches whole ones")
-    if other_sizes > 1:
-        raise ValueError(f"tp_size={size}: cannot be combined with FSDP (over {other_sizes} ranks)")
-
-
-def _check_tensor_parallel_plan(plan: dict[str, str]) -> None:
-    for projection in ("q_proj", "k_proj", "v_proj"):
-        styles = {style for name, style in plan.items() if name.endswith(f"self_attn.{projection}")}
-        if styles != {"colwise"}:
-            raise ValueError(
-                f"tp_plan: {projection} must be 'colwise', as the cache is split with its heads; got {styles or None}"
-            )
-
-
-def _static_buffer(split: SVDLinear, name: str) -> torch.Tensor:
-    """A buffer in float32, from where accelerate keeps it if it is offloaded (`offload_buffers=True`)."""
-    buffer = getattr(split, name)
-    return (split._hf_hook.weights_map[name] if buffer.is_meta else buffer).float()
-
-
-# ---- model
 
 
 @dataclass(eq=False)
@@ -459,6 +293,12 @@ def captures_graphs(model: PreTrainedModel) -> bool:
     return model.device.type == "cuda"
 
 
+def _static_buffer(split: SVDLinear, name: str) -> torch.Tensor:
+    """A buffer in float32, from where accelerate keeps it if it is offloaded (`offload_buffers=True`)."""
+    buffer = getattr(split, name)
+    return (split._hf_hook.weights_map[name] if buffer.is_meta else buffer).float()
+
+
 @torch.compiler.disable
 def _untraced(function: Callable, *args, **kwargs):
     return function(*args, **kwargs)
@@ -526,25 +366,12 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
                 keyword, asks for another kind of model or other factors than the checkpoint stores.
         """
         if pretrained_model_name_or_path is not None:
-            hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-            wanted = config
-            if not isinstance(config, PreTrainedConfig):
-                # As the library will: fields by keyword take the place of those in the folder.
-                own = {name: kwargs[name] for name in ALRDLlamaConfig.__dataclass_fields__ if name in kwargs}
-                wanted = ALRDLlamaConfig.from_pretrained(
-                    pretrained_model_name_or_path if config is None else config, **hub_arguments, **own
-                )
-            _check_stored_model(pretrained_model_name_or_path, wanted, hub_arguments)
-        with _loading:
+            loading.check_stored_model(pretrained_model_name_or_path, config, kwargs)
+        with loading.lock:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *args, config=config, output_loading_info=True, **kwargs
             )
-        unloaded = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
-        if unloaded:
-            raise ValueError(
-                f"{pretrained_model_name_or_path}: the checkpoint has no fitting weights for {', '.join(unloaded)}; "
-                "they would be random"
-            )
+        loading.check_all_loaded(pretrained_model_name_or_path, info)
         if (model.tp_size or 1) > 1:
             mesh = model._device_mesh
             mesh = mesh["tp"] if mesh.ndim > 1 else mesh
@@ -558,25 +385,16 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
         size = 1 if distributed_config is None else distributed_config.tp_size
         if size > 1:
             others = distributed_config.fsdp_size * getattr(distributed_config, "dp_replicate_size", 1)
-            _check_tensor_parallel(model.config, size, others)
+            loading.check_tensor_parallel(model.config, size, others)
         model = super().maybe_distribute_model(model, distributed_config, *mesh)
         if size > 1:
-            _check_tensor_parallel_plan(model.tp_plan)
+            loading.check_tensor_parallel_plan(model.tp_plan)
         return model
 
     def gather_sharded_state_dict_for_save(self, model_to_save, state_dict: dict, *args, **kwargs) -> dict:
         """The library's hook of `save_pretrained`, called by every rank: add what it does not know to be in parts."""
         whole = super().gather_sharded_state_dict_for_save(model_to_save, state_dict, *args, **kwargs)
-        for module_name, module in model_to_save.named_modules():
-            if isinstance(module, SVDLinear) and module.BLinear.process_group is not None:
-                for name, tensor in module.gathered_state().items():
-                    if f"{module_name}.{name}" in whole:
-                        whole[f"{module_name}.{name}"] = tensor.cpu()
-        return whole
-
-    def _check_whole(self, what: str) -> None:
-        if getattr(self, "_pp_stage", None) is not None:
-            raise ValueError(f"{what}: a stage of a pipeline has some of the layers only; load the model without it")
+        return whole | loading.gathered_factors(model_to_save, whole)
 
     def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
         """Save the factors as they are; with `save_original_format=True` the dense model of `to_dense`.
@@ -588,7 +406,7 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
         Raises:
             ValueError: The model is a stage of a pipeline, or under tensor parallelism another format is asked for.
         """
-        self._check_whole("save_pretrained")
+        loading.check_all_layers(self, "save_pretrained")
         if kwargs.get("distributed_checkpoint") and (self.tp_size or 1) > 1:
             raise ValueError("distributed_checkpoint=True: must be False; the factors are gathered into one checkpoint")
         if save_original_format:
@@ -596,8 +414,7 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
         super().save_pretrained(save_directory, *args, save_original_format=False, **kwargs)
         is_main_process = args[0] if args else kwargs.get("is_main_process", True)
         if is_main_process and self.config.truncation_ranks:
-            with suppress(FileExistsError), open(os.path.join(save_directory, "README.md"), "x") as readme:
-                readme.write(_FOLDER_README)
+            loading.write_folder_readme(save_directory)
 
     def create_kivi_cache(self, **settings) -> KIVILatentCache:
         """An empty packed cache for this model.
@@ -663,7 +480,7 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
 class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):
     def __init__(self, config: ALRDLlamaConfig):
         config.check_latent_cache()
-        register_dense_conversion(config)
+        loading.register_dense_conversion(config)
         super(LlamaModel, self).__init__(config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
@@ -1019,8 +836,8 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
             ValueError: `dense` is a model that cannot be split, has adapters of PEFT or another wrapper around it, or
                 `config` is for another kind of model.
         """
-        _check_plain(dense)
-        _check_dense_model_type(ALRDLlamaConfig.from_llama(dense.config), config)
+        loading.check_plain(dense)
+        loading.check_same_model_type(ALRDLlamaConfig.from_llama(dense.config), config)
         model = cls(config)
         # As in a loaded model the frequencies of RoPE stay in float32.
         rotary_emb = model.model.rotary_emb
@@ -1028,47 +845,17 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
         dtype, device = dtype or dense.dtype, torch.device(device or dense.device)
         model.to(dtype)
         model.model.rotary_emb = rotary_emb
-        state = {name: t.detach().to(device, dtype, copy=True) for name, t in dense.state_dict().items()}
-        for i, layer in enumerate(dense.model.layers):
-            for projection, rotate in (("k_proj", config.k_hadamard), ("v_proj", config.v_hadamard)):
-                ranks = config.group_ranks(i, projection)
-                if ranks is None:
-                    continue
-                name, linear = f"model.layers.{i}.self_attn.{projection}", getattr(layer.self_attn, projection)
-                how = splits[i][projection] if splits else {}
-                tiers = config.width_tiers.get(name)
-                if tiers is None and getattr(config, f"{projection[0]}_mean_split"):
-                    # A rotation must not spread the mean over the other channels.
-                    tiers = [[(n, 16) for n in (1, rank - 1) if n] for rank in ranks]
-                split = SVDLinear.from_linear(linear, ranks, config.num_key_value_heads, rotate, tiers, **how)
-                state = {key: tensor for key, tensor in state.items() if not key.startswith(f"{name}.")}
-                state.update({f"{name}.{key}": tensor for key, tensor in split.state_dict().items()})
-        model.load_state_dict(state)
+        model.load_state_dict(loading.factored_state(dense, config, splits, dtype, device))
         model.generation_config = dense.generation_config
         return model.to(device).eval()
 
-    @torch.no_grad()
     def to_dense(self) -> PreTrainedModel:
         """A plain model of the config's `dense_model_type` with the products of the factors.
 
         Raises:
             ValueError: The model is distributed.
         """
-        self._check_whole("to_dense")
-        if (self.tp_size or 1) > 1:
-            raise ValueError(f"to_dense: a rank of {self.tp_size} has some of the heads only; load the model on one")
-        state = self.state_dict()
-        for name, module in self.named_modules():
-            if isinstance(module, SVDLinear):
-                bias = state.get(f"{name}.ALinear.bias")
-                state = {key: tensor for key, tensor in state.items() if not key.startswith(f"{name}.")}
-                state[f"{name}.weight"] = module.dense_weight()
-                if bias is not None:
-                    state[f"{name}.bias"] = bias
-        dense = AutoModelForCausalLM.from_config(self.config.to_dense()).to(self.dtype)
-        dense.load_state_dict(state)
-        dense.generation_config = self.generation_config
-        return dense.to(self.device).eval()
+        return loading.dense_model(self)
 
 
 AutoModel.register(ALRDLlamaConfig, ALRDLlamaModel, exist_ok=True)

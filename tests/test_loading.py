@@ -79,7 +79,7 @@ def test_save_and_reload_is_bit_exact_and_does_not_factor_again(tmp_path, dense,
     model = tiny_split(tmp_path, MIXED, head_group_size=1, dense=dense.to(dtype))
     assert model.dtype == dtype
     model.save_pretrained(tmp_path / "split")
-    monkeypatch.setattr("modeling_alrd_llama.factor_groups", None)
+    monkeypatch.setattr("modules.loading.factor_groups", None)
     again = ALRDLlamaForCausalLM.from_pretrained(tmp_path / "split", dtype="auto")
     assert same_state(again, model) and again.config.truncation_ranks == model.config.truncation_ranks
     ids = torch.randint(1, 97, (1, 40))

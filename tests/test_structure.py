@@ -50,6 +50,7 @@ ORDER = [
     "modules.fit.allocation",
     "modules.fit.rank_search",
     "modules",
+    "modules.loading",
     "modeling_alrd_llama",
     "modules.fit.budget",
     "modules.fit",
