@@ -191,7 +191,8 @@ class KIVILatentCache(Cache):
             for i, layer in enumerate(self.layers if self.capacity is None else ()):
                 layer.return_to(marks[i] if i < len(marks) else None)
             # A step that was being captured has done nothing yet.
-            self._torn = self.capacity is not None and not torch.cuda.is_current_stream_capturing()
+            captured = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+            self._torn = self.capacity is not None and not captured
             raise
 
     def _check_whole(self) -> None:

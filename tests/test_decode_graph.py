@@ -214,7 +214,8 @@ def test_a_capture_refused_within_the_step_leaves_the_cache_whole(model, on_cuda
     expected = model.generate(**asked, disable_compile=True)
     model.model.layers[0].register_forward_pre_hook(refuse)
     monkeypatch.setattr(torch.cuda, "graph", capture)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(capturing))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(capturing))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.warns(UserWarning, match="not replayed from a CUDA graph: operation not permitted"):
         assert torch.equal(model.generate(**asked), expected)
 
