@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from modules.allocation import static_scales
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from configuration_alrd_llama import ALRDLlamaConfig
 from modeling_alrd_llama import ALRDLlamaForCausalLM
+from modules.fit.allocation import static_scales
 from modules.kivi_cache import KIVILatentCache
 from modules.svd_linear import factor_groups
 from tests.helpers import tiny_dense
