@@ -762,7 +762,7 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
 
     def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
         """As the library's; a step over several devices is no graph, nor one whose RoPE waits for the longest row."""
-        rope_type = self.config.rope_parameters["rope_type"]
+        rope_type = (self.config.rope_parameters or {}).get("rope_type", "default")
         refused = isinstance(model_kwargs.get("past_key_values"), KIVILatentCache) and (
             (self.tp_size or 1) > 1
             or getattr(self, "_pp_stage", None) is not None
