@@ -1,4 +1,4 @@
-"""A packed KV cache of `transformers`, for latents and for any model; what a layer does is in `cache_layer.py`."""
+"""A packed KV cache of `transformers`, for latents and for any model; what a layer does is in `cache/layer.py`."""
 
 import copy
 import json
@@ -14,8 +14,10 @@ import torch
 from transformers import Cache
 
 from configuration_alrd_llama import ALRDLlamaConfig, QuantScheme, check_choice, check_count
-from modules.cache_file import read_cache_file, write_cache_file
-from modules.cache_layer import (
+from modules.cache.codecs import block_nbytes
+from modules.cache.file import read_cache_file, write_cache_file
+from modules.cache.fingerprint import DIGESTS, differences, model_fingerprint
+from modules.cache.layer import (
     CacheScheme,
     FixedLatentLayer,
     KIVILatentLayer,
@@ -28,11 +30,9 @@ from modules.cache_layer import (
     repeated_rows,
     storage_nbytes,
 )
-from modules.codecs import block_nbytes
-from modules.fingerprint import DIGESTS, differences, model_fingerprint
+from modules.formats.vidkv import parse_quantization_config
 from modules.kernels import BACKENDS
 from modules.quant_utils import KIVIQuantizer
-from modules.vidkv import parse_quantization_config
 
 
 class KIVILatentCache(Cache):
@@ -364,7 +364,7 @@ class KIVILatentCache(Cache):
         """Write the cache, packed as it is, to a safetensors file; an interrupted save leaves an old file whole.
 
         Args:
-            path: The file (`modules/cache_file.py`).
+            path: The file (`modules/cache/file.py`).
             model: The model that has filled the cache, for its fingerprint; an `ALRDLlamaForCausalLM` is known. A file
                 without fingerprint is taken for that of any model.
             digest: What the fingerprint, which `load` takes anew, is of: "all" weights, or a "sample" of each, in
@@ -600,7 +600,7 @@ def create_kivi_cache(
         config: The latent model that will use the cache (its settings are not read, only its ranks); `None` makes a
             drop-in cache for any model.
         k_scheme, v_scheme: Other fields of `QuantScheme` for keys or values.
-        quantization_config: VidKV's dictionary or string instead of the settings above (`modules/vidkv.py`).
+        quantization_config: VidKV's dictionary or string instead of the settings above (`modules/formats/vidkv.py`).
         layer_schemes, static_scales, backend, token_score, capacity: As for `KIVILatentCache`.
 
     Raises:

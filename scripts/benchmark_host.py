@@ -33,7 +33,9 @@ from triton.runtime.jit import JITFunction, KernelInterface
 
 from configuration_alrd_llama import ALRDLlamaConfig
 from modeling_alrd_llama import ALRDLlamaForCausalLM
-from modules.kernels import append_triton, attention_triton, quantize_triton
+from modules.kernels.triton import append as append_triton
+from modules.kernels.triton import attention as attention_triton
+from modules.kernels.triton import quantize as quantize_triton
 from scripts.attention_peers import milliseconds, quartiles
 from scripts.benchmark_decode import SMALL
 from scripts.common import check_positive, environment, parse_config, set_ranks, write_json

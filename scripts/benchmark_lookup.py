@@ -3,7 +3,7 @@
 One decode step of one layer of Llama-3-8B (32 query, 8 key/value heads of 128) over a `KIVILatentLayer` in QLUTATTN's
 formats, the same packed cache for all, on the CPU:
 
-    lookup      tables of the sums of a few codes' products (`modules/kernels/lookup_attention.py`)
+    lookup      tables of the sums of a few codes' products (`modules/kernels/cpu/lookup.py`)
     dot         the same kernel with int8 dot products of the codes, two digits of the query and of the weights
     dequantize  everything dequantized by the C++ kernel of the cpu back end, then PyTorch's matrix products
 
@@ -25,12 +25,12 @@ import torch
 from tqdm import tqdm
 
 from modules import quant_utils
-from modules.kernels import quantize_cpu
+from modules.formats.qlutattn import QLUTATTN
 from modules.kernels.attention import latent_attention
-from modules.kernels.lookup_attention import FASTER, instructions, lookup_attention
+from modules.kernels.cpu import quantize as quantize_cpu
+from modules.kernels.cpu.lookup import FASTER, instructions, lookup_attention
 from modules.kernels.packed import PackedCache, PackedSide
 from modules.kivi_cache import CacheScheme, KIVILatentLayer
-from modules.qlutattn import QLUTATTN
 from scripts.common import check_positive, environment, parse_config, write_json
 
 #: Bound on the error, in units of that of plain bfloat16.

@@ -30,7 +30,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from modeling_alrd_llama import ALRDLlamaForCausalLM
-from modules.cache_layer import storage_nbytes
+from modules.cache.layer import storage_nbytes
 from modules.kivi_cache import KIVILatentCache
 from scripts.attention_peers import milliseconds, quartiles
 from scripts.common import (

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from modules.calibrated_int8 import calibrate, load_process_config
+from modules.formats.calibrated_int8 import calibrate, load_process_config
 from scripts.common import (
     BUNDLED_MODEL,
     ROOT,

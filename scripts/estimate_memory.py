@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 import torch
 
-from modules.block_pool import block_nbytes
-from modules.cache_layer import CacheScheme, LayerWidths
+from modules.cache.layer import CacheScheme, LayerWidths
+from modules.cache.pool import block_nbytes
 from modules.kivi_cache import config_schemes, config_widths
 from scripts.common import (
     BUNDLED_MODEL,

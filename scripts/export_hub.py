@@ -26,7 +26,7 @@ from transformers.utils import CHAT_TEMPLATE_DIR
 
 from configuration_alrd_llama import ALRDLlamaConfig
 from modeling_alrd_llama import ALRDLlamaForCausalLM, ALRDLlamaModel
-from modules.kernels import cpp_sources
+from modules.kernels.cpu import sources as cpp_sources
 from scripts.common import ROOT, git_commit, human_bytes, parse_config
 from scripts.eval_perplexity import table
 
@@ -186,7 +186,7 @@ def _is_registration(node: ast.stmt) -> bool:
 
 
 def constant_sources() -> str:
-    """`modules/kernels/cpp_sources.py` with the texts in it, since files that are not Python stay behind."""
+    """`modules/kernels/cpu/sources.py` with the texts in it, since files that are not Python stay behind."""
     lines = [f"# Written by scripts/export_hub.py.\n{cpp_sources.__doc__!r}\n", "SOURCES = {"]
     for name, text in cpp_sources.SOURCES.items():
         readable = '"""' not in text and text.endswith("\n") and "\r" not in text

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from configuration_alrd_llama import QuantScheme
-from modules.codecs import block_nbytes, make_codec
+from modules.cache.codecs import block_nbytes, make_codec
 from scripts.calibrate_svd_ranks import CalibrationConfig, calibrate_model
 from scripts.common import BUNDLED_MODEL, environment, parse_config, write_json
 from scripts.corpus import load_documents, tokenize_windows

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from configuration_alrd_llama import QuantScheme
-from modules.qlutattn import QLUTATTN
+from modules.formats.qlutattn import QLUTATTN
 from scripts import plots
 from scripts.ablate_calibration import table as ablation_table
 from scripts.attention_peers import milliseconds

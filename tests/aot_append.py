@@ -1,4 +1,4 @@
-"""Compile the Triton kernels of `modules/kernels/append_triton.py` for GPUs that are not here: see `aot_compile.py`.
+"""Compile the Triton kernels of `modules/kernels/triton/append.py` for GPUs that are not here: see `aot_compile.py`.
 
     python tests/aot_append.py [--architectures 80 90]
 
@@ -14,8 +14,8 @@ from types import SimpleNamespace
 
 import torch
 
-from modules.fixed_cache import FixedStore, Room
-from modules.kernels import append_triton
+from modules.cache.fixed_store import FixedStore, Room
+from modules.kernels.triton import append as append_triton
 from modules.kivi_cache import CacheScheme
 from tests import aot_compile
 

@@ -25,9 +25,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from configuration_alrd_llama import QuantScheme
-from modules.codecs import make_codec
-from modules.kernels import attention_triton as kernels
+from modules.cache.codecs import make_codec
 from modules.kernels.packed import PackedCache, PackedSide, Rope, Tile
+from modules.kernels.triton import attention as kernels
 from modules.svd_linear import ALinear
 from tests.aot_compile import TYPES, Recorder, usage
 

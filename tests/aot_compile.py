@@ -2,7 +2,7 @@
 
     python tests/aot_compile.py [--all] [--architectures 80 90]
 
-For each kernel that the functions of `modules/kernels/quantize_triton.py` would launch: registers of a thread, its
+For each kernel that the functions of `modules/kernels/triton/quantize.py` would launch: registers of a thread, its
 stack and local memory (both 0 unless registers spill), shared memory of a program, and instructions that would round
 differently from the reference. Not under TRITON_INTERPRET: run as a process of its own. `tests/test_kernels.py` asserts
 the record.
@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from modules.kernels import quantize_triton as quantize
+from modules.kernels.triton import quantize
 
 ARCHITECTURES = (80, 89, 90, 100)
 

@@ -19,7 +19,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from modules.kernels import attention_triton, quantize_triton
+from modules.kernels.triton import attention as attention_triton
+from modules.kernels.triton import quantize as quantize_triton
 from tests import aot_append, aot_attention, aot_compile
 
 

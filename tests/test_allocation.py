@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from configuration_alrd_llama import QuantScheme, side_scheme
-from modules.codecs import make_codec
+from modules.cache.codecs import make_codec
 from modules.fit.allocation import TIER_BITS, ChannelCosts, Prices, allocate, largest_share, measure_costs, tier_prices
 from modules.fit.allocation import static_scales as find_scales
 from modules.kivi_cache import CacheScheme, KIVILatentCache

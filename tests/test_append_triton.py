@@ -10,7 +10,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from modules.kernels import append_triton
+from modules.kernels.triton import append as append_triton
 from modules.kivi_cache import CacheScheme
 from tests.test_fixed_cache import SCHEMES, assert_same_rows, left_padded, pair, random_states
 

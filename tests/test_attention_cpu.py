@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from configuration_alrd_llama import QuantScheme
 from modeling_alrd_llama import LatentStep
 from modules.kernels.attention import latent_attention as reference_attention
-from modules.kernels.attention_cpu import latent_attention
-from modules.kernels.cpp_library import MARCH_VARIABLE, library
+from modules.kernels.cpu.attention import latent_attention
+from modules.kernels.cpu.library import MARCH_VARIABLE, library
 from modules.kernels.packed import PackedCache, Rope, Tile
 from modules.kivi_cache import CacheScheme, KIVILatentLayer
 from modules.svd_linear import ALinear, split_groups

@@ -23,7 +23,7 @@ from tests.conftest import PoisonedTorch
 from tests.helpers import tiny_dense, tiny_split
 
 triton = pytest.importorskip("triton")
-from modules.kernels import attention_triton as kernels  # noqa: E402
+from modules.kernels.triton import attention as kernels  # noqa: E402
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 

@@ -8,7 +8,10 @@ import sys
 import pytest
 import torch
 
-from modules.kernels import append_triton, attention_triton, get_backend, quantize_triton
+from modules.kernels import get_backend
+from modules.kernels.triton import append as append_triton
+from modules.kernels.triton import attention as attention_triton
+from modules.kernels.triton import quantize as quantize_triton
 from scripts import benchmark_host
 from scripts.benchmark_host import BenchmarkConfig, NoLaunch
 from scripts.common import ROOT

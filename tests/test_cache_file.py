@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from modules.cache_file import CHECKSUM, KEY
+from modules.cache.file import CHECKSUM, KEY
 from modules.kivi_cache import CacheScheme, KIVILatentCache, create_kivi_cache
 from tests.helpers import tiny_dense, tiny_split
 

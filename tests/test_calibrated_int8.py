@@ -19,8 +19,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from modules import calibrated_int8
-from modules.calibrated_int8 import (
+from modules.formats import calibrated_int8
+from modules.formats.calibrated_int8 import (
     SIDES,
     TAIL_LENGTH,
     CalibratedScales,

@@ -18,8 +18,9 @@ from simulated_cache import round_parameter, round_trip_block
 from test_kivi_cache import assert_same_rows, chunks_of, feed, padded_masks, raw_row, row_states
 
 from configuration_alrd_llama import SUPPORTED_BITS, QuantScheme
-from modules import codecs, quant_utils
-from modules.codecs import QUANTIZERS, block_nbytes, make_codec, register_quantizer
+from modules import quant_utils
+from modules.cache import codecs
+from modules.cache.codecs import QUANTIZERS, block_nbytes, make_codec, register_quantizer
 from modules.hadamard_utils import hadamard_matrix, rotate, rotate_back
 from modules.kivi_cache import CacheScheme, KIVILatentCache, KIVILatentLayer, create_kivi_cache
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
-from modules.kernels import cpp_library
-from modules.kernels.cpp_library import library
+from modules.kernels.cpu import library as cpp_library
+from modules.kernels.cpu.library import library
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,7 +26,7 @@ extern "C" int64_t sum_threads(const float* x, int64_t n, float scale, int64_t t
 """
 CODE = """
 import sys, torch
-from modules.kernels import cpp_library
+from modules.kernels.cpu import library as cpp_library
 def runtimes():  # the library may load those of other packages
     return {line.split()[-1] for line in open("/proc/self/maps") if "/libgomp" in line or "/libiomp" in line}
 before = runtimes()

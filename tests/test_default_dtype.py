@@ -11,7 +11,7 @@ import torch
 
 from configuration_alrd_llama import ALRDLlamaConfig
 from modeling_alrd_llama import ALRDLlamaForCausalLM
-from modules.calibrated_int8 import calibrate, deploy_fake_quant
+from modules.cache.token_scores import QuerySimilarity
 from modules.fit.allocation import TIER_BITS, allocate, load_costs, measure_costs, save_costs, tier_prices
 from modules.fit.objectives import OBJECTIVES, probe_rates, projection_factors
 from modules.fit.rank_search import (
@@ -22,14 +22,14 @@ from modules.fit.rank_search import (
     water_fill,
 )
 from modules.fit.statistics import collect_statistics
+from modules.formats.calibrated_int8 import calibrate, deploy_fake_quant
+from modules.formats.qlutattn import QLUTATTN, layer_schemes_by_range
+from modules.formats.vidkv import QuantizedTensorFunction
 from modules.kernels import get_backend
-from modules.kernels.lookup_attention import METHODS, lookup_attention
+from modules.kernels.cpu.lookup import METHODS, lookup_attention
 from modules.kernels.packed import Rope
 from modules.kivi_cache import CacheScheme, KIVILatentCache, KIVILatentLayer, create_kivi_cache
-from modules.qlutattn import QLUTATTN, layer_schemes_by_range
 from modules.quant_utils import kivi_quantize_per_channel, kivi_quantize_per_token
-from modules.token_scores import QuerySimilarity
-from modules.vidkv import QuantizedTensorFunction
 from tests.helpers import all_ranks, tiny_dense
 
 ROOT = Path(__file__).resolve().parent.parent

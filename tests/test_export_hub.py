@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
 
 from modeling_alrd_llama import ALRDLlamaForCausalLM
-from modules import fixed_cache
-from modules.kernels import cpp_library, cpp_sources
+from modules.cache import fixed_store as fixed_cache
+from modules.kernels.cpu import library as cpp_library
+from modules.kernels.cpu import sources as cpp_sources
 from modules.kivi_cache import KIVILatentCache
 from scripts import calibrate_svd_ranks, export_hub
 from scripts.calibrate_svd_ranks import CalibrationConfig
@@ -106,7 +107,7 @@ tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 pipe = pipeline("text-generation", model=folder, trust_remote_code=True)
 found["pipeline"] = [type(pipe.model).__name__, pipe(tokenizer.decode(ids[0]), max_new_tokens=8, do_sample=False)]
 
-library = importlib.import_module(type(model).__module__.rpartition(".")[0] + ".kernels_cpp_library")
+library = importlib.import_module(type(model).__module__.rpartition(".")[0] + ".kernels_cpu_library")
 found["library"] = str(library._path())
 """
 
@@ -263,7 +264,7 @@ def test_beside_the_project(place, tmp_path, monkeypatch):
     ids, mask = prompt()
     found = [generate(cls.from_pretrained(hub).eval(), None, ids, mask) for cls in (copied, ALRDLlamaForCausalLM)]
     assert found[0] == found[1]
-    theirs = sys.modules[copied.__module__.rpartition(".")[0] + ".fixed_cache"]._append_in_graph
+    theirs = sys.modules[copied.__module__.rpartition(".")[0] + ".cache_fixed_store"]._append_in_graph
     assert theirs._qualname != fixed_cache._append_in_graph._qualname
     pickle.loads(pickle.dumps(copied))
 
@@ -411,7 +412,10 @@ class TestRefusals:
                 "from .kernels import BACKENDS",
             ],
         ),
-        ("from modules import codecs", ["from .codecs import __name__ as _", "from . import codecs"]),
+        (
+            "from modules.cache import codecs",
+            ["from .cache_codecs import __name__ as _", "from . import cache_codecs as codecs"],
+        ),
         (
             "import os, modules.kernels.packed as packed",
             ["import os", "from .kernels_packed import __name__ as _", "from . import kernels_packed as packed"],
@@ -427,7 +431,10 @@ def test_import_forms(statement, lines):
 
 @pytest.mark.parametrize(
     ("statement", "message"),
-    [("import modules.codecs", "here:1: `import modules.codecs` must have a name"), ("from . import x", "absolutely")],
+    [
+        ("import modules.files", "here:1: `import modules.files` must have a name"),
+        ("from . import x", "absolutely"),
+    ],
 )
 def test_import_forms_that_cannot_be_rewritten(statement, message):
     with pytest.raises(ValueError, match=message):

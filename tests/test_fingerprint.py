@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from modules.fingerprint import SAMPLE, model_fingerprint
+from modules.cache.fingerprint import SAMPLE, model_fingerprint
 from modules.kivi_cache import KIVILatentCache, create_kivi_cache
 from tests.helpers import tiny_dense, tiny_split
 

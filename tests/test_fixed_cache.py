@@ -10,8 +10,9 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import CompileConfig
 
-from modules import KIVILatentCache, create_kivi_cache, fixed_cache
-from modules.codecs import QUANTIZERS, ExactCodec
+from modules import KIVILatentCache, create_kivi_cache
+from modules.cache import fixed_store as fixed_cache
+from modules.cache.codecs import QUANTIZERS, ExactCodec
 from modules.kivi_cache import CacheScheme, FixedLatentLayer, KIVILatentLayer
 from tests.helpers import tiny_dense, tiny_split
 

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from configuration_alrd_llama import ALRDLlamaConfig
 from modeling_alrd_llama import ALRDLlamaForCausalLM
-from modules.cache_file import read_cache_file
+from modules.cache.file import read_cache_file
 from modules.kernels import get_backend
 from modules.kivi_cache import CacheScheme, KIVILatentCache
 

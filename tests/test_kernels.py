@@ -17,7 +17,7 @@ from tests.conftest import PoisonedTorch
 from tests.helpers import magnitudes, tiny_split
 
 triton = pytest.importorskip("triton")
-from modules.kernels import quantize_triton as kernels  # noqa: E402
+from modules.kernels.triton import quantize as kernels  # noqa: E402
 
 # numpy's, on what the interpreter computes where the kernels then do not look: beyond the end, and behind a NaN.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -273,7 +273,7 @@ def test_triton_needs_a_gpu_or_its_interpreter(monkeypatch):
 
 def test_without_triton_the_choice_is_said(monkeypatch):
     monkeypatch.delenv("ALRD_BACKEND", raising=False)
-    monkeypatch.setitem(sys.modules, "modules.kernels.quantize_triton", None)
+    monkeypatch.setitem(sys.modules, "modules.kernels.triton.quantize", None)
     with pytest.warns(
         UserWarning,
         match="chose 'reference' on cuda, since 'triton' cannot be used: import of",
@@ -286,7 +286,7 @@ def test_without_triton_the_choice_is_said(monkeypatch):
 def test_triton_is_imported_only_when_chosen():
     code = (
         "import sys, torch; from modules.kernels import get_backend; get_backend(None, torch.device('cpu')); "
-        "assert 'modules.kernels.quantize_triton' not in sys.modules"
+        "assert 'modules.kernels.triton.quantize' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
 

@@ -1083,7 +1083,7 @@ def test_a_packed_cache_generates_and_really_packs(make):
 
 
 def test_a_back_end_that_cannot_run_leaves_the_cache_empty(monkeypatch):
-    monkeypatch.setattr("modules.cache_layer.get_backend", lambda *_: (_ for _ in ()).throw(ValueError("backend")))
+    monkeypatch.setattr("modules.cache.layer.get_backend", lambda *_: (_ for _ in ()).throw(ValueError("backend")))
     cache = create_kivi_cache()
     with pytest.raises(ValueError, match="backend"):
         cache.update(torch.zeros(2, 1, 3, 4), torch.zeros(2, 1, 3, 4), 0)

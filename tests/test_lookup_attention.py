@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from configuration_alrd_llama import QuantScheme
-from modules.kernels import cpp_library
-from modules.kernels import lookup_attention as kernels
+from modules.formats.qlutattn import QLUTATTN
 from modules.kernels.attention import latent_attention
-from modules.kernels.lookup_attention import FASTER, METHODS, lookup_attention
+from modules.kernels.cpu import library as cpp_library
+from modules.kernels.cpu import lookup as kernels
+from modules.kernels.cpu.lookup import FASTER, METHODS, lookup_attention
 from modules.kernels.packed import PackedCache, Rope, Tile
 from modules.kivi_cache import CacheScheme, KIVILatentLayer
-from modules.qlutattn import QLUTATTN
 from modules.quant_utils import unpack_and_dequantize
 from scripts import benchmark_lookup
 from scripts.benchmark_lookup import BenchmarkConfig, dequantizing, error, main, multiply, table, unpack_exactly

@@ -14,7 +14,10 @@ from test_quant_utils import check_constant_groups, check_error_bound, check_pac
 
 import modeling_alrd_llama
 from configuration_alrd_llama import QuantScheme
-from modules import block_pool, codecs, hadamard_utils, quant_utils, vidkv
+from modules import hadamard_utils, quant_utils
+from modules.cache import codecs
+from modules.cache import pool as block_pool
+from modules.formats import vidkv
 from modules.kivi_cache import CacheScheme, KIVILatentLayer
 
 
@@ -216,7 +219,7 @@ def sides_are_swapped(monkeypatch):
         other = "per_token" if scheme.per_channel else "per_channel"
         return codecs.make_codec(replace(scheme, orientation=other), *args)
 
-    monkeypatch.setattr("modules.cache_layer.make_codec", swapped)
+    monkeypatch.setattr("modules.cache.layer.make_codec", swapped)
 
 
 # ---- widths below two bits, ranges, signs

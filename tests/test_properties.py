@@ -11,7 +11,7 @@ from test_codecs import CASES, SCHEMES, assert_same, raw, same_bits
 from test_kivi_cache import feed
 
 from modules import quant_utils
-from modules.codecs import make_codec
+from modules.cache.codecs import make_codec
 from modules.quant_utils import group_widths, pack_codes, packed_words, parameter_dtype, quantize, unpack_codes
 
 settings.register_profile(

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modules import quant_utils as reference
-from modules.kernels import cpp_library
-from modules.kernels import quantize_cpu as kernels
+from modules.kernels.cpu import library as cpp_library
+from modules.kernels.cpu import quantize as kernels
 from tests.conftest import PoisonedTorch
 from tests.helpers import magnitudes
 

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from configuration_alrd_llama import ALRDLlamaConfig, QuantScheme
 from modeling_alrd_llama import ALRDLlamaForCausalLM
-from modules.codecs import StaticScales, block_nbytes, make_codec
+from modules.cache.codecs import StaticScales, block_nbytes, make_codec
 from modules.fit.allocation import static_scales
 from modules.hadamard_utils import hadamard_matrix
 from modules.kernels import get_backend

@@ -11,8 +11,8 @@ from test_kivi_cache import chunks_of, feed, raw_row
 from transformers import DynamicCache
 
 from configuration_alrd_llama import QuantScheme
+from modules.cache.token_scores import QuerySimilarity
 from modules.kivi_cache import CacheScheme, KIVILatentCache, KIVILatentLayer, create_kivi_cache
-from modules.token_scores import QuerySimilarity
 
 PROTECTED = {"protected": 0.2, "protected_bits": 4}
 SCHEME = CacheScheme(2, 2, 128, 5, 4, v_scheme=PROTECTED)

@@ -16,8 +16,7 @@ from test_codecs import read_bits, read_block, read_codes, words_of
 from test_kivi_cache import same_bits
 
 from configuration_alrd_llama import QuantScheme
-from modules.kivi_cache import CacheScheme, create_kivi_cache
-from modules.vidkv import (
+from modules.formats.vidkv import (
     VIDKV_BACKENDS,
     QuantizedTensorFunction,
     pack_tensor,
@@ -26,6 +25,7 @@ from modules.vidkv import (
     unpack_and_dequant_vcache,
     unpack_tensor,
 )
+from modules.kivi_cache import CacheScheme, create_kivi_cache
 
 # ---- the examples of the document
 

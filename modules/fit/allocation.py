@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from configuration_alrd_llama import QuantScheme
-from modules.cache_layer import TABLE_ENTRY_NBYTES, CacheScheme
-from modules.codecs import block_nbytes, make_codec
+from modules.cache.codecs import block_nbytes, make_codec
+from modules.cache.layer import TABLE_ENTRY_NBYTES, CacheScheme
 from modules.files import save_tensors
 from modules.hadamard_utils import rotate
 from modules.quant_utils import grid

@@ -119,8 +119,8 @@ def get_backend(name: str | None, device: torch.device) -> Backend:
 
 def _triton(field: str, device: torch.device) -> Backend:
     # Here, so that triton is imported only where it is chosen.
-    import modules.kernels.quantize_triton as kernels
-    from modules.kernels.attention_triton import latent_attention as fused_attention
+    import modules.kernels.triton.quantize as kernels
+    from modules.kernels.triton.attention import latent_attention as fused_attention
 
     if device.type != "cuda" and not kernels.INTERPRETED:
         raise ValueError(
@@ -134,9 +134,9 @@ def _cpu(field: str, device: torch.device) -> Backend:
     if device.type != "cpu":
         raise ValueError(f"{field}='cpu': must be 'reference' or 'triton' for tensors on {device}")
     # Here, so that the kernels are built only where they are chosen.
-    from modules.kernels import quantize_cpu
-    from modules.kernels.attention_cpu import latent_attention as fused_attention
-    from modules.kernels.cpp_library import library
+    from modules.kernels.cpu import quantize as kernels
+    from modules.kernels.cpu.attention import latent_attention as fused_attention
+    from modules.kernels.cpu.library import library
 
     library()
-    return _backend("cpu", quantize_cpu, fused_attention)
+    return _backend("cpu", kernels, fused_attention)

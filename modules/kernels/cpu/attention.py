@@ -1,4 +1,4 @@
-"""The C++ attention of `attention_cpu.cpp`: its arguments from tensors."""
+"""The C++ attention of `attention.cpp`: its arguments from tensors."""
 
 import ctypes
 from dataclasses import dataclass, replace
@@ -7,8 +7,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from modules.kernels.cpp_library import library
-from modules.kernels.lookup_attention import lookup_attention, why_not
+from modules.kernels.cpu.library import library
+from modules.kernels.cpu.lookup import lookup_attention, why_not
 from modules.kernels.packed import PackedCache, PackedPart, PackedSide, Rope
 from modules.quant_utils import grid
 from modules.svd_linear import ALinear

@@ -8,7 +8,7 @@ from weakref import WeakSet
 
 import torch
 
-from modules.codecs import BlockCodec, Fields, block_nbytes
+from modules.cache.codecs import BlockCodec, Fields, block_nbytes
 from modules.kernels.packed import PackedSide
 
 
@@ -35,7 +35,8 @@ class BlockPool:
     Args:
         codecs: Codec of each side, `{"keys": …, "values": …}`.
         device: Where the slots live.
-        capacity: Slots to begin with; all that there ever are in a pool without owners (`modules/fixed_cache.py`).
+        capacity: Slots to begin with; all that there ever are in a pool without owners
+            (`modules/cache/fixed_store.py`).
         storage: The storages of such a pool, by side and field, if there are some.
     """
 

@@ -11,7 +11,7 @@ from numbers import Real
 import torch
 
 from configuration_alrd_llama import QuantScheme, check_bits, check_choice, check_count, side_scheme
-from modules.codecs import Fields, make_codec
+from modules.cache.codecs import Fields, make_codec
 from modules.kernels import get_backend
 from modules.quant_utils import grid, pack_codes, packed_words, unpack_codes
 

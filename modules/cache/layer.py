@@ -1,7 +1,7 @@
 r"""One layer of a packed KV cache: full-precision sinks, immutable quantized blocks, a full-precision window.
 
 A row of a layer holds, in the order of its tokens: the first `sink_length` ones as they are; blocks of G tokens in a
-pool (`modules/block_pool.py`), reached through the row's block table; and a window of between `residual_length` and
+pool (`modules/cache/pool.py`), reached through the row's block table; and a window of between `residual_length` and
 `residual_length + G - 1` of the newest tokens. A block is written once, as soon as `residual_length` newer tokens
 exist; beam search, crops and shared prefixes edit the table and copy no packed byte.
 
@@ -21,9 +21,9 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from configuration_alrd_llama import ALRDLlamaConfig, QuantScheme, check_count, side_scheme
-from modules.block_pool import BlockPool
-from modules.codecs import StaticScales, block_length, block_nbytes, check_codec, make_codec
-from modules.fixed_cache import SIDES, FixedStore, Room, check_fixed, field_without_capacity
+from modules.cache.codecs import StaticScales, block_length, block_nbytes, check_codec, make_codec
+from modules.cache.fixed_store import SIDES, FixedStore, Room, check_fixed, field_without_capacity
+from modules.cache.pool import BlockPool
 from modules.kernels import FUSED_DTYPES, Backend, get_backend
 from modules.kernels.packed import NewTokens, PackedCache, Tile, counts_of_rows
 
@@ -337,7 +337,9 @@ class KIVILatentLayer(CacheLayerMixin):
         self.channels = {"keys": sum(widths[0]), "values": sum(widths[1])}
         for side, its_scheme in (("keys", scheme.keys), ("values", scheme.values)):
             if its_scheme.static and side not in (self.static_scales or {}):
-                raise ValueError(f"static=True of the {side}: needs calibrated scales (modules/calibrated_int8.py)")
+                raise ValueError(
+                    f"static=True of the {side}: needs calibrated scales (modules/formats/calibrated_int8.py)"
+                )
         if self.static_scales is not None:
             moved = {side: tuple(t.to(self.device) for t in pair) for side, pair in self.static_scales.items()}
             self.static_scales = moved
@@ -896,7 +898,7 @@ class KIVILatentLayer(CacheLayerMixin):
 
 
 class FixedLatentLayer(KIVILatentLayer):
-    """A `KIVILatentLayer` of fixed capacity (`modules/fixed_cache.py`): the same bytes, no wait in a step.
+    """A `KIVILatentLayer` of fixed capacity (`modules/cache/fixed_store.py`): the same bytes, no wait in a step.
 
     A step appends any number of tokens; one of up to 16 without pads never waits for the device. `rows`, `slots`,
     `states()`, `update()`, the sizes and saving read the bookkeeping from the device, and so wait.

@@ -1,14 +1,14 @@
 """C++ kernels of `modules/quant_utils.py`: ranges, quantize-and-pack, unpack-and-dequantize; the same bits come out.
 
 Format, formulas and errors are those of the reference, whose functions have the same names here. The work is spread
-over `torch.get_num_threads()` threads. Source: `quantize_cpu.cpp`; how it is built: `cpp_library.py`.
+over `torch.get_num_threads()` threads. Source: `quantize.cpp`; how it is built: `library.py`.
 """
 
 from functools import lru_cache
 
 import torch
 
-from modules.kernels.cpp_library import call
+from modules.kernels.cpu.library import call
 from modules.quant_utils import RATIOS, check_scale, grid, packed_words, parameter_dtype
 
 #: Types that the kernels read and write, in the order of their numbers there; others pass through float32.

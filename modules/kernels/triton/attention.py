@@ -32,7 +32,7 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from modules.kernels.packed import PackedCache, PackedPart, PackedSide, Rope, Tile
-from modules.kernels.quantize_triton import INTERPRETED, _as_bits, _power_of_three, _power_of_two, _widen
+from modules.kernels.triton.quantize import INTERPRETED, _as_bits, _power_of_three, _power_of_two, _widen
 from modules.quant_utils import grid, packed_words
 from modules.svd_linear import ALinear
 

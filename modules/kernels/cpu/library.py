@@ -1,6 +1,6 @@
 """The C++ kernels as one shared library, built on first use and kept.
 
-Every `*.cpp` of `cpp_sources.py` is compiled, as C++17 with `extern "C"` functions on raw pointers and no header of
+Every `*.cpp` of `sources.py` is compiled, as C++17 with `extern "C"` functions on raw pointers and no header of
 PyTorch, by `torch.utils.cpp_extension`. The result stands in PyTorch's folder of extensions (`TORCH_EXTENSIONS_DIR`, or
 `~/.cache/torch_extensions`) under a name that hashes sources, flags, compiler, PyTorch and processor: a changed source
 or another machine with the same home directory builds its own. A build happens in a folder of its own and is moved
@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from modules.kernels.cpp_sources import SOURCES
+from modules.kernels.cpu.sources import SOURCES
 
 #: Environment variable with the compiler's `-march`.
 MARCH_VARIABLE = "ALRD_CPU_MARCH"

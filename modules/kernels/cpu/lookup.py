@@ -1,18 +1,17 @@
 """Attention over 1, 2 and 4-bit codes by table look-up, on the CPU.
 
 For the formats whose scales are constant along the sums: keys quantized per token and cached as the queries are to meet
-them (after RoPE), values per channel (`modules/qlutattn.py`). Then `q·k = step_t Σ_c q_c code_tc + zero_t Σ_c q_c`, and
-`Σ_t p_t v_tc = step_c Σ_t p_t code_tc + zero_c Σ_t p_t`: sums of codes times the query, or the weights, in integers.
-`modules/kernels/lookup_cpu.cpp` computes them by two methods, "lookup" and "dot" (int8 dot products), which round
-the query and the weights of a block: "dot" to 15 bits, "lookup" at widths 1, 2 and 4 to 13, 12 and 11 with AVX-512,
-to one bit less with AVX2. The error of "lookup" is up to six tenths of that of plain bfloat16, that of "dot" a fiftieth
-and below that of plain float16.
-"""
+them (after RoPE), values per channel (`modules/formats/qlutattn.py`). Then `q·k = step_t Σ_c q_c code_tc + zero_t Σ_c
+q_c`, and `Σ_t p_t v_tc = step_c Σ_t p_t code_tc + zero_c Σ_t p_t`: sums of codes times the query, or the weights, in
+integers. `lookup.cpp` computes them by two methods, "lookup" and "dot" (int8 dot products), which round the query and
+the weights of a block: "dot" to 15 bits, "lookup" at widths 1, 2 and 4 to 13, 12 and 11 with AVX-512, to one bit less
+with AVX2. The error of "lookup" is up to six tenths of that of plain bfloat16, that of "dot" a fiftieth and below that
+of plain float16."""
 
 import torch
 
 from configuration_alrd_llama import check_choice
-from modules.kernels import cpp_library
+from modules.kernels.cpu import library as cpp_library
 from modules.kernels.packed import PackedCache, PackedPart, PackedSide, Rope
 from modules.svd_linear import ALinear
 
@@ -95,7 +94,7 @@ def lookup_attention(
 
     Raises:
         ValueError: The cache, or another argument, is not one that the kernel reads (`why_not`).
-        RuntimeError: The kernel cannot be built (`modules/kernels/cpp_library.py`).
+        RuntimeError: The kernel cannot be built (`modules/kernels/cpu/library.py`).
     """
     check_choice("method", method, (*METHODS, None))
     if query.dtype not in _TYPES or query.device.type != "cpu":

@@ -1,5 +1,5 @@
 // Kernels of modules/quant_utils.py for CPUs; the same bits come out. Format and formulas are explained there, the
-// interface in quantize_cpu.py.
+// interface in quantize.py.
 //
 // What makes the bits equal: float32 throughout, IEEE divisions, no contraction of a product and a sum
 // (-ffp-contract=off), and sums over integers, whose order does not matter.
@@ -170,7 +170,7 @@ L candidate_error(const F* u, int64_t count, float step, float zero, float last,
     const float inverse = 1 / step;
     auto square = [&](F x) {
         F difference = x - zero, quotient = difference * inverse;
-        // This gives the quotient as IEEE 754 rounds it, for these steps: tests/test_quantize_cpu.py.
+        // This gives the quotient as IEEE 754 rounds it, for these steps: tests/test_quantize.py.
         quotient = fused(fused(-quotient, all(step), difference), all(inverse), quotient);
         F error = x - (codes_of(quotient, last) * step + zero);
         return (U)truncated(error * error * ERROR_UNIT);

@@ -20,7 +20,7 @@
 // 2 or the columns differ so much that 8 bits would lose more than LIMIT of a row; codes are exact, minus their middle
 // level; products are summed up exactly. Probabilities are rounded to 15 bits. What is not codes (16 bits, sinks, window, float32 models) is multiplied in float32.
 
-#include "rows.h"
+#include "expansion.h"
 
 namespace {
 

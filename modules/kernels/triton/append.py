@@ -1,8 +1,8 @@
-"""Triton kernels of a step of `modules/fixed_cache.py`: append, quantize the blocks that are due, move the window up.
+"""Triton kernels of a step of `modules/cache/fixed_store.py`: append, quantize due blocks, move the window up.
 
 Every step is the same launches. A program reads from the row's bookkeeping on the device whether there is anything to
 do, so most of them end at once: a block is due once in as many steps as it has tokens. Blocks are quantized by the
-kernel of `modules/kernels/quantize_triton.py`, so the bytes are those of any cache.
+kernel of `modules/kernels/triton/quantize.py`, so the bytes are those of any cache.
 """
 
 import math
@@ -13,9 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
-from modules.kernels import quantize_triton as quantize
 from modules.kernels.packed import PackRecord
-from modules.kernels.quantize_triton import _as_bits, _candidates, _quantize_kernel
+from modules.kernels.triton import quantize
+from modules.kernels.triton.quantize import _as_bits, _candidates, _quantize_kernel
 from modules.quant_utils import grid, packed_words, require
 
 # ---- a row
@@ -341,7 +341,7 @@ class _Flush(NamedTuple):
 
 
 class FusedAppend:
-    """`append_tokens` of `modules/fixed_cache.py` by kernels, for up to `MAX_QUERY_LENGTH` tokens per row and no pads.
+    """`append_tokens` of `modules/cache/fixed_store.py` by kernels: up to `MAX_QUERY_LENGTH` tokens per row, no pads.
 
     What is launched depends on the number of new tokens alone and is prepared once for each. An error is raised as
     `require` does, after the fact: the rows are then not usable until they are cleared.

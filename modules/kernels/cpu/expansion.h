@@ -1,4 +1,4 @@
-// The rows that codes are multiplied with, for queries that move along the context (see `attention_cpu.cpp`).
+// The rows that codes are multiplied with, for queries that move along the context (see `attention.cpp`).
 
 #pragma once
 

@@ -4,7 +4,7 @@
 
 #include "vectors.h"
 
-// ---- arguments; `modules/kernels/attention_cpu.py` has the same structures
+// ---- arguments; `modules/kernels/cpu/attention.py` has the same structures
 
 extern "C" {
 

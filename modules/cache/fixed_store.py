@@ -25,8 +25,8 @@ import torch
 from torch.library import custom_op
 
 from configuration_alrd_llama import QuantScheme
-from modules.block_pool import BlockPool
-from modules.codecs import BlockCodec
+from modules.cache.codecs import BlockCodec
+from modules.cache.pool import BlockPool
 from modules.kernels import MAX_QUERY_LENGTH, Backend
 from modules.kernels.packed import NewTokens, PackedCache, Rope, Tile
 from modules.quant_utils import require
@@ -371,7 +371,7 @@ class FixedStore:
 
     def _fused_append(self) -> Callable:
         # Here, so that triton is imported only where it is chosen.
-        from modules.kernels.append_triton import FusedAppend
+        from modules.kernels.triton.append import FusedAppend
 
         records = {side: codec.records() for side, codec in self.plan.codecs.items()}
         return FusedAppend(self.room, records, self.tensors)

@@ -1,0 +1,1 @@
+"""The packed cache of one layer: codecs, pool of blocks, growth, files."""

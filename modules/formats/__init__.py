@@ -1,0 +1,1 @@
+"""Schemes, calibration files and functions of other projects."""
