@@ -30,7 +30,7 @@ from modules.cache.layer import (
     repeated_rows,
     storage_nbytes,
 )
-from modules.formats.vidkv import parse_quantization_config
+from modules.cache.quantization_config import parse_quantization_config
 from modules.kernels import BACKENDS
 from modules.quant_utils import KIVIQuantizer
 
@@ -600,7 +600,8 @@ def create_kivi_cache(
         config: The latent model that will use the cache (its settings are not read, only its ranks); `None` makes a
             drop-in cache for any model.
         k_scheme, v_scheme: Other fields of `QuantScheme` for keys or values.
-        quantization_config: VidKV's dictionary or string instead of the settings above (`modules/formats/vidkv.py`).
+        quantization_config: VidKV's dictionary or string instead of the settings above
+            (`modules/cache/quantization_config.py`).
         layer_schemes, static_scales, backend, token_score, capacity: As for `KIVILatentCache`.
 
     Raises:

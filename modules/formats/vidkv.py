@@ -1,110 +1,16 @@
-"""VidKV's interface (arXiv:2503.16257): its configuration, its packing functions along the last dimension, its front.
+"""VidKV's interface (arXiv:2503.16257): packing functions along the last dimension, and its front.
 
 The names are VidKV's, the meaning is what its paper says, where its released code differs: one bit is ±scale, ternary
 is scaled, the transform of 1.5-bit keys is real and orthonormal, and nothing is quantized twice.
 """
 
-import ast
-import json
-from numbers import Real
-
 import torch
 
-from configuration_alrd_llama import QuantScheme, check_bits, check_choice, check_count, side_scheme
+from configuration_alrd_llama import QuantScheme, check_choice, side_scheme
 from modules.cache.codecs import Fields, make_codec
+from modules.cache.quantization_config import VIDKV_BACKENDS, parse_quantization_config
 from modules.kernels import get_backend
 from modules.quant_utils import grid, pack_codes, packed_words, unpack_codes
-
-#: Back ends of `QUANTIZATION_CONFIG`.
-VIDKV_BACKENDS = ("QuantizedCacheLM", "QuantizedCacheVLM", "QuantizedCacheVLMSTP")
-
-_KEYS = ("backend", "nbits", "q_group_size", "residual_length", "axis_key", "axis_value", "vidkv_stp")
-
-# ---- configuration
-
-
-def parse_quantization_config(config: dict | str) -> dict:
-    """The settings of `CacheScheme` that a `QUANTIZATION_CONFIG` means.
-
-    Args:
-        config: A dictionary, or a string of one (Python or JSON), with the keys
-
-            backend: "QuantizedCacheLM": one width for whole sides; "QuantizedCacheVLM": besides, 1-bit keys are rotated
-                and 1.5-bit keys exist; "QuantizedCacheVLMSTP": besides, `vidkv_stp` of the tokens keep 2-bit values.
-            nbits: A width, or a list of the keys' and the values' widths.
-            q_group_size: Elements per scale, default 32.
-            residual_length: Newest tokens in full precision, default 128.
-            axis_key, axis_value: -1 (default): one scale per channel and group of tokens; 0: per token and group of
-                channels.
-            vidkv_stp: Share of protected tokens, only for "QuantizedCacheVLMSTP".
-
-    Raises:
-        ValueError: A key is unknown or missing, or a value out of range; the message names key, value and rule.
-    """
-    if isinstance(config, str):
-        config = _parse_dictionary(config)
-    if not isinstance(config, dict):
-        raise ValueError(f"quantization_config={config!r}: must be a dictionary or a string of one")
-    unknown = [key for key in config if key not in _KEYS]
-    if unknown:
-        raise ValueError(f"quantization_config: unknown {', '.join(map(repr, unknown))}; keys are {', '.join(_KEYS)}")
-    for key in ("backend", "nbits"):
-        if key not in config:
-            raise ValueError(f"quantization_config: {key!r} is missing")
-    backend, nbits, protected = config["backend"], config["nbits"], config.get("vidkv_stp")
-    check_choice("backend", backend, VIDKV_BACKENDS)
-    k_bits, v_bits = _key_value_bits(nbits)
-    group_size, residual_length = config.get("q_group_size", 32), config.get("residual_length", 128)
-    check_count("q_group_size", group_size)
-    check_count("residual_length", residual_length)
-    axes = {name: config.get(name, -1) for name in ("axis_key", "axis_value")}
-    for name, axis in axes.items():
-        check_choice(name, axis, (-1, 0))
-
-    k_scheme, v_scheme = ({"orientation": "per_token" if axis == 0 else "per_channel"} for axis in axes.values())
-    if k_bits == 1.5 and backend == "QuantizedCacheLM":
-        raise ValueError("nbits=1.5: keys of two widths need backend 'QuantizedCacheVLM' or 'QuantizedCacheVLMSTP'")
-    if k_bits == 1.5 and axes["axis_key"] == 0:
-        raise ValueError("axis_key=0: keys of 1.5 bits are per channel, axis_key=-1")
-    if v_bits == 1.5:
-        raise ValueError(f"nbits={nbits!r}: 1.5 is a width of keys; give a pair [1.5, width of the values]")
-    if k_bits == 1 and backend != "QuantizedCacheLM":
-        k_scheme["rotation"] = True
-    if (protected is None) == (backend == "QuantizedCacheVLMSTP"):
-        raise ValueError(f"vidkv_stp={protected!r}: must be given for backend 'QuantizedCacheVLMSTP' and for no other")
-    if protected is not None:
-        if isinstance(protected, bool) or not isinstance(protected, Real) or not 0 < protected < 1:
-            raise ValueError(f"vidkv_stp={protected!r}: must be a share of tokens between 0 and 1")
-        if v_bits >= 2:
-            raise ValueError(f"nbits={nbits!r}: protected tokens have 2-bit values, so the others must have fewer")
-        v_scheme |= {"protected": protected, "protected_bits": 2}
-    return {
-        "k_bits": k_bits,
-        "v_bits": v_bits,
-        "group_size": group_size,
-        "residual_length": residual_length,
-        "k_scheme": k_scheme,
-        "v_scheme": v_scheme,
-    }
-
-
-def _parse_dictionary(text: str):
-    for parse in (json.loads, ast.literal_eval):
-        try:
-            return parse(text)
-        except (ValueError, SyntaxError, TypeError):
-            continue
-    raise ValueError(f"quantization_config={text!r}: must be a dictionary in Python or JSON")
-
-
-def _key_value_bits(nbits) -> tuple[float, float]:
-    pair = list(nbits) if isinstance(nbits, (list, tuple)) else [nbits, nbits]
-    if len(pair) != 2:
-        raise ValueError(f"nbits={nbits!r}: must be a width or a pair [keys, values]")
-    for bits in pair:
-        check_bits("nbits", bits)
-    return tuple(pair)
-
 
 # ---- packing along any dimension
 
