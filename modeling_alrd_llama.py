@@ -579,7 +579,7 @@ class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):
         if not step.has_past:
             causal_mask = create_causal_mask(self.config, hidden_states, attention_mask, past_key_values=None)
 
-        with past_key_values.all_or_nothing():
+        with past_key_values.transaction():
             for layer in list(self.layers)[: self.config.num_hidden_layers]:
                 hidden_states = layer(
                     hidden_states,
@@ -663,7 +663,7 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
             return _untraced(super().forward, *args, **kwargs)
         grows = isinstance(cache, KIVILatentCache) and cache.capacity is None
         # The logits are what takes most memory in a step.
-        with cache.all_or_nothing() if grows else nullcontext():
+        with cache.transaction() if grows else nullcontext():
             return super().forward(*args, **kwargs)
 
     @staticmethod

@@ -687,7 +687,7 @@ by_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 def raw(layer: KIVILatentLayer, i: int) -> dict[str, torch.Tensor]:
     """Everything stored of a row, scores included."""
-    scores = layer._exact.get("window_score", torch.zeros(len(layer.rows), 0))
+    scores = layer.exact.window.get("score", torch.zeros(len(layer.rows), 0))
     return raw_row(layer, i) | {"window_score": scores[i, : layer.rows[i].window].clone()}
 
 
@@ -705,10 +705,10 @@ def check_sizes(case: Case, layer: KIVILatentLayer, tokens: list[int]) -> None:
     formula = sum(case.scheme.layer_nbytes(n, case.widths, case.dtype) for n in tokens)
     assert layer.nbytes_used == formula + extra + static
     held = [t for fields in layer.pool.storage.values() for t in fields.values()]
-    held += [*layer._exact.values(), layer.block_table()]
+    held += [*layer.exact.tensors(), layer.block_table()]
     held += [t for pair in (layer.static_scales or {}).values() for t in pair]
     assert layer.nbytes == sum(t.untyped_storage().nbytes() for t in held)
-    assert ("window_score" in layer._exact) == case.has_scores
+    assert ("score" in layer.exact.window) == case.has_scores
 
 
 def check_feeding_order(case: Case) -> None:

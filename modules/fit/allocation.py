@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from configuration_alrd_llama import QuantScheme
 from modules.cache.codecs import block_nbytes, make_codec
-from modules.cache.layer import TABLE_ENTRY_NBYTES, CacheScheme
+from modules.cache.scheme import TABLE_ENTRY_NBYTES, CacheScheme
 from modules.files import save_tensors
 from modules.hadamard_utils import rotate
 from modules.quant_utils import grid
@@ -170,17 +170,16 @@ def tier_prices(scheme: QuantScheme, cache: CacheScheme, bits: tuple, length: in
         length: Tokens.
         dtype: Of the model, and so of window and sinks.
     """
-    blocks = cache.flushed_blocks(length - min(length, cache.sink_length))
-    exact = length - blocks * cache.block_length
+    held = cache.held(length)
     channel, tier = [], []
     for width in bits:
         at_width = scheme.at_width(width)
         one, two = (block_nbytes(make_codec(at_width, cache.block_length, (n,), dtype)) for n in (1, 2))
         own = 2 * 4 if scheme.static else 0  # calibrated scale and zero point, once a layer
-        channel.append(blocks * (two - one) + exact * dtype.itemsize + own)
-        tier.append(blocks * (2 * one - two))
+        channel.append(held.blocks * (two - one) + held.exact * dtype.itemsize + own)
+        tier.append(held.blocks * (2 * one - two))
     return Prices(
-        tuple(channel), tuple(tier), blocks * TABLE_ENTRY_NBYTES, 0 if scheme.per_channel else scheme.group_size
+        tuple(channel), tuple(tier), held.blocks * TABLE_ENTRY_NBYTES, 0 if scheme.per_channel else scheme.group_size
     )
 
 

@@ -6,7 +6,7 @@ from statistics import median_low
 import torch
 
 from configuration_alrd_llama import QuantScheme
-from modules.cache.layer import CacheScheme
+from modules.cache.scheme import CacheScheme
 
 #: The six formats, `K1` … `V4`.
 QLUTATTN = {
