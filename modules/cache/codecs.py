@@ -169,13 +169,13 @@ class UniformCodec(BlockCodec):
 
     def encode(self, states: torch.Tensor, score=None) -> Fields:
         scheme, blocks = self.scheme, len(states)
-        how = (scheme.bits, self.groups, scheme.symmetric, scheme.range_method, self.scale_dtype)
+        settings = (scheme.bits, self.groups, scheme.symmetric, scheme.range_method, self.scale_dtype)
         # All runs of one length, of all blocks, are packed by one call.
         results = []
         for (_, run), part in zip(self.runs, states.split(self._tokens, dim=1)):
-            results.append(self.backend.quantize_and_pack(part.reshape(-1, run, self.channels), *how))
+            results.append(self.backend.quantize_and_pack(part.reshape(-1, run, self.channels), *settings))
         encoded = {}
-        # The results are in the order of the fields; symmetric codes have no zero point among either.
+        # The results come in the order of the fields. Symmetric codes have no field for the zero point, a `None`.
         for name, pieces in zip(self._fields, zip(*results)):
             encoded[name] = torch.cat([piece.reshape(blocks, -1, piece.shape[-1]) for piece in pieces], dim=1)
         return encoded
@@ -194,6 +194,7 @@ class UniformCodec(BlockCodec):
 
     def decode(self, fields: Fields) -> torch.Tensor:
         lead, scheme = fields["packed"].shape[:-2], self.scheme
+        # The way back: all runs of one length at once, then the runs of each block side by side.
         split = (self._split(fields, "packed"), self._split(fields, "scale"), self._split(fields, "zero_point"))
         states = []
         for (count, run), *stored in zip(self.runs, *split):
@@ -207,8 +208,8 @@ class UniformCodec(BlockCodec):
         return (PackedPart(self.scheme.bits, self.widths, fields["packed"], *parameters, run, self.groups),)
 
     def records(self) -> tuple[PackRecord, ...]:
-        how = {"symmetric": self.scheme.symmetric, "range_method": self.scheme.range_method}
-        return (self._record(runs=self.runs, groups=self.groups, scale_dtype=self.scale_dtype, **how),)
+        levels = {"symmetric": self.scheme.symmetric, "range_method": self.scheme.range_method}
+        return (self._record(runs=self.runs, groups=self.groups, scale_dtype=self.scale_dtype, **levels),)
 
 
 class StaticCodec(BlockCodec):
@@ -259,9 +260,13 @@ class RotatedCodec(BlockCodec):
         return to_finite(torch.cat(groups, dim=-1), self.dtype)
 
 
-def _map_groups(
-    function: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor, widths: tuple[int, ...]
-) -> list[torch.Tensor]:
+def _head_groups(widths: tuple[int, ...]) -> torch.Tensor:
+    """Head group of each channel, `[C]` int64 on the CPU."""
+    widths = torch.tensor(widths, dtype=torch.int64, device="cpu")
+    return torch.arange(len(widths), dtype=torch.int64, device="cpu").repeat_interleave(widths)
+
+
+def _map_groups(function: Callable, states: torch.Tensor, widths: tuple[int, ...]) -> list[torch.Tensor]:
     """The function of the channels of each head group."""
     return [function(group) for group in states.split(widths, dim=-1)]
 
@@ -321,8 +326,7 @@ class MixedChannelCodec(_PartsCodec):
             self.codecs["narrow"] = self._with(low, self.length, self.narrow, torch.float32)
         # For each channel its head group, the first channel of the group, and the group's count of wide channels.
         widths = torch.tensor(self.widths, dtype=torch.int64, device="cpu")
-        groups = torch.arange(len(widths), dtype=torch.int64, device="cpu")
-        self._group = groups.repeat_interleave(widths)
+        self._group = _head_groups(self.widths)
         self._group_start = (widths.cumsum(0) - widths)[self._group]
         self._wide_of_group = torch.tensor(wide, dtype=torch.int64, device="cpu")[self._group]
 
@@ -390,7 +394,9 @@ class TieredCodec(_PartsCodec):
                 scheme, self.length, widths, self.dtype, self.backend, scales, self.scale_dtype
             )
             self.channels_of[part] = channels
-            self._group_widths[part] = _channels_at(bits, self.scheme.tiers)
+            # For attention the head groups are the model's; one of them may have no channel of this width.
+            counts = _head_groups(self.widths)[channels].bincount(minlength=len(self.widths))
+            self._group_widths[part] = tuple(counts.tolist())
         self._sizes = list(map(len, self.channels_of.values()))
         #: Place of each channel in storage; `None`: its own place.
         self.order = None
@@ -432,8 +438,7 @@ class TieredCodec(_PartsCodec):
             own = codec.parts(self._fields_of(name, fields))
             if own is None:
                 return None
-            (part,) = own
-            parts.append(replace(part, widths=self._group_widths[name]))
+            parts.append(replace(own[0], widths=self._group_widths[name]))
         return tuple(parts)
 
     def records(self) -> tuple[PackRecord, ...] | None:
@@ -442,17 +447,8 @@ class TieredCodec(_PartsCodec):
             own = codec.records()
             if own is None:
                 return None
-            (record,) = own
-            records.append(replace(record, prefix=f"{name}.", channels=tuple(self.channels_of[name].tolist())))
+            records.append(replace(own[0], prefix=f"{name}.", channels=tuple(self.channels_of[name].tolist())))
         return tuple(records)
-
-
-def _channels_at(bits: float, tiers: tuple[tuple[tuple[int, float], ...], ...]) -> tuple[int, ...]:
-    """Channels of each head group that are stored at a width."""
-    counts = []
-    for group in tiers:
-        counts.append(sum(count for count, width in group if width == bits))
-    return tuple(counts)
 
 
 class ProtectedTokenCodec(_PartsCodec):
@@ -480,6 +476,7 @@ class ProtectedTokenCodec(_PartsCodec):
 
     def encode(self, states: torch.Tensor, score: torch.Tensor | None = None) -> Fields:
         if score is None:
+            # The error of the lower width over the whole block stands for the error in the part.
             low = self.unprotected.decode(self.unprotected.encode(states))
             score = (states.float() - low).square().sum(-1)
         chosen = score.argsort(dim=-1, descending=True, stable=True)[:, : self.count]
@@ -588,6 +585,7 @@ def block_length(*schemes: QuantScheme) -> int:
     for scheme in schemes:
         length = max(length, scheme.group_size or DEFAULT_BLOCK_LENGTH)
         is_protected = is_protected or scheme.protected > 0
+    # A multiple of the group size, so that a block still holds whole groups.
     if is_protected:
         length *= -(-DEFAULT_BLOCK_LENGTH // length)
     return length

@@ -52,7 +52,7 @@ def parse_quantization_config(config: dict | str) -> dict:
     check_choice("axis_key", key_axis, (-1, 0))
     check_choice("axis_value", value_axis, (-1, 0))
 
-    # The back ends differ in the schemes that they allow, and the paper's schemes are for keys or for values only.
+    # The paper mixes widths by channel and rotates for keys only, and protects tokens for values only.
     k_scheme = {"orientation": _ORIENTATIONS[key_axis]}
     v_scheme = {"orientation": _ORIENTATIONS[value_axis]}
     if k_bits == 1.5 and backend == "QuantizedCacheLM":
@@ -63,6 +63,7 @@ def parse_quantization_config(config: dict | str) -> dict:
         raise ValueError(f"nbits={nbits!r}: 1.5 is a width of keys; give a pair [1.5, width of the values]")
     if k_bits == 1 and backend != "QuantizedCacheLM":
         k_scheme["rotation"] = True
+    # With this back end the share must be given; with the others it would be ignored.
     if (protected is None) == (backend == "QuantizedCacheVLMSTP"):
         raise ValueError(f"vidkv_stp={protected!r}: must be given for backend 'QuantizedCacheVLMSTP' and for no other")
     if protected is not None:

@@ -34,4 +34,5 @@ class QuerySimilarity:
             raise ValueError(f"query_states[{layer_idx}]: {list(queries.shape)} {rule}")
         # In float64, so that a token's score does not depend on how many others come with it.
         queries = torch.nn.functional.normalize(queries.to(keys.device, torch.float64), dim=-1)
+        # Of all similarities of a token the largest counts.
         return (torch.nn.functional.normalize(keys.double(), dim=-1) @ queries.T).amax(-1).float()

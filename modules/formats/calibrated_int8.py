@@ -99,6 +99,7 @@ class DynamicCacheConfig:
             is_list = isinstance(patterns, (list, tuple))
             if not is_list or not all(isinstance(pattern, str) and pattern for pattern in patterns):
                 raise ValueError(f"{field}={patterns!r}: must be a list of patterns, none of them empty")
+            # YAML and JSON give lists, which a frozen dataclass should not hold.
             object.__setattr__(self, field, tuple(patterns))
         if not self.include:
             raise ValueError("include=[]: must hold a pattern; '*' takes every attention module")
@@ -124,6 +125,7 @@ def load_process_config(source: str | os.PathLike | Mapping) -> DynamicCacheConf
     _check_keys("file", source, {"spec"})
     _check_keys("spec", source["spec"], {"process"})
     processes = source["spec"]["process"]
+    # msModelSlim chains processes of many kinds; here there is one.
     if not isinstance(processes, list) or len(processes) != 1:
         raise ValueError(f"spec.process={processes!r}: must be a list of one process")
     process = processes[0]
@@ -131,8 +133,11 @@ def load_process_config(source: str | os.PathLike | Mapping) -> DynamicCacheConf
     if process["type"] != "dynamic_cache":
         raise ValueError(f"type={process['type']!r}: must be 'dynamic_cache'")
     _check_keys("qconfig", process["qconfig"], set(), {"scope", "dtype", "symmetric", "method"})
-    patterns = {field: process[field] for field in ("include", "exclude") if field in process}
-    return DynamicCacheConfig(**process["qconfig"], **patterns)
+    fields = dict(process["qconfig"])
+    for field in ("include", "exclude"):
+        if field in process:
+            fields[field] = process[field]
+    return DynamicCacheConfig(**fields)
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:
@@ -178,6 +183,7 @@ def select_attention_modules(
 def int8_parameters(minimum: torch.Tensor, maximum: torch.Tensor, symmetric: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """`scale` and `zero_point` (module docstring) of channels with these ranges; all four float32 `[C]`."""
     if symmetric:
+        # 127 steps on either side of the signed code 0; the signed code -128 is not used.
         scale = torch.maximum(minimum.abs(), maximum.abs()) / 127
         return scale, -128 * scale
     return (maximum - minimum) / 255, minimum
@@ -185,8 +191,10 @@ def int8_parameters(minimum: torch.Tensor, maximum: torch.Tensor, symmetric: boo
 
 def fake_quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
     """Tokens `[N, C]` to INT8 and back (module docstring), in float32, returned in the type of `x`."""
+    # A channel that was constant has scale 0: division would give NaN.
     codes = torch.where(scale > 0, (x.float() - zero_point) / scale, 0).clamp_(0, 255)
-    codes = (codes + 0.5).floor_()  # nearest, halves up, as the packed cache does it
+    # To the nearest code, halves up, as the packed cache rounds.
+    codes = (codes + 0.5).floor_()
     return to_finite(codes * scale + zero_point, x.dtype)
 
 
@@ -220,6 +228,7 @@ class DynamicCacheQuantizer(nn.Module):
         super().__init__()
         _check_percentile(percentile)
         self.symmetric, self.percentile, self.name, self.tokens = symmetric, percentile, name, 0
+        # Buffers, so that they move to another device with the module.
         for buffer in ("minimum", "maximum", "lower_tail", "upper_tail"):
             self.register_buffer(buffer, None)
 
@@ -254,6 +263,7 @@ class DynamicCacheQuantizer(nn.Module):
         if not torch.isfinite(x).all():
             raise ValueError(f"{self.name}: states to calibrate on must be finite; NaN or Inf was found")
         minimum, maximum = torch.aminmax(x, dim=0)
+        # The range of all calls so far can only widen.
         if self.tokens:
             if minimum.shape != self.minimum.shape:
                 raise ValueError(f"{self.name}: {len(minimum)} channels must be {len(self.minimum)}, as at first")
@@ -279,7 +289,7 @@ class DynamicCacheQuantizer(nn.Module):
         """
         if self.percentile is None:
             return self.minimum, self.maximum
-        # As numpy does, a percentile between two values is interpolated; `position` counts from the end of the range.
+        # `position` counts from the extreme value. Between two values numpy interpolates.
         share = (100 - self.percentile) / 100
         position = share * (self.tokens - 1)
         first = math.floor(position)
@@ -321,6 +331,7 @@ class FakeQuantDynamicCache(nn.Module):
         tokens = _to_tokens(x)
         if tokens.shape[1] != len(self.scale):
             raise ValueError(f"{self.name}: {tokens.shape[1]} channels must be {len(self.scale)}, as calibrated")
+        # A model may be spread over devices: the constants go where the states of their layer are.
         if self.scale.device != x.device:
             self.to(x.device)
         return _from_tokens(fake_quantize(tokens, self.scale, self.zero_point), x.shape)
@@ -332,6 +343,7 @@ _GEOMETRY = ("model_type", "num_hidden_layers", "num_key_value_heads", "head_dim
 
 def _describe_model(model: nn.Module) -> dict[str, str | int | None]:
     config = getattr(model, "config", None)
+    # A model with other parts, a vision tower say, has the decoder's fields one level down.
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
     return {field: getattr(config, field, None) for field in ("name_or_path", *_GEOMETRY)}
@@ -402,6 +414,7 @@ def calibrate(
 
     def observe(name: str, layer_idx: int, *states: torch.Tensor) -> list[torch.Tensor]:
         check_count(f"{name}: layer_idx", layer_idx)
+        # The hook knows a module by its name only; the cache's layer is known when the module first updates it.
         if layers.setdefault(name, layer_idx) != layer_idx:
             raise ValueError(f"{name}: layer_idx={layer_idx} must be {layers[name]}, as before; exclude the module")
         rounded = []
@@ -413,17 +426,19 @@ def calibrate(
             rounded.append(quantizer(x, mask))
         return rounded
 
+    # The states flow on rounded, so a layer is calibrated on the inputs that it gets when the layers below are INT8.
+    # Other threads may use the model meanwhile and see nothing of this.
     with CacheInterception(model, modules, observe, thread=threading.get_ident()):
         for batch in batches:
             inputs = _model_inputs(model, batch)
             real = _real_tokens(inputs)
             model(**inputs)
 
-    tokens = min(min(keys.tokens, values.tokens) for keys, values in quantizers.values())
-    if not tokens:
-        raise ValueError("batches: must hold at least one token that is no pad")
-    fitted = {}
+    fitted, tokens = {}, math.inf
     for name, (keys, values) in quantizers.items():
+        tokens = min(tokens, keys.tokens, values.tokens)
+        if not tokens:
+            raise ValueError("batches: must hold at least one token that is no pad")
         fitted[name] = ModuleScales(layers[name], keys.scale_and_zero_point(), values.scale_and_zero_point())
     return CalibratedScales(fitted, config, percentile, tokens, _describe_model(model))
 
@@ -529,12 +544,14 @@ class CalibratedScales:
             residual_length, sink_length: As for `create_kivi_cache`; the document's cache keeps no token exact.
             options: `backend` of `KIVILatentCache`.
         """
+        # A model without a configuration does not tell its layers; those above the last calibrated one are not needed.
         last = max(module.layer_idx for module in self.modules.values())
         layers = self.by_layer(self.model["num_hidden_layers"] or last + 1)
         window = (group_size, residual_length, sink_length)
         static = {"static": True, "orientation": "per_channel"}
         scheme = CacheScheme(8, 8, *window, k_scheme=static, v_scheme=static)
         exact = CacheScheme(16, 16, *window)
+        # A layer without scales was excluded.
         layer_schemes, static_scales = {}, {}
         for i, scales in enumerate(layers):
             if scales is None:
@@ -597,6 +614,7 @@ class CalibratedScales:
         for field, expected in _FORMAT.items():
             if record[field] != expected:
                 raise ValueError(f"{record_file}: {field}={record[field]!r} must be {expected!r}")
+        # The digest tells tensors of another calibration, whose names would be the same.
         packed = tensor_file.read_bytes()
         digest = hashlib.sha256(packed).hexdigest()
         if digest != record["sha256"]:
@@ -630,6 +648,7 @@ def deploy_fake_quant(model: nn.Module, scales: CalibratedScales) -> CacheInterc
     Raises:
         ValueError: The model is of another type or size, or lacks a module.
     """
+    # Modules have the same names in many models, so the fields of the configuration are compared, too.
     found = _describe_model(model)
     for field in _GEOMETRY:
         if found[field] != scales.model[field]:

@@ -23,6 +23,7 @@ class _CacheProxy:
         object.__setattr__(self, "_proxy_is_updated", True)
         return self._proxy_cache.update(*states, layer_idx, *args, **kwargs)
 
+    # Models ask `isinstance(cache, ...)`: the stand-in answers as the cache would.
     @property
     def __class__(self):
         return type(self._proxy_cache)
@@ -78,6 +79,7 @@ class CacheInterception:
 
     def __init__(self, model: nn.Module, modules: dict[str, nn.Module], quantize: Callable, thread: int | None = None):
         self.quantize, self.thread = quantize, thread
+        #: Modules that no forward of the model has called yet.
         self._not_yet = set(modules)
         self._handles = [model.register_forward_hook(self._after_model)]
         for name, module in modules.items():

@@ -48,11 +48,13 @@ def layer_schemes_by_range(
     for i, pair in enumerate(states):
         bits = []
         for side in pair:
+            # Tokens beyond the last whole block would wait in the window.
             runs = side.shape[1] // 128
             if not runs:
                 raise ValueError(f"states: {side.shape[1]} tokens of layer {i} must be at least a block of 128")
             widths = []
             for run in side[:, : runs * 128].split(128, dim=1):
+                # The rows of the batch are blocks of their own.
                 for channels in run.split(128, dim=2):
                     widths.extend(map(select_quantization_bits, channels))
             bits.append(median_low(widths))

@@ -78,8 +78,10 @@ def triton_quantize_and_pack_along_last_dim(data: torch.Tensor, group_size: int,
     packed, scale, zero_point = get_backend(None, data.device).quantize_and_pack(
         blocks, bit, None, scheme.symmetric, scheme.range_method
     )
-    if zero_point is None:  # symmetric codes: their lowest level is the minimum
+    # Symmetric codes store no zero point; VidKV's `mn` is their lowest level.
+    if zero_point is None:
         zero_point = scale * -grid(bit).offset
+    # Back to VidKV's order: the words of all groups of a channel side by side.
     code = packed.reshape(*lead, groups, -1, channels).permute(0, 1, 4, 2, 3).flatten(3)
     scale = scale.reshape(*lead, groups, channels).transpose(2, 3)
     mn = zero_point.reshape(*lead, groups, channels).transpose(2, 3)
@@ -105,7 +107,7 @@ def unpack_and_dequant_vcache(
         raise ValueError(f"code: {code.shape[-1]} words must be {groups} groups of {group_size} at {bits} bits")
     lead, channels = code.shape[:2], code.shape[2]
     blocks = code.unflatten(-1, (groups, words)).permute(0, 1, 3, 4, 2).reshape(-1, words, channels)
-    # One row of parameters per block.
+    # A block has one row of parameters, and these may come as `[B, nh, D, groups, 1]`.
     scale = scale.reshape(*lead, channels, groups).transpose(2, 3).reshape(-1, channels)
     mn = mn.reshape(*lead, channels, groups).transpose(2, 3).reshape(-1, channels)
     states = get_backend(None, code.device).unpack_and_dequantize(blocks, scale, mn, bits, group_size, dtype)
@@ -131,7 +133,7 @@ class QuantizedTensorFunction:
         scheme, (_, heads, tokens, size) = self.schemes[side], shape
         if scheme.per_channel and scheme.group_size and tokens % scheme.group_size:
             raise ValueError(f"q_group_size={scheme.group_size}: must divide the {tokens} tokens")
-        # A block is the whole sequence.
+        # One block holds the whole sequence.
         return make_codec(scheme, tokens, (size,) * heads, dtype, get_backend(None, device))
 
     def _quantize(self, side: str, states: torch.Tensor) -> Fields:
