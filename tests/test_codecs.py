@@ -545,7 +545,7 @@ def test_a_share_that_leaves_no_token_is_refused(share):
 # ---- quantizers of users
 
 
-class PowersOfTwo(codecs._Codec):
+class PowersOfTwo(codecs.BlockCodec):
     """Sign and exponent, a byte per element: a quantizer that a user might write."""
 
     def fields(self):
@@ -586,6 +586,17 @@ def test_a_quantizer_of_ones_own_works_in_the_cache(powers_of_two):
         x = torch.randn(2, 128, 16)
         assert (codec.decode(codec.encode(x)) - x).square().mean() < 0.1
     assert create_kivi_cache(k_scheme={"quantizer": powers_of_two}).scheme.keys.quantizer == powers_of_two
+
+
+def test_a_quantizer_that_inherits_nothing_gets_the_defaults(monkeypatch):
+    monkeypatch.setattr(codecs, "QUANTIZERS", {})
+
+    @register_quantizer("plain")
+    class Plain:
+        fields, encode, decode = PowersOfTwo.fields, PowersOfTwo.encode, PowersOfTwo.decode
+
+    assert {"plain": Plain} == codecs.QUANTIZERS
+    assert Plain.stored_channels is None and Plain().parts({}) is None and Plain().records() is None
 
 
 def test_an_unknown_quantizer_is_refused():

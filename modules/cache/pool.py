@@ -135,8 +135,6 @@ class BlockPool:
     def _side(codec: BlockCodec, storage: Fields) -> PackedSide:
         storage = dict(storage)  # whoever reads keeps what there was, even if the pool is resized meanwhile
         read = partial(_read, codec, storage)
-        if not hasattr(codec, "parts"):  # a quantizer of a user's own
-            return PackedSide(read)
         return PackedSide(read, codec.parts(storage), codec.stored_channels)
 
     def _sweep(self) -> set[int]:

@@ -11,9 +11,12 @@ VIDKV_BACKENDS = ("QuantizedCacheLM", "QuantizedCacheVLM", "QuantizedCacheVLMSTP
 
 _KEYS = ("backend", "nbits", "q_group_size", "residual_length", "axis_key", "axis_value", "vidkv_stp")
 
+#: `QuantScheme.orientation` of each axis.
+_ORIENTATIONS = {-1: "per_channel", 0: "per_token"}
+
 
 def parse_quantization_config(config: dict | str) -> dict:
-    """The settings of `CacheScheme` that a `QUANTIZATION_CONFIG` means.
+    """Settings of `CacheScheme` for a `QUANTIZATION_CONFIG`.
 
     Args:
         config: A dictionary, or a string of one (Python or JSON), with the keys
@@ -34,8 +37,7 @@ def parse_quantization_config(config: dict | str) -> dict:
         config = _parse_dictionary(config)
     if not isinstance(config, dict):
         raise ValueError(f"quantization_config={config!r}: must be a dictionary or a string of one")
-    unknown = [key for key in config if key not in _KEYS]
-    if unknown:
+    if unknown := [key for key in config if key not in _KEYS]:
         raise ValueError(f"quantization_config: unknown {', '.join(map(repr, unknown))}; keys are {', '.join(_KEYS)}")
     for key in ("backend", "nbits"):
         if key not in config:
@@ -46,19 +48,22 @@ def parse_quantization_config(config: dict | str) -> dict:
     group_size, residual_length = config.get("q_group_size", 32), config.get("residual_length", 128)
     check_count("q_group_size", group_size)
     check_count("residual_length", residual_length)
-    axes = {name: config.get(name, -1) for name in ("axis_key", "axis_value")}
-    for name, axis in axes.items():
-        check_choice(name, axis, (-1, 0))
+    key_axis, value_axis = config.get("axis_key", -1), config.get("axis_value", -1)
+    check_choice("axis_key", key_axis, (-1, 0))
+    check_choice("axis_value", value_axis, (-1, 0))
 
-    k_scheme, v_scheme = ({"orientation": "per_token" if axis == 0 else "per_channel"} for axis in axes.values())
+    # The paper mixes widths by channel and rotates for keys only, and protects tokens for values only.
+    k_scheme = {"orientation": _ORIENTATIONS[key_axis]}
+    v_scheme = {"orientation": _ORIENTATIONS[value_axis]}
     if k_bits == 1.5 and backend == "QuantizedCacheLM":
         raise ValueError("nbits=1.5: keys of two widths need backend 'QuantizedCacheVLM' or 'QuantizedCacheVLMSTP'")
-    if k_bits == 1.5 and axes["axis_key"] == 0:
+    if k_bits == 1.5 and key_axis == 0:
         raise ValueError("axis_key=0: keys of 1.5 bits are per channel, axis_key=-1")
     if v_bits == 1.5:
         raise ValueError(f"nbits={nbits!r}: 1.5 is a width of keys; give a pair [1.5, width of the values]")
     if k_bits == 1 and backend != "QuantizedCacheLM":
         k_scheme["rotation"] = True
+    # With this back end the share must be given; with the others it would be ignored.
     if (protected is None) == (backend == "QuantizedCacheVLMSTP"):
         raise ValueError(f"vidkv_stp={protected!r}: must be given for backend 'QuantizedCacheVLMSTP' and for no other")
     if protected is not None:
@@ -78,6 +83,7 @@ def parse_quantization_config(config: dict | str) -> dict:
 
 
 def _parse_dictionary(text: str):
+    """The value of a text in JSON or, if it is none, of a literal of Python."""
     for parse in (json.loads, ast.literal_eval):
         try:
             return parse(text)
@@ -87,9 +93,12 @@ def _parse_dictionary(text: str):
 
 
 def _key_value_bits(nbits) -> tuple[float, float]:
-    pair = list(nbits) if isinstance(nbits, (list, tuple)) else [nbits, nbits]
+    """Widths of keys and values from one width for both, or a pair."""
+    pair = (nbits, nbits)
+    if isinstance(nbits, (list, tuple)):
+        pair = tuple(nbits)
     if len(pair) != 2:
         raise ValueError(f"nbits={nbits!r}: must be a width or a pair [keys, values]")
     for bits in pair:
         check_bits("nbits", bits)
-    return tuple(pair)
+    return pair

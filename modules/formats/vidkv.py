@@ -1,6 +1,6 @@
 """VidKV's interface (arXiv:2503.16257): packing functions along the last dimension, and its front.
 
-The names are VidKV's, the meaning is what its paper says, where its released code differs: one bit is ±scale, ternary
+The names are VidKV's. Where its released code differs from its paper, the paper is followed: one bit is ±scale, ternary
 is scaled, the transform of 1.5-bit keys is real and orthonormal, and nothing is quantized twice.
 """
 
@@ -8,17 +8,16 @@ import torch
 
 from configuration_alrd_llama import QuantScheme, check_choice, side_scheme
 from modules.cache.codecs import Fields, make_codec
-from modules.cache.quantization_config import VIDKV_BACKENDS, parse_quantization_config
+from modules.cache.quantization_config import VIDKV_BACKENDS as VIDKV_BACKENDS
+from modules.cache.quantization_config import parse_quantization_config
 from modules.kernels import get_backend
 from modules.quant_utils import grid, pack_codes, packed_words, unpack_codes
-
-# ---- packing along any dimension
 
 
 def pack_tensor(data: torch.Tensor, bits: float, pack_dim: int) -> torch.Tensor:
     """Pack integer codes of 1, 1.58, 2, 3, 4 or 8 bits along `pack_dim` into int32 words.
 
-    The layout is that of `modules/quant_utils.py`, of any length: the last word is filled with zeros.
+    The layout is the one of `modules/quant_utils.py`, for any length: the last word is filled with zeros.
     """
     _check_packed_bits(bits)
     moved = data.movedim(pack_dim, -1).unsqueeze(-1)
@@ -30,12 +29,21 @@ def unpack_tensor(v_code: torch.Tensor, bits: float, pack_dim: int, length: int 
     _check_packed_bits(bits)
     words = v_code.shape[pack_dim]
     if length is None:
-        # Three words hold 32 codes of 3 bits; a last group of up to 16 codes has two, of its low and its high plane.
-        length = words // 3 * 32 + words % 3 // 2 * 16 if bits == 3 else words * (20 if bits == 1.58 else 32 // bits)
+        length = _most_codes(words, bits)
     if packed_words(length, bits) != words:
         raise ValueError(f"length={length}: {words} words of {bits} bits must be what it packs into")
     codes = unpack_codes(v_code.movedim(pack_dim, -1).unsqueeze(-1), bits, length)
     return codes.squeeze(-1).movedim(-1, pack_dim)
+
+
+def _most_codes(words: int, bits: float) -> int:
+    """Codes that the words have room for."""
+    if bits == 3:
+        # Three words hold 32 codes of 3 bits; a last group of up to 16 codes has two, of its low and its high plane.
+        return words // 3 * 32 + words % 3 // 2 * 16
+    if bits == 1.58:
+        return words * 20
+    return words * (32 // bits)
 
 
 def _check_packed_bits(bits: float) -> None:
@@ -62,6 +70,7 @@ def triton_quantize_and_pack_along_last_dim(data: torch.Tensor, group_size: int,
         raise ValueError(f"data of shape {list(data.shape)}, group_size={group_size!r}: must be [B, nh, D, T] and >= 1")
     if data.shape[-1] % group_size:
         raise ValueError(f"group_size={group_size}: must divide the last dimension, {data.shape[-1]}")
+    # `quantize_and_pack` takes blocks of tokens, `[N, T, C]`: here a block is a group, and its channels are D.
     scheme = QuantScheme(bit)
     lead, channels = data.shape[:2], data.shape[2]
     groups = data.shape[-1] // group_size
@@ -69,10 +78,13 @@ def triton_quantize_and_pack_along_last_dim(data: torch.Tensor, group_size: int,
     packed, scale, zero_point = get_backend(None, data.device).quantize_and_pack(
         blocks, bit, None, scheme.symmetric, scheme.range_method
     )
+    # Symmetric codes store no zero point; VidKV's `mn` is their lowest level.
     if zero_point is None:
         zero_point = scale * -grid(bit).offset
+    # Back to VidKV's order: the words of all groups of a channel side by side.
     code = packed.reshape(*lead, groups, -1, channels).permute(0, 1, 4, 2, 3).flatten(3)
-    scale, mn = (p.reshape(*lead, groups, channels).transpose(2, 3) for p in (scale, zero_point))
+    scale = scale.reshape(*lead, groups, channels).transpose(2, 3)
+    mn = zero_point.reshape(*lead, groups, channels).transpose(2, 3)
     return code, scale, mn
 
 
@@ -95,12 +107,11 @@ def unpack_and_dequant_vcache(
         raise ValueError(f"code: {code.shape[-1]} words must be {groups} groups of {group_size} at {bits} bits")
     lead, channels = code.shape[:2], code.shape[2]
     blocks = code.unflatten(-1, (groups, words)).permute(0, 1, 3, 4, 2).reshape(-1, words, channels)
-    scale, mn = (p.reshape(*lead, channels, groups).transpose(2, 3).reshape(-1, channels) for p in (scale, mn))
+    # A block has one row of parameters, and these may come as `[B, nh, D, groups, 1]`.
+    scale = scale.reshape(*lead, channels, groups).transpose(2, 3).reshape(-1, channels)
+    mn = mn.reshape(*lead, channels, groups).transpose(2, 3).reshape(-1, channels)
     states = get_backend(None, code.device).unpack_and_dequantize(blocks, scale, mn, bits, group_size, dtype)
     return states.reshape(*lead, groups, group_size, channels).permute(0, 1, 4, 2, 3).flatten(3)
-
-
-# ---- the front
 
 
 class QuantizedTensorFunction:
@@ -113,15 +124,16 @@ class QuantizedTensorFunction:
     def __init__(self, config: dict | str):
         settings = parse_quantization_config(config)
         group_size = settings["group_size"]
-        self.schemes = {
-            side: side_scheme(side, settings[f"{side}_bits"], group_size, settings[f"{side}_scheme"])
-            for side in ("k", "v")
-        }
+        self.schemes: dict[str, QuantScheme] = {}
+        for side in ("k", "v"):
+            bits, fields = settings[f"{side}_bits"], settings[f"{side}_scheme"]
+            self.schemes[side] = side_scheme(side, bits, group_size, fields)
 
     def _codec(self, side: str, shape: torch.Size, dtype: torch.dtype, device: torch.device):
         scheme, (_, heads, tokens, size) = self.schemes[side], shape
         if scheme.per_channel and scheme.group_size and tokens % scheme.group_size:
             raise ValueError(f"q_group_size={scheme.group_size}: must divide the {tokens} tokens")
+        # One block holds the whole sequence.
         return make_codec(scheme, tokens, (size,) * heads, dtype, get_backend(None, device))
 
     def _quantize(self, side: str, states: torch.Tensor) -> Fields:
@@ -134,7 +146,7 @@ class QuantizedTensorFunction:
         return states.unflatten(2, (shape[1], shape[3])).transpose(1, 2)
 
     def _quantize_key(self, states: torch.Tensor) -> Fields:
-        """Tensors that store `[B, H, T, D]` keys: `packed`, `scale`, `zero_point`, those of parts with their names."""
+        """Tensors that store `[B, H, T, D]` keys: `packed`, `scale`, `zero_point`; before a part's stands its name."""
         return self._quantize("k", states)
 
     def _quantize_value(self, states: torch.Tensor) -> Fields:
@@ -148,14 +160,3 @@ class QuantizedTensorFunction:
     def _dequantize_value(self, fields: Fields, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
         """Values of the given `[B, H, T, D]` shape and type."""
         return self._dequantize("v", fields, shape, dtype)
-
-
-__all__ = [
-    "VIDKV_BACKENDS",
-    "QuantizedTensorFunction",
-    "pack_tensor",
-    "parse_quantization_config",
-    "triton_quantize_and_pack_along_last_dim",
-    "unpack_and_dequant_vcache",
-    "unpack_tensor",
-]
