@@ -36,7 +36,7 @@ from transformers.models.llama.modeling_llama import (
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from configuration_alrd_llama import ALRDLlamaConfig
+from configuration_alrd_llama import SIDES, ALRDLlamaConfig, Projection
 from modules import loading
 from modules.decode_graph import DecodeGraph
 from modules.kernels import MAX_QUERY_LENGTH
@@ -136,17 +136,18 @@ class ALRDLlamaAttention(LlamaAttention):
 
     def __init__(self, config: ALRDLlamaConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        if config.dense_model_type == "qwen2":
+        if config.traits.qkv_bias is not None:
             self.o_proj.bias = None  # `attention_bias` is for q, k and v only
-        for name in ("k_proj", "v_proj"):
-            ranks = config.group_ranks(layer_idx, name)
+        for side in SIDES:
+            projection = Projection(layer_idx, side)
+            ranks = config.group_ranks(projection)
             if ranks is None:
                 continue
-            dense, heads = getattr(self, name), config.num_key_value_heads
-            static = bool((getattr(config, f"{name[0]}_scheme") or {}).get("static"))
+            dense, heads = getattr(self, projection.attribute), config.num_key_value_heads
+            static = config.is_static(side)
             split = SVDLinear(dense.in_features, dense.out_features, ranks, heads, dense.bias is not None, static)
-            split.latent_transform = SimpleRounding(config, f"{name[0]}_bits")
-            setattr(self, name, split)
+            split.latent_transform = SimpleRounding(config, f"{side}_bits")
+            setattr(self, projection.attribute, split)
         self.keep_heads(0, 1)
 
     def keep_heads(self, rank: int, size: int, process_group=None) -> None:
@@ -165,8 +166,8 @@ class ALRDLlamaAttention(LlamaAttention):
 
     def _config_widths(self) -> tuple[tuple[int, ...], ...]:
         """Channels by head group of keys and values that this rank caches by the config as it is now."""
-        widths = (self.config.cached_widths(self.layer_idx, name) for name in ("k_proj", "v_proj"))
-        return tuple(own_groups(w, self.tp_rank, self.tp_size) for w in widths)
+        keys, values = self.config.layer_widths(self.layer_idx)
+        return own_groups(keys, self.tp_rank, self.tp_size), own_groups(values, self.tp_rank, self.tp_size)
 
     def check_config(self) -> None:
         """Refuse a config whose ranks or head groups have been assigned since the layer was built."""
@@ -463,7 +464,7 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
         config = copy.copy(self.config)
         for field in ("truncation_ranks", "width_tiers"):
             by_name = getattr(config, field)
-            setattr(config, field, {name: by_name[name] for name in by_name if int(name.split(".")[2]) < active})
+            setattr(config, field, {name: by_name[name] for name in by_name if Projection.parse(name).layer < active})
         return config
 
     def _static_scales(self) -> dict[int, dict]:

@@ -135,10 +135,10 @@ class Calibration:
     def split(self, **fields) -> ALRDLlamaForCausalLM:
         """The split model, on the CPU in the type of the dense checkpoint, with other `fields` of its configuration."""
         target = ALRDLlamaConfig.from_llama(self.target, **fields)
-        splits = []
-        for i in range(target.num_hidden_layers):
-            names = {p: f"model.layers.{i}.self_attn.{p}" for p in PROJECTIONS}
-            splits.append({p: self._split(name, target.group_ranks(i, p)) for p, name in names.items()})
+        splits: list[dict[str, dict]] = [{} for _ in range(target.num_hidden_layers)]
+        for projection in target.projections():
+            ranks = target.group_ranks(projection)
+            splits[projection.layer][projection.attribute] = self._split(projection.name, ranks)
         return ALRDLlamaForCausalLM.from_dense(self.dense, target, splits, self.stored_dtype, "cpu")
 
     def _split(self, name: str, ranks: tuple[int, ...]) -> dict:
