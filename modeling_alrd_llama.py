@@ -41,7 +41,7 @@ from modules import loading
 from modules.decode_graph import DecodeGraph
 from modules.kernels import MAX_QUERY_LENGTH
 from modules.kernels.attention import attention_received
-from modules.kernels.packed import NewTokens, PackedCache, Rope, counts_of_rows
+from modules.kernels.packed import LatentQuery, NewTokens, PackedCache, Rope, counts_of_rows
 from modules.kivi_cache import CacheScheme, KIVILatentCache, config_schemes, create_kivi_cache
 from modules.quant_utils import quantize_latent, require
 from modules.svd_linear import ALinear, SVDLinear, own_groups
@@ -128,7 +128,7 @@ class LatentStep:
 
     def new_tokens(self, keys: torch.Tensor, values: torch.Tensor) -> NewTokens:
         """The new tokens' latents `[B, L, C]` with where they stand."""
-        return NewTokens(keys, values, self.positions, self.start, self.count, self.real, self.order)
+        return NewTokens(keys, values, self.start, self.count, self.real, self.order)
 
 
 class ALRDLlamaAttention(LlamaAttention):
@@ -207,7 +207,7 @@ class ALRDLlamaAttention(LlamaAttention):
 
         if latent_step.has_past and latent_step.slots is None and layer.score != "attention":
             new = latent_step.new_tokens(key_latents, value_latents)
-            summed = layer.attend_and_append(query, new, **self._how(latent_step))
+            summed = layer.attend_and_append(self._latent_query(query, latent_step), new)
             return self.o_proj(self._expand_values(summed, query).flatten(2)), None
 
         received = self._attention_received(query, key_latents, value_latents, layer, latent_step)
@@ -235,21 +235,18 @@ class ALRDLlamaAttention(LlamaAttention):
         """`[B, L, H * d]` to `[B, H, L, d]`."""
         return states.view(*states.shape[:-1], -1, self.head_dim).transpose(1, 2)
 
-    def _how(self, step: LatentStep) -> dict:
-        """How this layer attends to latents."""
-        projection = self.k_proj
-        return {
-            "expand_keys": projection.ALinear if isinstance(projection, SVDLinear) else None,
-            "value_widths": self.widths[1],
-            "rope": step.rope,
-            "scaling": self.scaling,
-        }
+    def _latent_query(self, query: torch.Tensor, step: LatentStep) -> LatentQuery:
+        """Queries `[B, H_q, L, d]` before RoPE with how this layer attends to latents."""
+        expand_keys = self.k_proj.ALinear if isinstance(self.k_proj, SVDLinear) else None
+        return LatentQuery(query, step.positions, expand_keys, self.widths[1], step.rope, self.scaling)
 
-    def _attention_arguments(self, query, key_latents, value_latents, layer, step: LatentStep) -> dict:
+    def _attention_arguments(
+        self, query, key_latents, value_latents, layer, step: LatentStep
+    ) -> tuple[LatentQuery, PackedCache]:
         """Arguments of an attention of the new tokens to the cache and to themselves."""
         new = step.new_tokens(key_latents, value_latents).tile()
         cache = layer.packed(new) if step.has_past else PackedCache(after=(new,))
-        return {"query": query, "positions": step.positions, "cache": cache, **self._how(step)}
+        return self._latent_query(query, step), cache
 
     def _expand_values(self, summed: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
         """Weighted sums of the values' latents `[B, H_q, L, r]` to the heads' outputs `[B, L, H_q, d]`."""
@@ -262,7 +259,7 @@ class ALRDLlamaAttention(LlamaAttention):
         if layer.score != "attention":
             return None
         arguments = self._attention_arguments(query, key_latents, value_latents, layer, step)
-        received = attention_received(**arguments, real=step.real, length=step.longest)
+        received = attention_received(*arguments, step.real, step.longest)
         if self.tp_group is not None:
             dist.all_reduce(received, group=self.tp_group)  # of all heads, so that all ranks protect the same tokens
         return received
@@ -272,7 +269,7 @@ class ALRDLlamaAttention(LlamaAttention):
         layer.check_states(key_latents, value_latents)  # before a kernel takes them at their word
         arguments = self._attention_arguments(query, key_latents, value_latents, layer, step)
         weights_length = None if step.slots is None else step.slots.shape[1]
-        summed, weights = layer.backend.attend(**arguments, weights_length=weights_length)
+        summed, weights = layer.backend.attend(*arguments, weights_length)
         if weights is not None:
             slots = step.slots[:, None, None].expand_as(weights)
             weights = weights.gather(3, slots.clamp(min=0)).masked_fill(slots < 0, 0.0).to(query.dtype)

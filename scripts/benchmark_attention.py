@@ -253,7 +253,7 @@ class LatentLayer:
         states = (self.query, self.new_keys, self.new_values)
         arguments = self.attention._attention_arguments(*states, self.layer, self.position())
         attend, expand = self.layer.backend.attend, self.attention.v_proj.ALinear
-        return lambda: expand(attend(**arguments)[0].to(self.dtype), per_head=True)[:, :, 0]
+        return lambda: expand(attend(*arguments)[0].to(self.dtype), per_head=True)[:, :, 0]
 
     def _time_appends(self, block: int) -> dict[str, Any]:
         """Seconds of appending a token and making what attention reads, over the last block of the tokens."""

@@ -29,7 +29,7 @@ from modules.formats.qlutattn import QLUTATTN
 from modules.kernels.attention import latent_attention
 from modules.kernels.cpu import quantize as quantize_cpu
 from modules.kernels.cpu.lookup import FASTER, instructions, lookup_attention
-from modules.kernels.packed import PackedCache, PackedSide
+from modules.kernels.packed import LatentQuery, PackedCache, PackedSide
 from modules.kivi_cache import CacheScheme, KIVILatentLayer
 from scripts.common import check_positive, environment, parse_config, write_json
 
@@ -153,7 +153,8 @@ def check(contenders: dict[str, Callable], query: torch.Tensor, cache: PackedCac
     Raises:
         RuntimeError: One of them is above the limit.
     """
-    exact = latent_attention(query.double(), cache=dequantizing(cache, unpack_exactly, torch.float64), **how)[0]
+    unrounded = dequantizing(cache, unpack_exactly, torch.float64)
+    exact = latent_attention(LatentQuery(query.double(), **how), unrounded)[0]
     plain = error(
         multiply(query, cache=dequantizing(cache, quant_utils.unpack_and_dequantize, query.dtype), **how), exact
     )

@@ -30,6 +30,7 @@ from modules.kernels.packed import PackedCache, PackedSide, Rope, Tile
 from modules.kernels.triton import attention as kernels
 from modules.svd_linear import ALinear
 from tests.aot_compile import TYPES, Recorder, usage
+from tests.helpers import attend
 
 #: Shared memory that a program may have, in bytes, by architecture.
 SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -162,7 +163,7 @@ def main(everything: bool, architectures: list[int], only: str = "") -> list[dic
             continue
         launches.clear()
         with torch.no_grad():
-            kernels.latent_attention(**case())
+            attend(kernels.latent_attention, **case())
         for kernel, arguments in launches:
             for architecture in architectures:
                 compiled = compile_kernel(kernel, arguments, architecture)
@@ -193,7 +194,7 @@ def roofline(bits: int, tokens: int, batch: int) -> dict:
     """Lower bounds, in microseconds, of a step of Llama-3-8B's layer at rank 64 per head, and of its dense cache."""
     launches = record_launches()
     with torch.no_grad():
-        kernels.latent_attention(**llama3(bits))
+        attend(kernels.latent_attention, **llama3(bits))
     kernel, arguments = launches[0]
     compiled = compile_kernel(kernel, arguments, 90)
     used, heads, size, rank = usage(compiled), 8, 128, 64

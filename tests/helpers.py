@@ -1,5 +1,6 @@
 """Tiny models for the tests, with weights large enough that a wrong key or value changes the result."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import tokenizers
@@ -8,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from configuration_alrd_llama import ALRDLlamaConfig
 from modeling_alrd_llama import ALRDLlamaForCausalLM
+from modules.kernels.packed import LatentQuery
 
 #: Fields of the tiny Llama: 3 layers, head size 16, 8 query heads on 4 key/value heads. No token ends a text.
 TINY_LLAMA = {
@@ -111,3 +113,8 @@ def magnitudes(length: int, channels: int, dtype: torch.dtype) -> torch.Tensor:
         torch.where(noise > 0, limit, -limit),
     ]
     return torch.stack(blocks).clamp(-limit, limit).to(dtype)
+
+
+def attend(attention: Callable, *options, query: torch.Tensor, cache, **fields):
+    """Call a `latent_attention` by keywords: the states of a `LatentQuery`, its other fields, and the cache."""
+    return attention(LatentQuery(query, **fields), cache, *options)

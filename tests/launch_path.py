@@ -22,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 from modules.kernels.triton import attention as attention_triton
 from modules.kernels.triton import quantize as quantize_triton
 from tests import aot_append, aot_attention, aot_compile
+from tests.helpers import attend
 
 
 class CountingDriver:
@@ -67,7 +68,7 @@ def cases(everything: bool) -> Iterator[tuple[str, Callable]]:
         if everything or name == "tiers":
             yield f"append {name}", lambda s=step: aot_append.appender(*s)
     for name, case in aot_attention.cases(everything):
-        yield f"attention {name}", lambda c=case: partial(attention_triton.latent_attention, **c())
+        yield f"attention {name}", lambda c=case: partial(attend, attention_triton.latent_attention, **c())
     if everything:
         yield "attention with a bias", attention_with_bias
 
@@ -76,7 +77,7 @@ def attention_with_bias() -> Callable:
     arguments = aot_attention.llama3(2)
     expansion = arguments["expand_keys"]
     expansion.bias = torch.nn.Parameter(expansion.weight.new_zeros(len(expansion.weight)))
-    return partial(attention_triton.latent_attention, **arguments)
+    return partial(attend, attention_triton.latent_attention, **arguments)
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ from modules.kernels.cpu.library import MARCH_VARIABLE, library
 from modules.kernels.packed import PackedCache, Rope, Tile
 from modules.kivi_cache import CacheScheme, KIVILatentLayer
 from modules.svd_linear import ALinear, split_groups
+from tests.helpers import attend
 
 ROOT = Path(__file__).parent.parent
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -67,7 +68,7 @@ class Step:
         return self.but(cache=replace(self.cache, **parts))
 
     def __call__(self) -> torch.Tensor:
-        return latent_attention(**self.arguments)
+        return attend(latent_attention, **self.arguments)
 
 
 def side(bits=2, orientation="per_channel", group_size=32, **fields) -> QuantScheme:
@@ -179,13 +180,14 @@ def exact(step: Step) -> torch.Tensor:
     if expand is not None:
         expand = expand.double()
     try:
-        return reference_attention(
+        return attend(
+            reference_attention,
             **{
                 **arguments,
                 "query": arguments["query"].double(),
                 "cache": cache,
                 "expand_keys": None if expand is None else lambda latents: expand(latents.double()),
-            }
+            },
         )[0]
     finally:
         for codec, dtype in kept:
@@ -605,7 +607,7 @@ def test_one_token_takes_all(place, dtype):
     assert (logits.argmax(-1) == at).all()
     query = rope.rotate(query * (8 / (best - second))[..., None], torch.tensor(-300))
     step = step.but(query=query.repeat_interleave(2, 0)[None].to(dtype))
-    weights = reference_attention(**step.arguments, weights_length=301)[1]
+    weights = attend(reference_attention, 301, **step.arguments)[1]
     assert (weights[..., at] > 0.9).all()
     check(step)
 

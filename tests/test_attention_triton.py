@@ -20,7 +20,7 @@ from modules.kernels.packed import PackedCache, PackedPart, Rope, Tile
 from modules.kivi_cache import CacheScheme, KIVILatentLayer
 from modules.svd_linear import ALinear, split_groups
 from tests.conftest import PoisonedTorch
-from tests.helpers import tiny_dense, tiny_split
+from tests.helpers import attend, tiny_dense, tiny_split
 
 triton = pytest.importorskip("triton")
 from modules.kernels.triton import attention as kernels  # noqa: E402
@@ -140,7 +140,7 @@ def exact_result(arguments: dict) -> torch.Tensor:
     cache = PackedCache(before=tuple(to(tile, torch.float64) for tile in arguments["cache"].tiles()))
     query = arguments["query"].double()
     with torch.no_grad():
-        return reference(**arguments | {"query": query, "cache": cache, "expand_keys": expand})[0]
+        return attend(reference, **arguments | {"query": query, "cache": cache, "expand_keys": expand})[0]
 
 
 def plain_result(arguments: dict) -> torch.Tensor:
@@ -175,7 +175,7 @@ def check(device, **case) -> None:
     """The kernels' error is at most twice that of `plain_result`, and what they return is whole."""
     arguments = step(**case)
     with torch.no_grad():
-        actual = kernels.latent_attention(**moved(arguments, device)).cpu()
+        actual = attend(kernels.latent_attention, **moved(arguments, device)).cpu()
     exact = exact_result(arguments)
     batch, heads, length, _ = arguments["query"].shape
     assert actual.shape == (batch, heads, length, max(arguments["value_widths"]))
@@ -286,22 +286,22 @@ def test_sums_of_several_launches(device, monkeypatch):
 def test_a_query_that_sees_nothing_gets_zeros(device):
     arguments = step(tokens=(45,))
     arguments["positions"] = torch.full_like(arguments["positions"], -1)
-    assert not kernels.latent_attention(**moved(arguments, device)).any()
+    assert not attend(kernels.latent_attention, **moved(arguments, device)).any()
     empty = arguments | {"cache": PackedCache()}
-    assert not kernels.latent_attention(**moved(empty, device)).any()
+    assert not attend(kernels.latent_attention, **moved(empty, device)).any()
 
 
 def test_pads_and_cut_tokens_are_not_read(device):
     """Whatever stands behind the counts: another row's, or what a crop has left."""
     arguments = step(tokens=(110, 90), crop=30, length=2)
-    before = kernels.latent_attention(**moved(arguments, device))
+    before = attend(kernels.latent_attention, **moved(arguments, device))
     cache = arguments["cache"]
     tiles = [replace(t, keys=t.keys.clone(), values=t.values.clone()) for t in (*cache.before, *cache.after)]
     for tile in tiles:
         behind = torch.arange(tile.keys.shape[2]) >= tile.count[..., None]
         tile.keys[behind], tile.values[behind] = torch.nan, torch.inf
     arguments["cache"] = replace(cache, before=tuple(tiles[:1]), after=tuple(tiles[1:]))
-    assert torch.equal(kernels.latent_attention(**moved(arguments, device)), before)
+    assert torch.equal(attend(kernels.latent_attention, **moved(arguments, device)), before)
 
 
 # ---- launches
@@ -325,12 +325,12 @@ def test_launches_follow_from_shapes_and_copy_nothing(monkeypatch):
     monkeypatch.setattr(kernels, "_wanted_programs", lambda device: 100)
     arguments = step(tokens=(300, 70))
     parts = arguments["cache"].keys.parts
-    kernels.latent_attention(**arguments)
+    attend(kernels.latent_attention, **arguments)
     assert launches[0][1]["keys"][0][0].data_ptr() == parts[0].packed.data_ptr()
     assert launches[0][1]["query"].data_ptr() == arguments["query"].data_ptr()
     grids = [grid for grid, _ in launches]
     launches.clear()
-    kernels.latent_attention(**moved(arguments, torch.device("meta")))
+    attend(kernels.latent_attention, **moved(arguments, torch.device("meta")))
     assert [grid for grid, _ in launches] == grids
 
 

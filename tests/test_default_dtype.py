@@ -27,7 +27,7 @@ from modules.formats.qlutattn import QLUTATTN, layer_schemes_by_range
 from modules.formats.vidkv import QuantizedTensorFunction
 from modules.kernels import get_backend
 from modules.kernels.cpu.lookup import METHODS, lookup_attention
-from modules.kernels.packed import Rope
+from modules.kernels.packed import LatentQuery, Rope
 from modules.kivi_cache import CacheScheme, KIVILatentCache, KIVILatentLayer, create_kivi_cache
 from modules.quant_utils import kivi_quantize_per_channel, kivi_quantize_per_token
 from tests.helpers import all_ranks, tiny_dense
@@ -237,7 +237,7 @@ def test_tensors_that_users_give_may_have_another_type(dtype, tmp_path):
         cache.layer(0, ((8, 8), (8, 8))).append(states, states)
         how = {"expand_keys": None, "value_widths": (8, 8), "rope": None, "scaling": 0.3}
         attend, query = cache.layers[0].backend.attend, torch.ones(1, 2, 1, 8)
-        found.append(attend(query, positions=torch.tensor([[200]]), cache=cache.layers[0].packed(), **how)[0])
+        found.append(attend(LatentQuery(query, torch.tensor([[200]]), **how), cache.layers[0].packed())[0])
         scored = KIVILatentCache(CacheScheme(2, 2, 16, 5, 0, v_scheme=protected), token_score="attention")
         scored.layer(0).append(states, states, received=received.to(given))
         found.append(scored.layers[0].states())
@@ -261,7 +261,7 @@ def test_no_tensor_of_a_cache_is_made_on_the_default_device(name, backend):
             cache.crop(-9)
             cache.reorder_cache(beams)
             layer = cache.fork().layers[0]
-            attended = layer.backend.attend(query, positions=positions, cache=layer.packed(), **how)[0]
+            attended = layer.backend.attend(LatentQuery(query, positions, **how), layer.packed())[0]
         found.append([*layer.states(), attended])
     assert differing(*found) == []
 

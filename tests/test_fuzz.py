@@ -28,6 +28,7 @@ from configuration_alrd_llama import ALRDLlamaConfig
 from modeling_alrd_llama import ALRDLlamaForCausalLM
 from modules.cache.file import read_cache_file
 from modules.kernels import get_backend
+from modules.kernels.packed import LatentQuery
 from modules.kivi_cache import CacheScheme, KIVILatentCache
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -146,7 +147,7 @@ def check_sound(cache: KIVILatentCache, folder: Path) -> None:
             positions = torch.tensor([[row.tokens] for row in layer.rows])
             how = {"expand_keys": None, "value_widths": layer.widths[1], "rope": None, "scaling": 0.3}
             for name in ("cpu", "reference"):
-                get_backend(name, torch.device("cpu")).attend(query, positions=positions, cache=layer.packed(), **how)
+                get_backend(name, torch.device("cpu")).attend(LatentQuery(query, positions, **how), layer.packed())
     cache.save(folder / "again.safetensors")
     again = KIVILatentCache.load(folder / "again.safetensors")
     assert contents(again) == contents(cache)

@@ -12,7 +12,7 @@ from modules.kernels.attention import latent_attention
 from modules.kernels.cpu import library as cpp_library
 from modules.kernels.cpu import lookup as kernels
 from modules.kernels.cpu.lookup import FASTER, METHODS, lookup_attention
-from modules.kernels.packed import PackedCache, Rope, Tile
+from modules.kernels.packed import LatentQuery, PackedCache, Rope, Tile
 from modules.kivi_cache import CacheScheme, KIVILatentLayer
 from modules.quant_utils import unpack_and_dequantize
 from scripts import benchmark_lookup
@@ -38,7 +38,7 @@ def instructions(request, monkeypatch):
 def expected(query, cache: PackedCache, **how) -> torch.Tensor:
     """Attention in float64 on the stored codes."""
     exact = cache if cache.keys is None else dequantizing(cache, unpack_exactly, torch.float64)
-    return latent_attention(query.double(), cache=exact, **how)[0]
+    return latent_attention(LatentQuery(query.double(), **how), exact)[0]
 
 
 def plain(query, cache: PackedCache, dtype: torch.dtype, **how) -> torch.Tensor:

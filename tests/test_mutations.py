@@ -327,8 +327,8 @@ def scores_stay_when_rows_move(monkeypatch):
 def queries_of_pads_count(monkeypatch):
     received = modeling_alrd_llama.attention_received
 
-    def broken(query, positions, real, *args, **how):
-        return received(query, positions, None, *args, **how)
+    def broken(query, cache, real, length):
+        return received(query, cache, None, length)
 
     monkeypatch.setattr(modeling_alrd_llama, "attention_received", broken)
 

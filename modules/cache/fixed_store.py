@@ -28,7 +28,7 @@ from configuration_alrd_llama import QuantScheme
 from modules.cache.codecs import BlockCodec
 from modules.cache.pool import BlockPool
 from modules.kernels import MAX_QUERY_LENGTH, Backend
-from modules.kernels.packed import NewTokens, PackedCache, Rope, Tile
+from modules.kernels.packed import LatentQuery, NewTokens, PackedCache, Rope, Tile
 from modules.quant_utils import require
 from modules.svd_linear import Expansion
 
@@ -145,9 +145,9 @@ def _(state: torch.Tensor) -> torch.Tensor:
 def _attend_in_graph(
     tensors: list[torch.Tensor],
     query: torch.Tensor,
+    positions: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    positions: torch.Tensor,
     start: torch.Tensor,
     count: torch.Tensor,
     real: torch.Tensor | None,
@@ -162,13 +162,11 @@ def _attend_in_graph(
     scaling: float,
     plan: str,
 ) -> torch.Tensor:
+    expand_keys = None if weight is None else Expansion(weight, bias, tuple(ranks), num_heads)
+    rope = Rope(inv_freq, attention_scaling)
     return FixedStore.of(tensors, plan).attend_and_append(
-        query,
-        NewTokens(keys, values, positions, start, count, real, order),
-        None if weight is None else Expansion(weight, bias, tuple(ranks), num_heads),
-        value_widths=tuple(value_widths),
-        rope=Rope(inv_freq, attention_scaling),
-        scaling=scaling,
+        LatentQuery(query, positions, expand_keys, tuple(value_widths), rope, scaling),
+        NewTokens(keys, values, start, count, real, order),
     )
 
 
@@ -376,28 +374,25 @@ class FixedStore:
         records = {side: codec.records() for side, codec in self.plan.codecs.items()}
         return FusedAppend(self.room, records, self.tensors)
 
-    def attend_and_append(self, query: torch.Tensor, new: NewTokens, expand_keys, **how) -> torch.Tensor:
+    def attend_and_append(self, query: LatentQuery, new: NewTokens) -> torch.Tensor:
         """`KIVILatentLayer.attend_and_append`, which in a graph is one node."""
         if not torch.compiler.is_compiling():
-            cache = self.packed(new.tile())
-            summed, _ = self._backend.attend(
-                query, positions=new.positions, cache=cache, expand_keys=expand_keys, **how
-            )
+            summed, _ = self._backend.attend(query, self.packed(new.tile()))
             self.append(new.keys.detach(), new.values.detach(), new.real)
             return summed
-        expansion = (None, None, [], 0)
+        rope, expand_keys, expansion = query.rope, query.expand_keys, (None, None, [], 0)
         if expand_keys is not None:
             expansion = (expand_keys.weight, expand_keys.bias, list(expand_keys.ranks), expand_keys.num_heads)
-        rope = how["rope"]
         return _attend_in_graph(
             list(self.tensors.values()),
-            query,
+            query.states,
+            query.positions,
             *new,
             *expansion,
-            list(how["value_widths"]),
+            list(query.value_widths),
             rope.inv_freq,
             rope.attention_scaling,
-            how["scaling"],
+            query.scaling,
             self.plan_name,
         )
 

@@ -25,7 +25,7 @@ from modules.cache.codecs import StaticScales, block_length, block_nbytes, check
 from modules.cache.fixed_store import SIDES, FixedStore, Room, check_fixed, field_without_capacity
 from modules.cache.pool import BlockPool
 from modules.kernels import FUSED_DTYPES, Backend, get_backend
-from modules.kernels.packed import NewTokens, PackedCache, Tile, counts_of_rows
+from modules.kernels.packed import LatentQuery, NewTokens, PackedCache, Tile, counts_of_rows
 
 #: Channels of each head group of the keys and of the values of one layer.
 LayerWidths = tuple[tuple[int, ...], tuple[int, ...]]
@@ -346,13 +346,12 @@ class KIVILatentLayer(CacheLayerMixin):
         self.backend = get_backend(self.backend_name, self.device)
         return scheme.codecs(widths, self.dtype, self.backend, self.static_scales)
 
-    def attend_and_append(self, query: torch.Tensor, new: NewTokens, expand_keys, **how) -> torch.Tensor:
+    def attend_and_append(self, query: LatentQuery, new: NewTokens) -> torch.Tensor:
         """Attention of new tokens to all that is cached and to themselves, who are cached then.
 
         Args:
-            query: `[B, H_q, L, d]` before RoPE.
+            query: Queries of the new tokens.
             new: The new tokens.
-            expand_keys, how: `value_widths`, `rope` and `scaling`, as for `modules.kernels.attention.latent_attention`.
 
         Returns:
             `[B, H_q, L, max(value_widths)]` float32, the weighted sums of the values' latents.
@@ -361,8 +360,7 @@ class KIVILatentLayer(CacheLayerMixin):
             ValueError: As for `append`.
         """
         self.check_states(new.keys, new.values)  # before a kernel takes them at their word
-        cache = self.packed(new.tile())
-        summed, _ = self.backend.attend(query, positions=new.positions, cache=cache, expand_keys=expand_keys, **how)
+        summed, _ = self.backend.attend(query, self.packed(new.tile()))
         self._store({"keys": new.keys.detach(), "values": new.values.detach()}, new.real)
         return summed
 
@@ -966,10 +964,10 @@ class FixedLatentLayer(KIVILatentLayer):
             raise
         self.pads, self.is_fed = pads, True
 
-    def attend_and_append(self, query: torch.Tensor, new: NewTokens, expand_keys, **how) -> torch.Tensor:
+    def attend_and_append(self, query: LatentQuery, new: NewTokens) -> torch.Tensor:
         self.check_states(new.keys, new.values, new.real)
         pads = self._pads_after(new.real)
-        summed = self.store.attend_and_append(query, new, expand_keys, **how)
+        summed = self.store.attend_and_append(query, new)
         self.pads = pads
         return summed
 

@@ -20,7 +20,7 @@ import torch
 from configuration_alrd_llama import check_choice
 from modules import quant_utils
 from modules.kernels.attention import latent_attention
-from modules.kernels.packed import PackedCache, PackedSide
+from modules.kernels.packed import LatentQuery, PackedCache, PackedSide
 
 BACKENDS = ("reference", "triton", "cpu")
 
@@ -58,17 +58,19 @@ class Backend:
         """Whether the fused kernel of this back end reads such blocks."""
         return self.fused_attention is not None and all([side.parts is not None for side in sides])
 
-    def attend(self, query: torch.Tensor, *, cache: PackedCache, weights_length: int | None = None, **how):
+    def attend(
+        self, query: LatentQuery, cache: PackedCache, weights_length: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As `latent_attention`: by the fused kernel where there is one for what is asked, else by the reference."""
         sides = () if cache.keys is None else (cache.keys, cache.values)
-        taken = query.shape[2] <= MAX_QUERY_LENGTH and query.dtype in FUSED_DTYPES
-        expansion = how["expand_keys"]
+        states, expansion = query.states, query.expand_keys
+        taken = states.shape[2] <= MAX_QUERY_LENGTH and states.dtype in FUSED_DTYPES
         if expansion is not None and expansion.weight.is_meta:  # offloaded: it is there only while the module is called
             taken = False
         if weights_length is None and taken and self.attends_to(*sides):
-            summed = self.fused_attention(query, cache=cache, **how)
-            return (_WithoutGradient.apply(query, summed) if query.requires_grad else summed), None
-        return latent_attention(query, cache=cache, weights_length=weights_length, **how)
+            summed = self.fused_attention(query, cache)
+            return (_WithoutGradient.apply(states, summed) if states.requires_grad else summed), None
+        return latent_attention(query, cache, weights_length)
 
 
 class _WithoutGradient(torch.autograd.Function):

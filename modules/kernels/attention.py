@@ -8,35 +8,25 @@ RoPE is relative, so a tile's keys are rotated by their offset inside its runs, 
 their distance from each run's first token.
 """
 
+from dataclasses import replace
+
 import torch
 
-from modules.kernels.packed import PackedCache, Rope
-from modules.svd_linear import ALinear, split_groups
+from modules.kernels.packed import LatentQuery, PackedCache
+from modules.svd_linear import split_groups
 
 #: Queries at a time whose attention weights are formed when only their sum is wanted.
 _QUERIES = 64
 
 
 def latent_attention(
-    query: torch.Tensor,
-    positions: torch.Tensor,
-    cache: PackedCache,
-    expand_keys: ALinear | None,
-    value_widths: tuple[int, ...],
-    rope: Rope | None,
-    scaling: float,
-    weights_length: int | None = None,
+    query: LatentQuery, cache: PackedCache, weights_length: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     r"""Softmax attention of queries over tiles of latents, all arithmetic in float32 (float64 for float64 queries).
 
     Args:
-        query: `[B, H_q, L, d]` before RoPE.
-        positions: `[B, L]`, position of each query; a key is seen if its own position is not larger.
+        query: The queries `[B, H_q, L, d]`, and how they meet the latents.
         cache: The cache and the new tokens.
-        expand_keys: Key latents to keys before RoPE; `None`: the keys themselves are cached.
-        value_widths: Channels of each head group of the value latents.
-        rope: Rotary embedding; `None`: the keys are cached as the queries are to meet them.
-        scaling: Factor on the logits.
         weights_length: Return the attention weights over positions 0 … weights_length - 1 too.
 
     Returns:
@@ -44,25 +34,26 @@ def latent_attention(
         shorter groups filled with zeros; zero where a query sees nothing. And the weights `[B, H_q, L,
         weights_length]`, or `None`.
     """
-    batch, heads, length, size = query.shape
-    query = query.to(torch.promote_types(query.dtype, torch.float32))
-    highest = query.new_full((batch, heads, length, 1), -torch.inf)
+    positions, rope, value_widths = query.positions, query.rope, query.value_widths
+    batch, heads, length, size = query.states.shape
+    states = query.states.to(torch.promote_types(query.states.dtype, torch.float32))
+    highest = states.new_full((batch, heads, length, 1), -torch.inf)
     total = torch.zeros_like(highest)
-    summed = query.new_zeros((batch, heads, length, max(value_widths)))
+    summed = states.new_zeros((batch, heads, length, max(value_widths)))
     scored = []
 
     for tile in cache.tiles():
         runs, tokens = tile.keys.shape[1:3]
-        offsets = torch.arange(tokens, dtype=torch.int64, device=query.device)
-        keys = tile.keys if expand_keys is None else expand_keys(tile.keys)
-        keys, shifted = keys.unflatten(-1, (-1, size)).to(query.dtype), query[:, None]
+        offsets = torch.arange(tokens, dtype=torch.int64, device=states.device)
+        keys = tile.keys if query.expand_keys is None else query.expand_keys(tile.keys)
+        keys, shifted = keys.unflatten(-1, (-1, size)).to(states.dtype), states[:, None]
         if rope is not None:
             keys = rope.rotate(keys, offsets[:, None])
             shifted = rope.rotate(shifted, (positions[:, None] - tile.start[..., None])[:, :, None])
 
         # Query heads that share a key head are queries of the same product: [B, m, H_kv, shared * L, d].
         shared = shifted.unflatten(2, (keys.shape[3], -1)).flatten(3, 4)
-        scores = (shared @ keys.permute(0, 1, 3, 4, 2)) * scaling
+        scores = (shared @ keys.permute(0, 1, 3, 4, 2)) * query.scaling
         scores = scores.reshape(batch, runs, heads, length, tokens)
         key_positions = tile.start[..., None] + offsets
         valid = (offsets < tile.count[..., None])[:, :, None]
@@ -75,7 +66,7 @@ def latent_attention(
         reference = higher.masked_fill(higher == -torch.inf, 0.0)
         weights = (scores - reference).exp()
         decay = (highest - reference).exp()
-        values = split_groups(tile.values.to(query.dtype).flatten(1, 2), value_widths).transpose(1, 2)
+        values = split_groups(tile.values.to(states.dtype).flatten(1, 2), value_widths).transpose(1, 2)
         gained = weights.unflatten(1, (len(value_widths), -1)).flatten(2, 3) @ values
         summed = summed * decay + gained.reshape(summed.shape)
         total = total * decay + weights.sum(dim=-1, keepdim=True)
@@ -84,7 +75,7 @@ def latent_attention(
     total = total.masked_fill(total == 0, 1.0)
     if weights_length is None:
         return summed / total, None
-    result = query.new_zeros((batch, heads, length, weights_length))
+    result = states.new_zeros((batch, heads, length, weights_length))
     for scores, key_positions in scored:
         weights = (scores - highest.masked_fill(highest == -torch.inf, 0.0)).exp() / total
         index = key_positions.clamp(max=weights_length - 1).long()[:, None, None].expand_as(weights)
@@ -93,20 +84,18 @@ def latent_attention(
 
 
 @torch.no_grad()
-def attention_received(
-    query: torch.Tensor, positions: torch.Tensor, real: torch.Tensor | None, cache: PackedCache, length: int, **how
-) -> torch.Tensor:
+def attention_received(query: LatentQuery, cache: PackedCache, real: torch.Tensor | None, length: int) -> torch.Tensor:
     """Attention that the tokens at positions 0 … length - 1 receive from all queries and heads: `[B, length]`.
 
     Args:
-        query, positions, cache: As for `latent_attention`.
+        query, cache: As for `latent_attention`.
         real: `[B, L]` bool, false for queries of pads, which do not count; `None`: no pads.
-        how: The other arguments of `latent_attention`.
     """
-    received = query.new_zeros((len(query), length), dtype=torch.float32)
-    for start in range(0, query.shape[2], _QUERIES):
+    received = query.states.new_zeros((len(query.states), length), dtype=torch.float32)
+    for start in range(0, query.states.shape[2], _QUERIES):
         piece = slice(start, start + _QUERIES)
-        weights = latent_attention(query[:, :, piece], positions[:, piece], cache, weights_length=length, **how)[1]
+        some = replace(query, states=query.states[:, :, piece], positions=query.positions[:, piece])
+        weights = latent_attention(some, cache, length)[1]
         if real is not None:
             weights = weights * real[:, None, piece, None].to(weights)
         received += weights.sum((1, 2)).float()

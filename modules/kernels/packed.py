@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from modules.svd_linear import ALinear, Expansion
+
 
 @lru_cache(maxsize=256)
 def _differences(values: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -75,7 +77,6 @@ class NewTokens(NamedTuple):
 
     Attributes:
         keys, values: `[B, L, C_k]` and `[B, L, C_v]`.
-        positions: `[B, L]` int64, position of each token in its row; a pad has that of the token before it.
         start: `[B, 1]` int32, tokens that the row holds already.
         count: `[B, 1]` int32, new tokens of the row.
         real: `[B, L]` bool on the CPU, false for pads; `None`: no pads.
@@ -84,7 +85,6 @@ class NewTokens(NamedTuple):
 
     keys: torch.Tensor
     values: torch.Tensor
-    positions: torch.Tensor
     start: torch.Tensor
     count: torch.Tensor
     real: torch.Tensor | None = None
@@ -187,6 +187,14 @@ class PackedCache:
     table: torch.Tensor | None = None
     full: bool = False
 
+    @property
+    def key_channels(self) -> int:
+        """Channels of a key, or of its latent; 0 where only blocks of an unknown format could say."""
+        tiles = (*self.before, *self.after)
+        if tiles:
+            return tiles[0].keys.shape[-1]
+        return sum(part.packed.shape[2] for part in self.keys.parts or ())
+
     def tiles(self, tokens: int = 256) -> Iterator[Tile]:
         """Everything dequantized, in order; of the packed blocks about `tokens` tokens at a time."""
         yield from self.before
@@ -201,4 +209,44 @@ class PackedCache:
         yield from self.after
 
 
-__all__ = ["NewTokens", "PackRecord", "PackedCache", "PackedPart", "PackedSide", "Rope", "Tile", "counts_of_rows"]
+@dataclass(eq=False)  # made in every layer of a step, as a `Tile`
+class LatentQuery:
+    """Queries of the new tokens of a step in one layer, and how they meet the latents of a cache.
+
+    Attributes:
+        states: `[B, H_q, L, d]` before RoPE.
+        positions: `[B, L]` int64, position of each query in its row; it sees the keys whose positions are not larger.
+        expand_keys: Key latents to keys before RoPE; `None`: the keys themselves are cached.
+        value_widths: Channels of each head group of the value latents.
+        rope: Rotary embedding; `None`: cached keys and queries are rotated already.
+        scaling: Factor on the logits.
+    """
+
+    states: torch.Tensor
+    positions: torch.Tensor
+    expand_keys: ALinear | Expansion | None
+    value_widths: tuple[int, ...]
+    rope: Rope | None
+    scaling: float
+
+    def key_layout(self, cache: PackedCache) -> tuple[int, tuple[int, ...]]:
+        """Number of key heads, and the channels of each head group of the cached keys."""
+        if self.expand_keys is not None:
+            return self.expand_keys.num_heads, self.expand_keys.ranks
+        size = self.states.shape[-1]
+        heads = cache.key_channels // size
+        # Without an expansion every head is a group of its own.
+        return heads, (size,) * heads
+
+
+__all__ = [
+    "LatentQuery",
+    "NewTokens",
+    "PackRecord",
+    "PackedCache",
+    "PackedPart",
+    "PackedSide",
+    "Rope",
+    "Tile",
+    "counts_of_rows",
+]

@@ -8,10 +8,10 @@ from weakref import WeakKeyDictionary
 import torch
 
 from modules.kernels.cpu.library import library
-from modules.kernels.cpu.lookup import lookup_attention, why_not
-from modules.kernels.packed import PackedCache, PackedPart, PackedSide, Rope
+from modules.kernels.cpu.lookup import latent_attention as lookup_attention
+from modules.kernels.cpu.lookup import why_not
+from modules.kernels.packed import LatentQuery, PackedCache, PackedPart, PackedSide
 from modules.quant_utils import grid
-from modules.svd_linear import ALinear
 
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -235,31 +235,20 @@ def _as_codes() -> frozenset:
     return frozenset((1, 1.58, 2, 3, 4, 8) if library().alrd_takes_bytes() else (1, 1.58, 2, 3, 4))
 
 
-def latent_attention(
-    query: torch.Tensor,
-    positions: torch.Tensor,
-    cache: PackedCache,
-    expand_keys: ALinear | None,
-    value_widths: tuple[int, ...],
-    rope: Rope | None,
-    scaling: float,
-) -> torch.Tensor:
+def latent_attention(query: LatentQuery, cache: PackedCache) -> torch.Tensor:
     """`modules.kernels.attention.latent_attention`, the sums only: `[B, H_q, L, max(value_widths)]` float32."""
-    batch, query_heads, length, size = query.shape
-    rounded = query.dtype != torch.float32  # which look-up would be too coarse for
-    if rounded and cache.keys is not None and why_not(cache, expand_keys, value_widths, rope, size) is None:
-        return lookup_attention(query, positions, cache, expand_keys, value_widths, rope, scaling)
-    tolerance, planes = _PRECISION[query.dtype]
+    expand_keys, value_widths, rope = query.expand_keys, query.value_widths, query.rope
+    batch, query_heads, length, size = query.states.shape
+    rounded = query.states.dtype != torch.float32  # which look-up would be too coarse for
+    if rounded and cache.keys is not None and why_not(query, cache) is None:
+        return lookup_attention(query, cache)
+    tolerance, planes = _PRECISION[query.states.dtype]
     frequency, order = _pairs((0.0,) * (size // 2) if rope is None else tuple(rope.inv_freq.tolist()))
-    scaling = scaling if rope is None else scaling * rope.attention_scaling**2
-    query, positions = query.detach().float().contiguous(), positions.to(torch.int64).contiguous()
+    scaling = query.scaling if rope is None else query.scaling * rope.attention_scaling**2
+    heads, key_widths = query.key_layout(cache)
+    states, positions = query.states.detach().float().contiguous(), query.positions.to(torch.int64).contiguous()
     output = torch.empty((batch, query_heads, length, max(value_widths)), dtype=torch.float32, device="cpu")
     exact = tuple(replace(t, keys=_dense(t.keys), values=_dense(t.values)) for t in (*cache.before, *cache.after))
-    if expand_keys is None:
-        channels = exact[0].keys.shape[-1] if exact else sum(sum(part.widths) for part in cache.keys.parts)
-        heads, key_widths = channels // size, (size,) * (channels // size)
-    else:
-        heads, key_widths = expand_keys.num_heads, expand_keys.ranks
     tiles = (_Exact * max(1, len(exact)))()
     for made, tile in zip(tiles, exact):
         made.keys, made.values = tile.keys.data_ptr(), tile.values.data_ptr()
@@ -268,7 +257,7 @@ def latent_attention(
         made.start, made.count = tile.start.data_ptr(), tile.count.data_ptr()
     key_starts, value_starts = _starts(key_widths), _starts(value_widths)
     arguments = _Arguments(
-        query=query.data_ptr(),
+        query=states.data_ptr(),
         positions=positions.data_ptr(),
         frequency=frequency.data_ptr(),
         order=order.data_ptr(),

@@ -12,7 +12,7 @@ import torch
 
 from configuration_alrd_llama import check_choice
 from modules.kernels.cpu import library as cpp_library
-from modules.kernels.packed import PackedCache, PackedPart, PackedSide, Rope
+from modules.kernels.packed import LatentQuery, PackedCache, PackedPart, PackedSide, Rope
 from modules.svd_linear import ALinear
 
 METHODS = ("lookup", "dot")
@@ -51,16 +51,14 @@ def _why_not(side: str, stored: PackedSide, block_length: int, heads: int) -> st
     return None
 
 
-def why_not(
-    cache: PackedCache, expand_keys: ALinear | None, value_widths: tuple[int, ...], rope: Rope | None, size: int
-) -> str | None:
-    """What keeps `lookup_attention` from attending to a cache, by heads of `size`, as text; `None`: nothing."""
-    if expand_keys is not None or rope is not None:
+def why_not(query: LatentQuery, cache: PackedCache) -> str | None:
+    """What keeps `latent_attention` from attending to a cache, as text; `None`: nothing."""
+    size, value_widths = query.states.shape[3], query.value_widths
+    if query.expand_keys is not None or query.rope is not None:
         return "expand_keys, rope: must be None: the keys must be cached as the queries meet them"
     if len(set(value_widths)) > 1:
         return f"value_widths={value_widths!r}: must be equal"
-    tiles = (*cache.before, *cache.after)
-    channels = tiles[0].keys.shape[-1] if tiles else sum(sum(part.widths) for part in cache.keys.parts or ())
+    channels = cache.key_channels
     if channels != size * len(value_widths):
         return f"value_widths={value_widths!r}: must be one for each head of {channels} key channels of {size}"
     if cache.keys is not None:
@@ -81,11 +79,29 @@ def lookup_attention(
     scaling: float,
     method: str | None = None,
 ) -> torch.Tensor:
-    """As `latent_attention` without `weights_length`, for `expand_keys=None` and `rope=None`.
+    """`latent_attention` of this module, with the fields of a `LatentQuery` one by one.
 
     Args:
-        query: `[B, H_q, L, d]` on the CPU, float32, bfloat16 or float16.
-        positions, cache, expand_keys, value_widths, rope, scaling: As for `latent_attention`.
+        query: `[B, H_q, L, d]` after RoPE, on the CPU, float32, bfloat16 or float16.
+        positions, expand_keys, value_widths, rope, scaling: As in `LatentQuery`.
+        cache, method: As for `latent_attention`.
+
+    Returns:
+        `[B, H_q, L, max(value_widths)]` float32.
+
+    Raises:
+        ValueError, RuntimeError: As by `latent_attention`.
+    """
+    query = LatentQuery(query, positions, expand_keys, value_widths, rope, scaling)
+    return latent_attention(query, cache, method)
+
+
+def latent_attention(query: LatentQuery, cache: PackedCache, method: str | None = None) -> torch.Tensor:
+    """As `modules.kernels.attention.latent_attention`, the sums only, for `expand_keys=None` and `rope=None`.
+
+    Args:
+        query: The queries on the CPU, float32, bfloat16 or float16.
+        cache: The cache and the new tokens.
         method: "lookup" or "dot"; `None`: for bfloat16 queries the faster one at the width of each side (`FASTER`), for
             others "dot".
 
@@ -97,15 +113,16 @@ def lookup_attention(
         RuntimeError: The kernel cannot be built (`modules/kernels/cpu/library.py`).
     """
     check_choice("method", method, (*METHODS, None))
-    if query.dtype not in _TYPES or query.device.type != "cpu":
-        raise ValueError(f"query: must be float32, bfloat16 or float16 on the CPU, not {query.dtype} on {query.device}")
-    reason = why_not(cache, expand_keys, value_widths, rope, query.shape[3])
+    dtype, device = query.states.dtype, query.states.device
+    if dtype not in _TYPES or device.type != "cpu":
+        raise ValueError(f"query: must be float32, bfloat16 or float16 on the CPU, not {dtype} on {device}")
+    reason = why_not(query, cache)
     if reason is not None:
         raise ValueError(reason)
 
-    batch, heads, length, size = query.shape
+    value_widths, (batch, heads, length, size) = query.value_widths, query.states.shape
     out = torch.empty((batch, heads, length, value_widths[0]), dtype=torch.float32, device="cpu")
-    dtype, query, positions = query.dtype, query.float().contiguous(), positions.contiguous()
+    states, positions = query.states.float().contiguous(), query.positions.contiguous()
     runs, kept = [], []
     for tile in (*cache.before, *cache.after):
         for run in range(tile.keys.shape[1]):
@@ -126,11 +143,11 @@ def lookup_attention(
         faster = FASTER[instructions()] if dtype == torch.bfloat16 else dict.fromkeys((1, 2, 4), "dot")
         packed = [_side(s.parts[0], method or faster[s.parts[0].bits]) for s in (cache.keys, cache.values)]
         widths = cache.keys.parts[0].groups
-    shape = (batch, heads, length, len(value_widths), size, value_widths[0], float(scaling))
+    shape = (batch, heads, length, len(value_widths), size, value_widths[0], float(query.scaling))
     groups, exact = (torch.tensor(numbers, dtype=torch.int64, device="cpu") for numbers in (widths, runs))
     keys, values = packed
     cpp_library.call(
-        "lookup_attention", out, query, positions, *shape, table, table.shape[2], block, *keys, groups, len(widths),
+        "lookup_attention", out, states, positions, *shape, table, table.shape[2], block, *keys, groups, len(widths),
         *values, exact, len(runs), torch.get_num_threads(),
     )  # fmt: skip
     return out

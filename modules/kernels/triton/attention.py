@@ -31,10 +31,9 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from modules.kernels.packed import PackedCache, PackedPart, PackedSide, Rope, Tile
+from modules.kernels.packed import LatentQuery, PackedCache, PackedPart, PackedSide, Tile
 from modules.kernels.triton.quantize import INTERPRETED, _as_bits, _power_of_three, _power_of_two, _widen
 from modules.quant_utils import grid, packed_words
-from modules.svd_linear import ALinear
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 _LOG2_E = math.log2(math.e)
@@ -920,37 +919,27 @@ def _record(cache: PackedCache, shape: _Shape) -> _LaunchRecord:
     return known[shape]
 
 
-def latent_attention(
-    query: torch.Tensor,
-    positions: torch.Tensor,
-    cache: PackedCache,
-    expand_keys: ALinear | None,
-    value_widths: tuple[int, ...],
-    rope: Rope | None,
-    scaling: float,
-) -> torch.Tensor:
+def latent_attention(query: LatentQuery, cache: PackedCache) -> torch.Tensor:
     """As `latent_attention` in `modules/kernels/attention.py`, the sums only: `[B, H_q, L, max(value_widths)]` float32.
 
     Matrix products are in the type of the query, sums in float32. The device is not waited for: how the work is cut
     follows from the shapes alone.
     """
-    if query.dtype not in _DTYPES:
-        query = query.float()
-    size, exact = query.shape[3], (*cache.before, *cache.after)
+    states, positions, rope, expand_keys = query.states, query.positions, query.rope, query.expand_keys
+    if states.dtype not in _DTYPES:
+        states = states.float()
+    exact = (*cache.before, *cache.after)
+    weight, bias = _bits(states), None
     if expand_keys is not None:
-        key_heads, key_widths = expand_keys.num_heads, expand_keys.ranks
         weight, bias = _bits(expand_keys.weight), _bits(expand_keys.bias)
-    else:
-        channels = exact[0].keys.shape[-1] if exact else sum(p.packed.shape[2] for p in cache.keys.parts)
-        key_heads, weight, bias = channels // size, _bits(query), None
-        key_widths = (size,) * key_heads
+    key_heads, key_widths = query.key_layout(cache)
     shape = _Shape(
-        tuple(query.shape),
-        query.dtype,
-        query.device,
+        tuple(states.shape),
+        states.dtype,
+        states.device,
         key_heads,
         tuple(key_widths),
-        tuple(value_widths),
+        tuple(query.value_widths),
         cache.block_length,
         expand_keys is None,
     )
@@ -958,11 +947,11 @@ def latent_attention(
     blocks = cache.table.shape[2] if record.packed else 0
     shares, programs = record.shares(blocks, len(exact))
     total = shares + len(exact)
-    output = torch.empty((*query.shape[:3], record.width), dtype=torch.float32, device=query.device)
+    output = torch.empty((*states.shape[:3], record.width), dtype=torch.float32, device=states.device)
     # Sums and, behind those of all shares, the highest score and the total of each.
-    sums = torch.empty(total * record.rows * (record.width + 2), dtype=torch.float32, device=query.device)
+    sums = torch.empty(total * record.rows * (record.width + 2), dtype=torch.float32, device=states.device)
     step = {
-        "query": _bits(query),
+        "query": _bits(states),
         "positions": positions,
         "inv_freq": None if rope is None else rope.inv_freq,
         "weight": weight,
@@ -971,15 +960,15 @@ def latent_attention(
         "total": total,
         "table": cache.table,
         "exact": tuple(map(_exact_arguments, exact)),
-        "scaling": scaling * _LOG2_E * (1.0 if rope is None else rope.attention_scaling**2),
+        "scaling": query.scaling * _LOG2_E * (1.0 if rope is None else rope.attention_scaling**2),
         "shares": shares,
         "blocks": blocks,
-        "query_strides": query.stride(),
+        "query_strides": states.stride(),
         "position_stride": positions.stride(0),
         "weight_stride": weight.stride(0),
         "table_strides": (0, 0) if cache.table is None else cache.table.stride()[:2],
     }
-    with torch.cuda.device_of(query):
+    with torch.cuda.device_of(states):
         if programs:
             for launch in record.launches:
                 _attention_kernel[(record.grid[0], programs, record.grid[1])](**step, **launch)
