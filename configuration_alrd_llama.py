@@ -100,9 +100,12 @@ def _is_list(value: Any) -> bool:
 
 def _shortest(bits: float) -> float:
     """A width as a Python int where it is whole: 2.0 is stored and printed as 2."""
-    if bits == int(bits):
-        return int(bits)
-    return bits
+    return int(bits) if bits == int(bits) else bits
+
+
+def _channels(tiers: tuple[tuple[int, float], ...]) -> int:
+    """Channels of all tiers of a head group."""
+    return sum(channels for channels, _ in tiers)
 
 
 def check_bits(field: str, value: float) -> None:
@@ -324,35 +327,25 @@ class QuantScheme:
             return "16-bit"  # the states themselves, whatever the other fields say
         orientation = self.orientation.replace("_", " ")
         if self.tiers:
-            text, notes = f"{'/'.join(map(str, self._tier_bits))}-bit tiers {orientation}", []
-            if self.static:
-                notes.append("static")
-        else:
-            text, notes = f"{self.bits}-bit {orientation}", self._notes()
-            if self.group_size:
-                text += f" in groups of {self.group_size}"
-        if notes:
-            text += f" ({', '.join(notes)})"
-        return text
+            text = f"{'/'.join(map(str, self._tier_bits))}-bit tiers {orientation}"
+            return f"{text} (static)" if self.static else text
+        text, notes = f"{self.bits}-bit {orientation}", self._notes()
+        if self.group_size:
+            text += f" in groups of {self.group_size}"
+        return f"{text} ({', '.join(notes)})" if notes else text
 
     def _notes(self) -> list[str]:
         """The settings that differ from the defaults of the width."""
-        notes = []
-        if self.range_method != self._default_range_method:
-            notes.append(self.range_method)
-        if self.symmetric and self.bits >= 2:
-            notes.append("symmetric")
-        if self.bits == 1 and not self.symmetric:
-            notes.append("asymmetric")
-        if self.static:
-            notes.append("static")
-        if self.rotation:
-            notes.append("rotation")
-        if self.protected:
-            notes.append(f"{self.protected:.0%} of tokens at {self.protected_bits} bits")
-        if self.quantizer:
-            notes.append(self.quantizer)
-        return notes
+        notes = (
+            (self.range_method, self.range_method != self._default_range_method),
+            ("symmetric", self.symmetric and self.bits >= 2),
+            ("asymmetric", self.bits == 1 and not self.symmetric),
+            ("static", self.static),
+            ("rotation", self.rotation),
+            (f"{self.protected:.0%} of tokens at {self.protected_bits} bits", self.protected),
+            (self.quantizer, self.quantizer),
+        )
+        return [note for note, holds in notes if holds]
 
 
 #: Keys have channels that are large in all tokens, values have not (KIVI, arXiv:2402.02750).
@@ -373,8 +366,7 @@ def side_scheme(side: str, bits: float, group_size: int, fields: dict | None) ->
     """
     check_bits(f"{side}_bits", bits)
     check_count("group_size", group_size)
-    if fields is None:
-        fields = {}
+    fields = {} if fields is None else fields
     names = list(QuantScheme.__dataclass_fields__)
     names.remove("bits")
     if not isinstance(fields, dict) or not set(fields) <= set(names):
@@ -638,9 +630,7 @@ class ALRDLlamaConfig(LlamaConfig):
             groups = self.tiered_scheme(projection).tiers
         except ValueError as error:
             raise ValueError(f"{field}: {error}") from None
-        channels = []
-        for tiers in groups:
-            channels.append(sum(count for count, _ in tiers))
+        channels = list(map(_channels, groups))
         if channels != list(ranks):
             raise ValueError(f"{field}: tiers of {channels} channels must fill the group ranks {list(ranks)}")
 

@@ -414,7 +414,7 @@ def pipeline(folder: Path) -> None:
     for name in (SPLITS[0], SPLITS[1], SPLITS[4]):
         model, reference = load(folder, name, PIPELINE), load(folder, name)
         own = [[0], [1, 2]][dist.get_rank()]
-        assert list(model.own_attentions()) == own
+        assert list(model.local_attentions()) == own
         cache, whole = assert_same(model, reference, TWO_BITS)
         for i, layer in enumerate(cache.layers):
             assert layer.is_initialized == (i in own)

@@ -26,6 +26,7 @@ ORDER = [
     "modules.formats.vidkv",
     "modules.kivi_cache",
     "modules.decode_graph",
+    "modules.latent_step",
     "modules.formats",
     "modules",
     "modules.loading",
