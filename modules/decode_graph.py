@@ -30,10 +30,9 @@ class DecodeGraph:
         self._refused = False
 
     def __call__(self, input_ids: torch.Tensor, past_key_values, **arguments) -> Any:
-        others = {name: value for name, value in arguments.items() if name not in _SETTINGS}
-        if self._refused or any(value is not None and value is not False for value in others.values()):
+        if self._refused or self._has_more(arguments):
             return self.model(input_ids=input_ids, past_key_values=past_key_values, **arguments)
-        step = (past_key_values, tuple(input_ids.shape), tuple(sorted(arguments.items(), key=lambda item: item[0])))
+        step = (past_key_values, tuple(input_ids.shape), arguments)
         if step != self._step:
             self._step, self._graph = step, None
             return self.model(input_ids=input_ids, past_key_values=past_key_values, **arguments)
@@ -48,6 +47,14 @@ class DecodeGraph:
         self._graph.replay()
         return self._outputs
 
+    @staticmethod
+    def _has_more(arguments: dict[str, Any]) -> bool:
+        """Whether a step is more than the ids of new tokens; `None` and `False` mean that an argument is not used."""
+        for name, value in arguments.items():
+            if name not in _SETTINGS and value is not None and value is not False:
+                return True
+        return False
+
     def _capture(self, input_ids: torch.Tensor, past_key_values, arguments: dict[str, Any]) -> None:
         with torch.inference_mode(False):
             self._input_ids = input_ids.clone()
@@ -56,6 +63,3 @@ class DecodeGraph:
         with torch.cuda.device_of(input_ids), torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._outputs = self.model(input_ids=self._input_ids, past_key_values=past_key_values, **arguments)
         self._graph = graph
-
-
-__all__ = ["DecodeGraph"]
