@@ -94,8 +94,11 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_list(value: Any) -> bool:
-    return isinstance(value, (list, tuple))
+def _filled_list(value: Any, rule: str) -> list | tuple:
+    """`value`; a `ValueError` with a `rule` unless it is a list, and not empty."""
+    if not isinstance(value, (list, tuple)) or not value:
+        raise ValueError(rule)
+    return value
 
 
 def _shortest(bits: float) -> float:
@@ -127,17 +130,14 @@ def check_tiers(tiers: Any) -> tuple[tuple[tuple[int, float], ...], ...]:
     Raises:
         ValueError: It has another form, a tier has no channel, or a width is not one that the cache stores.
     """
-    form = f"tiers={tiers!r}: must be for each head group a list of [channels, bits]"
-    if not _is_list(tiers) or not tiers:
-        raise ValueError(form)
+    rule = f"tiers={tiers!r}: must be for each head group a list of [channels, bits]"
+    # JSON has lists where a scheme, which is hashed, needs tuples.
     groups = []
-    for group in tiers:
-        if not _is_list(group) or not group:
-            raise ValueError(form)
+    for group in _filled_list(tiers, rule):
         pairs = []
-        for tier in group:
-            if not _is_list(tier) or len(tier) != 2:
-                raise ValueError(form)
+        for tier in _filled_list(group, rule):
+            if len(_filled_list(tier, rule)) != 2:
+                raise ValueError(rule)
             channels, bits = tier
             check_count("tiers: channels", channels)
             if channels == 0:
@@ -150,6 +150,7 @@ def check_tiers(tiers: Any) -> tuple[tuple[tuple[int, float], ...], ...]:
 
 def check_choice(field: str, value, choices: tuple) -> None:
     """Raise a `ValueError` naming `field` unless `value` is one of `choices`, and of the same type."""
+    # `True == 1`, so the type is compared too.
     if not any(type(value) is type(choice) and value == choice for choice in choices):
         raise ValueError(f"{field}={value!r}: must be one of {', '.join(map(repr, choices))}")
 
@@ -235,21 +236,13 @@ class QuantScheme:
         # One form of each value, so that schemes that mean the same are equal.
         object.__setattr__(self, "bits", _shortest(self.bits))
         object.__setattr__(self, "protected", float(self.protected))
+        # Codes of less than two bits have no level to spare for a range's extremes; with tiers `bits` says nothing.
+        narrow = self.bits < 2 and self.tiers is None
         if self.symmetric is None:
-            object.__setattr__(self, "symmetric", self._is_narrow and self.bits != 1.5)
+            object.__setattr__(self, "symmetric", narrow and self.bits != 1.5)
         if self.range_method is None:
-            object.__setattr__(self, "range_method", self._default_range_method)
+            object.__setattr__(self, "range_method", "mse" if narrow else "minmax")
         self._check_combinations()
-
-    @property
-    def _is_narrow(self) -> bool:
-        """Whether codes have less than two bits; with tiers `bits` says nothing."""
-        return self.bits < 2 and self.tiers is None
-
-    @property
-    def _default_range_method(self) -> str:
-        # Codes of less than two bits have no level to spare for the extremes of a range.
-        return "mse" if self._is_narrow else "minmax"
 
     @property
     def _tier_bits(self) -> list[float]:
@@ -258,6 +251,7 @@ class QuantScheme:
 
     def at_width(self, bits: float) -> "QuantScheme":
         """The scheme of one width tier."""
+        # What a scheme leaves to the width is chosen again for the tier's; 16 bits are the states themselves.
         if bits == 16:
             by_width = {"symmetric": None, "range_method": None, "static": False}
         elif self.static:
@@ -281,6 +275,7 @@ class QuantScheme:
 
     def _check_combinations(self) -> None:
         if self.tiers is not None:
+            # Each width is checked by a scheme of its own.
             return self._check_tiers()
         if self.bits == 1.58 and not self.symmetric:
             raise ValueError("symmetric=False: ternary codes (bits=1.58) are symmetric")
@@ -337,7 +332,7 @@ class QuantScheme:
     def _notes(self) -> list[str]:
         """The settings that differ from the defaults of the width."""
         notes = (
-            (self.range_method, self.range_method != self._default_range_method),
+            (self.range_method, self.range_method != ("mse" if self.bits < 2 else "minmax")),
             ("symmetric", self.symmetric and self.bits >= 2),
             ("asymmetric", self.bits == 1 and not self.symmetric),
             ("static", self.static),
@@ -368,6 +363,7 @@ def side_scheme(side: str, bits: float, group_size: int, fields: dict | None) ->
     check_count("group_size", group_size)
     fields = {} if fields is None else fields
     names = list(QuantScheme.__dataclass_fields__)
+    # The width is a setting of its own, not among the other fields.
     names.remove("bits")
     if not isinstance(fields, dict) or not set(fields) <= set(names):
         raise ValueError(f"{side}_scheme={fields!r}: must be a dictionary with keys among {', '.join(names)}")
@@ -390,6 +386,7 @@ def check_width_beside_tiers(side: str, given: float, stored: float) -> None:
 
 def _check_given_widths(stored: dict, given: dict) -> None:
     """`check_width_beside_tiers` of a stored configuration and the fields that are given beside it."""
+    # Whoever gives other tiers, or none, may give another width with them.
     tiers = stored.get("width_tiers") or {}
     if "width_tiers" in given:
         return
@@ -450,9 +447,11 @@ class ALRDLlamaConfig(LlamaConfig):
 
     model_type = "alrd_llama"
 
+    # The dense model, and how its projections are split.
     dense_model_type: str = "llama"
     truncation_ranks: dict | None = None
     head_group_size: int | None = None
+    # How the cache stores their latents.
     use_kivi: bool = True
     k_bits: int | float = 2
     v_bits: int | float = 2
@@ -462,6 +461,7 @@ class ALRDLlamaConfig(LlamaConfig):
     k_scheme: dict | None = None
     v_scheme: dict | None = None
     width_tiers: dict | None = None
+    # What the factors were made for.
     k_mean_split: bool = False
     v_mean_split: bool = False
     k_hadamard: bool = True
@@ -548,6 +548,7 @@ class ALRDLlamaConfig(LlamaConfig):
     @property
     def full_group_rank(self) -> int:
         """Largest rank of one head group: the smaller side of its part of the weight."""
+        # A group's part of the weight is [outputs of its heads, hidden_size].
         return min(self.num_key_value_heads * self.head_dim // self.num_head_groups, self.hidden_size)
 
     def group_ranks(self, projection: Projection) -> tuple[int, ...] | None:
@@ -593,6 +594,7 @@ class ALRDLlamaConfig(LlamaConfig):
         self._check_full_attention()
         for side in SIDES:
             scheme = side_scheme(side, getattr(self, f"{side}_bits"), self.group_size, getattr(self, f"{side}_scheme"))
+            # The simple scheme rounds each token as it comes: it knows no block, no tier and no other field.
             if not self.use_kivi and getattr(self, f"{side}_scheme"):
                 raise ValueError(
                     f"{side}_scheme: the simple scheme (use_kivi=False) reads {side}_bits and group_size only"
@@ -605,6 +607,7 @@ class ALRDLlamaConfig(LlamaConfig):
             if not isinstance(getattr(self, field), bool):
                 raise ValueError(f"{field}={getattr(self, field)!r}: must be True or False")
 
+        # Groups come before the ranks that they have, and ranks before their tiers.
         size, heads = self.head_group_size, self.num_key_value_heads
         if size is not None and (not _is_int(size) or size < 1 or heads % size):
             raise ValueError(f"head_group_size={size!r}: must divide num_key_value_heads={heads}")
@@ -643,6 +646,7 @@ class ALRDLlamaConfig(LlamaConfig):
                 )
         if getattr(self, "use_sliding_window", False):
             raise ValueError("use_sliding_window=True: must be False; attention over a sliding window is not supported")
+        # A Mistral may have a window that no text of the model exceeds.
         window, longest = getattr(self, "sliding_window", None), self.max_position_embeddings
         if window is not None and window < longest:
             raise ValueError(
@@ -666,13 +670,14 @@ class ALRDLlamaConfig(LlamaConfig):
             )
         # A list has one rank for each head group, an int is the total of all of them.
         groups, full = self.num_head_groups, self.full_group_rank
-        if _is_list(rank):
+        per_group = isinstance(rank, (list, tuple))
+        if per_group:
             ranks, least, most, note = rank, 1, full, " per head group"
         else:
             ranks, least, most, note = [rank], groups, groups * full, f" ({groups} head groups of at most {full})"
         if not all(map(_is_int, ranks)):
             raise ValueError(f"{field}={rank!r}: must be an int or a list of ints")
-        if _is_list(rank) and len(rank) != groups:
+        if per_group and len(rank) != groups:
             raise ValueError(f"{field}={rank!r}: must have one rank for each of {groups} head groups")
         for one in ranks:
             if not least <= one <= most:

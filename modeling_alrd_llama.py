@@ -63,11 +63,13 @@ class ALRDLlamaAttention(LlamaAttention):
             ranks = config.group_ranks(projection)
             if ranks is None:
                 continue
+            # The library has made a dense layer; the factors take its place.
             dense, heads = getattr(self, projection.attribute), config.num_key_value_heads
             static = config.is_static(side)
             split = SVDLinear(dense.in_features, dense.out_features, ranks, heads, dense.bias is not None, static)
             split.latent_transform = SimpleRounding(config, f"{side}_bits")
             setattr(self, projection.attribute, split)
+        # One process holds all heads; `from_pretrained` shards them under tensor parallelism.
         self.shard_heads(0, 1)
 
     def forward(
@@ -134,6 +136,7 @@ class ALRDLlamaAttention(LlamaAttention):
         """Weighted sums of the values' latents `[B, H_q, L, r]` to the heads' outputs `[B, L, H_q, d]`."""
         output = summed.to(dtype)
         if isinstance(self.v_proj, SVDLinear):
+            # The sum of latents is expanded, not the value of every token.
             output = self.v_proj.ALinear(output, per_head=True)
         return output.transpose(1, 2)
 
@@ -158,6 +161,7 @@ class ALRDLlamaAttention(LlamaAttention):
 
     def _attend_dense(self, query, key_latents, value_latents, position_embeddings, attention_mask, **kwargs):
         """Attention of the first tokens to themselves, by the library's functions; `[B, L, H_q, d]` and weights."""
+        # These tokens have no past, so their keys and values are expanded whole.
         key = self._heads(from_latents(self.k_proj, key_latents))
         value = self._heads(from_latents(self.v_proj, value_latents))
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
@@ -257,6 +261,7 @@ class SimpleRounding(nn.Module):
         return f"n_bits={n_bits}, group_size={self.config.group_size}"
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        # Rounding has no gradient.
         if self.config.use_kivi or self.training:
             return latents
         return quantize_latent(latents, getattr(self.config, self.bits_field), self.config.group_size)
@@ -268,6 +273,7 @@ class ALRDLlamaDecoderLayer(LlamaDecoderLayer):
     _can_checkpoint_with_cache = True
 
     def __init__(self, config: ALRDLlamaConfig, layer_idx: int):
+        # Skips the library's own `__init__`, which would build a stock attention.
         super(LlamaDecoderLayer, self).__init__()
         self.hidden_size = config.hidden_size
         self.self_attn = ALRDLlamaAttention(config, layer_idx)
@@ -302,6 +308,7 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
         """
         if pretrained_model_name_or_path is not None:
             loading.check_stored_model(pretrained_model_name_or_path, config, kwargs)
+        # The library keeps conversions per model type, ours are for this configuration.
         with loading.lock:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *args, config=config, output_loading_info=True, **kwargs
@@ -324,6 +331,7 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
             size = distributed_config.tp_size
         if size > 1:
             others = distributed_config.fsdp_size * getattr(distributed_config, "dp_replicate_size", 1)
+            # Whether the heads can be dealt out is known before the library cuts a weight, its plan only afterwards.
             loading.check_tensor_parallel(model.config, size, others)
         model = super().maybe_distribute_model(model, distributed_config, *mesh)
         if size > 1:
@@ -368,6 +376,7 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
         """
         config = self._config_of_active_layers()
         config.check_latent_cache()
+        # Fields of the scheme, and arguments of the cache that holds it.
         names = tuple(f.name for f in fields(CacheScheme))
         others = ("quantization_config", "layer_schemes", "backend", "token_score", "capacity")
         unknown = sorted(set(settings) - set(names) - set(others))
@@ -382,8 +391,10 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
             # A cache without layers says what the dictionary means.
             scheme = create_kivi_cache(**given, quantization_config=quantization_config).scheme
             layer_schemes = {}
+        # A scheme that the caller gives for a layer takes the place of the layer's width tiers.
         layer_schemes |= settings.pop("layer_schemes", None) or {}
         widths = config_widths(config)
+        # A rank of tensor parallelism caches its own head groups.
         for i, attention in self.local_attentions().items():
             attention.check_config()
             widths[i] = attention.widths
@@ -427,6 +438,7 @@ class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):
     def __init__(self, config: ALRDLlamaConfig):
         config.check_latent_cache()
         loading.register_dense_conversion(config)
+        # Skips the library's own `__init__`, which would build stock layers.
         super(LlamaModel, self).__init__(config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
@@ -532,6 +544,7 @@ class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):
         if not step.has_past:
             causal_mask = create_causal_mask(self.config, hidden_states, attention_mask, past_key_values=None)
 
+        # An error in a layer leaves no layer with tokens that the others have not.
         with past_key_values.all_or_nothing():
             for layer in list(self.layers)[: self.config.num_hidden_layers]:
                 hidden_states = layer(
@@ -551,6 +564,7 @@ class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):
 
 class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, GenerationMixin):
     def __init__(self, config: ALRDLlamaConfig):
+        # Skips the library's own `__init__`, which would build a stock decoder.
         super(LlamaForCausalLM, self).__init__(config)
         self.model = ALRDLlamaModel(config)
         self.vocab_size = config.vocab_size
@@ -621,6 +635,7 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
         """Give `generate` a packed cache of our own where it would make a `DynamicCache`."""
         self._check_assisted(model_kwargs.get("past_key_values"), generation_mode)
         given = model_kwargs.get("past_key_values") is not None
+        # A cache that the caller names is the library's to make.
         stock = generation_config.use_cache is False or generation_config.cache_implementation is not None
         if self.config.use_kivi and not given and not stock:
             cache = self._compiled_cache(generation_config, generation_mode, max_cache_length, model_kwargs)

@@ -30,8 +30,11 @@ class DecodeGraph:
         self._refused = False
 
     def __call__(self, input_ids: torch.Tensor, past_key_values, **arguments) -> Any:
-        if self._refused or self._has_more(arguments):
+        # A step that is more than the ids of new tokens has another argument in use.
+        others = map(arguments.get, arguments.keys() - _SETTINGS)
+        if self._refused or any(value is not None and value is not False for value in others):
             return self.model(input_ids=input_ids, past_key_values=past_key_values, **arguments)
+        # A graph is for one cache and one shape: another step starts anew.
         step = (past_key_values, tuple(input_ids.shape), arguments)
         if step != self._step:
             self._step, self._graph = step, None
@@ -46,14 +49,6 @@ class DecodeGraph:
         self._input_ids.copy_(input_ids)
         self._graph.replay()
         return self._outputs
-
-    @staticmethod
-    def _has_more(arguments: dict[str, Any]) -> bool:
-        """Whether a step is more than the ids of new tokens; `None` and `False` mean that an argument is not used."""
-        for name, value in arguments.items():
-            if name not in _SETTINGS and value is not None and value is not False:
-                return True
-        return False
 
     def _capture(self, input_ids: torch.Tensor, past_key_values, arguments: dict[str, Any]) -> None:
         with torch.inference_mode(False):

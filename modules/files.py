@@ -31,4 +31,5 @@ def write_json(path: str | Path, record: dict[str, Any]) -> None:
     text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")
+    # Renaming is one step: a reader finds the old text or the new one.
     os.replace(temporary, path)

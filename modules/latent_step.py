@@ -80,6 +80,7 @@ class LatentStep:
             fields: `has_past`, `rope`, `slots`.
         """
         if isinstance(lengths, torch.Tensor):
+            # The lengths stay on the device, for nothing may wait for them in a step that is captured.
             start, longest = lengths[:, None].to(device), None
         else:
             start, longest = counts_of_rows(tuple(lengths), device), max(lengths) + length
@@ -87,6 +88,7 @@ class LatentStep:
             positions = start + torch.arange(length, dtype=torch.int64, device=device)
             return cls(positions, None, start, torch.full_like(start, length), None, longest, **fields)
         mask = real.to(device)
+        # Pads take no position; the first pads of an empty row get 0.
         positions = (start + mask.cumsum(1) - 1).clamp(min=0)
         count = mask.sum(dim=1, keepdim=True, dtype=torch.int32)
         # A stable sort puts the pads of a row behind its tokens.
@@ -99,11 +101,10 @@ class LatentStep:
             raise ValueError(
                 f"position_ids: {tuple(position_ids.shape)} must be {tuple(self.positions.shape)}, as the new tokens"
             )
-        held = ""
-        if not isinstance(lengths, torch.Tensor):
-            held = f", which holds {lengths} tokens"
+        held = "" if isinstance(lengths, torch.Tensor) else f", which holds {lengths} tokens"
         agrees = position_ids.to(self.positions.device) == self.positions
         if self.real is not None:
+            # A pad may have any position.
             agrees = agrees | ~self.real.to(agrees.device)
         require(
             agrees.all(),
@@ -146,6 +147,7 @@ def _real_tokens(attention_mask, lengths, cache: KIVILatentCache, length: int) -
             require(real, f"attention_mask: with a fixed capacity, steps of up to {MAX_QUERY_LENGTH} have no pads")
             return None
         lengths = lengths.tolist()
+    # The mask covers the slots of the past too, as `generate` makes it.
     slots = cache.get_seq_length()
     expected, shape = (len(lengths), slots + length), type(attention_mask)
     if isinstance(attention_mask, torch.Tensor):

@@ -130,6 +130,7 @@ def dense_model(model: PreTrainedModel) -> PreTrainedModel:
         ValueError: The model is distributed.
     """
     check_all_layers(model, "to_dense")
+    # A rank holds the rows of its own heads.
     if (model.tp_size or 1) > 1:
         raise ValueError(f"to_dense: a rank of {model.tp_size} has some of the heads only; load the model on one")
     state = model.state_dict()
@@ -139,6 +140,7 @@ def dense_model(model: PreTrainedModel) -> PreTrainedModel:
             if module.ALinear.bias is not None:
                 merged["bias"] = state[f"{name}.ALinear.bias"]
             _replace_module(state, name, merged)
+    # The class of the dense model, with the products in the factors' places.
     dense = AutoModelForCausalLM.from_config(model.config.to_dense()).to(model.dtype)
     dense.load_state_dict(state)
     dense.generation_config = model.generation_config
@@ -173,6 +175,7 @@ def check_plain(dense: nn.Module) -> None:
         )
     if hasattr(dense, "peft_config"):
         raise ValueError(f"dense: {kind} has PEFT prompts: must be without them, as dense.get_base_model() is")
+    # Wrappers rename the weights, quantizers change their type.
     weights = dense.state_dict()
     for layer in range(dense.config.num_hidden_layers):
         for projection in ("q_proj", "k_proj", "v_proj", "o_proj"):
@@ -221,6 +224,7 @@ def _chosen(arguments: dict, names: Iterable[str]) -> dict:
 
 
 def _check_stored_ranks(stored: ALRDLlamaConfig, config: ALRDLlamaConfig, projection: Projection) -> None:
+    # Factors cannot be given other ranks, nor another rotation, without the dense weight.
     ranks, asked = stored.group_ranks(projection), config.group_ranks(projection)
     if ranks != asked:
         raise ValueError(
@@ -267,6 +271,7 @@ def check_tensor_parallel(config: ALRDLlamaConfig, size: int, other_sizes: int) 
     counts = {"num_key_value_heads": config.num_key_value_heads}
     if config.num_head_groups > 1 and config.truncation_ranks:
         counts[f"the head groups of head_group_size={config.head_group_size}"] = config.num_head_groups
+        # Several groups can be on several ranks only where each has scales of its own.
         if not config.use_kivi:
             raise ValueError(
                 f"tp_size={size}: the simple scheme (use_kivi=False) rounds the latents of all head groups together, "

@@ -60,6 +60,7 @@ def query_key_metric(query_energy: torch.Tensor, num_key_value_heads: int, floor
     Returns:
         `[H_kv * d]` float64: the energies of the query heads that share a key head, summed.
     """
+    # Both halves of a head, f and f + d/2, have the energy of their frequency.
     energy = query_energy.double().unflatten(0, (num_key_value_heads, -1)).sum(1)
     energy = energy.clamp(min=floor * energy.mean().clamp(min=torch.finfo(torch.float64).tiny))
     return torch.cat([energy, energy], dim=-1).flatten()
@@ -106,6 +107,7 @@ def _root_and_inverse(metric: torch.Tensor | None, size: int, device: torch.devi
         values, vectors = metric, identity
     else:
         values, vectors = torch.linalg.eigh(metric)
+    # Of zeros there is no root to invert.
     unit = values.max().item()
     if unit <= 0:
         return identity, identity, 0.0
@@ -193,6 +195,7 @@ def factor_groups(
     mean: torch.Tensor | None = None,
 ) -> list[Factors]:
     """`factor_weight` of each head group: `len(ranks)` equal slices of the rows of `weight` and of the statistics."""
+    # A head group is a slice of the outputs, and has its own part of every statistic.
     rows = weight.shape[0] // len(ranks)
     factors = []
     for i, rank in enumerate(ranks):
@@ -232,6 +235,7 @@ def join_factors(
         weights_a.append(_widened(a, widest))
         weights_b.append(b)
     a, b = torch.cat(weights_a).to(dtype), torch.cat(weights_b).to(dtype)
+    # Values beyond the type's range would become infinite without a word.
     if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
         raise ValueError(f"factors: values beyond the range of {dtype}; load the model in bfloat16 or float32")
     return a.contiguous(), b.contiguous()
@@ -258,6 +262,7 @@ class _SumGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
+        # The gradient that comes in is not ours to change.
         gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient, group=ctx.process_group)
         return gradient, None
@@ -294,9 +299,7 @@ class Expansion(NamedTuple):
             return nn.functional.linear(latent, self.weight, self.bias)
         weight = self.weight.unflatten(0, (len(self.ranks), -1))
         states = torch.einsum("...nr,nor->...no", split_groups(latent, self.ranks), weight).flatten(-2)
-        if self.bias is not None:
-            states = states + self.bias
-        return states
+        return states if self.bias is None else states + self.bias
 
 
 class ALinear(nn.Module):
@@ -354,6 +357,7 @@ def split_groups(latent: torch.Tensor, ranks: tuple[int, ...]) -> torch.Tensor:
     """Split latents `[..., Σ r]` into their groups, `[..., n, max r]`, shorter ones filled with zeros."""
     if len(set(ranks)) == 1:
         return latent.unflatten(-1, (len(ranks), ranks[0]))
+    # Ranks that differ are made equal, so that one product serves all groups.
     widest = max(ranks)
     return torch.stack([_widened(group, widest) for group in latent.split(ranks, dim=-1)], dim=-2)
 
@@ -492,5 +496,6 @@ def _shard(parameter: nn.Parameter | None, *index: slice) -> nn.Parameter | None
 
 def dense_product(a: torch.Tensor, b: torch.Tensor, ranks: tuple[int, ...]) -> torch.Tensor:
     """`[out, in]` product of the weights of an `ALinear` and a `BLinear`."""
+    # Beyond its own rank a group's columns of A are zeros.
     groups = zip(a.float().chunk(len(ranks)), b.float().split(ranks), ranks, strict=True)
     return torch.cat([ai[:, :r] @ bi for ai, bi, r in groups]).to(a.dtype)

@@ -109,7 +109,25 @@ def test_save_and_load(tmp_path, rank):
         assert {field: getattr(loaded, field) for field in changed} == changed
 
 
-# ---- ranks
+# ---- projections and ranks
+
+
+def test_a_projection_and_its_name():
+    config = tiny_config()
+    names = [projection.name for projection in config.projections()]
+    assert names[:3] == [K0, "model.layers.0.self_attn.v_proj", "model.layers.1.self_attn.k_proj"]
+    assert [Projection.parse(name) for name in names] == list(config.projections())
+    assert Projection.parse("model.layers.12.self_attn.v_proj") == (12, "v")
+    assert Projection(12, "v").attribute == "v_proj"
+    for name in ("layers.0.self_attn.k_proj", "model.layers.0.self_attn.q_proj", f"{K0}.weight", ""):
+        with pytest.raises(ValueError, match=rf"^{name!r}: must be the name of a projection, such as '{K0}'"):
+            Projection.parse(name)
+
+
+def test_the_widths_of_a_layer_are_those_of_its_projections():
+    config = tiny_config(truncation_ranks={K0: 11, V2: [9, 32]}, head_group_size=2)
+    assert config.layer_widths(0) == ((6, 5), (16, 16, 16, 16))
+    assert config.layer_widths(2) == ((16, 16, 16, 16), (9, 32))
 
 
 def test_an_int_rank_is_spread_over_the_groups():

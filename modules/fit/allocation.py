@@ -122,6 +122,7 @@ def static_scales(latents: torch.Tensor, bits: float) -> tuple[torch.Tensor, tor
     value as zero point."""
     x, (levels, spacing, _) = latents.float().T.contiguous(), grid(bits)
     low, high = x.aminmax(dim=1)
+    # From the range that holds all values, narrower ones are tried: outliers are few.
     mean = x.mean(1)
     centre, half = low + (high - low) / 2, (high - low) / 2
 
@@ -189,6 +190,7 @@ def tier_prices(scheme: QuantScheme, cache: CacheScheme, bits: tuple, length: in
         length: Tokens.
         dtype: Of the model, and so of window and sinks.
     """
+    # The sinks are kept exact, and so is the window that is left of the rest.
     blocks = cache.flushed_blocks(length - min(length, cache.sink_length))
     exact = length - blocks * cache.block_length
     calibrated = 2 * 4 if scheme.static else 0  # scale and zero point of a channel, once a layer
@@ -259,6 +261,7 @@ def allocate(
         for name, groups in costs.items():
             chosen[name] = []
             for group in groups:
+                # Column 0 is the cost of dropping a channel.
                 table = rates[name] * torch.cat([group.dropped[:, None], group.kept], dim=1)
                 columns, group_nbytes = _choose_group(table, price_of[name], multiplier)
                 chosen[name].append(columns)
@@ -290,6 +293,7 @@ def _choose_group(table: torch.Tensor, price: Prices, multiplier: float) -> tupl
             index[0] = min(tiers, key=lambda column: price.channel[column - 1] + price.tier[column - 1])
         counts = index.bincount(minlength=len(per_channel))[1:].tolist()
         nbytes = int(per_channel[index].sum()) + price.scales_nbytes(counts)
+        # The Lagrangian of this set: cost plus price.
         total = table.gather(1, index[:, None]).sum().item() + multiplier * nbytes
         if best is None or total < best[0]:
             best = (total, index, nbytes)
@@ -341,6 +345,7 @@ def largest_share(
     Raises:
         ValueError: No share fits.
     """
+    # A larger share has larger ranks, and these take more bytes.
     low, high = 0, 512
     while low < high:
         middle = (low + high + 1) // 2

@@ -146,6 +146,7 @@ class Calibration:
         target = ALRDLlamaConfig.from_llama(self.target, **fields)
         splits: list[dict[str, dict]] = [{} for _ in range(target.num_hidden_layers)]
         for projection in target.projections():
+            # `from_dense` takes the factors by layer and name of the projection.
             ranks = target.group_ranks(projection)
             splits[projection.layer][projection.attribute] = self._split(projection.name, ranks)
         return ALRDLlamaForCausalLM.from_dense(self.dense, target, splits, self.stored_dtype, "cpu")
@@ -153,6 +154,7 @@ class Calibration:
     def _split(self, name: str, ranks: tuple[int, ...]) -> dict:
         """Factors of the channels that a projection keeps, and their calibrated scales."""
         if self.plan is None:
+            # A search of ranks keeps the leading channels.
             chosen = [torch.arange(rank, dtype=torch.int64, device="cpu") for rank in ranks]
         else:
             chosen = self.plan.channels[name]
@@ -208,6 +210,7 @@ def calibrate(
     seconds["statistics"], started = time.perf_counter() - started, time.perf_counter()
     factors = projection_factors(dense, target, statistics, config.objective)
     seconds["factors"] = time.perf_counter() - started
+    # The split model has the type of the checkpoint, whatever type `dense` runs in.
     stored_dtype = source.dtype or torch.float32
     calibration = Calibration(dense, stored_dtype, tokens, statistics, record, factors, target)
     calibration.seconds, calibration.processes = seconds, processes
@@ -246,6 +249,7 @@ def split_config(config: FitConfig, source: ALRDLlamaConfig) -> ALRDLlamaConfig:
     """
     if source.truncation_ranks:
         raise ValueError("source: must be the configuration of a dense model, is split already")
+    # A setting that is not given is the best measured one for tiers, or the cache's default.
     default = STATIC if config.tiered else None
     schemes = {name: parse_json(name, getattr(config, name) or default) for name in ("k_scheme", "v_scheme")}
     fields = {
@@ -280,7 +284,9 @@ def _probe(config: FitConfig, calibration: Calibration, tokens: torch.Tensor) ->
     variances = {}
     for name, groups in calibration.factors.items():
         variances[name] = list(map(_variance, groups, _samples(calibration, name)))
-    path = _kept(config, calibration, "rates.json", version=RATES_VERSION, seed=config.seed, tokens=tokens.tolist())
+    path = _measurement_path(
+        config, calibration, "rates.json", version=RATES_VERSION, seed=config.seed, tokens=tokens.tolist()
+    )
 
     def stored() -> dict[str, float]:
         return json.loads(path.read_text())["rates"] if path.exists() else {}
@@ -299,7 +305,7 @@ def _probe(config: FitConfig, calibration: Calibration, tokens: torch.Tensor) ->
     return rates
 
 
-def _kept(config: FitConfig, calibration: Calibration, suffix: str, **settings) -> Path:
+def _measurement_path(config: FitConfig, calibration: Calibration, suffix: str, **settings) -> Path:
     """File in the statistics folder for a measurement by the statistics, the factors and further settings."""
     record = {"statistics": calibration.record} | settings
     for name in ("objective", "head_group_size", "k_mean_split", "v_mean_split"):
@@ -327,6 +333,7 @@ def fit_budget(config: FitConfig, calibration: Calibration, budget: float) -> Ca
     """
     started = time.perf_counter()
     dense = dense_nbytes(calibration.target, config.tokens, torch.float16)
+    # Budgets are shares of the 16-bit cache, whatever type the model has.
     limit = int(budget * dense)
     try:
         if config.allocation == "tiers":
@@ -335,6 +342,7 @@ def fit_budget(config: FitConfig, calibration: Calibration, budget: float) -> Ca
             fitted = _fit_ranks(config, calibration, limit)
     except ValueError as error:
         raise ValueError(f"budget={budget} of {dense:,} bytes at {config.tokens} tokens: {error}") from None
+    # The bytes that the search added up must be those of the cache.
     found = cache_nbytes(fitted.target, config.tokens, calibration.stored_dtype)
     if fitted.plan is not None and fitted.plan.nbytes != found:
         raise RuntimeError(f"the cache takes {found} bytes, not the {fitted.plan.nbytes} that were planned")
@@ -349,7 +357,9 @@ def _fit_tiers(config: FitConfig, calibration: Calibration, limit: int) -> Calib
         group_sizes = [config.group_size]
     elif _all_static(_side_schemes(calibration.target)):
         group_sizes = [32, 64, 128]
+    # Without a probe an error costs the same in all layers.
     rates = calibration.rates or dict.fromkeys(calibration.factors, 1.0)
+    # Smaller blocks keep fewer exact tokens, larger ones store fewer tables: the costs decide.
     best = refused = None
     for group_size in group_sizes:
         target = ALRDLlamaConfig.from_llama(calibration.target, group_size=group_size)
@@ -367,6 +377,7 @@ def _fit_tiers(config: FitConfig, calibration: Calibration, limit: int) -> Calib
     if best is None:
         raise refused
     target, plan = best
+    # The configuration is JSON, which has lists.
     target.truncation_ranks, target.width_tiers = {}, {}
     for name, groups in plan.tiers.items():
         target.truncation_ranks[name] = list(map(len, plan.channels[name]))
@@ -381,6 +392,7 @@ def _measured_costs(
     """`measure_costs` of every head group by projection, kept as they come; static scales know no blocks."""
     schemes = {}
     for side, scheme in sides.items():
+        # Static scales do not depend on blocks, so that their costs serve all block lengths.
         schemes[f"{side}_proj"] = scheme.to_dict()
         if scheme.static:
             schemes[f"{side}_proj"]["group_size"] = None
@@ -388,7 +400,7 @@ def _measured_costs(
     if not _all_static(sides):
         length = block_length
     settings = {"version": COSTS_VERSION, "schemes": schemes, "length": length}
-    path = _kept(config, calibration, "costs.safetensors", **settings)
+    path = _measurement_path(config, calibration, "costs.safetensors", **settings)
     if path not in calibration.costs:
         costs = load_costs(path) if path.exists() else {}
         for name, groups in tqdm(calibration.factors.items(), desc="Distortion"):
@@ -396,8 +408,10 @@ def _measured_costs(
                 continue
             costs[name], scheme = [], sides[Projection.parse(name).side]
             for factors, sample in zip(groups, _samples(calibration, name), strict=True):
+                # Blocks are quantized whole.
                 whole_blocks = sample[:, : sampled // length * length]
                 costs[name].append(measure_costs(factors, whole_blocks, scheme, length))
+            # An interrupted measurement goes on from here.
             save_costs(path, costs)
         calibration.costs[path] = {name: costs[name] for name in calibration.factors}
     return calibration.costs[path]
@@ -433,6 +447,7 @@ def _rank_search(config: FitConfig, calibration: Calibration) -> Callable[[float
         return partial(water_fill, _energies(calibration.factors), multiple=multiple)
     if config.allocation == "uniform":
         return partial(uniform_ranks, target, multiple=multiple)
+    # The other searches look at the text once more.
     batches = calibration.tokens.split(1)
     if config.allocation == "fisher":
         return partial(fisher_ranks, fisher_information(calibration.dense, batches, target), target, multiple=multiple)

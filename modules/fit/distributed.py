@@ -37,6 +37,7 @@ def join_processes(device: str) -> PartialState | None:
     Raises:
         ValueError: Several processes were asked for and only this one was started, or the device is not there.
     """
+    # The launcher says by environment variables how many it has started.
     count = get_cpu_distributed_information().world_size
     if count == 1:
         if parse_flag_from_env("ACCELERATE_USE_CPU") and "MASTER_ADDR" in os.environ:
@@ -74,10 +75,7 @@ def on_main(processes: PartialState | None, function: Callable[..., T], *args) -
     """The result of `function` in the main process, which alone calls it; the others wait."""
     if processes is None:
         return function(*args)
-    result = None
-    if processes.is_main_process:
-        result = function(*args)
-    return broadcast_object_list([result])[0]
+    return broadcast_object_list([function(*args) if processes.is_main_process else None])[0]
 
 
 def rounds(processes: PartialState | None, items: Sequence[T]) -> Iterator[tuple[Sequence[T], int]]:
@@ -89,6 +87,7 @@ def rounds(processes: PartialState | None, items: Sequence[T]) -> Iterator[tuple
     index, count = 0, 1
     if processes is not None:
         index, count = processes.process_index, processes.num_processes
+    # Item i of a round is that of process i.
     for first in range(0, len(items), count):
         some = items[first : first + count]
         yield some[index : index + 1], len(some)

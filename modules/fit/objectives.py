@@ -54,7 +54,7 @@ def rope_key_metric(
     return torch.block_diag(*(total / _OFFSETS))
 
 
-def _weight(model: PreTrainedModel, layer_idx: int, stats: LayerStatistics) -> dict[str, dict]:
+def _weight(model: PreTrainedModel, layer_idx: int, stats: LayerStatistics | None) -> dict[str, dict]:
     return {"k_proj": {}, "v_proj": {}}
 
 
@@ -125,9 +125,7 @@ def projection_factors(
         raise ValueError("k_mean_split, v_mean_split: need the statistics of a text")
     factors, ranks = {}, (config.full_group_rank,) * config.num_head_groups
     for layer in range(config.num_hidden_layers):
-        how: dict[str, dict] = {"k_proj": {}, "v_proj": {}}
-        if statistics is not None:
-            how = OBJECTIVES[objective](model, layer, statistics[layer])
+        how = OBJECTIVES[objective](model, layer, statistics[layer] if statistics else None)
         for side in SIDES:
             projection = Projection(layer, side)
             arguments = how[projection.attribute]
@@ -174,6 +172,7 @@ def probe_rates(
     def log_probabilities(window: torch.Tensor) -> torch.Tensor:
         return model(window[None].to(model.device), use_cache=False).logits[0, first:].float().log_softmax(-1)
 
+    # The model's own predictions, without noise, are made once for all projections.
     missing = [name for name in factors if name not in rates]
     references = list(map(log_probabilities, tokens)) if missing else []
 
@@ -183,6 +182,7 @@ def probe_rates(
             deviation = _noise(variance, level)
             error += (group.unit * deviation.square().sum()).item()
             shapes.append((group.a * deviation).T.float())
+        # The noise of a projection does not depend on the order in which they are probed.
         generator = torch.Generator().manual_seed(seed)
 
         def add_noise(module, inputs, output):

@@ -27,6 +27,11 @@ RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 Offer = tuple[float, str, int, int, int]
 
 
+def projection_names(config: ALRDLlamaConfig) -> list[str]:
+    """Names of all key and value projections, in the order of the layers."""
+    return [projection.name for projection in config.projections()]
+
+
 def _check_share(share: float) -> None:
     if not 0 < share <= 1:
         raise ValueError(f"share={share}: must be above 0 and at most 1")
@@ -62,11 +67,13 @@ def water_fill(energies: dict[str, list[torch.Tensor]], share: float, multiple: 
     _check_share(share)
     ranks, offers, channels = {}, [], 0
     for name, groups in energies.items():
+        # A projection without any energy has nothing to divide by.
         total = sum(energy.sum() for energy in groups).item() or 1.0
         ranks[name] = []
         for group, energy in enumerate(groups):
             channels += len(energy)
             ranks[name].append(min(multiple, len(energy)))
+            # Everything beyond the smallest rank is on offer, a few channels at a time.
             for start in range(multiple, len(energy), multiple):
                 piece = energy[start : start + multiple]
                 offers.append((piece.mean().item() / total, name, group, start, len(piece)))
@@ -91,7 +98,7 @@ def _buy(offers: list[Offer], ranks: dict[str, list[int]], budget: int) -> dict[
 
 def uniform_ranks(config: ALRDLlamaConfig, share: float, multiple: int = 8) -> dict[str, list[int]]:
     """The same rank everywhere, up to one `multiple`; arguments and errors as `proportional_ranks`."""
-    weights = {projection.name: [1.0] * config.num_head_groups for projection in config.projections()}
+    weights = dict.fromkeys(projection_names(config), [1.0] * config.num_head_groups)
     return proportional_ranks(weights, config.full_group_rank, share, multiple)
 
 
@@ -124,6 +131,7 @@ def proportional_ranks(
             if not 0 <= weight < math.inf:
                 raise ValueError("weights: must be finite and at least 0")
             for start in range(multiple, full, multiple):
+                # Webster: the k-th unit goes by weight / (k - 1/2), and k - 1 units are there.
                 worth = weight / (start / multiple + 0.5)
                 offers.append((worth, name, group, start, min(multiple, full - start)))
     channels = full * sum(map(len, weights.values()))
@@ -150,13 +158,13 @@ def fisher_information(
     Raises:
         ValueError: There is no text.
     """
-    names = [projection.name for projection in config.projections()]
-    squares, texts = dict.fromkeys(names, 0.0), 0
+    squares, texts = dict.fromkeys(projection_names(config), 0.0), 0
     for batch in batches:
         for text in batch.to(model.device).split(1):
-            for name, gradient in _weight_gradients(model, text, names).items():
+            for name, gradient in _weight_gradients(model, text, list(squares)).items():
                 squares[name] = squares[name] + gradient.double().square()
             texts += 1
+    # Without a text the mean would be 0 / 0.
     if texts == 0:
         raise ValueError("batches: must hold at least one text")
     information = {}
@@ -228,6 +236,7 @@ def asvd_statistics(model: PreTrainedModel, inputs: list[torch.Tensor], alpha: f
     """
     result = []
     for layer, x in zip(model.model.layers, inputs, strict=True):
+        # A channel that is never active must not make the scaling singular.
         squares = torch.diag((x.double() ** alpha + 1e-6) ** 2)
         result.append({})
         for side in SIDES:
@@ -239,6 +248,7 @@ def asvd_statistics(model: PreTrainedModel, inputs: list[torch.Tensor], alpha: f
 @contextmanager
 def replaced_weight(linear: torch.nn.Linear, weight: torch.Tensor) -> Iterator[None]:
     """Put `weight` in place of the layer's for a while; the very tensor that was there comes back, whatever happens."""
+    # `data`, so that the parameter itself and its hooks stay.
     saved = linear.weight.data
     linear.weight.data = weight.to(saved)
     try:
@@ -253,6 +263,7 @@ def perplexity(model: PreTrainedModel, batches: list[torch.Tensor]) -> float:
     nll, tokens = 0.0, 0
     for batch in batches:
         ids = batch.to(model.device)
+        # The loss is a mean over all tokens but the first of each row.
         scored = ids[:, 1:].numel()
         nll += model(ids, labels=ids, use_cache=False).loss.double().item() * scored
         tokens += scored
@@ -320,6 +331,7 @@ def asvd_ranks(sensitivity: dict[str, dict[int, float]], config: ALRDLlamaConfig
     def ranks_at(threshold: float) -> dict[str, int]:
         ranks = {}
         for name, perplexities in sensitivity.items():
+            # The lowest rank that is good enough, or all channels.
             good = [rank for rank, value in perplexities.items() if value <= threshold]
             ranks[name] = min(good, default=full)
         return ranks
@@ -331,6 +343,7 @@ def asvd_ranks(sensitivity: dict[str, dict[int, float]], config: ALRDLlamaConfig
     budget = share * full * len(sensitivity)
     if sum(ranks_at(thresholds[-1]).values()) > budget:
         raise ValueError(f"share={share}: must be at least the lowest rank tried in every projection")
+    # A higher threshold admits lower ranks, so the lowest that fits is found by halving.
     low, high = 0, len(thresholds) - 1
     while low < high:
         middle = (low + high) // 2

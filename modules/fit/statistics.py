@@ -76,6 +76,7 @@ class LayerStatistics:
 def model_digest(model: nn.Module) -> str:
     """SHA-256 of the names, types and bytes of a model's parameters and buffers."""
     digest = hashlib.sha256()
+    # In the order of their names, which does not depend on how the model was built.
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
@@ -86,6 +87,7 @@ def statistics_record(
     model: PreTrainedModel, tokens: torch.Tensor, fisher: bool, sample: int, sinks: int, batch_size: int, seed: int
 ) -> dict:
     """All that the statistics depend on: model, tokens, settings, versions."""
+    # Fields that change no number would only keep a file from being found again.
     config = json.loads(model.config.to_json_string(use_diff=False))
     for name in _UNRELATED:
         config.pop(name, None)
@@ -156,15 +158,8 @@ def collect_statistics(
     if tokens.shape[1] < sinks + sample:
         raise ValueError(f"tokens: windows of {tokens.shape[1]} must hold {sinks} sinks and {sample} sampled tokens")
     record = statistics_record(model, tokens, fisher, sample, sinks, batch_size, seed)
-    path = None
-    if folder is not None:
-        path = Path(folder) / f"{record_key(record)}.safetensors"
+    path = None if folder is None else Path(folder) / f"{record_key(record)}.safetensors"
     sums, batches = _empty_sums(model, fisher, sample, len(tokens)), tokens.split(batch_size)
-
-    def load() -> int:
-        if path is None or not path.exists():
-            return 0
-        return _load(path, sums)
 
     def due() -> bool:
         return time.monotonic() - saved > save_seconds
@@ -179,7 +174,7 @@ def collect_statistics(
         text = json.dumps(record | {"about": about or {}}, indent=2) + "\n"
         path.with_suffix(".json").write_text(text, encoding="utf-8")
 
-    kept = done = on_main(processes, load)
+    kept = done = on_main(processes, _load, path, sums)
     saved = time.monotonic()
     if kept < len(batches):
         progress = tqdm(desc="Statistics", initial=kept, total=len(batches), disable=not is_main(processes))
@@ -199,6 +194,7 @@ def collect_statistics(
                     if not is_main(processes):  # what was summed is with the main process now
                         for x in sums.values():
                             x.zero_()
+    # Now every process has the sums of all.
     sum_tensors(processes, sums)
     if path is not None and kept < len(batches):
         on_main(processes, save)
@@ -276,6 +272,7 @@ def _observed(
         for p in ("q_proj", "k_proj", "v_proj"):
             handles.append(getattr(layer.self_attn, p).register_forward_hook(watch(f"{i}.{p}")))
     try:
+        # Only what a layer takes in is kept for the backward pass, which runs the layer again.
         if fisher:
             model.requires_grad_(False)
             for layer in layers:
@@ -324,8 +321,10 @@ def _to_layers(model: PreTrainedModel, sums: dict[str, torch.Tensor], tokens: in
     return layers
 
 
-def _load(path: Path, sums: dict[str, torch.Tensor]) -> int:
-    """Fill in the sums of a file; returns how many batches they are of."""
+def _load(path: Path | None, sums: dict[str, torch.Tensor]) -> int:
+    """Fill in the sums of a file, if there is one; returns how many batches they are of."""
+    if path is None or not path.exists():
+        return 0
     try:
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118
