@@ -2,8 +2,10 @@
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 from transformers import CONFIG_MAPPING, AutoConfig, LlamaConfig, PreTrainedConfig
 
@@ -11,8 +13,33 @@ from transformers import CONFIG_MAPPING, AutoConfig, LlamaConfig, PreTrainedConf
 #: the lossless mode: the model's own dtype, untouched.
 SUPPORTED_BITS = (1, 1.5, 1.58, 2, 3, 4, 8, 16)
 
-#: Model types of dense checkpoints that can be split: decoders of Llama's layers.
-DENSE_MODEL_TYPES = ("llama", "mistral", "qwen2")
+#: The two sides of an attention that are split and cached, keys and values, as in `k_proj` and `v_bits`.
+SIDES = ("k", "v")
+
+
+@dataclass(frozen=True)
+class Traits:
+    """Where a dense architecture differs from a Llama.
+
+    Args:
+        qkv_bias: Whether q, k and v have biases; o and the MLP then have none. `None`: as the dense configuration's
+            fields `attention_bias` and `mlp_bias` say.
+        has_layer_types: Whether the dense configuration lists its `layer_types`.
+    """
+
+    qkv_bias: bool | None = None
+    has_layer_types: bool = False
+
+
+#: The dense architectures that can be split, decoders of Llama's layers, by model type.
+ARCHITECTURES = {
+    "llama": Traits(),
+    "mistral": Traits(qkv_bias=False),
+    "qwen2": Traits(qkv_bias=True, has_layer_types=True),
+}
+
+#: Model types of dense checkpoints that can be split.
+DENSE_MODEL_TYPES = tuple(ARCHITECTURES)
 
 #: What other decoders would need that a Llama does not have; only for the error message.
 _NOT_SUPPORTED = {
@@ -27,10 +54,61 @@ _NOT_SUPPORTED = {
     "qwen3_moe": "normalised queries and keys (q_norm, k_norm) and a mixture of experts",
 }
 
-#: What the layers of a saved split model are: no class of the library takes it for one of its own types.
+#: Layer type of a saved split model: no class of the library takes it for one of its own.
 LATENT_LAYER_TYPE = "latent_attention of alrd_llama: see README.md of this folder"
 
-_PROJECTION_NAME = re.compile(r"model\.layers\.(\d+)\.self_attn\.([kv]_proj)")
+_PROJECTION_NAME = re.compile(r"model\.layers\.(\d+)\.self_attn\.([kv])_proj")
+
+
+class Projection(NamedTuple):
+    """The key or value projection of one layer; files and configurations hold its `name`.
+
+    Attributes:
+        layer: Index of the layer.
+        side: One of `SIDES`.
+    """
+
+    layer: int
+    side: str
+
+    @property
+    def name(self) -> str:
+        """Name of the module in a model, e.g. "model.layers.3.self_attn.k_proj"."""
+        return f"model.layers.{self.layer}.self_attn.{self.attribute}"
+
+    @property
+    def attribute(self) -> str:
+        """Name of the module in its attention, e.g. "k_proj"."""
+        return f"{self.side}_proj"
+
+    @classmethod
+    def parse(cls, name: str) -> "Projection":
+        """The projection of a name; a `ValueError` if there is none."""
+        match = _PROJECTION_NAME.fullmatch(name)
+        if match is None:
+            raise ValueError(f"{name!r}: must be the name of a projection, such as {cls(0, 'k').name!r}")
+        return cls(int(match[1]), match[2])
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _filled_list(value: Any, rule: str) -> list | tuple:
+    """`value`; a `ValueError` with a `rule` unless it is a list, and not empty."""
+    if not isinstance(value, (list, tuple)) or not value:
+        raise ValueError(rule)
+    return value
+
+
+def _shortest(bits: float) -> float:
+    """A width as a Python int where it is whole: 2.0 is stored and printed as 2."""
+    return int(bits) if bits == int(bits) else bits
+
+
+def _channels(tiers: tuple[tuple[int, float], ...]) -> int:
+    """Channels of all tiers of a head group."""
+    return sum(channels for channels, _ in tiers)
 
 
 def check_bits(field: str, value: float) -> None:
@@ -42,7 +120,7 @@ def check_bits(field: str, value: float) -> None:
 
 def check_count(field: str, value: int) -> None:
     """Raise a `ValueError` naming `field` unless `value` is an int of at least 0."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+    if not _is_int(value) or value < 0:
         raise ValueError(f"{field}={value!r}: must be an integer of at least 0")
 
 
@@ -52,21 +130,27 @@ def check_tiers(tiers: Any) -> tuple[tuple[tuple[int, float], ...], ...]:
     Raises:
         ValueError: It has another form, a tier has no channel, or a width is not one that the cache stores.
     """
-    form = "for each head group a list of [channels, bits]"
-    if not isinstance(tiers, (list, tuple)) or not tiers or not all(isinstance(g, (list, tuple)) and g for g in tiers):
-        raise ValueError(f"tiers={tiers!r}: must be {form}")
-    for tier in (tier for group in tiers for tier in group):
-        if not isinstance(tier, (list, tuple)) or len(tier) != 2:
-            raise ValueError(f"tiers={tiers!r}: must be {form}")
-        check_count("tiers: channels", tier[0])
-        if tier[0] == 0:
-            raise ValueError(f"tiers={tiers!r}: a tier must have a channel")
-        check_bits("tiers: bits", tier[1])
-    return tuple(tuple((n, int(b) if b == int(b) else b) for n, b in group) for group in tiers)
+    rule = f"tiers={tiers!r}: must be for each head group a list of [channels, bits]"
+    # JSON has lists where a scheme, which is hashed, needs tuples.
+    groups = []
+    for group in _filled_list(tiers, rule):
+        pairs = []
+        for tier in _filled_list(group, rule):
+            if len(_filled_list(tier, rule)) != 2:
+                raise ValueError(rule)
+            channels, bits = tier
+            check_count("tiers: channels", channels)
+            if channels == 0:
+                raise ValueError(f"tiers={tiers!r}: a tier must have a channel")
+            check_bits("tiers: bits", bits)
+            pairs.append((channels, _shortest(bits)))
+        groups.append(tuple(pairs))
+    return tuple(groups)
 
 
 def check_choice(field: str, value, choices: tuple) -> None:
     """Raise a `ValueError` naming `field` unless `value` is one of `choices`, and of the same type."""
+    # `True == 1`, so the type is compared too.
     if not any(type(value) is type(choice) and value == choice for choice in choices):
         raise ValueError(f"{field}={value!r}: must be one of {', '.join(map(repr, choices))}")
 
@@ -80,8 +164,10 @@ def check_positive(name: str, *values: float) -> None:
 
 def parse_json(name: str, text: str | None) -> Any:
     """The value of the option `name`, which is JSON or not given."""
+    if text is None:
+        return None
     try:
-        return None if text is None else json.loads(text)
+        return json.loads(text)
     except ValueError as error:
         raise ValueError(f"{name}={text!r}: must be JSON ({error})") from None
 
@@ -141,27 +227,38 @@ class QuantScheme:
         check_choice("range_method", self.range_method, ("minmax", "mse", None))
         check_choice("rotation", self.rotation, (True, False))
         check_choice("static", self.static, (True, False))
-        share = isinstance(self.protected, (int, float)) and not isinstance(self.protected, bool)
-        if not share or not 0 <= self.protected < 1:
+        is_number = _is_int(self.protected) or isinstance(self.protected, float)
+        if not is_number or not 0 <= self.protected < 1:
             raise ValueError(f"protected={self.protected!r}: must be a share in [0, 1)")
         check_bits("protected_bits", self.protected_bits)
         if self.quantizer is not None and not isinstance(self.quantizer, str):
             raise ValueError(f"quantizer={self.quantizer!r}: must be the name of a registered quantizer, or None")
-        if self.bits == int(self.bits):
-            object.__setattr__(self, "bits", int(self.bits))
+        # One form of each value, so that schemes that mean the same are equal.
+        object.__setattr__(self, "bits", _shortest(self.bits))
         object.__setattr__(self, "protected", float(self.protected))
-        narrow = self.bits < 2 and self.tiers is None  # with tiers `bits` says nothing
-        by_width = narrow and self.bits != 1.5
-        object.__setattr__(self, "symmetric", by_width if self.symmetric is None else self.symmetric)
-        object.__setattr__(self, "range_method", self.range_method or ("mse" if narrow else "minmax"))
+        # Codes of less than two bits have no level to spare for a range's extremes; with tiers `bits` says nothing.
+        narrow = self.bits < 2 and self.tiers is None
+        if self.symmetric is None:
+            object.__setattr__(self, "symmetric", narrow and self.bits != 1.5)
+        if self.range_method is None:
+            object.__setattr__(self, "range_method", "mse" if narrow else "minmax")
         self._check_combinations()
+
+    @property
+    def _tier_bits(self) -> list[float]:
+        """Widths of the tiers, each once, the widest first."""
+        return sorted({bits for _, bits in chain.from_iterable(self.tiers)}, reverse=True)
 
     def at_width(self, bits: float) -> "QuantScheme":
         """The scheme of one width tier."""
-        by_width = {"symmetric": False} if self.static else {"symmetric": None, "range_method": None}
+        # What a scheme leaves to the width is chosen again for the tier's; 16 bits are the states themselves.
         if bits == 16:
             by_width = {"symmetric": None, "range_method": None, "static": False}
-        elif self.range_method == "mse" and bits <= 2:
+        elif self.static:
+            by_width = {"symmetric": False}
+        else:
+            by_width = {"symmetric": None, "range_method": None}
+        if bits <= 2 and self.range_method == "mse":
             by_width["range_method"] = "mse"
         return replace(self, bits=bits, tiers=None, **by_width)
 
@@ -172,11 +269,13 @@ class QuantScheme:
                 "tiers: give each channel its width, so rotation, protected and quantizer must not be set; got "
                 f"rotation={self.rotation}, protected={self.protected}, quantizer={self.quantizer!r}"
             )
-        for bits in {bits for group in self.tiers for _, bits in group}:
+        # The scheme of each tier checks itself.
+        for bits in self._tier_bits:
             self.at_width(bits)
 
     def _check_combinations(self) -> None:
         if self.tiers is not None:
+            # Each width is checked by a scheme of its own.
             return self._check_tiers()
         if self.bits == 1.58 and not self.symmetric:
             raise ValueError("symmetric=False: ternary codes (bits=1.58) are symmetric")
@@ -221,22 +320,35 @@ class QuantScheme:
         """E.g. `2-bit per channel in groups of 128 (mse)`, what differs from the defaults of the width in brackets."""
         if self.bits == 16 and self.quantizer is None and not self.tiers:
             return "16-bit"  # the states themselves, whatever the other fields say
-        notes = [self.range_method] if self.range_method != ("mse" if self.bits < 2 else "minmax") else []
-        notes += ["symmetric"] if self.symmetric and self.bits >= 2 else []
-        notes += ["asymmetric"] if self.bits == 1 and not self.symmetric else []
-        notes += [name for name in ("static", "rotation") if getattr(self, name)]
-        notes += [f"{self.protected:.0%} of tokens at {self.protected_bits} bits"] if self.protected else []
-        notes += [self.quantizer] if self.quantizer else []
+        orientation = self.orientation.replace("_", " ")
         if self.tiers:
-            widths = "/".join(map(str, sorted({b for group in self.tiers for _, b in group}, reverse=True)))
-            return f"{widths}-bit tiers {self.orientation.replace('_', ' ')}" + (" (static)" if self.static else "")
-        reach = f" in groups of {self.group_size}" if self.group_size else ""
-        notes = f" ({', '.join(notes)})" if notes else ""
-        return f"{self.bits}-bit {self.orientation.replace('_', ' ')}{reach}{notes}"
+            text = f"{'/'.join(map(str, self._tier_bits))}-bit tiers {orientation}"
+            return f"{text} (static)" if self.static else text
+        text, notes = f"{self.bits}-bit {orientation}", self._notes()
+        if self.group_size:
+            text += f" in groups of {self.group_size}"
+        return f"{text} ({', '.join(notes)})" if notes else text
+
+    def _notes(self) -> list[str]:
+        """The settings that differ from the defaults of the width."""
+        notes = (
+            (self.range_method, self.range_method != ("mse" if self.bits < 2 else "minmax")),
+            ("symmetric", self.symmetric and self.bits >= 2),
+            ("asymmetric", self.bits == 1 and not self.symmetric),
+            ("static", self.static),
+            ("rotation", self.rotation),
+            (f"{self.protected:.0%} of tokens at {self.protected_bits} bits", self.protected),
+            (self.quantizer, self.quantizer),
+        )
+        return [note for note, holds in notes if holds]
+
+
+#: Keys have channels that are large in all tokens, values have not (KIVI, arXiv:2402.02750).
+_ORIENTATIONS = {"k": "per_channel", "v": "per_token"}
 
 
 def side_scheme(side: str, bits: float, group_size: int, fields: dict | None) -> QuantScheme:
-    """The `QuantScheme` that the settings of a cache mean.
+    """The `QuantScheme` of one side of a cache, from the cache's settings.
 
     Args:
         side: "k": keys, per channel unless `fields` say otherwise; "v": values, per token.
@@ -250,10 +362,12 @@ def side_scheme(side: str, bits: float, group_size: int, fields: dict | None) ->
     check_bits(f"{side}_bits", bits)
     check_count("group_size", group_size)
     fields = {} if fields is None else fields
-    names = [name for name in QuantScheme.__dataclass_fields__ if name != "bits"]
+    names = list(QuantScheme.__dataclass_fields__)
+    # The width is a setting of its own, not among the other fields.
+    names.remove("bits")
     if not isinstance(fields, dict) or not set(fields) <= set(names):
         raise ValueError(f"{side}_scheme={fields!r}: must be a dictionary with keys among {', '.join(names)}")
-    base = QuantScheme(orientation="per_channel" if side == "k" else "per_token", group_size=group_size)
+    base = QuantScheme(orientation=_ORIENTATIONS[side], group_size=group_size)
     try:
         # `None` stands for a default that follows from the width.
         return replace(base, **{"symmetric": None, "range_method": None, **fields, "bits": bits})
@@ -272,9 +386,13 @@ def check_width_beside_tiers(side: str, given: float, stored: float) -> None:
 
 def _check_given_widths(stored: dict, given: dict) -> None:
     """`check_width_beside_tiers` of a stored configuration and the fields that are given beside it."""
-    for side in ("k", "v"):
-        field, tiers = f"{side}_bits", stored.get("width_tiers") or {}
-        if field in given and "width_tiers" not in given and any(name.endswith(f"{side}_proj") for name in tiers):
+    # Whoever gives other tiers, or none, may give another width with them.
+    tiers = stored.get("width_tiers") or {}
+    if "width_tiers" in given:
+        return
+    for side in SIDES:
+        field = f"{side}_bits"
+        if field in given and any(name.endswith(f"{side}_proj") for name in tiers):
             check_width_beside_tiers(side, given[field], stored.get(field, getattr(ALRDLlamaConfig, field)))
 
 
@@ -329,9 +447,11 @@ class ALRDLlamaConfig(LlamaConfig):
 
     model_type = "alrd_llama"
 
+    # The dense model, and how its projections are split.
     dense_model_type: str = "llama"
     truncation_ranks: dict | None = None
     head_group_size: int | None = None
+    # How the cache stores their latents.
     use_kivi: bool = True
     k_bits: int | float = 2
     v_bits: int | float = 2
@@ -341,6 +461,7 @@ class ALRDLlamaConfig(LlamaConfig):
     k_scheme: dict | None = None
     v_scheme: dict | None = None
     width_tiers: dict | None = None
+    # What the factors were made for.
     k_mean_split: bool = False
     v_mean_split: bool = False
     k_hadamard: bool = True
@@ -348,16 +469,18 @@ class ALRDLlamaConfig(LlamaConfig):
 
     def __post_init__(self, **kwargs):
         if set(kwargs.get("layer_types") or ()) == {LATENT_LAYER_TYPE}:
+            # The mark of a saved split model is taken off again.
             del kwargs["layer_types"]
-            if self.dense_model_type == "qwen2":
+            if self.traits.has_layer_types:
                 kwargs["layer_types"] = ["full_attention"] * self.num_hidden_layers
         # A dense model's dictionary brings its own model_type; kept, it would hide our weight conversion.
         source = kwargs.pop("model_type", self.model_type)
         if source != self.model_type:
             check_dense_model_type("model_type", source)
             self.dense_model_type = source
+        if self.traits.qkv_bias is not None:
+            self.attention_bias, self.mlp_bias = self.traits.qkv_bias, False
         if self.dense_model_type != "llama":
-            self.attention_bias, self.mlp_bias = self.dense_model_type == "qwen2", False
             kwargs.setdefault("sliding_window", None)  # left out, it would be exported as Mistral's default
         if self.truncation_ranks is None:
             self.truncation_ranks = {}
@@ -378,7 +501,7 @@ class ALRDLlamaConfig(LlamaConfig):
 
     @classmethod
     def from_llama(cls, config: PreTrainedConfig, **fields) -> "ALRDLlamaConfig":
-        """Return the configuration of a dense or split model's `config` with the given `fields` of this class set."""
+        """The configuration of a dense or split model's `config` with the given `fields` of this class set."""
         stored = config.to_dict()
         _check_given_widths(stored, fields)
         return cls(**{**stored, **fields})
@@ -391,6 +514,7 @@ class ALRDLlamaConfig(LlamaConfig):
     def to_dense(self) -> PreTrainedConfig:
         """The configuration of the dense model, of its own class."""
         dense_class = CONFIG_MAPPING[self.dense_model_type]
+        # The fields of this class, and those of a Llama that the dense class has not.
         foreign = set(type(self).__dataclass_fields__) - set(dense_class.__dataclass_fields__)
         if self.head_dim != self.hidden_size // self.num_attention_heads:
             foreign.discard("head_dim")  # a Qwen2 reads it, though it is no field of its class
@@ -398,9 +522,23 @@ class ALRDLlamaConfig(LlamaConfig):
         return dense_class(**{name: value for name, value in self.to_dict().items() if name not in foreign})
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What is written to `config.json`."""
-        latent = {"layer_types": [LATENT_LAYER_TYPE] * self.num_hidden_layers} if self.truncation_ranks else {}
-        return super().to_diff_dict() | latent
+        """The fields that are written to `config.json`."""
+        written = super().to_diff_dict()
+        if self.truncation_ranks:
+            written["layer_types"] = [LATENT_LAYER_TYPE] * self.num_hidden_layers
+        return written
+
+    @property
+    def traits(self) -> Traits:
+        """Where the dense architecture differs from a Llama; a `ValueError` for a model type that cannot be split."""
+        check_dense_model_type("dense_model_type", self.dense_model_type)
+        return ARCHITECTURES[self.dense_model_type]
+
+    def projections(self) -> Iterator[Projection]:
+        """All key and value projections, layer by layer."""
+        for layer in range(self.num_hidden_layers):
+            for side in SIDES:
+                yield Projection(layer, side)
 
     @property
     def num_head_groups(self) -> int:
@@ -410,25 +548,41 @@ class ALRDLlamaConfig(LlamaConfig):
     @property
     def full_group_rank(self) -> int:
         """Largest rank of one head group: the smaller side of its part of the weight."""
+        # A group's part of the weight is [outputs of its heads, hidden_size].
         return min(self.num_key_value_heads * self.head_dim // self.num_head_groups, self.hidden_size)
 
-    def group_ranks(self, layer_idx: int, projection: str) -> tuple[int, ...] | None:
-        """Ranks of the head groups of `projection` ("k_proj" or "v_proj") in a layer; `None` if it stays dense."""
-        rank = self.truncation_ranks.get(f"model.layers.{layer_idx}.self_attn.{projection}")
+    def group_ranks(self, projection: Projection) -> tuple[int, ...] | None:
+        """Ranks of a projection's head groups; `None` if it stays dense."""
+        rank = self.truncation_ranks.get(projection.name)
         if rank is None:
             return None
-        if isinstance(rank, int):
-            share, remainder = divmod(rank, self.num_head_groups)
-            return tuple(share + (i < remainder) for i in range(self.num_head_groups))
-        return tuple(rank)
+        if not isinstance(rank, int):
+            return tuple(rank)
+        # A total rank is spread evenly; the first groups take the remainder.
+        groups = self.num_head_groups
+        share, remainder = divmod(rank, groups)
+        return (share + 1,) * remainder + (share,) * (groups - remainder)
 
-    def cached_widths(self, layer_idx: int, projection: str) -> tuple[int, ...]:
+    def group_tiers(self, projection: Projection) -> list | None:
+        """Width tiers of a projection's head groups; `None` if its channels have one width."""
+        return self.width_tiers.get(projection.name)
+
+    def cached_widths(self, projection: Projection) -> tuple[int, ...]:
         """Channels that the cache stores per token, by group: the latent's ranks, or one head size per dense head."""
-        return self.group_ranks(layer_idx, projection) or (self.head_dim,) * self.num_key_value_heads
+        return self.group_ranks(projection) or (self.head_dim,) * self.num_key_value_heads
 
-    def tiered_scheme(self, layer_idx: int, projection: str) -> QuantScheme | None:
-        """What the cache stores of `projection` ("k_proj" or "v_proj") in a layer, if it has width tiers."""
-        tiers, side = self.width_tiers.get(f"model.layers.{layer_idx}.self_attn.{projection}"), projection[0]
+    def layer_widths(self, layer: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """`cached_widths` of the keys and the values of a layer."""
+        return self.cached_widths(Projection(layer, "k")), self.cached_widths(Projection(layer, "v"))
+
+    def is_static(self, side: str) -> bool:
+        """Whether the cache quantizes a side by calibrated scales."""
+        fields = getattr(self, f"{side}_scheme") or {}
+        return bool(fields.get("static"))
+
+    def tiered_scheme(self, projection: Projection) -> QuantScheme | None:
+        """The scheme by which the cache stores a projection that has width tiers; `None` if it has none."""
+        tiers, side = self.group_tiers(projection), projection.side
         if tiers is None:
             return None
         fields = {**(getattr(self, f"{side}_scheme") or {}), "tiers": tiers}
@@ -438,8 +592,9 @@ class ALRDLlamaConfig(LlamaConfig):
         """Check the fields of this class; see the class docstring for the rules."""
         check_dense_model_type("dense_model_type", self.dense_model_type)
         self._check_full_attention()
-        for side in ("k", "v"):
+        for side in SIDES:
             scheme = side_scheme(side, getattr(self, f"{side}_bits"), self.group_size, getattr(self, f"{side}_scheme"))
+            # The simple scheme rounds each token as it comes: it knows no block, no tier and no other field.
             if not self.use_kivi and getattr(self, f"{side}_scheme"):
                 raise ValueError(
                     f"{side}_scheme: the simple scheme (use_kivi=False) reads {side}_bits and group_size only"
@@ -452,8 +607,9 @@ class ALRDLlamaConfig(LlamaConfig):
             if not isinstance(getattr(self, field), bool):
                 raise ValueError(f"{field}={getattr(self, field)!r}: must be True or False")
 
+        # Groups come before the ranks that they have, and ranks before their tiers.
         size, heads = self.head_group_size, self.num_key_value_heads
-        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1 or heads % size):
+        if size is not None and (not _is_int(size) or size < 1 or heads % size):
             raise ValueError(f"head_group_size={size!r}: must divide num_key_value_heads={heads}")
         if not isinstance(self.truncation_ranks, dict):
             raise ValueError(f"truncation_ranks={self.truncation_ranks!r}: must map projection names to ranks")
@@ -467,17 +623,19 @@ class ALRDLlamaConfig(LlamaConfig):
             self._check_tiers(name)
 
     def _check_tiers(self, name: str) -> None:
-        field, match = f"width_tiers[{name!r}]", _PROJECTION_NAME.fullmatch(str(name))
-        if match is None or name not in self.truncation_ranks:
+        field = f"width_tiers[{name!r}]"
+        if name not in self.truncation_ranks:
             raise ValueError(f"{field}: must be a projection that truncation_ranks names")
-        ranks = self.group_ranks(int(match[1]), match[2])
+        projection = Projection.parse(name)
+        ranks = self.group_ranks(projection)
         try:
             check_tiers(self.width_tiers[name])
-            channels = tuple(sum(n for n, _ in group) for group in self.tiered_scheme(int(match[1]), match[2]).tiers)
+            groups = self.tiered_scheme(projection).tiers
         except ValueError as error:
             raise ValueError(f"{field}: {error}") from None
-        if channels != ranks:
-            raise ValueError(f"{field}: tiers of {list(channels)} channels must fill the group ranks {list(ranks)}")
+        channels = list(map(_channels, groups))
+        if channels != list(ranks):
+            raise ValueError(f"{field}: tiers of {channels} channels must fill the group ranks {list(ranks)}")
 
     def _check_full_attention(self) -> None:
         for field, right in (("is_causal", True), ("attention_chunk_size", None), ("is_heterogeneous", False)):
@@ -488,6 +646,7 @@ class ALRDLlamaConfig(LlamaConfig):
                 )
         if getattr(self, "use_sliding_window", False):
             raise ValueError("use_sliding_window=True: must be False; attention over a sliding window is not supported")
+        # A Mistral may have a window that no text of the model exceeds.
         window, longest = getattr(self, "sliding_window", None), self.max_position_embeddings
         if window is not None and window < longest:
             raise ValueError(
@@ -500,25 +659,29 @@ class ALRDLlamaConfig(LlamaConfig):
 
     def _check_rank(self, name: str, rank: int | list[int]) -> None:
         field = f"truncation_ranks[{name!r}]"
-        match = _PROJECTION_NAME.fullmatch(str(name))
-        if match is None or int(match[1]) >= self.num_hidden_layers:
+        try:
+            exists = Projection.parse(str(name)).layer < self.num_hidden_layers
+        except ValueError:
+            exists = False
+        if not exists:
             raise ValueError(
                 f"{field}: no such projection; names are 'model.layers.{{i}}.self_attn.k_proj' and '….v_proj' with i "
                 f"from 0 to {self.num_hidden_layers - 1}"
             )
-        ranks = rank if isinstance(rank, (list, tuple)) else [rank]
-        if any(isinstance(r, bool) or not isinstance(r, int) for r in ranks):
+        # A list has one rank for each head group, an int is the total of all of them.
+        groups, full = self.num_head_groups, self.full_group_rank
+        per_group = isinstance(rank, (list, tuple))
+        if per_group:
+            ranks, least, most, note = rank, 1, full, " per head group"
+        else:
+            ranks, least, most, note = [rank], groups, groups * full, f" ({groups} head groups of at most {full})"
+        if not all(map(_is_int, ranks)):
             raise ValueError(f"{field}={rank!r}: must be an int or a list of ints")
-        if ranks is rank and len(rank) != self.num_head_groups:
-            raise ValueError(f"{field}={rank!r}: must have one rank for each of {self.num_head_groups} head groups")
-        groups = 1 if ranks is rank else self.num_head_groups
-        if any(not groups <= r <= groups * self.full_group_rank for r in ranks):
-            raise ValueError(
-                f"{field}={rank!r}: must be from {groups} to the full rank {groups * self.full_group_rank}"
-                + (" per head group" if ranks is rank else f" ({groups} head groups of at most {self.full_group_rank})")
-            )
+        if per_group and len(rank) != groups:
+            raise ValueError(f"{field}={rank!r}: must have one rank for each of {groups} head groups")
+        for one in ranks:
+            if not least <= one <= most:
+                raise ValueError(f"{field}={rank!r}: must be from {least} to the full rank {most}{note}")
 
 
 AutoConfig.register(ALRDLlamaConfig.model_type, ALRDLlamaConfig, exist_ok=True)
-
-__all__ = ["DENSE_MODEL_TYPES", "SUPPORTED_BITS", "ALRDLlamaConfig", "QuantScheme"]

@@ -4,7 +4,7 @@ import copy
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from functools import partial, wraps
 
 import torch
@@ -36,99 +36,19 @@ from transformers.models.llama.modeling_llama import (
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from configuration_alrd_llama import ALRDLlamaConfig
+from configuration_alrd_llama import SIDES, ALRDLlamaConfig, Projection
 from modules import loading
 from modules.decode_graph import DecodeGraph
-from modules.kernels import MAX_QUERY_LENGTH
+from modules.kernels import Backend
 from modules.kernels.attention import attention_received
-from modules.kernels.packed import LatentQuery, NewTokens, PackedCache, Rope, counts_of_rows
-from modules.kivi_cache import CacheScheme, KIVILatentCache, config_schemes, create_kivi_cache
-from modules.quant_utils import quantize_latent, require
-from modules.svd_linear import ALinear, SVDLinear, own_groups
+from modules.kernels.packed import LatentQuery, PackedCache, Rope
+from modules.kivi_cache import CacheScheme, KIVILatentCache, config_schemes, config_widths, create_kivi_cache
+from modules.latent_step import LatentStep
+from modules.quant_utils import quantize_latent
+from modules.svd_linear import ALinear, SVDLinear, shard_groups
 
 #: The capacity that `generate` gives a cache is a multiple of it, in tokens.
 CAPACITY_STEP = 512
-
-
-@dataclass(eq=False)
-class LatentStep:
-    """What every layer must know about the new tokens of a forward pass over a `KIVILatentCache`.
-
-    Attributes:
-        positions: `[B, L]`, position of each token in its row; a pad has that of the token before it.
-        real: `[B, L]` bool on the CPU, false for pads; `None`: no pads.
-        start, count: `[B, 1]` int32, tokens that each row holds already, and new ones.
-        order: `[B, L, 1]`, the row's tokens, then its pads; `None`: no pads.
-        longest: Tokens of the longest row, the new ones included, where the host knows it.
-        has_past: Whether the cache has been fed before.
-        rope: Frequencies for the cached keys.
-        slots: `[B, past slots + L]`, position of the token in each slot, -1 for pads, if attention weights are to be
-            returned; else `None`.
-    """
-
-    positions: torch.Tensor
-    real: torch.Tensor | None
-    start: torch.Tensor
-    count: torch.Tensor
-    order: torch.Tensor | None
-    longest: int | None
-    has_past: bool
-    rope: Rope | None = None
-    slots: torch.Tensor | None = None
-
-    @classmethod
-    def place(
-        cls, lengths: list[int] | torch.Tensor, real: torch.Tensor | None, length: int, device: torch.device, **fields
-    ) -> "LatentStep":
-        """New tokens behind those that the rows hold.
-
-        Args:
-            lengths: Tokens of each row; `[B]` on the device if the host does not know them.
-            real: `[B, L]` bool on the CPU, false for pads; `None`: no pads.
-            length: L.
-            device: Where the tensors go.
-            fields: `has_past`, `rope`, `slots`.
-        """
-        known = not isinstance(lengths, torch.Tensor)
-        start = counts_of_rows(tuple(lengths), device) if known else lengths[:, None].to(device)
-        if real is None:
-            positions = start + torch.arange(length, dtype=torch.int64, device=device)
-            count, order = torch.full_like(start, length), None
-        else:
-            mask = real.to(device)
-            positions = (start + mask.cumsum(1) - 1).clamp(min=0)
-            count = mask.sum(dim=1, keepdim=True, dtype=torch.int32)
-            order = (~mask).to(torch.int8).argsort(dim=1, stable=True)[..., None]
-        longest = max(lengths) + length if known else None
-        return cls(positions, real, start, count, order, longest, **fields)
-
-    def check_positions(self, position_ids: torch.Tensor, lengths: list[int] | torch.Tensor) -> None:
-        """Refuse other positions than those that follow from the `lengths` that the rows hold."""
-        if position_ids.shape[-1] != self.positions.shape[1]:
-            raise ValueError(
-                f"position_ids: {tuple(position_ids.shape)} must be {tuple(self.positions.shape)}, as the new tokens"
-            )
-        held = "" if isinstance(lengths, torch.Tensor) else f", which holds {lengths} tokens"
-        agrees = position_ids.to(self.positions.device) == self.positions
-        agrees = agrees if self.real is None else agrees | ~self.real.to(agrees.device)
-        require(
-            agrees.all(),
-            "position_ids: must count the tokens of each row from 0 without gaps, pads not counted, and go on "
-            f"where the cache ends{held}; leave them out to have them made",
-        )
-
-    def on(self, device: torch.device) -> "LatentStep":
-        """The same where a layer is."""
-        if device == self.positions.device:
-            return self
-        names = ("positions", "start", "count", "order", "slots")
-        tensors = {name: getattr(self, name) for name in names}
-        moved = {name: None if x is None else x.to(device) for name, x in tensors.items()}
-        return replace(self, **moved, rope=replace(self.rope, inv_freq=self.rope.inv_freq.to(device)))
-
-    def new_tokens(self, keys: torch.Tensor, values: torch.Tensor) -> NewTokens:
-        """The new tokens' latents `[B, L, C]` with where they stand."""
-        return NewTokens(keys, values, self.start, self.count, self.real, self.order)
 
 
 class ALRDLlamaAttention(LlamaAttention):
@@ -136,21 +56,123 @@ class ALRDLlamaAttention(LlamaAttention):
 
     def __init__(self, config: ALRDLlamaConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        if config.dense_model_type == "qwen2":
+        if config.traits.qkv_bias is not None:
             self.o_proj.bias = None  # `attention_bias` is for q, k and v only
-        for name in ("k_proj", "v_proj"):
-            ranks = config.group_ranks(layer_idx, name)
+        for side in SIDES:
+            projection = Projection(layer_idx, side)
+            ranks = config.group_ranks(projection)
             if ranks is None:
                 continue
-            dense, heads = getattr(self, name), config.num_key_value_heads
-            static = bool((getattr(config, f"{name[0]}_scheme") or {}).get("static"))
+            # The library has made a dense layer; the factors take its place.
+            dense, heads = getattr(self, projection.attribute), config.num_key_value_heads
+            static = config.is_static(side)
             split = SVDLinear(dense.in_features, dense.out_features, ranks, heads, dense.bias is not None, static)
-            split.latent_transform = SimpleRounding(config, f"{name[0]}_bits")
-            setattr(self, name, split)
-        self.keep_heads(0, 1)
+            split.latent_transform = SimpleRounding(config, f"{side}_bits")
+            setattr(self, projection.attribute, split)
+        # One process holds all heads; `from_pretrained` shards them under tensor parallelism.
+        self.shard_heads(0, 1)
 
-    def keep_heads(self, rank: int, size: int, process_group=None) -> None:
-        """Drop what other ranks of tensor parallelism hold of the split projections, and of the cache.
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values=None,
+        latent_step: LatentStep | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if latent_step is None:
+            return super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
+
+        # Project. The cache stores latents before RoPE, which comes when they are expanded.
+        query = self._heads(self.q_proj(hidden_states))
+        key_latents = to_latents(self.k_proj, hidden_states)
+        value_latents = to_latents(self.v_proj, hidden_states)
+        layer = past_key_values.layer(self.layer_idx, self.widths)
+        step = latent_step.on(query.device)
+
+        # The common step: the cache attends and appends at one go.
+        protects = layer.score == "attention"
+        if step.has_past and step.slots is None and not protects:
+            new = step.new_tokens(key_latents, value_latents)
+            summed = layer.attend_and_append(self._latent_query(query, step), new)
+            return self.o_proj(self._expand_values(summed, query.dtype).flatten(2)), None
+
+        arguments = received = None
+        if step.has_past or protects:
+            arguments = self._attention_arguments(query, key_latents, value_latents, layer, step)
+        if protects:
+            received = self._attention_received(*arguments, step)
+        if step.has_past:
+            output, weights = self._attend_cache(*arguments, layer.backend, step)
+        else:
+            output, weights = self._attend_dense(
+                query, key_latents, value_latents, position_embeddings, attention_mask, **kwargs
+            )
+        layer.append(key_latents, value_latents, step.real, received)
+        return self.o_proj(output.flatten(2)), weights
+
+    def _heads(self, states: torch.Tensor) -> torch.Tensor:
+        """`[B, L, H * d]` to `[B, H, L, d]`."""
+        return states.view(*states.shape[:-1], -1, self.head_dim).transpose(1, 2)
+
+    def _latent_query(self, query: torch.Tensor, step: LatentStep) -> LatentQuery:
+        """Queries `[B, H_q, L, d]` before RoPE with how this layer attends to latents."""
+        expand_keys = getattr(self.k_proj, "ALinear", None)  # a dense projection has none
+        return LatentQuery(query, step.positions, expand_keys, self.widths[1], step.rope, self.scaling)
+
+    def _attention_arguments(
+        self, query, key_latents, value_latents, layer, step: LatentStep
+    ) -> tuple[LatentQuery, PackedCache]:
+        """Arguments of an attention of the new tokens to the cache and to themselves."""
+        new = step.new_tokens(key_latents, value_latents).tile()
+        cache = PackedCache(after=(new,))
+        if step.has_past:
+            layer.check_states(key_latents, value_latents)  # before a kernel takes them at their word
+            cache = layer.packed(new)
+        return self._latent_query(query, step), cache
+
+    def _expand_values(self, summed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Weighted sums of the values' latents `[B, H_q, L, r]` to the heads' outputs `[B, L, H_q, d]`."""
+        output = summed.to(dtype)
+        if isinstance(self.v_proj, SVDLinear):
+            # The sum of latents is expanded, not the value of every token.
+            output = self.v_proj.ALinear(output, per_head=True)
+        return output.transpose(1, 2)
+
+    def _attention_received(self, query: LatentQuery, cache: PackedCache, step: LatentStep) -> torch.Tensor:
+        """Attention that each token receives, by which `KIVILatentLayer.append` chooses the protected ones."""
+        received = attention_received(query, cache, step.real, step.longest)
+        if self.tp_group is not None:
+            dist.all_reduce(received, group=self.tp_group)  # of all heads, so that all ranks protect the same tokens
+        return received
+
+    def _attend_cache(self, query: LatentQuery, cache: PackedCache, backend: Backend, step: LatentStep):
+        """Attention of new tokens, which are not appended, over the packed cache; `[B, L, H_q, d]` and weights."""
+        dtype = query.states.dtype
+        if step.slots is None:
+            summed, _ = backend.attend(query, cache)
+            return self._expand_values(summed, dtype), None
+        summed, weights = backend.attend(query, cache, step.slots.shape[1])
+        # The weights come by position of the key, and are given by slot, as the library gives them.
+        slots = step.slots[:, None, None].expand_as(weights)
+        weights = weights.gather(3, slots.clamp(min=0)).masked_fill(slots < 0, 0.0)
+        return self._expand_values(summed, dtype), weights.to(dtype)
+
+    def _attend_dense(self, query, key_latents, value_latents, position_embeddings, attention_mask, **kwargs):
+        """Attention of the first tokens to themselves, by the library's functions; `[B, L, H_q, d]` and weights."""
+        # These tokens have no past, so their keys and values are expanded whole.
+        key = self._heads(from_latents(self.k_proj, key_latents))
+        value = self._heads(from_latents(self.v_proj, value_latents))
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = 0.0
+        if self.training:
+            dropout = self.attention_dropout
+        return attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
+
+    def shard_heads(self, rank: int, size: int, process_group=None) -> None:
+        """Drop the heads of other ranks of tensor parallelism from the split projections and from the cache.
 
         Args:
             rank, size, process_group: As for `SVDLinear.keep_shard`.
@@ -165,124 +187,42 @@ class ALRDLlamaAttention(LlamaAttention):
 
     def _config_widths(self) -> tuple[tuple[int, ...], ...]:
         """Channels by head group of keys and values that this rank caches by the config as it is now."""
-        widths = (self.config.cached_widths(self.layer_idx, name) for name in ("k_proj", "v_proj"))
-        return tuple(own_groups(w, self.tp_rank, self.tp_size) for w in widths)
+        keys, values = self.config.layer_widths(self.layer_idx)
+        return shard_groups(keys, self.tp_rank, self.tp_size), shard_groups(values, self.tp_rank, self.tp_size)
 
     def check_config(self) -> None:
-        """Refuse a config whose ranks or head groups have been assigned since the layer was built."""
+        """Reject a config whose ranks or head groups have been assigned since the layer was built."""
         if self._config_widths() != self.widths:
             raise ValueError(
                 f"truncation_ranks, head_group_size: must stay as layer {self.layer_idx} was built, for {self.widths} "
                 f"channels by head group, not {self._config_widths()}; split the dense model again to change them"
             )
 
-    def own_scheme(self, scheme: CacheScheme) -> CacheScheme:
-        """What this rank stores of a scheme whose width tiers, if it has some, are those of all head groups."""
-        tiers = {name: getattr(scheme, name).get("tiers") for name in ("k_scheme", "v_scheme")}
-        own = {
-            name: {**getattr(scheme, name), "tiers": own_groups(t, self.tp_rank, self.tp_size)}
-            for name, t in tiers.items()
-            if t
-        }
-        return replace(scheme, **own) if own else scheme
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        attention_mask: torch.Tensor | None = None,
-        past_key_values=None,
-        latent_step: LatentStep | None = None,
-        **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if latent_step is None:
-            return super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
-
-        query = self._heads(self.q_proj(hidden_states))
-        key_latents = to_latents(self.k_proj, hidden_states)
-        value_latents = to_latents(self.v_proj, hidden_states)
-        layer = past_key_values.layer(self.layer_idx, self.widths)
-        latent_step = latent_step.on(query.device)
-
-        if latent_step.has_past and latent_step.slots is None and layer.score != "attention":
-            new = latent_step.new_tokens(key_latents, value_latents)
-            summed = layer.attend_and_append(self._latent_query(query, latent_step), new)
-            return self.o_proj(self._expand_values(summed, query).flatten(2)), None
-
-        received = self._attention_received(query, key_latents, value_latents, layer, latent_step)
-        if latent_step.has_past:
-            output, weights = self._attend_cache(query, key_latents, value_latents, layer, latent_step)
-        else:
-            key = self._heads(from_latents(self.k_proj, key_latents))
-            value = self._heads(from_latents(self.v_proj, value_latents))
-            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-            attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-            output, weights = attend(
-                self,
-                query,
-                key,
-                value,
-                attention_mask,
-                dropout=self.attention_dropout if self.training else 0.0,
-                scaling=self.scaling,
-                **kwargs,
-            )
-        layer.append(key_latents, value_latents, latent_step.real, received)
-        return self.o_proj(output.flatten(2)), weights
-
-    def _heads(self, states: torch.Tensor) -> torch.Tensor:
-        """`[B, L, H * d]` to `[B, H, L, d]`."""
-        return states.view(*states.shape[:-1], -1, self.head_dim).transpose(1, 2)
-
-    def _latent_query(self, query: torch.Tensor, step: LatentStep) -> LatentQuery:
-        """Queries `[B, H_q, L, d]` before RoPE with how this layer attends to latents."""
-        expand_keys = self.k_proj.ALinear if isinstance(self.k_proj, SVDLinear) else None
-        return LatentQuery(query, step.positions, expand_keys, self.widths[1], step.rope, self.scaling)
-
-    def _attention_arguments(
-        self, query, key_latents, value_latents, layer, step: LatentStep
-    ) -> tuple[LatentQuery, PackedCache]:
-        """Arguments of an attention of the new tokens to the cache and to themselves."""
-        new = step.new_tokens(key_latents, value_latents).tile()
-        cache = layer.packed(new) if step.has_past else PackedCache(after=(new,))
-        return self._latent_query(query, step), cache
-
-    def _expand_values(self, summed: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-        """Weighted sums of the values' latents `[B, H_q, L, r]` to the heads' outputs `[B, L, H_q, d]`."""
-        summed, projection = summed.to(query.dtype), self.v_proj
-        output = projection.ALinear(summed, per_head=True) if isinstance(projection, SVDLinear) else summed
-        return output.transpose(1, 2)
-
-    def _attention_received(self, query, key_latents, value_latents, layer, step: LatentStep) -> torch.Tensor | None:
-        """What `KIVILatentLayer.append` takes, if the cache chooses its protected tokens by it."""
-        if layer.score != "attention":
-            return None
-        arguments = self._attention_arguments(query, key_latents, value_latents, layer, step)
-        received = attention_received(*arguments, step.real, step.longest)
-        if self.tp_group is not None:
-            dist.all_reduce(received, group=self.tp_group)  # of all heads, so that all ranks protect the same tokens
-        return received
-
-    def _attend_cache(self, query, key_latents, value_latents, layer, step: LatentStep):
-        """Attention of new tokens, which are not appended, over the packed cache; `[B, L, H_q, d]` and weights."""
-        layer.check_states(key_latents, value_latents)  # before a kernel takes them at their word
-        arguments = self._attention_arguments(query, key_latents, value_latents, layer, step)
-        weights_length = None if step.slots is None else step.slots.shape[1]
-        summed, weights = layer.backend.attend(*arguments, weights_length)
-        if weights is not None:
-            slots = step.slots[:, None, None].expand_as(weights)
-            weights = weights.gather(3, slots.clamp(min=0)).masked_fill(slots < 0, 0.0).to(query.dtype)
-        return self._expand_values(summed, query), weights
+    def shard_scheme(self, scheme: CacheScheme) -> CacheScheme:
+        """The scheme restricted to this rank's head groups."""
+        shards = {}
+        for name in ("k_scheme", "v_scheme"):
+            fields_of_side = getattr(scheme, name)
+            if fields_of_side.get("tiers"):
+                tiers = shard_groups(fields_of_side["tiers"], self.tp_rank, self.tp_size)
+                shards[name] = {**fields_of_side, "tiers": tiers}
+        if not shards:
+            return scheme
+        return replace(scheme, **shards)
 
 
 def to_latents(projection: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-    """What the cache stores of a projection: its latents, or, of a dense one, its output."""
-    return projection.BLinear(hidden_states) if isinstance(projection, SVDLinear) else projection(hidden_states)
+    """States that the cache stores: latents of a split projection, the output of a dense one."""
+    if isinstance(projection, SVDLinear):
+        return projection.BLinear(hidden_states)
+    return projection(hidden_states)
 
 
 def from_latents(projection: nn.Module, latents: torch.Tensor) -> torch.Tensor:
-    """Keys or values `[..., H_kv * d]` from what the cache stores."""
-    return projection.ALinear(latents) if isinstance(projection, SVDLinear) else latents
+    """Keys or values `[..., H_kv * d]` from the states that the cache stores."""
+    if isinstance(projection, SVDLinear):
+        return projection.ALinear(latents)
+    return latents
 
 
 def captures_graphs(model: PreTrainedModel) -> bool:
@@ -293,7 +233,9 @@ def captures_graphs(model: PreTrainedModel) -> bool:
 def _static_buffer(split: SVDLinear, name: str) -> torch.Tensor:
     """A buffer in float32, from where accelerate keeps it if it is offloaded (`offload_buffers=True`)."""
     buffer = getattr(split, name)
-    return (split._hf_hook.weights_map[name] if buffer.is_meta else buffer).float()
+    if buffer.is_meta:
+        buffer = split._hf_hook.weights_map[name]
+    return buffer.float()
 
 
 @torch.compiler.disable
@@ -319,6 +261,7 @@ class SimpleRounding(nn.Module):
         return f"n_bits={n_bits}, group_size={self.config.group_size}"
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        # Rounding has no gradient.
         if self.config.use_kivi or self.training:
             return latents
         return quantize_latent(latents, getattr(self.config, self.bits_field), self.config.group_size)
@@ -330,6 +273,7 @@ class ALRDLlamaDecoderLayer(LlamaDecoderLayer):
     _can_checkpoint_with_cache = True
 
     def __init__(self, config: ALRDLlamaConfig, layer_idx: int):
+        # Skips the library's own `__init__`, which would build a stock attention.
         super(LlamaDecoderLayer, self).__init__()
         self.hidden_size = config.hidden_size
         self.self_attn = ALRDLlamaAttention(config, layer_idx)
@@ -364,24 +308,30 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
         """
         if pretrained_model_name_or_path is not None:
             loading.check_stored_model(pretrained_model_name_or_path, config, kwargs)
+        # The library keeps conversions per model type, ours are for this configuration.
         with loading.lock:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *args, config=config, output_loading_info=True, **kwargs
             )
         loading.check_all_loaded(pretrained_model_name_or_path, info)
         if (model.tp_size or 1) > 1:
+            # The library's plan has cut the dense layers; the factors are cut here.
             mesh = model._device_mesh
-            mesh = mesh["tp"] if mesh.ndim > 1 else mesh
-            for attention in model.own_attentions().values():
-                attention.keep_heads(mesh.get_local_rank(), mesh.size(), mesh.get_group())
+            if mesh.ndim > 1:
+                mesh = mesh["tp"]
+            for attention in model.local_attentions().values():
+                attention.shard_heads(mesh.get_local_rank(), mesh.size(), mesh.get_group())
         return (model, info) if output_loading_info else model
 
     @classmethod
     def maybe_distribute_model(cls, model, distributed_config, *mesh):
         """The library's hook before the weights are read."""
-        size = 1 if distributed_config is None else distributed_config.tp_size
+        size = 1
+        if distributed_config is not None:
+            size = distributed_config.tp_size
         if size > 1:
             others = distributed_config.fsdp_size * getattr(distributed_config, "dp_replicate_size", 1)
+            # Whether the heads can be dealt out is known before the library cuts a weight, its plan only afterwards.
             loading.check_tensor_parallel(model.config, size, others)
         model = super().maybe_distribute_model(model, distributed_config, *mesh)
         if size > 1:
@@ -426,29 +376,38 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
         """
         config = self._config_of_active_layers()
         config.check_latent_cache()
+        # Fields of the scheme, and arguments of the cache that holds it.
         names = tuple(f.name for f in fields(CacheScheme))
         others = ("quantization_config", "layer_schemes", "backend", "token_score", "capacity")
         unknown = sorted(set(settings) - set(names) - set(others))
         if unknown:
             known = ", ".join(names + others)
             raise ValueError(f"{', '.join(unknown)}: no such setting of the cache; there are {known}")
-        if settings.get("quantization_config") is None:
-            scheme, tiered = config_schemes(config, **{n: settings.pop(n) for n in names if n in settings})
-            settings |= {n: getattr(scheme, n) for n in names}
-            settings["layer_schemes"] = tiered | (settings.get("layer_schemes") or {})
-            for i, attention in self.own_attentions().items():
-                whole = settings["layer_schemes"].get(i, scheme)
-                if (own := attention.own_scheme(whole)) != whole:
-                    settings["layer_schemes"][i] = own
-        cache = create_kivi_cache(**settings, static_scales=self._static_scales(), config=config)
-        for i, attention in self.own_attentions().items():
+        given = {name: settings.pop(name) for name in names if name in settings}
+        quantization_config = settings.pop("quantization_config", None)
+        if quantization_config is None:
+            scheme, layer_schemes = config_schemes(config, **given)
+        else:
+            # A cache without layers says what the dictionary means.
+            scheme = create_kivi_cache(**given, quantization_config=quantization_config).scheme
+            layer_schemes = {}
+        # A scheme that the caller gives for a layer takes the place of the layer's width tiers.
+        layer_schemes |= settings.pop("layer_schemes", None) or {}
+        widths = config_widths(config)
+        # A rank of tensor parallelism caches its own head groups.
+        for i, attention in self.local_attentions().items():
             attention.check_config()
-            cache.layers[i].given_widths = attention.widths
+            widths[i] = attention.widths
+            whole = layer_schemes.get(i, scheme)
+            shard = attention.shard_scheme(whole)
+            if shard != whole:
+                layer_schemes[i] = shard
+        cache = KIVILatentCache(scheme, widths, layer_schemes, self._static_scales(), **settings)
         cache.bind(self.get_decoder())
         return cache
 
-    def own_attentions(self) -> dict[int, ALRDLlamaAttention]:
-        """Attention of each active layer by index; of those of its own, if the model is a stage of a pipeline."""
+    def local_attentions(self) -> dict[int, ALRDLlamaAttention]:
+        """Attention of each active layer by index; a stage of a pipeline has some of the layers only."""
         layers = enumerate(self.get_decoder().layers[: self.config.num_hidden_layers])
         return {i: layer.self_attn for i, layer in layers if hasattr(layer, "self_attn")}
 
@@ -460,24 +419,26 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
         config = copy.copy(self.config)
         for field in ("truncation_ranks", "width_tiers"):
             by_name = getattr(config, field)
-            setattr(config, field, {name: by_name[name] for name in by_name if int(name.split(".")[2]) < active})
+            left = {name: by_name[name] for name in by_name if Projection.parse(name).layer < active}
+            setattr(config, field, left)
         return config
 
     def _static_scales(self) -> dict[int, dict]:
         """Calibrated scales that the checkpoint brings, by layer and side."""
-        found = {}
-        for i, attention in self.own_attentions().items():
-            for side, projection in (("keys", attention.k_proj), ("values", attention.v_proj)):
+        scales: dict[int, dict] = {}
+        for i, attention in self.local_attentions().items():
+            for states, projection in (("keys", attention.k_proj), ("values", attention.v_proj)):
                 if isinstance(projection, SVDLinear) and projection.latent_scale is not None:
-                    scales = tuple(_static_buffer(projection, n) for n in ("latent_scale", "latent_zero_point"))
-                    found.setdefault(i, {})[side] = scales
-        return found
+                    scale = _static_buffer(projection, "latent_scale")
+                    scales.setdefault(i, {})[states] = scale, _static_buffer(projection, "latent_zero_point")
+        return scales
 
 
 class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):
     def __init__(self, config: ALRDLlamaConfig):
         config.check_latent_cache()
         loading.register_dense_conversion(config)
+        # Skips the library's own `__init__`, which would build stock layers.
         super(LlamaModel, self).__init__(config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
@@ -509,10 +470,12 @@ class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):
         if past_key_values is None and wanted and self.config.use_kivi and not self.training:
             past_key_values = self.create_kivi_cache()
         latent = isinstance(past_key_values, KIVILatentCache)
-        self._check_window(input_ids if inputs_embeds is None else inputs_embeds, past_key_values)
+        self._check_window(input_ids, inputs_embeds, past_key_values)
         if self.training and past_key_values is not None:
             self._check_training(latent)
-        forward = self._forward_latent if latent else super().forward
+        forward = super().forward
+        if latent:
+            forward = self._forward_latent
         if _is_traced_in_vain(past_key_values):
             forward = partial(_untraced, forward)
         return forward(
@@ -525,22 +488,28 @@ class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):
             **kwargs,
         )
 
-    def _check_window(self, new: torch.Tensor | None, cache) -> None:
-        """Refuse a text beyond the sliding window, which a dense Mistral would no longer see as a whole."""
+    def _check_window(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, cache) -> None:
+        """Reject a text beyond the sliding window, which a dense Mistral would no longer see as a whole."""
         window = getattr(self.config, "sliding_window", None)
+        new = input_ids if inputs_embeds is None else inputs_embeds
         if window is None or new is None:
             return
         capacity = getattr(cache, "capacity", None)  # asking such a cache for its length would wait for the device
-        slots = capacity or (0 if cache is None else cache.get_seq_length()) + new.shape[1]
+        if capacity:
+            slots, text = capacity, f"capacity={capacity}"
+        else:
+            slots = new.shape[1]
+            if cache is not None:
+                slots += cache.get_seq_length()
+            text = f"a text of {slots} slots"
         if slots > window:
-            what = f"capacity={capacity}" if capacity else f"a text of {slots} slots"
             raise ValueError(
-                f"sliding_window={window}: {what} exceeds it, and must not; attention over a sliding window is not "
+                f"sliding_window={window}: {text} exceeds it, and must not; attention over a sliding window is not "
                 "supported"
             )
 
     def _check_training(self, latent: bool) -> None:
-        """Refuse a cache in training mode where it would be filled twice, or a dropout left out."""
+        """Reject a cache in training mode where it would be filled twice, or a dropout left out."""
         if torch.is_grad_enabled() and any(getattr(layer, "gradient_checkpointing", False) for layer in self.layers):
             raise ValueError(
                 "past_key_values: must be None with gradient checkpointing in training mode, where a layer that is "
@@ -564,21 +533,18 @@ class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):
         if not known:
             past_key_values.check_model(self)
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        lengths, real = self._new_tokens(hidden_states, attention_mask, past_key_values)
-        has_past = isinstance(lengths, torch.Tensor) or past_key_values.get_seq_length() > 0
-        step = LatentStep.place(lengths, real, hidden_states.shape[1], hidden_states.device, has_past=has_past)
-        if position_ids is not None:
-            step.check_positions(position_ids, lengths)
+        step = LatentStep.after(past_key_values, hidden_states, attention_mask, position_ids)
         position_embeddings = self.rotary_emb(hidden_states, position_ids=step.positions)
         # Dynamic NTK changes the frequencies with the length, so they are read after the embedding has seen it.
         step = replace(step, rope=Rope(self.rotary_emb.inv_freq, self.rotary_emb.attention_scaling))
         if kwargs.get("output_attentions", self.config.output_attentions):
-            step = replace(step, slots=self._slot_positions(past_key_values, real, *step.positions.shape))
+            step = replace(step, slots=step.slot_positions(past_key_values))
         # The first chunk attends to itself by the library's functions; later ones read the cache by its own lengths.
         causal_mask = None
         if not step.has_past:
             causal_mask = create_causal_mask(self.config, hidden_states, attention_mask, past_key_values=None)
 
+        # An error in a layer leaves no layer with tokens that the others have not.
         with past_key_values.transaction():
             for layer in list(self.layers)[: self.config.num_hidden_layers]:
                 hidden_states = layer(
@@ -595,61 +561,10 @@ class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):
             past_key_values.bind(self)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
-    def _new_tokens(self, embeds, attention_mask, cache: KIVILatentCache):
-        """Tokens that the rows hold, as `KIVILatentCache.row_lengths`, and which of the new ones are real."""
-        batch, length = embeds.shape[:2]
-        lengths = cache.row_lengths()
-        lengths = lengths if len(lengths) else [0] * batch
-        if len(lengths) != batch:
-            raise ValueError(
-                f"input_ids: batch of {batch} must be the {len(lengths)} rows of the cache; batch_repeat_interleave(), "
-                "batch_select_indices() and reset() change its rows"
-            )
-        return lengths, self._real_tokens(attention_mask, lengths, cache, length)
-
-    @staticmethod
-    def _real_tokens(attention_mask, lengths, cache: KIVILatentCache, length: int) -> torch.Tensor | None:
-        """`[B, L]` on the CPU, which of the new slots hold tokens; `None` if all do."""
-        if attention_mask is None:
-            return None
-        if isinstance(lengths, torch.Tensor):
-            if length <= MAX_QUERY_LENGTH:  # no wait, neither for the mask nor for the slots of the past
-                real = (attention_mask[:, -length:] != 0).all()
-                require(real, f"attention_mask: with a fixed capacity, steps of up to {MAX_QUERY_LENGTH} have no pads")
-                return None
-            lengths = lengths.tolist()
-        slots = cache.get_seq_length()
-        expected = (len(lengths), slots + length)
-        if not isinstance(attention_mask, torch.Tensor) or tuple(attention_mask.shape) != expected:
-            shape = tuple(attention_mask.shape) if isinstance(attention_mask, torch.Tensor) else type(attention_mask)
-            raise ValueError(
-                f"attention_mask: {shape} must be [batch, past slots + new tokens] = {expected} with a "
-                "KIVILatentCache; later turns pass the full mask"
-            )
-        mask = attention_mask != 0
-        if length == 1 and mask.device.type != "cpu":
-            # One token at a time on an accelerator: no wait for the mask, which must say that the tokens are real.
-            require(mask[:, -1].all(), "attention_mask: a step of one token must not be a pad on an accelerator")
-            return None
-        mask = mask.cpu()
-        if slots and not torch.equal(mask[:, :slots], cache.held_slots()):
-            raise ValueError(
-                f"attention_mask: its past part must mark the {lengths} tokens that the rows hold, and no others; "
-                "cache.take_out(attention_mask) makes pads of tokens at the end of a row, crop() and reset() go back"
-            )
-        real = mask[:, slots:]
-        return None if real.all() else real
-
-    @staticmethod
-    def _slot_positions(cache: KIVILatentCache, real, batch: int, length: int) -> torch.Tensor:
-        """`[B, past slots + L]` position of the token in each slot, -1 for pads."""
-        new = torch.ones((batch, length), dtype=torch.bool, device="cpu") if real is None else real
-        mask = torch.cat([cache.held_slots(), new], dim=1) if cache.get_seq_length() else new
-        return (mask.cumsum(1) - 1).masked_fill(~mask, -1)
-
 
 class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, GenerationMixin):
     def __init__(self, config: ALRDLlamaConfig):
+        # Skips the library's own `__init__`, which would build a stock decoder.
         super(LlamaForCausalLM, self).__init__(config)
         self.model = ALRDLlamaModel(config)
         self.vocab_size = config.vocab_size
@@ -658,7 +573,9 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
 
     @wraps(LlamaForCausalLM.forward)
     def forward(self, *args, **kwargs):
-        cache = kwargs.get("past_key_values") if len(args) < 4 else args[3]
+        cache = kwargs.get("past_key_values")
+        if len(args) > 3:
+            cache = args[3]
         if _is_traced_in_vain(cache):
             return _untraced(super().forward, *args, **kwargs)
         grows = isinstance(cache, KIVILatentCache) and cache.capacity is None
@@ -669,10 +586,12 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
     @staticmethod
     def create_masks_for_generate(*args, inputs_embeds, attention_mask=None, past_key_values=None, **kwargs):
         """The mask that `generate` gives to compiled steps: of a packed cache the prompt's own, none for one token."""
-        if isinstance(past_key_values, KIVILatentCache):
-            return attention_mask if inputs_embeds.shape[1] > 1 else None
-        how = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "past_key_values": past_key_values}
-        return create_masks_for_generate(*args, **how, **kwargs)
+        if not isinstance(past_key_values, KIVILatentCache):
+            how = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "past_key_values": past_key_values}
+            return create_masks_for_generate(*args, **how, **kwargs)
+        if inputs_embeds.shape[1] == 1:
+            return None
+        return attention_mask
 
     @wraps(GenerationMixin.generate)
     def generate(self, *args, **kwargs):
@@ -698,7 +617,7 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
 
     @staticmethod
     def _continue_cache(cache: KIVILatentCache, length: int, mask: torch.Tensor) -> None:
-        """Refuse a prompt that does not go on from what a cache holds; take out what its mask calls pads by now."""
+        """Reject a prompt that does not go on from the cached tokens; take out those that its mask calls pads."""
         slots = cache.get_seq_length()
         if mask.shape[1] != slots + length and not mask.shape[1] == length > slots:
             raise ValueError(
@@ -716,10 +635,13 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
         """Give `generate` a packed cache of our own where it would make a `DynamicCache`."""
         self._check_assisted(model_kwargs.get("past_key_values"), generation_mode)
         given = model_kwargs.get("past_key_values") is not None
+        # A cache that the caller names is the library's to make.
         stock = generation_config.use_cache is False or generation_config.cache_implementation is not None
         if self.config.use_kivi and not given and not stock:
             cache = self._compiled_cache(generation_config, generation_mode, max_cache_length, model_kwargs)
-            model_kwargs["past_key_values"] = self.create_kivi_cache() if cache is None else cache
+            if cache is None:
+                cache = self.create_kivi_cache()
+            model_kwargs["past_key_values"] = cache
             return
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
@@ -749,7 +671,9 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
             capacity = window
         cache = self.create_kivi_cache(capacity=capacity)
         cache.made_by_generate = True
-        return cache if self._valid_auto_compile_criteria({"past_key_values": cache}, generation_config) else None
+        if not self._valid_auto_compile_criteria({"past_key_values": cache}, generation_config):
+            return None
+        return cache
 
     @staticmethod
     def _has_pads_after(chunk: int | None, attention_mask: torch.Tensor | None) -> bool:
@@ -780,14 +704,15 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
         replayed = DecodeGraph(self)
 
         def step(**inputs):
-            packed = isinstance(inputs.get("past_key_values"), KIVILatentCache)
-            return (replayed if packed else compiled(compile_config))(**inputs)
+            if isinstance(inputs.get("past_key_values"), KIVILatentCache):
+                return replayed(**inputs)
+            return compiled(compile_config)(**inputs)
 
         return step
 
     @staticmethod
     def _check_assisted(cache, generation_mode, *args, **kwargs) -> None:
-        """Refuse a cache that holds tokens where the library feeds the text from its beginning."""
+        """Reject a cache that holds tokens where the library feeds the text from its beginning."""
         speculative = generation_mode == GenerationMode.ASSISTED_GENERATION
         if speculative and isinstance(cache, KIVILatentCache) and cache.get_seq_length():
             raise ValueError(
@@ -796,7 +721,7 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
             )
 
     def init_continuous_batching(self, *args, **kwargs):
-        """As the library's, whose cache of its own holds keys and values made of the latents: right, but not packed."""
+        """Like the parent. The library's paged cache stores dense keys and values: correct, but not packed."""
         if self.config.use_kivi:
             warnings.warn(
                 "continuous batching: keys and values lie dense in the library's pages, not in a KIVILatentCache",
@@ -857,5 +782,3 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
 
 AutoModel.register(ALRDLlamaConfig, ALRDLlamaModel, exist_ok=True)
 AutoModelForCausalLM.register(ALRDLlamaConfig, ALRDLlamaForCausalLM, exist_ok=True)
-
-__all__ = ["ALRDLlamaForCausalLM", "ALRDLlamaModel", "ALRDLlamaPreTrainedModel"]

@@ -30,10 +30,12 @@ class DecodeGraph:
         self._refused = False
 
     def __call__(self, input_ids: torch.Tensor, past_key_values, **arguments) -> Any:
-        others = {name: value for name, value in arguments.items() if name not in _SETTINGS}
-        if self._refused or any(value is not None and value is not False for value in others.values()):
+        # A step that is more than the ids of new tokens has another argument in use.
+        others = map(arguments.get, arguments.keys() - _SETTINGS)
+        if self._refused or any(value is not None and value is not False for value in others):
             return self.model(input_ids=input_ids, past_key_values=past_key_values, **arguments)
-        step = (past_key_values, tuple(input_ids.shape), tuple(sorted(arguments.items(), key=lambda item: item[0])))
+        # A graph is for one cache and one shape: another step starts anew.
+        step = (past_key_values, tuple(input_ids.shape), arguments)
         if step != self._step:
             self._step, self._graph = step, None
             return self.model(input_ids=input_ids, past_key_values=past_key_values, **arguments)
@@ -56,6 +58,3 @@ class DecodeGraph:
         with torch.cuda.device_of(input_ids), torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._outputs = self.model(input_ids=self._input_ids, past_key_values=past_key_values, **arguments)
         self._graph = graph
-
-
-__all__ = ["DecodeGraph"]

@@ -13,6 +13,7 @@ def save_tensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor], meta
     """Write a safetensors file and the folders above it; an interruption leaves an old file as it was."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Another process may write the same file; each renames a file of its own.
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata=metadata)
@@ -30,7 +31,5 @@ def write_json(path: str | Path, record: dict[str, Any]) -> None:
     text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")
+    # Renaming is one step: a reader finds the old text or the new one.
     os.replace(temporary, path)
-
-
-__all__ = ["save_tensors", "write_json"]

@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from configuration_alrd_llama import ALRDLlamaConfig, check_choice, check_count
+from configuration_alrd_llama import ALRDLlamaConfig, Projection, check_choice, check_count
 from modules.cache.binding import ModelBinding
 from modules.cache.codecs import block_nbytes
 from modules.cache.drop_in import UpdateGuard
@@ -360,8 +360,7 @@ def _layer_device(model: torch.nn.Module, layer_idx: int) -> torch.device:
 def config_widths(config: ALRDLlamaConfig) -> list[LayerWidths]:
     """Channels that each layer of a model caches, by head group; checks the config."""
     config.check_latent_cache()
-    layers = range(config.num_hidden_layers)
-    return [(config.cached_widths(i, "k_proj"), config.cached_widths(i, "v_proj")) for i in layers]
+    return list(map(config.layer_widths, range(config.num_hidden_layers)))
 
 
 def config_schemes(config: ALRDLlamaConfig, **settings) -> tuple[CacheScheme, dict[int, CacheScheme]]:
@@ -373,14 +372,14 @@ def config_schemes(config: ALRDLlamaConfig, **settings) -> tuple[CacheScheme, di
             for all channels: the config's tiers and scheme, calibrated for each other, are not used for it.
     """
     own = {f.name: getattr(config, f.name) for f in fields(CacheScheme)}
-    tiered = {name[-6] for name in config.width_tiers}  # "k" and "v" of k_proj and v_proj
+    tiered = {Projection.parse(name).side for name in config.width_tiers}
     for side in tuple(tiered):
         if {f"{side}_bits", f"{side}_scheme"} & set(settings):
             tiered.remove(side)
             own[f"{side}_scheme"] = None
     scheme, layers = CacheScheme(**(own | settings)), {}
     for i in range(config.num_hidden_layers):
-        tiers = {side: config.width_tiers.get(f"model.layers.{i}.self_attn.{side}_proj") for side in tiered}
+        tiers = {side: config.group_tiers(Projection(i, side)) for side in tiered}
         sides = {f"{side}_scheme": {**getattr(scheme, f"{side}_scheme"), "tiers": t} for side, t in tiers.items() if t}
         if sides:
             layers[i] = replace(scheme, **sides)

@@ -1,4 +1,4 @@
-"""Loading and saving of weights: from dense ones to factors and back, checks, parts of tensor-parallel ranks.
+"""Loading and saving of weights: from dense ones to factors and back, checks, shards of tensor-parallel ranks.
 
 `from_pretrained` splits a dense checkpoint weight by weight, by conversions that the library applies
 (`register_dense_conversion`); `from_dense` splits a model in memory (`factored_state`).
@@ -6,6 +6,7 @@
 
 import os
 import threading
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
 import torch
@@ -14,13 +15,13 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 
-from configuration_alrd_llama import ALRDLlamaConfig, check_tiers, check_width_beside_tiers
+from configuration_alrd_llama import ALRDLlamaConfig, Projection, check_tiers, check_width_beside_tiers
 from modules.svd_linear import SVDLinear, factor_groups, join_factors
 
 #: Held while a model is loaded: the library keeps conversions per model type, ours differ per configuration.
 lock = threading.Lock()
 
-#: What a person finds who opens a saved folder without the project.
+#: `README.md` of a saved folder, for a person who opens it without the project.
 _FOLDER_README = """# A model with low-rank keys and values (alrd_llama)
 
 The key and value projections are stored as factors, which the classes of transformers do not know: `LlamaForCausalLM`
@@ -39,9 +40,6 @@ refuses this folder, and the auto classes know it only after the project is impo
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "gguf_file")
 
 
-# ---- from dense weights to factors, and back
-
-
 class SplitProjection(ConversionOps):
     """Factor one dense weight while it is loaded: plain SVD per head group, the rotation folded in."""
 
@@ -50,24 +48,32 @@ class SplitProjection(ConversionOps):
 
     @torch.no_grad()
     def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
-        tensors = input_dict[source_patterns[0]]
-        weight = tensors[0] if isinstance(tensors, list) else tensors
+        weight = input_dict[source_patterns[0]]
+        if isinstance(weight, list):
+            weight = weight[0]
         a, b = join_factors(factor_groups(weight, self.ranks), self.rotate, weight.dtype, self.tiers)
         return {target_patterns[0]: b, target_patterns[1]: a}
+
+
+def split_projections(config: ALRDLlamaConfig) -> Iterator[tuple[Projection, tuple[int, ...], bool]]:
+    """The projections that a configuration splits, layer by layer, with their group ranks and whether a Hadamard
+    rotation is folded into their factors."""
+    for projection in config.projections():
+        ranks = config.group_ranks(projection)
+        if ranks is not None:
+            yield projection, ranks, getattr(config, f"{projection.side}_hadamard")
 
 
 def register_dense_conversion(config: ALRDLlamaConfig) -> None:
     """Tell the library how the dense weights of a checkpoint become those of a model with this configuration."""
     conversions = []
-    for i in range(config.num_hidden_layers):
-        for projection, rotate in (("k_proj", config.k_hadamard), ("v_proj", config.v_hadamard)):
-            ranks = config.group_ranks(i, projection)
-            if ranks is not None:
-                name = f"layers.{i}.self_attn.{projection}"
-                factors = [f"{name}.BLinear.weight", f"{name}.ALinear.weight"]
-                tiers = config.width_tiers.get(f"model.{name}")
-                conversions.append(WeightConverter(f"{name}.weight", factors, [SplitProjection(ranks, rotate, tiers)]))
-                conversions.append(WeightRenaming(f"{name}.bias", f"{name}.ALinear.bias"))
+    for projection, ranks, rotate in split_projections(config):
+        # The library's names of weights begin below the model that holds the layers.
+        name = projection.name.removeprefix("model.")
+        factors = [f"{name}.BLinear.weight", f"{name}.ALinear.weight"]
+        split = SplitProjection(ranks, rotate, config.group_tiers(projection))
+        conversions.append(WeightConverter(f"{name}.weight", factors, [split]))
+        conversions.append(WeightRenaming(f"{name}.bias", f"{name}.ALinear.bias"))
     register_checkpoint_conversion_mapping(config.model_type, conversions, overwrite=True)
 
 
@@ -84,22 +90,36 @@ def factored_state(
         dense, config, splits: As for `ALRDLlamaForCausalLM.from_dense`.
         dtype, device: Of the weights that are not factored.
     """
-    state = {name: t.detach().to(device, dtype, copy=True) for name, t in dense.state_dict().items()}
-    for i, layer in enumerate(dense.model.layers):
-        for projection, rotate in (("k_proj", config.k_hadamard), ("v_proj", config.v_hadamard)):
-            ranks = config.group_ranks(i, projection)
-            if ranks is None:
-                continue
-            name, linear = f"model.layers.{i}.self_attn.{projection}", getattr(layer.self_attn, projection)
-            how = splits[i][projection] if splits else {}
-            tiers = config.width_tiers.get(name)
-            if tiers is None and getattr(config, f"{projection[0]}_mean_split"):
-                # A rotation must not spread the mean over the other channels.
-                tiers = [[(n, 16) for n in (1, rank - 1) if n] for rank in ranks]
-            split = SVDLinear.from_linear(linear, ranks, config.num_key_value_heads, rotate, tiers, **how)
-            state = {key: tensor for key, tensor in state.items() if not key.startswith(f"{name}.")}
-            state.update({f"{name}.{key}": tensor for key, tensor in split.state_dict().items()})
+    state = {}
+    for name, tensor in dense.state_dict().items():
+        state[name] = tensor.detach().to(device, dtype, copy=True)
+    for projection, ranks, rotate in split_projections(config):
+        layer, name = projection.layer, projection.name
+        how = splits[layer][projection.attribute] if splits else {}
+        tiers = config.group_tiers(projection)
+        if tiers is None and getattr(config, f"{projection.side}_mean_split"):
+            # A rotation must not spread the mean, the first channel of a group, over the other channels.
+            tiers = list(map(_mean_and_rest, ranks))
+        linear = dense.get_submodule(name)
+        split = SVDLinear.from_linear(linear, ranks, config.num_key_value_heads, rotate, tiers, **how)
+        _replace_module(state, name, split.state_dict())
     return state
+
+
+def _mean_and_rest(rank: int) -> list[tuple[int, int]]:
+    """Lossless tiers of the mean's channel and of the others, if there are any."""
+    if rank == 1:
+        return [(1, 16)]
+    return [(1, 16), (rank - 1, 16)]
+
+
+def _replace_module(state: dict[str, torch.Tensor], name: str, tensors: dict[str, torch.Tensor]) -> None:
+    """Put the tensors of another module in place of those that a state holds of the module `name`."""
+    for key in list(state):
+        if key.startswith(f"{name}."):
+            del state[key]
+    for key, tensor in tensors.items():
+        state[f"{name}.{key}"] = tensor
 
 
 @torch.no_grad()
@@ -110,16 +130,17 @@ def dense_model(model: PreTrainedModel) -> PreTrainedModel:
         ValueError: The model is distributed.
     """
     check_all_layers(model, "to_dense")
+    # A rank holds the rows of its own heads.
     if (model.tp_size or 1) > 1:
         raise ValueError(f"to_dense: a rank of {model.tp_size} has some of the heads only; load the model on one")
     state = model.state_dict()
     for name, module in model.named_modules():
         if isinstance(module, SVDLinear):
-            bias = state.get(f"{name}.ALinear.bias")
-            state = {key: tensor for key, tensor in state.items() if not key.startswith(f"{name}.")}
-            state[f"{name}.weight"] = module.dense_weight()
-            if bias is not None:
-                state[f"{name}.bias"] = bias
+            merged = {"weight": module.dense_weight()}
+            if module.ALinear.bias is not None:
+                merged["bias"] = state[f"{name}.ALinear.bias"]
+            _replace_module(state, name, merged)
+    # The class of the dense model, with the products in the factors' places.
     dense = AutoModelForCausalLM.from_config(model.config.to_dense()).to(model.dtype)
     dense.load_state_dict(state)
     dense.generation_config = model.generation_config
@@ -132,11 +153,8 @@ def write_folder_readme(folder: str | os.PathLike) -> None:
         readme.write(_FOLDER_README)
 
 
-# ---- what cannot be split or loaded
-
-
 def check_same_model_type(stored: ALRDLlamaConfig, config: ALRDLlamaConfig) -> None:
-    """Refuse a configuration of another kind of model than the weights are of: it would leave out their biases."""
+    """Reject a configuration whose dense model type differs from the checkpoint's; its biases would be dropped."""
     if stored.dense_model_type != config.dense_model_type:
         raise ValueError(
             f"dense_model_type={config.dense_model_type!r}: must be {stored.dense_model_type!r}, as the weights are; "
@@ -145,9 +163,11 @@ def check_same_model_type(stored: ALRDLlamaConfig, config: ALRDLlamaConfig) -> N
 
 
 def check_plain(dense: nn.Module) -> None:
-    """Refuse a model whose weights are not its own: with adapters, wrapped, compiled or quantized."""
-    kind = type(dense).__name__
-    adapted = [name for name, module in dense.named_modules() if hasattr(module, "base_layer")]
+    """Reject a model whose weights are not its own: with adapters, wrapped, compiled or quantized."""
+    kind, adapted = type(dense).__name__, []
+    for name, module in dense.named_modules():
+        if hasattr(module, "base_layer"):
+            adapted.append(name)
     if adapted:
         raise ValueError(
             f"dense: {kind} has PEFT adapters, of {adapted[0]} and {len(adapted) - 1} more: must be merged first, by "
@@ -155,18 +175,23 @@ def check_plain(dense: nn.Module) -> None:
         )
     if hasattr(dense, "peft_config"):
         raise ValueError(f"dense: {kind} has PEFT prompts: must be without them, as dense.get_base_model() is")
+    # Wrappers rename the weights, quantizers change their type.
     weights = dense.state_dict()
-    for i in range(dense.config.num_hidden_layers):
+    for layer in range(dense.config.num_hidden_layers):
         for projection in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            name = f"model.layers.{i}.self_attn.{projection}.weight"
+            name = f"model.layers.{layer}.self_attn.{projection}.weight"
             weight = weights.get(name)
-            if weight is None or not weight.is_floating_point() or weight.itemsize == 1:
-                found = "no such weight" if weight is None else f"a weight in {weight.dtype}"
-                raise ValueError(f"dense: {kind} must be a plain model, not wrapped, not quantized; {name}: {found}")
+            if weight is None:
+                found = "no such weight"
+            elif not weight.is_floating_point() or weight.itemsize == 1:
+                found = f"a weight in {weight.dtype}"
+            else:
+                continue
+            raise ValueError(f"dense: {kind} must be a plain model, not wrapped, not quantized; {name}: {found}")
 
 
 def check_stored_model(path, config: PreTrainedConfig | str | None, arguments: dict) -> None:
-    """Refuse a configuration whose model type or factors differ from those that a checkpoint stores.
+    """Reject a configuration whose model type or factors differ from those that a checkpoint stores.
 
     Args:
         path: The checkpoint.
@@ -176,11 +201,11 @@ def check_stored_model(path, config: PreTrainedConfig | str | None, arguments: d
     Raises:
         ValueError: They differ; the message names the field.
     """
-    hub_arguments = {name: arguments[name] for name in _HUB_ARGUMENTS if name in arguments}
+    hub_arguments = _chosen(arguments, _HUB_ARGUMENTS)
     if not isinstance(config, PreTrainedConfig):
         # As the library will: fields by keyword take the place of those in the folder.
-        own = {name: arguments[name] for name in ALRDLlamaConfig.__dataclass_fields__ if name in arguments}
-        config = ALRDLlamaConfig.from_pretrained(path if config is None else config, **hub_arguments, **own)
+        given = _chosen(arguments, ALRDLlamaConfig.__dataclass_fields__)
+        config = ALRDLlamaConfig.from_pretrained(path if config is None else config, **hub_arguments, **given)
     stored = ALRDLlamaConfig.from_pretrained(path, **hub_arguments)
     check_same_model_type(stored, config)
     if not stored.truncation_ranks:
@@ -188,20 +213,25 @@ def check_stored_model(path, config: PreTrainedConfig | str | None, arguments: d
             if getattr(config, field):
                 raise ValueError(f"{field}=True: the mean is known to calibrated factors only; {path!r} is dense")
         return
-    for projection in ("k_proj", "v_proj"):
-        for i in range(config.num_hidden_layers):
-            _check_stored_ranks(stored, config, i, projection)
-            _check_stored_tiers(stored, config, i, projection)
+    for projection in config.projections():
+        _check_stored_ranks(stored, config, projection)
+        _check_stored_tiers(stored, config, projection)
 
 
-def _check_stored_ranks(stored: ALRDLlamaConfig, config: ALRDLlamaConfig, layer_idx: int, projection: str) -> None:
-    ranks, asked = (c.group_ranks(layer_idx, projection) for c in (stored, config))
+def _chosen(arguments: dict, names: Iterable[str]) -> dict:
+    """The arguments that have one of the names."""
+    return {name: arguments[name] for name in names if name in arguments}
+
+
+def _check_stored_ranks(stored: ALRDLlamaConfig, config: ALRDLlamaConfig, projection: Projection) -> None:
+    # Factors cannot be given other ranks, nor another rotation, without the dense weight.
+    ranks, asked = stored.group_ranks(projection), config.group_ranks(projection)
     if ranks != asked:
         raise ValueError(
-            f"truncation_ranks: {projection} of layer {layer_idx} is stored with group ranks {ranks}, the given config "
-            f"asks for {asked}; split the dense checkpoint again to change them"
+            f"truncation_ranks: {projection.attribute} of layer {projection.layer} is stored with group ranks {ranks}, "
+            f"the given config asks for {asked}; split the dense checkpoint again to change them"
         )
-    rotation = f"{projection[0]}_hadamard"
+    rotation = f"{projection.side}_hadamard"
     if ranks is not None and getattr(stored, rotation) != getattr(config, rotation):
         raise ValueError(
             f"{rotation}={getattr(config, rotation)}: the checkpoint's factors are stored with "
@@ -209,39 +239,39 @@ def _check_stored_ranks(stored: ALRDLlamaConfig, config: ALRDLlamaConfig, layer_
         )
 
 
-def _check_stored_tiers(stored: ALRDLlamaConfig, config: ALRDLlamaConfig, layer_idx: int, projection: str) -> None:
-    """Refuse other width tiers than the factors are calibrated for, or none where calibrated scales need them."""
-    name, side = f"model.layers.{layer_idx}.self_attn.{projection}", projection[0]
-    tiers, asked = stored.width_tiers.get(name), config.width_tiers.get(name)
+def _check_stored_tiers(stored: ALRDLlamaConfig, config: ALRDLlamaConfig, projection: Projection) -> None:
+    """Reject other width tiers than the factors are calibrated for, or none where calibrated scales need them."""
+    side, tiers, asked = projection.side, stored.group_tiers(projection), config.group_tiers(projection)
     if tiers is None:
         return
     if asked is not None:
         check_width_beside_tiers(side, getattr(config, f"{side}_bits"), getattr(stored, f"{side}_bits"))
-    static = (getattr(config, f"{side}_scheme") or {}).get("static", False)
-    if static if asked is None else check_tiers(asked) != check_tiers(tiers):
+        fits = check_tiers(asked) == check_tiers(tiers)
+    else:
+        # Without tiers the latents are quantized at one width, which needs no calibration but for static scales.
+        fits = not config.is_static(side)
+    if not fits:
         raise ValueError(
-            f"width_tiers[{name!r}]={asked}: the checkpoint is calibrated for {tiers}; for one width give "
+            f"width_tiers[{projection.name!r}]={asked}: the checkpoint is calibrated for {tiers}; for one width give "
             f"create_kivi_cache() {side}_bits, or calibrate the dense checkpoint again"
         )
 
 
 def check_all_loaded(path, info: dict) -> None:
-    """Refuse a model of which a weight stayed at its random initialisation, by the library's `loading_info`."""
-    unloaded = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    """Reject a model of which a weight stayed at its random initialisation, by the library's `loading_info`."""
+    unloaded = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
     if unloaded:
         raise ValueError(
             f"{path}: the checkpoint has no fitting weights for {', '.join(unloaded)}; they would be random"
         )
 
 
-# ---- several devices
-
-
 def check_tensor_parallel(config: ALRDLlamaConfig, size: int, other_sizes: int) -> None:
-    """Refuse a number of ranks over which the heads, or their groups, cannot be dealt out whole."""
+    """Reject a number of ranks over which the heads, or their groups, cannot be dealt out whole."""
     counts = {"num_key_value_heads": config.num_key_value_heads}
     if config.num_head_groups > 1 and config.truncation_ranks:
         counts[f"the head groups of head_group_size={config.head_group_size}"] = config.num_head_groups
+        # Several groups can be on several ranks only where each has scales of its own.
         if not config.use_kivi:
             raise ValueError(
                 f"tp_size={size}: the simple scheme (use_kivi=False) rounds the latents of all head groups together, "
@@ -255,7 +285,7 @@ def check_tensor_parallel(config: ALRDLlamaConfig, size: int, other_sizes: int) 
 
 
 def check_tensor_parallel_plan(plan: dict[str, str]) -> None:
-    """Refuse a plan of the library's, style by name of a layer, that does not split the projections by heads."""
+    """Reject a tensor-parallel plan, style by layer name, that does not split the projections by heads."""
     for projection in ("q_proj", "k_proj", "v_proj"):
         styles = {style for name, style in plan.items() if name.endswith(f"self_attn.{projection}")}
         if styles != {"colwise"}:
@@ -265,17 +295,20 @@ def check_tensor_parallel_plan(plan: dict[str, str]) -> None:
 
 
 def check_all_layers(model: PreTrainedModel, what: str) -> None:
-    """Refuse to do `what` with a stage of a pipeline."""
+    """Reject the operation `what` on a stage of a pipeline."""
     if getattr(model, "_pp_stage", None) is not None:
         raise ValueError(f"{what}: a stage of a pipeline has some of the layers only; load the model without it")
 
 
 def gathered_factors(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Whole factors, on the CPU, for those entries of `state` that ranks hold parts of; every rank must call it."""
+    """Whole factors, on the CPU, for the entries of `state` of which a rank holds a shard; every rank must call it."""
     whole = {}
     for module_name, module in model.named_modules():
-        if isinstance(module, SVDLinear) and module.BLinear.process_group is not None:
-            for name, tensor in module.gathered_state().items():
-                if f"{module_name}.{name}" in state:
-                    whole[f"{module_name}.{name}"] = tensor.cpu()
+        if not isinstance(module, SVDLinear) or module.BLinear.process_group is None:
+            continue
+        for name, tensor in module.gathered_state().items():
+            # `state` has some of the weights only if the caller asked for these.
+            key = f"{module_name}.{name}"
+            if key in state:
+                whole[key] = tensor.cpu()
     return whole

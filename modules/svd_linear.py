@@ -14,8 +14,6 @@ from torch import nn
 
 from modules.hadamard_utils import fuse_rotation
 
-# ---- factorizations
-
 
 class Factors(NamedTuple):
     """Low-rank factors `W ≈ a·b`, float64.
@@ -23,7 +21,8 @@ class Factors(NamedTuple):
     Attributes:
         a: `[out, r]`.
         b: `[r, in]`, which is `project @ W`.
-        energy: `[out]`, the error that each latent direction removes, descending; if the mean is split off, after its.
+        energy: `[out]`, the error that each latent direction removes, descending; if the mean is split off, its
+            direction comes first.
         project: `[r, out]`, latents from outputs of the dense layer. An error of a latent, squared, counts `unit`.
         unit: Unit of the energies.
     """
@@ -43,7 +42,9 @@ class Factors(NamedTuple):
 def output_covariance(weight: torch.Tensor, input_covariance: torch.Tensor | None = None) -> torch.Tensor:
     """`E[(W x)(W x)ᵀ]`, `[out, out]` float64, from `W` `[out, in]` and `E[x xᵀ]` `[in, in]` (default: identity)."""
     w = weight.double()
-    return w @ w.T if input_covariance is None else w @ input_covariance.double() @ w.T
+    if input_covariance is None:
+        return w @ w.T
+    return w @ input_covariance.double() @ w.T
 
 
 def query_key_metric(query_energy: torch.Tensor, num_key_value_heads: int, floor: float = 1e-3) -> torch.Tensor:
@@ -59,6 +60,7 @@ def query_key_metric(query_energy: torch.Tensor, num_key_value_heads: int, floor
     Returns:
         `[H_kv * d]` float64: the energies of the query heads that share a key head, summed.
     """
+    # Both halves of a head, f and f + d/2, have the energy of their frequency.
     energy = query_energy.double().unflatten(0, (num_key_value_heads, -1)).sum(1)
     energy = energy.clamp(min=floor * energy.mean().clamp(min=torch.finfo(torch.float64).tiny))
     return torch.cat([energy, energy], dim=-1).flatten()
@@ -79,7 +81,9 @@ def value_output_metric(
         `[H_kv * d, H_kv * d]` float64, positive semidefinite.
     """
     o = o_weight.double().unflatten(1, (num_heads, -1))
-    overlap = torch.eye(num_heads, dtype=o.dtype, device=o.device) if overlap is None else overlap
+    if overlap is None:
+        overlap = torch.eye(num_heads, dtype=o.dtype, device=o.device)
+    # Products of the query heads' output weights, summed over the query heads that share a value head.
     blocks = torch.einsum("cpd,pq,cqe->pdqe", o, overlap.to(o), o)
     shared = num_heads // num_key_value_heads
     blocks = blocks.unflatten(0, (num_key_value_heads, shared)).unflatten(3, (num_key_value_heads, shared))
@@ -99,7 +103,11 @@ def _root_and_inverse(metric: torch.Tensor | None, size: int, device: torch.devi
     if metric is None:
         return identity, identity, 1.0
     metric = metric.double()
-    values, vectors = (metric, identity) if metric.dim() == 1 else torch.linalg.eigh(metric)
+    if metric.dim() == 1:
+        values, vectors = metric, identity
+    else:
+        values, vectors = torch.linalg.eigh(metric)
+    # Of zeros there is no root to invert.
     unit = values.max().item()
     if unit <= 0:
         return identity, identity, 0.0
@@ -145,9 +153,11 @@ def factor_weight(
         ("metric", metric, ((out,), (out, out))),
         ("mean", mean, ((out,),)),
     ):
-        if statistic is not None and tuple(statistic.shape) not in expected:
+        if statistic is None:
+            continue
+        if tuple(statistic.shape) not in expected:
             raise ValueError(f"{name}: shape {tuple(statistic.shape)} must be {' or '.join(map(str, expected))}")
-        if statistic is not None and not torch.isfinite(statistic).all():
+        if not torch.isfinite(statistic).all():
             raise ValueError(f"{name}: must be finite, found NaN or Inf")
 
     root, inverse_root, unit = _root_and_inverse(metric, out, weight.device)
@@ -157,6 +167,7 @@ def factor_weight(
         # product at full rank is exact for any input.
         covariance = covariance.double()
         own = covariance + 1e-7 * covariance.trace() / own.trace().clamp(min=torch.finfo(torch.float64).tiny) * own
+    # In the coordinates of the metric's root the best projector is spanned by the leading eigenvectors.
     own = root @ own @ root
     energy, vectors = torch.linalg.eigh(own)
     if mean is not None and mean.abs().max() > 0:
@@ -168,6 +179,7 @@ def factor_weight(
         energy, vectors = torch.linalg.eigh(rest @ own @ rest - lowest * first @ first.T)
         vectors = torch.cat([vectors[:, 1:], first], dim=1)
         energy = torch.cat([energy[1:], (first.T @ own @ first)[0]])
+    # `eigh` gives the largest eigenvalue last.
     u = vectors.flip(1)[:, :rank]
     largest = u.gather(0, u.abs().argmax(0, keepdim=True))
     u = torch.where(largest < 0, -u, u)
@@ -183,13 +195,21 @@ def factor_groups(
     mean: torch.Tensor | None = None,
 ) -> list[Factors]:
     """`factor_weight` of each head group: `len(ranks)` equal slices of the rows of `weight` and of the statistics."""
+    # A head group is a slice of the outputs, and has its own part of every statistic.
     rows = weight.shape[0] // len(ranks)
     factors = []
     for i, rank in enumerate(ranks):
-        s = slice(i * rows, (i + 1) * rows)
-        y, m, mu = (None if t is None else t[s] if t.dim() == 1 else t[s, s] for t in (covariance, metric, mean))
-        factors.append(factor_weight(weight[s], rank, y, m, mu))
+        group = slice(i * rows, (i + 1) * rows)
+        statistics = (_submatrix(statistic, group) for statistic in (covariance, metric, mean))
+        factors.append(factor_weight(weight[group], rank, *statistics))
     return factors
+
+
+def _submatrix(statistic: torch.Tensor | None, group: slice) -> torch.Tensor | None:
+    """The entries of a vector, or the block on the diagonal of a matrix, for a slice of the outputs."""
+    if statistic is None:
+        return None
+    return statistic[(group,) * statistic.dim()]
 
 
 def join_factors(
@@ -206,13 +226,16 @@ def join_factors(
     Raises:
         ValueError: A factor does not fit `dtype`.
     """
-    pairs = [(f.a, f.b) for f in groups]
-    if rotate:
-        spans = [[channels for channels, _ in t] for t in tiers] if tiers else [[len(b)] for _, b in pairs]
-        pairs = [_rotate_spans(a, b, s) for (a, b), s in zip(pairs, spans, strict=True)]
-    widest = max(a.shape[1] for a, _ in pairs)
-    a = torch.cat([nn.functional.pad(a, (0, widest - a.shape[1])) for a, _ in pairs]).to(dtype)
-    b = torch.cat([b for _, b in pairs]).to(dtype)
+    widest = max(factors.a.shape[1] for factors in groups)
+    weights_a, weights_b = [], []
+    for i, (a, b, *_) in enumerate(groups):
+        if rotate:
+            spans = [channels for channels, _ in tiers[i]] if tiers else [len(b)]
+            a, b = _rotate_spans(a, b, spans)
+        weights_a.append(_widened(a, widest))
+        weights_b.append(b)
+    a, b = torch.cat(weights_a).to(dtype), torch.cat(weights_b).to(dtype)
+    # Values beyond the type's range would become infinite without a word.
     if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
         raise ValueError(f"factors: values beyond the range of {dtype}; load the model in bfloat16 or float32")
     return a.contiguous(), b.contiguous()
@@ -220,11 +243,13 @@ def join_factors(
 
 def _rotate_spans(a: torch.Tensor, b: torch.Tensor, spans: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """`fuse_rotation` of consecutive channels, so many at a time."""
-    parts = [fuse_rotation(ai, bi) for ai, bi in zip(a.split(spans, dim=1), b.split(spans), strict=True)]
-    return torch.cat([ai for ai, _ in parts], dim=1), torch.cat([bi for _, bi in parts])
+    rotated_a, rotated_b = zip(*map(fuse_rotation, a.split(spans, dim=1), b.split(spans)), strict=True)
+    return torch.cat(rotated_a, dim=1), torch.cat(rotated_b)
 
 
-# ---- modules
+def _widened(x: torch.Tensor, width: int) -> torch.Tensor:
+    """`x` with zeros behind its last dimension, up to a width."""
+    return nn.functional.pad(x, (0, width - x.shape[-1]))
 
 
 class _SumGradient(torch.autograd.Function):
@@ -237,6 +262,7 @@ class _SumGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
+        # The gradient that comes in is not ours to change.
         gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient, group=ctx.process_group)
         return gradient, None
@@ -247,7 +273,8 @@ class BLinear(nn.Linear):
 
     def __init__(self, in_features: int, ranks: tuple[int, ...]):
         super().__init__(in_features, sum(ranks), bias=False)
-        #: Of tensor parallelism, and what all its ranks have: "input" (each has latents of its own) or "latents".
+        #: Tensor-parallel group, and what its ranks have in common: the "input" (each has latents of its own), or the
+        #: "latents" (each has rows of A of its own).
         self.process_group, self.shared = None, "input"
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -259,7 +286,7 @@ class BLinear(nn.Linear):
 
 
 class Expansion(NamedTuple):
-    """The tensors of an `ALinear`, with its attributes, for who must not hold a module: an operation in a graph."""
+    """Tensors and attributes of an `ALinear`, for an operation in a graph, which must not hold a module."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
@@ -318,19 +345,21 @@ class ALinear(nn.Module):
         return Expansion(self.weight, self.bias, self.ranks, self.num_heads)(latent)
 
 
-def own_groups(groups: Sequence, rank: int, size: int) -> Sequence:
-    """Those of a rank of `size`, of things that belong to head groups, one each; a joint group is every rank's."""
+def shard_groups(groups: Sequence, rank: int, size: int) -> Sequence:
+    """Entries of `groups` owned by tensor-parallel `rank` of `size`; a single joint group belongs to every rank."""
+    if len(groups) == 1:
+        return groups
     share = len(groups) // size
-    return groups if len(groups) == 1 else groups[rank * share : (rank + 1) * share]
+    return groups[rank * share : (rank + 1) * share]
 
 
 def split_groups(latent: torch.Tensor, ranks: tuple[int, ...]) -> torch.Tensor:
     """Split latents `[..., Σ r]` into their groups, `[..., n, max r]`, shorter ones filled with zeros."""
     if len(set(ranks)) == 1:
         return latent.unflatten(-1, (len(ranks), ranks[0]))
+    # Ranks that differ are made equal, so that one product serves all groups.
     widest = max(ranks)
-    groups = [nn.functional.pad(g, (0, widest - g.shape[-1])) for g in latent.split(ranks, dim=-1)]
-    return torch.stack(groups, dim=-2)
+    return torch.stack([_widened(group, widest) for group in latent.split(ranks, dim=-1)], dim=-2)
 
 
 class SVDLinear(nn.Module):
@@ -412,16 +441,21 @@ class SVDLinear(nn.Module):
             process_group: Of the ranks; gradients are summed over it.
         """
         expand, ranks = self.ALinear, self.ALinear.ranks
-        own, rows = own_groups(ranks, rank, size), self.ALinear.weight.shape[0] // size
-        self.shares = [sum(own_groups(ranks, i, size)) for i in range(size)]  # latents of each rank
+        own, rows = shard_groups(ranks, rank, size), self.ALinear.weight.shape[0] // size
+        #: Latents of each rank.
+        self.shares = [sum(shard_groups(ranks, i, size)) for i in range(size)]
         self.full_ranks, self.BLinear.process_group = ranks, process_group
-        self.BLinear.shared = "latents" if len(ranks) == 1 else "input"
+        if len(ranks) == 1:
+            self.BLinear.shared, latents = "latents", slice(None)
+        else:
+            first = sum(self.shares[:rank])
+            self.BLinear.shared, latents = "input", slice(first, first + self.shares[rank])
+        # A keeps the rows of this rank's heads, and the columns that its own groups use; B keeps their latents.
         heads = slice(rank * rows, (rank + 1) * rows)
-        latents = slice(None) if len(ranks) == 1 else slice(sum(self.shares[:rank]), sum(self.shares[: rank + 1]))
         expand.ranks, expand.num_heads = own, expand.num_heads // size
-        expand.weight = _part(expand.weight, heads, slice(max(own)))
-        expand.bias = _part(expand.bias, heads)
-        self.BLinear.weight, self.BLinear.out_features = _part(self.BLinear.weight, latents), sum(own)
+        expand.weight = _shard(expand.weight, heads, slice(max(own)))
+        expand.bias = _shard(expand.bias, heads)
+        self.BLinear.weight, self.BLinear.out_features = _shard(self.BLinear.weight, latents), sum(own)
         self.out_features = rows
         for name in ("latent_scale", "latent_zero_point"):
             if getattr(self, name) is not None:
@@ -431,18 +465,20 @@ class SVDLinear(nn.Module):
     def gathered_state(self) -> dict[str, torch.Tensor]:
         """The `state_dict` of the whole layer, after `keep_shard`; every rank must call it."""
         state, size = dict(self.state_dict()), len(self.shares)
-        widest = max(self.full_ranks)
         for name, tensor in state.items():
+            counts = self.shares
+            if name.startswith("ALinear."):
+                counts = [len(tensor)] * size
+            elif self.BLinear.shared == "latents":
+                continue  # every rank has all of them
             if name == "ALinear.weight":
-                tensor = nn.functional.pad(tensor, (0, widest - tensor.shape[1]))
-            elif name != "ALinear.bias" and self.BLinear.shared == "latents":
-                continue
-            counts = [len(tensor)] * size if name.startswith("ALinear.") else self.shares
+                tensor = _widened(tensor, max(self.full_ranks))
+            # Ranks exchange tensors of one shape, so shorter shards are padded.
             padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
             padded[: len(tensor)] = tensor
-            parts = [torch.empty_like(padded) for _ in counts]
-            dist.all_gather(parts, padded, group=self.BLinear.process_group)
-            state[name] = torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
+            shards = [torch.empty_like(padded) for _ in counts]
+            dist.all_gather(shards, padded, group=self.BLinear.process_group)
+            state[name] = torch.cat([shard[:n] for shard, n in zip(shards, counts, strict=True)])
         return state
 
     @torch.no_grad()
@@ -451,8 +487,8 @@ class SVDLinear(nn.Module):
         return dense_product(self.ALinear.weight, self.BLinear.weight, self.ALinear.ranks)
 
 
-def _part(parameter: nn.Parameter | None, *index: slice) -> nn.Parameter | None:
-    """A copy of a part of a parameter, which leaves the rest to be freed."""
+def _shard(parameter: nn.Parameter | None, *index: slice) -> nn.Parameter | None:
+    """A copy of a slice of a parameter, which leaves the rest to be freed."""
     if parameter is None:
         return None
     return nn.Parameter(parameter[index].clone(memory_format=torch.contiguous_format), parameter.requires_grad)
@@ -460,5 +496,6 @@ def _part(parameter: nn.Parameter | None, *index: slice) -> nn.Parameter | None:
 
 def dense_product(a: torch.Tensor, b: torch.Tensor, ranks: tuple[int, ...]) -> torch.Tensor:
     """`[out, in]` product of the weights of an `ALinear` and a `BLinear`."""
+    # Beyond its own rank a group's columns of A are zeros.
     groups = zip(a.float().chunk(len(ranks)), b.float().split(ranks), ranks, strict=True)
     return torch.cat([ai[:, :r] @ bi for ai, bi, r in groups]).to(a.dtype)

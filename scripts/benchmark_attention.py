@@ -245,8 +245,9 @@ class LatentLayer:
     @torch.no_grad()
     def attend(self) -> torch.Tensor:
         """The attention of the step, as the model runs it: `[B, H_q, d]`."""
-        arguments = (self.query, self.new_keys, self.new_values, self.layer, self.position())
-        return self.attention._attend_cache(*arguments)[0].flatten(1, 2)
+        states, step = (self.query, self.new_keys, self.new_values), self.position()
+        arguments = self.attention._attention_arguments(*states, self.layer, step)
+        return self.attention._attend_cache(*arguments, self.layer.backend, step)[0].flatten(1, 2)
 
     def prepared(self) -> Run:
         """The same with what the host prepares made once, as a CUDA graph wants it."""

@@ -120,7 +120,7 @@ class Latents:
     """An endless stream of random latents of one layer, `[1, L, C_k]` and `[1, L, C_v]`."""
 
     def __init__(self, config: ALRDLlamaConfig, dtype: torch.dtype):
-        self.channels = [sum(config.cached_widths(0, projection)) for projection in ("k_proj", "v_proj")]
+        self.channels = [sum(widths) for widths in config.layer_widths(0)]
         self.dtype = dtype
 
     def __call__(self, length: int) -> list[torch.Tensor]:
@@ -149,7 +149,7 @@ def check_cache(config: ALRDLlamaConfig, latents: Latents) -> int:
     for token in zip(*(x[:, -block // 2 :].split(1, dim=1) for x in states)):
         layer.append(*token)
 
-    widths = [config.cached_widths(0, projection) for projection in ("k_proj", "v_proj")]
+    widths = config.layer_widths(0)
     # Per channel a group never reaches beyond its block; `KIVIQuantizer` knows no block.
     quantizers = [
         KIVIQuantizer(

@@ -171,8 +171,7 @@ def set_ranks(config: ALRDLlamaConfig, rank: float, head_group_size: int | None 
     if not 0 < rank <= full or (rank > 1 and rank != int(rank)):
         raise ValueError(f"rank={rank!r}: must be a share in (0, 1], or a whole number from 2 to the full rank {full}")
     total = max(groups, round(rank * full)) if rank <= 1 else int(rank)
-    layers, projections = range(config.num_hidden_layers), ("k_proj", "v_proj")
-    config.truncation_ranks = {f"model.layers.{i}.self_attn.{p}": total for i in layers for p in projections}
+    config.truncation_ranks = {projection.name: total for projection in config.projections()}
     config.check_latent_cache()
 
 

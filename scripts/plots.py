@@ -11,6 +11,8 @@ from matplotlib import pyplot
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
+from configuration_alrd_llama import Projection
+
 
 def _save(figure, path: Path) -> None:
     figure.tight_layout()
@@ -134,10 +136,10 @@ def spectra(report: dict, path: Path) -> None:
 def widths(report: dict, path: Path) -> None:
     """Bits of each channel, a row per layer: a heat map of ranks and widths."""
     c = report["config"]
-    uniform = {"k_proj": c["k_bits"], "v_proj": c["v_bits"]}
+    uniform = {"k": c["k_bits"], "v": c["v_bits"]}
     rows = {}
     for name, ranks in report["truncation_ranks"].items():
-        tiers = report["width_tiers"].get(name) or [[[r, uniform[name[-6:]]]] for r in ranks]
+        tiers = report["width_tiers"].get(name) or [[[r, uniform[Projection.parse(name).side]]] for r in ranks]
         rows[name] = sorted((b for group in tiers for n, b in group for _ in range(n)), reverse=True)
     levels = sorted({0, *(b for row in rows.values() for b in row)})
     longest = max(map(len, rows.values()))

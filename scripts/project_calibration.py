@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from configuration_alrd_llama import ALRDLlamaConfig, QuantScheme, check_choice
 from modules.fit.allocation import measure_costs
-from modules.fit.objectives import PROJECTIONS, projection_factors
+from modules.fit.objectives import projection_factors
 from modules.fit.statistics import collect_statistics, model_digest
 from scripts.common import environment, format_table, human_bytes, parse_config, write_json
 
@@ -75,8 +75,8 @@ def project(config: ProjectionConfig, shape: dict) -> dict:
     with _timed(run, "factors"):
         factors = projection_factors(dense, target, statistics, "fisher")
     samples = {
-        name: getattr(statistics[0], p).sample.chunk(target.num_head_groups, dim=-1)
-        for name, p in zip(factors, PROJECTIONS)
+        projection.name: getattr(statistics[0], projection.attribute).sample.chunk(target.num_head_groups, dim=-1)
+        for projection in target.projections()
     }
     with _timed(run, "distortion"):
         for name, groups in factors.items():

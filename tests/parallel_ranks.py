@@ -188,8 +188,8 @@ def total(number: int) -> int:
 # ---- tensor parallel
 
 
-def own_widths(config: ALRDLlamaConfig, layer: int, projection: str) -> tuple[int, ...]:
-    widths, half = config.cached_widths(layer, projection), dist.get_rank()
+def shard_widths(widths: tuple[int, ...]) -> tuple[int, ...]:
+    half = dist.get_rank()
     return widths if len(widths) == 1 else widths[half * len(widths) // 2 : (half + 1) * len(widths) // 2]
 
 
@@ -197,7 +197,7 @@ def assert_cache_is_sharded(model, cache: KIVILatentCache, whole: KIVILatentCach
     """Each rank has the bytes that the formula says for its own head groups; together they have all."""
     rows, expected, table = cache.layers[0].rows, 0, 0
     for i, layer in enumerate(cache.layers):
-        widths = tuple(own_widths(model.config, i, name) for name in ("k_proj", "v_proj"))
+        widths = tuple(map(shard_widths, model.config.layer_widths(i)))
         assert layer.widths == widths == model.model.layers[i].self_attn.widths
         expected += sum(layer.scheme.layer_nbytes(row.tokens, widths, torch.float64) for row in rows)
         expected += layer.scheme.static_nbytes(widths)
@@ -206,8 +206,8 @@ def assert_cache_is_sharded(model, cache: KIVILatentCache, whole: KIVILatentCach
     config = model.config
     joint = 0
     for i, layer in enumerate(whole.layers):
-        for name, side in (("k_proj", "keys"), ("v_proj", "values")):
-            if len(config.cached_widths(i, name)) == 1:
+        for widths, side in zip(config.layer_widths(i), ("keys", "values")):
+            if len(widths) == 1:
                 joint += side_nbytes(layer, side)
     assert total(cache.nbytes_used - table - joint) == whole.nbytes_used - table - joint
     if joint == 0:
@@ -235,9 +235,10 @@ def assert_tensor_parallel(folder: Path, name: str) -> None:
         for m, cache in zip((model, reference), caches):
             m(ids, past_key_values=cache)
     for i in range(3):
-        for mine, all_of, projection in zip(*(cache.layers[i].states() for cache in caches), ("k_proj", "v_proj")):
-            widths = reference.config.cached_widths(i, projection)
-            own = own_widths(reference.config, i, projection)
+        for mine, all_of, widths in zip(
+            *(cache.layers[i].states() for cache in caches), reference.config.layer_widths(i)
+        ):
+            own = shard_widths(widths)
             first = 0 if dist.get_rank() == 0 or own == widths else sum(widths[: len(own)])
             torch.testing.assert_close(mine, all_of[..., first : first + sum(own)], atol=1e-9, rtol=1e-9)
 
@@ -413,7 +414,7 @@ def pipeline(folder: Path) -> None:
     for name in (SPLITS[0], SPLITS[1], SPLITS[4]):
         model, reference = load(folder, name, PIPELINE), load(folder, name)
         own = [[0], [1, 2]][dist.get_rank()]
-        assert list(model.own_attentions()) == own
+        assert list(model.local_attentions()) == own
         cache, whole = assert_same(model, reference, TWO_BITS)
         for i, layer in enumerate(cache.layers):
             assert layer.is_initialized == (i in own)

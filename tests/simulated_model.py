@@ -21,7 +21,7 @@ def simulated_caches(model: ALRDLlamaForCausalLM) -> list[SimulatedCache]:
             c.group_size,
             c.residual_length,
             c.sink_length,
-            (c.cached_widths(i, "k_proj"), c.cached_widths(i, "v_proj")),
+            c.layer_widths(i),
         )
         for i in range(c.num_hidden_layers)
     ]

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from configuration_alrd_llama import QuantScheme, side_scheme
+from configuration_alrd_llama import SIDES, Projection, QuantScheme, side_scheme
 from modules.cache.codecs import make_codec
 from modules.fit.allocation import TIER_BITS, ChannelCosts, Prices, allocate, largest_share, measure_costs, tier_prices
 from modules.fit.allocation import static_scales as find_scales
@@ -22,7 +22,7 @@ PER_TOKEN = {"orientation": "per_token"}
 
 def by_side(price_of) -> dict[str, Prices]:
     """Prices as `allocate` takes them, from a function of a projection's name."""
-    return {side: price_of(f"model.layers.0.self_attn.{side}") for side in ("k_proj", "v_proj")}
+    return {side: price_of(Projection(0, side).name) for side in SIDES}
 
 
 # ---- prices

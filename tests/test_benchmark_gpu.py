@@ -10,6 +10,7 @@ import pytest
 import torch
 import triton
 
+from configuration_alrd_llama import Projection
 from scripts import benchmark_decode, benchmark_gpu, readme_tables
 from scripts.benchmark_attention import LatentLayer
 from scripts.benchmark_gpu import WAYS, BenchmarkConfig, check_tokens, rows
@@ -208,7 +209,7 @@ def test_the_models_are_those_of_llama_3_8b():
     layer, table = 2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 2 * 4096, 128256 * 4096
     assert subject.dense.num_parameters() == 8 * layer + 2 * table + 4096
     assert subject.latent.num_parameters() < subject.dense.num_parameters()
-    assert subject.latent.config.group_ranks(7, "k_proj") == (64,) * 8
+    assert subject.latent.config.group_ranks(Projection(7, "k")) == (64,) * 8
     assert subject.dense.config.max_position_embeddings >= 32768 + 144
 
 

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
-from configuration_alrd_llama import ALRDLlamaConfig
+from configuration_alrd_llama import ALRDLlamaConfig, Projection
 from modeling_alrd_llama import ALRDLlamaForCausalLM
 from modules.fit.allocation import static_scales
 from modules.kivi_cache import KIVILatentCache
@@ -60,7 +60,7 @@ def calibrated(seed: int) -> ALRDLlamaForCausalLM:
     text = torch.randint(1, 64, (2, 128), generator=torch.Generator().manual_seed(1))
     hidden, splits = dense(text, output_hidden_states=True).hidden_states, []
     for i, layer in enumerate(dense.model.layers):
-        factors = factor_groups(layer.self_attn.k_proj.weight, config.group_ranks(i, "k_proj"))
+        factors = factor_groups(layer.self_attn.k_proj.weight, config.group_ranks(Projection(i, "k")))
         x = layer.input_layernorm(hidden[i]).flatten(0, 1).double()
         latents = torch.cat([x @ f.b.T for f in factors], dim=1).float()
         tiers = config.width_tiers.get(f"model.layers.{i}.self_attn.k_proj", [[[latents.shape[1], 2]]])

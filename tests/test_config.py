@@ -9,7 +9,7 @@ import torch
 from helpers import TINY_LLAMA, all_ranks, tiny_dense, tiny_split
 from transformers import AutoConfig, LlamaConfig, Qwen3Config
 
-from configuration_alrd_llama import ALRDLlamaConfig
+from configuration_alrd_llama import ALRDLlamaConfig, Projection
 from modeling_alrd_llama import ALRDLlamaForCausalLM
 from modules import KIVILatentCache, KIVIMixedQuantizer, KIVIQuantizer, create_kivi_cache
 from modules.kivi_cache import CacheScheme
@@ -109,23 +109,41 @@ def test_save_and_load(tmp_path, rank):
         assert {field: getattr(loaded, field) for field in changed} == changed
 
 
-# ---- ranks
+# ---- projections and ranks
+
+
+def test_a_projection_and_its_name():
+    config = tiny_config()
+    names = [projection.name for projection in config.projections()]
+    assert names[:3] == [K0, "model.layers.0.self_attn.v_proj", "model.layers.1.self_attn.k_proj"]
+    assert [Projection.parse(name) for name in names] == list(config.projections())
+    assert Projection.parse("model.layers.12.self_attn.v_proj") == (12, "v")
+    assert Projection(12, "v").attribute == "v_proj"
+    for name in ("layers.0.self_attn.k_proj", "model.layers.0.self_attn.q_proj", f"{K0}.weight", ""):
+        with pytest.raises(ValueError, match=rf"^{name!r}: must be the name of a projection, such as '{K0}'"):
+            Projection.parse(name)
+
+
+def test_the_widths_of_a_layer_are_those_of_its_projections():
+    config = tiny_config(truncation_ranks={K0: 11, V2: [9, 32]}, head_group_size=2)
+    assert config.layer_widths(0) == ((6, 5), (16, 16, 16, 16))
+    assert config.layer_widths(2) == ((16, 16, 16, 16), (9, 32))
 
 
 def test_an_int_rank_is_spread_over_the_groups():
     config = tiny_config(truncation_ranks={K0: 11, V2: [9, 32]}, head_group_size=2)
-    assert config.group_ranks(0, "k_proj") == (6, 5)
-    assert config.group_ranks(2, "v_proj") == (9, 32)
-    assert config.group_ranks(1, "k_proj") is None
-    assert config.cached_widths(0, "k_proj") == (6, 5)
-    assert config.cached_widths(1, "v_proj") == (16, 16, 16, 16)
+    assert config.group_ranks(Projection(0, "k")) == (6, 5)
+    assert config.group_ranks(Projection(2, "v")) == (9, 32)
+    assert config.group_ranks(Projection(1, "k")) is None
+    assert config.cached_widths(Projection(0, "k")) == (6, 5)
+    assert config.cached_widths(Projection(1, "v")) == (16, 16, 16, 16)
 
 
 @pytest.mark.parametrize("size, groups, full", [(None, 1, 64), (4, 1, 64), (2, 2, 32), (1, 4, 16)])
 def test_full_rank_by_head_group(size, groups, full):
     config = tiny_config(head_group_size=size, truncation_ranks={K0: full * groups, V2: [full] * groups})
     assert config.num_head_groups == groups
-    assert config.group_ranks(0, "k_proj") == config.group_ranks(2, "v_proj") == (full,) * groups
+    assert config.group_ranks(Projection(0, "k")) == config.group_ranks(Projection(2, "v")) == (full,) * groups
     with pytest.raises(ValueError, match=rf"={full * groups + 1}: must be .*{full * groups}"):
         tiny_config(head_group_size=size, truncation_ranks={K0: full * groups + 1})
 

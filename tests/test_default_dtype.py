@@ -155,7 +155,7 @@ def run_everything(folder: Path, default: torch.dtype) -> dict[str, torch.Tensor
     for keys in ({"static": True}, {"orientation": "per_token"}):
         scheme = CacheScheme(2, 2, 16, 0, 0, k_scheme=keys)
         costs = measure_costs(factors[name][0], side.sample[..., :32], scheme.keys, 16)
-        prices = {p: tier_prices(scheme.keys, scheme, TIER_BITS, 512, torch.float32) for p in ("k_proj", "v_proj")}
+        prices = {side: tier_prices(scheme.keys, scheme, TIER_BITS, 512, torch.float32) for side in "kv"}
         save_costs(folder / "costs.safetensors", {name: [costs]})
         plan = allocate(load_costs(folder / "costs.safetensors"), {name: 1.0}, prices, TIER_BITS, 8192)
         found[f"plan {keys}"] = vars(plan)

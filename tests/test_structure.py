@@ -25,6 +25,7 @@ ORDER = [
     "modules.cache",
     "modules.kivi_cache",
     "modules.decode_graph",
+    "modules.latent_step",
     "modules.formats",
     "modules",
     "modules.loading",

@@ -17,7 +17,7 @@ from test_codecs import Case, check_edits, check_feeding_order, check_rows, exam
 from test_kivi_cache import assert_same_rows, feed, padded_masks, row_states
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from configuration_alrd_llama import ALRDLlamaConfig, QuantScheme
+from configuration_alrd_llama import ALRDLlamaConfig, Projection, QuantScheme
 from modeling_alrd_llama import ALRDLlamaForCausalLM
 from modules.cache.codecs import StaticScales, block_nbytes, make_codec
 from modules.fit.allocation import static_scales
@@ -424,10 +424,10 @@ def test_width_tiers_are_kept(tmp_path):
         assert type(loaded) is ALRDLlamaConfig
         assert loaded.width_tiers == GOOD
         assert (loaded.k_mean_split, loaded.v_mean_split) == (True, False)
-        keys, values = loaded.tiered_scheme(0, "k_proj"), loaded.tiered_scheme(0, "v_proj")
+        keys, values = loaded.tiered_scheme(Projection(0, "k")), loaded.tiered_scheme(Projection(0, "v"))
         assert keys == QuantScheme(tiers=GOOD[K0])
         assert values == QuantScheme(tiers=GOOD[V0], orientation="per_token", group_size=32)
-        assert loaded.tiered_scheme(1, "v_proj") is None
+        assert loaded.tiered_scheme(Projection(1, "v")) is None
     other = ALRDLlamaConfig.from_llama(config, residual_length=3)
     assert (other.width_tiers, other.residual_length) == (GOOD, 3)
     assert ALRDLlamaConfig.from_llama(config, width_tiers={}).width_tiers == {}
@@ -610,7 +610,7 @@ class TieredSimulation(SimulatedCache):
 def simulations(model) -> list[TieredSimulation]:
     c, found = model.config, []
     for i, layer in enumerate(model.model.layers):
-        schemes = tuple(c.tiered_scheme(i, p) for p in ("k_proj", "v_proj"))
+        schemes = tuple(c.tiered_scheme(Projection(i, side)) for side in "kv")
         projections = (layer.self_attn.k_proj, layer.self_attn.v_proj)
         scales = tuple(
             None if p.latent_scale is None else (p.latent_scale.float(), p.latent_zero_point.float())

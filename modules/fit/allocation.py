@@ -7,6 +7,7 @@ water-filling).
 """
 
 import itertools
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from configuration_alrd_llama import QuantScheme
+from configuration_alrd_llama import Projection, QuantScheme
 from modules.cache.codecs import block_nbytes, make_codec
 from modules.cache.scheme import TABLE_ENTRY_NBYTES, CacheScheme
 from modules.files import save_tensors
@@ -32,12 +33,10 @@ COSTS_VERSION = 3
 #: Shift of the middle of a static range and growth of it, in turn.
 _MOVES = [(0, 1), (0, -1), (1, 0), (-1, 0)]
 
-# ---- costs
-
 
 @dataclass
 class ChannelCosts:
-    """What the channels of one head group cost.
+    """Errors of the channels of one head group.
 
     Attributes:
         dropped: `[n]` float64, `E|c|²` in the unit of the objective: the error of a channel that is not kept.
@@ -68,16 +67,18 @@ def measure_costs(
     channels, kept, scales = blocks.shape[-1], [], []
     for width in bits:
         at_width = scheme.at_width(width)
-        static = static_scales(blocks.flatten(0, 1), width) if at_width.static else None
+        static = None
+        if at_width.static:
+            static = static_scales(blocks.flatten(0, 1), width)
+            scales.append(static)
         codec = make_codec(at_width, length, (channels,), torch.float32, static_scales=static)
         if scheme.per_channel:
             error = (codec.decode(codec.encode(blocks)) - blocks).double().square().mean((0, 1))
         else:
             # A tier is rotated, so its channels share their error in proportion to the tier's variance.
             error = _rotated_error(codec, blocks)
+        # A channel that is worse kept than dropped costs what dropping it costs.
         kept.append(torch.minimum(factors.unit * error, dropped))
-        if static is not None:
-            scales.append(static)
     return ChannelCosts(dropped, torch.stack(kept, dim=1), scales)
 
 
@@ -88,7 +89,7 @@ def save_costs(path: Path, costs: dict[str, list[ChannelCosts]]) -> None:
         for i, group in enumerate(groups):
             tensors |= {f"{name}/{i}/dropped": group.dropped, f"{name}/{i}/kept": group.kept}
             if group.scales:
-                tensors[f"{name}/{i}/scales"] = torch.stack([torch.stack(pair) for pair in group.scales])
+                tensors[f"{name}/{i}/scales"] = torch.stack(list(map(torch.stack, group.scales)))
     save_tensors(path, tensors)
 
 
@@ -98,11 +99,14 @@ def load_costs(path: Path) -> dict[str, list[ChannelCosts]]:
         tensors, costs = load_file(path), {}
     except SafetensorError as error:
         raise ValueError(f"{path}: is damaged, delete it to measure the costs anew ({error})") from None
-    for name, i in sorted({(name, int(i)) for name, i, _ in (key.split("/") for key in tensors)}):
-        pairs = [tuple(pair) for pair in tensors.get(f"{name}/{i}/scales", ())]
-        costs.setdefault(name, []).append(
-            ChannelCosts(tensors[f"{name}/{i}/dropped"], tensors[f"{name}/{i}/kept"], pairs)
-        )
+    found = set()
+    for key in tensors:
+        name, group, _ = key.split("/")
+        found.add((name, int(group)))
+    for name, group in sorted(found):
+        prefix = f"{name}/{group}"
+        pairs = list(map(tuple, tensors.get(f"{prefix}/scales", ())))
+        costs.setdefault(name, []).append(ChannelCosts(tensors[f"{prefix}/dropped"], tensors[f"{prefix}/kept"], pairs))
     return costs
 
 
@@ -118,29 +122,32 @@ def static_scales(latents: torch.Tensor, bits: float) -> tuple[torch.Tensor, tor
     value as zero point."""
     x, (levels, spacing, _) = latents.float().T.contiguous(), grid(bits)
     low, high = x.aminmax(dim=1)
+    # From the range that holds all values, narrower ones are tried: outliers are few.
     mean = x.mean(1)
-    start = (mean, torch.maximum(high - mean, mean - low))
+    centre, half = low + (high - low) / 2, (high - low) / 2
 
     def error(centre: torch.Tensor, half: torch.Tensor) -> torch.Tensor:
         zero, step = (centre - half)[:, None], (2 * half / (levels - 1)).clamp(min=1e-38)[:, None]
         codes = ((x - zero) / step).add_(0.5).floor_().clamp_(0, levels - 1)
         return codes.mul_(step).add_(zero).sub_(x).square_().mean(1)
 
-    # A coarse search of the range, down to where the tails are heavy, then ever smaller moves of its size and middle.
-    centre, half = low + (high - low) / 2, (high - low) / 2
     best = error(centre, half)
-    moves = [(0.0, 2 ** (-i / 4)) for i in range(24)]
-    moves += [(shift * d, 1 + grow * d) for d in (0.08, 0.04, 0.02, 0.01) for shift, grow in _MOVES * 2]
-    for i, (shift, factor) in enumerate(moves):
-        of = start if i < 24 else (centre, half)
-        new = (of[0] + shift * of[1], of[1] * factor)
-        found = error(*new)
+
+    def offer(new_centre: torch.Tensor, new_half: torch.Tensor) -> None:
+        nonlocal best, centre, half
+        found = error(new_centre, new_half)
         better = (found < best) & (high > low)
-        best, centre, half = (torch.where(better, a, b) for a, b in zip((found, *new), (best, centre, half)))
+        best = torch.where(better, found, best)
+        centre, half = torch.where(better, new_centre, centre), torch.where(better, new_half, half)
+
+    # A coarse search of ranges around the mean, down to where the tails are heavy.
+    widest = torch.maximum(high - mean, mean - low)
+    for i in range(24):
+        offer(mean, widest * 2 ** (-i / 4))
+    # Then ever smaller moves of the range's size and middle.
+    for size, (shift, growth) in itertools.product((0.08, 0.04, 0.02, 0.01), _MOVES * 2):
+        offer(centre + shift * size * half, half * (1 + growth * size))
     return 2 * half / (levels - 1) / spacing, centre - half
-
-
-# ---- prices
 
 
 @dataclass(frozen=True)
@@ -159,6 +166,19 @@ class Prices:
     layer: int
     group: int = 0
 
+    @property
+    def smallest(self) -> int:
+        """Bytes of one channel at the cheapest width."""
+        return min(map(operator.add, self.channel, self.tier))
+
+    def scales_nbytes(self, counts: list[int]) -> int:
+        """Bytes of the tokens' scales for tiers of so many channels at each width."""
+        nbytes = 0
+        for price, channels in zip(self.tier, counts, strict=True):
+            if channels:
+                nbytes += price * -(-channels // (self.group or channels))
+        return nbytes
+
 
 def tier_prices(scheme: QuantScheme, cache: CacheScheme, bits: tuple, length: int, dtype: torch.dtype) -> Prices:
     """Prices of one side of a cache of `length` tokens.
@@ -171,23 +191,21 @@ def tier_prices(scheme: QuantScheme, cache: CacheScheme, bits: tuple, length: in
         dtype: Of the model, and so of window and sinks.
     """
     held = cache.held(length)
+    calibrated = 2 * 4 if scheme.static else 0  # scale and zero point of a channel, once a layer
     channel, tier = [], []
     for width in bits:
+        # A block of one channel and one of two say what a channel takes, and what a tier takes beside its channels.
         at_width = scheme.at_width(width)
-        one, two = (block_nbytes(make_codec(at_width, cache.block_length, (n,), dtype)) for n in (1, 2))
-        own = 2 * 4 if scheme.static else 0  # calibrated scale and zero point, once a layer
-        channel.append(held.blocks * (two - one) + held.exact * dtype.itemsize + own)
+        one = block_nbytes(make_codec(at_width, cache.block_length, (1,), dtype))
+        two = block_nbytes(make_codec(at_width, cache.block_length, (2,), dtype))
+        channel.append(held.blocks * (two - one) + held.exact * dtype.itemsize + calibrated)
         tier.append(held.blocks * (2 * one - two))
-    return Prices(
-        tuple(channel), tuple(tier), held.blocks * TABLE_ENTRY_NBYTES, 0 if scheme.per_channel else scheme.group_size
-    )
-
-
-# ---- choice
+    group = 0 if scheme.per_channel else scheme.group_size
+    return Prices(tuple(channel), tuple(tier), held.blocks * TABLE_ENTRY_NBYTES, group)
 
 
 @dataclass
-class Plan:
+class BudgetPlan:
     """Ranks and widths by projection and head group.
 
     Attributes:
@@ -211,24 +229,25 @@ def allocate(
     prices: dict[str, Prices],
     bits: tuple,
     budget: int,
-) -> Plan:
+) -> BudgetPlan:
     """Choose the width of every channel, 0 included, at the least total cost within a budget.
 
     Args:
         costs: Of each head group of each projection, by name.
         rates: Factor on the costs of each projection.
-        prices: Of a layer's "k_proj" and "v_proj".
+        prices: Of each side of a layer, "k" and "v".
         bits: Widths that costs and prices are for.
         budget: Bytes of one row, all layers together.
 
     Raises:
         ValueError: One channel of the smallest width in each head group is beyond the budget.
     """
-    fixed = sum(prices["k_proj"].layer for name in costs if name.endswith("k_proj"))
-    smallest = fixed + sum(
-        len(groups) * min(map(sum, zip(prices[name[-6:]].channel, prices[name[-6:]].tier)))
-        for name, groups in costs.items()
-    )
+    price_of = {name: prices[Projection.parse(name).side] for name in costs}
+    layers = {Projection.parse(name).layer for name in costs}
+    fixed = len(layers) * prices["k"].layer
+    smallest = fixed
+    for name, groups in costs.items():
+        smallest += len(groups) * price_of[name].smallest
     if smallest > budget:
         raise ValueError(
             f"budget: {budget:,} bytes must be at least {smallest:,}, what block tables, window, sinks and scales take "
@@ -238,21 +257,24 @@ def allocate(
     def choose(multiplier: float) -> tuple[dict, int, float]:
         chosen, nbytes, cost = {}, fixed, 0.0
         for name, groups in costs.items():
-            price = prices[name[-6:]]
             chosen[name] = []
             for group in groups:
+                # Column 0 is the cost of dropping a channel.
                 table = rates[name] * torch.cat([group.dropped[:, None], group.kept], dim=1)
-                widths, its_bytes = _choose_group(table, price, multiplier)
-                chosen[name].append(widths)
-                nbytes += its_bytes
-                cost += table.gather(1, widths[:, None]).sum().item()
+                columns, group_nbytes = _choose_group(table, price_of[name], multiplier)
+                chosen[name].append(columns)
+                nbytes += group_nbytes
+                cost += table.gather(1, columns[:, None]).sum().item()
         return chosen, nbytes, cost
 
     # Between a multiplier at which every byte pays and one at which none does, by halving of the logarithm.
     low, high = -100.0, 50.0
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if choose(2.0**middle)[1] > budget else (low, middle)
+        if choose(2.0**middle)[1] > budget:
+            low = middle
+        else:
+            high = middle
     chosen, nbytes, cost = choose(2.0**high)
     return _to_plan(chosen, costs, bits, nbytes, cost)
 
@@ -260,38 +282,51 @@ def allocate(
 def _choose_group(table: torch.Tensor, price: Prices, multiplier: float) -> tuple[torch.Tensor, int]:
     """Column of each row (0: dropped) of a `[n, 1 + widths]` table with the least cost plus bytes, and the bytes."""
     per_channel = torch.tensor([0, *price.channel], dtype=torch.float64, device="cpu")
-    widths = range(len(price.channel))
-    sets, best = [tuple(widths)], None
-    if any(price.tier):
-        # Every set of tiers is tried, since one that is used costs bytes of its own.
-        sets = [tiers for n in widths for tiers in itertools.combinations(widths, n + 1)]
-    for tiers in sets:
-        columns = torch.tensor([0, *(w + 1 for w in tiers)], dtype=torch.int64, device="cpu")
+    best = None
+    for tiers in _tier_sets(price):
+        columns = torch.tensor([0, *tiers], dtype=torch.int64, device="cpu")
         index = columns[(table[:, columns] + multiplier * per_channel[columns]).argmin(dim=1)]
         if not index.any():
             # A projection keeps at least its first channel.
-            index[0] = min(tiers, key=lambda w: price.channel[w] + price.tier[w]) + 1
-        counts = [int((index == w + 1).sum()) for w in widths]
-        scales = sum(p * -(-n // (price.group or max(n, 1))) for p, n in zip(price.tier, counts))
-        nbytes = int(per_channel[index].sum()) + scales
+            index[0] = min(tiers, key=lambda column: price.channel[column - 1] + price.tier[column - 1])
+        counts = index.bincount(minlength=len(per_channel))[1:].tolist()
+        nbytes = int(per_channel[index].sum()) + price.scales_nbytes(counts)
+        # The Lagrangian of this set: cost plus price.
         total = table.gather(1, index[:, None]).sum().item() + multiplier * nbytes
         if best is None or total < best[0]:
             best = (total, index, nbytes)
     return best[1], best[2]
 
 
-def _to_plan(chosen: dict, costs: dict[str, list[ChannelCosts]], bits: tuple, nbytes: int, cost: float) -> Plan:
-    plan = Plan({}, {}, {}, nbytes, cost)
+def _tier_sets(price: Prices) -> list[tuple[int, ...]]:
+    """Sets of widths, by column of a table of costs, from which the channels of a head group choose."""
+    columns = range(1, len(price.channel) + 1)
+    if not any(price.tier):
+        return [tuple(columns)]
+    # Every set of tiers is tried, since one that is used costs bytes of its own.
+    sets: list[tuple[int, ...]] = []
+    for size in columns:
+        sets.extend(itertools.combinations(columns, size))
+    return sets
+
+
+def _to_plan(chosen: dict, costs: dict[str, list[ChannelCosts]], bits: tuple, nbytes: int, cost: float) -> BudgetPlan:
+    """The plan of chosen columns (0: dropped, else one more than the index of the width) of every channel."""
+    plan = BudgetPlan({}, {}, {}, nbytes, cost)
     for name, groups in chosen.items():
         plan.channels[name], plan.tiers[name], plan.scales[name] = [], [], []
-        for widths, group in zip(groups, costs[name], strict=True):
-            order = sorted((w for w in set(widths.tolist()) if w), key=lambda w: -bits[w - 1])
-            members = [(widths == w).nonzero()[:, 0] for w in order]
-            plan.channels[name].append(torch.cat(members))
-            plan.tiers[name].append([(len(m), bits[w - 1]) for w, m in zip(order, members)])
-            if group.scales:
-                pairs = [[s[m] for s in group.scales[w - 1]] for w, m in zip(order, members)]
-                plan.scales[name].append(tuple(torch.cat(s) for s in zip(*pairs)))
+        for columns, group in zip(groups, costs[name], strict=True):
+            channels, tiers, scales = [], [], []
+            for column in sorted(set(columns.tolist()) - {0}, key=lambda column: -bits[column - 1]):
+                members = (columns == column).nonzero()[:, 0]
+                channels.append(members)
+                tiers.append((len(members), bits[column - 1]))
+                if group.scales:
+                    scales.append(torch.stack(group.scales[column - 1])[:, members])
+            plan.channels[name].append(torch.cat(channels))
+            plan.tiers[name].append(tiers)
+            if scales:
+                plan.scales[name].append(tuple(torch.cat(scales, dim=1)))
     return plan
 
 
@@ -308,6 +343,7 @@ def largest_share(
     Raises:
         ValueError: No share fits.
     """
+    # A larger share has larger ranks, and these take more bytes.
     low, high = 0, 512
     while low < high:
         middle = (low + high + 1) // 2
@@ -315,7 +351,10 @@ def largest_share(
             fits = nbytes_of(ranks_of(middle / 512)) <= budget
         except ValueError:  # too small a share for this search
             fits = True
-        low, high = (middle, high) if fits else (low, middle - 1)
+        if fits:
+            low = middle
+        else:
+            high = middle - 1
     try:
         fits = low > 0 and nbytes_of(ranks_of(low / 512)) <= budget
     except ValueError:

@@ -21,14 +21,23 @@ from accelerate import PartialState
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from configuration_alrd_llama import ALRDLlamaConfig, QuantScheme, check_choice, check_positive, parse_json, side_scheme
+from configuration_alrd_llama import (
+    SIDES,
+    ALRDLlamaConfig,
+    Projection,
+    QuantScheme,
+    check_choice,
+    check_positive,
+    parse_json,
+    side_scheme,
+)
 from modeling_alrd_llama import ALRDLlamaForCausalLM
 from modules.files import write_json
 from modules.fit.allocation import (
     COSTS_VERSION,
     TIER_BITS,
+    BudgetPlan,
     ChannelCosts,
-    Plan,
     allocate,
     largest_share,
     load_costs,
@@ -37,7 +46,7 @@ from modules.fit.allocation import (
     tier_prices,
 )
 from modules.fit.distributed import is_main, on_main
-from modules.fit.objectives import OBJECTIVES, PROJECTIONS, RATES_VERSION, probe_rates, projection_factors
+from modules.fit.objectives import OBJECTIVES, RATES_VERSION, probe_rates, projection_factors
 from modules.fit.rank_search import (
     asvd_ranks,
     asvd_sensitivity,
@@ -60,7 +69,7 @@ STATIC = '{"orientation": "per_channel", "static": true}'
 
 @dataclass
 class FitConfig:
-    """Into how much to split a model, and how that is found out."""
+    """Settings of a fit: the budget's cache, the choice of ranks and widths, the error that is minimised."""
 
     tokens: int = field(default=4096, metadata={"help": "Tokens in the cache that the budget is for."})
     share: float | None = field(
@@ -113,7 +122,7 @@ class FitConfig:
 
 @dataclass
 class Calibration:
-    """A dense model, what was found out about it, and the configuration of its split form."""
+    """A dense model, the measurements of it, and the configuration of its split form."""
 
     dense: PreTrainedModel
     stored_dtype: torch.dtype
@@ -125,7 +134,7 @@ class Calibration:
     costs: dict[Path, dict[str, list[ChannelCosts]]] = field(default_factory=dict)
     rates: dict[str, float] = field(default_factory=dict)
     search: Callable[[float], dict[str, list[int]]] | None = None
-    plan: Plan | None = None
+    plan: BudgetPlan | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     processes: PartialState | None = None
     #: What a script writes beside the split model: its tokenizer, and what identifies the text.
@@ -135,22 +144,24 @@ class Calibration:
     def split(self, **fields) -> ALRDLlamaForCausalLM:
         """The split model, on the CPU in the type of the dense checkpoint, with other `fields` of its configuration."""
         target = ALRDLlamaConfig.from_llama(self.target, **fields)
-        splits = []
-        for i in range(target.num_hidden_layers):
-            names = {p: f"model.layers.{i}.self_attn.{p}" for p in PROJECTIONS}
-            splits.append({p: self._split(name, target.group_ranks(i, p)) for p, name in names.items()})
+        splits: list[dict[str, dict]] = [{} for _ in range(target.num_hidden_layers)]
+        for projection in target.projections():
+            # `from_dense` takes the factors by layer and name of the projection.
+            ranks = target.group_ranks(projection)
+            splits[projection.layer][projection.attribute] = self._split(projection.name, ranks)
         return ALRDLlamaForCausalLM.from_dense(self.dense, target, splits, self.stored_dtype, "cpu")
 
     def _split(self, name: str, ranks: tuple[int, ...]) -> dict:
         """Factors of the channels that a projection keeps, and their calibrated scales."""
-        int64 = {"dtype": torch.int64, "device": "cpu"}
-        chosen = self.plan.channels[name] if self.plan else [torch.arange(rank, **int64) for rank in ranks]
-        scales = self.plan.scales[name] if self.plan else []
-        how = {"factors": [f.select(c) for f, c in zip(self.factors[name], chosen, strict=True)]}
-        return how | ({"static_scales": tuple(torch.cat(s) for s in zip(*scales))} if scales else {})
-
-
-# ---- from a model and a text to factors, costs and rates
+        if self.plan is None:
+            # A search of ranks keeps the leading channels.
+            chosen = [torch.arange(rank, dtype=torch.int64, device="cpu") for rank in ranks]
+        else:
+            chosen = self.plan.channels[name]
+        split: dict = {"factors": list(map(Factors.select, self.factors[name], chosen))}
+        if self.plan is not None and self.plan.scales[name]:
+            split["static_scales"] = tuple(map(torch.cat, zip(*self.plan.scales[name])))
+        return split
 
 
 def calibrate(
@@ -180,15 +191,11 @@ def calibrate(
     target = split_config(config, source)
     if config.needs_text and tokens is None:
         raise ValueError("tokens=None: must be given, for the statistics of a text")
-    longest, sample = CacheScheme.from_config(target).block_length, 0
+    sample = 0
     if tokens is not None:
-        length = tokens.shape[-1]
-        sample = max(0, min(256, (length - config.sink_length) // 128 * 128))
-        if config.tiered and sample == 0:
-            raise ValueError(f"length={length}: windows must hold the sinks and 128 tokens to sample")
-        if config.tiered and longest > sample:
-            raise ValueError(f"group_size={longest}: must be at most {sample}, the consecutive tokens that are sampled")
+        sample = _sampled_tokens(config, tokens.shape[-1], CacheScheme.from_config(target).block_length)
     statistics, record, seconds, started = None, {}, {}, time.perf_counter()
+    # The settings on which the statistics depend are part of their file's key.
     if config.needs_text:
         settings = {
             "fisher": config.objective == "fisher",
@@ -203,15 +210,35 @@ def calibrate(
     seconds["statistics"], started = time.perf_counter() - started, time.perf_counter()
     factors = projection_factors(dense, target, statistics, config.objective)
     seconds["factors"] = time.perf_counter() - started
+    # The split model has the type of the checkpoint, whatever type `dense` runs in.
     stored_dtype = source.dtype or torch.float32
     calibration = Calibration(dense, stored_dtype, tokens, statistics, record, factors, target)
     calibration.seconds, calibration.processes = seconds, processes
     if config.share is not None:
-        energies = {name: [f.energy[: f.a.shape[1]] for f in groups] for name, groups in factors.items()}
-        target.truncation_ranks = water_fill(energies, config.share, config.rank_multiple)
+        target.truncation_ranks = water_fill(_energies(factors), config.share, config.rank_multiple)
     elif config.tiered and probe_tokens is not None:
         calibration.rates = _probe(config, calibration, probe_tokens)
     return calibration
+
+
+def _sampled_tokens(config: FitConfig, length: int, block_length: int) -> int:
+    """Consecutive tokens of a window of `length` that are sampled: whole blocks of 128, at most two."""
+    sample = max(0, min(256, (length - config.sink_length) // 128 * 128))
+    if config.tiered and sample == 0:
+        raise ValueError(f"length={length}: windows must hold the sinks and 128 tokens to sample")
+    if config.tiered and block_length > sample:
+        raise ValueError(
+            f"group_size={block_length}: must be at most {sample}, the consecutive tokens that are sampled"
+        )
+    return sample
+
+
+def _energies(factors: dict[str, list[Factors]]) -> dict[str, list[torch.Tensor]]:
+    """Energies of the factors' channels, by projection and head group."""
+    energies = {}
+    for name, groups in factors.items():
+        energies[name] = [group.energy[: group.a.shape[1]] for group in groups]
+    return energies
 
 
 def split_config(config: FitConfig, source: ALRDLlamaConfig) -> ALRDLlamaConfig:
@@ -222,26 +249,30 @@ def split_config(config: FitConfig, source: ALRDLlamaConfig) -> ALRDLlamaConfig:
     """
     if source.truncation_ranks:
         raise ValueError("source: must be the configuration of a dense model, is split already")
+    # A setting that is not given is the best measured one for tiers, or the cache's default.
     default = STATIC if config.tiered else None
     schemes = {name: parse_json(name, getattr(config, name) or default) for name in ("k_scheme", "v_scheme")}
     fields = {
         "k_bits": config.k_bits,
         "v_bits": config.v_bits,
-        "group_size": 128 if config.group_size is None else config.group_size,
+        "group_size": config.group_size,
         "residual_length": config.residual_length,
         "sink_length": config.sink_length,
         "head_group_size": config.head_group_size,
         "k_mean_split": config.k_mean_split,
         "v_mean_split": config.v_mean_split,
     }
+    if config.group_size is None:
+        fields["group_size"] = 128
     if config.residual_length is None:
         fields["residual_length"] = 16 if config.tiered else 32
     if config.tiered:
         # A width by channel leaves nothing for a rotation to even out, but where a token's channels share a scale.
-        sides = {s: side_scheme(s, fields[f"{s}_bits"], fields["group_size"], schemes[f"{s}_scheme"]) for s in "kv"}
-        fields |= {f"{s}_hadamard": not scheme.per_channel for s, scheme in sides.items()}
+        for side in SIDES:
+            scheme = side_scheme(side, fields[f"{side}_bits"], fields["group_size"], schemes[f"{side}_scheme"])
+            fields[f"{side}_hadamard"] = not scheme.per_channel
     target = ALRDLlamaConfig.from_llama(source, **fields, **schemes)
-    for side, scheme in zip("kv", _sides(target)):
+    for side, scheme in _side_schemes(target).items():
         if scheme.static and not config.tiered:
             raise ValueError(f"{side}_scheme: static=True must go with allocation='tiers', which calibrates the scales")
     return target
@@ -250,12 +281,17 @@ def split_config(config: FitConfig, source: ALRDLlamaConfig) -> ALRDLlamaConfig:
 def _probe(config: FitConfig, calibration: Calibration, tokens: torch.Tensor) -> dict[str, float]:
     """`probe_rates`, kept beside the statistics as they come."""
     started, processes = time.perf_counter(), calibration.processes
-    variances = {
-        name: [_variance(f, y) for f, y in zip(groups, _samples(calibration, name), strict=True)]
-        for name, groups in calibration.factors.items()
-    }
-    path = _kept(config, calibration, "rates.json", version=RATES_VERSION, seed=config.seed, tokens=tokens.tolist())
-    known = on_main(processes, lambda: json.loads(path.read_text())["rates"] if path.exists() else {})
+    variances = {}
+    for name, groups in calibration.factors.items():
+        variances[name] = list(map(_variance, groups, _samples(calibration, name)))
+    path = _measurement_path(
+        config, calibration, "rates.json", version=RATES_VERSION, seed=config.seed, tokens=tokens.tolist()
+    )
+
+    def stored() -> dict[str, float]:
+        return json.loads(path.read_text())["rates"] if path.exists() else {}
+
+    known = on_main(processes, stored)
     progress = tqdm(total=len(variances), initial=len(known), desc="Sensitivity", disable=not is_main(processes))
 
     def keep(rates: dict[str, float]) -> None:
@@ -269,24 +305,24 @@ def _probe(config: FitConfig, calibration: Calibration, tokens: torch.Tensor) ->
     return rates
 
 
-def _kept(config: FitConfig, calibration: Calibration, suffix: str, **settings) -> Path:
-    """File in the statistics folder of what follows from the statistics, the factors and further settings."""
-    names = ("objective", "head_group_size", "k_mean_split", "v_mean_split")
-    of = {"statistics": calibration.record} | {name: getattr(config, name) for name in names} | settings
-    return Path(config.statistics) / f"{record_key(of)}.{suffix}"
+def _measurement_path(config: FitConfig, calibration: Calibration, suffix: str, **settings) -> Path:
+    """File in the statistics folder for a measurement by the statistics, the factors and further settings."""
+    record = {"statistics": calibration.record} | settings
+    for name in ("objective", "head_group_size", "k_mean_split", "v_mean_split"):
+        record[name] = getattr(config, name)
+    return Path(config.statistics) / f"{record_key(record)}.{suffix}"
 
 
 def _samples(calibration: Calibration, name: str) -> tuple[torch.Tensor, ...]:
     """Sampled outputs of each head group of a projection."""
-    sample = getattr(calibration.statistics[int(name.split(".")[2])], name.rsplit(".", 1)[1]).sample
+    projection = Projection.parse(name)
+    sample = getattr(calibration.statistics[projection.layer], projection.attribute).sample
     return sample.chunk(len(calibration.factors[name]), dim=-1)
 
 
 def _variance(factors: Factors, sample: torch.Tensor) -> torch.Tensor:
+    """`[r]`, variance of each latent channel over a sample `[windows, S, out]` of the outputs."""
     return (sample.double() @ factors.project.T).flatten(0, 1).var(0)
-
-
-# ---- from a budget to ranks and widths
 
 
 def fit_budget(config: FitConfig, calibration: Calibration, budget: float) -> Calibration:
@@ -297,6 +333,7 @@ def fit_budget(config: FitConfig, calibration: Calibration, budget: float) -> Ca
     """
     started = time.perf_counter()
     dense = dense_nbytes(calibration.target, config.tokens, torch.float16)
+    # Budgets are shares of the 16-bit cache, whatever type the model has.
     limit = int(budget * dense)
     try:
         if config.allocation == "tiers":
@@ -305,6 +342,7 @@ def fit_budget(config: FitConfig, calibration: Calibration, budget: float) -> Ca
             fitted = _fit_ranks(config, calibration, limit)
     except ValueError as error:
         raise ValueError(f"budget={budget} of {dense:,} bytes at {config.tokens} tokens: {error}") from None
+    # The bytes that the search added up must be those of the cache.
     found = cache_nbytes(fitted.target, config.tokens, calibration.stored_dtype)
     if fitted.plan is not None and fitted.plan.nbytes != found:
         raise RuntimeError(f"the cache takes {found} bytes, not the {fitted.plan.nbytes} that were planned")
@@ -314,17 +352,23 @@ def fit_budget(config: FitConfig, calibration: Calibration, budget: float) -> Ca
 
 def _fit_tiers(config: FitConfig, calibration: Calibration, limit: int) -> Calibration:
     """Widths by channel, with the blocks that leave the least predicted cost."""
-    static = all(scheme.static for scheme in _sides(calibration.target))
-    group_sizes = [config.group_size] if config.group_size is not None else [32, 64, 128] if static else [128]
-    rates, best = calibration.rates or dict.fromkeys(calibration.factors, 1.0), None
-    refused = None
+    group_sizes = [128]
+    if config.group_size is not None:
+        group_sizes = [config.group_size]
+    elif _all_static(_side_schemes(calibration.target)):
+        group_sizes = [32, 64, 128]
+    # Without a probe an error costs the same in all layers.
+    rates = calibration.rates or dict.fromkeys(calibration.factors, 1.0)
+    # Smaller blocks keep fewer exact tokens, larger ones store fewer tables: the costs decide.
+    best = refused = None
     for group_size in group_sizes:
         target = ALRDLlamaConfig.from_llama(calibration.target, group_size=group_size)
-        cache, sides = CacheScheme.from_config(target), dict(zip(PROJECTIONS, _sides(target)))
+        cache, sides, prices = CacheScheme.from_config(target), _side_schemes(target), {}
+        for side, scheme in sides.items():
+            prices[side] = tier_prices(scheme, cache, TIER_BITS, config.tokens, calibration.stored_dtype)
         costs = _measured_costs(config, calibration, sides, cache.block_length)
-        price = {p: tier_prices(s, cache, TIER_BITS, config.tokens, calibration.stored_dtype) for p, s in sides.items()}
         try:
-            plan = allocate(costs, rates, price, TIER_BITS, limit)
+            plan = allocate(costs, rates, prices, TIER_BITS, limit)
         except ValueError as error:  # shorter blocks leave a shorter window
             refused = refused or error
             continue
@@ -333,8 +377,11 @@ def _fit_tiers(config: FitConfig, calibration: Calibration, limit: int) -> Calib
     if best is None:
         raise refused
     target, plan = best
-    target.truncation_ranks = {name: [len(c) for c in groups] for name, groups in plan.channels.items()}
-    target.width_tiers = {n: [[list(t) for t in tiers] for tiers in groups] for n, groups in plan.tiers.items()}
+    # The configuration is JSON, which has lists.
+    target.truncation_ranks, target.width_tiers = {}, {}
+    for name, groups in plan.tiers.items():
+        target.truncation_ranks[name] = list(map(len, plan.channels[name]))
+        target.width_tiers[name] = [list(map(list, tiers)) for tiers in groups]
     target.check_latent_cache()
     return replace(calibration, target=target, plan=plan)
 
@@ -343,27 +390,41 @@ def _measured_costs(
     config: FitConfig, calibration: Calibration, sides: dict[str, QuantScheme], block_length: int
 ) -> dict[str, list[ChannelCosts]]:
     """`measure_costs` of every head group by projection, kept as they come; static scales know no blocks."""
-    schemes = {p: s.to_dict() | ({"group_size": None} if s.static else {}) for p, s in sides.items()}
-    sampled = calibration.statistics[0].k_proj.sample.shape[1]
-    length = sampled if all(s.static for s in sides.values()) else block_length
+    schemes = {}
+    for side, scheme in sides.items():
+        # Static scales do not depend on blocks, so that their costs serve all block lengths.
+        schemes[f"{side}_proj"] = scheme.to_dict()
+        if scheme.static:
+            schemes[f"{side}_proj"]["group_size"] = None
+    length = sampled = calibration.statistics[0].k_proj.sample.shape[1]
+    if not _all_static(sides):
+        length = block_length
     settings = {"version": COSTS_VERSION, "schemes": schemes, "length": length}
-    path = _kept(config, calibration, "costs.safetensors", **settings)
+    path = _measurement_path(config, calibration, "costs.safetensors", **settings)
     if path not in calibration.costs:
         costs = load_costs(path) if path.exists() else {}
         for name, groups in tqdm(calibration.factors.items(), desc="Distortion"):
-            if name not in costs:
-                costs[name] = [
-                    measure_costs(f, y[:, : sampled // length * length], sides[name[-6:]], length)
-                    for f, y in zip(groups, _samples(calibration, name), strict=True)
-                ]
-                save_costs(path, costs)
+            if name in costs:
+                continue
+            costs[name], scheme = [], sides[Projection.parse(name).side]
+            for factors, sample in zip(groups, _samples(calibration, name), strict=True):
+                # Blocks are quantized whole.
+                whole_blocks = sample[:, : sampled // length * length]
+                costs[name].append(measure_costs(factors, whole_blocks, scheme, length))
+            # An interrupted measurement goes on from here.
+            save_costs(path, costs)
         calibration.costs[path] = {name: costs[name] for name in calibration.factors}
     return calibration.costs[path]
 
 
-def _sides(target: ALRDLlamaConfig) -> tuple:
+def _side_schemes(target: ALRDLlamaConfig) -> dict[str, QuantScheme]:
+    """The scheme of each side of a cache, by the name of the side."""
     scheme = CacheScheme.from_config(target)
-    return scheme.keys, scheme.values
+    return {"k": scheme.keys, "v": scheme.values}
+
+
+def _all_static(sides: dict[str, QuantScheme]) -> bool:
+    return all(scheme.static for scheme in sides.values())
 
 
 def _fit_ranks(config: FitConfig, calibration: Calibration, limit: int) -> Calibration:
@@ -383,38 +444,31 @@ def _rank_search(config: FitConfig, calibration: Calibration) -> Callable[[float
     """Ranks for a share of all channels, as `config.allocation` finds them."""
     target, multiple = calibration.target, config.rank_multiple
     if config.allocation == "water_filling":
-        energies = {name: [f.energy[: f.a.shape[1]] for f in groups] for name, groups in calibration.factors.items()}
-        return partial(water_fill, energies, multiple=multiple)
+        return partial(water_fill, _energies(calibration.factors), multiple=multiple)
     if config.allocation == "uniform":
         return partial(uniform_ranks, target, multiple=multiple)
+    # The other searches look at the text once more.
     batches = calibration.tokens.split(1)
     if config.allocation == "fisher":
         return partial(fisher_ranks, fisher_information(calibration.dense, batches, target), target, multiple=multiple)
-    hows = [OBJECTIVES[config.objective](calibration.dense, i, s) for i, s in enumerate(calibration.statistics)]
-    sensitivity = asvd_sensitivity(calibration.dense, batches[:8], target, hows, multiple=multiple)
+    objective, weightings = OBJECTIVES[config.objective], []
+    for layer, statistics in enumerate(calibration.statistics):
+        weightings.append(objective(calibration.dense, layer, statistics))
+    sensitivity = asvd_sensitivity(calibration.dense, batches[:8], target, weightings, multiple=multiple)
     return partial(asvd_ranks, sensitivity, target)
 
 
 def cache_nbytes(config: ALRDLlamaConfig, tokens: int, dtype: torch.dtype) -> int:
     """Bytes of one row of the cache that a configuration makes, everything counted, calibrated scales too."""
     scheme, tiered = config_schemes(config)
-    layers = [(tiered.get(i, scheme), widths) for i, widths in enumerate(config_widths(config))]
-    return sum(s.layer_nbytes(tokens, widths, dtype) + s.static_nbytes(widths) for s, widths in layers)
+    nbytes = 0
+    for layer, widths in enumerate(config_widths(config)):
+        layer_scheme = tiered.get(layer, scheme)
+        nbytes += layer_scheme.layer_nbytes(tokens, widths, dtype) + layer_scheme.static_nbytes(widths)
+    return nbytes
 
 
 def dense_nbytes(config: ALRDLlamaConfig, length: int, dtype: torch.dtype, batch_size: int = 1) -> int:
     """Bytes of a dense cache: 2 · layers · H_kv · d · bytes · batch · T."""
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
     return per_token * batch_size * length
-
-
-__all__ = [
-    "ALLOCATIONS",
-    "Calibration",
-    "FitConfig",
-    "cache_nbytes",
-    "calibrate",
-    "dense_nbytes",
-    "fit_budget",
-    "split_config",
-]

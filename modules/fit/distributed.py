@@ -37,6 +37,7 @@ def join_processes(device: str) -> PartialState | None:
     Raises:
         ValueError: Several processes were asked for and only this one was started, or the device is not there.
     """
+    # The launcher says by environment variables how many it has started.
     count = get_cpu_distributed_information().world_size
     if count == 1:
         if parse_flag_from_env("ACCELERATE_USE_CPU") and "MASTER_ADDR" in os.environ:
@@ -45,6 +46,7 @@ def join_processes(device: str) -> PartialState | None:
                 "others; must be `accelerate launch --multi_gpu --num_processes N`, which serves CPUs too"
             )
         return None
+    # A group that somebody else has made is his to end.
     if not torch.distributed.is_initialized():
         atexit.register(lambda: PartialState().destroy_process_group())
     processes = PartialState(cpu=device == "cpu", timeout=PATIENCE)
@@ -57,7 +59,11 @@ def join_processes(device: str) -> PartialState | None:
 
 def device_map(processes: PartialState | None, device: str) -> str | None:
     """`device_map` of `from_pretrained` for the option `device`, "cpu" or "cuda"."""
-    return None if device == "cpu" else device if processes is None else str(processes.device)
+    if device == "cpu":
+        return None
+    if processes is None:
+        return device
+    return str(processes.device)
 
 
 def is_main(processes: PartialState | None) -> bool:
@@ -66,7 +72,7 @@ def is_main(processes: PartialState | None) -> bool:
 
 
 def on_main(processes: PartialState | None, function: Callable[..., T], *args) -> T:
-    """What `function` returns in the main process, which alone calls it; the others wait."""
+    """The result of `function` in the main process, which alone calls it; the others wait."""
     if processes is None:
         return function(*args)
     return broadcast_object_list([function(*args) if processes.is_main_process else None])[0]
@@ -76,17 +82,22 @@ def rounds(processes: PartialState | None, items: Sequence[T]) -> Iterator[tuple
     """Go through items in rounds of one for each process.
 
     Yields:
-        The own items, one or none in the last round, and how many all processes have together.
+        The items of this process, one or none in the last round, and how many all processes have together.
     """
-    index, count = (0, 1) if processes is None else (processes.process_index, processes.num_processes)
+    index, count = 0, 1
+    if processes is not None:
+        index, count = processes.process_index, processes.num_processes
+    # Item i of a round is that of process i.
     for first in range(0, len(items), count):
         some = items[first : first + count]
         yield some[index : index + 1], len(some)
 
 
 def gather(processes: PartialState | None, items: list[T]) -> list[T]:
-    """The items of all processes in the order of these: within one of the `rounds`, that of what was gone through."""
-    return items if processes is None else gather_object(items)
+    """All processes' items, concatenated in rank order."""
+    if processes is None:
+        return items
+    return gather_object(items)
 
 
 def sum_tensors(processes: PartialState | None, tensors: dict[str, torch.Tensor]) -> None:
@@ -94,6 +105,3 @@ def sum_tensors(processes: PartialState | None, tensors: dict[str, torch.Tensor]
     if processes is not None:
         for tensor in tensors.values():
             tensor.copy_(reduce(tensor.to(processes.device), "sum"))
-
-
-__all__ = ["device_map", "gather", "is_main", "join_processes", "on_main", "rounds", "sum_tensors"]

@@ -1,4 +1,4 @@
-"""What a factorization minimises: the error that the model can see, from the statistics of a text.
+"""Objectives of a factorization: the error that the model can see, from the statistics of a text.
 
 An objective says how errors of keys and values are weighted, and on which inputs (`OBJECTIVES`); `probe_rates` measures
 what an error of each projection costs.
@@ -10,12 +10,10 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel
 
-from configuration_alrd_llama import ALRDLlamaConfig, check_choice
+from configuration_alrd_llama import SIDES, ALRDLlamaConfig, Projection, check_choice
 from modules.fit.distributed import gather, is_main, rounds
 from modules.fit.statistics import LayerStatistics
 from modules.svd_linear import Factors, factor_groups, query_key_metric, value_output_metric
-
-PROJECTIONS = ("k_proj", "v_proj")
 
 #: Version of the rates of `probe_rates` that are kept; part of their key.
 RATES_VERSION = 1
@@ -47,6 +45,7 @@ def rope_key_metric(
     total = torch.zeros_like(q)
     float32 = {"dtype": torch.float32, "device": "cpu"}
     last = torch.tensor(longest, **float32).log().item()
+    # R_Δ turns the pairs (i, i + d/2); the mean over Δ is taken of its products with the query's second moment.
     for offset in torch.linspace(0, last, _OFFSETS, **float32).exp().round().tolist():
         cos, sin = (offset * half).cos(), (offset * half).sin()
         low, high = eye.chunk(2, dim=-1)
@@ -55,12 +54,12 @@ def rope_key_metric(
     return torch.block_diag(*(total / _OFFSETS))
 
 
-def _weight(model: PreTrainedModel, layer_idx: int, stats: LayerStatistics) -> dict[str, dict]:
+def _weight(model: PreTrainedModel, layer_idx: int, stats: LayerStatistics | None) -> dict[str, dict]:
     return {"k_proj": {}, "v_proj": {}}
 
 
 def _input(model: PreTrainedModel, layer_idx: int, stats: LayerStatistics) -> dict[str, dict]:
-    return {p: {"covariance": getattr(stats, p).covariance} for p in PROJECTIONS}
+    return {"k_proj": {"covariance": stats.k_proj.covariance}, "v_proj": {"covariance": stats.v_proj.covariance}}
 
 
 def _query_output(model: PreTrainedModel, layer_idx: int, stats: LayerStatistics) -> dict[str, dict]:
@@ -80,11 +79,11 @@ def _query_output_rope(model: PreTrainedModel, layer_idx: int, stats: LayerStati
 
 def _fisher(model: PreTrainedModel, layer_idx: int, stats: LayerStatistics) -> dict[str, dict]:
     how = _input(model, layer_idx, stats)
-    for p in PROJECTIONS:
-        fisher = getattr(stats, p).fisher
+    for name in how:
+        fisher = getattr(stats, name).fisher
         if fisher is None:
             raise ValueError("objective='fisher': needs statistics that were collected with fisher=True")
-        how[p]["metric"] = fisher / 2
+        how[name]["metric"] = fisher / 2
     return how
 
 
@@ -125,13 +124,15 @@ def projection_factors(
     if statistics is None and (config.k_mean_split or config.v_mean_split):
         raise ValueError("k_mean_split, v_mean_split: need the statistics of a text")
     factors, ranks = {}, (config.full_group_rank,) * config.num_head_groups
-    for i, layer in enumerate(model.model.layers):
-        how = {p: {} for p in PROJECTIONS} if statistics is None else OBJECTIVES[objective](model, i, statistics[i])
-        for p in PROJECTIONS:
-            if getattr(config, f"{p[0]}_mean_split"):
-                how[p]["mean"] = getattr(statistics[i], p).mean
-            weight = getattr(layer.self_attn, p).weight.detach().cpu()
-            factors[f"model.layers.{i}.self_attn.{p}"] = factor_groups(weight, ranks, **how[p])
+    for layer in range(config.num_hidden_layers):
+        how = OBJECTIVES[objective](model, layer, statistics[layer] if statistics else None)
+        for side in SIDES:
+            projection = Projection(layer, side)
+            arguments = how[projection.attribute]
+            if getattr(config, f"{side}_mean_split"):
+                arguments["mean"] = getattr(statistics[layer], projection.attribute).mean
+            weight = model.get_submodule(projection.name).weight.detach().cpu()
+            factors[projection.name] = factor_groups(weight, ranks, **arguments)
     return factors
 
 
@@ -147,7 +148,7 @@ def probe_rates(
     on_result: Callable[[dict[str, float]], None] | None = None,
     processes: PartialState | None = None,
 ) -> dict[str, float]:
-    """What a unit of error costs in each projection: KL divergence of the next-token distribution, measured.
+    """Cost of a unit of error in each projection: KL divergence of the next-token distribution, measured.
 
     Noise is added to the latents of one projection at a time, as an optimal quantizer would: the same to every channel,
     but to none more than its variance.
@@ -171,18 +172,25 @@ def probe_rates(
     def log_probabilities(window: torch.Tensor) -> torch.Tensor:
         return model(window[None].to(model.device), use_cache=False).logits[0, first:].float().log_softmax(-1)
 
+    # The model's own predictions, without noise, are made once for all projections.
     missing = [name for name in factors if name not in rates]
-    references = [log_probabilities(window) for window in tokens] if missing else []
+    references = list(map(log_probabilities, tokens)) if missing else []
 
     def probe(name: str) -> float:
-        deviations = [_noise(variance, level) for variance in variances[name]]
-        error = sum((f.unit * d.square().sum()).item() for f, d in zip(factors[name], deviations, strict=True))
+        error, shapes = 0.0, []
+        for group, variance in zip(factors[name], variances[name], strict=True):
+            deviation = _noise(variance, level)
+            error += (group.unit * deviation.square().sum()).item()
+            shapes.append((group.a * deviation).T.float())
+        # The noise of a projection does not depend on the order in which they are probed.
         generator = torch.Generator().manual_seed(seed)
-        shapes = [(f.a * d).T.float() for f, d in zip(factors[name], deviations, strict=True)]
 
         def add_noise(module, inputs, output):
-            shape, float32 = output.shape[:-1], {"dtype": torch.float32, "device": "cpu"}
-            parts = [torch.randn(*shape, len(s), generator=generator, **float32) @ s for s in shapes]
+            # Noise of the latents, expanded to noise of the outputs.
+            parts = []
+            for shape in shapes:
+                size = (*output.shape[:-1], len(shape))
+                parts.append(torch.randn(size, generator=generator, dtype=torch.float32, device="cpu") @ shape)
             return output + torch.cat(parts, dim=-1).to(output)
 
         handle = model.get_submodule(name).register_forward_hook(add_noise)
@@ -192,7 +200,9 @@ def probe_rates(
                 divergence += (reference.exp() * (reference - log_probabilities(window))).sum(-1).mean().item()
         finally:
             handle.remove()
-        return max(divergence / len(tokens), 0.0) / error if error > 0 else 0.0
+        if error <= 0:
+            return 0.0
+        return max(divergence / len(tokens), 0.0) / error
 
     for mine, _ in rounds(processes, missing):
         for name, rate in gather(processes, [(name, probe(name)) for name in mine]):
@@ -207,8 +217,8 @@ def _noise(variance: torch.Tensor, level: float) -> torch.Tensor:
     low, high = 0.0, variance.max().item()
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if variance.clamp(max=middle).sum() < level * variance.sum() else (low, middle)
+        if variance.clamp(max=middle).sum() < level * variance.sum():
+            low = middle
+        else:
+            high = middle
     return variance.clamp(min=0, max=high).sqrt()
-
-
-__all__ = ["OBJECTIVES", "PROJECTIONS", "probe_rates", "projection_factors", "rope_key_metric"]

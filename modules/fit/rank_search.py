@@ -17,16 +17,19 @@ import torch
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from configuration_alrd_llama import ALRDLlamaConfig
+from configuration_alrd_llama import SIDES, ALRDLlamaConfig
 from modules.svd_linear import factor_groups, output_covariance
 
 #: Shares of a projection's rank whose perplexity ASVD's search tries.
-RATIOS = tuple(i / 10 for i in range(1, 10))
+RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+#: An offer to raise a rank: (worth, projection, head group, rank that it raises, channels).
+Offer = tuple[float, str, int, int, int]
 
 
 def projection_names(config: ALRDLlamaConfig) -> list[str]:
     """Names of all key and value projections, in the order of the layers."""
-    return [f"model.layers.{i}.self_attn.{p}" for i in range(config.num_hidden_layers) for p in ("k_proj", "v_proj")]
+    return [projection.name for projection in config.projections()]
 
 
 def _check_share(share: float) -> None:
@@ -34,7 +37,13 @@ def _check_share(share: float) -> None:
         raise ValueError(f"share={share}: must be above 0 and at most 1")
 
 
-# ---- water-filling
+def _spare_channels(ranks: dict[str, list[int]], total: int, share: float, multiple: int) -> int:
+    """Channels that a share of `total` leaves beside the smallest ranks; a `ValueError` if it does not hold these."""
+    smallest = sum(map(sum, ranks.values()))
+    spare = round(share * total) - smallest
+    if spare < 0:
+        raise ValueError(f"share={share}: must be at least {smallest / total:.4f}, ranks of {multiple} everywhere")
+    return spare
 
 
 def water_fill(energies: dict[str, list[torch.Tensor]], share: float, multiple: int = 8) -> dict[str, list[int]]:
@@ -56,28 +65,26 @@ def water_fill(energies: dict[str, list[torch.Tensor]], share: float, multiple: 
         ValueError: A share out of range, or too small for the smallest ranks.
     """
     _check_share(share)
-    full = sum(len(e) for groups in energies.values() for e in groups)
-    ranks = {name: [min(multiple, len(e)) for e in groups] for name, groups in energies.items()}
-    smallest = sum(map(sum, ranks.values()))
-    budget = round(share * full) - smallest
-    if budget < 0:
-        raise ValueError(f"share={share}: must be at least {smallest / full:.4f}, ranks of {multiple} everywhere")
-
-    offers = []
+    ranks, offers, channels = {}, [], 0
     for name, groups in energies.items():
-        total = sum(e.sum() for e in groups).item() or 1.0
+        # A projection without any energy has nothing to divide by.
+        total = sum(energy.sum() for energy in groups).item() or 1.0
+        ranks[name] = []
         for group, energy in enumerate(groups):
+            channels += len(energy)
+            ranks[name].append(min(multiple, len(energy)))
+            # Everything beyond the smallest rank is on offer, a few channels at a time.
             for start in range(multiple, len(energy), multiple):
                 piece = energy[start : start + multiple]
                 offers.append((piece.mean().item() / total, name, group, start, len(piece)))
-    return _buy(offers, ranks, budget)
+    return _buy(offers, ranks, _spare_channels(ranks, channels, share, multiple))
 
 
-def _buy(offers: list[tuple[float, str, int, int, int]], ranks: dict[str, list[int]], budget: int) -> dict:
-    """Raise the ranks by the best offers that fit the budget of channels; returns them.
+def _buy(offers: list[Offer], ranks: dict[str, list[int]], budget: int) -> dict[str, list[int]]:
+    """Raise the ranks by the best offers that fit the budget of channels; returns the ranks.
 
     Args:
-        offers: (worth, projection, head group, rank that it raises, channels); within a group the worth falls.
+        offers: Within a head group the worth falls as the rank rises.
         ranks: Where to start from.
         budget: Channels.
     """
@@ -89,12 +96,9 @@ def _buy(offers: list[tuple[float, str, int, int, int]], ranks: dict[str, list[i
     return ranks
 
 
-# ---- uniform and Fisher
-
-
 def uniform_ranks(config: ALRDLlamaConfig, share: float, multiple: int = 8) -> dict[str, list[int]]:
     """The same rank everywhere, up to one `multiple`; arguments and errors as `proportional_ranks`."""
-    weights = {name: [1.0] * config.num_head_groups for name in projection_names(config)}
+    weights = dict.fromkeys(projection_names(config), [1.0] * config.num_head_groups)
     return proportional_ranks(weights, config.full_group_rank, share, multiple)
 
 
@@ -120,20 +124,18 @@ def proportional_ranks(
         ValueError: A share out of range or too small for the smallest ranks, or a weight that is not finite.
     """
     _check_share(share)
-    if not all(0 <= w < float("inf") for groups in weights.values() for w in groups):
-        raise ValueError("weights: must be finite and at least 0")
-    smallest, total = min(multiple, full), full * sum(map(len, weights.values()))
-    ranks = {name: [smallest] * len(groups) for name, groups in weights.items()}
-    budget = round(share * total) - sum(map(sum, ranks.values()))
-    if budget < 0:
-        raise ValueError(f"share={share}: must be at least {smallest / full:.4f}, ranks of {multiple} everywhere")
-    offers = [
-        (weight / (start / multiple + 0.5), name, group, start, min(multiple, full - start))
-        for name, groups in weights.items()
-        for group, weight in enumerate(groups)
-        for start in range(multiple, full, multiple)
-    ]
-    return _buy(offers, ranks, budget)
+    ranks, offers = {}, []
+    for name, groups in weights.items():
+        ranks[name] = [min(multiple, full)] * len(groups)
+        for group, weight in enumerate(groups):
+            if not 0 <= weight < math.inf:
+                raise ValueError("weights: must be finite and at least 0")
+            for start in range(multiple, full, multiple):
+                # Webster: the k-th unit goes by weight / (k - 1/2), and k - 1 units are there.
+                worth = weight / (start / multiple + 0.5)
+                offers.append((worth, name, group, start, min(multiple, full - start)))
+    channels = full * sum(map(len, weights.values()))
+    return _buy(offers, ranks, _spare_channels(ranks, channels, share, multiple))
 
 
 def fisher_information(
@@ -156,24 +158,32 @@ def fisher_information(
     Raises:
         ValueError: There is no text.
     """
-    squares = {name: 0.0 for name in projection_names(config)}
-    texts = 0
-    for row in (row for batch in batches for row in batch.to(model.device).split(1)):
-        weights = {name: model.get_parameter(f"{name}.weight").detach().requires_grad_() for name in squares}
-        with torch.enable_grad():
-            replaced = {f"{name}.weight": weight for name, weight in weights.items()}
-            inputs = {"input_ids": row, "labels": row, "use_cache": False}
-            loss = functional_call(model, replaced, kwargs=inputs).loss
-            gradients = torch.autograd.grad(loss, list(weights.values()))
-        for name, gradient in zip(squares, gradients):
-            squares[name] = squares[name] + gradient.double().square()
-        texts += 1
+    squares, texts = dict.fromkeys(projection_names(config), 0.0), 0
+    for batch in batches:
+        for text in batch.to(model.device).split(1):
+            for name, gradient in _weight_gradients(model, text, list(squares)).items():
+                squares[name] = squares[name] + gradient.double().square()
+            texts += 1
+    # Without a text the mean would be 0 / 0.
     if texts == 0:
         raise ValueError("batches: must hold at least one text")
-    return {
-        name: [group.mean().item() for group in (square / texts).sqrt().chunk(config.num_head_groups)]
-        for name, square in squares.items()
-    }
+    information = {}
+    for name, square in squares.items():
+        groups = (square / texts).sqrt().chunk(config.num_head_groups)
+        information[name] = [group.mean().item() for group in groups]
+    return information
+
+
+def _weight_gradients(model: PreTrainedModel, text: torch.Tensor, names: list[str]) -> dict[str, torch.Tensor]:
+    """Gradients of the language modelling loss of a text `[1, T]` by the weights of some projections."""
+    weights = {}
+    for name in names:
+        # A detached weight stands in for the model's own, whose `requires_grad` stays as it is.
+        weights[f"{name}.weight"] = model.get_parameter(f"{name}.weight").detach().requires_grad_()
+    with torch.enable_grad():
+        inputs = {"input_ids": text, "labels": text, "use_cache": False}
+        loss = functional_call(model, weights, kwargs=inputs).loss
+        return dict(zip(names, torch.autograd.grad(loss, list(weights.values()))))
 
 
 def fisher_ranks(
@@ -183,15 +193,13 @@ def fisher_ranks(
     return proportional_ranks(information, config.full_group_rank, share, multiple)
 
 
-# ---- sensitivity
-
-
 @torch.no_grad()
 def mean_absolute_inputs(model: PreTrainedModel, batches: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     """`[C]` float64 mean of `|x|` over a text (`[B, T]` batches of ids), per layer, x being what keys are made from."""
-    zeros = torch.zeros(model.config.hidden_size, dtype=torch.float64, device="cpu")
-    sums, tokens, handles = [zeros.clone() for _ in model.model.layers], 0, []
-    for layer, total in zip(model.model.layers, sums):
+    layers = model.model.layers
+    sums = torch.zeros(len(layers), model.config.hidden_size, dtype=torch.float64, device="cpu")
+    tokens, handles = 0, []
+    for layer, total in zip(layers, sums):
 
         def observe(module, inputs, total=total):
             total += inputs[0].flatten(0, 1).abs().double().sum(0).cpu()
@@ -206,7 +214,7 @@ def mean_absolute_inputs(model: PreTrainedModel, batches: Iterable[torch.Tensor]
             handle.remove()
     if tokens == 0:
         raise ValueError("batches: must hold at least one token")
-    return [total / tokens for total in sums]
+    return list(sums / tokens)
 
 
 def asvd_statistics(model: PreTrainedModel, inputs: list[torch.Tensor], alpha: float = 0.5) -> list[dict[str, dict]]:
@@ -228,15 +236,19 @@ def asvd_statistics(model: PreTrainedModel, inputs: list[torch.Tensor], alpha: f
     """
     result = []
     for layer, x in zip(model.model.layers, inputs, strict=True):
+        # A channel that is never active must not make the scaling singular.
         squares = torch.diag((x.double() ** alpha + 1e-6) ** 2)
-        weights = {p: getattr(layer.self_attn, p).weight.detach().cpu() for p in ("k_proj", "v_proj")}
-        result.append({p: {"covariance": output_covariance(weight, squares)} for p, weight in weights.items()})
+        result.append({})
+        for side in SIDES:
+            weight = getattr(layer.self_attn, f"{side}_proj").weight.detach().cpu()
+            result[-1][f"{side}_proj"] = {"covariance": output_covariance(weight, squares)}
     return result
 
 
 @contextmanager
 def replaced_weight(linear: torch.nn.Linear, weight: torch.Tensor) -> Iterator[None]:
     """Put `weight` in place of the layer's for a while; the very tensor that was there comes back, whatever happens."""
+    # `data`, so that the parameter itself and its hooks stay.
     saved = linear.weight.data
     linear.weight.data = weight.to(saved)
     try:
@@ -247,9 +259,11 @@ def replaced_weight(linear: torch.nn.Linear, weight: torch.Tensor) -> Iterator[N
 
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, batches: list[torch.Tensor]) -> float:
-    """Of `[B, T]` token ids in plain forward passes."""
+    """Perplexity of a text, `[B, T]` batches of token ids, in plain forward passes."""
     nll, tokens = 0.0, 0
-    for ids in (batch.to(model.device) for batch in batches):
+    for batch in batches:
+        ids = batch.to(model.device)
+        # The loss is a mean over all tokens but the first of each row.
         scored = ids[:, 1:].numel()
         nll += model(ids, labels=ids, use_cache=False).loss.double().item() * scored
         tokens += scored
@@ -280,17 +294,18 @@ def asvd_sensitivity(
     """
     full, groups = config.full_group_rank, config.num_head_groups
     ranks = sorted({min(full, max(1, round(ratio * full / multiple)) * multiple) for ratio in ratios})
-    found = {}
-    for name in projection_names(config):
-        layer, projection = int(name.split(".")[2]), name.split(".")[-1]
-        linear = model.get_submodule(name)
-        factors = factor_groups(linear.weight.detach().cpu(), (full,) * groups, **statistics[layer][projection])
-        found[name] = {}
+    sensitivity = {}
+    for projection in config.projections():
+        linear = model.get_submodule(projection.name)
+        how = statistics[projection.layer][projection.attribute]
+        factors = factor_groups(linear.weight.detach().cpu(), (full,) * groups, **how)
+        perplexities = sensitivity[projection.name] = {}
         for rank in ranks:
+            # The leading channels are the factors of a smaller rank.
             truncated = torch.cat([f.a[:, :rank] @ f.b[:rank] for f in factors])
             with replaced_weight(linear, truncated):
-                found[name][rank] = perplexity(model, batches)
-    return found
+                perplexities[rank] = perplexity(model, batches)
+    return sensitivity
 
 
 def asvd_ranks(sensitivity: dict[str, dict[int, float]], config: ALRDLlamaConfig, share: float) -> dict[str, list[int]]:
@@ -314,15 +329,21 @@ def asvd_ranks(sensitivity: dict[str, dict[int, float]], config: ALRDLlamaConfig
     full = config.full_group_rank
 
     def ranks_at(threshold: float) -> dict[str, int]:
-        return {
-            name: min((rank for rank, ppl in found.items() if ppl <= threshold), default=full)
-            for name, found in sensitivity.items()
-        }
+        ranks = {}
+        for name, perplexities in sensitivity.items():
+            # The lowest rank that is good enough, or all channels.
+            good = [rank for rank, value in perplexities.items() if value <= threshold]
+            ranks[name] = min(good, default=full)
+        return ranks
 
-    thresholds = [0.0, *sorted({ppl for found in sensitivity.values() for ppl in found.values()})]
+    thresholds = {0.0}
+    for perplexities in sensitivity.values():
+        thresholds.update(perplexities.values())
+    thresholds = sorted(thresholds)
     budget = share * full * len(sensitivity)
     if sum(ranks_at(thresholds[-1]).values()) > budget:
         raise ValueError(f"share={share}: must be at least the lowest rank tried in every projection")
+    # A higher threshold admits lower ranks, so the lowest that fits is found by halving.
     low, high = 0, len(thresholds) - 1
     while low < high:
         middle = (low + high) // 2

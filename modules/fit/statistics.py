@@ -24,12 +24,12 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from configuration_alrd_llama import SIDES
 from modules.files import save_tensors
 from modules.fit.distributed import is_main, on_main, rounds, sum_tensors
 
 #: Version of the files; part of their key.
 FILE_VERSION = 1
-
 
 #: Fields of a configuration that change no number.
 _UNRELATED = ("_name_or_path", "architectures", "dtype", "transformers_version")
@@ -76,6 +76,7 @@ class LayerStatistics:
 def model_digest(model: nn.Module) -> str:
     """SHA-256 of the names, types and bytes of a model's parameters and buffers."""
     digest = hashlib.sha256()
+    # In the order of their names, which does not depend on how the model was built.
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
@@ -86,12 +87,14 @@ def statistics_record(
     model: PreTrainedModel, tokens: torch.Tensor, fisher: bool, sample: int, sinks: int, batch_size: int, seed: int
 ) -> dict:
     """All that the statistics depend on: model, tokens, settings, versions."""
+    # Fields that change no number would only keep a file from being found again.
+    config = json.loads(model.config.to_json_string(use_diff=False))
+    for name in _UNRELATED:
+        config.pop(name, None)
     return {
         "version": FILE_VERSION,
         "model": model_digest(model),
-        "config": {
-            n: v for n, v in json.loads(model.config.to_json_string(use_diff=False)).items() if n not in _UNRELATED
-        },
+        "config": config,
         "tokens": hashlib.sha256(tokens.cpu().contiguous().numpy()).hexdigest(),
         "shape": list(tokens.shape),
         "dtype": str(model.dtype),
@@ -155,32 +158,35 @@ def collect_statistics(
     if tokens.shape[1] < sinks + sample:
         raise ValueError(f"tokens: windows of {tokens.shape[1]} must hold {sinks} sinks and {sample} sampled tokens")
     record = statistics_record(model, tokens, fisher, sample, sinks, batch_size, seed)
-    path = Path(folder) / f"{record_key(record)}.safetensors" if folder is not None else None
-
+    path = None if folder is None else Path(folder) / f"{record_key(record)}.safetensors"
     sums, batches = _empty_sums(model, fisher, sample, len(tokens)), tokens.split(batch_size)
 
     def due() -> bool:
         return time.monotonic() - saved > save_seconds
 
     def save() -> None:
-        windows = min(done * batch_size, len(tokens))
-        held = {name: x[:windows] if name.endswith(".sample") else x for name, x in sums.items()}
+        # Samples are kept by window: those of batches to come are not there yet.
+        held, windows = dict(sums), min(done * batch_size, len(tokens))
+        for name, tensor in sums.items():
+            if name.endswith(".sample"):
+                held[name] = tensor[:windows]
         save_tensors(path, held, {"batches": str(done)})
         text = json.dumps(record | {"about": about or {}}, indent=2) + "\n"
         path.with_suffix(".json").write_text(text, encoding="utf-8")
 
-    kept = done = on_main(processes, lambda: _load(path, sums) if path is not None and path.exists() else 0)
+    kept = done = on_main(processes, _load, path, sums)
     saved = time.monotonic()
     if kept < len(batches):
         progress = tqdm(desc="Statistics", initial=kept, total=len(batches), disable=not is_main(processes))
         with progress, _observed(model, fisher, sinks, sample, sums) as next_batch:
-            for mine, many in rounds(processes, range(kept, len(batches))):
-                for i in mine:
+            for indices, count in rounds(processes, range(kept, len(batches))):
+                for i in indices:
                     next_batch(i * batch_size)
+                    # The draw of a batch depends on its index alone, so that a pass can be divided and gone on with.
                     generator = torch.Generator().manual_seed(seed * 1_000_003 + i)
                     _run(model, batches[i].to(model.device), fisher, generator)
-                done += many
-                progress.update(many)
+                done += count
+                progress.update(count)
                 if path is not None and done < len(batches) and on_main(processes, due):
                     sum_tensors(processes, sums)
                     on_main(processes, save)
@@ -188,27 +194,27 @@ def collect_statistics(
                     if not is_main(processes):  # what was summed is with the main process now
                         for x in sums.values():
                             x.zero_()
+    # Now every process has the sums of all.
     sum_tensors(processes, sums)
     if path is not None and kept < len(batches):
         on_main(processes, save)
     return _to_layers(model, sums, tokens.numel())
 
 
-# ---- one pass
-
-
 def _empty_sums(model: PreTrainedModel, fisher: bool, sample: int, windows: int) -> dict[str, torch.Tensor]:
+    """Zeros for the sums of a pass, by layer, projection and field of `ProjectionStatistics`, and for the queries."""
     sums, float64 = {}, {"dtype": torch.float64, "device": "cpu"}
     for i, layer in enumerate(model.model.layers):
         attention, heads = layer.self_attn, model.config.num_attention_heads
         sums[f"{i}.query"] = torch.zeros(heads, attention.head_dim, attention.head_dim, **float64)
-        for p in ("k_proj", "v_proj"):
-            n = getattr(attention, p).out_features
-            sums[f"{i}.{p}.covariance"] = torch.zeros(n, n, **float64)
-            sums[f"{i}.{p}.mean"] = torch.zeros(n, **float64)
-            sums[f"{i}.{p}.sample"] = torch.zeros(windows, sample, n, dtype=model.dtype, device="cpu")
+        for side in SIDES:
+            name = f"{side}_proj"
+            n, prefix = getattr(attention, name).out_features, f"{i}.{name}"
+            sums[f"{prefix}.covariance"] = torch.zeros(n, n, **float64)
+            sums[f"{prefix}.mean"] = torch.zeros(n, **float64)
+            sums[f"{prefix}.sample"] = torch.zeros(windows, sample, n, dtype=model.dtype, device="cpu")
             if fisher:
-                sums[f"{i}.{p}.fisher"] = torch.zeros(n, n, **float64)
+                sums[f"{prefix}.fisher"] = torch.zeros(n, n, **float64)
     return sums
 
 
@@ -216,8 +222,8 @@ def _empty_sums(model: PreTrainedModel, fisher: bool, sample: int, windows: int)
 def _observed(
     model: PreTrainedModel, fisher: bool, sinks: int, sample: int, sums: dict[str, torch.Tensor]
 ) -> Iterator[Callable[[int], None]]:
-    """Add what passes through the projections of each layer to the sums; yields what must be called before each batch,
-    with the number of its first window.
+    """Add the outputs of each layer's projections, and their gradients, to the sums; yields a function that must be
+    called before each batch, with the number of its first window.
 
     With the Fisher information the weights are frozen, and each layer is recomputed in the backward pass.
     """
@@ -238,17 +244,20 @@ def _observed(
             seen.add(name)
             y = output.detach()
             if name.endswith("q_proj"):
+                # `[H_q, tokens, d]`: each head has a second moment of its own.
                 heads = y.flatten(0, 1).double().cpu().unflatten(-1, (model.config.num_attention_heads, -1))
                 heads = heads.transpose(0, 1)
                 sums[name.replace("q_proj", "query")] += heads.transpose(1, 2) @ heads
                 return
-            y = y if module.bias is None else y - module.bias.detach()
+            if module.bias is not None:
+                y = y - module.bias.detach()
             sums[f"{name}.sample"][window : window + len(y)] = y[:, sinks : sinks + sample].cpu()
             y = y.flatten(0, 1).double().cpu()
             sums[f"{name}.covariance"] += y.T @ y
             sums[f"{name}.mean"] += y.sum(0)
 
         def backward(gradient):
+            # The cache keeps the sinks exact, so an error of theirs costs nothing.
             g = gradient.detach().clone()
             g[:, :sinks] = 0
             g = g.flatten(0, 1).double().cpu()
@@ -256,13 +265,14 @@ def _observed(
 
         return forward
 
-    needed = [(p, p.requires_grad) for p in model.parameters()]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     layers, handles = model.model.layers, []
     forwards = [vars(layer).get("forward") for layer in layers]  # accelerate puts its own there when it offloads
     for i, layer in enumerate(layers):
         for p in ("q_proj", "k_proj", "v_proj"):
             handles.append(getattr(layer.self_attn, p).register_forward_hook(watch(f"{i}.{p}")))
     try:
+        # Only what a layer takes in is kept for the backward pass, which runs the layer again.
         if fisher:
             model.requires_grad_(False)
             for layer in layers:
@@ -276,8 +286,8 @@ def _observed(
                 del layer.forward  # the one of its class is behind it
                 if before is not None:
                     layer.forward = before
-        for parameter, wanted in needed:
-            parameter.requires_grad_(wanted)
+        for parameter in trained:
+            parameter.requires_grad_()
 
 
 def _run(model: PreTrainedModel, batch: torch.Tensor, fisher: bool, generator: torch.Generator) -> None:
@@ -286,6 +296,7 @@ def _run(model: PreTrainedModel, batch: torch.Tensor, fisher: bool, generator: t
         with torch.no_grad():
             model.model(batch, use_cache=False)
         return
+    # With frozen weights a gradient reaches the layers through the embeddings.
     embeds = model.get_input_embeddings()(batch).detach().requires_grad_()
     with torch.enable_grad():
         logits = model(inputs_embeds=embeds, use_cache=False).logits.flatten(0, 1).float()
@@ -295,22 +306,25 @@ def _run(model: PreTrainedModel, batch: torch.Tensor, fisher: bool, generator: t
 
 
 def _to_layers(model: PreTrainedModel, sums: dict[str, torch.Tensor], tokens: int) -> list[LayerStatistics]:
+    """The statistics of each layer: the sums over `tokens` tokens, divided by their number in place."""
     layers = []
     for i in range(len(model.model.layers)):
         sides = []
-        for p in ("k_proj", "v_proj"):
-            of = {f.name: sums.get(f"{i}.{p}.{f.name}") for f in fields(ProjectionStatistics)}
-            means = {name: t if t is None or name == "sample" else t.div_(tokens) for name, t in of.items()}
-            sides.append(ProjectionStatistics(**means))
+        for side in SIDES:
+            found = {}
+            for field in fields(ProjectionStatistics):
+                found[field.name] = sums.get(f"{i}.{side}_proj.{field.name}")
+                if field.name != "sample" and found[field.name] is not None:
+                    found[field.name].div_(tokens)
+            sides.append(ProjectionStatistics(**found))
         layers.append(LayerStatistics(*sides, sums[f"{i}.query"].div_(tokens)))
     return layers
 
 
-# ---- files
-
-
-def _load(path: Path, sums: dict[str, torch.Tensor]) -> int:
-    """Fill in the sums of a file; returns the batches that they are of."""
+def _load(path: Path | None, sums: dict[str, torch.Tensor]) -> int:
+    """Fill in the sums of a file, if there is one; returns how many batches they are of."""
+    if path is None or not path.exists():
+        return 0
     try:
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118
@@ -319,6 +333,3 @@ def _load(path: Path, sums: dict[str, torch.Tensor]) -> int:
             return int(file.metadata()["batches"])
     except SafetensorError as error:
         raise ValueError(f"{path}: is damaged, delete it to collect the statistics anew ({error})") from None
-
-
-__all__ = ["LayerStatistics", "ProjectionStatistics", "collect_statistics", "record_key", "statistics_record"]
