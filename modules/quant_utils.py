@@ -199,21 +199,6 @@ def _least_error_range(u: torch.Tensor, n_bits: float, widths: tuple[int, ...], 
     return step, zero
 
 
-def find_range(x: torch.Tensor, widths: tuple[int, ...] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Minimum and maximum of each group of `[N, T, C]` states, float32; NaN where the group holds one.
-
-    Args:
-        x: States, any floating type.
-        widths: Channels of each group of a token: `[N, T, len(widths)]` each; `None`: all tokens of a channel,
-            `[N, C]`.
-    """
-    if widths is None:
-        low, high = torch.aminmax(x.float(), dim=1)
-        return low, high
-    groups = x.float().split(widths, dim=-1)
-    return torch.stack([g.amin(-1) for g in groups], -1), torch.stack([g.amax(-1) for g in groups], -1)
-
-
 def quantize(
     x: torch.Tensor,
     n_bits: float,

@@ -241,6 +241,12 @@ class RotatedCodec(_Codec):
         return to_finite(torch.cat([rotate_back(g) for g in groups], dim=-1), self.dtype)
 
 
+def _channel_ranges(states: torch.Tensor) -> torch.Tensor:
+    """Highest minus lowest value of each channel of a block: `[N, T, C]` to `[N, C]` float32."""
+    low, high = torch.aminmax(states.float(), dim=1)
+    return high - low
+
+
 class MixedChannelCodec(_Codec):
     """1.5 bits: of each head group the half of the channels with the widest range in a block at 2 bits, the others
     rotated among themselves by an orthonormal transform and kept at 1 bit (VidKV, arXiv:2503.16257, section 3.2).
@@ -272,10 +278,9 @@ class MixedChannelCodec(_Codec):
         return (group + (~is_wide).long() * len(self.widths)).argsort(dim=-1, stable=True)
 
     def encode(self, states: torch.Tensor, score=None) -> Fields:
-        low, high = self.backend.find_range(states)
         group = self._group.to(states.device)
         # Rank of each channel's range in its group: sorted by falling range, then by group, both stably.
-        falling = (low - high).argsort(dim=-1, stable=True)
+        falling = (-_channel_ranges(states)).argsort(dim=-1, stable=True)
         by_group = falling.gather(-1, group[falling].argsort(dim=-1, stable=True))
         starts = [sum(self.widths[:i]) for i in range(len(self.widths))]
         starts = torch.tensor(starts, dtype=torch.int64, device=states.device)

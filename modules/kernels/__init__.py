@@ -39,7 +39,7 @@ class Backend:
     """Functions of `modules/quant_utils.py` and `modules/kernels/attention.py`, or equivalents.
 
     Attributes:
-        quantize_and_pack, unpack_and_dequantize, find_range: With the signatures, results and errors of
+        quantize_and_pack, unpack_and_dequantize: With the signatures, results and errors of
             `modules/quant_utils.py`.
         fused_attention: As `latent_attention` without `weights_length`, which returns the sums only; `None`: there is
             none.
@@ -48,7 +48,6 @@ class Backend:
     name: str
     quantize_and_pack: Callable
     unpack_and_dequantize: Callable
-    find_range: Callable
     fused_attention: Callable | None = None
 
     def __repr__(self) -> str:
@@ -86,7 +85,7 @@ class _WithoutGradient(torch.autograd.Function):
 
 
 def _backend(name: str, module, fused_attention: Callable | None = None) -> Backend:
-    functions = (module.quantize_and_pack, module.unpack_and_dequantize, module.find_range)
+    functions = (module.quantize_and_pack, module.unpack_and_dequantize)
     return Backend(name, *functions, fused_attention)
 
 

@@ -670,43 +670,9 @@ template <class T, int BITS> void dequantize(const Dequantizing& call, int64_t t
     }
 }
 
-template <class T>
-void find_range(const T* x, float* low, float* high, const int64_t* table, int64_t n, int64_t length, int64_t channels,
-                int64_t groups, int64_t stride_n, int64_t stride_t, int64_t threads) {
-    const int64_t blocks = table ? groups : ceil_div(channels, BLOCK), parts = table ? length : 1;
-#pragma omp parallel for num_threads(threads)
-    for (int64_t task = 0; task < n * parts * blocks; task++) {
-        const int64_t block = task % blocks, t = task / blocks % parts, i = task / blocks / parts;
-        if (table) {
-            const Range range = range_of_token(x + i * stride_n + t * stride_t + table[block], table[groups + block]);
-            low[task] = range.bad[0] ? NAN : range.low[0];
-            high[task] = range.bad[0] ? NAN : range.high[0];
-            continue;
-        }
-        const int64_t column = block * BLOCK;
-        const int columns = std::min<int64_t>(channels - column, BLOCK);
-        Range ranges[NV];
-        range_of_channels(x + i * stride_n + column, stride_t, length, columns, ranges);
-        for (int v = 0; v * V < columns; v++) {
-            const int64_t at = i * channels + column + v * V;
-            store(low + at, select(ranges[v].bad, all(NAN), ranges[v].low), columns - v * V);
-            store(high + at, select(ranges[v].bad, all(NAN), ranges[v].high), columns - v * V);
-        }
-    }
-}
-
 }  // namespace
 
 // ---- interface: types are 0 float32, 1 float16, 2 bfloat16; `bits` is 0 for ternary codes
-
-extern "C" int64_t alrd_find_range(const void* x, int64_t type, float* low, float* high, const int64_t* table,
-                                   int64_t n, int64_t length, int64_t channels, int64_t groups, int64_t stride_n,
-                                   int64_t stride_t, int64_t threads) {
-    with_type(type, x, [&](auto* typed) {
-        find_range(typed, low, high, table, n, length, channels, groups, stride_n, stride_t, threads);
-    });
-    return 0;
-}
 
 // Returns whether every group could be quantized; with static scales, whether all values are finite.
 extern "C" int64_t alrd_quantize(const void* x, int64_t type, int32_t* packed, void* scale, void* zero_point,

@@ -288,46 +288,6 @@ def _program(
 
 
 @triton.jit
-def _find_range_kernel(
-    x,
-    low,
-    high,
-    table,
-    length,
-    channels,
-    groups,
-    blocks,
-    token_blocks,
-    stride_n,
-    stride_t,
-    PER_CHANNEL: tl.constexpr,
-    ALIGN: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    AXIS: tl.constexpr = 0 if PER_CHANNEL else 1
-    STEP: tl.constexpr = BLOCK_T if PER_CHANNEL else BLOCK_C
-    n, token_block, group, columns, end = _program(
-        table, channels, groups, blocks, token_blocks, PER_CHANNEL, ALIGN, BLOCK_C
-    )
-    rows = token_block * BLOCK_T + tl.arange(0, BLOCK_T)
-    place = (x + tl.multiple_of(n * stride_n, ALIGN), rows, columns, length, end, stride_t)
-
-    nothing = tl.zeros((BLOCK_C if PER_CHANNEL else BLOCK_T,), tl.float32)
-    lowest, highest, bad = nothing + float("inf"), nothing - float("inf"), nothing.to(tl.int32)
-    count = length if PER_CHANNEL else tl.load(table + groups + group)
-    for chunk in range(tl.cdiv(count, STEP)):
-        tile, valid = _load_chunk(place, chunk, AXIS, STEP, ALIGN)
-        lowest, highest, bad = _extend_range(lowest, highest, bad, tile, valid, AXIS)
-    if PER_CHANNEL:
-        at, exists = n * channels + columns, columns < end
-    else:
-        at, exists = (n * length + rows) * groups + group, rows < length
-    tl.store(low + at, tl.where(bad != 0, float("nan"), lowest), exists)
-    tl.store(high + at, tl.where(bad != 0, float("nan"), highest), exists)
-
-
-@triton.jit
 def _quantize_kernel(
     x,
     packed,
@@ -622,21 +582,6 @@ def _launch(kernel, arguments: dict, *cut) -> None:
     grid, further = _prepared(*cut, device)
     with torch.cuda.device_of(further["table"]):
         kernel[grid](**arguments, **further)
-
-
-def find_range(x: torch.Tensor, widths: tuple[int, ...] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `find_range` in `modules/quant_utils.py`."""
-    n, length, channels = x.shape
-    x = _rows(x)
-    shape = (n, channels) if widths is None else (n, length, len(widths))
-    low, high = (torch.empty(shape, dtype=torch.float32, device=x.device) for _ in range(2))
-    align = math.gcd(16, channels, x.stride(0), x.stride(1), *(widths or ()))
-    tile = _tile(length, max(widths or (channels,)), widths is None, align)
-    arguments = {"x": x, "low": low, "high": high, "length": length, "channels": channels}
-    arguments |= {"stride_n": x.stride(0), "stride_t": x.stride(1)}
-    blocks, token_blocks = (-(-channels // tile[1]), 1) if widths is None else (1, -(-length // tile[0]))
-    _launch(_find_range_kernel, arguments, n, blocks, token_blocks, widths, align, tile)
-    return low, high
 
 
 def quantize_and_pack(
