@@ -549,9 +549,9 @@ class KIVILatentLayer(CacheLayerMixin):
     def backend_note(self) -> str:
         """The back end, and whether the reference attends to the blocks in its place."""
         fused = self.backend.attends_to(*self.pool.sides()) and self.dtype in FUSED_DTYPES
-        return (
-            self.backend.name if fused or self.backend.name == "reference" else f"{self.backend} (attention: reference)"
-        )
+        if fused or self.backend.fused_attention is None:
+            return self.backend.name
+        return f"{self.backend} (attention: reference)"
 
     @in_any_mode
     def block_table(self) -> torch.Tensor:
