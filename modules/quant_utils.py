@@ -50,6 +50,7 @@ and ternary, codes 2, 0, 1, 1, 2:
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -106,6 +107,11 @@ def group_widths(length: int, group_size: int) -> tuple[int, ...]:
     return (size,) * (length // size) + ((length % size,) if length % size else ())
 
 
+def group_starts(widths: tuple[int, ...]) -> tuple[int, ...]:
+    """First element of each of the groups, which lie side by side."""
+    return tuple(accumulate(widths, initial=0))[:-1]
+
+
 def expand_groups(parameter: torch.Tensor, widths: tuple[int, ...]) -> torch.Tensor:
     """Repeat the `[..., n]` values of n groups over their elements: `[..., sum(widths)]`."""
     if len(widths) == 1:
@@ -147,6 +153,19 @@ def _codes(x: torch.Tensor, step: torch.Tensor, zero_point: torch.Tensor, levels
 RATIOS = tuple(2 ** (-i / 6) for i in range(16))
 #: Rounds of least squares after the best of them, and units of the integer sums.
 REFITS, UNIT, ERROR_UNIT, ERROR_LIMIT = 3, 2.0**20, 2.0**30, 2.0**20
+
+
+def search_candidates(n_bits: float, symmetric: bool) -> torch.Tensor:
+    """Steps and zero points that `mse` tries, in units of a group's range: `[2, len(RATIOS)]` float32 on the CPU."""
+    levels, spacing, offset = grid(n_bits)
+    ratios = torch.tensor(RATIOS, dtype=torch.float64, device="cpu")
+    if symmetric:
+        middle = offset / spacing
+        steps = ratios * (1 / (levels - 1 - middle))
+        zeros = steps * -middle
+    else:
+        steps, zeros = ratios * (1 / (levels - 1)), (1 - ratios) / 2
+    return torch.stack([steps, zeros]).float()
 
 
 def _squared_error(difference: torch.Tensor, widths: tuple[int, ...]) -> torch.Tensor:

@@ -100,10 +100,11 @@ def _reference(field: str, device: torch.device) -> Backend:
 def _triton(field: str, device: torch.device) -> Backend:
     # Imported here, so that triton is needed only where it is chosen.
     import modules.kernels.triton.quantize as kernels
+    from modules.kernels.triton import common
     from modules.kernels.triton.append import FusedAppend
     from modules.kernels.triton.attention import latent_attention as fused_attention
 
-    if device.type != "cuda" and not kernels.INTERPRETED:
+    if device.type != "cuda" and not common.INTERPRETED:
         raise ValueError(
             f"{field}='triton': must be 'reference' or 'cpu' for tensors on {device}: triton runs on CUDA devices, and "
             "elsewhere only in its interpreter (TRITON_INTERPRET=1, set before the kernels are imported)"

@@ -32,7 +32,7 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from modules.kernels.packed import LatentQuery, PackedCache, PackedPart, PackedSide, Tile
-from modules.kernels.triton.quantize import INTERPRETED, _as_bits, _power_of_three, _power_of_two, _widen
+from modules.kernels.triton.common import INTERPRETED, as_bits, power_of_three, power_of_two, widen
 from modules.quant_utils import grid, packed_words
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
@@ -92,7 +92,7 @@ def _known(value):
 def _operand(x, DTYPE: tl.constexpr):
     """`x` as an operand of matrix products in `DTYPE`."""
     if _INTERPRETED and DTYPE.is_bf16():
-        bits = _widen(x).to(tl.int32, bitcast=True)
+        bits = widen(x).to(tl.int32, bitcast=True)
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
     else:
         return x.to(DTYPE)
@@ -140,7 +140,7 @@ def _codes(packed, before, within, there, columns, stride, BITS: tl.constexpr):
     row, place = before + within // PER_WORD, (within % PER_WORD)[:, None]
     words = tl.load(packed + row[:, None] * stride + columns[None, :], there, 0)
     if BITS == 0:
-        digits = ((words >> (place // 5 * 8)) & 255) * _power_of_three(place % 5)
+        digits = ((words >> (place // 5 * 8)) & 255) * power_of_three(place % 5)
         return ((digits & 255) * 3) >> 8
     else:
         return (words >> (place * BITS)) & ((1 << BITS) - 1)
@@ -184,8 +184,8 @@ def _latents(part, span, chunk, slot, first, count, DTYPE: tl.constexpr, SPEC: t
             group = tl.load(groups + start + chunk * SPEC.block, chunk * SPEC.block < width, 0)
             at, there = (token * scale_stride + group)[:, None], valid[:, None]
         scale += slot * scale_slot
-        step = _widen(tl.load(scale + at, there, 0))
-        zero = step * -SPEC.offset if SPEC.symmetric else _widen(tl.load(zero_point + slot * scale_slot + at, there, 0))
+        step = widen(tl.load(scale + at, there, 0))
+        zero = step * -SPEC.offset if SPEC.symmetric else widen(tl.load(zero_point + slot * scale_slot + at, there, 0))
         step *= SPEC.spacing
         if DTYPE.is_fp16():
             # The last level of a group may have been rounded beyond the type.
@@ -249,7 +249,7 @@ def _constants(query, offsets, inv_freq, bias, spans, expand, DTYPE: tl.constexp
         turn = _cos_sin(offsets[:, None] * frequency[None, :], DTYPE)
     if bias is not None:
         there = f < half
-        biases = (_widen(tl.load(bias + row + f, there, 0)), _widen(tl.load(bias + row + half + f, there, 0)))
+        biases = (widen(tl.load(bias + row + f, there, 0)), widen(tl.load(bias + row + half + f, there, 0)))
     return held, turn, biases
 
 
@@ -312,8 +312,8 @@ def _add_scores(
 def _query_tile(at, stride, inv_freq, positions, f, half, shown, DTYPE: tl.constexpr):
     """Both halves `[len(f), M]` of the queries at frequencies `f`, rotated to their positions; `f`, and its turns."""
     there = (f < half)[:, None] & shown[None, :]
-    low = _widen(tl.load(at[None, :] + (f * stride)[:, None], there, 0))
-    high = _widen(tl.load(at[None, :] + ((half + f) * stride)[:, None], there, 0))
+    low = widen(tl.load(at[None, :] + (f * stride)[:, None], there, 0))
+    high = widen(tl.load(at[None, :] + ((half + f) * stride)[:, None], there, 0))
     if inv_freq is None:
         return low, high, f, f
     else:
@@ -722,7 +722,7 @@ def _side_layout(
         )
         for spans in _pieces(own, widths):
             widest = max(width for _, width, _ in spans)
-            block = _power_of_two(widest, 16, 64)
+            block = power_of_two(widest, 16, 64)
 
             def straddles(block: int, spans=spans, group_of=group_of) -> bool:
                 pieces = [group_of[s + i : s + min(i + block, w)] for s, w, _ in spans for i in range(0, w, block)]
@@ -740,7 +740,7 @@ def _side_layout(
 
 def _bits(x: torch.Tensor | None) -> torch.Tensor | None:
     """What the kernels take for a float tensor."""
-    return x if x is None or not INTERPRETED else _as_bits(x)
+    return x if x is None or not INTERPRETED else as_bits(x)
 
 
 def _storage(part: PackedPart, spans: torch.Tensor, groups: torch.Tensor | None) -> tuple:
@@ -773,7 +773,7 @@ def _side(side: PackedSide | None, widths: tuple[int, ...], length: int, block_t
 def _exact_layout(widths: tuple[int, ...], device) -> tuple[torch.Tensor, _Spec]:
     """Spans and `_Spec` of tokens in full precision."""
     spans = [[sum(widths[:g]), width, 0] for g, width in enumerate(widths)]
-    block = _power_of_two(max(widths), 16, 64)
+    block = power_of_two(max(widths), 16, 64)
     filled = len(set(widths)) == 1 and widths[0] % block == 0
     spec = _Spec(bits=16, block=block, chunks=-(-max(widths) // block), align=math.gcd(16, *widths), filled=filled)
     return torch.tensor(spans, dtype=torch.int32, device=device), spec
@@ -830,7 +830,7 @@ class _LaunchRecord:
         batch, heads, length, size = shape.query
         key_heads, device = shape.key_heads, shape.device
         shared, rows = heads // key_heads, batch * heads * length
-        self.width, block_m = max(shape.value_widths), _power_of_two(shared * length, 8, _MAX_ROWS)
+        self.width, block_m = max(shape.value_widths), power_of_two(shared * length, 8, _MAX_ROWS)
         # Keys of long latents are kept while their chunks pass by, and float32 takes more room: tiles of fewer tokens
         # and more threads, that all fits the registers.
         wide = shape.dtype == torch.float32
@@ -840,7 +840,7 @@ class _LaunchRecord:
         value_pieces, value_specs = _side(values, shape.value_widths, shape.block_length, block_t, device)
         key_spans, exact_keys = _exact_layout(shape.key_widths, device)
         value_spans, exact_values = _exact_layout(shape.value_widths, device)
-        half = _power_of_two(size // 2, 16, size)
+        half = power_of_two(size // 2, 16, size)
 
         def key_spec(spec: _Spec) -> _Spec:
             return replace(spec, held=spec.chunks == 1 and not long, identity=shape.identity)
