@@ -31,6 +31,13 @@ def power_of_two(n: int, least: int, most: int) -> int:
     return min(max(1 << (n - 1).bit_length(), least), most)
 
 
+def bits_of(n_bits: float) -> int:
+    """A width as a constant of kernels: ternary is 0."""
+    if n_bits == 1.58:
+        return 0
+    return int(n_bits)
+
+
 def as_bits(x: torch.Tensor) -> torch.Tensor:
     """Floats as the kernels take them: bfloat16 as int16."""
     if x.dtype == torch.bfloat16:
