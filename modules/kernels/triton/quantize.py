@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from modules.kernels.triton.common import as_bits, power_of_three, power_of_two, stand_in, widen
+from modules.kernels.triton.common import as_bits, bits_of, power_of_three, power_of_two, stand_in, widen
 from modules.quant_utils import (
     ERROR_LIMIT,
     ERROR_UNIT,
@@ -525,13 +525,6 @@ def _dequantize_kernel(
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def _bits(n_bits: float) -> int:
-    """The kernels' `BITS`."""
-    if n_bits == 1.58:
-        return 0
-    return int(n_bits)
-
-
 def _slots(length: int, n_bits: float) -> int:
     """Slots of `length` tokens: a word of 20 ternary codes has 32."""
     if n_bits == 1.58:
@@ -557,7 +550,9 @@ def _group_table(widths: tuple[int, ...], device: torch.device) -> torch.Tensor:
 
 @lru_cache
 def _candidates(n_bits: float, symmetric: bool, device: torch.device) -> torch.Tensor:
-    return search_candidates(n_bits, symmetric).to(device)
+    """Steps and zero points that the search tries first, `[2, len(RATIOS)]` float32."""
+    candidates = torch.tensor(search_candidates(n_bits, symmetric), dtype=torch.float32, device=device)
+    return candidates.T.contiguous()
 
 
 def _tile(slots: int, channels: int, per_channel: bool, align: int, search: bool = False) -> tuple[int, int, int]:
@@ -657,7 +652,7 @@ def quantize_launch(
         "words": packed_words(length, n_bits),
         "channels": channels,
         "stride_t": x.stride(1),
-        "BITS": _bits(n_bits),
+        "BITS": bits_of(n_bits),
         "LEVELS": levels,
         "SPACING": spacing,
         "OFFSET": offset,
@@ -749,7 +744,7 @@ def unpack_and_dequantize(
             stride_n=packed.stride(0),
             stride_w=packed.stride(1),
             stride_scale=scale_stride,
-            BITS=_bits(n_bits),
+            BITS=bits_of(n_bits),
             SPACING=spacing,
             OFFSET=offset,
             LIMIT=min(torch.finfo(dtype).max, torch.finfo(torch.float32).max),
