@@ -43,7 +43,8 @@ WIDTHS = ((128, 128), (128, 128))
 def appender(scheme: CacheScheme, dtype: torch.dtype, length: int) -> Callable[[], None]:
     """A function that makes the step of a case, always on the same store."""
     scales = {"keys": (torch.ones(256), torch.zeros(256))} if scheme.keys.static else None
-    codecs = scheme.codecs(WIDTHS, dtype, SimpleNamespace(name="triton"), scales)
+    backend = SimpleNamespace(name="triton", fused_append=append_triton.FusedAppend)
+    codecs = scheme.codecs(WIDTHS, dtype, backend, scales)
     layout = RowLayout(scheme.residual_length, scheme.block_length, scheme.sink_length, 4096)
     store = FixedStore(codecs, layout, 2, dtype, torch.device("cpu"))
     return partial(store.append, *(torch.zeros(2, length, 256, dtype=dtype) for _ in range(2)))

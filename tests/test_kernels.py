@@ -17,6 +17,7 @@ from tests.conftest import PoisonedTorch
 from tests.helpers import magnitudes, tiny_split
 
 triton = pytest.importorskip("triton")
+from modules.kernels.triton import common  # noqa: E402
 from modules.kernels.triton import quantize as kernels  # noqa: E402
 
 # numpy's, on what the interpreter computes where the kernels then do not look: beyond the end, and behind a NaN.
@@ -39,7 +40,7 @@ SHAPES = [(1, 63, (7, 1, 5)), (2, 111, (13,)), (1, 130, (3, 37)), (2, 1, (1,)), 
     params=[pytest.param("cpu", marks=pytest.mark.interpreter), pytest.param("cuda", marks=pytest.mark.gpu)]
 )
 def device(request) -> torch.device:
-    assert (request.param == "cpu") == kernels.INTERPRETED, "the two tiers run by themselves: see tests/conftest.py"
+    assert (request.param == "cpu") == common.INTERPRETED, "the two tiers run by themselves: see tests/conftest.py"
     return torch.device(request.param)
 
 
@@ -254,10 +255,10 @@ def test_environment_chooses_where_the_caller_does_not(monkeypatch):
 
 
 def test_triton_needs_a_gpu_or_its_interpreter(monkeypatch):
-    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    monkeypatch.setattr(common, "INTERPRETED", False)
     with pytest.raises(ValueError, match="backend='triton': must be 'reference' or 'cpu' for tensors on cpu"):
         get_backend("triton", torch.device("cpu"))
-    monkeypatch.setattr(kernels, "INTERPRETED", True)
+    monkeypatch.setattr(common, "INTERPRETED", True)
     assert get_backend("triton", torch.device("cpu")).name == "triton"
 
 

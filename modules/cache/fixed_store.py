@@ -347,7 +347,7 @@ class FixedStore:
         """
         if torch.compiler.is_compiling():
             _append_in_graph(list(self.tensors.values()), keys, values, real, self.plan_name)
-        elif self._backend.name == "triton" and real is None and keys.shape[1] <= MAX_QUERY_LENGTH:
+        elif self._backend.fused_append is not None and real is None and keys.shape[1] <= MAX_QUERY_LENGTH:
             self._fused = self._fused or self._fused_append()
             self._fused(keys, values)
         else:
@@ -358,11 +358,8 @@ class FixedStore:
         return self.plan.codecs["keys"].backend
 
     def _fused_append(self) -> Callable:
-        # Here, so that triton is imported only where it is chosen.
-        from modules.kernels.triton.append import FusedAppend
-
         records = {side: codec.records() for side, codec in self.plan.codecs.items()}
-        return FusedAppend(self.layout, records, self.tensors)
+        return self._backend.fused_append(self.layout, records, self.tensors)
 
     def attend_and_append(self, query: LatentQuery, new: NewTokens) -> torch.Tensor:
         """`KIVILatentLayer.attend_and_append`, which in a graph is one node."""

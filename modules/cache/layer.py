@@ -390,7 +390,7 @@ class LatentLayer(LayerStorage, CacheLayerMixin):
     def backend_note(self) -> str:
         """The back end, and whether the reference attends to the blocks in its place."""
         fused = self.backend.attends_to(*self.pool.sides()) and self.dtype in FUSED_DTYPES
-        if fused or self.backend.name == "reference":
+        if fused or self.backend.fused_attention is None:
             return self.backend.name
         return f"{self.backend} (attention: reference)"
 
