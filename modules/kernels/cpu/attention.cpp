@@ -53,8 +53,10 @@ struct Worker {
       : a(arguments), division(d), exact_division(e) {}
 
   void start(int row_, int head_) {
-    row = row_, head = head_;
-    group = head * a.keys.groups / a.heads, value_group = head * a.values.groups / a.heads;
+    row = row_;
+    head = head_;
+    group = head * a.keys.groups / a.heads;
+    value_group = head * a.values.groups / a.heads;
     const int shared = a.query_heads / a.heads;
     queries = shared * a.length;
     query_position.resize(queries);
@@ -81,8 +83,10 @@ struct Worker {
     exact_rows.start(exact_division, a.frequency, exact_expansion.data(), a.exact_width, queries, reference, query);
     sums.assign((size_t)queries * round_up(a.values.width, 16), 0);
     exact_sums.assign((size_t)queries * round_up(a.output_width, 16), 0);
-    highest.assign(queries, -std::numeric_limits<float>::infinity()), total.assign(queries, 0);
-    scores.resize((size_t)queries * (SPAN + 16)), span_scores.resize((size_t)queries * (SPAN + 16));
+    highest.assign(queries, -std::numeric_limits<float>::infinity());
+    total.assign(queries, 0);
+    scores.resize((size_t)queries * (SPAN + 16));
+    span_scores.resize((size_t)queries * (SPAN + 16));
     fast_is_rounded = nodes_are_rounded = false;
   }
 
@@ -96,10 +100,12 @@ struct Worker {
       for (int i = 0; i < 2; i++, to += width + 1) {
         const int dimension = i * a.half + a.order[f];
         const int64_t r = (int64_t)head * 2 * a.half + dimension;
-        if (a.weight)
+        if (a.weight) {
           numbers(a.weight, r * a.weight_stride, channels, a.weight_type, row.data());
-        else
-          std::fill(row.begin(), row.end(), 0.0f), row[dimension] = 1;
+        } else {
+          std::fill(row.begin(), row.end(), 0.0f);
+          row[dimension] = 1;
+        }
         for (int c = 0; c < width; c++) {
           const int from = channel ? channel[c] : c < channels ? c : -1;
           to[c] = from < 0 ? 0 : row[from];
@@ -201,7 +207,8 @@ struct Worker {
                                 float* zero) {
     for (int e = 0; e < n; e++) {
       const float step = s[e] * part.spacing;
-      scale[e] = step, zero[e] = (part.zero_point ? z[e] : -s[e] * part.offset) + middle * step;
+      scale[e] = step;
+      zero[e] = (part.zero_point ? z[e] : -s[e] * part.offset) + middle * step;
     }
   }
 
@@ -250,7 +257,8 @@ struct Worker {
     for (int t = 0; t < n; t++) {
       if (segment.column >= 0) {
         parameters(part, slot, first + t, segment.column, 1, false, scale.data(), zero.data());
-        std::fill(scale.begin(), scale.end(), scale[0]), std::fill(zero.begin(), zero.end(), zero[0]);
+        std::fill(scale.begin(), scale.end(), scale[0]);
+        std::fill(zero.begin(), zero.end(), zero[0]);
       }
       for (int c = 0; c < segment.count; c++)
         numbers_[(size_t)(segment.position - first_float + c) * STRIDE + to + t] =
@@ -279,8 +287,12 @@ struct Worker {
       const Segment& segment = side.segments[s0 + i];
       used = segment.position + round_up(segment.count, 4);
     }
-    columns.quads = used / 4, columns.first_float = used, columns.floats = side.columns[group] - used;
-    columns.scale.assign(used, 0), columns.centre.assign(used, 0), columns.middle.assign(used, 0);
+    columns.quads = used / 4;
+    columns.first_float = used;
+    columns.floats = side.columns[group] - used;
+    columns.scale.assign(used, 0);
+    columns.centre.assign(used, 0);
+    columns.middle.assign(used, 0);
     columns.variance.assign(used, 0);
     scales.assign((size_t)std::max(1, n) * 2 * STRIDE, 0);
     for (int i = 0; i < n; i++) {
@@ -288,8 +300,10 @@ struct Worker {
       const Part& part = side.parts[segment.part];
       const float middle = (part.levels - 1) * 0.5f;
       const float variance = (part.levels * part.levels - 1) / 12.0f;
-      for (int c = 0; c < round_up(segment.count, 4); c++)
-        columns.middle[segment.position + c] = middle, columns.variance[segment.position + c] = variance;
+      for (int c = 0; c < round_up(segment.count, 4); c++) {
+        columns.middle[segment.position + c] = middle;
+        columns.variance[segment.position + c] = variance;
+      }
       columns.all_variance += segment.count * variance;
       columns.code_sum += (int64_t)segment.count * (part.levels - 1);
       const float* scale = &scales[(size_t)i * 2 * STRIDE];
@@ -313,7 +327,8 @@ struct Worker {
         round_rows(rows.fast.data(), rows.fast_lanes, columns, a.planes, fast);
       if (division.nodes && (by_block || !nodes_are_rounded))
         round_rows(rows.nodes.data(), rows.node_lanes, columns, a.planes, nodes);
-      fast_is_rounded = nodes_are_rounded = true, rounded_anchor = anchor;
+      fast_is_rounded = nodes_are_rounded = true;
+      rounded_anchor = anchor;
     };
     if (by_block) {
       int offset = 0;
@@ -323,7 +338,8 @@ struct Worker {
           load_keys(chunk, first, last - first, 0, true);
           round();
           score_span(rows, last - first, offset, scores.data());
-          offset += last - first, first = last;
+          offset += last - first;
+          first = last;
         }
     } else {
       int to = 0;
@@ -363,7 +379,8 @@ struct Worker {
         const float decay = highest[j] == -infinity ? 0 : std::exp(highest[j] - higher);
         for (int c = 0; c < value_stride; c++) sums[(size_t)j * value_stride + c] *= decay;
         for (int c = 0; c < exact_stride; c++) exact_sums[(size_t)j * exact_stride + c] *= decay;
-        total[j] *= decay, highest[j] = higher;
+        total[j] *= decay;
+        highest[j] = higher;
       }
       vf sum_ = set1(0);
       for (int t = 0; t < n; t += 16) {
@@ -385,18 +402,26 @@ struct Worker {
   // Round the probabilities times `scale` (null: 1) of tokens [from, from + n) to integers, in `steps` of each query;
   // `plain`: the sum of the probabilities times `zero` (null: 1).
   void round_probabilities(int from, int n, const float* scale, const float* zero) {
-    integers.resize((size_t)queries * ROUNDED), steps.resize(queries), plain.resize(queries);
-    packed_high.resize((size_t)queries * PACKED), packed_low.resize((size_t)queries * PACKED);
+    integers.resize((size_t)queries * ROUNDED);
+    steps.resize(queries);
+    plain.resize(queries);
+    packed_high.resize((size_t)queries * PACKED);
+    packed_low.resize((size_t)queries * PACKED);
     const int end = rounded_end(n);
     for (int j = 0; j < queries; j++) {
       const float* p = &scores[(size_t)j * (SPAN + 16) + from];
       alignas(64) float x[ROUNDED], z[ROUNDED];
-      std::fill(x + n, x + end, 0.0f), std::fill(z + n, z + end, 0.0f);
+      std::fill(x + n, x + end, 0.0f);
+      std::fill(z + n, z + end, 0.0f);
       for (int t = 0; t < n; t++) x[t] = scale ? p[t] * scale[t] : p[t];
       for (int t = 0; t < n; t++) z[t] = zero ? p[t] * zero[t] : p[t];
       vf high = set1(1e-37f), total_ = set1(0);
-      for (int t = 0; t < n; t += 16) high = max(high, load(x + t)), total_ = add(total_, load(z + t));
-      steps[j] = maximum(high) / 32512, plain[j] = sum(total_);
+      for (int t = 0; t < n; t += 16) {
+        high = max(high, load(x + t));
+        total_ = add(total_, load(z + t));
+      }
+      steps[j] = maximum(high) / 32512;
+      plain[j] = sum(total_);
       const vf inverse = set1(1 / steps[j]);
       int32_t* out = &integers[(size_t)j * ROUNDED];
       for (int t = 0; t < end; t += 16) storei(out + t, to_int(mul(load(x + t), inverse)));
@@ -410,8 +435,12 @@ struct Worker {
     for (int j = 0; j < queries; j++) {
       const int32_t* p = &integers[(size_t)j * ROUNDED];
       alignas(64) uint8_t high[ROUNDED + 32], low[ROUNDED + 32];
-      memset(high, 0, lead), memset(low, 0, lead);
-      for (int t = 0; t < end; t++) high[lead + t] = (p[t] + 128) >> 8, low[lead + t] = p[t];
+      memset(high, 0, lead);
+      memset(low, 0, lead);
+      for (int t = 0; t < end; t++) {
+        high[lead + t] = (p[t] + 128) >> 8;
+        low[lead + t] = p[t];
+      }
       uint8_t* to_high = (uint8_t*)&packed_high[(size_t)j * PACKED];
       uint8_t* to_low = (uint8_t*)&packed_low[(size_t)j * PACKED];
       if (layout.bits == 2 || layout.bits == 4) {
@@ -427,7 +456,8 @@ struct Worker {
         for (int i = 0; i < fields; i++)
           for (int k = 0; k < 4; k++) {
             const int from = w * tokens + k * fields + i, to = w * tokens + 4 * i + k;
-            to_high[to] = high[from], to_low[to] = low[from];
+            to_high[to] = high[from];
+            to_low[to] = low[from];
           }
     }
   }
@@ -500,23 +530,31 @@ struct Worker {
         if (segment.column >= 0) {
           token_parameters(part, chunk.slot, first, n, segment.column, false, token_scale, token_zero);
           round_probabilities(at, n, token_scale, token_zero);
-          rounded = false, arranged = 0;
+          rounded = false;
+          arranged = 0;
         } else if (!rounded) {
           round_probabilities(at, n, nullptr, nullptr);
-          rounded = true, arranged = 0;
+          rounded = true;
+          arranged = 0;
         }
         Plane planes[2];
         const int n_planes = planes_of(part.bits, run_length, planes);
         for (int p = n_planes - 1; p >= 0; p--) {
           const Layout layout = planes[p].layout;
           const int lead = (first - run_start) % (4 * layout.fields);
-          if (arranged != layout.bits) arrange(layout, lead, n), arranged = layout.bits;
+          if (arranged != layout.bits) {
+            arrange(layout, lead, n);
+            arranged = layout.bits;
+          }
           const int first_word = planes[p].first_word + (first - run_start) / (4 * layout.fields);
           const int32_t* plane_words = words + (int64_t)first_word * part.token_stride;
           for (int c = 0; c < segment.count; c += 16) {
             const int left = std::min(16, segment.count - c);
             alignas(64) float scale[16], zero[16];
-            for (int k = 0; k < 16; k++) scale[k] = 1, zero[k] = 1;
+            for (int k = 0; k < 16; k++) {
+              scale[k] = 1;
+              zero[k] = 1;
+            }
             if (segment.column < 0)
               parameters(part, chunk.slot, run_start / part.run, segment.channel + c, left, false, scale, zero);
             for (int k = left; k < 16; k++) scale[k] = zero[k] = 0;
@@ -558,7 +596,8 @@ struct Worker {
       for (int t = 0; t < n; t++) {
         if (segment.column >= 0) {
           parameters(part, slot, first + t, segment.column, 1, false, scale.data(), zero.data());
-          std::fill(scale.begin(), scale.end(), scale[0]), std::fill(zero.begin(), zero.end(), zero[0]);
+          std::fill(scale.begin(), scale.end(), scale[0]);
+          std::fill(zero.begin(), zero.end(), zero[0]);
         }
         for (int c = 0; c < segment.count; c++)
           value_numbers[(size_t)t * width + c] = bytes[((size_t)(c / 4) * STRIDE + t) * 4 + c % 4] * scale[c] + zero[c];
@@ -583,13 +622,15 @@ struct Worker {
   void attend_exact(const Exact& exact) {
     const int channels = a.key_count[group], value_channels = a.value_count[value_group];
     columns = Columns();
-    columns.last = a.exact_width, columns.floats = channels;
+    columns.last = a.exact_width;
+    columns.floats = channels;
     column_numbers.assign((size_t)std::max(1, a.exact_width) * STRIDE, 0);
     for (int first = 0; first < exact.count[row]; first += SPAN) {
       const int n = std::min(SPAN, exact.count[row] - first);
       const int64_t position = exact.start[row] + first;
       exact_rows.move(position);
-      fast.lanes = exact_rows.fast_lanes, nodes.lanes = exact_rows.node_lanes;
+      fast.lanes = exact_rows.fast_lanes;
+      nodes.lanes = exact_rows.node_lanes;
       for (int t = 0; t < n; t++) {
         const int64_t at = row * exact.key_row + (first + t) * exact.key_token + a.key_start[group];
         for (int c = 0; c < channels; c++)
@@ -629,16 +670,21 @@ struct Worker {
     int tokens = 0;
     auto flush = [&] {
       if (!batch.empty()) attend_batch(batch);
-      batch.clear(), tokens = 0;
+      batch.clear();
+      tokens = 0;
     };
     for (int i = first; i < last; i++) {
       const int count = table[2 * plane + i];
-      if (i + 1 < last) prefetch(a.keys, group, table[i + 1]), prefetch(a.values, value_group, table[i + 1]);
+      if (i + 1 < last) {
+        prefetch(a.keys, group, table[i + 1]);
+        prefetch(a.values, value_group, table[i + 1]);
+      }
       for (int t = 0; t < count; t += SPAN) {
         const Chunk chunk = {table[i], t, std::min(SPAN, count - t), (int64_t)table[plane + i] + t};
         // Tokens of a batch are at consecutive positions.
         if (tokens && (tokens + chunk.count > SPAN || batch[0].position + tokens != chunk.position)) flush();
-        batch.push_back(chunk), tokens += chunk.count;
+        batch.push_back(chunk);
+        tokens += chunk.count;
       }
     }
     flush();
@@ -652,7 +698,8 @@ struct Worker {
       for (int c = 0; c < a.output_width; c++) out[c] = exact_sums[(size_t)j * exact_stride + c];
       for (int c = 0; c < a.values.width; c++)
         if (channel[c] >= 0) out[channel[c]] += sums[(size_t)j * stride + c];
-      out[a.output_width] = highest[j], out[a.output_width + 1] = total[j];
+      out[a.output_width] = highest[j];
+      out[a.output_width + 1] = total[j];
     }
   }
 };

@@ -30,8 +30,10 @@ struct Rounded {
   void reserve(int n_lanes, int quads, int groups) {
     lanes = n_lanes;
     weights.resize((size_t)2 * quads * lanes);
-    step.resize(lanes), constant.resize(lanes);
-    totals.resize((size_t)groups * lanes), sums.resize((size_t)groups * lanes);
+    step.resize(lanes);
+    constant.resize(lanes);
+    totals.resize((size_t)groups * lanes);
+    sums.resize((size_t)groups * lanes);
   }
 };
 
@@ -113,8 +115,11 @@ void round_rows(const float* rows, int lanes, const Columns& columns, int planes
       if (per_token) {
         total = addi(total, part);
         if (q + 1 == columns.groups[g].last) {
-          store(&out.totals[g * lanes + l], to_float(total)), store(&out.sums[g * lanes + l], row_sum);
-          total = seti(0), row_sum = set1(0), g++;
+          store(&out.totals[g * lanes + l], to_float(total));
+          store(&out.sums[g * lanes + l], row_sum);
+          total = seti(0);
+          row_sum = set1(0);
+          g++;
         }
       }
       vi lows[4];
@@ -148,7 +153,8 @@ struct Tokens {
 template <int M, int V>
 INLINE inline void multiply_codes(const int32_t* weights, int lanes, const uint8_t* codes, int stride, int first,
                                   int last, vi (&sum)[M][V]) {
-  weights += (size_t)first * lanes, codes += (size_t)first * stride * 4;
+  weights += (size_t)first * lanes;
+  codes += (size_t)first * stride * 4;
   for (int q = first; q < last; q++, weights += lanes, codes += (size_t)stride * 4) {
     vi code[V];
     each<V>([&](auto v) INLINE { code[v] = loadi(codes + 64 * v); });
@@ -232,8 +238,14 @@ struct Division {
   // Weights of the nodes of a level at x.
   void interpolate(int l, double x, double* weight) const {
     double before = 1, after = 1;
-    for (int k = 0; k < nodes; k++) weight[k] = scale[l][k] * before, before *= x - node[l][k];
-    for (int k = nodes - 1; k >= 0; k--) weight[k] *= after, after *= x - node[l][k];
+    for (int k = 0; k < nodes; k++) {
+      weight[k] = scale[l][k] * before;
+      before *= x - node[l][k];
+    }
+    for (int k = nodes - 1; k >= 0; k--) {
+      weight[k] *= after;
+      after *= x - node[l][k];
+    }
   }
 };
 
@@ -258,7 +270,9 @@ Division divide(const double* frequency, int half, double tolerance, int columns
     if (cost >= best_cost) continue;
     best_cost = cost;
     Division d;
-    d.half = half, d.fast = fast, d.nodes = fast == half ? 0 : nodes;
+    d.half = half;
+    d.fast = fast;
+    d.nodes = fast == half ? 0 : nodes;
     d.levels = nodes > 1 ? LEVELS : 1;
     d.first[0] = fast;
     for (int l = 0; l < LEVELS; l++) {
@@ -283,21 +297,25 @@ Division divide(const double* frequency, int half, double tolerance, int columns
       for (int m = 0; m < d.nodes; m++)
         if (m != k) d.scale[l][k] /= d.node[l][k] - d.node[l][m];
     }
-  d.cosine.assign((size_t)fast * 2 * HALF, 0), d.sine = d.cosine;
+  d.cosine.assign((size_t)fast * 2 * HALF, 0);
+  d.sine = d.cosine;
   for (int f = 0; f < d.fast; f++)
     for (int o = 0; o < 2 * HALF; o++) {
       d.cosine[(size_t)f * 2 * HALF + o] = std::cos(frequency[f] * o);
       d.sine[(size_t)f * 2 * HALF + o] = std::sin(frequency[f] * o);
     }
-  for (int f = 0; f < d.fast; f++)
-    d.half_cosine.push_back(std::cos(frequency[f] * HALF)), d.half_sine.push_back(-std::sin(frequency[f] * HALF));
+  for (int f = 0; f < d.fast; f++) {
+    d.half_cosine.push_back(std::cos(frequency[f] * HALF));
+    d.half_sine.push_back(-std::sin(frequency[f] * HALF));
+  }
   d.lagrange.resize((size_t)d.nodes * 2 * SPAN);
   for (int o = 0; o < 2 * SPAN; o++) {
     double weight[MAX_NODES];
     d.interpolate(0, o, weight);
     for (int k = 0; k < d.nodes; k++) d.lagrange[(size_t)k * 2 * SPAN + o] = weight[k];
   }
-  d.node_cosine.resize((size_t)half * MAX_NODES), d.node_sine.resize((size_t)half * MAX_NODES);
+  d.node_cosine.resize((size_t)half * MAX_NODES);
+  d.node_sine.resize((size_t)half * MAX_NODES);
   for (int l = 0; l < d.levels; l++)
     for (int f = d.first[l]; f < d.first[l + 1]; f++)
       for (int k = 0; k < d.nodes; k++) {
@@ -358,16 +376,23 @@ struct Rows {
 
   void start(const Division& d, const double* frequencies, const float* expansion_, int columns_, int n_queries,
              int64_t reference_, std::vector<float> query_) {
-    division = &d, frequency = frequencies, expansion = expansion_, columns = columns_, queries = n_queries;
-    reference = reference_, query = std::move(query_);
-    fast_lanes = round_up(2 * round_up(d.fast, 3), 16), node_lanes = round_up(d.nodes * queries, 16);
+    division = &d;
+    frequency = frequencies;
+    expansion = expansion_;
+    columns = columns_;
+    queries = n_queries;
+    reference = reference_;
+    query = std::move(query_);
+    fast_lanes = round_up(2 * round_up(d.fast, 3), 16);
+    node_lanes = round_up(d.nodes * queries, 16);
     fast.assign((size_t)(columns + 1) * fast_lanes, 0);
     for (int f = 0; f < d.fast; f++)
       for (int i = 0; i < 2; i++)
         for (int c = 0; c <= columns; c++)
           fast[(size_t)c * fast_lanes + 2 * f + i] = expansion[((int64_t)f * 2 + i) * (columns + 1) + c];
     padded = round_up(d.fast + 2, 16);
-    pair_query.assign((size_t)queries * 2 * padded, 0), fast_query.assign((size_t)queries * 4 * padded, 0);
+    pair_query.assign((size_t)queries * 2 * padded, 0);
+    fast_query.assign((size_t)queries * 4 * padded, 0);
     for (int f = 0; f < d.fast; f++)
       for (int i = 0; i < 2; i++)
         for (int j = 0; j < queries; j++)
@@ -381,8 +406,10 @@ struct Rows {
       for (int lane = 0; lane < d.nodes * queries; lane++) {
         const int k = lane / queries, j = lane % queries;
         float* to = &lane_values[(size_t)f * 4 * node_lanes + lane];
-        to[0] = query[((size_t)f * 2) * queries + j], to[node_lanes] = query[((size_t)f * 2 + 1) * queries + j];
-        to[2 * node_lanes] = d.node_cosine[f * MAX_NODES + k], to[3 * node_lanes] = d.node_sine[f * MAX_NODES + k];
+        to[0] = query[((size_t)f * 2) * queries + j];
+        to[node_lanes] = query[((size_t)f * 2 + 1) * queries + j];
+        to[2 * node_lanes] = d.node_cosine[f * MAX_NODES + k];
+        to[3 * node_lanes] = d.node_sine[f * MAX_NODES + k];
       }
     for (int l = 0; l < LEVELS; l++) level[l].valid = level[l].turned = false;
   }
@@ -391,33 +418,42 @@ struct Rows {
   void turn(Level& at, int first, int last, int64_t anchor) {
     const int n = last - first;
     const int64_t step = anchor - at.turned_to;
-    at.cosine.resize(n), at.sine.resize(n), at.step_cosine.resize(n), at.step_sine.resize(n);
+    at.cosine.resize(n);
+    at.sine.resize(n);
+    at.step_cosine.resize(n);
+    at.step_sine.resize(n);
     double *cosine = at.cosine.data(), *sine = at.sine.data();
     const double *by_cosine = at.step_cosine.data(), *by_sine = at.step_sine.data();
     if (at.turned && step == at.step) {
 #pragma GCC ivdep
       for (int f = 0; f < n; f++) {
         const double c = cosine[f], s = sine[f];
-        cosine[f] = c * by_cosine[f] - s * by_sine[f], sine[f] = s * by_cosine[f] + c * by_sine[f];
+        cosine[f] = c * by_cosine[f] - s * by_sine[f];
+        sine[f] = s * by_cosine[f] + c * by_sine[f];
       }
     } else {
       for (int f = 0; f < n; f++) {
         const double angle = frequency[first + f] * (double)(reference - anchor);
-        cosine[f] = std::cos(angle), sine[f] = std::sin(angle);
+        cosine[f] = std::cos(angle);
+        sine[f] = std::sin(angle);
         if (!at.turned) continue;
         at.step_cosine[f] = std::cos(frequency[first + f] * (double)step);
         at.step_sine[f] = -std::sin(frequency[first + f] * (double)step);
       }
       at.step = at.turned ? step : 0;
     }
-    at.turned = true, at.turned_to = anchor;
+    at.turned = true;
+    at.turned_to = anchor;
   }
 
   // Make `nodes` and `fast_query` those of batches that start at `anchor`.
   void move(int64_t anchor) {
     const Division& d = *division;
     if (!level[0].valid && !level[0].turned) base = anchor;
-    if (anchor < base) base = anchor, level[1].valid = level[2].valid = level[3].valid = false;
+    if (anchor < base) {
+      base = anchor;
+      level[1].valid = level[2].valid = level[3].valid = false;
+    }
     if (level[0].valid && level[0].anchor == anchor) return;
     if (level[0].valid && frequency[0] == 0) return;  // nothing turns
     // Level 0 keeps the rotations of the fast pairs too.
@@ -431,11 +467,14 @@ struct Rows {
       for (int f = 0; f < d.fast; f++) {
         const float x = cosine[f], y = sine[f];
         const float u = q1[f] * x - q2[f] * y, v = q2[f] * x + q1[f] * y;
-        a[f] = u, b[f] = v;
-        c[f] = u * d.half_cosine[f] - v * d.half_sine[f], d_[f] = v * d.half_cosine[f] + u * d.half_sine[f];
+        a[f] = u;
+        b[f] = v;
+        c[f] = u * d.half_cosine[f] - v * d.half_sine[f];
+        d_[f] = v * d.half_cosine[f] + u * d.half_sine[f];
       }
     }
-    level[0].valid = true, level[0].anchor = anchor;
+    level[0].valid = true;
+    level[0].anchor = anchor;
     if (d.nodes) sum(0, anchor, cosine + d.fast, sine + d.fast, nodes);
   }
 
@@ -445,7 +484,8 @@ struct Rows {
     if (level[l].valid && level[l].anchor == anchor) return;
     turn(level[l], d.first[l], d.first[l + 1], anchor);
     sum(l, anchor, level[l].cosine.data(), level[l].sine.data(), level[l].sums);
-    level[l].valid = true, level[l].anchor = anchor;
+    level[l].valid = true;
+    level[l].anchor = anchor;
     Level& at = level[l];
     if (by_permutation()) return;
     at.spread.resize((size_t)d.nodes * (columns + 1) * node_lanes);
@@ -463,7 +503,8 @@ struct Rows {
     const Division& d = *division;
     const int first = d.first[l], n = d.first[l + 1] - first, lanes = node_lanes, width = columns + 1;
     if (l + 1 < d.levels) ensure(l + 1, anchor);
-    out.resize((size_t)width * lanes), coefficients.resize((size_t)std::max(1, n) * 2 * lanes);
+    out.resize((size_t)width * lanes);
+    coefficients.resize((size_t)std::max(1, n) * 2 * lanes);
     for (int f = 0; f < n; f++) {
       const vf c = set1(cosines[f]), s = set1(sines[f]);
       const float* of_pair = &lane_values[(size_t)(first + f) * 4 * lanes];

@@ -92,7 +92,10 @@ template <class Body>
 void in_columns(int64_t columns, const Body& body) {
   int64_t column = 0;
   for (; columns - column >= 8; column += 8) body(std::integral_constant<int, 8>(), column);
-  if (columns - column >= 4) body(std::integral_constant<int, 4>(), column), column += 4;
+  if (columns - column >= 4) {
+    body(std::integral_constant<int, 4>(), column);
+    column += 4;
+  }
   for (; column < columns; ++column) body(std::integral_constant<int, 1>(), column);
 }
 
@@ -175,10 +178,13 @@ struct Lookup : Format<BITS> {
         const int64_t c = chunk * kChunk;
         load_set(packed + 4 * set * stride + c, stride, words - 4 * set, channels - c, v);
         if (BITS == 1) {  // v[m] ends with codes m and m + 4 of the four channels of an index
-          exchange<1>(v[0], v[1], 0x55), exchange<1>(v[2], v[3], 0x55);
-          exchange<2>(v[0], v[2], 0x33), exchange<2>(v[1], v[3], 0x33);
+          exchange<1>(v[0], v[1], 0x55);
+          exchange<1>(v[2], v[3], 0x55);
+          exchange<2>(v[0], v[2], 0x33);
+          exchange<2>(v[1], v[3], 0x33);
         } else if (BITS == 2) {
-          exchange<2>(v[0], v[1], 0x33), exchange<2>(v[2], v[3], 0x33);
+          exchange<2>(v[0], v[1], 0x33);
+          exchange<2>(v[2], v[3], 0x33);
         }
         constexpr int each = F::combined;  // registers of a group
         for (int g = 0; g < BITS && chunk * BITS + g < used; ++g)
@@ -344,7 +350,8 @@ struct Dot : Digits<BITS> {
         for (int i = 0; i < F::per_byte; ++i) {
           const uint8_t* at = weights + w / 4 * F::per_set + i * 16 + w % 4 * 4;
           int32_t digits[2];
-          std::memcpy(digits, at, 4), std::memcpy(digits + 1, at + n, 4);
+          std::memcpy(digits, at, 4);
+          std::memcpy(digits + 1, at + n, 4);
           const Register p_low = _mm512_set1_epi32(digits[0]), p_high = _mm512_set1_epi32(digits[1]);
           for (int c = 0; c < width; ++c) {
             const Register x = load(values, (w * columns + column + c) * F::per_byte + i);
@@ -387,8 +394,10 @@ Register by_byte(Register lane) {
 void transpose(Register v[4]) {
   const Register a = _mm256_unpacklo_epi32(v[0], v[1]), b = _mm256_unpacklo_epi32(v[2], v[3]);
   const Register c = _mm256_unpackhi_epi32(v[0], v[1]), d = _mm256_unpackhi_epi32(v[2], v[3]);
-  v[0] = _mm256_unpacklo_epi64(a, b), v[1] = _mm256_unpackhi_epi64(a, b);
-  v[2] = _mm256_unpacklo_epi64(c, d), v[3] = _mm256_unpackhi_epi64(c, d);
+  v[0] = _mm256_unpacklo_epi64(a, b);
+  v[1] = _mm256_unpackhi_epi64(a, b);
+  v[2] = _mm256_unpacklo_epi64(c, d);
+  v[3] = _mm256_unpackhi_epi64(c, d);
 }
 
 // Exchange the high half of each field of 2 * SHIFT bits of a with the low half of b's.
@@ -411,7 +420,8 @@ Register index_of(Register bytes, bool high) {
 // Add the 16-bit entries of 16 indices in each lane, those of bytes 0 … 7 and of bytes 8 … 15.
 void add_entries(Register index, Register low, Register high, Register& a, Register& b) {
   const Register x = _mm256_shuffle_epi8(low, index), y = _mm256_shuffle_epi8(high, index);
-  a = _mm256_add_epi16(a, _mm256_unpacklo_epi8(x, y)), b = _mm256_add_epi16(b, _mm256_unpackhi_epi8(x, y));
+  a = _mm256_add_epi16(a, _mm256_unpacklo_epi8(x, y));
+  b = _mm256_add_epi16(b, _mm256_unpackhi_epi8(x, y));
 }
 
 template <int BITS>
@@ -446,10 +456,13 @@ struct Lookup : Format<BITS> {
         for (int r = 0; r < 4; ++r) v[r] = load_row(packed + (w + r) * stride + c, w + r < words ? channels - c : 0);
         transpose(v);
         if (BITS == 1) {
-          exchange<1>(v[0], v[1], 0x55), exchange<1>(v[2], v[3], 0x55);
-          exchange<2>(v[0], v[2], 0x33), exchange<2>(v[1], v[3], 0x33);
+          exchange<1>(v[0], v[1], 0x55);
+          exchange<1>(v[2], v[3], 0x55);
+          exchange<2>(v[0], v[2], 0x33);
+          exchange<2>(v[1], v[3], 0x33);
         } else if (BITS == 2) {
-          exchange<2>(v[0], v[1], 0x33), exchange<2>(v[2], v[3], 0x33);
+          exchange<2>(v[0], v[1], 0x33);
+          exchange<2>(v[2], v[3], 0x33);
         }
         constexpr int each = F::combined;
         for (int g = 0; g < BITS; ++g)
@@ -467,9 +480,11 @@ struct Lookup : Format<BITS> {
             const Register index = load(keys, (set * n + j) * F::per_byte + i);
             add_entries(index, load(query, 2 * j), load(query, 2 * j + 1), a, b);
           }
-          first = _mm256_add_epi32(first, add_lanes(a)), second = _mm256_add_epi32(second, add_lanes(b));
+          first = _mm256_add_epi32(first, add_lanes(a));
+          second = _mm256_add_epi32(second, add_lanes(b));
         }
-        store(out, (set * F::per_byte + i) * 2, first), store(out, (set * F::per_byte + i) * 2 + 1, second);
+        store(out, (set * F::per_byte + i) * 2, first);
+        store(out, (set * F::per_byte + i) * 2 + 1, second);
       }
   }
   static Register add_lanes(Register x) {
@@ -758,19 +773,27 @@ struct Attention {
     w.query_stride = 0;
     int64_t key_bytes = 0;
     for (const Group& group : mine) {
-      w.query_at.push_back(w.query_stride), w.key_at.push_back(key_bytes);
+      w.query_at.push_back(w.query_stride);
+      w.key_at.push_back(key_bytes);
       w.query_stride += ceil_div(keys.kernel.query_bytes(group.channels), 64) * 64;
       key_bytes += keys.kernel.key_bytes(keys.words, group.channels);
     }
-    w.token = arena.take<int32_t>(t), w.from = arena.take<int32_t>(padded_values());
+    w.token = arena.take<int32_t>(t);
+    w.from = arena.take<int32_t>(padded_values());
     w.integers = arena.take<int32_t>(std::max(t, ceil_div(value_size, 32) * 32));
     w.query = arena.take<float>(n * size);
-    w.unit = arena.take<float>(n * g), w.correction = arena.take<float>(n * g), w.weight = arena.take<float>(n * g);
+    w.unit = arena.take<float>(n * g);
+    w.correction = arena.take<float>(n * g);
+    w.weight = arena.take<float>(n * g);
     w.subtract = arena.take<int32_t>(n * g);
-    w.step = arena.take<float>(g * t), w.zero = arena.take<float>(g * t);
-    w.value_step = arena.take<float>(value_size), w.value_zero = arena.take<float>(value_size);
-    w.score = arena.take<float>(std::max(t, kExact)), w.exact = arena.take<float>(kExact * (size + value_size));
-    w.tables = arena.take<uint8_t>(n * w.query_stride), w.key_codes = arena.take<uint8_t>(key_bytes);
+    w.step = arena.take<float>(g * t);
+    w.zero = arena.take<float>(g * t);
+    w.value_step = arena.take<float>(value_size);
+    w.value_zero = arena.take<float>(value_size);
+    w.score = arena.take<float>(std::max(t, kExact));
+    w.exact = arena.take<float>(kExact * (size + value_size));
+    w.tables = arena.take<uint8_t>(n * w.query_stride);
+    w.key_codes = arena.take<uint8_t>(key_bytes);
     w.value_codes = arena.take<uint8_t>(values.kernel.value_bytes(values.words, value_size));
     w.weights = arena.take<uint8_t>(values.kernel.weight_bytes(values.words));
     w.p = arena.take<int16_t>(padded_values());

@@ -125,7 +125,10 @@ inline void unpack_vectors(const int32_t* rows, int64_t row_stride, int count, i
     struct {
       int32_t pick[16], shift[16];
     } y;
-    for (int l = 0; l < 16; l++) y.pick[l] = l / fields % 4 + (l / tokens & 1) * 16, y.shift[l] = l % fields * BITS;
+    for (int l = 0; l < 16; l++) {
+      y.pick[l] = l / fields % 4 + (l / tokens & 1) * 16;
+      y.shift[l] = l % fields * BITS;
+    }
     return y;
   }();
   const vi by = loadi(lanes.shift), mask = seti((int)(0x01010101u * ((1 << BITS) - 1)));

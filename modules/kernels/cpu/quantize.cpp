@@ -26,11 +26,11 @@ constexpr int V = 16;
 #else
 constexpr int V = 8;
 #endif
-using F = float __attribute__((vector_size(4 * V)));
-using I = int32_t __attribute__((vector_size(4 * V)));
-using U = uint32_t __attribute__((vector_size(4 * V)));
-using S = uint16_t __attribute__((vector_size(2 * V)));
-using L = int64_t __attribute__((vector_size(8 * V)));
+using vf = float __attribute__((vector_size(4 * V)));
+using vi = int32_t __attribute__((vector_size(4 * V)));
+using vu = uint32_t __attribute__((vector_size(4 * V)));
+using vs = uint16_t __attribute__((vector_size(2 * V)));
+using vl = int64_t __attribute__((vector_size(8 * V)));
 
 // Vectors of channels that are packed together.
 constexpr int NV = 4, BLOCK = NV * V;
@@ -56,72 +56,72 @@ void write(void* p, X x) {
   std::memcpy(p, &x, sizeof x);
 }
 
-F all(float x) { return F{} + x; }
+vf set1(float x) { return vf{} + x; }
 
 #ifdef __AVX512F__
 // Of two values of which one is NaN the second.
-F minimum(F a, F b) { return (F)_mm512_min_ps((__m512)a, (__m512)b); }
-F maximum(F a, F b) { return (F)_mm512_max_ps((__m512)a, (__m512)b); }
-F fused(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
-F floor_of(F x) { return (F)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
-F from_half(S x) { return (F)_mm512_cvtph_ps((__m256i)x); }
-S to_half(F x) { return (S)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-bool any(I mask) { return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask); }
+vf min(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
+vf max(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+vf fma(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+vf floor(vf x) { return (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+vf from_half(vs x) { return (vf)_mm512_cvtph_ps((__m256i)x); }
+vs to_half(vf x) { return (vs)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+bool any(vi mask) { return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask); }
 #else
-F minimum(F a, F b) { return (F)_mm256_min_ps((__m256)a, (__m256)b); }
-F maximum(F a, F b) { return (F)_mm256_max_ps((__m256)a, (__m256)b); }
-F fused(F a, F b, F c) { return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
-F floor_of(F x) { return (F)_mm256_floor_ps((__m256)x); }
-F from_half(S x) { return (F)_mm256_cvtph_ps((__m128i)x); }
-S to_half(F x) { return (S)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT); }
-bool any(I mask) { return _mm256_movemask_ps((__m256)mask); }
+vf min(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
+vf max(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
+vf fma(vf a, vf b, vf c) { return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+vf floor(vf x) { return (vf)_mm256_floor_ps((__m256)x); }
+vf from_half(vs x) { return (vf)_mm256_cvtph_ps((__m128i)x); }
+vs to_half(vf x) { return (vs)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT); }
+bool any(vi mask) { return _mm256_movemask_ps((__m256)mask); }
 #endif
 
-I lanes_in_order() {
-  I lanes;
+vi lanes_in_order() {
+  vi lanes;
   for (int i = 0; i < V; i++) lanes[i] = i;
   return lanes;
 }
 
-F select(I mask, F a, F b) { return mask ? a : b; }
-L wide(I x) { return __builtin_convertvector(x, L); }
-I mask_of(L x) { return __builtin_convertvector(x, I); }
-I truncated(F x) { return __builtin_convertvector(x, I); }
-F to_float(I x) { return __builtin_convertvector(x, F); }
-F to_float(L x) { return __builtin_convertvector(x, F); }
+vf select(vi mask, vf a, vf b) { return mask ? a : b; }
+vl wide(vi x) { return __builtin_convertvector(x, vl); }
+vi mask_of(vl x) { return __builtin_convertvector(x, vi); }
+vi truncated(vf x) { return __builtin_convertvector(x, vi); }
+vf to_float(vi x) { return __builtin_convertvector(x, vf); }
+vf to_float(vl x) { return __builtin_convertvector(x, vf); }
 template <class T>
-F widen(S bits);
+vf widen(vs bits);
 template <>
-F widen<Half>(S bits) {
+vf widen<Half>(vs bits) {
   return from_half(bits);
 }
 template <>
-F widen<BFloat>(S bits) {
-  return (F)(__builtin_convertvector(bits, U) << 16);
+vf widen<BFloat>(vs bits) {
+  return (vf)(__builtin_convertvector(bits, vu) << 16);
 }
 
 template <class T>
-S narrow(F x);
+vs narrow(vf x);
 template <>
-S narrow<Half>(F x) {
+vs narrow<Half>(vf x) {
   return to_half(x);
 }
 template <>
-S narrow<BFloat>(F x) {
-  U bits = (U)x;
-  return __builtin_convertvector((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, S);
+vs narrow<BFloat>(vf x) {
+  vu bits = (vu)x;
+  return __builtin_convertvector((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, vs);
 }
 
 template <class T>
-F load(const T* p) {
+vf load(const T* p) {
   if constexpr (sizeof(T) == 4)
-    return read<F>(p);
+    return read<vf>(p);
   else
-    return widen<T>(read<S>(p));
+    return widen<T>(read<vs>(p));
 }
 
 template <class T>
-void store(T* p, F x) {
+void store(T* p, vf x) {
   if constexpr (sizeof(T) == 4)
     write(p, x);
   else
@@ -130,7 +130,7 @@ void store(T* p, F x) {
 
 // The first n lanes of what starts at p, the others filled with the first.
 template <class T>
-F load(const T* p, int n) {
+vf load(const T* p, int n) {
   if (n >= V) return load(p);
   T lanes[V];
   for (int i = 0; i < V; i++) lanes[i] = p[i < n ? i : 0];
@@ -138,7 +138,7 @@ F load(const T* p, int n) {
 }
 
 template <class T>
-void store(T* p, F x, int n) {
+void store(T* p, vf x, int n) {
   if (n >= V) return store(p, x);
   T lanes[V];
   store(lanes, x);
@@ -147,13 +147,13 @@ void store(T* p, F x, int n) {
 
 // Float32 rounded to a two-byte type, towards +inf (`up`) or -inf.
 template <class P>
-F round_directed(F x, bool up) {
+vf round_directed(vf x, bool up) {
   using Signed = int16_t __attribute__((vector_size(2 * V)));
-  S bits = narrow<P>(x);
-  F y = widen<P>(bits);
+  vs bits = narrow<P>(x);
+  vf y = widen<P>(bits);
   // One step in the wanted direction: the bit patterns of floats of one sign are ordered like their magnitudes.
   Signed away = ((Signed)bits >= 0) == (up ? Signed{} - 1 : Signed{});
-  F stepped = widen<P>(away ? bits + 1 : bits - 1);
+  vf stepped = widen<P>(away ? bits + 1 : bits - 1);
   return select(up ? y < x : y > x, stepped, y);
 }
 
@@ -172,16 +172,16 @@ struct Grid {
         offset(bits <= 1 ? 1 : 1 << (bits - 1)),
         symmetric(symmetric) {}
 
-  F step(F scale) const { return scale * spacing; }
-  F zero(F scale, F zero_point) const { return symmetric ? scale * -offset : zero_point; }
+  vf step(vf scale) const { return scale * spacing; }
+  vf zero(vf scale, vf zero_point) const { return symmetric ? scale * -offset : zero_point; }
 };
 
 // What codes are divided by: beyond any value where the step is not positive, so that the codes are 0.
-F divisor(F step) { return select(step > 0, step, all(INFINITE)); }
+vf divisor(vf step) { return select(step > 0, step, set1(INFINITE)); }
 
 // Codes before they are rounded: their floor is the nearest level, halves rounded up.
-F level(F quotient, float last) { return minimum(maximum(quotient, F{}), all(last)) + 0.5f; }
-F codes_of(F quotient, float last) { return floor_of(level(quotient, last)); }
+vf level(vf quotient, float last) { return min(max(quotient, vf{}), set1(last)) + 0.5f; }
+vf codes_of(vf quotient, float last) { return floor(level(quotient, last)); }
 
 // ---- the range of least squared error
 
@@ -190,43 +190,46 @@ constexpr float UNIT = 1 << 20, ERROR_UNIT = 1 << 30, ERROR_LIMIT = 1 << 20;
 
 // Sum of squared errors on a grid that is the same for all lanes, in units of the range; of a part of the values, if
 // all lanes exceed `limit` already.
-L candidate_error(const F* u, int64_t count, float step, float zero, float last, L limit) {
+vl candidate_error(const vf* u, int64_t count, float step, float zero, float last, vl limit) {
   const float inverse = 1 / step;
-  auto square = [&](F x) {
-    F difference = x - zero, quotient = difference * inverse;
+  auto square = [&](vf x) {
+    vf difference = x - zero, quotient = difference * inverse;
     // This gives the quotient as IEEE 754 rounds it, for these steps: tests/test_quantize.py.
-    quotient = fused(fused(-quotient, all(step), difference), all(inverse), quotient);
-    F error = x - (codes_of(quotient, last) * step + zero);
-    return (U)truncated(error * error * ERROR_UNIT);
+    quotient = fma(fma(-quotient, set1(step), difference), set1(inverse), quotient);
+    vf error = x - (codes_of(quotient, last) * step + zero);
+    return (vu)truncated(error * error * ERROR_UNIT);
   };
-  L sum = {};
+  vl sum = {};
   for (int64_t i = 0; i < count;) {
-    U low = {}, high = {};
+    vu low = {}, high = {};
     const int64_t end = std::min<int64_t>(count, i + 32);
     for (; i + 4 <= end; i += 4) {
       // An error is at most 0.83, where a range of 2^-2.5 clips the end of a symmetric one: four fit.
-      U four = (square(u[i]) + square(u[i + 1])) + (square(u[i + 2]) + square(u[i + 3]));
+      vu four = (square(u[i]) + square(u[i + 1])) + (square(u[i + 2]) + square(u[i + 3]));
       low += four & 0xFFFF;
       high += four >> 16;
     }
-    for (; i < end; i++) low += square(u[i]) & 0xFFFF, high += square(u[i]) >> 16;
-    sum += (wide((I)high) << 16) + wide((I)low);
+    for (; i < end; i++) {
+      low += square(u[i]) & 0xFFFF;
+      high += square(u[i]) >> 16;
+    }
+    sum += (wide((vi)high) << 16) + wide((vi)low);
     if (!any(mask_of(sum <= limit))) break;
   }
   return sum;
 }
 
 // Sum of squared errors of the values on stored grids, in units of the range.
-L stored_error(const F* x, int64_t count, F step, F zero, F unit, float last) {
-  L sum = {};
-  const F by = divisor(step);
+vl stored_error(const vf* x, int64_t count, vf step, vf zero, vf unit, float last) {
+  vl sum = {};
+  const vf by = divisor(step);
   constexpr float SPLIT = 1 << 25;
   for (int64_t start = 0; start < count; start += 32) {
-    I low = {}, high = {};
+    vi low = {}, high = {};
     for (int64_t i = start; i < std::min(count, start + 32); i++) {
-      F error = (x[i] - (codes_of((x[i] - zero) / by, last) * step + zero)) / unit;
-      F square = minimum(error * error, all(ERROR_LIMIT)) * ERROR_UNIT;
-      I above = truncated(square * (1 / SPLIT));
+      vf error = (x[i] - (codes_of((x[i] - zero) / by, last) * step + zero)) / unit;
+      vf square = min(error * error, set1(ERROR_LIMIT)) * ERROR_UNIT;
+      vi above = truncated(square * (1 / SPLIT));
       high += above;
       low += truncated(square - to_float(above) * SPLIT);
     }
@@ -236,34 +239,35 @@ L stored_error(const F* x, int64_t count, F step, F zero, F unit, float last) {
 }
 
 // Step and zero point of least squared error of groups in units of their ranges.
-void least_error_range(const F* u, int64_t count, const Grid& grid, const float* candidates, F& step, F& zero) {
+void least_error_range(const vf* u, int64_t count, const Grid& grid, const float* candidates, vf& step, vf& zero) {
   const float last = grid.levels - 1, middle = grid.offset / grid.spacing;
   const bool signs = grid.levels == 2 && grid.symmetric;  // one round of least squares gives mean|x|
   // From where the best of normally distributed values is, outwards: then the sums soon exceed the least.
   const int start = grid.bits == 0 ? 6 : grid.bits == 1 ? 10 : grid.bits == 2 ? 5 : grid.bits == 3 ? 2 : 0;
-  L best = L{} + std::numeric_limits<int64_t>::max();
-  step = all(candidates[0]), zero = all(candidates[RATIOS]);
+  vl best = vl{} + std::numeric_limits<int64_t>::max();
+  step = set1(candidates[0]);
+  zero = set1(candidates[RATIOS]);
   for (int k = 0; k < 2 * RATIOS && !signs; k++) {
     const int i = start + (k % 2 ? (k + 1) / 2 : -k / 2);
     if (i < 0 || i >= RATIOS) continue;
     const float new_step = candidates[i], new_zero = candidates[RATIOS + i];
-    L error = candidate_error(u, count, new_step, new_zero, last, best);
+    vl error = candidate_error(u, count, new_step, new_zero, last, best);
     // Of equals the first candidate, which has the widest step.
-    I better = mask_of(error < best) | (mask_of(error == best) & (all(new_step) > step));
+    vi better = mask_of(error < best) | (mask_of(error == best) & (set1(new_step) > step));
     best = error < best ? error : best;
-    step = select(better, all(new_step), step);
-    zero = select(better, all(new_zero), zero);
+    step = select(better, set1(new_step), step);
+    zero = select(better, set1(new_zero), zero);
   }
   for (int round = 0; round < (signs ? 1 : REFITS); round++) {
-    L sum_c = {}, sum_cc = {}, sum_x = {}, sum_cx = {};
+    vl sum_c = {}, sum_cc = {}, sum_x = {}, sum_cx = {};
     for (int64_t start = 0; start < count; start += 512) {
-      I c = {}, cc = {}, x = {}, low = {}, high = {};
+      vi c = {}, cc = {}, x = {}, low = {}, high = {};
       for (int64_t i = start; i < std::min(count, start + 512); i++) {
-        I code = truncated(level((u[i] - zero) / step, last));
+        vi code = truncated(level((u[i] - zero) / step, last));
         // Twice the signed code, so that one bit is an integer too.
         if (grid.symmetric) code = 2 * code - (int)(2 * middle);
-        I fixed = truncated(floor_of(u[i] * UNIT + 0.5f));
-        I product = code * fixed;
+        vi fixed = truncated(floor(u[i] * UNIT + 0.5f));
+        vi product = code * fixed;
         c += code;
         cc += code * code;
         x += fixed;
@@ -275,24 +279,24 @@ void least_error_range(const F* u, int64_t count, const Grid& grid, const float*
       sum_x += wide(x);
       sum_cx += (wide(high) << 16) + wide(low);
     }
-    L square = grid.symmetric ? sum_cc : count * sum_cc - sum_c * sum_c;
-    L product = grid.symmetric ? 2 * sum_cx : count * sum_cx - sum_c * sum_x;
-    F new_step = to_float(product) / to_float(square < 1 ? L{} + 1 : square) / UNIT;
-    F new_zero =
+    vl square = grid.symmetric ? sum_cc : count * sum_cc - sum_c * sum_c;
+    vl product = grid.symmetric ? 2 * sum_cx : count * sum_cx - sum_c * sum_x;
+    vf new_step = to_float(product) / to_float(square < 1 ? vl{} + 1 : square) / UNIT;
+    vf new_zero =
         grid.symmetric ? new_step * -middle : (to_float(sum_x) / UNIT - new_step * to_float(sum_c)) / (float)count;
-    I fits = mask_of(square > 0) & (new_step > 0);
+    vi fits = mask_of(square > 0) & (new_step > 0);
     step = select(fits, new_step, step);
     zero = select(fits, new_zero, zero);
   }
 }
 
 struct Range {
-  F low = all(INFINITE), high = all(-INFINITE);
-  I bad = {};
+  vf low = set1(INFINITE), high = set1(-INFINITE);
+  vi bad = {};
 
-  void extend(F x) {
-    low = minimum(x, low);
-    high = maximum(x, high);
+  void extend(vf x) {
+    low = min(x, low);
+    high = max(x, high);
     bad |= x != x;
   }
 };
@@ -300,18 +304,18 @@ struct Range {
 // Scale and zero point of V groups, whose values `x` `[count]` are looked at for a search only; the scale is NaN where
 // a group does not fit. `u` is room for as many.
 template <class P>
-void choose(const Range& range, const Grid& grid, const float* candidates, float limit, const F* x, F* u, int64_t count,
-            F& scale, F& zero_point) {
-  const F low = range.low, high = range.high;
+void choose(const Range& range, const Grid& grid, const float* candidates, float limit, const vf* x, vf* u,
+            int64_t count, vf& scale, vf& zero_point) {
+  const vf low = range.low, high = range.high;
   const float last = grid.levels - 1;
   const bool has_minmax = grid.levels > 3 || !grid.symmetric;
-  I fits = ~range.bad & (low >= -limit) & (high <= limit);
-  scale = zero_point = F{};
+  vi fits = ~range.bad & (low >= -limit) & (high <= limit);
+  scale = zero_point = vf{};
   if (has_minmax) {
-    F needed;
+    vf needed;
     if (grid.symmetric) {
-      F above = -low / grid.offset, below = high / (last - grid.offset);
-      needed = maximum(above, below);
+      vf above = -low / grid.offset, below = high / (last - grid.offset);
+      needed = max(above, below);
     } else {
       zero_point = round_directed<P>(low, false);
       needed = (high - zero_point) / (last * grid.spacing);
@@ -320,26 +324,27 @@ void choose(const Range& range, const Grid& grid, const float* candidates, float
     fits &= scale < INFINITE;
   }
   if (x) {
-    F base = grid.symmetric ? F{} : low, unit = grid.symmetric ? maximum(-low, high) : high - low;
-    unit = select(fits & (unit > 0), unit, all(1));
-    for (int64_t i = 0; i < count; i++) u[i] = select(fits, (x[i] - base) / unit, F{});
-    F step, zero;
+    vf base = grid.symmetric ? vf{} : low, unit = grid.symmetric ? max(-low, high) : high - low;
+    unit = select(fits & (unit > 0), unit, set1(1));
+    for (int64_t i = 0; i < count; i++) u[i] = select(fits, (x[i] - base) / unit, vf{});
+    vf step, zero;
     least_error_range(u, count, grid, candidates, step, zero);
-    F new_scale = minimum(step / grid.spacing * unit, all(limit));
-    F new_zero = minimum(maximum(base + zero * unit, all(-limit)), all(limit));
-    new_scale = select(grid.symmetric ? maximum(-low, high) > 0 : high > low, new_scale, F{});
-    new_scale = widen<P>(narrow<P>(new_scale)), new_zero = widen<P>(narrow<P>(new_zero));
-    I better = I{} - 1;
+    vf new_scale = min(step / grid.spacing * unit, set1(limit));
+    vf new_zero = min(max(base + zero * unit, set1(-limit)), set1(limit));
+    new_scale = select(grid.symmetric ? max(-low, high) > 0 : high > low, new_scale, vf{});
+    new_scale = widen<P>(narrow<P>(new_scale));
+    new_zero = widen<P>(narrow<P>(new_zero));
+    vi better = vi{} - 1;
     if (has_minmax) {
-      auto error = [&](F s, F z) { return stored_error(x, count, grid.step(s), grid.zero(s, z), unit, last); };
+      auto error = [&](vf s, vf z) { return stored_error(x, count, grid.step(s), grid.zero(s, z), unit, last); };
       better = mask_of(error(new_scale, new_zero) < error(scale, zero_point));
     }
     scale = select(better, new_scale, scale);
     zero_point = select(better, new_zero, zero_point);
   }
-  F whole = grid.step(scale) * last, zero = grid.zero(scale, zero_point);
+  vf whole = grid.step(scale) * last, zero = grid.zero(scale, zero_point);
   fits &= (whole < INFINITE) & (zero < INFINITE) & (zero > -INFINITE);
-  scale = select(fits, scale, all(NAN));
+  scale = select(fits, scale, set1(NAN));
 }
 
 // ---- packing
@@ -375,14 +380,15 @@ struct Quantizing {
   float limit;
 
   // What `choose` finds, with the parameters stored at `at`, `at + stride`, ... ; whether all `lanes` groups fit.
-  bool find(const Range& range, const F* x, F* u, int64_t count, int64_t at, int64_t stride, int lanes, float* by,
+  bool find(const Range& range, const vf* x, vf* u, int64_t count, int64_t at, int64_t stride, int lanes, float* by,
             float* zero) const {
-    F scale_found, zero_found;
+    vf scale_found, zero_found;
     auto find = [&](auto* scales, auto* zeros) {
       using P = std::remove_pointer_t<decltype(scales)>;
       choose<P>(range, grid, candidates, limit, x, u, count, scale_found, zero_found);
       P stored[2][V];
-      store(stored[0], scale_found), store(stored[1], zero_found);
+      store(stored[0], scale_found);
+      store(stored[1], zero_found);
       for (int i = 0; i < lanes; i++) {
         scales[at + i * stride] = stored[0][i];
         if (!grid.symmetric) zeros[at + i * stride] = stored[1][i];
@@ -408,17 +414,20 @@ bool pack(const Quantizing& call, int64_t n, int64_t first, int64_t end, int64_t
   const T* x = (const T*)call.x + n * call.stride_n + column;
   int32_t* packed = call.packed + n * call.words * call.channels + column;
   T padded[BLOCK] = {};
-  F bys[NV], zeros[NV], finite = {};
+  vf bys[NV], zeros[NV], finite = {};
   if constexpr (PER_CHANNEL)
-    for (int v = 0; v < NV; v++) bys[v] = load(by + v * V), zeros[v] = load(zero + v * V);
-  auto store_words = [&](int64_t word, const U* row) __attribute__((always_inline)) {
+    for (int v = 0; v < NV; v++) {
+      bys[v] = load(by + v * V);
+      zeros[v] = load(zero + v * V);
+    }
+  auto store_words = [&](int64_t word, const vu* row) __attribute__((always_inline)) {
     std::memcpy(packed + word * call.channels, row, columns == BLOCK ? 4 * BLOCK : 4 * columns);
   };
 
   for (int64_t run = first; run < end; run += N) {
-    U words[NV] = {}, high[NV] = {};
+    vu words[NV] = {}, high[NV] = {};
     for (int start = 0; start < N && run + start < end; start += PART) {
-      U part[NV] = {};
+      vu part[NV] = {};
       const int count = std::min<int64_t>(PART, end - run - start);
       for (int k = 0; k < count; k++) {
         const int64_t t = run + start + k;
@@ -426,10 +435,10 @@ bool pack(const Quantizing& call, int64_t n, int64_t first, int64_t end, int64_t
         if (columns < BLOCK) row = (const T*)std::memcpy(padded, row, columns * sizeof(T));
 #pragma GCC unroll 4
         for (int v = 0; v < NV; v++) {
-          F values = load(row + v * V);
+          vf values = load(row + v * V);
           if constexpr (PER_CHANNEL) finite += values - values;
-          F quotient = PER_CHANNEL ? (values - zeros[v]) / bys[v] : (values - zero[t - first]) / by[t - first];
-          U code = (U)truncated(level(quotient, last));
+          vf quotient = PER_CHANNEL ? (values - zeros[v]) / bys[v] : (values - zero[t - first]) / by[t - first];
+          vu code = (vu)truncated(level(quotient, last));
           if constexpr (BITS == 0)
             part[v] = part[v] * 3 + code;
           else if constexpr (BITS == 3) {
@@ -472,18 +481,18 @@ Range range_of_token(const T* x, int64_t width) {
   int64_t c = 0;
   for (; c + V <= width; c += V) range.extend(load(x + c));
   if (c < width) range.extend(load(x + c, width - c));
-  const I lanes = lanes_in_order();
+  const vi lanes = lanes_in_order();
 #pragma GCC unroll 4
   for (int across = V / 2; across; across /= 2) {
-    range.low = minimum(range.low, __builtin_shuffle(range.low, lanes ^ across));
-    range.high = maximum(range.high, __builtin_shuffle(range.high, lanes ^ across));
+    range.low = min(range.low, __builtin_shuffle(range.low, lanes ^ across));
+    range.high = max(range.high, __builtin_shuffle(range.high, lanes ^ across));
     range.bad |= __builtin_shuffle(range.bad, lanes ^ across);
   }
   return range;
 }
 
 template <class T>
-bool quantize_channels(const Quantizing& call, int64_t n, int64_t column, std::vector<F>& room, float* by,
+bool quantize_channels(const Quantizing& call, int64_t n, int64_t column, std::vector<vf>& room, float* by,
                        float* zero) {
   const T* x = (const T*)call.x + n * call.stride_n + column;
   const int columns = std::min<int64_t>(call.channels - column, BLOCK);
@@ -494,16 +503,17 @@ bool quantize_channels(const Quantizing& call, int64_t n, int64_t column, std::v
     const int lanes = std::min(columns - v * V, V);
     const int64_t c = column + v * V;
     if (call.static_scale) {
-      F scale = load(call.static_scale + c, lanes);
-      F zero_point = call.grid.symmetric ? F{} : load(call.static_zero + c, lanes);
+      vf scale = load(call.static_scale + c, lanes);
+      vf zero_point = call.grid.symmetric ? vf{} : load(call.static_zero + c, lanes);
       write(by + v * V, divisor(call.grid.step(scale)));
       write(zero + v * V, call.grid.zero(scale, zero_point));
       continue;
     }
-    F *values = nullptr, *u = nullptr;
+    vf *values = nullptr, *u = nullptr;
     if (call.search) {
       room.resize(2 * call.length);
-      values = room.data(), u = values + call.length;
+      values = room.data();
+      u = values + call.length;
       for (int64_t t = 0; t < call.length; t++) values[t] = load(x + t * call.stride_t + v * V, lanes);
     }
     const int64_t at = n * call.channels + c;
@@ -513,8 +523,8 @@ bool quantize_channels(const Quantizing& call, int64_t n, int64_t column, std::v
 }
 
 template <class T>
-bool quantize_tokens(const Quantizing& call, int64_t n, int64_t first, int64_t end, int64_t group, std::vector<F>& room,
-                     float* by, float* zero) {
+bool quantize_tokens(const Quantizing& call, int64_t n, int64_t first, int64_t end, int64_t group,
+                     std::vector<vf>& room, float* by, float* zero) {
   const int64_t width = call.table[call.groups + group];
   const T* x = (const T*)call.x + n * call.stride_n + call.table[group];
   bool good = true;
@@ -522,22 +532,23 @@ bool quantize_tokens(const Quantizing& call, int64_t n, int64_t first, int64_t e
     const int lanes = std::min<int64_t>(end - t, V);
     auto row = [&](int i) { return x + (t + std::min(i, lanes - 1)) * call.stride_t; };
     Range range;
-    const I lane = lanes_in_order();
+    const vi lane = lanes_in_order();
     for (int i = 0; i < V; i++) {
       const Range token = range_of_token(row(i), width);
-      const I here = lane == i;
+      const vi here = lane == i;
       range.low = select(here, token.low, range.low);
       range.high = select(here, token.high, range.high);
       range.bad |= here & token.bad;
     }
-    F *values = nullptr, *u = nullptr;
+    vf *values = nullptr, *u = nullptr;
     if (call.search) {
       room.resize(2 * width);
-      values = room.data(), u = values + width;
+      values = room.data();
+      u = values + width;
       for (int i = 0; i < V; i++)
         for (int64_t c = 0; c < width; c += V) {
           const int count = std::min<int64_t>(width - c, V);
-          F part = load(row(i) + c, count);
+          vf part = load(row(i) + c, count);
           for (int k = 0; k < count; k++) values[c + k][i] = part[k];
         }
     }
@@ -557,7 +568,7 @@ bool quantize(const Quantizing& call, int64_t threads) {
   bool good = true;
 #pragma omp parallel num_threads(threads) reduction(&& : good)
   {
-    std::vector<F> room;
+    std::vector<vf> room;
     alignas(64) float by[std::max(TOKENS, BLOCK)] = {}, zero[std::max(TOKENS, BLOCK)] = {};
 #pragma omp for
     for (int64_t task = 0; task < call.n * blocks * parts; task++) {
@@ -622,7 +633,7 @@ struct Dequantizing {
         if (!grid.symmetric) lanes[1][i] = zeros[at + i * stride];
       }
       for (int i = 0; i < count; i += V) {
-        F scale = load(lanes[0] + i), zero_point = load(lanes[1] + i);
+        vf scale = load(lanes[0] + i), zero_point = load(lanes[1] + i);
         write(step + i, grid.step(scale));
         write(zero + i, grid.zero(scale, zero_point));
       }
@@ -639,19 +650,22 @@ void unpack(const Dequantizing& call, int64_t n, int64_t first, int64_t column, 
   const int64_t end = std::min(first + N, call.length);
   const int32_t* packed = call.packed + n * call.stride_n + column;
   T *states = (T*)call.states + n * call.length * call.channels + column, padded[BLOCK];
-  F steps[NV], zeros[NV];
+  vf steps[NV], zeros[NV];
   if constexpr (PER_CHANNEL)
-    for (int v = 0; v < NV; v++) steps[v] = load(step + v * V), zeros[v] = load(zero + v * V);
-  auto load_words = [&](int64_t word, U* row) __attribute__((always_inline)) {
+    for (int v = 0; v < NV; v++) {
+      steps[v] = load(step + v * V);
+      zeros[v] = load(zero + v * V);
+    }
+  auto load_words = [&](int64_t word, vu* row) __attribute__((always_inline)) {
     std::memcpy(row, packed + word * call.stride_w, columns == BLOCK ? 4 * BLOCK : 4 * columns);
   };
 
-  U words[NV] = {}, high[NV] = {};
+  vu words[NV] = {}, high[NV] = {};
   if constexpr (BITS == 0) load_words(first / N, words);
   if constexpr (BITS == 3) load_words(ceil_div(call.length, 16) + first / N, high);
   for (int64_t start = first; start < end; start += PART) {
     if constexpr (BITS != 0) load_words(start / PART, words);
-    U digits[NV];
+    vu digits[NV];
     if constexpr (BITS == 0)
       for (int v = 0; v < NV; v++) digits[v] = (words[v] >> ((start - first) / 5 * 8)) & 255;
     const int count = std::min<int64_t>(PART, end - start);
@@ -661,7 +675,7 @@ void unpack(const Dequantizing& call, int64_t n, int64_t first, int64_t column, 
       T* to = columns == BLOCK ? row : padded;
 #pragma GCC unroll 4
       for (int v = 0; v < NV; v++) {
-        U code;
+        vu code;
         if constexpr (BITS == 0) {
           code = (digits[v] * 3) >> 8;
           digits[v] = (digits[v] * 3) & 255;
@@ -669,9 +683,9 @@ void unpack(const Dequantizing& call, int64_t n, int64_t first, int64_t column, 
           code = ((words[v] >> (2 * k)) & 3) | ((high[v] >> (t - first)) & 1) << 2;
         else
           code = (words[v] >> (BITS * k)) & ((1 << BITS) - 1);
-        F x = to_float((I)code);
+        vf x = to_float((vi)code);
         x = PER_CHANNEL ? x * steps[v] + zeros[v] : x * step[t - first] + zero[t - first];
-        store(to + v * V, minimum(maximum(x, all(-call.limit)), all(call.limit)));
+        store(to + v * V, min(max(x, set1(-call.limit)), set1(call.limit)));
       }
       if (columns < BLOCK) std::memcpy(row, padded, columns * sizeof(T));
     }
