@@ -62,28 +62,6 @@ def _load() -> ctypes.CDLL | RuntimeError:
         return RuntimeError(f"the C++ kernels cannot be stored or loaded: {error}")
 
 
-def call(name: str, *arguments) -> int:
-    """Call a function of the library and return its `int64_t`.
-
-    Args:
-        name: The function's.
-        arguments: Tensors on the CPU, which go as a pointer to their first element, `None` as a null pointer, bools and
-            ints as `int64_t`, floats as `float`.
-    """
-    function = getattr(library(), name)
-    function.restype = ctypes.c_int64
-    return function(*map(_c_value, arguments))
-
-
-def _c_value(value):
-    if isinstance(value, torch.Tensor):
-        assert value.device.type == "cpu"
-        return ctypes.c_void_p(value.data_ptr())
-    if value is None:
-        return ctypes.c_void_p()
-    return ctypes.c_float(value) if isinstance(value, float) else ctypes.c_int64(value)
-
-
 def _processor() -> str:
     """The processor's model and features.
 

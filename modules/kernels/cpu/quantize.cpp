@@ -4,22 +4,19 @@
 // What makes the bits equal: float32 throughout, IEEE divisions, no contraction of a product and a sum
 // (-ffp-contract=off), and sums over integers, whose order does not matter.
 //
-// Vectors go along channels, where the states and the packed words lie side by side. Only the search of a range turns
-// groups of a token around, so that a lane is a group there in either orientation.
-
-#include <immintrin.h>
+// A vector is one register, of 8 or 16 lanes, with GCC's operators: the formulas read as the reference's. vf: float32,
+// vi: int32, vu: uint32, vs: uint16, vl: int64. Vectors go along channels, where the states and the packed words lie
+// side by side. Only the search of a range turns groups of a token around, so that a lane is a group there in either
+// orientation.
 
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <limits>
 #include <type_traits>
 #include <vector>
 
-namespace {
+#include "numbers.h"
 
-// ---- vectors
+namespace {
 
 #ifdef __AVX512F__
 constexpr int V = 16;
@@ -34,8 +31,6 @@ using vl = int64_t __attribute__((vector_size(8 * V)));
 
 // Vectors of channels that are packed together.
 constexpr int NV = 4, BLOCK = NV * V;
-
-constexpr float INFINITE = std::numeric_limits<float>::infinity();
 
 struct Half {
   uint16_t bits;
@@ -59,7 +54,7 @@ void write(void* p, X x) {
 vf set1(float x) { return vf{} + x; }
 
 #ifdef __AVX512F__
-// Of two values of which one is NaN the second.
+// If either is NaN, the second operand.
 vf min(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
 vf max(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
 vf fma(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
@@ -157,20 +152,11 @@ vf round_directed(vf x, bool up) {
   return select(up ? y < x : y > x, stepped, y);
 }
 
-// ---- grids
-
+// Levels of a width, as `grid` in modules/quant_utils.py has them.
 struct Grid {
-  int bits;  // 0: ternary
-  int levels;
+  int32_t bits, levels;
   float spacing, offset;
-  bool symmetric;
-
-  Grid(int64_t bits, bool symmetric)
-      : bits(bits),
-        levels(bits ? 1 << bits : 3),
-        spacing(bits == 1 ? 2 : 1),
-        offset(bits <= 1 ? 1 : 1 << (bits - 1)),
-        symmetric(symmetric) {}
+  int32_t symmetric;
 
   vf step(vf scale) const { return scale * spacing; }
   vf zero(vf scale, vf zero_point) const { return symmetric ? scale * -offset : zero_point; }
@@ -182,8 +168,6 @@ vf divisor(vf step) { return select(step > 0, step, set1(INFINITE)); }
 // Codes before they are rounded: their floor is the nearest level, halves rounded up.
 vf level(vf quotient, float last) { return min(max(quotient, vf{}), set1(last)) + 0.5f; }
 vf codes_of(vf quotient, float last) { return floor(level(quotient, last)); }
-
-// ---- the range of least squared error
 
 constexpr int RATIOS = 16, REFITS = 3;
 constexpr float UNIT = 1 << 20, ERROR_UNIT = 1 << 30, ERROR_LIMIT = 1 << 20;
@@ -243,7 +227,7 @@ void least_error_range(const vf* u, int64_t count, const Grid& grid, const float
   const float last = grid.levels - 1, middle = grid.offset / grid.spacing;
   const bool signs = grid.levels == 2 && grid.symmetric;  // one round of least squares gives mean|x|
   // From where the best of normally distributed values is, outwards: then the sums soon exceed the least.
-  const int start = grid.bits == 0 ? 6 : grid.bits == 1 ? 10 : grid.bits == 2 ? 5 : grid.bits == 3 ? 2 : 0;
+  const int start = grid.bits == TERNARY ? 6 : grid.bits == 1 ? 10 : grid.bits == 2 ? 5 : grid.bits == 3 ? 2 : 0;
   vl best = vl{} + std::numeric_limits<int64_t>::max();
   step = set1(candidates[0]);
   zero = set1(candidates[RATIOS]);
@@ -347,8 +331,6 @@ void choose(const Range& range, const Grid& grid, const float* candidates, float
   scale = select(fits, scale, set1(NAN));
 }
 
-// ---- packing
-
 // v, five ternary digits, to ceil(v * 256 / 243).
 template <class X>
 constexpr X ternary_byte(X v) {
@@ -362,21 +344,19 @@ constexpr bool ternary_bytes_are_right() {
 static_assert(ternary_bytes_are_right());
 
 // Tokens that fill whole words of every plane.
-constexpr int tokens_of(int bits) { return bits == 0 ? 20 : bits == 3 ? 32 : 32 / bits; }
+constexpr int tokens_of(int bits) { return bits == TERNARY ? 20 : bits == 3 ? 32 : 32 / bits; }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Everything that a call of `alrd_quantize` is about.
+// What a call of `alrd_quantize` is about; strides in elements.
 struct Quantizing {
-  const void* x;
-  int32_t* packed;
-  void *scale, *zero_point;
-  int64_t parameter_type;
-  const float *static_scale, *static_zero, *candidates;
-  const int64_t* table;  // first channels and widths of the groups; null: per channel
+  const void* x;                            // [n, length, channels]
+  int32_t* packed;                          // [n, words, channels]
+  void *scale, *zero_point;                 // zero_point: null if symmetric
+  const float *static_scale, *static_zero;  // [channels], or null
+  const float* candidates;                  // [2, RATIOS] steps and zero points that a search tries
+  const int64_t* table;                     // [2, groups] first channels and widths of the groups; null: per channel
   int64_t n, length, channels, groups, words, stride_n, stride_t;
   Grid grid;
-  bool search;
+  int32_t type, parameter_type, search, threads;
   float limit;
 
   // What `choose` finds, with the parameters stored at `at`, `at + stride`, ... ; whether all `lanes` groups fit.
@@ -394,7 +374,7 @@ struct Quantizing {
         if (!grid.symmetric) zeros[at + i * stride] = stored[1][i];
       }
     };
-    if (parameter_type == 1)
+    if (parameter_type == FLOAT16)
       find((Half*)scale, (Half*)zero_point);
     else
       find((BFloat*)scale, (BFloat*)zero_point);
@@ -409,7 +389,7 @@ struct Quantizing {
 template <class T, int BITS, bool PER_CHANNEL>
 bool pack(const Quantizing& call, int64_t n, int64_t first, int64_t end, int64_t column, int columns, const float* by,
           const float* zero) {
-  constexpr int N = tokens_of(BITS), PART = BITS == 0 ? 5 : BITS == 3 ? 16 : N;
+  constexpr int N = tokens_of(BITS), PART = BITS == TERNARY ? 5 : BITS == 3 ? 16 : N;
   const float last = call.grid.levels - 1;
   const T* x = (const T*)call.x + n * call.stride_n + column;
   int32_t* packed = call.packed + n * call.words * call.channels + column;
@@ -420,7 +400,7 @@ bool pack(const Quantizing& call, int64_t n, int64_t first, int64_t end, int64_t
       bys[v] = load(by + v * V);
       zeros[v] = load(zero + v * V);
     }
-  auto store_words = [&](int64_t word, const vu* row) __attribute__((always_inline)) {
+  auto store_words = [&](int64_t word, const vu* row) INLINE {
     std::memcpy(packed + word * call.channels, row, columns == BLOCK ? 4 * BLOCK : 4 * columns);
   };
 
@@ -439,7 +419,7 @@ bool pack(const Quantizing& call, int64_t n, int64_t first, int64_t end, int64_t
           if constexpr (PER_CHANNEL) finite += values - values;
           vf quotient = PER_CHANNEL ? (values - zeros[v]) / bys[v] : (values - zero[t - first]) / by[t - first];
           vu code = (vu)truncated(level(quotient, last));
-          if constexpr (BITS == 0)
+          if constexpr (BITS == TERNARY)
             part[v] = part[v] * 3 + code;
           else if constexpr (BITS == 3) {
             part[v] |= (code & 3) << (2 * k);
@@ -448,7 +428,7 @@ bool pack(const Quantizing& call, int64_t n, int64_t first, int64_t end, int64_t
             part[v] |= code << (BITS * k);
         }
       }
-      if constexpr (BITS == 0)
+      if constexpr (BITS == TERNARY)
         for (int v = 0; v < NV; v++) {
           for (int k = count; k < PART; k++) part[v] *= 3;
           words[v] |= ternary_byte(part[v]) << (start / 5 * 8);
@@ -456,7 +436,7 @@ bool pack(const Quantizing& call, int64_t n, int64_t first, int64_t end, int64_t
       else
         store_words((run + start) / PART, part);
     }
-    if constexpr (BITS == 0) store_words(run / N, words);
+    if constexpr (BITS == TERNARY) store_words(run / N, words);
     if constexpr (BITS == 3) store_words(ceil_div(call.length, 16) + run / N, high);
   }
   return !any(finite != 0);
@@ -559,14 +539,14 @@ bool quantize_tokens(const Quantizing& call, int64_t n, int64_t first, int64_t e
 }
 
 template <class T, int BITS>
-bool quantize(const Quantizing& call, int64_t threads) {
+bool quantize(const Quantizing& call) {
   // Tokens of which groups are quantized together; a whole number of words.
-  constexpr int TOKENS = BITS == 0 ? 80 : 32;
+  constexpr int TOKENS = BITS == TERNARY ? 80 : 32;
   static_assert(TOKENS % V == 0 && TOKENS % tokens_of(BITS) == 0);
   const int64_t blocks = call.table ? call.groups : ceil_div(call.channels, BLOCK);
   const int64_t parts = call.table ? ceil_div(call.length, TOKENS) : 1;
   bool good = true;
-#pragma omp parallel num_threads(threads) reduction(&& : good)
+#pragma omp parallel num_threads(call.threads) reduction(&& : good)
   {
     std::vector<vf> room;
     alignas(64) float by[std::max(TOKENS, BLOCK)] = {}, zero[std::max(TOKENS, BLOCK)] = {};
@@ -590,37 +570,22 @@ bool quantize(const Quantizing& call, int64_t threads) {
   return good;
 }
 
-// `run` with the type `bits` as a constant.
-template <class Run>
-auto with_bits(int bits, Run run) {
-  switch (bits) {
-    case 0: return run(std::integral_constant<int, 0>());
-    case 1: return run(std::integral_constant<int, 1>());
-    case 2: return run(std::integral_constant<int, 2>());
-    case 3: return run(std::integral_constant<int, 3>());
-    case 4: return run(std::integral_constant<int, 4>());
-    default: return run(std::integral_constant<int, 8>());
-  }
-}
-
 // `run` with a pointer of the type that has this number.
 template <class Run>
 auto with_type(int64_t type, const void* p, Run run) {
-  if (type == 0) return run((const float*)p);
-  return type == 1 ? run((const Half*)p) : run((const BFloat*)p);
+  if (type == FLOAT32) return run((const float*)p);
+  return type == FLOAT16 ? run((const Half*)p) : run((const BFloat*)p);
 }
 
-// ---- unpacking
-
-// Everything that a call of `alrd_dequantize` is about.
+// What a call of `alrd_dequantize` is about; strides in elements.
 struct Dequantizing {
-  const int32_t* packed;
-  const void *scale, *zero_point;
-  int64_t parameter_type;
-  void* states;
-  const int64_t* table;
+  const int32_t* packed;           // [n, words, channels]
+  const void *scale, *zero_point;  // zero_point: null if symmetric
+  void* states;                    // [n, length, channels]
+  const int64_t* table;            // as for `Quantizing`
   int64_t n, length, channels, groups, stride_n, stride_w, stride_scale;
   Grid grid;
+  int32_t type, parameter_type, threads;
   float limit;
 
   // Steps and zero points of `count` parameters that stand at `at`, `at + stride`, ...
@@ -646,7 +611,7 @@ struct Dequantizing {
 template <class T, int BITS, bool PER_CHANNEL>
 void unpack(const Dequantizing& call, int64_t n, int64_t first, int64_t column, int columns, const float* step,
             const float* zero) {
-  constexpr int N = tokens_of(BITS), PART = BITS == 0 ? 5 : BITS == 3 ? 16 : N;
+  constexpr int N = tokens_of(BITS), PART = BITS == TERNARY ? 5 : BITS == 3 ? 16 : N;
   const int64_t end = std::min(first + N, call.length);
   const int32_t* packed = call.packed + n * call.stride_n + column;
   T *states = (T*)call.states + n * call.length * call.channels + column, padded[BLOCK];
@@ -656,17 +621,17 @@ void unpack(const Dequantizing& call, int64_t n, int64_t first, int64_t column, 
       steps[v] = load(step + v * V);
       zeros[v] = load(zero + v * V);
     }
-  auto load_words = [&](int64_t word, vu* row) __attribute__((always_inline)) {
+  auto load_words = [&](int64_t word, vu* row) INLINE {
     std::memcpy(row, packed + word * call.stride_w, columns == BLOCK ? 4 * BLOCK : 4 * columns);
   };
 
   vu words[NV] = {}, high[NV] = {};
-  if constexpr (BITS == 0) load_words(first / N, words);
+  if constexpr (BITS == TERNARY) load_words(first / N, words);
   if constexpr (BITS == 3) load_words(ceil_div(call.length, 16) + first / N, high);
   for (int64_t start = first; start < end; start += PART) {
-    if constexpr (BITS != 0) load_words(start / PART, words);
+    if constexpr (BITS != TERNARY) load_words(start / PART, words);
     vu digits[NV];
-    if constexpr (BITS == 0)
+    if constexpr (BITS == TERNARY)
       for (int v = 0; v < NV; v++) digits[v] = (words[v] >> ((start - first) / 5 * 8)) & 255;
     const int count = std::min<int64_t>(PART, end - start);
     for (int k = 0; k < count; k++) {
@@ -676,7 +641,7 @@ void unpack(const Dequantizing& call, int64_t n, int64_t first, int64_t column, 
 #pragma GCC unroll 4
       for (int v = 0; v < NV; v++) {
         vu code;
-        if constexpr (BITS == 0) {
+        if constexpr (BITS == TERNARY) {
           code = (digits[v] * 3) >> 8;
           digits[v] = (digits[v] * 3) & 255;
         } else if constexpr (BITS == 3)
@@ -693,11 +658,11 @@ void unpack(const Dequantizing& call, int64_t n, int64_t first, int64_t column, 
 }
 
 template <class T, int BITS>
-void dequantize(const Dequantizing& call, int64_t threads) {
+void dequantize(const Dequantizing& call) {
   constexpr int N = tokens_of(BITS);
   const int64_t runs = ceil_div(call.length, N);
   static_assert(N <= BLOCK);
-#pragma omp parallel for num_threads(threads)
+#pragma omp parallel for num_threads(call.threads)
   for (int64_t task = 0; task < call.n * runs; task++) {
     const int64_t n = task / runs, first = task % runs * N;
     alignas(64) float step[BLOCK] = {}, zero[BLOCK] = {};
@@ -719,50 +684,17 @@ void dequantize(const Dequantizing& call, int64_t threads) {
 
 }  // namespace
 
-// ---- interface: types are 0 float32, 1 float16, 2 bfloat16; `bits` is 0 for ternary codes
-
 // Returns whether every group could be quantized; with static scales, whether all values are finite.
-extern "C" int64_t alrd_quantize(const void* x, int64_t type, int32_t* packed, void* scale, void* zero_point,
-                                 int64_t parameter_type, const float* static_scale, const float* static_zero,
-                                 const float* candidates, const int64_t* table, int64_t n, int64_t length,
-                                 int64_t channels, int64_t groups, int64_t words, int64_t stride_n, int64_t stride_t,
-                                 int64_t bits, int64_t symmetric, int64_t search, float limit, int64_t threads) {
-  const Quantizing call = {x,
-                           packed,
-                           scale,
-                           zero_point,
-                           parameter_type,
-                           static_scale,
-                           static_zero,
-                           candidates,
-                           table,
-                           n,
-                           length,
-                           channels,
-                           groups,
-                           words,
-                           stride_n,
-                           stride_t,
-                           {bits, symmetric != 0},
-                           search != 0,
-                           limit};
-  return with_type(type, x, [&](auto* typed) {
+extern "C" int32_t alrd_quantize(const Quantizing* call) {
+  return with_type(call->type, call->x, [&](auto* typed) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
-    return with_bits(bits, [&](auto width) { return quantize<T, width>(call, threads); });
+    return with_bits(call->grid.bits, [&](auto bits) { return quantize<T, bits>(*call); });
   });
 }
 
-extern "C" int64_t alrd_dequantize(const int32_t* packed, const void* scale, const void* zero_point,
-                                   int64_t parameter_type, void* states, int64_t type, const int64_t* table, int64_t n,
-                                   int64_t length, int64_t channels, int64_t groups, int64_t stride_n, int64_t stride_w,
-                                   int64_t stride_scale, int64_t bits, int64_t symmetric, float limit,
-                                   int64_t threads) {
-  const Dequantizing call = {
-      packed,   scale,    zero_point,   parameter_type,         states, table, n, length, channels, groups,
-      stride_n, stride_w, stride_scale, {bits, symmetric != 0}, limit};
-  with_type(type, states, [&](auto* typed) {
+extern "C" void alrd_dequantize(const Dequantizing* call) {
+  with_type(call->type, call->states, [&](auto* typed) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
-    with_bits(bits, [&](auto width) { dequantize<T, width>(call, threads); });
+    with_bits(call->grid.bits, [&](auto bits) { dequantize<T, bits>(*call); });
   });
-  return 0;
 }
