@@ -10,7 +10,7 @@ import torch
 
 from modules.kernels.cpu import structures
 from modules.kernels.cpu.library import library
-from modules.kernels.cpu.structures import TYPES, f32, i32, ints, pointer, starts, structure
+from modules.kernels.cpu.structures import TYPES, address, ints, starts, structure
 from modules.kernels.packed import PackedCache, PackedSide, Rope
 from modules.svd_linear import ALinear
 
@@ -18,55 +18,22 @@ from modules.svd_linear import ALinear
 #: interpolated (0: they are not), and bytes of a rounded expansion row (0: nothing is rounded).
 _PRECISION = {torch.float32: (0.0, 0), torch.float16: (1e-4, 2), torch.bfloat16: (3e-3, 1)}
 
-_Segment = structure("Segment", part=i32, channel=i32, count=i32, column=i32, position=i32)
-_Side = structure(
-    "Side",
-    parts=pointer,
-    segments=pointer,
-    first_segment=pointer,
-    integers=pointer,
-    columns=pointer,
-    groups=i32,
-    width=i32,
-    run=i32,
-    by_block=i32,
-)
+# attention.cpp says what the fields mean.
+_Segment = structure("int32 part channel count column position")
+_Side = structure("""
+    pointer parts segments first_segment integers columns
+    int32 groups width run by_block
+""")
 _Arguments = structure(
-    "Arguments",
-    query=pointer,
-    positions=pointer,
-    frequency=pointer,
-    order=pointer,
-    weight=pointer,
-    bias=pointer,
-    key_channel=pointer,
-    table=pointer,
-    exact=pointer,
-    key_start=pointer,
-    key_count=pointer,
-    value_start=pointer,
-    value_count=pointer,
-    value_channel=pointer,
-    output=pointer,
-    keys=_Side,
-    values=_Side,
-    batch=i32,
-    query_heads=i32,
-    heads=i32,
-    length=i32,
-    half=i32,
-    blocks=i32,
-    block_length=i32,
-    exact_width=i32,
-    output_width=i32,
-    n_exact=i32,
-    state_type=i32,
-    weight_type=i32,
-    weight_stride=i32,
-    planes=i32,
-    threads=i32,
-    scaling=f32,
-    tolerance=f32,
+    """
+    pointer query positions frequency order weight bias key_channel table exact
+    pointer key_start key_count value_start value_count value_channel output
+    Side keys values
+    int32 batch query_heads heads length half blocks block_length exact_width output_width n_exact
+    int32 state_type weight_type weight_stride planes threads
+    float scaling tolerance
+    """,
+    Side=_Side,
 )
 
 
@@ -142,20 +109,24 @@ def _make_columns(side: PackedSide, block_length: int, as_codes: frozenset, alig
     flat = []
     for channel_of in channels:
         flat += channel_of + [-1] * (width - len(channel_of))
-    # Scales per channel of single blocks: the kernel rounds its products anew for each run of tokens that shares them.
-    measured = [p for p in side.parts if p.bits != 16 and p.groups is None and not structures.is_shared(p)]
+    # The kernel rounds anew for each run of tokens whose scales per channel are their own.
+    runs = []
+    for part in side.parts:
+        if part.bits != 16 and part.groups is None and not structures.is_shared(part):
+            runs.append(part.run)
     parts = map(structures.part_structure, side.parts, itertools.repeat(block_length))
     kept = (
         (structures.Part * len(side.parts))(*parts),
         (_Segment * len(segments))(*segments),
         *map(ints, (first_segment, integers, columns)),
     )
+    # Pointers to the storage in the order of the first fields.
     made = _Side(
         *map(ctypes.addressof, kept),
         groups=len(columns),
         width=width,
-        run=min([part.run for part in measured], default=block_length),
-        by_block=bool(measured),
+        run=min(runs, default=block_length),
+        by_block=bool(runs),
     )
     return _Columns(made, ints(flat), (*kept, side.parts))
 
@@ -222,33 +193,18 @@ def latent_attention(
     exact = (*cache.before, *cache.after)
     exact_tiles, _kept = structures.exact_structures(exact)
     key_groups, value_groups = _head_groups(key_widths), _head_groups(value_widths)
+    key_start, value_start = ctypes.addressof(key_groups), ctypes.addressof(value_groups)
     arguments = _Arguments(
-        query=query.data_ptr(),
-        positions=positions.data_ptr(),
-        frequency=frequency.data_ptr(),
-        order=order.data_ptr(),
-        exact=ctypes.addressof(exact_tiles),
-        key_start=ctypes.addressof(key_groups),
-        key_count=ctypes.addressof(key_groups) + 4 * len(key_widths),
-        value_start=ctypes.addressof(value_groups),
-        value_count=ctypes.addressof(value_groups) + 4 * len(value_widths),
-        output=output.data_ptr(),
-        batch=batch,
-        query_heads=query_heads,
-        heads=heads,
-        length=length,
-        half=len(order),
-        exact_width=max(key_widths),
-        output_width=max(value_widths),
-        n_exact=len(exact),
-        planes=max(1, planes),
-        threads=torch.get_num_threads(),
-        scaling=scaling,
-        tolerance=tolerance,
-    )
+        query=address(query), positions=address(positions), frequency=address(frequency), order=address(order),
+        exact=ctypes.addressof(exact_tiles), key_start=key_start, key_count=key_start + 4 * len(key_widths),
+        value_start=value_start, value_count=value_start + 4 * len(value_widths), output=address(output),
+        batch=batch, query_heads=query_heads, heads=heads, length=length, half=len(order), exact_width=max(key_widths),
+        output_width=max(value_widths), n_exact=len(exact), planes=max(1, planes), threads=torch.get_num_threads(),
+        scaling=scaling, tolerance=tolerance,
+    )  # fmt: skip
     if expand_keys is not None:
         weight, bias = structures.dense(expand_keys.weight), expand_keys.bias
-        arguments.weight, arguments.bias = weight.data_ptr(), structures.address(bias)
+        arguments.weight, arguments.bias = weight.data_ptr(), address(bias)
         arguments.weight_type, arguments.weight_stride = TYPES[weight.dtype], weight.stride(0)
     if exact:
         arguments.state_type = TYPES[exact[0].keys.dtype]

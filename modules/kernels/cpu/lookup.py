@@ -19,7 +19,7 @@ import torch
 from configuration_alrd_llama import check_choice
 from modules.kernels.cpu import structures
 from modules.kernels.cpu.library import library
-from modules.kernels.cpu.structures import TYPES, Part, f32, i32, ints, pointer, structure
+from modules.kernels.cpu.structures import TYPES, Part, address, ints, structure
 from modules.kernels.packed import PackedCache, PackedSide, Rope
 from modules.svd_linear import ALinear
 
@@ -28,31 +28,16 @@ METHODS = ("lookup", "dot")
 #: The faster method by bits, with AVX-512 as with AVX2 (`scripts/benchmark_lookup.py`).
 FASTER = {1: "lookup", 2: "lookup", 4: "dot"}
 
+# lookup.cpp says what the fields mean.
 _Arguments = structure(
-    "LookupArguments",
-    query=pointer,
-    positions=pointer,
-    table=pointer,
-    group_widths=pointer,
-    exact=pointer,
-    output=pointer,
-    keys=Part,
-    values=Part,
-    batch=i32,
-    query_heads=i32,
-    heads=i32,
-    length=i32,
-    size=i32,
-    value_size=i32,
-    blocks=i32,
-    block_length=i32,
-    n_groups=i32,
-    n_exact=i32,
-    state_type=i32,
-    key_lookup=i32,
-    value_lookup=i32,
-    threads=i32,
-    scaling=f32,
+    """
+    pointer query positions table group_widths exact output
+    Part keys values
+    int32 batch query_heads heads length size value_size blocks block_length n_groups n_exact
+    int32 state_type key_lookup value_lookup threads
+    float scaling
+    """,
+    Part=Part,
 )
 
 
@@ -140,20 +125,10 @@ def lookup_attention(
     exact = (*cache.before, *cache.after)
     exact_tiles, _kept = structures.exact_structures(exact)
     arguments = _Arguments(
-        query=query.data_ptr(),
-        positions=positions.data_ptr(),
-        exact=ctypes.addressof(exact_tiles),
-        output=output.data_ptr(),
-        batch=batch,
-        query_heads=query_heads,
-        heads=len(value_widths),
-        length=length,
-        size=size,
-        value_size=value_widths[0],
-        n_exact=len(exact),
-        threads=torch.get_num_threads(),
-        scaling=scaling,
-    )
+        query=address(query), positions=address(positions), exact=ctypes.addressof(exact_tiles), output=address(output),
+        batch=batch, query_heads=query_heads, heads=len(value_widths), length=length, size=size,
+        value_size=value_widths[0], n_exact=len(exact), threads=torch.get_num_threads(), scaling=scaling,
+    )  # fmt: skip
     if exact:
         arguments.state_type = TYPES[exact[0].keys.dtype]
     # Sides without blocks have no words, at any width.
@@ -164,7 +139,7 @@ def lookup_attention(
         arguments.keys = structures.part_structure(keys, cache.block_length)
         arguments.values = structures.part_structure(values, cache.block_length)
         arguments.key_lookup, arguments.value_lookup = methods[keys.bits] == "lookup", methods[values.bits] == "lookup"
-        arguments.table, arguments.group_widths = table.data_ptr(), ctypes.addressof(group_widths)
+        arguments.table, arguments.group_widths = address(table), ctypes.addressof(group_widths)
         arguments.blocks, arguments.block_length = table.shape[2], cache.block_length
         arguments.n_groups = len(group_widths)
     library().alrd_lookup_attention(ctypes.byref(arguments))

@@ -10,56 +10,37 @@ from functools import lru_cache
 import torch
 
 from modules.kernels.cpu.library import library
-from modules.kernels.cpu.structures import TYPES, address, f32, i32, i64, pointer, starts, structure, width_code
+from modules.kernels.cpu.structures import TYPES, address, starts, structure, width_code
 from modules.quant_utils import RATIOS, check_scale, grid, packed_words, parameter_dtype
 
 #: Elements that are worth a second thread.
 _ELEMENTS_PER_THREAD = 1 << 13
 
-_Grid = structure("Grid", bits=i32, levels=i32, spacing=f32, offset=f32, symmetric=i32)
+# quantize.cpp says what the fields mean.
+_Grid = structure("""
+    int32 bits levels
+    float spacing offset
+    int32 symmetric
+""")
 _Quantizing = structure(
-    "Quantizing",
-    x=pointer,
-    packed=pointer,
-    scale=pointer,
-    zero_point=pointer,
-    static_scale=pointer,
-    static_zero=pointer,
-    candidates=pointer,
-    table=pointer,
-    n=i64,
-    length=i64,
-    channels=i64,
-    groups=i64,
-    words=i64,
-    stride_n=i64,
-    stride_t=i64,
-    grid=_Grid,
-    type=i32,
-    parameter_type=i32,
-    search=i32,
-    threads=i32,
-    limit=f32,
+    """
+    pointer x packed scale zero_point static_scale static_zero candidates table
+    int64 n length channels groups words stride_n stride_t
+    Grid grid
+    int32 type parameter_type search threads
+    float limit
+    """,
+    Grid=_Grid,
 )
 _Dequantizing = structure(
-    "Dequantizing",
-    packed=pointer,
-    scale=pointer,
-    zero_point=pointer,
-    states=pointer,
-    table=pointer,
-    n=i64,
-    length=i64,
-    channels=i64,
-    groups=i64,
-    stride_n=i64,
-    stride_w=i64,
-    stride_scale=i64,
-    grid=_Grid,
-    type=i32,
-    parameter_type=i32,
-    threads=i32,
-    limit=f32,
+    """
+    pointer packed scale zero_point states table
+    int64 n length channels groups stride_n stride_w stride_scale
+    Grid grid
+    int32 type parameter_type threads
+    float limit
+    """,
+    Grid=_Grid,
 )
 
 
@@ -115,12 +96,13 @@ def quantize_and_pack(
     n, length, channels = x.shape
     dtype, x = scale_dtype or parameter_dtype(x.dtype), _readable(x)
     packed = torch.empty((n, packed_words(length, n_bits), channels), dtype=torch.int32, device="cpu")
-    fixed_scale = fixed_zero = None
+    static_scale = static_zero = None
     if static is not None:
+        # Calibrated parameters are read, not measured.
         widths, (scale, zero_point) = None, static
-        fixed_scale = scale.float().contiguous()
+        static_scale = scale.float().contiguous()
         if zero_point is not None:
-            fixed_zero = zero_point.float().contiguous()
+            static_zero = zero_point.float().contiguous()
         symmetric = zero_point is None
     else:
         shape = (n, channels)
@@ -131,29 +113,15 @@ def quantize_and_pack(
             zero_point = torch.empty(shape, dtype=dtype, device="cpu")
     table, candidates = _group_table(widths), _candidates(n_bits, symmetric)
     arguments = _Quantizing(
-        x=x.data_ptr(),
-        packed=packed.data_ptr(),
-        scale=scale.data_ptr(),
-        zero_point=address(zero_point),
-        static_scale=address(fixed_scale),
-        static_zero=address(fixed_zero),
-        candidates=candidates.data_ptr(),
-        table=address(table),
-        n=n,
-        length=length,
-        channels=channels,
-        groups=len(widths or ()),
-        words=packed.shape[1],
-        stride_n=x.stride(0),
-        stride_t=x.stride(1),
-        grid=_grid(n_bits, symmetric),
-        type=TYPES[x.dtype],
-        parameter_type=TYPES[dtype],
-        search=range_method == "mse" or (symmetric and n_bits < 2),
-        threads=_threads(x),
+        x=address(x), packed=address(packed), scale=address(scale), zero_point=address(zero_point),
+        static_scale=address(static_scale), static_zero=address(static_zero), candidates=address(candidates),
+        table=address(table), n=n, length=length, channels=channels, groups=len(widths or ()), words=packed.shape[1],
+        stride_n=x.stride(0), stride_t=x.stride(1), grid=_grid(n_bits, symmetric), type=TYPES[x.dtype],
+        parameter_type=TYPES[dtype], search=range_method == "mse" or (symmetric and n_bits < 2), threads=_threads(x),
         limit=torch.finfo(dtype).max,
-    )
+    )  # fmt: skip
     good = library().alrd_quantize(ctypes.byref(arguments))
+    # NaN and Inf are found on the way: to look for them first would be another pass over the states.
     if static is not None and not good:
         raise ValueError("x: values to quantize must be finite; NaN or Inf were found")
     if static is not None or not good:
@@ -175,30 +143,19 @@ def unpack_and_dequantize(
     packed, scale = _readable(packed), scale.contiguous()
     if zero_point is not None:
         zero_point = zero_point.contiguous()
+    # Other types are written as float32 and cast.
     written = torch.float32
     if dtype in TYPES:
         written = dtype
     states = torch.empty((n, length, channels), dtype=written, device="cpu")
     table = _group_table(widths)
     arguments = _Dequantizing(
-        packed=packed.data_ptr(),
-        scale=scale.data_ptr(),
-        zero_point=address(zero_point),
-        states=states.data_ptr(),
-        table=address(table),
-        n=n,
-        length=length,
-        channels=channels,
-        groups=len(widths or ()),
-        stride_n=packed.stride(0),
-        stride_w=packed.stride(1),
-        stride_scale=channels,
-        grid=_grid(n_bits, zero_point is None),
-        type=TYPES[states.dtype],
-        parameter_type=TYPES[scale.dtype],
-        threads=_threads(states),
-        limit=min(torch.finfo(dtype).max, torch.finfo(torch.float32).max),
-    )
+        packed=address(packed), scale=address(scale), zero_point=address(zero_point), states=address(states),
+        table=address(table), n=n, length=length, channels=channels, groups=len(widths or ()),
+        stride_n=packed.stride(0), stride_w=packed.stride(1), stride_scale=channels,
+        grid=_grid(n_bits, zero_point is None), type=TYPES[written], parameter_type=TYPES[scale.dtype],
+        threads=_threads(states), limit=min(torch.finfo(dtype).max, torch.finfo(torch.float32).max),
+    )  # fmt: skip
     # Calibrated scales are the same in all blocks.
     if scale.shape[0] == 1:
         arguments.stride_scale = 0

@@ -11,52 +11,51 @@ from modules.quant_utils import grid
 #: Types that the kernels read and write, and their codes (`Type` in numbers.h).
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
-i32, i64, f32, pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+_SCALARS = {"int32": ctypes.c_int32, "int64": ctypes.c_int64, "float": ctypes.c_float, "pointer": ctypes.c_void_p}
 
 
-def structure(name: str, **fields) -> type[ctypes.Structure]:
-    """A C structure with the types of its fields in order."""
-    return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
+def structure(fields: str, **nested: type[ctypes.Structure]) -> type[ctypes.Structure]:
+    """A C structure.
+
+    Args:
+        fields: Lines of a type and the names of the fields that have it, in the order of the C++ structure.
+        nested: Structures that `fields` has as types.
+    """
+    types = _SCALARS | nested
+    declared = []
+    for line in fields.strip().splitlines():
+        type_name, *names = line.split()
+        for name in names:
+            declared.append((name, types[type_name]))
+    return type("Structure", (ctypes.Structure,), {"_fields_": declared})
 
 
-Part = structure(
-    "Part",
-    bits=i32,
-    run=i32,
-    words=i32,
-    packed=pointer,
-    slot_stride=i64,
-    token_stride=i64,
-    scale=pointer,
-    zero_point=pointer,
-    scale_slot_stride=i64,
-    scale_row_stride=i64,
-    scale_type=i32,
-    spacing=i32,
-    offset=i32,
-    levels=i32,
-)
-Exact = structure(
-    "Exact",
-    keys=pointer,
-    values=pointer,
-    key_row=i64,
-    key_token=i64,
-    value_row=i64,
-    value_token=i64,
-    start=pointer,
-    count=pointer,
-)
+# Of `Part` and `Exact` packed_codes.h says what the fields mean.
+Part = structure("""
+    int32 bits run words
+    pointer packed
+    int64 slot_stride token_stride
+    pointer scale zero_point
+    int64 scale_slot_stride scale_row_stride
+    int32 scale_type spacing offset levels
+""")
+Exact = structure("""
+    pointer keys values
+    int64 key_row key_token value_row value_token
+    pointer start count
+""")
 
 
 def width_code(n_bits: float) -> int:
     """`bits` as the kernels have it: a whole width itself, ternary codes `TERNARY` of numbers.h."""
-    return 158 if n_bits == 1.58 else int(n_bits)
+    if n_bits == 1.58:
+        return 158
+    return int(n_bits)
 
 
 def ints(values) -> ctypes.Array:
     """An array of int32."""
-    return (i32 * len(values))(*values)
+    return (ctypes.c_int32 * len(values))(*values)
 
 
 def starts(widths) -> list[int]:
@@ -66,7 +65,9 @@ def starts(widths) -> list[int]:
 
 def address(x: torch.Tensor | None) -> int | None:
     """Address of the first element; `None`: a null pointer."""
-    return None if x is None else x.data_ptr()
+    if x is None:
+        return None
+    return x.data_ptr()
 
 
 def is_shared(part: PackedPart) -> bool:
@@ -76,31 +77,28 @@ def is_shared(part: PackedPart) -> bool:
 
 def part_structure(part: PackedPart, block_length: int) -> ctypes.Structure:
     """The storage of channels that are packed alike, whose tensors must outlive the structure."""
-    made = Part(
-        bits=width_code(part.bits),
-        run=part.run or block_length,
-        words=part.packed.shape[1],
-        packed=part.packed.data_ptr(),
-        slot_stride=part.packed.stride(0),
-        token_stride=part.packed.stride(1),
-    )
+    made = Part(width_code(part.bits), part.run or block_length, part.packed.shape[1], part.packed.data_ptr())
+    made.slot_stride, made.token_stride = part.packed.stride()[:2]
     if part.bits != 16:
         made.levels, made.spacing, made.offset = grid(part.bits)
         made.scale, made.scale_type = part.scale.data_ptr(), TYPES[part.scale.dtype]
         made.zero_point = address(part.zero_point)
-        # A stride of 0 leads every block to the same scales.
+        # The strides of calibrated scales stay 0, so that every block has the same.
         if not is_shared(part):
-            made.scale_slot_stride, made.scale_row_stride = part.scale.stride(0), part.scale.stride(1)
+            made.scale_slot_stride, made.scale_row_stride = part.scale.stride()[:2]
     return made
 
 
 def dense(x: torch.Tensor) -> torch.Tensor:
     """`x`, with channels side by side."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    return x
 
 
 def exact_structures(tiles: tuple[Tile, ...]) -> tuple[ctypes.Array, list[torch.Tensor]]:
     """Tokens in full precision, tiles of one run per row, and the tensors that must outlive the structures."""
+    # ctypes has no array of length 0 with an address.
     structures = (Exact * max(1, len(tiles)))()
     kept = []
     for made, tile in zip(structures, tiles):
@@ -115,6 +113,10 @@ def exact_structures(tiles: tuple[Tile, ...]) -> tuple[ctypes.Array, list[torch.
 
 def key_channels(cache: PackedCache) -> int:
     """Channels of a cached key, of all heads."""
+    # Either tiles or blocks may be missing, but not both.
     for tile in (*cache.before, *cache.after):
         return tile.keys.shape[-1]
-    return sum([sum(part.widths) for part in cache.keys.parts or ()])
+    channels = 0
+    for part in cache.keys.parts or ():
+        channels += sum(part.widths)
+    return channels
