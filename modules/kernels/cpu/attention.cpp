@@ -17,8 +17,8 @@
 //
 // The arithmetic. Expansion rows are scaled by the block's scales and rounded to 8 bits, or to 16 (two products) where
 // `planes` is 2 or the columns differ so much that 8 bits would lose more than LIMIT of one; codes are exact, minus
-// their middle level; products are summed up exactly. Probabilities are rounded to 15 bits. What is not codes (16 bits,
-// sinks, window, float32 models) is multiplied in float32.
+// their middle level; products are summed up exactly. Probabilities are rounded to 15 bits. Numbers that are not codes
+// (16 bits, sinks, window, float32 models) are multiplied in float32.
 
 #include "expansion.h"
 #include "softmax.h"
@@ -34,7 +34,7 @@ struct Segment {
 
 struct Side {
   const Part* parts;
-  const Segment* segments;       // those multiplied as codes first
+  const Segment* segments;       // segments multiplied as codes come first
   const int32_t* first_segment;  // [groups + 1]
   const int32_t* integers;       // [groups] segments that are multiplied as codes
   const int32_t* columns;        // [groups] columns in use
@@ -233,7 +233,7 @@ struct Worker {
     }
   }
 
-  // The same of n tokens from `first` on in a scale group per token.
+  // Steps and values, as `parameters`, of n tokens from `first` on in a scale group per token.
   void token_parameters(const Part& part, int slot, int first, int n, int column, bool centred, float* scale,
                         float* zero) {
     const int64_t i = slot * part.scale_slot_stride + first * part.scale_row_stride + column;
@@ -264,8 +264,7 @@ struct Worker {
     return {start, std::min(part.run, a.block_length - start), (const int32_t*)part.packed + offset};
   }
 
-  // Fill the buffers with tokens of a block, from buffer token `to` on; `scales_too`: with the run's scales per
-  // channel.
+  // Fill the buffers with tokens of a block, from buffer token `to` on; `scales_too`: with scales per channel.
   void load_keys(const Chunk& chunk, int first, int n, int to, bool scales_too) {
     const Side& side = a.keys;
     const int s0 = side.first_segment[group], s1 = side.first_segment[group + 1];
@@ -436,7 +435,7 @@ struct Worker {
         store(score + t, p);
         sum_ = add(sum_, p);
       }
-      // What is not seen has been weighed as e^-87.
+      // Unseen tokens have been weighed as e^-87.
       for (int t = std::max<int64_t>(0, seen); t < round_up(n, 16); t++) score[t] = 0;
       total[j] += sum(sum_);
     }
@@ -667,7 +666,7 @@ struct Worker {
     }
   }
 
-  // The words of a head group in a block, on their way while the block before it is computed.
+  // Start to read the words of a head group in a block, while the block before it is computed.
   void prefetch_block(const Side& side, int of, int slot) const {
     for (int i = side.first_segment[of]; i < side.first_segment[of + 1]; i++) {
       const Segment& segment = side.segments[i];

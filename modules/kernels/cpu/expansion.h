@@ -37,7 +37,7 @@ struct Rounded {
   }
 };
 
-// What a span's columns are multiplied with.
+// The columns of a span: how their codes become numbers.
 struct Columns {
   int quads = 0, floats = 0, first_float = 0, last = 0;  // `last`: the bias
   std::vector<float> scale, centre, middle;              // of each column: x = scale * (code - middle) + centre
@@ -224,7 +224,7 @@ INLINE inline void multiply(const Rounded& rounded, const float* weights, const 
   }
 }
 
-// How the pairs are divided: the first `fast` are rebuilt, then those of level 0, 1, …; K nodes; cosines of offsets.
+// Division of the pairs: the first `fast` are rebuilt, the next ones belong to level 0, 1, …; tables of cosines.
 struct Division {
   int half, fast, nodes, levels;
   int first[LEVELS + 1];  // pairs of level l: [first[l], first[l + 1])
@@ -264,7 +264,7 @@ Division divide(const double* frequency, int half, double tolerance, int columns
     while (fast < half && (nodes == 0 || frequency[fast] * SPAN / 2 > z)) fast++;
     fast = std::min(half, round_up(fast, 3));
     const int lanes = round_up(2 * fast, 16) + round_up(nodes * queries, 16);
-    // Products and what follows them, per 16 tokens; rounding, and the sums at the nodes, per batch of SPAN.
+    // Products and their rotations, per 16 tokens; rounding, and the sums at the nodes, per batch of SPAN.
     const double cost = fast * (2 * quads + 8 + 2 * queries) + nodes * queries * (quads + 2) +
                         columns * (lanes / 2.0 + round_up(nodes * queries, 16) * (nodes + 16) / 12.0) / (SPAN / 16);
     if (cost >= best_cost) continue;
@@ -446,7 +446,7 @@ struct ExpansionRows {
     at.turned_to = anchor;
   }
 
-  // Make `nodes` and `fast_query` those of batches that start at `anchor`.
+  // Compute `nodes` and `fast_query` for batches that start at `anchor`.
   void move(int64_t anchor) {
     const Division& d = *division;
     if (!level[0].valid && !level[0].turned) base = anchor;
@@ -498,7 +498,7 @@ struct ExpansionRows {
       }
   }
 
-  // Sums at the nodes of level `l` over its pairs, and over those of the levels above.
+  // Sums at the nodes of level `l` over the pairs of this level and of the levels above.
   void sum(int l, int64_t anchor, const double* cosines, const double* sines, std::vector<float>& out) {
     const Division& d = *division;
     const int first = d.first[l], n = d.first[l + 1] - first, lanes = node_lanes, width = columns + 1;

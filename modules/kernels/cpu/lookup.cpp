@@ -148,7 +148,7 @@ Register index_of(Register bytes, bool high) {
 Register add_four(Register sum, Register bytes) { return _mm512_dpbusd_epi32(sum, bytes, _mm512_set1_epi8(1)); }
 
 void store(void* out, int64_t i, Register value) { _mm512_store_si512((Register*)out + i, value); }
-// Into a register: GCC would load a value anew for each use, and loads are what the inner loops have none to spare of.
+// Into a register: GCC would load the value again for each use, and the inner loops are bound by loads.
 Register load(const void* from, int64_t i) {
   Register value = _mm512_load_si512((const Register*)from + i);
   asm("" : "+v"(value));
@@ -442,7 +442,7 @@ struct Lookup : Format<BITS> {
   static constexpr int TOGETHER = 4;  // entries that a 16-bit sum of the keys has room for; twice that for values
   static constexpr int32_t limit = 8191 / ((F::levels - 1) * F::combined);
 
-  // Of eight channels group g takes, in lane l, channels 4l + g * combined and the next ones.
+  // Group g takes, in lane l of eight channels, channels 4l + g * combined and the next ones.
   static int64_t groups(int64_t channels) { return ceil_div(channels, 8) * BITS; }
   static int64_t query_bytes(int64_t channels) { return groups(channels) * 64; }
   static int32_t prepare_query(const int32_t* query, int64_t channels, uint8_t* out) {
@@ -721,7 +721,7 @@ struct Attention {
     int32_t* subtract;
     uint8_t *tables, *key_codes, *value_codes, *weights;
     int16_t* p;
-    std::vector<int64_t> query_at, key_at;  // where each group's begin
+    std::vector<int64_t> query_at, key_at;  // start of each group's bytes
     int64_t query_stride;
   };
 
@@ -749,7 +749,7 @@ struct Attention {
     w.value_step = arena.take<float>(a.value_size);
     w.value_zero = arena.take<float>(a.value_size);
     w.score = arena.take<float>(std::max(t, EXACT));
-    // `numbers` writes up to 16 more.
+    // `numbers` writes up to the next multiple of 16.
     w.exact_keys = arena.take<float>(EXACT * a.size + 16);
     w.exact_values = arena.take<float>(EXACT * a.value_size + 16);
     w.tables = arena.take<uint8_t>(n * w.query_stride);
@@ -801,7 +801,7 @@ struct Attention {
         uint8_t* tables = w.tables + m * w.query_stride + w.query_at[g];
         w.subtract[at] = keys.prepare_query(integers.data(), n, tables);
         w.unit[at] = unit;
-        // What rounding the query has lost meets codes around the middle of the grid.
+        // The rounding error of the query is multiplied by the middle of the grid, around which the codes lie.
         w.correction[at] = middle * (total - unit * float(sum));
         w.weight[at] = total;
       }

@@ -1,4 +1,4 @@
-// What all kernels share: integers, unrolled loops, types of numbers in memory, prefetching.
+// Shared by all kernels: integers, unrolled loops, types of numbers in memory, prefetching.
 
 #pragma once
 
@@ -15,7 +15,7 @@ namespace {
 
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
 
-// `bits` of ternary codes, five of which share a byte (`CODES` in structures.py).
+// `bits` of ternary codes, five of which share a byte (`width_code` in structures.py).
 constexpr int TERNARY = 158;
 
 // Types of numbers in memory (`TYPES` in structures.py).

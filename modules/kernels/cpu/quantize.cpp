@@ -162,7 +162,7 @@ struct Grid {
   vf zero(vf scale, vf zero_point) const { return symmetric ? scale * -offset : zero_point; }
 };
 
-// What codes are divided by: beyond any value where the step is not positive, so that the codes are 0.
+// Divisor of a group's values: beyond any value where the step is not positive, so that the codes are 0.
 vf divisor(vf step) { return select(step > 0, step, set1(INFINITE)); }
 
 // Codes before they are rounded: their floor is the nearest level, halves rounded up.
@@ -172,13 +172,13 @@ vf codes_of(vf quotient, float last) { return floor(level(quotient, last)); }
 constexpr int RATIOS = 16, REFITS = 3;
 constexpr float UNIT = 1 << 20, ERROR_UNIT = 1 << 30, ERROR_LIMIT = 1 << 20;
 
-// Sum of squared errors on a grid that is the same for all lanes, in units of the range; of a part of the values, if
-// all lanes exceed `limit` already.
+// Sum of squared errors on a grid that is the same for all lanes, in units of the range. It stops early once all lanes
+// exceed `limit`.
 vl candidate_error(const vf* u, int64_t count, float step, float zero, float last, vl limit) {
   const float inverse = 1 / step;
   auto square = [&](vf x) {
     vf difference = x - zero, quotient = difference * inverse;
-    // This gives the quotient as IEEE 754 rounds it, for these steps: tests/test_quantize.py.
+    // This gives the quotient as IEEE 754 rounds it, for these steps: tests/test_quantize_cpu.py.
     quotient = fma(fma(-quotient, set1(step), difference), set1(inverse), quotient);
     vf error = x - (codes_of(quotient, last) * step + zero);
     return (vu)truncated(error * error * ERROR_UNIT);
@@ -226,7 +226,7 @@ vl stored_error(const vf* x, int64_t count, vf step, vf zero, vf unit, float las
 void least_error_range(const vf* u, int64_t count, const Grid& grid, const float* candidates, vf& step, vf& zero) {
   const float last = grid.levels - 1, middle = grid.offset / grid.spacing;
   const bool signs = grid.levels == 2 && grid.symmetric;  // one round of least squares gives mean|x|
-  // From where the best of normally distributed values is, outwards: then the sums soon exceed the least.
+  // The best candidate of normally distributed values comes first, then its neighbours: the sums soon exceed the least.
   const int start = grid.bits == TERNARY ? 6 : grid.bits == 1 ? 10 : grid.bits == 2 ? 5 : grid.bits == 3 ? 2 : 0;
   vl best = vl{} + std::numeric_limits<int64_t>::max();
   step = set1(candidates[0]);
@@ -236,7 +236,7 @@ void least_error_range(const vf* u, int64_t count, const Grid& grid, const float
     if (i < 0 || i >= RATIOS) continue;
     const float new_step = candidates[i], new_zero = candidates[RATIOS + i];
     vl error = candidate_error(u, count, new_step, new_zero, last, best);
-    // Of equals the first candidate, which has the widest step.
+    // Equal errors go to the first candidate, which has the widest step.
     vi better = mask_of(error < best) | (mask_of(error == best) & (set1(new_step) > step));
     best = error < best ? error : best;
     step = select(better, set1(new_step), step);
@@ -346,7 +346,7 @@ static_assert(ternary_bytes_are_right());
 // Tokens that fill whole words of every plane.
 constexpr int tokens_of(int bits) { return bits == TERNARY ? 20 : bits == 3 ? 32 : 32 / bits; }
 
-// What a call of `alrd_quantize` is about; strides in elements.
+// Arguments of `alrd_quantize` (quantize.py has the same structure); strides in elements.
 struct Quantizing {
   const void* x;                            // [n, length, channels]
   int32_t* packed;                          // [n, words, channels]
@@ -359,7 +359,7 @@ struct Quantizing {
   int32_t type, parameter_type, search, threads;
   float limit;
 
-  // What `choose` finds, with the parameters stored at `at`, `at + stride`, ... ; whether all `lanes` groups fit.
+  // Choose the parameters of `lanes` groups and store them at `at`, `at + stride`, …; returns whether all groups fit.
   bool find(const Range& range, const vf* x, vf* u, int64_t count, int64_t at, int64_t stride, int lanes, float* by,
             float* zero) const {
     vf scale_found, zero_found;
@@ -540,7 +540,7 @@ bool quantize_tokens(const Quantizing& call, int64_t n, int64_t first, int64_t e
 
 template <class T, int BITS>
 bool quantize(const Quantizing& call) {
-  // Tokens of which groups are quantized together; a whole number of words.
+  // Tokens whose groups are quantized together; a whole number of words.
   constexpr int TOKENS = BITS == TERNARY ? 80 : 32;
   static_assert(TOKENS % V == 0 && TOKENS % tokens_of(BITS) == 0);
   const int64_t blocks = call.table ? call.groups : ceil_div(call.channels, BLOCK);
@@ -570,14 +570,14 @@ bool quantize(const Quantizing& call) {
   return good;
 }
 
-// `run` with a pointer of the type that has this number.
+// `run` with a pointer of the type that has this code.
 template <class Run>
 auto with_type(int64_t type, const void* p, Run run) {
   if (type == FLOAT32) return run((const float*)p);
   return type == FLOAT16 ? run((const Half*)p) : run((const BFloat*)p);
 }
 
-// What a call of `alrd_dequantize` is about; strides in elements.
+// Arguments of `alrd_dequantize` (quantize.py has the same structure); strides in elements.
 struct Dequantizing {
   const int32_t* packed;           // [n, words, channels]
   const void *scale, *zero_point;  // zero_point: null if symmetric
