@@ -221,7 +221,7 @@ def table(record: dict[str, Any]) -> str:
         for name in CONTENDERS[1:]:
             ratio = r["over_lookup"][name]
             cells.append(f"{ratio['p50']:.2f} ({ratio['p20']:.2f} to {ratio['p80']:.2f})")
-        cells.append({"lookup": "look-up", "dot": "dot products"}[FASTER[record["instructions"]][r["bits"]]])
+        cells.append({"lookup": "look-up", "dot": "dot products"}[FASTER[r["bits"]]])
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

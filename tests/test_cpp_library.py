@@ -25,14 +25,17 @@ extern "C" int64_t sum_threads(const float* x, int64_t n, float scale, int64_t t
 }
 """
 CODE = """
-import sys, torch
+import ctypes, sys, torch
 from modules.kernels.cpu import library as cpp_library
 def runtimes():  # the library may load those of other packages
     return {line.split()[-1] for line in open("/proc/self/maps") if "/libgomp" in line or "/libiomp" in line}
 before = runtimes()
 cpp_library.SOURCES = {"sum.cpp": sys.argv[1]}
 x = torch.arange(4.0)
-print(cpp_library.call("sum_threads", x, 4, 2.0, 3), cpp_library.call("sum_threads", None, 0, 1.0, True))
+sum_threads = cpp_library.library().sum_threads
+sum_threads.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int64]
+sum_threads.restype = ctypes.c_int64
+print(sum_threads(x.data_ptr(), 4, 2.0, 3), sum_threads(None, 0, 1.0, 1))
 print(len(before) > 0, len(runtimes() - before))
 """
 

@@ -171,7 +171,7 @@ def test_the_faster_method_is_the_default(instructions, bits):
     query, how = torch.randn(1, 2, 1, 64).bfloat16(), {"cache": layer.packed(), **arguments(1, 64, [[300]])}
     results = {method: lookup_attention(query, **how, method=method) for method in METHODS}
     assert not torch.equal(*results.values())
-    assert torch.equal(lookup_attention(query, **how), results[FASTER[instructions][bits]])
+    assert torch.equal(lookup_attention(query, **how), results[FASTER[bits]])
     assert torch.equal(lookup_attention(query.float(), **how), results["dot"])
 
 

@@ -3,25 +3,65 @@
 // Work is divided into items: a row of the batch, a key/value head, a share of the row's blocks. An item goes over its
 // tokens in batches of at most SPAN, and for each
 //   1. unpacks the key codes to bytes, four channels of a token side by side;
-//   2. multiplies them with the rows that the queries ask for, and gets scores;
+//   2. multiplies them with the expansion rows that the queries ask for, and gets scores;
 //   3. updates the running softmax, and sums up the value codes weighted by the probabilities.
 //
-// The rows. With RoPE relative to the batch's first token (offset o), the score of a latent c is
+// The expansion rows. With RoPE relative to the batch's first token (offset o), the score of a latent c is
 //     sum_f  a_f.c (q1_f cos(t_f o) + q2_f sin(t_f o)) + b_f.c (q2_f cos(t_f o) - q1_f sin(t_f o))
 // over the pairs f of frequency t_f, where a_f, b_f are the two rows of the key expansion and (q1, q2) the query
-// rotated to its distance from the first token. Fast pairs are rebuilt: a_f and b_f are rows, rotation and query come
-// after.
-// Slow pairs turn so little within a batch that the sum over them, a vector of the latent space for each query and
-// offset, is a polynomial of o: it is computed at K Chebyshev nodes only, these vectors are the rows, and the scores
-// are interpolated between them. The slower a pair, the longer its interval: four levels, each four times as long as
-// the one below, hand their sums down by interpolation. The bound of the error is `tolerance` per pair.
+// rotated to its distance from the first token. Fast pairs are rebuilt: a_f and b_f are multiplied, rotation and query
+// come after. Slow pairs turn so little within a batch that the sum over them, a vector of the latent space for each
+// query and offset, is a polynomial of o: it is computed at K Chebyshev nodes only, these vectors are multiplied, and
+// the scores are interpolated between them. The slower a pair, the longer its interval: four levels, each four times as
+// long as the one below, hand their sums down by interpolation. The bound of the error is `tolerance` per pair.
 //
-// The arithmetic. Rows are scaled by the block's scales and rounded to 8 bits, or to 16 (two products) where `planes`
-// is 2 or the columns differ so much that 8 bits would lose more than LIMIT of a row; codes are exact, minus their
-// middle level; products are summed up exactly. Probabilities are rounded to 15 bits. What is not codes (16 bits,
-// sinks, window, float32 models) is multiplied in float32.
+// The arithmetic. Expansion rows are scaled by the block's scales and rounded to 8 bits, or to 16 (two products) where
+// `planes` is 2 or the columns differ so much that 8 bits would lose more than LIMIT of one; codes are exact, minus
+// their middle level; products are summed up exactly. Probabilities are rounded to 15 bits. Numbers that are not codes
+// (16 bits, sinks, window, float32 models) are multiplied in float32.
 
 #include "expansion.h"
+#include "softmax.h"
+
+// attention.py has the same structures.
+extern "C" {
+
+// Consecutive channels of a head group in a part, with one scale group if scales are per token (column >= 0).
+struct Segment {
+  int32_t part, channel, count, column;
+  int32_t position;  // where they stand among the columns of the group
+};
+
+struct Side {
+  const Part* parts;
+  const Segment* segments;       // segments multiplied as codes come first
+  const int32_t* first_segment;  // [groups + 1]
+  const int32_t* integers;       // [groups] segments that are multiplied as codes
+  const int32_t* columns;        // [groups] columns in use
+  int32_t groups, width;         // columns of the widest group
+  int32_t run;                   // tokens of a block that share scales per channel
+  int32_t by_block;              // whether scales per channel belong to blocks
+};
+
+struct Arguments {
+  const float* query;          // [B, H_q, L, 2 half]
+  const int64_t* positions;    // [B, L]
+  const double* frequency;     // [half], falling; 0: no rotation
+  const int32_t* order;        // [half], the pair of each frequency
+  const void *weight, *bias;   // of the expansion, [H_kv * 2 half, weight_stride], [H_kv * 2 half]; may be null
+  const int32_t* key_channel;  // [groups, keys.width] channel of the group in a column, -1: none
+  const int32_t* table;        // [3, B, blocks]
+  const Exact* exact;
+  const int32_t *key_start, *key_count, *value_start, *value_count;  // channels of each head group
+  const int32_t* value_channel;  // [groups, values.width] channel of the group in a column, -1: none
+  float* output;                 // [B, H_q, L, output_width]
+  Side keys, values;
+  int32_t batch, query_heads, heads, length, half, blocks, block_length, exact_width, output_width, n_exact;
+  int32_t state_type, weight_type, weight_stride, planes, threads;
+  float scaling, tolerance;
+};
+
+}  // extern "C"
 
 namespace {
 
@@ -36,8 +76,8 @@ struct Worker {
   const Division &division, &exact_division;
   std::vector<uint8_t> codes;
   std::vector<float> column_numbers, scores, span_scores, scales;
-  std::vector<float> expansion, exact_expansion;
-  Rows rows, exact_rows;
+  std::vector<float> weight, exact_weight;  // of this head's expansion
+  ExpansionRows expansion, exact_expansion;
   Rounded fast, nodes;
   Columns columns;
   std::vector<float> sums, exact_sums, highest, total;  // values [query][column], [query][channel]; softmax
@@ -53,8 +93,10 @@ struct Worker {
       : a(arguments), division(d), exact_division(e) {}
 
   void start(int row_, int head_) {
-    row = row_, head = head_;
-    group = head * a.keys.groups / a.heads, value_group = head * a.values.groups / a.heads;
+    row = row_;
+    head = head_;
+    group = head * a.keys.groups / a.heads;
+    value_group = head * a.values.groups / a.heads;
     const int shared = a.query_heads / a.heads;
     queries = shared * a.length;
     query_position.resize(queries);
@@ -74,35 +116,40 @@ struct Worker {
       }
     }
     if (a.blocks) {
-      expand(a.keys.width, a.key_channel + (int64_t)group * a.keys.width, expansion);
-      rows.start(division, a.frequency, expansion.data(), a.keys.width, queries, reference, query);
+      expand(a.keys.width, a.key_channel + (int64_t)group * a.keys.width, weight);
+      expansion.start(division, a.frequency, weight.data(), a.keys.width, queries, reference, query);
     }
-    expand(a.exact_width, nullptr, exact_expansion);
-    exact_rows.start(exact_division, a.frequency, exact_expansion.data(), a.exact_width, queries, reference, query);
+    expand(a.exact_width, nullptr, exact_weight);
+    exact_expansion.start(exact_division, a.frequency, exact_weight.data(), a.exact_width, queries, reference, query);
     sums.assign((size_t)queries * round_up(a.values.width, 16), 0);
     exact_sums.assign((size_t)queries * round_up(a.output_width, 16), 0);
-    highest.assign(queries, -std::numeric_limits<float>::infinity()), total.assign(queries, 0);
-    scores.resize((size_t)queries * (SPAN + 16)), span_scores.resize((size_t)queries * (SPAN + 16));
+    highest.assign(queries, -INFINITE);
+    total.assign(queries, 0);
+    scores.resize((size_t)queries * (SPAN + 16));
+    span_scores.resize((size_t)queries * (SPAN + 16));
     fast_is_rounded = nodes_are_rounded = false;
   }
 
-  // Rows of this head's expansion, [half][2][width + 1], the last column the bias; `channel` null: those of the group.
+  // Weights of this head's expansion, [half][2][width + 1], the last column the bias, for the channels of `channel`, or
+  // all of the group if it is null.
   void expand(int width, const int32_t* channel, std::vector<float>& out) {
     const int channels = a.key_count[group];
-    std::vector<float> row(round_up(channels, 16));
+    std::vector<float> of_dimension(round_up(channels, 16));
     out.assign((size_t)a.half * 2 * (width + 1), 0);
     float* to = out.data();
     for (int f = 0; f < a.half; f++)
       for (int i = 0; i < 2; i++, to += width + 1) {
         const int dimension = i * a.half + a.order[f];
         const int64_t r = (int64_t)head * 2 * a.half + dimension;
-        if (a.weight)
-          numbers(a.weight, r * a.weight_stride, channels, a.weight_type, row.data());
-        else
-          std::fill(row.begin(), row.end(), 0.0f), row[dimension] = 1;
+        if (a.weight) {
+          numbers(a.weight, r * a.weight_stride, channels, a.weight_type, of_dimension.data());
+        } else {
+          std::fill(of_dimension.begin(), of_dimension.end(), 0.0f);
+          of_dimension[dimension] = 1;
+        }
         for (int c = 0; c < width; c++) {
           const int from = channel ? channel[c] : c < channels ? c : -1;
-          to[c] = from < 0 ? 0 : row[from];
+          to[c] = from < 0 ? 0 : of_dimension[from];
         }
         to[width] = a.bias ? number(a.bias, r, a.weight_type) : 0;
       }
@@ -112,15 +159,13 @@ struct Worker {
   static constexpr int ROUNDED = SPAN + 32;  // probabilities of a query, and zeros up to the end of the last word
   static constexpr int PACKED = ROUNDED / 4 + 16;
 
-  // ---- scores
-
   template <int V>
-  void score_tokens(const Rows& r, const Tokens& tokens, int token, int offset, float* out) {
-    const Division& d = *r.division;
-    const float* q = &r.fast_query[offset / HALF * (size_t)queries * 2 * r.padded];
+  void score_tokens(const ExpansionRows& expansion_, const Tokens& tokens, int token, int offset, float* out) {
+    const Division& d = *expansion_.division;
+    const float* q = &expansion_.fast_query[offset / HALF * (size_t)queries * 2 * expansion_.padded];
     for (int f = 0; f < d.fast; f += 3) {
       vf k[6][V];
-      multiply<6, V>(fast, r.fast.data(), columns, tokens, 2 * f, token, k);
+      multiply<6, V>(fast, expansion_.fast.data(), columns, tokens, 2 * f, token, k);
       each<3>([&](auto p) INLINE {
         const float* cosine = &d.cosine[(size_t)(f + p) * 2 * HALF + offset % HALF];
         const float* sine = &d.sine[(size_t)(f + p) * 2 * HALF + offset % HALF];
@@ -135,37 +180,38 @@ struct Worker {
         vf sum[V];
         each<V>([&](auto v) INLINE { sum[v] = load(score + 16 * v); });
         each<3>([&](auto p) INLINE {
-          const vf q1 = set1(q[(size_t)j * 2 * r.padded + f + p]), q2 = set1(q[((size_t)j * 2 + 1) * r.padded + f + p]);
+          const vf q1 = set1(q[(size_t)j * 2 * expansion_.padded + f + p]),
+                   q2 = set1(q[((size_t)j * 2 + 1) * expansion_.padded + f + p]);
           each<V>([&](auto v) INLINE { sum[v] = fma(q2, k[2 * p + 1][v], fma(q1, k[2 * p][v], sum[v])); });
         });
         each<V>([&](auto v) INLINE { store(score + 16 * v, sum[v]); });
       }
     }
-    const int n_rows = d.nodes * queries;
-    for (int row = 0; row < n_rows; row += 4) {
+    const int n_lanes = d.nodes * queries;
+    for (int lane = 0; lane < n_lanes; lane += 4) {
       vf y[4][V];
-      multiply<4, V>(nodes, r.nodes.data(), columns, tokens, row, token, y);
+      multiply<4, V>(nodes, expansion_.nodes.data(), columns, tokens, lane, token, y);
       each<4>([&](auto m) INLINE {
-        if (row + m >= n_rows) return;
-        float* score = out + (size_t)((row + m) % queries) * (SPAN + 16);
-        const float* weight = &d.lagrange[(size_t)((row + m) / queries) * 2 * SPAN + offset];
+        if (lane + m >= n_lanes) return;
+        float* score = out + (size_t)((lane + m) % queries) * (SPAN + 16);
+        const float* weight = &d.lagrange[(size_t)((lane + m) / queries) * 2 * SPAN + offset];
         each<V>([&](auto v)
                     INLINE { store(score + 16 * v, fma(load(weight + 16 * v), y[m][v], load(score + 16 * v))); });
       });
     }
   }
 
-  // Scores of n tokens of the buffers, whose offsets from the anchor of `r` start at `offset`.
-  void score_span(const Rows& r, int n, int offset, float* out) {
+  // Scores of n tokens of the buffers, whose offsets from the anchor of `expansion_` start at `offset`.
+  void score_span(const ExpansionRows& expansion_, int n, int offset, float* out) {
     const Tokens tokens = {codes.data(), column_numbers.data(), STRIDE};
     float* sum = span_scores.data();
     std::fill(span_scores.begin(), span_scores.end(), 0.0f);
     for (int t = 0; t < n;) {
       if (n - t > 32) {
-        score_tokens<4>(r, tokens, t, offset + t, sum + t);
+        score_tokens<4>(expansion_, tokens, t, offset + t, sum + t);
         t += 64;
       } else {
-        score_tokens<1>(r, tokens, t, offset + t, sum + t);
+        score_tokens<1>(expansion_, tokens, t, offset + t, sum + t);
         t += 16;
       }
     }
@@ -187,7 +233,7 @@ struct Worker {
     }
   }
 
-  // The same of n tokens from `first` on in a scale group per token.
+  // Steps and values, as `parameters`, of n tokens from `first` on in a scale group per token.
   void token_parameters(const Part& part, int slot, int first, int n, int column, bool centred, float* scale,
                         float* zero) {
     const int64_t i = slot * part.scale_slot_stride + first * part.scale_row_stride + column;
@@ -201,34 +247,47 @@ struct Worker {
                                 float* zero) {
     for (int e = 0; e < n; e++) {
       const float step = s[e] * part.spacing;
-      scale[e] = step, zero[e] = (part.zero_point ? z[e] : -s[e] * part.offset) + middle * step;
+      scale[e] = step;
+      zero[e] = (part.zero_point ? z[e] : -s[e] * part.offset) + middle * step;
     }
   }
 
-  // Fill the buffers with tokens of a block, from buffer token `to` on. `scales`: those of the run's channels too.
+  // The tokens of a block that are packed together with token `first`.
+  struct Run {
+    int start, length;
+    const int32_t* words;
+  };
+
+  Run run_of(const Part& part, int slot, int first) const {
+    const int start = first / part.run * part.run;
+    const int64_t offset = slot * part.slot_stride + run_words(part, start) * part.token_stride;
+    return {start, std::min(part.run, a.block_length - start), (const int32_t*)part.packed + offset};
+  }
+
+  // Fill the buffers with tokens of a block, from buffer token `to` on; `scales_too`: with scales per channel.
   void load_keys(const Chunk& chunk, int first, int n, int to, bool scales_too) {
     const Side& side = a.keys;
     const int s0 = side.first_segment[group], s1 = side.first_segment[group + 1];
     for (int i = s0; i < s1; i++) {
       const Segment& segment = side.segments[i];
       const Part& part = side.parts[segment.part];
-      const int run = part.bits == 16 ? a.block_length : part.run, run_start = first / run * run;
-      const int run_length = std::min(run, a.block_length - run_start);
       if (part.bits == 16) {
         load_states(part, chunk.slot, first, n, segment, to);
         continue;
       }
-      const int32_t* words =
-          (const int32_t*)part.packed + chunk.slot * part.slot_stride + run_words(part, run_start) * part.token_stride;
+      const Run run = run_of(part, chunk.slot, first);
       const bool as_codes = i - s0 < side.integers[group];
       uint8_t* to_codes = codes.data() + ((int64_t)(as_codes ? segment.position / 4 : 0) * STRIDE + to) * 4;
       if (!as_codes) to_codes = codes.data() + (int64_t)code_columns() * STRIDE + 4 * to;
-      unpack(part, words, run_length, first - run_start, n, segment.channel, segment.count, to_codes, STRIDE);
+      unpack(part, run.words, run.length, first - run.start, n, segment.channel, segment.count, to_codes, STRIDE);
       if (as_codes && segment.column < 0 && scales_too)
-        parameters(part, chunk.slot, run_start / run, segment.channel, segment.count, true,
+        parameters(part, chunk.slot, first / part.run, segment.channel, segment.count, true,
                    &columns.scale[segment.position], &columns.centre[segment.position]);
       if (as_codes && segment.column >= 0) load_token_scales(part, chunk.slot, first, n, segment, i - s0, to);
-      if (!as_codes) dequantize(part, chunk.slot, run_start / run, first, n, segment, to_codes, to);
+      if (!as_codes)
+        dequantize(part, chunk.slot, first, n, segment, to_codes, [&](int t, int c) -> float& {
+          return column_numbers[(size_t)(segment.position - columns.first_float + c) * STRIDE + to + t];
+        });
     }
   }
 
@@ -240,21 +299,20 @@ struct Worker {
     token_parameters(part, slot, first, n, segment.column, true, scale, centre);
   }
 
-  void dequantize(const Part& part, int slot, int parameter_row, int first, int n, const Segment& segment,
-                  const uint8_t* from, int to) {
-    std::vector<float>& numbers_ = column_numbers;
+  // Numbers of n tokens from `first` on of a block, from their unpacked codes; `to(t, c)`: where a channel's goes.
+  template <class To>
+  void dequantize(const Part& part, int slot, int first, int n, const Segment& segment, const uint8_t* from, To to) {
     std::vector<float> scale(round_up(segment.count, 16)), zero(scale.size());
     if (segment.column < 0)
-      parameters(part, slot, parameter_row, segment.channel, segment.count, false, scale.data(), zero.data());
-    const int first_float = columns.first_float;
+      parameters(part, slot, first / part.run, segment.channel, segment.count, false, scale.data(), zero.data());
     for (int t = 0; t < n; t++) {
       if (segment.column >= 0) {
         parameters(part, slot, first + t, segment.column, 1, false, scale.data(), zero.data());
-        std::fill(scale.begin(), scale.end(), scale[0]), std::fill(zero.begin(), zero.end(), zero[0]);
+        std::fill(scale.begin(), scale.end(), scale[0]);
+        std::fill(zero.begin(), zero.end(), zero[0]);
       }
       for (int c = 0; c < segment.count; c++)
-        numbers_[(size_t)(segment.position - first_float + c) * STRIDE + to + t] =
-            from[((int64_t)(c / 4) * STRIDE + t) * 4 + c % 4] * scale[c] + zero[c];
+        to(t, c) = from[((int64_t)(c / 4) * STRIDE + t) * 4 + c % 4] * scale[c] + zero[c];
     }
   }
 
@@ -279,8 +337,12 @@ struct Worker {
       const Segment& segment = side.segments[s0 + i];
       used = segment.position + round_up(segment.count, 4);
     }
-    columns.quads = used / 4, columns.first_float = used, columns.floats = side.columns[group] - used;
-    columns.scale.assign(used, 0), columns.centre.assign(used, 0), columns.middle.assign(used, 0);
+    columns.quads = used / 4;
+    columns.first_float = used;
+    columns.floats = side.columns[group] - used;
+    columns.scale.assign(used, 0);
+    columns.centre.assign(used, 0);
+    columns.middle.assign(used, 0);
     columns.variance.assign(used, 0);
     scales.assign((size_t)std::max(1, n) * 2 * STRIDE, 0);
     for (int i = 0; i < n; i++) {
@@ -288,8 +350,10 @@ struct Worker {
       const Part& part = side.parts[segment.part];
       const float middle = (part.levels - 1) * 0.5f;
       const float variance = (part.levels * part.levels - 1) / 12.0f;
-      for (int c = 0; c < round_up(segment.count, 4); c++)
-        columns.middle[segment.position + c] = middle, columns.variance[segment.position + c] = variance;
+      for (int c = 0; c < round_up(segment.count, 4); c++) {
+        columns.middle[segment.position + c] = middle;
+        columns.variance[segment.position + c] = variance;
+      }
       columns.all_variance += segment.count * variance;
       columns.code_sum += (int64_t)segment.count * (part.levels - 1);
       const float* scale = &scales[(size_t)i * 2 * STRIDE];
@@ -305,15 +369,16 @@ struct Worker {
     const int64_t anchor = batch[0].position;
     int n = 0;
     for (const Chunk& chunk : batch) n += chunk.count;
-    rows.move(anchor);
+    expansion.move(anchor);
     const bool by_block = a.keys.by_block;
     if (!nodes_are_rounded || rounded_anchor != anchor) nodes_are_rounded = false;
     auto round = [&] {
       if (division.fast && (by_block || !fast_is_rounded))
-        round_rows(rows.fast.data(), rows.fast_lanes, columns, a.planes, fast);
+        round_weights(expansion.fast.data(), expansion.fast_lanes, columns, a.planes, fast);
       if (division.nodes && (by_block || !nodes_are_rounded))
-        round_rows(rows.nodes.data(), rows.node_lanes, columns, a.planes, nodes);
-      fast_is_rounded = nodes_are_rounded = true, rounded_anchor = anchor;
+        round_weights(expansion.nodes.data(), expansion.node_lanes, columns, a.planes, nodes);
+      fast_is_rounded = nodes_are_rounded = true;
+      rounded_anchor = anchor;
     };
     if (by_block) {
       int offset = 0;
@@ -322,8 +387,9 @@ struct Worker {
           const int last = std::min(chunk.first + chunk.count, (first / a.keys.run + 1) * a.keys.run);
           load_keys(chunk, first, last - first, 0, true);
           round();
-          score_span(rows, last - first, offset, scores.data());
-          offset += last - first, first = last;
+          score_span(expansion, last - first, offset, scores.data());
+          offset += last - first;
+          first = last;
         }
     } else {
       int to = 0;
@@ -332,7 +398,7 @@ struct Worker {
         to += chunk.count;
       }
       round();
-      score_span(rows, n, 0, scores.data());
+      score_span(expansion, n, 0, scores.data());
     }
     weigh(n, anchor);
     int from = 0;
@@ -342,28 +408,26 @@ struct Worker {
     }
   }
 
-  // ---- softmax
-
   // Scores of n tokens from `position` on become probabilities, relative to the highest score so far.
   void weigh(int n, int64_t position) {
-    const float infinity = std::numeric_limits<float>::infinity();
     const int value_stride = round_up(a.values.width, 16), exact_stride = round_up(a.output_width, 16);
     for (int j = 0; j < queries; j++) {
       float* score = &scores[(size_t)j * (SPAN + 16)];
       const int64_t seen = std::min<int64_t>(n, query_position[j] - position + 1);
-      for (int t = std::max<int64_t>(0, seen); t < round_up(n, 16); t++) score[t] = -infinity;
-      vf high = set1(-infinity);
+      for (int t = std::max<int64_t>(0, seen); t < round_up(n, 16); t++) score[t] = -INFINITE;
+      vf high = set1(-INFINITE);
       for (int t = 0; t < n; t += 16) high = max(high, load(score + t));
       const float higher = std::max(highest[j], maximum(high));
-      if (higher == -infinity) {
+      if (higher == -INFINITE) {
         std::fill(score, score + round_up(n, 16), 0.0f);
         continue;
       }
       if (higher > highest[j]) {
-        const float decay = highest[j] == -infinity ? 0 : std::exp(highest[j] - higher);
+        const float decay = highest[j] == -INFINITE ? 0 : std::exp(highest[j] - higher);
         for (int c = 0; c < value_stride; c++) sums[(size_t)j * value_stride + c] *= decay;
         for (int c = 0; c < exact_stride; c++) exact_sums[(size_t)j * exact_stride + c] *= decay;
-        total[j] *= decay, highest[j] = higher;
+        total[j] *= decay;
+        highest[j] = higher;
       }
       vf sum_ = set1(0);
       for (int t = 0; t < n; t += 16) {
@@ -371,13 +435,11 @@ struct Worker {
         store(score + t, p);
         sum_ = add(sum_, p);
       }
-      // What is not seen has been weighed as e^-87.
+      // Unseen tokens have been weighed as e^-87.
       for (int t = std::max<int64_t>(0, seen); t < round_up(n, 16); t++) score[t] = 0;
       total[j] += sum(sum_);
     }
   }
-
-  // ---- values
 
   // Where the zeros behind n rounded probabilities end: not before the end of the last word of any layout.
   static int rounded_end(int n) { return std::min(ROUNDED, round_up(n, 16) + 32); }
@@ -385,18 +447,26 @@ struct Worker {
   // Round the probabilities times `scale` (null: 1) of tokens [from, from + n) to integers, in `steps` of each query;
   // `plain`: the sum of the probabilities times `zero` (null: 1).
   void round_probabilities(int from, int n, const float* scale, const float* zero) {
-    integers.resize((size_t)queries * ROUNDED), steps.resize(queries), plain.resize(queries);
-    packed_high.resize((size_t)queries * PACKED), packed_low.resize((size_t)queries * PACKED);
+    integers.resize((size_t)queries * ROUNDED);
+    steps.resize(queries);
+    plain.resize(queries);
+    packed_high.resize((size_t)queries * PACKED);
+    packed_low.resize((size_t)queries * PACKED);
     const int end = rounded_end(n);
     for (int j = 0; j < queries; j++) {
       const float* p = &scores[(size_t)j * (SPAN + 16) + from];
       alignas(64) float x[ROUNDED], z[ROUNDED];
-      std::fill(x + n, x + end, 0.0f), std::fill(z + n, z + end, 0.0f);
+      std::fill(x + n, x + end, 0.0f);
+      std::fill(z + n, z + end, 0.0f);
       for (int t = 0; t < n; t++) x[t] = scale ? p[t] * scale[t] : p[t];
       for (int t = 0; t < n; t++) z[t] = zero ? p[t] * zero[t] : p[t];
       vf high = set1(1e-37f), total_ = set1(0);
-      for (int t = 0; t < n; t += 16) high = max(high, load(x + t)), total_ = add(total_, load(z + t));
-      steps[j] = maximum(high) / 32512, plain[j] = sum(total_);
+      for (int t = 0; t < n; t += 16) {
+        high = max(high, load(x + t));
+        total_ = add(total_, load(z + t));
+      }
+      steps[j] = maximum(high) / 32512;
+      plain[j] = sum(total_);
       const vf inverse = set1(1 / steps[j]);
       int32_t* out = &integers[(size_t)j * ROUNDED];
       for (int t = 0; t < end; t += 16) storei(out + t, to_int(mul(load(x + t), inverse)));
@@ -410,8 +480,12 @@ struct Worker {
     for (int j = 0; j < queries; j++) {
       const int32_t* p = &integers[(size_t)j * ROUNDED];
       alignas(64) uint8_t high[ROUNDED + 32], low[ROUNDED + 32];
-      memset(high, 0, lead), memset(low, 0, lead);
-      for (int t = 0; t < end; t++) high[lead + t] = (p[t] + 128) >> 8, low[lead + t] = p[t];
+      memset(high, 0, lead);
+      memset(low, 0, lead);
+      for (int t = 0; t < end; t++) {
+        high[lead + t] = (p[t] + 128) >> 8;
+        low[lead + t] = p[t];
+      }
       uint8_t* to_high = (uint8_t*)&packed_high[(size_t)j * PACKED];
       uint8_t* to_low = (uint8_t*)&packed_low[(size_t)j * PACKED];
       if (layout.bits == 2 || layout.bits == 4) {
@@ -427,7 +501,8 @@ struct Worker {
         for (int i = 0; i < fields; i++)
           for (int k = 0; k < 4; k++) {
             const int from = w * tokens + k * fields + i, to = w * tokens + 4 * i + k;
-            to_high[to] = high[from], to_low[to] = low[from];
+            to_high[to] = high[from];
+            to_low[to] = low[from];
           }
     }
   }
@@ -493,44 +568,40 @@ struct Worker {
           add_numbers(part, chunk.slot, first, n, at, segment, stride);
           continue;
         }
-        const int run_start = first / part.run * part.run, run_length = std::min(part.run, a.block_length - run_start);
-        const int32_t* words = (const int32_t*)part.packed + chunk.slot * part.slot_stride +
-                               run_words(part, run_start) * part.token_stride;
+        const Run run = run_of(part, chunk.slot, first);
         alignas(64) float token_scale[SPAN], token_zero[SPAN];
         if (segment.column >= 0) {
           token_parameters(part, chunk.slot, first, n, segment.column, false, token_scale, token_zero);
           round_probabilities(at, n, token_scale, token_zero);
-          rounded = false, arranged = 0;
+          rounded = false;
+          arranged = 0;
         } else if (!rounded) {
           round_probabilities(at, n, nullptr, nullptr);
-          rounded = true, arranged = 0;
+          rounded = true;
+          arranged = 0;
         }
         Plane planes[2];
-        const int n_planes = planes_of(part.bits, run_length, planes);
+        const int n_planes = planes_of(part.bits, run.length, planes);
         for (int p = n_planes - 1; p >= 0; p--) {
           const Layout layout = planes[p].layout;
-          const int lead = (first - run_start) % (4 * layout.fields);
-          if (arranged != layout.bits) arrange(layout, lead, n), arranged = layout.bits;
-          const int first_word = planes[p].first_word + (first - run_start) / (4 * layout.fields);
-          const int32_t* plane_words = words + (int64_t)first_word * part.token_stride;
+          const int lead = (first - run.start) % (4 * layout.fields);
+          if (arranged != layout.bits) {
+            arrange(layout, lead, n);
+            arranged = layout.bits;
+          }
+          const int first_word = planes[p].first_word + (first - run.start) / (4 * layout.fields);
+          const int32_t* words = run.words + (int64_t)first_word * part.token_stride;
           for (int c = 0; c < segment.count; c += 16) {
             const int left = std::min(16, segment.count - c);
             alignas(64) float scale[16], zero[16];
-            for (int k = 0; k < 16; k++) scale[k] = 1, zero[k] = 1;
+            for (int k = 0; k < 16; k++) scale[k] = zero[k] = 1;
             if (segment.column < 0)
-              parameters(part, chunk.slot, run_start / part.run, segment.channel + c, left, false, scale, zero);
+              parameters(part, chunk.slot, first / part.run, segment.channel + c, left, false, scale, zero);
             for (int k = left; k < 16; k++) scale[k] = zero[k] = 0;
-            auto add = [&](auto bits) {
-              add_codes<bits>(part, plane_words, lead + n, segment.channel + c, left, 1 << planes[p].shift, scale,
+            with_bits(layout.bits, [&](auto bits) {
+              add_codes<bits>(part, words, lead + n, segment.channel + c, left, 1 << planes[p].shift, scale,
                               p ? nullptr : zero, &sums[segment.position + c], stride);
-            };
-            switch (layout.bits) {
-              case 1: add(std::integral_constant<int, 1>()); break;
-              case 2: add(std::integral_constant<int, 2>()); break;
-              case 4: add(std::integral_constant<int, 4>()); break;
-              case 8: add(std::integral_constant<int, 8>()); break;
-              default: add(std::integral_constant<int, TERNARY>());
-            }
+            });
           }
         }
       }
@@ -547,22 +618,11 @@ struct Worker {
         numbers(part.packed, slot * part.slot_stride + (first + t) * part.token_stride + segment.channel, segment.count,
                 a.state_type, &value_numbers[(size_t)t * width]);
     } else {
-      const int run_start = first / part.run * part.run, run_length = std::min(part.run, a.block_length - run_start);
-      const int32_t* words =
-          (const int32_t*)part.packed + slot * part.slot_stride + run_words(part, run_start) * part.token_stride;
+      const Run run = run_of(part, slot, first);
       std::vector<uint8_t> bytes((size_t)width * STRIDE);
-      unpack(part, words, run_length, first - run_start, n, segment.channel, segment.count, bytes.data(), STRIDE);
-      std::vector<float> scale(width), zero(width);
-      if (segment.column < 0)
-        parameters(part, slot, run_start / part.run, segment.channel, segment.count, false, scale.data(), zero.data());
-      for (int t = 0; t < n; t++) {
-        if (segment.column >= 0) {
-          parameters(part, slot, first + t, segment.column, 1, false, scale.data(), zero.data());
-          std::fill(scale.begin(), scale.end(), scale[0]), std::fill(zero.begin(), zero.end(), zero[0]);
-        }
-        for (int c = 0; c < segment.count; c++)
-          value_numbers[(size_t)t * width + c] = bytes[((size_t)(c / 4) * STRIDE + t) * 4 + c % 4] * scale[c] + zero[c];
-      }
+      unpack(part, run.words, run.length, first - run.start, n, segment.channel, segment.count, bytes.data(), STRIDE);
+      dequantize(part, slot, first, n, segment, bytes.data(),
+                 [&](int t, int c) -> float& { return value_numbers[(size_t)t * width + c]; });
     }
     accumulate(n, at, width, &sums[segment.position], stride);
   }
@@ -578,24 +638,24 @@ struct Worker {
       }
   }
 
-  // ---- tokens in full precision
-
   void attend_exact(const Exact& exact) {
     const int channels = a.key_count[group], value_channels = a.value_count[value_group];
     columns = Columns();
-    columns.last = a.exact_width, columns.floats = channels;
+    columns.last = a.exact_width;
+    columns.floats = channels;
     column_numbers.assign((size_t)std::max(1, a.exact_width) * STRIDE, 0);
     for (int first = 0; first < exact.count[row]; first += SPAN) {
       const int n = std::min(SPAN, exact.count[row] - first);
       const int64_t position = exact.start[row] + first;
-      exact_rows.move(position);
-      fast.lanes = exact_rows.fast_lanes, nodes.lanes = exact_rows.node_lanes;
+      exact_expansion.move(position);
+      fast.lanes = exact_expansion.fast_lanes;
+      nodes.lanes = exact_expansion.node_lanes;
       for (int t = 0; t < n; t++) {
         const int64_t at = row * exact.key_row + (first + t) * exact.key_token + a.key_start[group];
         for (int c = 0; c < channels; c++)
           column_numbers[(size_t)c * STRIDE + t] = number(exact.keys, at + c, a.state_type);
       }
-      score_span(exact_rows, n, 0, scores.data());
+      score_span(exact_expansion, n, 0, scores.data());
       weigh(n, position);
       const int width = round_up(value_channels, 16);
       value_numbers.resize((size_t)n * width);
@@ -606,16 +666,15 @@ struct Worker {
     }
   }
 
-  // The words of a head group in a block, on their way while the block before it is computed.
-  void prefetch(const Side& side, int of, int slot) const {
+  // Start to read the words of a head group in a block, while the block before it is computed.
+  void prefetch_block(const Side& side, int of, int slot) const {
     for (int i = side.first_segment[of]; i < side.first_segment[of + 1]; i++) {
       const Segment& segment = side.segments[i];
       const Part& part = side.parts[segment.part];
       const int size = part.bits == 16 && a.state_type != FLOAT32 ? 2 : 4;
-      for (int r = 0; r < part.rows; r++) {
-        const char* row = (const char*)part.packed + (slot * part.slot_stride + r * part.token_stride) * size;
-        for (int c = segment.channel * size; c < (segment.channel + segment.count) * size; c += 64)
-          _mm_prefetch(row + c, _MM_HINT_T0);
+      for (int w = 0; w < part.words; w++) {
+        const int64_t first = slot * part.slot_stride + w * part.token_stride + segment.channel;
+        prefetch<_MM_HINT_T0>((const char*)part.packed + first * size, (int64_t)segment.count * size);
       }
     }
   }
@@ -629,16 +688,21 @@ struct Worker {
     int tokens = 0;
     auto flush = [&] {
       if (!batch.empty()) attend_batch(batch);
-      batch.clear(), tokens = 0;
+      batch.clear();
+      tokens = 0;
     };
     for (int i = first; i < last; i++) {
       const int count = table[2 * plane + i];
-      if (i + 1 < last) prefetch(a.keys, group, table[i + 1]), prefetch(a.values, value_group, table[i + 1]);
+      if (i + 1 < last) {
+        prefetch_block(a.keys, group, table[i + 1]);
+        prefetch_block(a.values, value_group, table[i + 1]);
+      }
       for (int t = 0; t < count; t += SPAN) {
         const Chunk chunk = {table[i], t, std::min(SPAN, count - t), (int64_t)table[plane + i] + t};
         // Tokens of a batch are at consecutive positions.
         if (tokens && (tokens + chunk.count > SPAN || batch[0].position + tokens != chunk.position)) flush();
-        batch.push_back(chunk), tokens += chunk.count;
+        batch.push_back(chunk);
+        tokens += chunk.count;
       }
     }
     flush();
@@ -652,7 +716,8 @@ struct Worker {
       for (int c = 0; c < a.output_width; c++) out[c] = exact_sums[(size_t)j * exact_stride + c];
       for (int c = 0; c < a.values.width; c++)
         if (channel[c] >= 0) out[channel[c]] += sums[(size_t)j * stride + c];
-      out[a.output_width] = highest[j], out[a.output_width + 1] = total[j];
+      out[a.output_width] = highest[j];
+      out[a.output_width + 1] = total[j];
     }
   }
 };
@@ -662,9 +727,10 @@ struct Worker {
 extern "C" int alrd_attention(const Arguments* arguments) {
   const Arguments& a = *arguments;
   const int shared = a.query_heads / a.heads, queries = shared * a.length;
+  // Splits of the sequence, so that few heads keep all threads busy.
   const int heads = a.batch * a.heads;
   int splits = 1;
-  if (heads % a.threads) splits = std::min((4 * a.threads + heads - 1) / heads, std::max(1, a.blocks / 4));
+  if (heads % a.threads) splits = std::min<int>(ceil_div(4 * a.threads, heads), std::max(1, a.blocks / 4));
   const Division& division = division_of(a.frequency, a.half, a.tolerance, a.keys.width, queries);
   const Division& exact_division = division_of(a.frequency, a.half, a.tolerance, 8 * a.exact_width, queries);
   const int64_t width = a.output_width + 2, share = queries * width;
@@ -688,17 +754,7 @@ extern "C" int alrd_attention(const Arguments* arguments) {
       const int q_head = h * shared + j / a.length, l = j % a.length;
       float* out = a.output + (((int64_t)b * a.query_heads + q_head) * a.length + l) * a.output_width;
       const float* parts = &partial[(size_t)head * splits * share + j * width];
-      float highest = -std::numeric_limits<float>::infinity(), total = 0;
-      for (int s = 0; s < splits; s++) highest = std::max(highest, parts[s * share + a.output_width]);
-      std::fill(out, out + a.output_width, 0.0f);
-      for (int s = 0; s < splits; s++) {
-        const float* part = parts + s * share;
-        if (part[a.output_width] == -std::numeric_limits<float>::infinity()) continue;
-        const float weight = std::exp(part[a.output_width] - highest);
-        total += weight * part[a.output_width + 1];
-        for (int c = 0; c < a.output_width; c++) out[c] += weight * part[c];
-      }
-      for (int c = 0; c < a.output_width && total > 0; c++) out[c] /= total;
+      merge_splits(parts, splits, share, a.output_width, [](float x) { return std::exp(x); }, out);
     }
   }
   return 0;

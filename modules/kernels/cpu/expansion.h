@@ -1,4 +1,4 @@
-// The rows that codes are multiplied with, for queries that move along the context (see `attention.cpp`).
+// The key expansion's rows, which codes are multiplied with, for queries that move along the context (attention.cpp).
 
 #pragma once
 
@@ -16,26 +16,28 @@ namespace {
 constexpr int SPAN = 128;  // tokens of a batch
 constexpr int HALF = 64;   // tokens for which cosines and sines are tabulated
 constexpr int LEVELS = 4;
-constexpr float LIMIT = 0.01f;  // relative error of a row of 8 bits
+constexpr float LIMIT = 0.01f;  // relative error of an expansion row of 8 bits
 constexpr int MAX_NODES = 8;
 
-// Rows as lanes: `lanes` of them (a multiple of 16) for each column, [columns + 1][lanes], the last column the bias.
-// Rounded to integers for a span of tokens.
+// Expansion rows rounded to integers for a span of tokens. Each row is a lane, their number a multiple of 16. Before
+// rounding they are [columns + 1][lanes], the last column the bias.
 struct Rounded {
   int lanes = 0, planes = 1;
   std::vector<int32_t> weights;       // [plane][quad][lane], four columns each
-  std::vector<float> step, constant;  // [lane]: row = step * product + constant
-  std::vector<float> totals, sums;    // per token, [scale group][lane]: sum of the integers, and of the row
+  std::vector<float> step, constant;  // [lane]: score = step * product + constant
+  std::vector<float> totals, sums;    // per token, [scale group][lane]: sum of the integers, and of the weights
 
   void reserve(int n_lanes, int quads, int groups) {
     lanes = n_lanes;
     weights.resize((size_t)2 * quads * lanes);
-    step.resize(lanes), constant.resize(lanes);
-    totals.resize((size_t)groups * lanes), sums.resize((size_t)groups * lanes);
+    step.resize(lanes);
+    constant.resize(lanes);
+    totals.resize((size_t)groups * lanes);
+    sums.resize((size_t)groups * lanes);
   }
 };
 
-// What a span's columns are multiplied with.
+// The columns of a span: how their codes become numbers.
 struct Columns {
   int quads = 0, floats = 0, first_float = 0, last = 0;  // `last`: the bias
   std::vector<float> scale, centre, middle;              // of each column: x = scale * (code - middle) + centre
@@ -50,40 +52,40 @@ struct Columns {
   int64_t code_sum = 0;  // the largest sum of codes
 };
 
-// Of 16 rows from `l` on: the largest magnitude, the constant, and whether 8 bits lose more than LIMIT.
+// Largest magnitude and constant of 16 expansion rows, and whether 8 bits lose more than LIMIT of one.
 struct Range {
   vf highest, constant;
   bool wide;
 };
 
-inline Range range_of(const float* rows, int lanes, int l, const Columns& columns) {
+inline Range range_of(const float* weights, int lanes, int l, const Columns& columns) {
   const bool per_token = !columns.groups.empty();
   vf highs[4], constants[4], norms[4];  // four, so that they do not wait for each other
   each<4>([&](auto i) INLINE { highs[i] = set1(1e-30f), constants[i] = norms[i] = set1(0); });
   for (int c = 0; c < 4 * columns.quads; c += 4)
     each<4>([&](auto i) INLINE {
-      const vf row = load(rows + (int64_t)(c + i) * lanes + l);
-      const vf x = per_token ? row : mul(row, set1(columns.scale[c + i]));
+      const vf weight = load(weights + (int64_t)(c + i) * lanes + l);
+      const vf x = per_token ? weight : mul(weight, set1(columns.scale[c + i]));
       highs[i] = max(highs[i], abs(x));
       norms[i] = fma(mul(x, x), set1(columns.variance[c + i]), norms[i]);
-      if (!per_token) constants[i] = fma(row, set1(columns.centre[c + i]), constants[i]);
+      if (!per_token) constants[i] = fma(weight, set1(columns.centre[c + i]), constants[i]);
     });
   const vf highest = max(max(highs[0], highs[1]), max(highs[2], highs[3]));
   const vf norm = add(add(norms[0], norms[1]), add(norms[2], norms[3]));
   const vf constant = add(add(add(constants[0], constants[1]), add(constants[2], constants[3])),
-                          load(rows + (int64_t)columns.last * lanes + l));
+                          load(weights + (int64_t)columns.last * lanes + l));
   const float share = columns.all_variance / (12 * 127 * 127 * LIMIT * LIMIT);
   const vf excess = fnma(set1(1), norm, mul(mul(highest, highest), set1(share)));
   return {highest, constant, maximum(excess) > 1e-30f};
 }
 
-void round_rows(const float* rows, int lanes, const Columns& columns, int planes, Rounded& out) {
+void round_weights(const float* weights, int lanes, const Columns& columns, int planes, Rounded& out) {
   const bool per_token = !columns.groups.empty();
   const int quads = columns.quads;
   out.reserve(lanes, quads, columns.groups.size());
   std::vector<Range> ranges;
   for (int l = 0; l < lanes; l += 16) {
-    ranges.push_back(range_of(rows, lanes, l, columns));
+    ranges.push_back(range_of(weights, lanes, l, columns));
     if (ranges.back().wide) planes = 2;
   }
   out.planes = planes;
@@ -100,21 +102,24 @@ void round_rows(const float* rows, int lanes, const Columns& columns, int planes
     vf shift = set1(0);
     size_t g = 0;
     vi total = seti(0);
-    vf row_sum = set1(0);
+    vf weight_sum = set1(0);
     for (int q = 0; q < quads; q++) {
       vi b[4], part = seti(0);
       for (int i = 0; i < 4; i++) {
-        const vf row = load(rows + (int64_t)(4 * q + i) * lanes + l);
-        b[i] = to_int(mul(per_token ? row : mul(row, set1(scale[4 * q + i])), inv));
+        const vf weight = load(weights + (int64_t)(4 * q + i) * lanes + l);
+        b[i] = to_int(mul(per_token ? weight : mul(weight, set1(scale[4 * q + i])), inv));
         part = addi(part, b[i]);
-        if (per_token) row_sum = add(row_sum, row);
+        if (per_token) weight_sum = add(weight_sum, weight);
       }
       shift = fma(to_float(part), set1(columns.middle[4 * q]), shift);
       if (per_token) {
         total = addi(total, part);
         if (q + 1 == columns.groups[g].last) {
-          store(&out.totals[g * lanes + l], to_float(total)), store(&out.sums[g * lanes + l], row_sum);
-          total = seti(0), row_sum = set1(0), g++;
+          store(&out.totals[g * lanes + l], to_float(total));
+          store(&out.sums[g * lanes + l], weight_sum);
+          total = seti(0);
+          weight_sum = set1(0);
+          g++;
         }
       }
       vi lows[4];
@@ -144,11 +149,12 @@ struct Tokens {
   int stride;            // tokens
 };
 
-// Codes of quads [first, last) times M rows, for 16 V tokens.
+// Codes of quads [first, last) times M expansion rows, for 16 V tokens.
 template <int M, int V>
 INLINE inline void multiply_codes(const int32_t* weights, int lanes, const uint8_t* codes, int stride, int first,
                                   int last, vi (&sum)[M][V]) {
-  weights += (size_t)first * lanes, codes += (size_t)first * stride * 4;
+  weights += (size_t)first * lanes;
+  codes += (size_t)first * stride * 4;
   for (int q = first; q < last; q++, weights += lanes, codes += (size_t)stride * 4) {
     vi code[V];
     each<V>([&](auto v) INLINE { code[v] = loadi(codes + 64 * v); });
@@ -159,11 +165,11 @@ INLINE inline void multiply_codes(const int32_t* weights, int lanes, const uint8
   }
 }
 
-// The same for rows of one or two bytes.
+// The same for weights of one or two bytes.
 template <int M, int V>
-INLINE inline void multiply_rounded(const Rounded& rounded, const Columns& columns, const Tokens& tokens, int row,
+INLINE inline void multiply_rounded(const Rounded& rounded, const Columns& columns, const Tokens& tokens, int lane,
                                     int token, int first, int last, vi (&sum)[M][V]) {
-  const int32_t* weights = rounded.weights.data() + row;
+  const int32_t* weights = rounded.weights.data() + lane;
   const uint8_t* codes = tokens.codes + (int64_t)token * 4;
   each<M>([&](auto m) INLINE { each<V>([&](auto v) INLINE { sum[m][v] = seti(0); }); });
   multiply_codes<M, V>(weights, rounded.lanes, codes, tokens.stride, first, last, sum);
@@ -174,51 +180,51 @@ INLINE inline void multiply_rounded(const Rounded& rounded, const Columns& colum
   }
 }
 
-// M rows times 16 V tokens from `token` on.
+// M expansion rows times 16 V tokens from `token` on.
 template <int M, int V>
-INLINE inline void multiply(const Rounded& rounded, const float* rows, const Columns& columns, const Tokens& tokens,
-                            int row, int token, vf (&out)[M][V]) {
+INLINE inline void multiply(const Rounded& rounded, const float* weights, const Columns& columns, const Tokens& tokens,
+                            int lane, int token, vf (&out)[M][V]) {
   const int lanes = rounded.lanes;
   if (columns.groups.empty() && columns.quads) {
     vi sum[M][V];
-    multiply_rounded<M, V>(rounded, columns, tokens, row, token, 0, columns.quads, sum);
+    multiply_rounded<M, V>(rounded, columns, tokens, lane, token, 0, columns.quads, sum);
     each<M>([&](auto m) INLINE {
-      const vf step = set1(rounded.step[row + m]), constant = set1(rounded.constant[row + m]);
+      const vf step = set1(rounded.step[lane + m]), constant = set1(rounded.constant[lane + m]);
       each<V>([&](auto v) INLINE { out[m][v] = fma(to_float(sum[m][v]), step, constant); });
     });
   } else {
     each<M>([&](auto m) INLINE {
-      const vf constant = set1(rows[(int64_t)columns.last * lanes + row + m]);
+      const vf constant = set1(weights[(int64_t)columns.last * lanes + lane + m]);
       each<V>([&](auto v) INLINE { out[m][v] = constant; });
     });
     for (size_t g = 0; g < columns.groups.size(); g++) {
       const Columns::Group& group = columns.groups[g];
       vi sum[M][V];
-      multiply_rounded<M, V>(rounded, columns, tokens, row, token, group.first, group.last, sum);
+      multiply_rounded<M, V>(rounded, columns, tokens, lane, token, group.first, group.last, sum);
       each<M>([&](auto m) INLINE {
-        const vf step = set1(rounded.step[row + m]), row_sum = set1(rounded.sums[g * lanes + row + m]);
-        const vf all = set1(-group.middle * rounded.totals[g * lanes + row + m]);
+        const vf step = set1(rounded.step[lane + m]), weight_sum = set1(rounded.sums[g * lanes + lane + m]);
+        const vf all = set1(-group.middle * rounded.totals[g * lanes + lane + m]);
         each<V>([&](auto v) INLINE {
           const vf centred = mul(add(to_float(sum[m][v]), all), step);
           out[m][v] = fma(centred, load(group.scale + token + 16 * v), out[m][v]);
-          out[m][v] = fma(row_sum, load(group.centre + token + 16 * v), out[m][v]);
+          out[m][v] = fma(weight_sum, load(group.centre + token + 16 * v), out[m][v]);
         });
       });
     }
   }
-  const float* row_of = rows + (int64_t)columns.first_float * lanes + row;
+  const float* of_lane = weights + (int64_t)columns.first_float * lanes + lane;
   const float* number = tokens.numbers + token;
-  for (int c = 0; c < columns.floats; c++, row_of += lanes, number += tokens.stride) {
+  for (int c = 0; c < columns.floats; c++, of_lane += lanes, number += tokens.stride) {
     vf x[V];
     each<V>([&](auto v) INLINE { x[v] = load(number + 16 * v); });
     each<M>([&](auto m) INLINE {
-      const vf r = set1(row_of[m]);
+      const vf r = set1(of_lane[m]);
       each<V>([&](auto v) INLINE { out[m][v] = fma(r, x[v], out[m][v]); });
     });
   }
 }
 
-// How the pairs are divided: the first `fast` are rebuilt, then those of level 0, 1, …; K nodes; cosines of offsets.
+// Division of the pairs: the first `fast` are rebuilt, the next ones belong to level 0, 1, …; tables of cosines.
 struct Division {
   int half, fast, nodes, levels;
   int first[LEVELS + 1];  // pairs of level l: [first[l], first[l + 1])
@@ -232,12 +238,18 @@ struct Division {
   // Weights of the nodes of a level at x.
   void interpolate(int l, double x, double* weight) const {
     double before = 1, after = 1;
-    for (int k = 0; k < nodes; k++) weight[k] = scale[l][k] * before, before *= x - node[l][k];
-    for (int k = nodes - 1; k >= 0; k--) weight[k] *= after, after *= x - node[l][k];
+    for (int k = 0; k < nodes; k++) {
+      weight[k] = scale[l][k] * before;
+      before *= x - node[l][k];
+    }
+    for (int k = nodes - 1; k >= 0; k--) {
+      weight[k] *= after;
+      after *= x - node[l][k];
+    }
   }
 };
 
-// `columns` products for each row and token, `queries` that share a key head.
+// The cheapest division for `columns` products per expansion row and token, and `queries` that share a key head.
 Division divide(const double* frequency, int half, double tolerance, int columns, int queries) {
   Division best;
   double best_cost = std::numeric_limits<double>::infinity();
@@ -252,13 +264,15 @@ Division divide(const double* frequency, int half, double tolerance, int columns
     while (fast < half && (nodes == 0 || frequency[fast] * SPAN / 2 > z)) fast++;
     fast = std::min(half, round_up(fast, 3));
     const int lanes = round_up(2 * fast, 16) + round_up(nodes * queries, 16);
-    // Products and what follows them, per 16 tokens; rounding, and the sums at the nodes, per batch of SPAN.
+    // Products and their rotations, per 16 tokens; rounding, and the sums at the nodes, per batch of SPAN.
     const double cost = fast * (2 * quads + 8 + 2 * queries) + nodes * queries * (quads + 2) +
                         columns * (lanes / 2.0 + round_up(nodes * queries, 16) * (nodes + 16) / 12.0) / (SPAN / 16);
     if (cost >= best_cost) continue;
     best_cost = cost;
     Division d;
-    d.half = half, d.fast = fast, d.nodes = fast == half ? 0 : nodes;
+    d.half = half;
+    d.fast = fast;
+    d.nodes = fast == half ? 0 : nodes;
     d.levels = nodes > 1 ? LEVELS : 1;
     d.first[0] = fast;
     for (int l = 0; l < LEVELS; l++) {
@@ -283,21 +297,25 @@ Division divide(const double* frequency, int half, double tolerance, int columns
       for (int m = 0; m < d.nodes; m++)
         if (m != k) d.scale[l][k] /= d.node[l][k] - d.node[l][m];
     }
-  d.cosine.assign((size_t)fast * 2 * HALF, 0), d.sine = d.cosine;
+  d.cosine.assign((size_t)fast * 2 * HALF, 0);
+  d.sine = d.cosine;
   for (int f = 0; f < d.fast; f++)
     for (int o = 0; o < 2 * HALF; o++) {
       d.cosine[(size_t)f * 2 * HALF + o] = std::cos(frequency[f] * o);
       d.sine[(size_t)f * 2 * HALF + o] = std::sin(frequency[f] * o);
     }
-  for (int f = 0; f < d.fast; f++)
-    d.half_cosine.push_back(std::cos(frequency[f] * HALF)), d.half_sine.push_back(-std::sin(frequency[f] * HALF));
+  for (int f = 0; f < d.fast; f++) {
+    d.half_cosine.push_back(std::cos(frequency[f] * HALF));
+    d.half_sine.push_back(-std::sin(frequency[f] * HALF));
+  }
   d.lagrange.resize((size_t)d.nodes * 2 * SPAN);
   for (int o = 0; o < 2 * SPAN; o++) {
     double weight[MAX_NODES];
     d.interpolate(0, o, weight);
     for (int k = 0; k < d.nodes; k++) d.lagrange[(size_t)k * 2 * SPAN + o] = weight[k];
   }
-  d.node_cosine.resize((size_t)half * MAX_NODES), d.node_sine.resize((size_t)half * MAX_NODES);
+  d.node_cosine.resize((size_t)half * MAX_NODES);
+  d.node_sine.resize((size_t)half * MAX_NODES);
   for (int l = 0; l < d.levels; l++)
     for (int f = d.first[l]; f < d.first[l + 1]; f++)
       for (int k = 0; k < d.nodes; k++) {
@@ -330,19 +348,19 @@ const Division& division_of(const double* frequency, int half, double tolerance,
   return *all.back().division;
 }
 
-// The rows of one key head, for queries that move along the context.
-struct Rows {
+// The expansion rows of one key head, for queries that move along the context.
+struct ExpansionRows {
   const Division* division;
   const double* frequency;
   const float* expansion;  // [half][2][columns + 1]
   int columns, queries, fast_lanes, node_lanes;
   int64_t reference;              // position to which the queries below are rotated
   std::vector<float> query;       // [half][2][queries]
-  std::vector<float> fast;        // [columns + 1][fast_lanes], rows a_0, b_0, a_1, b_1, …
+  std::vector<float> fast;        // [columns + 1][fast_lanes], lanes a_0, b_0, a_1, b_1, …
   std::vector<float> pair_query;  // [queries][2][fast, padded]: of the fast pairs
   std::vector<float> fast_query;  // [2][queries][2][fast, padded]: rotated to the distance from the anchor, and + HALF
   int padded;                     // fast, padded
-  std::vector<float> nodes;       // [columns + 1][node_lanes], row k * queries + j
+  std::vector<float> nodes;       // [columns + 1][node_lanes], lane k * queries + j
   struct Level {
     bool valid = false, turned = false;
     int64_t anchor = 0, turned_to = 0, step = 0;
@@ -358,16 +376,23 @@ struct Rows {
 
   void start(const Division& d, const double* frequencies, const float* expansion_, int columns_, int n_queries,
              int64_t reference_, std::vector<float> query_) {
-    division = &d, frequency = frequencies, expansion = expansion_, columns = columns_, queries = n_queries;
-    reference = reference_, query = std::move(query_);
-    fast_lanes = round_up(2 * round_up(d.fast, 3), 16), node_lanes = round_up(d.nodes * queries, 16);
+    division = &d;
+    frequency = frequencies;
+    expansion = expansion_;
+    columns = columns_;
+    queries = n_queries;
+    reference = reference_;
+    query = std::move(query_);
+    fast_lanes = round_up(2 * round_up(d.fast, 3), 16);
+    node_lanes = round_up(d.nodes * queries, 16);
     fast.assign((size_t)(columns + 1) * fast_lanes, 0);
     for (int f = 0; f < d.fast; f++)
       for (int i = 0; i < 2; i++)
         for (int c = 0; c <= columns; c++)
           fast[(size_t)c * fast_lanes + 2 * f + i] = expansion[((int64_t)f * 2 + i) * (columns + 1) + c];
     padded = round_up(d.fast + 2, 16);
-    pair_query.assign((size_t)queries * 2 * padded, 0), fast_query.assign((size_t)queries * 4 * padded, 0);
+    pair_query.assign((size_t)queries * 2 * padded, 0);
+    fast_query.assign((size_t)queries * 4 * padded, 0);
     for (int f = 0; f < d.fast; f++)
       for (int i = 0; i < 2; i++)
         for (int j = 0; j < queries; j++)
@@ -381,8 +406,10 @@ struct Rows {
       for (int lane = 0; lane < d.nodes * queries; lane++) {
         const int k = lane / queries, j = lane % queries;
         float* to = &lane_values[(size_t)f * 4 * node_lanes + lane];
-        to[0] = query[((size_t)f * 2) * queries + j], to[node_lanes] = query[((size_t)f * 2 + 1) * queries + j];
-        to[2 * node_lanes] = d.node_cosine[f * MAX_NODES + k], to[3 * node_lanes] = d.node_sine[f * MAX_NODES + k];
+        to[0] = query[((size_t)f * 2) * queries + j];
+        to[node_lanes] = query[((size_t)f * 2 + 1) * queries + j];
+        to[2 * node_lanes] = d.node_cosine[f * MAX_NODES + k];
+        to[3 * node_lanes] = d.node_sine[f * MAX_NODES + k];
       }
     for (int l = 0; l < LEVELS; l++) level[l].valid = level[l].turned = false;
   }
@@ -391,33 +418,42 @@ struct Rows {
   void turn(Level& at, int first, int last, int64_t anchor) {
     const int n = last - first;
     const int64_t step = anchor - at.turned_to;
-    at.cosine.resize(n), at.sine.resize(n), at.step_cosine.resize(n), at.step_sine.resize(n);
+    at.cosine.resize(n);
+    at.sine.resize(n);
+    at.step_cosine.resize(n);
+    at.step_sine.resize(n);
     double *cosine = at.cosine.data(), *sine = at.sine.data();
     const double *by_cosine = at.step_cosine.data(), *by_sine = at.step_sine.data();
     if (at.turned && step == at.step) {
 #pragma GCC ivdep
       for (int f = 0; f < n; f++) {
         const double c = cosine[f], s = sine[f];
-        cosine[f] = c * by_cosine[f] - s * by_sine[f], sine[f] = s * by_cosine[f] + c * by_sine[f];
+        cosine[f] = c * by_cosine[f] - s * by_sine[f];
+        sine[f] = s * by_cosine[f] + c * by_sine[f];
       }
     } else {
       for (int f = 0; f < n; f++) {
         const double angle = frequency[first + f] * (double)(reference - anchor);
-        cosine[f] = std::cos(angle), sine[f] = std::sin(angle);
+        cosine[f] = std::cos(angle);
+        sine[f] = std::sin(angle);
         if (!at.turned) continue;
         at.step_cosine[f] = std::cos(frequency[first + f] * (double)step);
         at.step_sine[f] = -std::sin(frequency[first + f] * (double)step);
       }
       at.step = at.turned ? step : 0;
     }
-    at.turned = true, at.turned_to = anchor;
+    at.turned = true;
+    at.turned_to = anchor;
   }
 
-  // Make `nodes` and `fast_query` those of batches that start at `anchor`.
+  // Compute `nodes` and `fast_query` for batches that start at `anchor`.
   void move(int64_t anchor) {
     const Division& d = *division;
     if (!level[0].valid && !level[0].turned) base = anchor;
-    if (anchor < base) base = anchor, level[1].valid = level[2].valid = level[3].valid = false;
+    if (anchor < base) {
+      base = anchor;
+      level[1].valid = level[2].valid = level[3].valid = false;
+    }
     if (level[0].valid && level[0].anchor == anchor) return;
     if (level[0].valid && frequency[0] == 0) return;  // nothing turns
     // Level 0 keeps the rotations of the fast pairs too.
@@ -431,11 +467,14 @@ struct Rows {
       for (int f = 0; f < d.fast; f++) {
         const float x = cosine[f], y = sine[f];
         const float u = q1[f] * x - q2[f] * y, v = q2[f] * x + q1[f] * y;
-        a[f] = u, b[f] = v;
-        c[f] = u * d.half_cosine[f] - v * d.half_sine[f], d_[f] = v * d.half_cosine[f] + u * d.half_sine[f];
+        a[f] = u;
+        b[f] = v;
+        c[f] = u * d.half_cosine[f] - v * d.half_sine[f];
+        d_[f] = v * d.half_cosine[f] + u * d.half_sine[f];
       }
     }
-    level[0].valid = true, level[0].anchor = anchor;
+    level[0].valid = true;
+    level[0].anchor = anchor;
     if (d.nodes) sum(0, anchor, cosine + d.fast, sine + d.fast, nodes);
   }
 
@@ -445,7 +484,8 @@ struct Rows {
     if (level[l].valid && level[l].anchor == anchor) return;
     turn(level[l], d.first[l], d.first[l + 1], anchor);
     sum(l, anchor, level[l].cosine.data(), level[l].sine.data(), level[l].sums);
-    level[l].valid = true, level[l].anchor = anchor;
+    level[l].valid = true;
+    level[l].anchor = anchor;
     Level& at = level[l];
     if (by_permutation()) return;
     at.spread.resize((size_t)d.nodes * (columns + 1) * node_lanes);
@@ -458,12 +498,13 @@ struct Rows {
       }
   }
 
-  // Sums at the nodes of level `l` over its pairs, and over those of the levels above.
+  // Sums at the nodes of level `l` over the pairs of this level and of the levels above.
   void sum(int l, int64_t anchor, const double* cosines, const double* sines, std::vector<float>& out) {
     const Division& d = *division;
     const int first = d.first[l], n = d.first[l + 1] - first, lanes = node_lanes, width = columns + 1;
     if (l + 1 < d.levels) ensure(l + 1, anchor);
-    out.resize((size_t)width * lanes), coefficients.resize((size_t)std::max(1, n) * 2 * lanes);
+    out.resize((size_t)width * lanes);
+    coefficients.resize((size_t)std::max(1, n) * 2 * lanes);
     for (int f = 0; f < n; f++) {
       const vf c = set1(cosines[f]), s = set1(sines[f]);
       const float* of_pair = &lane_values[(size_t)(first + f) * 4 * lanes];
@@ -487,11 +528,11 @@ struct Rows {
           std::fill_n(&transfer[(size_t)k * lanes + to * queries], queries, (float)weight[k]);
       }
     }
-    const float* rows = expansion + (int64_t)first * 2 * width;
+    const float* weights = expansion + (int64_t)first * 2 * width;
     for (int v = 0; v < lanes; v += 16) {
       int c = 0;
-      for (; c + 8 <= width; c += 8) sum_columns<8>(rows, width, n, c, v, above, out);
-      for (; c < width; c++) sum_columns<1>(rows, width, n, c, v, above, out);
+      for (; c + 8 <= width; c += 8) sum_columns<8>(weights, width, n, c, v, above, out);
+      for (; c < width; c++) sum_columns<1>(weights, width, n, c, v, above, out);
     }
   }
 
@@ -499,7 +540,7 @@ struct Rows {
   bool by_permutation() const { return ALRD_AVX512 && node_lanes == 16; }
 
   template <int N>
-  INLINE inline void sum_columns(const float* rows, int width, int n, int c, int v, const Level* above,
+  INLINE inline void sum_columns(const float* weights, int width, int n, int c, int v, const Level* above,
                                  std::vector<float>& out) {
     const int lanes = node_lanes;
     vf total[N];
@@ -526,9 +567,9 @@ struct Rows {
       }
     for (int f = 0; f < 2 * n; f++) {
       const vf weight = load(&coefficients[(size_t)f * lanes + v]);
-      const float* row = rows + (int64_t)f * width + c;
+      const float* of_pair = weights + (int64_t)f * width + c;
 #pragma GCC unroll 8
-      for (int i = 0; i < N; i++) total[i] = fma(set1(row[i]), weight, total[i]);
+      for (int i = 0; i < N; i++) total[i] = fma(set1(of_pair[i]), weight, total[i]);
     }
 #pragma GCC unroll 8
     for (int i = 0; i < N; i++) store(&out[(size_t)(c + i) * lanes + v], total[i]);

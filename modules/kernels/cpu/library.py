@@ -32,7 +32,7 @@ MARCH_VARIABLE = "ALRD_CPU_MARCH"
 
 #: Without contraction and with IEEE divisions the kernels give the reference's bits; a fused product is written out.
 _FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-Wno-psabi")
-#: OpenMP's symbols come with `libtorch_cpu`, even where the linker would drop a library that none is missing from.
+#: Force-links libtorch_cpu: the linker would drop it as unused, and OpenMP's symbols with it.
 _LINKER_FLAGS = ("-Wl,--no-as-needed",)
 _REQUIRED = ("avx2", "fma", "f16c")
 
@@ -62,28 +62,6 @@ def _load() -> ctypes.CDLL | RuntimeError:
         return RuntimeError(f"the C++ kernels cannot be stored or loaded: {error}")
 
 
-def call(name: str, *arguments) -> int:
-    """Call a function of the library and return its `int64_t`.
-
-    Args:
-        name: The function's.
-        arguments: Tensors on the CPU, which go as a pointer to their first element, `None` as a null pointer, bools and
-            ints as `int64_t`, floats as `float`.
-    """
-    function = getattr(library(), name)
-    function.restype = ctypes.c_int64
-    return function(*map(_c_value, arguments))
-
-
-def _c_value(value):
-    if isinstance(value, torch.Tensor):
-        assert value.device.type == "cpu"
-        return ctypes.c_void_p(value.data_ptr())
-    if value is None:
-        return ctypes.c_void_p()
-    return ctypes.c_float(value) if isinstance(value, float) else ctypes.c_int64(value)
-
-
 def _processor() -> str:
     """The processor's model and features.
 
@@ -92,6 +70,7 @@ def _processor() -> str:
     """
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         raise RuntimeError(f"the C++ kernels are for Linux on x86_64, not {platform.system()} on {platform.machine()}")
+    # All cores of a machine are alike.
     first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     fields = dict(re.findall(r"^(.*?)\s*: (.*)$", first, re.MULTILINE))
     missing = set(_REQUIRED) - set(fields["flags"].split())
@@ -107,7 +86,7 @@ def _flags() -> list[str]:
 
 
 def _path() -> Path:
-    """Where the library of these sources on this machine stands."""
+    """Path of the library of these sources on this machine."""
     from torch.utils.cpp_extension import get_cxx_compiler, get_default_build_root
 
     parts = [_processor(), torch.__version__, get_cxx_compiler(), *_flags(), *_LINKER_FLAGS]
@@ -136,16 +115,20 @@ def _build(path: Path) -> None:
                 Path(folder, name).write_text(text, encoding="utf-8")
             built = cpp_extension.load(
                 "alrd_kernels",
-                [str(Path(folder, name)) for name in SOURCES if name.endswith(".cpp")],
+                sorted(map(str, Path(folder).glob("*.cpp"))),
                 extra_cflags=_flags(),
                 extra_ldflags=list(_LINKER_FLAGS),
                 build_directory=folder,
                 is_python_module=False,
             )
+            # At once, so that no process loads half a library.
             os.replace(built, path)
     except RuntimeError as error:
         lines = str(error).splitlines()
+        if len(lines) == 1:
+            raise
+        # Of the compiler's many lines the first that names an error.
         problem = next((line for line in lines if "error" in line and not line.startswith("Error building")), lines[0])
-        raise RuntimeError(problem if len(lines) == 1 else f"the C++ kernels do not compile: {problem}") from error
+        raise RuntimeError(f"the C++ kernels do not compile: {problem}") from error
     finally:
         os.environ["PATH"] = search_path

@@ -6,67 +6,85 @@ q_c`, and `Σ_t p_t v_tc = step_c Σ_t p_t code_tc + zero_c Σ_t p_t`: sums of c
 integers. `lookup.cpp` computes them by two methods, "lookup" and "dot" (int8 dot products), which round the query and
 the weights of a block: "dot" to 15 bits, "lookup" at widths 1, 2 and 4 to 13, 12 and 11 with AVX-512, to one bit less
 with AVX2. The error of "lookup" is up to six tenths of that of plain bfloat16, that of "dot" a fiftieth and below that
-of plain float16."""
+of plain float16.
+
+No model takes this way by itself: a factored model caches its keys before RoPE, and a drop-in cache must hand dense
+states to the library's own attention. `lookup_attention` is called by hand, on the packed cache.
+"""
+
+import ctypes
 
 import torch
 
 from configuration_alrd_llama import check_choice
-from modules.kernels.cpu import library as cpp_library
-from modules.kernels.packed import LatentQuery, PackedCache, PackedPart, PackedSide, Rope
+from modules.kernels.cpu import structures
+from modules.kernels.cpu.library import library
+from modules.kernels.cpu.structures import TYPES, Part, address, ints, structure
+from modules.kernels.packed import PackedCache, PackedSide, Rope
 from modules.svd_linear import ALinear
 
 METHODS = ("lookup", "dot")
 
-#: The faster method by bits, with AVX-512 and with AVX2 (`scripts/benchmark_lookup.py`).
-FASTER = {
-    "avx512": {1: "lookup", 2: "lookup", 4: "dot"},
-    "avx2": {1: "lookup", 2: "lookup", 4: "dot"},
-}
+#: The faster method by bits, with AVX-512 as with AVX2 (`scripts/benchmark_lookup.py`).
+FASTER = {1: "lookup", 2: "lookup", 4: "dot"}
 
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# lookup.cpp says what the fields mean.
+_Arguments = structure(
+    """
+    pointer query positions table group_widths exact output
+    Part keys values
+    int32 batch query_heads heads length size value_size blocks block_length n_groups n_exact
+    int32 state_type key_lookup value_lookup threads
+    float scaling
+    """,
+    Part=Part,
+)
 
 
 def instructions() -> str:
-    """What the kernel was compiled for: "avx512" (VBMI and VNNI) or "avx2"."""
-    return {1: "avx2", 2: "avx512"}[cpp_library.call("lookup_instructions")]
+    """Instructions that the kernel was compiled for: "avx512" (VBMI and VNNI) or "avx2"."""
+    return {1: "avx2", 2: "avx512"}[library().alrd_lookup_instructions()]
 
 
-def _why_not(side: str, stored: PackedSide, block_length: int, heads: int) -> str | None:
-    """What keeps the kernel from reading a side; `None`: nothing."""
-    part = stored.parts[0] if stored.parts is not None and len(stored.parts) == 1 else None
-    if part is None or stored.channels is not None or part.bits not in FASTER["avx2"]:
-        return "must be stored at one width of 1, 2 or 4 bits"
+def _check_side(side: str, stored: PackedSide, block_length: int, heads: int) -> None:
+    """Refuse a side in a format that the kernel does not read."""
+    parts = stored.parts or ()
+    if len(parts) != 1 or stored.channels is not None or parts[0].bits not in FASTER:
+        raise ValueError(f"{side}: must be stored at one width of 1, 2 or 4 bits")
+    (part,) = parts
     if part.scale.shape[0] != part.packed.shape[0]:
-        return "must have scales of its own in every block, not calibrated ones"
-    if side == "keys":
-        if part.groups is None:
-            return "must be quantized per token"
-        size, edge = sum(part.widths) // heads, 0
-        for width in part.groups:
-            if edge // size != (edge + width - 1) // size:
-                return f"must have groups of channels within heads of {size} channels"
-            edge += width
-    elif part.groups is not None or part.run != block_length:
-        return f"must be quantized per channel, a scale for each {block_length} tokens"
-    return None
+        raise ValueError(f"{side}: must have scales of its own in every block, not calibrated ones")
+    if side == "values":
+        if part.groups is not None or part.run != block_length:
+            raise ValueError(f"{side}: must be quantized per channel, a scale for each {block_length} tokens")
+        return
+    if part.groups is None:
+        raise ValueError(f"{side}: must be quantized per token")
+    size, start = sum(part.widths) // heads, 0
+    for width in part.groups:
+        # The first and the last channel of a scale group must be of one head.
+        if start // size != (start + width - 1) // size:
+            raise ValueError(f"{side}: must have groups of channels within heads of {size} channels")
+        start += width
 
 
-def why_not(query: LatentQuery, cache: PackedCache) -> str | None:
-    """What keeps `latent_attention` from attending to a cache, as text; `None`: nothing."""
-    size, value_widths = query.states.shape[3], query.value_widths
-    if query.expand_keys is not None or query.rope is not None:
-        return "expand_keys, rope: must be None: the keys must be cached as the queries meet them"
+def _check(query: torch.Tensor, cache: PackedCache, expand_keys, value_widths: tuple[int, ...], rope) -> None:
+    """Refuse what the kernel does not read."""
+    size = query.shape[3]
+    if query.dtype not in TYPES or query.device.type != "cpu":
+        raise ValueError(f"query: must be float32, bfloat16 or float16 on the CPU, not {query.dtype} on {query.device}")
+    if expand_keys is not None or rope is not None:
+        raise ValueError("expand_keys, rope: must be None: the keys must be cached as the queries meet them")
     if len(set(value_widths)) > 1:
-        return f"value_widths={value_widths!r}: must be equal"
+        raise ValueError(f"value_widths={value_widths!r}: must be equal")
     channels = cache.key_channels
     if channels != size * len(value_widths):
-        return f"value_widths={value_widths!r}: must be one for each head of {channels} key channels of {size}"
+        raise ValueError(
+            f"value_widths={value_widths!r}: must be one for each head of {channels} key channels of {size}"
+        )
     if cache.keys is not None:
-        for side, stored in (("keys", cache.keys), ("values", cache.values)):
-            reason = _why_not(side, stored, cache.block_length, len(value_widths))
-            if reason is not None:
-                return f"{side}: {reason}"
-    return None
+        _check_side("keys", cache.keys, cache.block_length, len(value_widths))
+        _check_side("values", cache.values, cache.block_length, len(value_widths))
 
 
 def lookup_attention(
@@ -79,29 +97,11 @@ def lookup_attention(
     scaling: float,
     method: str | None = None,
 ) -> torch.Tensor:
-    """`latent_attention` of this module, with the fields of a `LatentQuery` one by one.
+    """As `latent_attention` without `weights_length`, for `expand_keys=None` and `rope=None`.
 
     Args:
-        query: `[B, H_q, L, d]` after RoPE, on the CPU, float32, bfloat16 or float16.
-        positions, expand_keys, value_widths, rope, scaling: As in `LatentQuery`.
-        cache, method: As for `latent_attention`.
-
-    Returns:
-        `[B, H_q, L, max(value_widths)]` float32.
-
-    Raises:
-        ValueError, RuntimeError: As by `latent_attention`.
-    """
-    query = LatentQuery(query, positions, expand_keys, value_widths, rope, scaling)
-    return latent_attention(query, cache, method)
-
-
-def latent_attention(query: LatentQuery, cache: PackedCache, method: str | None = None) -> torch.Tensor:
-    """As `modules.kernels.attention.latent_attention`, the sums only, for `expand_keys=None` and `rope=None`.
-
-    Args:
-        query: The queries on the CPU, float32, bfloat16 or float16.
-        cache: The cache and the new tokens.
+        query: `[B, H_q, L, d]` on the CPU, float32, bfloat16 or float16.
+        positions, cache, expand_keys, value_widths, rope, scaling: As for `latent_attention`.
         method: "lookup" or "dot"; `None`: for bfloat16 queries the faster one at the width of each side (`FASTER`), for
             others "dot".
 
@@ -109,55 +109,38 @@ def latent_attention(query: LatentQuery, cache: PackedCache, method: str | None 
         `[B, H_q, L, max(value_widths)]` float32.
 
     Raises:
-        ValueError: The cache, or another argument, is not one that the kernel reads (`why_not`).
+        ValueError: The cache, or another argument, is not one that the kernel reads.
         RuntimeError: The kernel cannot be built (`modules/kernels/cpu/library.py`).
     """
     check_choice("method", method, (*METHODS, None))
-    dtype, device = query.states.dtype, query.states.device
-    if dtype not in _TYPES or device.type != "cpu":
-        raise ValueError(f"query: must be float32, bfloat16 or float16 on the CPU, not {dtype} on {device}")
-    reason = why_not(query, cache)
-    if reason is not None:
-        raise ValueError(reason)
+    _check(query, cache, expand_keys, value_widths, rope)
+    methods = dict.fromkeys(FASTER, method or "dot")
+    if method is None and query.dtype == torch.bfloat16:
+        methods = FASTER
 
-    value_widths, (batch, heads, length, size) = query.value_widths, query.states.shape
-    out = torch.empty((batch, heads, length, value_widths[0]), dtype=torch.float32, device="cpu")
-    states, positions = query.states.float().contiguous(), query.positions.contiguous()
-    runs, kept = [], []
-    for tile in (*cache.before, *cache.after):
-        for run in range(tile.keys.shape[1]):
-            keys, values = (
-                x[:, run] if x.stride(-1) == 1 else x[:, run].contiguous() for x in (tile.keys, tile.values)
-            )
-            start, count = (x[:, run].contiguous() for x in (tile.start, tile.count))
-            kept += [keys, values, start, count]
-            strides = (*keys.stride()[:2], *values.stride()[:2])
-            pointers = [x.data_ptr() for x in kept[-4:]]
-            runs.append([*pointers[:2], _TYPES[keys.dtype], keys.shape[1], *strides, *pointers[2:]])
-
-    if cache.keys is None:
-        table, packed = torch.zeros((3, batch, 0), dtype=torch.int32, device="cpu"), [_side(None)] * 2
-        block, widths = 0, []
-    else:
-        table, block = cache.table.contiguous(), cache.block_length
-        faster = FASTER[instructions()] if dtype == torch.bfloat16 else dict.fromkeys((1, 2, 4), "dot")
-        packed = [_side(s.parts[0], method or faster[s.parts[0].bits]) for s in (cache.keys, cache.values)]
-        widths = cache.keys.parts[0].groups
-    shape = (batch, heads, length, len(value_widths), size, value_widths[0], float(query.scaling))
-    groups, exact = (torch.tensor(numbers, dtype=torch.int64, device="cpu") for numbers in (widths, runs))
-    keys, values = packed
-    cpp_library.call(
-        "lookup_attention", out, states, positions, *shape, table, table.shape[2], block, *keys, groups, len(widths),
-        *values, exact, len(runs), torch.get_num_threads(),
+    batch, query_heads, length, size = query.shape
+    output = torch.empty((batch, query_heads, length, value_widths[0]), dtype=torch.float32, device="cpu")
+    query, positions = query.float().contiguous(), positions.to(torch.int64).contiguous()
+    # Everything that the arguments point to has a name here, and so lives until the kernel is done.
+    exact = (*cache.before, *cache.after)
+    exact_tiles, _kept = structures.exact_structures(exact)
+    arguments = _Arguments(
+        query=address(query), positions=address(positions), exact=ctypes.addressof(exact_tiles), output=address(output),
+        batch=batch, query_heads=query_heads, heads=len(value_widths), length=length, size=size,
+        value_size=value_widths[0], n_exact=len(exact), threads=torch.get_num_threads(), scaling=scaling,
     )  # fmt: skip
-    return out
-
-
-def _side(part: PackedPart | None, method: str | None = None) -> tuple:
-    """The kernel's arguments for a side; no part: it has no blocks."""
-    if part is None:
-        return 1, False, None, None, None, 0
-    return part.bits, method == "lookup", part.packed, part.scale, part.zero_point, _TYPES[part.scale.dtype]
-
-
-__all__ = ["FASTER", "METHODS", "instructions", "lookup_attention", "why_not"]
+    if exact:
+        arguments.state_type = TYPES[exact[0].keys.dtype]
+    # Sides without blocks have no words, at any width.
+    arguments.keys.bits = arguments.values.bits = 1
+    if cache.keys is not None:
+        (keys,), (values,) = cache.keys.parts, cache.values.parts
+        table, group_widths = cache.table.contiguous(), ints(keys.groups)
+        arguments.keys = structures.part_structure(keys, cache.block_length)
+        arguments.values = structures.part_structure(values, cache.block_length)
+        arguments.key_lookup, arguments.value_lookup = methods[keys.bits] == "lookup", methods[values.bits] == "lookup"
+        arguments.table, arguments.group_widths = address(table), ctypes.addressof(group_widths)
+        arguments.blocks, arguments.block_length = table.shape[2], cache.block_length
+        arguments.n_groups = len(group_widths)
+    library().alrd_lookup_attention(ctypes.byref(arguments))
+    return output

@@ -1,42 +1,23 @@
-// What the kernel is told, and the codes of packed blocks (`modules/quant_utils.py` has the format).
+// Packed blocks and exact tokens as the attention kernels take them, and the codes in packed words (the format:
+// modules/quant_utils.py).
 
 #pragma once
 
 #include "vectors.h"
 
-// ---- arguments; `modules/kernels/cpu/attention.py` has the same structures
-
+// structures.py has the same structures.
 extern "C" {
-
-constexpr int32_t TERNARY = 158;
 
 // Channels that are stored alike (`PackedPart`); strides in elements, 0 for calibrated scales.
 struct Part {
   int32_t bits, run;
-  int32_t rows;  // of words, or tokens, in a block
+  int32_t words;  // per channel in a block; at 16 bits its tokens
   const void* packed;
-  int64_t slot_stride, token_stride;  // from slot to slot; from one row of words (16 bits: token) to the next
+  int64_t slot_stride, token_stride;  // from slot to slot; from a channel's word (16 bits: token) to the next
   const void *scale, *zero_point;     // zero_point may be null
   int64_t scale_slot_stride, scale_row_stride;
   int32_t scale_type, spacing, offset;  // step = spacing * scale; symmetric zero point = -offset * scale
   int32_t levels;
-};
-
-// Consecutive channels of a head group in a part, with one scale group if scales are per token (column >= 0).
-struct Segment {
-  int32_t part, channel, count, column;
-  int32_t position;  // where they stand among the columns of the group
-};
-
-struct Side {
-  const Part* parts;
-  const Segment* segments;       // those multiplied as codes first
-  const int32_t* first_segment;  // [groups + 1]
-  const int32_t* integers;       // [groups] segments that are multiplied as codes
-  const int32_t* columns;        // [groups] columns in use
-  int32_t groups, width;         // columns of the widest group
-  int32_t run;                   // tokens of a block that share scales per channel
-  int32_t by_block;              // whether scales per channel belong to blocks
 };
 
 // A run of tokens in full precision for each row of the batch.
@@ -46,29 +27,9 @@ struct Exact {
   const int32_t *start, *count;
 };
 
-struct Arguments {
-  const float* query;          // [B, H_q, L, 2 half]
-  const int64_t* positions;    // [B, L]
-  const double* frequency;     // [half], falling; 0: no rotation
-  const int32_t* order;        // [half], the pair of each frequency
-  const void *weight, *bias;   // of the expansion, [H_kv * 2 half, weight_stride], [H_kv * 2 half]; may be null
-  const int32_t* key_channel;  // [groups, keys.width] channel of the group in a column, -1: none
-  const int32_t* table;        // [3, B, blocks]
-  const Exact* exact;
-  const int32_t *key_start, *key_count, *value_start, *value_count;  // channels of each head group
-  const int32_t* value_channel;  // [groups, values.width] channel of the group in a column, -1: none
-  float* output;                 // [B, H_q, L, output_width]
-  Side keys, values;
-  int32_t batch, query_heads, heads, length, half, blocks, block_length, exact_width, output_width, n_exact;
-  int32_t state_type, weight_type, weight_stride, planes, threads;
-  float scaling, tolerance;
-};
-
 }  // extern "C"
 
 namespace {
-
-// ---- codes in words
 
 // How the codes of a plane stand in a word: `fields` tokens in a byte, 4 bytes.
 struct Layout {
@@ -107,7 +68,7 @@ inline int planes_of(int bits, int run, Plane* planes) {
   return 2;
 }
 
-// The words of `run_length` tokens of a block which start at token `run_start`: rows of a part's words before them.
+// Words of a channel in a block that come before those of the run which starts at token `run_start`.
 inline int64_t run_words(const Part& part, int run_start) {
   Plane planes[2];
   const int n = planes_of(part.bits, part.run, planes);
@@ -117,7 +78,7 @@ inline int64_t run_words(const Part& part, int run_start) {
 #if ALRD_AVX512
 // As `unpack`, for 16 channels of a plane and a start that 16 divides: 16 tokens of four channels at a time.
 template <int BITS>
-inline void unpack_vectors(const int32_t* rows, int64_t row_stride, int count, int n_words, int start, int n,
+inline void unpack_vectors(const int32_t* plane, int64_t word_stride, int count, int n_words, int start, int n,
                            int32_t* out, int stride, int shift) {
   constexpr int fields = 8 / BITS, tokens = 4 * fields, words = tokens < 16 ? 16 / tokens : 1;
   const int quads = (count + 3) / 4;
@@ -125,7 +86,10 @@ inline void unpack_vectors(const int32_t* rows, int64_t row_stride, int count, i
     struct {
       int32_t pick[16], shift[16];
     } y;
-    for (int l = 0; l < 16; l++) y.pick[l] = l / fields % 4 + (l / tokens & 1) * 16, y.shift[l] = l % fields * BITS;
+    for (int l = 0; l < 16; l++) {
+      y.pick[l] = l / fields % 4 + (l / tokens & 1) * 16;
+      y.shift[l] = l % fields * BITS;
+    }
     return y;
   }();
   const vi by = loadi(lanes.shift), mask = seti((int)(0x01010101u * ((1 << BITS) - 1)));
@@ -133,7 +97,7 @@ inline void unpack_vectors(const int32_t* rows, int64_t row_stride, int count, i
     const int w = (start + t) / tokens;
     vi word[4];
     each<words>([&](auto i) INLINE {
-      word[i] = w + i < n_words ? transpose_bytes(loadi(rows + (w + i) * row_stride, count)) : seti(0);
+      word[i] = w + i < n_words ? transpose_bytes(loadi(plane + (w + i) * word_stride, count)) : seti(0);
     });
     vi index = addi(loadi(lanes.pick), seti((start + t) % tokens / fields));
     for (int q = 0; q < quads; q++, index = addi(index, seti(4))) {
@@ -167,18 +131,18 @@ void unpack(const Part& part, const int32_t* words, int run_length, int start, i
       const int tokens = 4 * layout.fields;
 #if ALRD_AVX512
       if (layout.bits != TERNARY && start % 16 == 0) {
-        const int32_t* rows = words + (int64_t)planes[p].first_word * part.token_stride + channel + c;
+        const int32_t* plane = words + (int64_t)planes[p].first_word * part.token_stride + channel + c;
         const auto unpack_plane = layout.bits == 1   ? unpack_vectors<1>
                                   : layout.bits == 2 ? unpack_vectors<2>
                                   : layout.bits == 4 ? unpack_vectors<4>
                                                      : unpack_vectors<8>;
-        unpack_plane(rows, part.token_stride, left, layout.words(run_length), start, n, out, stride, planes[p].shift);
+        unpack_plane(plane, part.token_stride, left, layout.words(run_length), start, n, out, stride, planes[p].shift);
         continue;
       }
 #endif
       for (int w = start / tokens; w * tokens < start + n; w++) {
-        const int32_t* row = words + (int64_t)(planes[p].first_word + w) * part.token_stride + channel + c;
-        const vi word = loadi(row, left);
+        const int32_t* channels = words + (int64_t)(planes[p].first_word + w) * part.token_stride + channel + c;
+        const vi word = loadi(channels, left);
         for (int i = 0; i < layout.fields; i++) {
           int32_t lanes[16];  // [quad][j]: token fields * j + i
           storei(lanes, shl(transpose_bytes(field(word, layout, i)), planes[p].shift));

@@ -4,38 +4,33 @@
 // What makes the bits equal: float32 throughout, IEEE divisions, no contraction of a product and a sum
 // (-ffp-contract=off), and sums over integers, whose order does not matter.
 //
-// Vectors go along channels, where the states and the packed words lie side by side. Only the search of a range turns
-// groups of a token around, so that a lane is a group there in either orientation.
-
-#include <immintrin.h>
+// A vector is one register, of 8 or 16 lanes, with GCC's operators: the formulas read as the reference's. vf: float32,
+// vi: int32, vu: uint32, vs: uint16, vl: int64. Vectors go along channels, where the states and the packed words lie
+// side by side. Only the search of a range turns groups of a token around, so that a lane is a group there in either
+// orientation.
 
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <limits>
 #include <type_traits>
 #include <vector>
 
-namespace {
+#include "numbers.h"
 
-// ---- vectors
+namespace {
 
 #ifdef __AVX512F__
 constexpr int V = 16;
 #else
 constexpr int V = 8;
 #endif
-using F = float __attribute__((vector_size(4 * V)));
-using I = int32_t __attribute__((vector_size(4 * V)));
-using U = uint32_t __attribute__((vector_size(4 * V)));
-using S = uint16_t __attribute__((vector_size(2 * V)));
-using L = int64_t __attribute__((vector_size(8 * V)));
+using vf = float __attribute__((vector_size(4 * V)));
+using vi = int32_t __attribute__((vector_size(4 * V)));
+using vu = uint32_t __attribute__((vector_size(4 * V)));
+using vs = uint16_t __attribute__((vector_size(2 * V)));
+using vl = int64_t __attribute__((vector_size(8 * V)));
 
 // Vectors of channels that are packed together.
 constexpr int NV = 4, BLOCK = NV * V;
-
-constexpr float INFINITE = std::numeric_limits<float>::infinity();
 
 struct Half {
   uint16_t bits;
@@ -56,72 +51,72 @@ void write(void* p, X x) {
   std::memcpy(p, &x, sizeof x);
 }
 
-F all(float x) { return F{} + x; }
+vf set1(float x) { return vf{} + x; }
 
 #ifdef __AVX512F__
-// Of two values of which one is NaN the second.
-F minimum(F a, F b) { return (F)_mm512_min_ps((__m512)a, (__m512)b); }
-F maximum(F a, F b) { return (F)_mm512_max_ps((__m512)a, (__m512)b); }
-F fused(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
-F floor_of(F x) { return (F)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
-F from_half(S x) { return (F)_mm512_cvtph_ps((__m256i)x); }
-S to_half(F x) { return (S)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-bool any(I mask) { return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask); }
+// If either is NaN, the second operand.
+vf min(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
+vf max(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+vf fma(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+vf floor(vf x) { return (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+vf from_half(vs x) { return (vf)_mm512_cvtph_ps((__m256i)x); }
+vs to_half(vf x) { return (vs)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+bool any(vi mask) { return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask); }
 #else
-F minimum(F a, F b) { return (F)_mm256_min_ps((__m256)a, (__m256)b); }
-F maximum(F a, F b) { return (F)_mm256_max_ps((__m256)a, (__m256)b); }
-F fused(F a, F b, F c) { return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
-F floor_of(F x) { return (F)_mm256_floor_ps((__m256)x); }
-F from_half(S x) { return (F)_mm256_cvtph_ps((__m128i)x); }
-S to_half(F x) { return (S)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT); }
-bool any(I mask) { return _mm256_movemask_ps((__m256)mask); }
+vf min(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
+vf max(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
+vf fma(vf a, vf b, vf c) { return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+vf floor(vf x) { return (vf)_mm256_floor_ps((__m256)x); }
+vf from_half(vs x) { return (vf)_mm256_cvtph_ps((__m128i)x); }
+vs to_half(vf x) { return (vs)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT); }
+bool any(vi mask) { return _mm256_movemask_ps((__m256)mask); }
 #endif
 
-I lanes_in_order() {
-  I lanes;
+vi lanes_in_order() {
+  vi lanes;
   for (int i = 0; i < V; i++) lanes[i] = i;
   return lanes;
 }
 
-F select(I mask, F a, F b) { return mask ? a : b; }
-L wide(I x) { return __builtin_convertvector(x, L); }
-I mask_of(L x) { return __builtin_convertvector(x, I); }
-I truncated(F x) { return __builtin_convertvector(x, I); }
-F to_float(I x) { return __builtin_convertvector(x, F); }
-F to_float(L x) { return __builtin_convertvector(x, F); }
+vf select(vi mask, vf a, vf b) { return mask ? a : b; }
+vl wide(vi x) { return __builtin_convertvector(x, vl); }
+vi mask_of(vl x) { return __builtin_convertvector(x, vi); }
+vi truncated(vf x) { return __builtin_convertvector(x, vi); }
+vf to_float(vi x) { return __builtin_convertvector(x, vf); }
+vf to_float(vl x) { return __builtin_convertvector(x, vf); }
 template <class T>
-F widen(S bits);
+vf widen(vs bits);
 template <>
-F widen<Half>(S bits) {
+vf widen<Half>(vs bits) {
   return from_half(bits);
 }
 template <>
-F widen<BFloat>(S bits) {
-  return (F)(__builtin_convertvector(bits, U) << 16);
+vf widen<BFloat>(vs bits) {
+  return (vf)(__builtin_convertvector(bits, vu) << 16);
 }
 
 template <class T>
-S narrow(F x);
+vs narrow(vf x);
 template <>
-S narrow<Half>(F x) {
+vs narrow<Half>(vf x) {
   return to_half(x);
 }
 template <>
-S narrow<BFloat>(F x) {
-  U bits = (U)x;
-  return __builtin_convertvector((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, S);
+vs narrow<BFloat>(vf x) {
+  vu bits = (vu)x;
+  return __builtin_convertvector((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, vs);
 }
 
 template <class T>
-F load(const T* p) {
+vf load(const T* p) {
   if constexpr (sizeof(T) == 4)
-    return read<F>(p);
+    return read<vf>(p);
   else
-    return widen<T>(read<S>(p));
+    return widen<T>(read<vs>(p));
 }
 
 template <class T>
-void store(T* p, F x) {
+void store(T* p, vf x) {
   if constexpr (sizeof(T) == 4)
     write(p, x);
   else
@@ -130,7 +125,7 @@ void store(T* p, F x) {
 
 // The first n lanes of what starts at p, the others filled with the first.
 template <class T>
-F load(const T* p, int n) {
+vf load(const T* p, int n) {
   if (n >= V) return load(p);
   T lanes[V];
   for (int i = 0; i < V; i++) lanes[i] = p[i < n ? i : 0];
@@ -138,7 +133,7 @@ F load(const T* p, int n) {
 }
 
 template <class T>
-void store(T* p, F x, int n) {
+void store(T* p, vf x, int n) {
   if (n >= V) return store(p, x);
   T lanes[V];
   store(lanes, x);
@@ -147,86 +142,78 @@ void store(T* p, F x, int n) {
 
 // Float32 rounded to a two-byte type, towards +inf (`up`) or -inf.
 template <class P>
-F round_directed(F x, bool up) {
+vf round_directed(vf x, bool up) {
   using Signed = int16_t __attribute__((vector_size(2 * V)));
-  S bits = narrow<P>(x);
-  F y = widen<P>(bits);
+  vs bits = narrow<P>(x);
+  vf y = widen<P>(bits);
   // One step in the wanted direction: the bit patterns of floats of one sign are ordered like their magnitudes.
   Signed away = ((Signed)bits >= 0) == (up ? Signed{} - 1 : Signed{});
-  F stepped = widen<P>(away ? bits + 1 : bits - 1);
+  vf stepped = widen<P>(away ? bits + 1 : bits - 1);
   return select(up ? y < x : y > x, stepped, y);
 }
 
-// ---- grids
-
+// Levels of a width, as `grid` in modules/quant_utils.py has them.
 struct Grid {
-  int bits;  // 0: ternary
-  int levels;
+  int32_t bits, levels;
   float spacing, offset;
-  bool symmetric;
+  int32_t symmetric;
 
-  Grid(int64_t bits, bool symmetric)
-      : bits(bits),
-        levels(bits ? 1 << bits : 3),
-        spacing(bits == 1 ? 2 : 1),
-        offset(bits <= 1 ? 1 : 1 << (bits - 1)),
-        symmetric(symmetric) {}
-
-  F step(F scale) const { return scale * spacing; }
-  F zero(F scale, F zero_point) const { return symmetric ? scale * -offset : zero_point; }
+  vf step(vf scale) const { return scale * spacing; }
+  vf zero(vf scale, vf zero_point) const { return symmetric ? scale * -offset : zero_point; }
 };
 
-// What codes are divided by: beyond any value where the step is not positive, so that the codes are 0.
-F divisor(F step) { return select(step > 0, step, all(INFINITE)); }
+// Divisor of a group's values: beyond any value where the step is not positive, so that the codes are 0.
+vf divisor(vf step) { return select(step > 0, step, set1(INFINITE)); }
 
 // Codes before they are rounded: their floor is the nearest level, halves rounded up.
-F level(F quotient, float last) { return minimum(maximum(quotient, F{}), all(last)) + 0.5f; }
-F codes_of(F quotient, float last) { return floor_of(level(quotient, last)); }
-
-// ---- the range of least squared error
+vf level(vf quotient, float last) { return min(max(quotient, vf{}), set1(last)) + 0.5f; }
+vf codes_of(vf quotient, float last) { return floor(level(quotient, last)); }
 
 constexpr int RATIOS = 16, REFITS = 3;
 constexpr float UNIT = 1 << 20, ERROR_UNIT = 1 << 30, ERROR_LIMIT = 1 << 20;
 
-// Sum of squared errors on a grid that is the same for all lanes, in units of the range; of a part of the values, if
-// all lanes exceed `limit` already.
-L candidate_error(const F* u, int64_t count, float step, float zero, float last, L limit) {
+// Sum of squared errors on a grid that is the same for all lanes, in units of the range. It stops early once all lanes
+// exceed `limit`.
+vl candidate_error(const vf* u, int64_t count, float step, float zero, float last, vl limit) {
   const float inverse = 1 / step;
-  auto square = [&](F x) {
-    F difference = x - zero, quotient = difference * inverse;
-    // This gives the quotient as IEEE 754 rounds it, for these steps: tests/test_quantize.py.
-    quotient = fused(fused(-quotient, all(step), difference), all(inverse), quotient);
-    F error = x - (codes_of(quotient, last) * step + zero);
-    return (U)truncated(error * error * ERROR_UNIT);
+  auto square = [&](vf x) {
+    vf difference = x - zero, quotient = difference * inverse;
+    // This gives the quotient as IEEE 754 rounds it, for these steps: tests/test_quantize_cpu.py.
+    quotient = fma(fma(-quotient, set1(step), difference), set1(inverse), quotient);
+    vf error = x - (codes_of(quotient, last) * step + zero);
+    return (vu)truncated(error * error * ERROR_UNIT);
   };
-  L sum = {};
+  vl sum = {};
   for (int64_t i = 0; i < count;) {
-    U low = {}, high = {};
+    vu low = {}, high = {};
     const int64_t end = std::min<int64_t>(count, i + 32);
     for (; i + 4 <= end; i += 4) {
       // An error is at most 0.83, where a range of 2^-2.5 clips the end of a symmetric one: four fit.
-      U four = (square(u[i]) + square(u[i + 1])) + (square(u[i + 2]) + square(u[i + 3]));
+      vu four = (square(u[i]) + square(u[i + 1])) + (square(u[i + 2]) + square(u[i + 3]));
       low += four & 0xFFFF;
       high += four >> 16;
     }
-    for (; i < end; i++) low += square(u[i]) & 0xFFFF, high += square(u[i]) >> 16;
-    sum += (wide((I)high) << 16) + wide((I)low);
+    for (; i < end; i++) {
+      low += square(u[i]) & 0xFFFF;
+      high += square(u[i]) >> 16;
+    }
+    sum += (wide((vi)high) << 16) + wide((vi)low);
     if (!any(mask_of(sum <= limit))) break;
   }
   return sum;
 }
 
 // Sum of squared errors of the values on stored grids, in units of the range.
-L stored_error(const F* x, int64_t count, F step, F zero, F unit, float last) {
-  L sum = {};
-  const F by = divisor(step);
+vl stored_error(const vf* x, int64_t count, vf step, vf zero, vf unit, float last) {
+  vl sum = {};
+  const vf by = divisor(step);
   constexpr float SPLIT = 1 << 25;
   for (int64_t start = 0; start < count; start += 32) {
-    I low = {}, high = {};
+    vi low = {}, high = {};
     for (int64_t i = start; i < std::min(count, start + 32); i++) {
-      F error = (x[i] - (codes_of((x[i] - zero) / by, last) * step + zero)) / unit;
-      F square = minimum(error * error, all(ERROR_LIMIT)) * ERROR_UNIT;
-      I above = truncated(square * (1 / SPLIT));
+      vf error = (x[i] - (codes_of((x[i] - zero) / by, last) * step + zero)) / unit;
+      vf square = min(error * error, set1(ERROR_LIMIT)) * ERROR_UNIT;
+      vi above = truncated(square * (1 / SPLIT));
       high += above;
       low += truncated(square - to_float(above) * SPLIT);
     }
@@ -236,34 +223,35 @@ L stored_error(const F* x, int64_t count, F step, F zero, F unit, float last) {
 }
 
 // Step and zero point of least squared error of groups in units of their ranges.
-void least_error_range(const F* u, int64_t count, const Grid& grid, const float* candidates, F& step, F& zero) {
+void least_error_range(const vf* u, int64_t count, const Grid& grid, const float* candidates, vf& step, vf& zero) {
   const float last = grid.levels - 1, middle = grid.offset / grid.spacing;
   const bool signs = grid.levels == 2 && grid.symmetric;  // one round of least squares gives mean|x|
-  // From where the best of normally distributed values is, outwards: then the sums soon exceed the least.
-  const int start = grid.bits == 0 ? 6 : grid.bits == 1 ? 10 : grid.bits == 2 ? 5 : grid.bits == 3 ? 2 : 0;
-  L best = L{} + std::numeric_limits<int64_t>::max();
-  step = all(candidates[0]), zero = all(candidates[RATIOS]);
+  // The best candidate of normally distributed values comes first, then its neighbours: the sums soon exceed the least.
+  const int start = grid.bits == TERNARY ? 6 : grid.bits == 1 ? 10 : grid.bits == 2 ? 5 : grid.bits == 3 ? 2 : 0;
+  vl best = vl{} + std::numeric_limits<int64_t>::max();
+  step = set1(candidates[0]);
+  zero = set1(candidates[RATIOS]);
   for (int k = 0; k < 2 * RATIOS && !signs; k++) {
     const int i = start + (k % 2 ? (k + 1) / 2 : -k / 2);
     if (i < 0 || i >= RATIOS) continue;
     const float new_step = candidates[i], new_zero = candidates[RATIOS + i];
-    L error = candidate_error(u, count, new_step, new_zero, last, best);
-    // Of equals the first candidate, which has the widest step.
-    I better = mask_of(error < best) | (mask_of(error == best) & (all(new_step) > step));
+    vl error = candidate_error(u, count, new_step, new_zero, last, best);
+    // Equal errors go to the first candidate, which has the widest step.
+    vi better = mask_of(error < best) | (mask_of(error == best) & (set1(new_step) > step));
     best = error < best ? error : best;
-    step = select(better, all(new_step), step);
-    zero = select(better, all(new_zero), zero);
+    step = select(better, set1(new_step), step);
+    zero = select(better, set1(new_zero), zero);
   }
   for (int round = 0; round < (signs ? 1 : REFITS); round++) {
-    L sum_c = {}, sum_cc = {}, sum_x = {}, sum_cx = {};
+    vl sum_c = {}, sum_cc = {}, sum_x = {}, sum_cx = {};
     for (int64_t start = 0; start < count; start += 512) {
-      I c = {}, cc = {}, x = {}, low = {}, high = {};
+      vi c = {}, cc = {}, x = {}, low = {}, high = {};
       for (int64_t i = start; i < std::min(count, start + 512); i++) {
-        I code = truncated(level((u[i] - zero) / step, last));
+        vi code = truncated(level((u[i] - zero) / step, last));
         // Twice the signed code, so that one bit is an integer too.
         if (grid.symmetric) code = 2 * code - (int)(2 * middle);
-        I fixed = truncated(floor_of(u[i] * UNIT + 0.5f));
-        I product = code * fixed;
+        vi fixed = truncated(floor(u[i] * UNIT + 0.5f));
+        vi product = code * fixed;
         c += code;
         cc += code * code;
         x += fixed;
@@ -275,24 +263,24 @@ void least_error_range(const F* u, int64_t count, const Grid& grid, const float*
       sum_x += wide(x);
       sum_cx += (wide(high) << 16) + wide(low);
     }
-    L square = grid.symmetric ? sum_cc : count * sum_cc - sum_c * sum_c;
-    L product = grid.symmetric ? 2 * sum_cx : count * sum_cx - sum_c * sum_x;
-    F new_step = to_float(product) / to_float(square < 1 ? L{} + 1 : square) / UNIT;
-    F new_zero =
+    vl square = grid.symmetric ? sum_cc : count * sum_cc - sum_c * sum_c;
+    vl product = grid.symmetric ? 2 * sum_cx : count * sum_cx - sum_c * sum_x;
+    vf new_step = to_float(product) / to_float(square < 1 ? vl{} + 1 : square) / UNIT;
+    vf new_zero =
         grid.symmetric ? new_step * -middle : (to_float(sum_x) / UNIT - new_step * to_float(sum_c)) / (float)count;
-    I fits = mask_of(square > 0) & (new_step > 0);
+    vi fits = mask_of(square > 0) & (new_step > 0);
     step = select(fits, new_step, step);
     zero = select(fits, new_zero, zero);
   }
 }
 
 struct Range {
-  F low = all(INFINITE), high = all(-INFINITE);
-  I bad = {};
+  vf low = set1(INFINITE), high = set1(-INFINITE);
+  vi bad = {};
 
-  void extend(F x) {
-    low = minimum(x, low);
-    high = maximum(x, high);
+  void extend(vf x) {
+    low = min(x, low);
+    high = max(x, high);
     bad |= x != x;
   }
 };
@@ -300,18 +288,18 @@ struct Range {
 // Scale and zero point of V groups, whose values `x` `[count]` are looked at for a search only; the scale is NaN where
 // a group does not fit. `u` is room for as many.
 template <class P>
-void choose(const Range& range, const Grid& grid, const float* candidates, float limit, const F* x, F* u, int64_t count,
-            F& scale, F& zero_point) {
-  const F low = range.low, high = range.high;
+void choose(const Range& range, const Grid& grid, const float* candidates, float limit, const vf* x, vf* u,
+            int64_t count, vf& scale, vf& zero_point) {
+  const vf low = range.low, high = range.high;
   const float last = grid.levels - 1;
   const bool has_minmax = grid.levels > 3 || !grid.symmetric;
-  I fits = ~range.bad & (low >= -limit) & (high <= limit);
-  scale = zero_point = F{};
+  vi fits = ~range.bad & (low >= -limit) & (high <= limit);
+  scale = zero_point = vf{};
   if (has_minmax) {
-    F needed;
+    vf needed;
     if (grid.symmetric) {
-      F above = -low / grid.offset, below = high / (last - grid.offset);
-      needed = maximum(above, below);
+      vf above = -low / grid.offset, below = high / (last - grid.offset);
+      needed = max(above, below);
     } else {
       zero_point = round_directed<P>(low, false);
       needed = (high - zero_point) / (last * grid.spacing);
@@ -320,29 +308,28 @@ void choose(const Range& range, const Grid& grid, const float* candidates, float
     fits &= scale < INFINITE;
   }
   if (x) {
-    F base = grid.symmetric ? F{} : low, unit = grid.symmetric ? maximum(-low, high) : high - low;
-    unit = select(fits & (unit > 0), unit, all(1));
-    for (int64_t i = 0; i < count; i++) u[i] = select(fits, (x[i] - base) / unit, F{});
-    F step, zero;
+    vf base = grid.symmetric ? vf{} : low, unit = grid.symmetric ? max(-low, high) : high - low;
+    unit = select(fits & (unit > 0), unit, set1(1));
+    for (int64_t i = 0; i < count; i++) u[i] = select(fits, (x[i] - base) / unit, vf{});
+    vf step, zero;
     least_error_range(u, count, grid, candidates, step, zero);
-    F new_scale = minimum(step / grid.spacing * unit, all(limit));
-    F new_zero = minimum(maximum(base + zero * unit, all(-limit)), all(limit));
-    new_scale = select(grid.symmetric ? maximum(-low, high) > 0 : high > low, new_scale, F{});
-    new_scale = widen<P>(narrow<P>(new_scale)), new_zero = widen<P>(narrow<P>(new_zero));
-    I better = I{} - 1;
+    vf new_scale = min(step / grid.spacing * unit, set1(limit));
+    vf new_zero = min(max(base + zero * unit, set1(-limit)), set1(limit));
+    new_scale = select(grid.symmetric ? max(-low, high) > 0 : high > low, new_scale, vf{});
+    new_scale = widen<P>(narrow<P>(new_scale));
+    new_zero = widen<P>(narrow<P>(new_zero));
+    vi better = vi{} - 1;
     if (has_minmax) {
-      auto error = [&](F s, F z) { return stored_error(x, count, grid.step(s), grid.zero(s, z), unit, last); };
+      auto error = [&](vf s, vf z) { return stored_error(x, count, grid.step(s), grid.zero(s, z), unit, last); };
       better = mask_of(error(new_scale, new_zero) < error(scale, zero_point));
     }
     scale = select(better, new_scale, scale);
     zero_point = select(better, new_zero, zero_point);
   }
-  F whole = grid.step(scale) * last, zero = grid.zero(scale, zero_point);
+  vf whole = grid.step(scale) * last, zero = grid.zero(scale, zero_point);
   fits &= (whole < INFINITE) & (zero < INFINITE) & (zero > -INFINITE);
-  scale = select(fits, scale, all(NAN));
+  scale = select(fits, scale, set1(NAN));
 }
-
-// ---- packing
 
 // v, five ternary digits, to ceil(v * 256 / 243).
 template <class X>
@@ -357,38 +344,37 @@ constexpr bool ternary_bytes_are_right() {
 static_assert(ternary_bytes_are_right());
 
 // Tokens that fill whole words of every plane.
-constexpr int tokens_of(int bits) { return bits == 0 ? 20 : bits == 3 ? 32 : 32 / bits; }
+constexpr int tokens_of(int bits) { return bits == TERNARY ? 20 : bits == 3 ? 32 : 32 / bits; }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Everything that a call of `alrd_quantize` is about.
+// Arguments of `alrd_quantize` (quantize.py has the same structure); strides in elements.
 struct Quantizing {
-  const void* x;
-  int32_t* packed;
-  void *scale, *zero_point;
-  int64_t parameter_type;
-  const float *static_scale, *static_zero, *candidates;
-  const int64_t* table;  // first channels and widths of the groups; null: per channel
+  const void* x;                            // [n, length, channels]
+  int32_t* packed;                          // [n, words, channels]
+  void *scale, *zero_point;                 // zero_point: null if symmetric
+  const float *static_scale, *static_zero;  // [channels], or null
+  const float* candidates;                  // [2, RATIOS] steps and zero points that a search tries
+  const int64_t* table;                     // [2, groups] first channels and widths of the groups; null: per channel
   int64_t n, length, channels, groups, words, stride_n, stride_t;
   Grid grid;
-  bool search;
+  int32_t type, parameter_type, search, threads;
   float limit;
 
-  // What `choose` finds, with the parameters stored at `at`, `at + stride`, ... ; whether all `lanes` groups fit.
-  bool find(const Range& range, const F* x, F* u, int64_t count, int64_t at, int64_t stride, int lanes, float* by,
+  // Choose the parameters of `lanes` groups and store them at `at`, `at + stride`, …; returns whether all groups fit.
+  bool find(const Range& range, const vf* x, vf* u, int64_t count, int64_t at, int64_t stride, int lanes, float* by,
             float* zero) const {
-    F scale_found, zero_found;
+    vf scale_found, zero_found;
     auto find = [&](auto* scales, auto* zeros) {
       using P = std::remove_pointer_t<decltype(scales)>;
       choose<P>(range, grid, candidates, limit, x, u, count, scale_found, zero_found);
       P stored[2][V];
-      store(stored[0], scale_found), store(stored[1], zero_found);
+      store(stored[0], scale_found);
+      store(stored[1], zero_found);
       for (int i = 0; i < lanes; i++) {
         scales[at + i * stride] = stored[0][i];
         if (!grid.symmetric) zeros[at + i * stride] = stored[1][i];
       }
     };
-    if (parameter_type == 1)
+    if (parameter_type == FLOAT16)
       find((Half*)scale, (Half*)zero_point);
     else
       find((BFloat*)scale, (BFloat*)zero_point);
@@ -403,22 +389,25 @@ struct Quantizing {
 template <class T, int BITS, bool PER_CHANNEL>
 bool pack(const Quantizing& call, int64_t n, int64_t first, int64_t end, int64_t column, int columns, const float* by,
           const float* zero) {
-  constexpr int N = tokens_of(BITS), PART = BITS == 0 ? 5 : BITS == 3 ? 16 : N;
+  constexpr int N = tokens_of(BITS), PART = BITS == TERNARY ? 5 : BITS == 3 ? 16 : N;
   const float last = call.grid.levels - 1;
   const T* x = (const T*)call.x + n * call.stride_n + column;
   int32_t* packed = call.packed + n * call.words * call.channels + column;
   T padded[BLOCK] = {};
-  F bys[NV], zeros[NV], finite = {};
+  vf bys[NV], zeros[NV], finite = {};
   if constexpr (PER_CHANNEL)
-    for (int v = 0; v < NV; v++) bys[v] = load(by + v * V), zeros[v] = load(zero + v * V);
-  auto store_words = [&](int64_t word, const U* row) __attribute__((always_inline)) {
+    for (int v = 0; v < NV; v++) {
+      bys[v] = load(by + v * V);
+      zeros[v] = load(zero + v * V);
+    }
+  auto store_words = [&](int64_t word, const vu* row) INLINE {
     std::memcpy(packed + word * call.channels, row, columns == BLOCK ? 4 * BLOCK : 4 * columns);
   };
 
   for (int64_t run = first; run < end; run += N) {
-    U words[NV] = {}, high[NV] = {};
+    vu words[NV] = {}, high[NV] = {};
     for (int start = 0; start < N && run + start < end; start += PART) {
-      U part[NV] = {};
+      vu part[NV] = {};
       const int count = std::min<int64_t>(PART, end - run - start);
       for (int k = 0; k < count; k++) {
         const int64_t t = run + start + k;
@@ -426,11 +415,11 @@ bool pack(const Quantizing& call, int64_t n, int64_t first, int64_t end, int64_t
         if (columns < BLOCK) row = (const T*)std::memcpy(padded, row, columns * sizeof(T));
 #pragma GCC unroll 4
         for (int v = 0; v < NV; v++) {
-          F values = load(row + v * V);
+          vf values = load(row + v * V);
           if constexpr (PER_CHANNEL) finite += values - values;
-          F quotient = PER_CHANNEL ? (values - zeros[v]) / bys[v] : (values - zero[t - first]) / by[t - first];
-          U code = (U)truncated(level(quotient, last));
-          if constexpr (BITS == 0)
+          vf quotient = PER_CHANNEL ? (values - zeros[v]) / bys[v] : (values - zero[t - first]) / by[t - first];
+          vu code = (vu)truncated(level(quotient, last));
+          if constexpr (BITS == TERNARY)
             part[v] = part[v] * 3 + code;
           else if constexpr (BITS == 3) {
             part[v] |= (code & 3) << (2 * k);
@@ -439,7 +428,7 @@ bool pack(const Quantizing& call, int64_t n, int64_t first, int64_t end, int64_t
             part[v] |= code << (BITS * k);
         }
       }
-      if constexpr (BITS == 0)
+      if constexpr (BITS == TERNARY)
         for (int v = 0; v < NV; v++) {
           for (int k = count; k < PART; k++) part[v] *= 3;
           words[v] |= ternary_byte(part[v]) << (start / 5 * 8);
@@ -447,7 +436,7 @@ bool pack(const Quantizing& call, int64_t n, int64_t first, int64_t end, int64_t
       else
         store_words((run + start) / PART, part);
     }
-    if constexpr (BITS == 0) store_words(run / N, words);
+    if constexpr (BITS == TERNARY) store_words(run / N, words);
     if constexpr (BITS == 3) store_words(ceil_div(call.length, 16) + run / N, high);
   }
   return !any(finite != 0);
@@ -472,18 +461,18 @@ Range range_of_token(const T* x, int64_t width) {
   int64_t c = 0;
   for (; c + V <= width; c += V) range.extend(load(x + c));
   if (c < width) range.extend(load(x + c, width - c));
-  const I lanes = lanes_in_order();
+  const vi lanes = lanes_in_order();
 #pragma GCC unroll 4
   for (int across = V / 2; across; across /= 2) {
-    range.low = minimum(range.low, __builtin_shuffle(range.low, lanes ^ across));
-    range.high = maximum(range.high, __builtin_shuffle(range.high, lanes ^ across));
+    range.low = min(range.low, __builtin_shuffle(range.low, lanes ^ across));
+    range.high = max(range.high, __builtin_shuffle(range.high, lanes ^ across));
     range.bad |= __builtin_shuffle(range.bad, lanes ^ across);
   }
   return range;
 }
 
 template <class T>
-bool quantize_channels(const Quantizing& call, int64_t n, int64_t column, std::vector<F>& room, float* by,
+bool quantize_channels(const Quantizing& call, int64_t n, int64_t column, std::vector<vf>& room, float* by,
                        float* zero) {
   const T* x = (const T*)call.x + n * call.stride_n + column;
   const int columns = std::min<int64_t>(call.channels - column, BLOCK);
@@ -494,16 +483,17 @@ bool quantize_channels(const Quantizing& call, int64_t n, int64_t column, std::v
     const int lanes = std::min(columns - v * V, V);
     const int64_t c = column + v * V;
     if (call.static_scale) {
-      F scale = load(call.static_scale + c, lanes);
-      F zero_point = call.grid.symmetric ? F{} : load(call.static_zero + c, lanes);
+      vf scale = load(call.static_scale + c, lanes);
+      vf zero_point = call.grid.symmetric ? vf{} : load(call.static_zero + c, lanes);
       write(by + v * V, divisor(call.grid.step(scale)));
       write(zero + v * V, call.grid.zero(scale, zero_point));
       continue;
     }
-    F *values = nullptr, *u = nullptr;
+    vf *values = nullptr, *u = nullptr;
     if (call.search) {
       room.resize(2 * call.length);
-      values = room.data(), u = values + call.length;
+      values = room.data();
+      u = values + call.length;
       for (int64_t t = 0; t < call.length; t++) values[t] = load(x + t * call.stride_t + v * V, lanes);
     }
     const int64_t at = n * call.channels + c;
@@ -513,8 +503,8 @@ bool quantize_channels(const Quantizing& call, int64_t n, int64_t column, std::v
 }
 
 template <class T>
-bool quantize_tokens(const Quantizing& call, int64_t n, int64_t first, int64_t end, int64_t group, std::vector<F>& room,
-                     float* by, float* zero) {
+bool quantize_tokens(const Quantizing& call, int64_t n, int64_t first, int64_t end, int64_t group,
+                     std::vector<vf>& room, float* by, float* zero) {
   const int64_t width = call.table[call.groups + group];
   const T* x = (const T*)call.x + n * call.stride_n + call.table[group];
   bool good = true;
@@ -522,22 +512,23 @@ bool quantize_tokens(const Quantizing& call, int64_t n, int64_t first, int64_t e
     const int lanes = std::min<int64_t>(end - t, V);
     auto row = [&](int i) { return x + (t + std::min(i, lanes - 1)) * call.stride_t; };
     Range range;
-    const I lane = lanes_in_order();
+    const vi lane = lanes_in_order();
     for (int i = 0; i < V; i++) {
       const Range token = range_of_token(row(i), width);
-      const I here = lane == i;
+      const vi here = lane == i;
       range.low = select(here, token.low, range.low);
       range.high = select(here, token.high, range.high);
       range.bad |= here & token.bad;
     }
-    F *values = nullptr, *u = nullptr;
+    vf *values = nullptr, *u = nullptr;
     if (call.search) {
       room.resize(2 * width);
-      values = room.data(), u = values + width;
+      values = room.data();
+      u = values + width;
       for (int i = 0; i < V; i++)
         for (int64_t c = 0; c < width; c += V) {
           const int count = std::min<int64_t>(width - c, V);
-          F part = load(row(i) + c, count);
+          vf part = load(row(i) + c, count);
           for (int k = 0; k < count; k++) values[c + k][i] = part[k];
         }
     }
@@ -548,16 +539,16 @@ bool quantize_tokens(const Quantizing& call, int64_t n, int64_t first, int64_t e
 }
 
 template <class T, int BITS>
-bool quantize(const Quantizing& call, int64_t threads) {
-  // Tokens of which groups are quantized together; a whole number of words.
-  constexpr int TOKENS = BITS == 0 ? 80 : 32;
+bool quantize(const Quantizing& call) {
+  // Tokens whose groups are quantized together; a whole number of words.
+  constexpr int TOKENS = BITS == TERNARY ? 80 : 32;
   static_assert(TOKENS % V == 0 && TOKENS % tokens_of(BITS) == 0);
   const int64_t blocks = call.table ? call.groups : ceil_div(call.channels, BLOCK);
   const int64_t parts = call.table ? ceil_div(call.length, TOKENS) : 1;
   bool good = true;
-#pragma omp parallel num_threads(threads) reduction(&& : good)
+#pragma omp parallel num_threads(call.threads) reduction(&& : good)
   {
-    std::vector<F> room;
+    std::vector<vf> room;
     alignas(64) float by[std::max(TOKENS, BLOCK)] = {}, zero[std::max(TOKENS, BLOCK)] = {};
 #pragma omp for
     for (int64_t task = 0; task < call.n * blocks * parts; task++) {
@@ -579,37 +570,22 @@ bool quantize(const Quantizing& call, int64_t threads) {
   return good;
 }
 
-// `run` with the type `bits` as a constant.
-template <class Run>
-auto with_bits(int bits, Run run) {
-  switch (bits) {
-    case 0: return run(std::integral_constant<int, 0>());
-    case 1: return run(std::integral_constant<int, 1>());
-    case 2: return run(std::integral_constant<int, 2>());
-    case 3: return run(std::integral_constant<int, 3>());
-    case 4: return run(std::integral_constant<int, 4>());
-    default: return run(std::integral_constant<int, 8>());
-  }
-}
-
-// `run` with a pointer of the type that has this number.
+// `run` with a pointer of the type that has this code.
 template <class Run>
 auto with_type(int64_t type, const void* p, Run run) {
-  if (type == 0) return run((const float*)p);
-  return type == 1 ? run((const Half*)p) : run((const BFloat*)p);
+  if (type == FLOAT32) return run((const float*)p);
+  return type == FLOAT16 ? run((const Half*)p) : run((const BFloat*)p);
 }
 
-// ---- unpacking
-
-// Everything that a call of `alrd_dequantize` is about.
+// Arguments of `alrd_dequantize` (quantize.py has the same structure); strides in elements.
 struct Dequantizing {
-  const int32_t* packed;
-  const void *scale, *zero_point;
-  int64_t parameter_type;
-  void* states;
-  const int64_t* table;
+  const int32_t* packed;           // [n, words, channels]
+  const void *scale, *zero_point;  // zero_point: null if symmetric
+  void* states;                    // [n, length, channels]
+  const int64_t* table;            // as for `Quantizing`
   int64_t n, length, channels, groups, stride_n, stride_w, stride_scale;
   Grid grid;
+  int32_t type, parameter_type, threads;
   float limit;
 
   // Steps and zero points of `count` parameters that stand at `at`, `at + stride`, ...
@@ -622,7 +598,7 @@ struct Dequantizing {
         if (!grid.symmetric) lanes[1][i] = zeros[at + i * stride];
       }
       for (int i = 0; i < count; i += V) {
-        F scale = load(lanes[0] + i), zero_point = load(lanes[1] + i);
+        vf scale = load(lanes[0] + i), zero_point = load(lanes[1] + i);
         write(step + i, grid.step(scale));
         write(zero + i, grid.zero(scale, zero_point));
       }
@@ -635,24 +611,27 @@ struct Dequantizing {
 template <class T, int BITS, bool PER_CHANNEL>
 void unpack(const Dequantizing& call, int64_t n, int64_t first, int64_t column, int columns, const float* step,
             const float* zero) {
-  constexpr int N = tokens_of(BITS), PART = BITS == 0 ? 5 : BITS == 3 ? 16 : N;
+  constexpr int N = tokens_of(BITS), PART = BITS == TERNARY ? 5 : BITS == 3 ? 16 : N;
   const int64_t end = std::min(first + N, call.length);
   const int32_t* packed = call.packed + n * call.stride_n + column;
   T *states = (T*)call.states + n * call.length * call.channels + column, padded[BLOCK];
-  F steps[NV], zeros[NV];
+  vf steps[NV], zeros[NV];
   if constexpr (PER_CHANNEL)
-    for (int v = 0; v < NV; v++) steps[v] = load(step + v * V), zeros[v] = load(zero + v * V);
-  auto load_words = [&](int64_t word, U* row) __attribute__((always_inline)) {
+    for (int v = 0; v < NV; v++) {
+      steps[v] = load(step + v * V);
+      zeros[v] = load(zero + v * V);
+    }
+  auto load_words = [&](int64_t word, vu* row) INLINE {
     std::memcpy(row, packed + word * call.stride_w, columns == BLOCK ? 4 * BLOCK : 4 * columns);
   };
 
-  U words[NV] = {}, high[NV] = {};
-  if constexpr (BITS == 0) load_words(first / N, words);
+  vu words[NV] = {}, high[NV] = {};
+  if constexpr (BITS == TERNARY) load_words(first / N, words);
   if constexpr (BITS == 3) load_words(ceil_div(call.length, 16) + first / N, high);
   for (int64_t start = first; start < end; start += PART) {
-    if constexpr (BITS != 0) load_words(start / PART, words);
-    U digits[NV];
-    if constexpr (BITS == 0)
+    if constexpr (BITS != TERNARY) load_words(start / PART, words);
+    vu digits[NV];
+    if constexpr (BITS == TERNARY)
       for (int v = 0; v < NV; v++) digits[v] = (words[v] >> ((start - first) / 5 * 8)) & 255;
     const int count = std::min<int64_t>(PART, end - start);
     for (int k = 0; k < count; k++) {
@@ -661,17 +640,17 @@ void unpack(const Dequantizing& call, int64_t n, int64_t first, int64_t column, 
       T* to = columns == BLOCK ? row : padded;
 #pragma GCC unroll 4
       for (int v = 0; v < NV; v++) {
-        U code;
-        if constexpr (BITS == 0) {
+        vu code;
+        if constexpr (BITS == TERNARY) {
           code = (digits[v] * 3) >> 8;
           digits[v] = (digits[v] * 3) & 255;
         } else if constexpr (BITS == 3)
           code = ((words[v] >> (2 * k)) & 3) | ((high[v] >> (t - first)) & 1) << 2;
         else
           code = (words[v] >> (BITS * k)) & ((1 << BITS) - 1);
-        F x = to_float((I)code);
+        vf x = to_float((vi)code);
         x = PER_CHANNEL ? x * steps[v] + zeros[v] : x * step[t - first] + zero[t - first];
-        store(to + v * V, minimum(maximum(x, all(-call.limit)), all(call.limit)));
+        store(to + v * V, min(max(x, set1(-call.limit)), set1(call.limit)));
       }
       if (columns < BLOCK) std::memcpy(row, padded, columns * sizeof(T));
     }
@@ -679,11 +658,11 @@ void unpack(const Dequantizing& call, int64_t n, int64_t first, int64_t column, 
 }
 
 template <class T, int BITS>
-void dequantize(const Dequantizing& call, int64_t threads) {
+void dequantize(const Dequantizing& call) {
   constexpr int N = tokens_of(BITS);
   const int64_t runs = ceil_div(call.length, N);
   static_assert(N <= BLOCK);
-#pragma omp parallel for num_threads(threads)
+#pragma omp parallel for num_threads(call.threads)
   for (int64_t task = 0; task < call.n * runs; task++) {
     const int64_t n = task / runs, first = task % runs * N;
     alignas(64) float step[BLOCK] = {}, zero[BLOCK] = {};
@@ -705,50 +684,17 @@ void dequantize(const Dequantizing& call, int64_t threads) {
 
 }  // namespace
 
-// ---- interface: types are 0 float32, 1 float16, 2 bfloat16; `bits` is 0 for ternary codes
-
 // Returns whether every group could be quantized; with static scales, whether all values are finite.
-extern "C" int64_t alrd_quantize(const void* x, int64_t type, int32_t* packed, void* scale, void* zero_point,
-                                 int64_t parameter_type, const float* static_scale, const float* static_zero,
-                                 const float* candidates, const int64_t* table, int64_t n, int64_t length,
-                                 int64_t channels, int64_t groups, int64_t words, int64_t stride_n, int64_t stride_t,
-                                 int64_t bits, int64_t symmetric, int64_t search, float limit, int64_t threads) {
-  const Quantizing call = {x,
-                           packed,
-                           scale,
-                           zero_point,
-                           parameter_type,
-                           static_scale,
-                           static_zero,
-                           candidates,
-                           table,
-                           n,
-                           length,
-                           channels,
-                           groups,
-                           words,
-                           stride_n,
-                           stride_t,
-                           {bits, symmetric != 0},
-                           search != 0,
-                           limit};
-  return with_type(type, x, [&](auto* typed) {
+extern "C" int32_t alrd_quantize(const Quantizing* call) {
+  return with_type(call->type, call->x, [&](auto* typed) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
-    return with_bits(bits, [&](auto width) { return quantize<T, width>(call, threads); });
+    return with_bits(call->grid.bits, [&](auto bits) { return quantize<T, bits>(*call); });
   });
 }
 
-extern "C" int64_t alrd_dequantize(const int32_t* packed, const void* scale, const void* zero_point,
-                                   int64_t parameter_type, void* states, int64_t type, const int64_t* table, int64_t n,
-                                   int64_t length, int64_t channels, int64_t groups, int64_t stride_n, int64_t stride_w,
-                                   int64_t stride_scale, int64_t bits, int64_t symmetric, float limit,
-                                   int64_t threads) {
-  const Dequantizing call = {
-      packed,   scale,    zero_point,   parameter_type,         states, table, n, length, channels, groups,
-      stride_n, stride_w, stride_scale, {bits, symmetric != 0}, limit};
-  with_type(type, states, [&](auto* typed) {
+extern "C" void alrd_dequantize(const Dequantizing* call) {
+  with_type(call->type, call->states, [&](auto* typed) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
-    with_bits(bits, [&](auto width) { dequantize<T, width>(call, threads); });
+    with_bits(call->grid.bits, [&](auto bits) { dequantize<T, bits>(*call); });
   });
-  return 0;
 }

@@ -4,37 +4,70 @@ Format, formulas and errors are those of the reference, whose functions have the
 over `torch.get_num_threads()` threads. Source: `quantize.cpp`; how it is built: `library.py`.
 """
 
+import ctypes
 from functools import lru_cache
 
 import torch
 
-from modules.kernels.cpu.library import call
+from modules.kernels.cpu.library import library
+from modules.kernels.cpu.structures import TYPES, address, starts, structure, width_code
 from modules.quant_utils import RATIOS, check_scale, grid, packed_words, parameter_dtype
-
-#: Types that the kernels read and write, in the order of their numbers there; others pass through float32.
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 #: Elements that are worth a second thread.
 _ELEMENTS_PER_THREAD = 1 << 13
+
+# quantize.cpp says what the fields mean.
+_Grid = structure("""
+    int32 bits levels
+    float spacing offset
+    int32 symmetric
+""")
+_Quantizing = structure(
+    """
+    pointer x packed scale zero_point static_scale static_zero candidates table
+    int64 n length channels groups words stride_n stride_t
+    Grid grid
+    int32 type parameter_type search threads
+    float limit
+    """,
+    Grid=_Grid,
+)
+_Dequantizing = structure(
+    """
+    pointer packed scale zero_point states table
+    int64 n length channels groups stride_n stride_w stride_scale
+    Grid grid
+    int32 type parameter_type threads
+    float limit
+    """,
+    Grid=_Grid,
+)
 
 
 def _threads(x: torch.Tensor) -> int:
     return max(1, min(torch.get_num_threads(), x.numel() // _ELEMENTS_PER_THREAD))
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
+def _readable(x: torch.Tensor) -> torch.Tensor:
     """`x` in a type that kernels read, its last dimension without gaps."""
-    x = x if x.dtype in (*_DTYPES, torch.int32) else x.float()
-    return x if x.stride(-1) == 1 else x.contiguous()
+    if x.dtype not in TYPES and x.dtype != torch.int32:
+        x = x.float()
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    return x
 
 
 @lru_cache
 def _group_table(widths: tuple[int, ...] | None) -> torch.Tensor | None:
-    """First channel and width of each group, `[2, len(widths)]` int64."""
+    """First channel and width of each group, `[2, len(widths)]` int64; `None` for parameters per channel."""
     if widths is None:
         return None
-    starts = [sum(widths[:i]) for i in range(len(widths))]
-    return torch.tensor([starts, widths], dtype=torch.int64, device="cpu")
+    return torch.tensor([starts(widths)[:-1], widths], dtype=torch.int64, device="cpu")
+
+
+@lru_cache
+def _grid(n_bits: float, symmetric: bool) -> ctypes.Structure:
+    return _Grid(width_code(n_bits), *grid(n_bits), symmetric)
 
 
 @lru_cache
@@ -42,16 +75,12 @@ def _candidates(n_bits: float, symmetric: bool) -> torch.Tensor:
     """Steps and zero points that the search tries first, in units of the range, `[2, len(RATIOS)]` float32."""
     levels, spacing, offset = grid(n_bits)
     middle = offset / spacing
-    full = 1 / (levels - 1 - middle) if symmetric else 1 / (levels - 1)
-    float32 = {"dtype": torch.float32, "device": "cpu"}
-    steps = torch.tensor([ratio * full for ratio in RATIOS], **float32)
-    zeros = steps * -middle if symmetric else torch.tensor([(1 - ratio) / 2 for ratio in RATIOS], **float32)
-    return torch.stack([steps, zeros])
-
-
-def _bits(n_bits: float) -> int:
-    """The kernels' `bits`."""
-    return 0 if n_bits == 1.58 else int(n_bits)
+    # Computed in float64 and rounded once, as the reference does it.
+    ratios = torch.tensor(RATIOS, dtype=torch.float64, device="cpu")
+    if symmetric:
+        steps = (ratios * (1 / (levels - 1 - middle))).float()
+        return torch.stack([steps, steps * -middle])
+    return torch.stack([ratios * (1 / (levels - 1)), (1 - ratios) / 2]).float()
 
 
 def quantize_and_pack(
@@ -65,37 +94,34 @@ def quantize_and_pack(
 ):
     """As `quantize_and_pack` in `modules/quant_utils.py`."""
     n, length, channels = x.shape
-    dtype, x = scale_dtype or parameter_dtype(x.dtype), _rows(x)
+    dtype, x = scale_dtype or parameter_dtype(x.dtype), _readable(x)
     packed = torch.empty((n, packed_words(length, n_bits), channels), dtype=torch.int32, device="cpu")
-    if static is None:
-        fixed_scale = fixed_zero = None
-        groups = 0 if widths is None else len(widths)
-        shape = (n, channels) if widths is None else (n, length, groups)
-        scale = torch.empty(shape, dtype=dtype, device="cpu")
-        zero_point = None if symmetric else torch.empty(shape, dtype=dtype, device="cpu")
-    else:
-        widths, groups, (scale, zero_point) = None, 0, static
+    static_scale = static_zero = None
+    if static is not None:
+        # Calibrated parameters are read, not measured.
+        widths, (scale, zero_point) = None, static
+        static_scale = scale.float().contiguous()
+        if zero_point is not None:
+            static_zero = zero_point.float().contiguous()
         symmetric = zero_point is None
-        fixed_scale, fixed_zero = (None if t is None else t.float().contiguous() for t in static)
-    good = call(
-        "alrd_quantize",
-        x,
-        _DTYPES.index(x.dtype),
-        packed,
-        scale,
-        zero_point,
-        _DTYPES.index(dtype),
-        fixed_scale,
-        fixed_zero,
-        _candidates(n_bits, symmetric),
-        _group_table(widths),
-        *(n, length, channels, groups, packed.shape[1], x.stride(0), x.stride(1)),
-        _bits(n_bits),
-        symmetric,
-        range_method == "mse" or (symmetric and n_bits < 2),
-        torch.finfo(dtype).max,
-        _threads(x),
-    )
+    else:
+        shape = (n, channels)
+        if widths is not None:
+            shape = (n, length, len(widths))
+        scale, zero_point = torch.empty(shape, dtype=dtype, device="cpu"), None
+        if not symmetric:
+            zero_point = torch.empty(shape, dtype=dtype, device="cpu")
+    table, candidates = _group_table(widths), _candidates(n_bits, symmetric)
+    arguments = _Quantizing(
+        x=address(x), packed=address(packed), scale=address(scale), zero_point=address(zero_point),
+        static_scale=address(static_scale), static_zero=address(static_zero), candidates=address(candidates),
+        table=address(table), n=n, length=length, channels=channels, groups=len(widths or ()), words=packed.shape[1],
+        stride_n=x.stride(0), stride_t=x.stride(1), grid=_grid(n_bits, symmetric), type=TYPES[x.dtype],
+        parameter_type=TYPES[dtype], search=range_method == "mse" or (symmetric and n_bits < 2), threads=_threads(x),
+        limit=torch.finfo(dtype).max,
+    )  # fmt: skip
+    good = library().alrd_quantize(ctypes.byref(arguments))
+    # NaN and Inf are found on the way: to look for them first would be another pass over the states.
     if static is not None and not good:
         raise ValueError("x: values to quantize must be finite; NaN or Inf were found")
     if static is not None or not good:
@@ -114,23 +140,24 @@ def unpack_and_dequantize(
 ) -> torch.Tensor:
     """As `unpack_and_dequantize` in `modules/quant_utils.py`."""
     n, _, channels = packed.shape
-    packed, scale = _rows(packed), scale.contiguous()
-    written = dtype if dtype in _DTYPES else torch.float32
+    packed, scale = _readable(packed), scale.contiguous()
+    if zero_point is not None:
+        zero_point = zero_point.contiguous()
+    # Other types are written as float32 and cast.
+    written = torch.float32
+    if dtype in TYPES:
+        written = dtype
     states = torch.empty((n, length, channels), dtype=written, device="cpu")
-    call(
-        "alrd_dequantize",
-        packed,
-        scale,
-        None if zero_point is None else zero_point.contiguous(),
-        _DTYPES.index(scale.dtype),
-        states,
-        _DTYPES.index(states.dtype),
-        _group_table(widths),
-        *(n, length, channels, 0 if widths is None else len(widths), packed.stride(0), packed.stride(1)),
-        0 if scale.shape[0] == 1 else channels,
-        _bits(n_bits),
-        zero_point is None,
-        min(torch.finfo(dtype).max, torch.finfo(torch.float32).max),
-        _threads(states),
-    )
+    table = _group_table(widths)
+    arguments = _Dequantizing(
+        packed=address(packed), scale=address(scale), zero_point=address(zero_point), states=address(states),
+        table=address(table), n=n, length=length, channels=channels, groups=len(widths or ()),
+        stride_n=packed.stride(0), stride_w=packed.stride(1), stride_scale=channels,
+        grid=_grid(n_bits, zero_point is None), type=TYPES[written], parameter_type=TYPES[scale.dtype],
+        threads=_threads(states), limit=min(torch.finfo(dtype).max, torch.finfo(torch.float32).max),
+    )  # fmt: skip
+    # Calibrated scales are the same in all blocks.
+    if scale.shape[0] == 1:
+        arguments.stride_scale = 0
+    library().alrd_dequantize(ctypes.byref(arguments))
     return states.to(dtype)

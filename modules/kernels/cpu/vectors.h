@@ -1,19 +1,12 @@
-// Vectors of sixteen lanes, in AVX-512 or in two halves of AVX2; loops that are unrolled; numbers in memory.
+// Vectors of sixteen lanes: registers of AVX-512, or two halves in AVX2. vf: float32, vi: int32.
 
 #pragma once
 
-#include <immintrin.h>
-
 #include <algorithm>
-#include <cstdint>
-#include <cstring>
-#include <utility>
+
+#include "numbers.h"
 
 namespace {
-
-inline int round_up(int x, int to) { return (x + to - 1) / to * to; }
-
-// ---- sixteen lanes
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__) && defined(__AVX512DQ__)
 #define ALRD_AVX512 1
@@ -143,46 +136,6 @@ inline vf from_bfloat(const uint16_t* p) {
 #else
 #error "needs AVX2, FMA and F16C, or AVX-512 with VNNI"
 #endif
-
-// exp(x) for x <= 0, relative error below 3e-7; for x below -87, and -inf, what it is at -87.
-inline vf exp_negative(vf x) {
-  x = max(x, set1(-87.0f));
-  const vi n = to_int(mul(x, set1(1.44269504f)));
-  const vf k = to_float(n);
-  const vf r = fnma(k, set1(1.42860677e-6f), fnma(k, set1(0.693145752f), x));
-  vf y = set1(1.0f / 720);
-  for (float c : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) y = fma(y, r, set1(c));
-  return mul(y, power_of_two(n));
-}
-
-// ---- unrolled loops
-
-#define INLINE __attribute__((always_inline))
-
-template <class F, int... I>
-INLINE inline void each(F f, std::integer_sequence<int, I...>) {
-  (f(std::integral_constant<int, I>{}), ...);
-}
-
-// f(0) … f(N - 1), unrolled before the compiler decides what to keep in registers.
-template <int N, class F>
-INLINE inline void each(F f) {
-  each(f, std::make_integer_sequence<int, N>{});
-}
-
-// ---- numbers in memory
-
-enum Type : int32_t { FLOAT32, FLOAT16, BFLOAT16 };
-
-inline float number(const void* p, int64_t i, int32_t type) {
-  if (type == FLOAT32) return ((const float*)p)[i];
-  const uint16_t x = ((const uint16_t*)p)[i];
-  if (type == FLOAT16) return _cvtsh_ss(x);
-  const uint32_t bits = (uint32_t)x << 16;
-  float y;
-  memcpy(&y, &bits, 4);
-  return y;
-}
 
 // n numbers from index i on, as float32; what is written goes up to the next multiple of 16.
 inline void numbers(const void* p, int64_t i, int n, int32_t type, float* out) {
