@@ -1,7 +1,7 @@
 """Orthogonal rotations that spread energy evenly over channels.
 
-Those of a latent are folded into its factors offline (`fuse_rotation`); states that come without factors are rotated
-by `rotate` and `rotate_back`.
+The rotation of a latent is folded into its factors offline (`fuse_rotation`); states that come without factors are
+rotated by `rotate` and `rotate_back`.
 """
 
 from functools import lru_cache
@@ -48,11 +48,13 @@ def _transform(x: torch.Tensor) -> torch.Tensor:
     n = x.shape[-1]
     power_of_two = n & -n
     odd = n // power_of_two
+    # Hadamard: log2 rounds of sums and differences of pairs whose distance doubles.
     half = 1
     while half < power_of_two:
         pairs = x.unflatten(-1, (-1, 2, half * odd))
         x = torch.stack([pairs[..., 0, :] + pairs[..., 1, :], pairs[..., 0, :] - pairs[..., 1, :]], dim=-2).flatten(-3)
         half *= 2
+    # Hartley, of the odd part: a sum of columns, not a matrix product.
     if odd > 1:
         matrix = torch.from_numpy(hartley(odd)).to(x)
         columns = x.unflatten(-1, (power_of_two, odd))
@@ -63,6 +65,7 @@ def _transform(x: torch.Tensor) -> torch.Tensor:
 @lru_cache
 @torch.inference_mode(False)
 def _signs(n: int, device: torch.device) -> torch.Tensor:
+    """The signs of `hadamard_matrix(n)`, `[n]` float32."""
     return torch.from_numpy(np.random.default_rng([0, n]).choice([-1.0, 1.0], size=n)).float().to(device)
 
 

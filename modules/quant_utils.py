@@ -67,6 +67,7 @@ def require(condition: torch.Tensor, message: str) -> None:
     On an accelerator the check runs asynchronously on the device (a failure surfaces there at a later call), so that
     no step waits for it. In a compiled graph it is part of the graph, and a failure a `RuntimeError`.
     """
+    # Reading the condition costs nothing on the CPU; elsewhere it would wait for the device.
     if condition.device.type == "cpu" and not torch.compiler.is_compiling():
         if not condition:
             raise ValueError(message)
@@ -76,7 +77,9 @@ def require(condition: torch.Tensor, message: str) -> None:
 
 def parameter_dtype(dtype: torch.dtype) -> torch.dtype:
     """Type in which scales and zero points of states of type `dtype` are stored: two bytes either way."""
-    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
+    if dtype == torch.bfloat16:
+        return torch.bfloat16
+    return torch.float16
 
 
 def _round_directed(x: torch.Tensor, dtype: torch.dtype, up: bool) -> torch.Tensor:
@@ -118,6 +121,7 @@ def expand_groups(parameter: torch.Tensor, widths: tuple[int, ...]) -> torch.Ten
         return parameter.expand(*parameter.shape[:-1], widths[0])
     if len(set(widths)) == 1:
         return parameter.unsqueeze(-1).expand(*parameter.shape, widths[0]).flatten(-2)
+    # Groups of different widths; those of one width need no index.
     repeats = torch.tensor(widths, dtype=torch.int64, device=parameter.device)
     return parameter.repeat_interleave(repeats, dim=-1, output_size=sum(widths))
 
@@ -146,6 +150,7 @@ def _by_group(reduce, x: torch.Tensor, widths: tuple[int, ...]) -> torch.Tensor:
 
 def _codes(x: torch.Tensor, step: torch.Tensor, zero_point: torch.Tensor, levels: int) -> torch.Tensor:
     """Nearest levels of `x`, halves rounded up, as float32 integers; 0 where the step is 0."""
+    # A half is added and the sum rounded down: `round` would take halves to even.
     codes = torch.where(step > 0, (x - zero_point) / step, 0)
     return (codes.clamp_(0, levels - 1) + 0.5).floor_()
 
@@ -361,6 +366,7 @@ def packed_words(length: int, n_bits: float) -> int:
 def _pack_ternary(codes: torch.Tensor) -> torch.Tensor:
     """Words `[..., C]` of `[..., 20, C]` ternary codes."""
     powers = torch.tensor([81, 27, 9, 3, 1], dtype=torch.int32, device=codes.device)[:, None]
+    # Five digits in base three, and the byte from which they are read without a division; four bytes make a word.
     values = (codes.unflatten(-2, (4, 5)) * powers).sum(-2, dtype=torch.int32)
     shifts = torch.arange(0, 32, 8, dtype=torch.int32, device=codes.device)[:, None]
     return (((values * 256 + 242) // 243) << shifts).sum(-2, dtype=torch.int32)
@@ -370,6 +376,7 @@ def _unpack_ternary(words: torch.Tensor) -> torch.Tensor:
     """Ternary codes `[..., 20, C]` of words `[..., C]`."""
     shifts = torch.arange(0, 32, 8, dtype=torch.int32, device=words.device)[:, None, None]
     powers = torch.tensor([1, 3, 9, 27, 81], dtype=torch.int32, device=words.device)[:, None]
+    # Times 3^k, the digits before digit k leave the byte at its upper end.
     digits = (words[..., None, None, :] >> shifts & 255) * powers & 255
     return (digits * 3 >> 8).flatten(-3, -2)
 
@@ -379,11 +386,13 @@ def pack_codes(codes: torch.Tensor, n_bits: float) -> torch.Tensor:
     planes = []
     for bits, position, per_word in _planes(n_bits):
         plane = codes.to(torch.int32)
+        # Zeros fill the last word.
         plane = torch.nn.functional.pad(plane, (0, 0, 0, -plane.shape[-2] % per_word)).unflatten(-2, (-1, per_word))
         if n_bits == 1.58:
             planes.append(_pack_ternary(plane))
         else:
             shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=codes.device)[:, None]
+            # The codes of a word have no bit in common, so that their sum is their union.
             planes.append((((plane >> position) & (2**bits - 1)) << shifts).sum(-2, dtype=torch.int32))
     return torch.cat(planes, dim=-2)
 
@@ -392,6 +401,7 @@ def unpack_codes(packed: torch.Tensor, n_bits: float, length: int) -> torch.Tens
     """Inverse of `pack_codes`: `[..., W, C]` int32 words to `[..., length, C]` int32 codes."""
     codes, start = 0, 0
     for bits, position, per_word in _planes(n_bits):
+        # A plane begins where the one before it ends.
         words = packed[..., start : start + -(-length // per_word), :]
         start += words.shape[-2]
         if n_bits == 1.58:
@@ -429,6 +439,7 @@ def quantize_and_pack(
     """
     if static is not None:
         require(torch.isfinite(x).all(), "x: values to quantize must be finite; NaN or Inf were found")
+        # Values beyond the given range get the outermost codes.
         step, zero = _step_and_zero(*static, n_bits)
         codes, (scale, zero_point) = _codes(x.float(), step, zero, grid(n_bits).levels), static
     elif widths is None:
@@ -466,6 +477,7 @@ def _round_trip(x: torch.Tensor, n_bits: float, group_size: int, symmetric: bool
     """Quantize along the last dimension and back; returns (states, scale, zero_point)."""
     n_bits, symmetric, range_method = _check_quantizer(n_bits, group_size, symmetric, range_method)
     widths = group_widths(x.shape[-1], group_size)
+    # No group has a minimum then.
     if x.numel() == 0:
         scale = zero_point = x.new_empty((*x.shape[:-1], len(widths)), dtype=parameter_dtype(x.dtype))
         if symmetric:

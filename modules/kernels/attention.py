@@ -45,8 +45,11 @@ def latent_attention(
     for tile in cache.tiles():
         runs, tokens = tile.keys.shape[1:3]
         offsets = torch.arange(tokens, dtype=torch.int64, device=states.device)
-        keys = tile.keys if query.expand_keys is None else query.expand_keys(tile.keys)
+        keys = tile.keys
+        if query.expand_keys is not None:
+            keys = query.expand_keys(keys)
         keys, shifted = keys.unflatten(-1, (-1, size)).to(states.dtype), states[:, None]
+        # RoPE is relative: keys turn by their offset in the run, queries back by the run's first position.
         if rope is not None:
             keys = rope.rotate(keys, offsets[:, None])
             shifted = rope.rotate(shifted, (positions[:, None] - tile.start[..., None])[:, :, None])
@@ -55,6 +58,7 @@ def latent_attention(
         shared = shifted.unflatten(2, (keys.shape[3], -1)).flatten(3, 4)
         scores = (shared @ keys.permute(0, 1, 3, 4, 2)) * query.scaling
         scores = scores.reshape(batch, runs, heads, length, tokens)
+        # A query sees the valid tokens up to its own position.
         key_positions = tile.start[..., None] + offsets
         valid = (offsets < tile.count[..., None])[:, :, None]
         seen = valid & (key_positions[:, :, None] <= positions[:, None, :, None])
@@ -62,6 +66,7 @@ def latent_attention(
         if weights_length is not None:
             scored.append((scores, key_positions.flatten(1)))
 
+        # The sums so far go to the scale of the new highest score; with none yet, any scale will do.
         higher = torch.maximum(highest, scores.amax(dim=-1, keepdim=True))
         reference = higher.masked_fill(higher == -torch.inf, 0.0)
         weights = (scores - reference).exp()
@@ -72,9 +77,11 @@ def latent_attention(
         total = total * decay + weights.sum(dim=-1, keepdim=True)
         highest = higher
 
+    # A query that sees nothing gets zeros, not NaN.
     total = total.masked_fill(total == 0, 1.0)
     if weights_length is None:
         return summed / total, None
+    # The weights follow once the highest score and the total are known: each goes to its key's position.
     result = states.new_zeros((batch, heads, length, weights_length))
     for scores, key_positions in scored:
         weights = (scores - highest.masked_fill(highest == -torch.inf, 0.0)).exp() / total
@@ -94,12 +101,10 @@ def attention_received(query: LatentQuery, cache: PackedCache, real: torch.Tenso
     received = query.states.new_zeros((len(query.states), length), dtype=torch.float32)
     for start in range(0, query.states.shape[2], _QUERIES):
         piece = slice(start, start + _QUERIES)
+        # Weights of a few queries at a time: `length` of them for each query and head.
         some = replace(query, states=query.states[:, :, piece], positions=query.positions[:, piece])
         weights = latent_attention(some, cache, length)[1]
         if real is not None:
             weights = weights * real[:, None, piece, None].to(weights)
         received += weights.sum((1, 2)).float()
     return received
-
-
-__all__ = ["attention_received", "latent_attention"]

@@ -1,4 +1,4 @@
-"""What attention reads: the packed blocks of a cache and the tokens beside them that are in full precision."""
+"""Inputs of attention: queries, the packed blocks of a cache, and the tokens beside them in full precision."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -18,21 +18,25 @@ def _differences(values: tuple[int, ...], dtype: torch.dtype, device: torch.devi
 
 @lru_cache(maxsize=64)
 def _kept_counts(counts: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    least = min(counts)
+    # The differences between rows are the same in every step, in which all rows grow alike.
+    least, differences = min(counts), []
+    for count in counts:
+        differences.append(count - least)
     with torch.inference_mode(False):
-        return _differences(tuple(count - least for count in counts), dtype, device) + least
+        return _differences(tuple(differences), dtype, device) + least
 
 
 def counts_of_rows(counts: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.int32) -> torch.Tensor:
     """`[B, 1]` of the rows' counts, to be read only; kept, since all layers ask for the same.
 
-    What differs between the rows is kept on the device and stays from step to step, so that a step copies nothing.
+    The differences between the rows stay on the device from step to step, so that a step copies nothing.
     """
-    found = _kept_counts(counts, dtype, device)
-    if type(found) is not torch.Tensor:  # a fake one, of an export say, which later steps must not meet
+    column = _kept_counts(counts, dtype, device)
+    # A fake tensor, of an export say, must not meet later steps.
+    if type(column) is not torch.Tensor:
         _kept_counts.cache_clear()
         _differences.cache_clear()
-    return found
+    return column
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +48,7 @@ class Rope:
 
     def rotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Rotate `x` `[..., d]` to `positions`, which broadcast to `x.shape[:-1]`, in the type of `x`."""
+        # Channel i of the lower half turns with channel i of the upper half, as in the library's Llama.
         angle = positions[..., None].to(x.dtype) * self.inv_freq.to(x)
         cos, sin = angle.cos() * self.attention_scaling, angle.sin() * self.attention_scaling
         low, high = x.chunk(2, dim=-1)
@@ -66,9 +71,9 @@ class Tile:
     count: torch.Tensor
 
     def masked(self) -> "Tile":
-        """The tile with zeros beyond the counts: what lies there is another row's, and may be NaN or Inf."""
-        place = torch.arange(self.keys.shape[2], dtype=torch.int32, device=self.keys.device)
-        valid = (place < self.count[..., None])[..., None]
+        """The tile with zeros beyond the counts, where tokens of another row, NaN or Inf may lie."""
+        offsets = torch.arange(self.keys.shape[2], dtype=torch.int32, device=self.keys.device)
+        valid = (offsets < self.count[..., None])[..., None]
         return replace(self, keys=self.keys.where(valid, 0), values=self.values.where(valid, 0))
 
 
@@ -91,10 +96,12 @@ class NewTokens(NamedTuple):
     order: torch.Tensor | None = None
 
     def tile(self) -> Tile:
-        """As attention reads them, pads moved behind the row's tokens."""
+        """The tile that attention reads, pads moved behind the row's tokens."""
         keys, values = self.keys, self.values
+        # Pads may stand between tokens of the row; attention takes runs without gaps.
         if self.order is not None:
-            keys, values = (x.gather(1, self.order.expand_as(x)) for x in (keys, values))
+            keys = keys.gather(1, self.order.expand_as(keys))
+            values = values.gather(1, self.order.expand_as(values))
         return Tile(keys[:, None], values[:, None], self.start, self.count)
 
 
@@ -128,9 +135,9 @@ class PackRecord:
     """How the channels of one width are packed into a block, for kernels that write blocks.
 
     Attributes:
-        prefix: What the names of its fields begin with: `{prefix}packed`, `{prefix}scale`, `{prefix}zero_point`, or
+        prefix: Beginning of the names of its fields: `{prefix}packed`, `{prefix}scale`, `{prefix}zero_point`, or
             `{prefix}states` at 16 bits.
-        channels: Those of the side that it stores, in the order of storage.
+        channels: Channels of the side that it stores, in the order of storage.
         bits: Width of a code. 16: the states themselves.
         runs: (how many, tokens) of the groups of a block that are packed by themselves.
         groups: Per token, the channels of each scale group; `None`: per channel.
@@ -156,9 +163,9 @@ class PackedSide:
 
     Attributes:
         read: Slots `[..., n]` to dequantized states `[..., n, T, C]`.
-        parts: The storage itself, for kernels; `None`: of a quantizer that they do not know.
-        channels: `[C]` int64 on the CPU, the channel of each stored channel, the parts side by side; `None`: its own
-            place. Within a part the channels of a head group are consecutive, and the head groups in order.
+        parts: The storage itself, for kernels; `None`: a quantizer that kernels do not know.
+        channels: `[C]` int64 on the CPU, the channel of each stored channel, the parts side by side; `None`: in
+            order. Within a part the channels of a head group are consecutive, and the head groups in order.
     """
 
     read: Callable[[torch.Tensor], torch.Tensor]
@@ -190,6 +197,7 @@ class PackedCache:
     @property
     def key_channels(self) -> int:
         """Channels of a key, or of its latent; 0 where only blocks of an unknown format could say."""
+        # Every tile has the channels of the cache; without one the blocks say.
         tiles = (*self.before, *self.after)
         if tiles:
             return tiles[0].keys.shape[-1]
@@ -197,15 +205,17 @@ class PackedCache:
 
     def tiles(self, tokens: int = 256) -> Iterator[Tile]:
         """Everything dequantized, in order; of the packed blocks about `tokens` tokens at a time."""
+        # Sinks come first, then the packed blocks, then the window and the new tokens.
         yield from self.before
         if self.keys is not None:
-            slots, start, count = self.table
+            # As many blocks at a time as have that many tokens, so that little is dequantized at once.
             step = max(1, tokens // self.block_length)
-            for j in range(0, slots.shape[1], step):
-                piece = slice(j, j + step)
-                keys, values = (side.read(slots[:, piece]) for side in (self.keys, self.values))
-                tile = Tile(keys, values, start[:, piece], count[:, piece])
-                yield tile if self.full else tile.masked()
+            for slots, start, count in self.table.split(step, dim=2):
+                tile = Tile(self.keys.read(slots), self.values.read(slots), start, count)
+                # Rows with fewer blocks, and blocks that a crop has cut, end before the tile does.
+                if not self.full:
+                    tile = tile.masked()
+                yield tile
         yield from self.after
 
 
@@ -237,16 +247,3 @@ class LatentQuery:
         heads = cache.key_channels // size
         # Without an expansion every head is a group of its own.
         return heads, (size,) * heads
-
-
-__all__ = [
-    "LatentQuery",
-    "NewTokens",
-    "PackRecord",
-    "PackedCache",
-    "PackedPart",
-    "PackedSide",
-    "Rope",
-    "Tile",
-    "counts_of_rows",
-]

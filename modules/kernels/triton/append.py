@@ -36,8 +36,10 @@ def _read_row(
     """Row of `FixedStore.state`, and what `length` new tokens make of it; a row that is full takes none."""
     sinks, start = tl.load(state + row), tl.load(state + batch + row)
     window, blocks = tl.load(state + 2 * batch + row), tl.load(state + 3 * batch + row)
+    # Sinks fill up only while the row holds nothing else.
     to_sinks = tl.where((window == 0) & (blocks == 0), tl.minimum(SINKS - sinks, length), 0)
     total = window + length - to_sinks
+    # The oldest tokens of the window are packed, in whole blocks that leave it its residual length.
     flushed = tl.maximum(total - RESIDUAL, 0) // BLOCK
     fits = (start + to_sinks + total <= CAPACITY) & (blocks + flushed <= BLOCKS)
     return sinks, start, window, blocks, to_sinks, total, tl.where(fits, flushed, 0), fits
@@ -86,8 +88,10 @@ def _append_kernel(
     sinks, _, window, _, to_sinks, _, _, fits = _read_row(
         state, b, batch, length, RESIDUAL, BLOCK, SINKS, CAPACITY, BLOCKS
     )
+    # Only `_advance_kernel`, the last of a step, changes the bookkeeping, so that every kernel reads the same.
     row = (b, sinks, window, to_sinks, fits)
     of_keys = tl.cdiv(key_channels, WIDTH)
+    # Programs of the first blocks of channels copy keys, the others values.
     if block < of_keys:
         _copy_token(
             keys,
@@ -146,6 +150,7 @@ def _take_kernel(
     b, nth = tl.program_id(0) // DUE, tl.program_id(0) % DUE
     _, _, _, blocks, _, _, flushed, _ = _read_row(state, b, batch, length, RESIDUAL, BLOCK, SINKS, CAPACITY, BLOCKS)
     if nth < flushed:
+        # Most programs do not come here: a block is due once in as many steps as it has tokens.
         tokens = tl.program_id(1) * HEIGHT + tl.arange(0, HEIGHT)
         columns = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
         mask = (tokens < BLOCK)[:, None] & (columns < channels)[None, :]
@@ -210,6 +215,7 @@ def _flush_kernel(
     b, nth, run = n // runs // DUE, n // runs % DUE, n % runs
     _, _, _, held, _, _, flushed, _ = _read_row(state, b, batch, new_tokens, RESIDUAL, BLOCK, SINKS, CAPACITY, BLOCKS)
     if nth < flushed:
+        # Where the block starts in the window, and where its codes and parameters go.
         slot = tl.load(slots + b * BLOCKS + held + nth).to(tl.int64)
         token = (nth * BLOCK + first_token + run * length).to(tl.int64)
         # `quantize_kernel` adds n rows to these pointers itself, so that they start n rows early.
@@ -300,6 +306,7 @@ def _advance_kernel(
             _move_up(window_values + row * value_channels, total - packed, packed, value_channels, HEIGHT, WIDTH)
             for nth in range(0, flushed):
                 ptr = table + b * BLOCKS + blocks + nth
+                # The table has three planes: slots, which stay, positions of the first token, and counts.
                 tl.store(ptr + batch * BLOCKS, begin + nth * BLOCK)
                 tl.store(ptr + 2 * batch * BLOCKS, BLOCK)
         tl.store(state + b, sinks + to_sinks)
@@ -307,6 +314,7 @@ def _advance_kernel(
         tl.store(state + 2 * batch + b, total - packed)
         tl.store(state + 3 * batch + b, blocks + flushed)
     else:
+        # A row that would exceed its capacity stays as it is; the host learns of it later.
         tl.store(ok + 1, 0)
 
 
@@ -363,6 +371,7 @@ class FusedAppend:
         self.room, self.records, self.tensors = room, records, tensors
         exact = {name: _raw(tensors[name]) for name in ("sink_keys", "sink_values", "window_keys", "window_values")}
         self.batch, self.device = len(tensors["window_keys"]), tensors["state"].device
+        # Arguments of every kernel: the bookkeeping, and the sizes of a row.
         self.row = {
             "state": tensors["state"],
             "batch": self.batch,
@@ -372,6 +381,7 @@ class FusedAppend:
             "CAPACITY": room.capacity,
             "BLOCKS": room.blocks,
         }
+        # Arguments of the kernels that move tokens in full precision.
         self.whole = self.row | {
             "window_keys": exact["window_keys"],
             "window_values": exact["window_values"],
@@ -386,6 +396,7 @@ class FusedAppend:
 
     def __call__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         length = keys.shape[1]
+        # The launches of a step depend on its number of tokens alone.
         if length not in self.prepared:
             self.prepared[length] = self._prepare(length)
         append, flushes, advance = self.prepared[length]
@@ -407,6 +418,7 @@ class FusedAppend:
 
     def _start(self, flush: _Flush) -> None:
         copied = {}
+        # Channels that lie apart are copied side by side, and quantized from there.
         if flush.scratch is not None:
             x = torch.empty(flush.scratch, dtype=self.tensors["window_keys"].dtype, device=self.device)
             flush.take.start(taken=_raw(x))
@@ -428,6 +440,7 @@ class FusedAppend:
             "HEIGHT": 1 << min(self.room.block_length.bit_length() - 1, 4),
             "num_warps": 8,
         }
+        # Blocks of each side that are due, one record of channels after the other.
         flushes = []
         for side, records in self.records.items():
             for record in records:
@@ -472,6 +485,7 @@ class FusedAppend:
             scratch = (self.batch, due * self.room.block_length, len(channels))
             x = torch.empty(scratch, dtype=window.dtype, device="meta")  # for its strides
             take = self._take(window, channels, new_tokens, False)
+        # Where blocks go; calibrated scales are read, others written.
         packed = self.tensors[f"{prefix}packed"]
         stored = (self.tensors.get(f"{prefix}scale"), self.tensors.get(f"{prefix}zero_point"))
         scale, zero_point = record.scales or stored

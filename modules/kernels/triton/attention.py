@@ -90,6 +90,7 @@ def _known(value):
 def _operand(x, DTYPE: tl.constexpr):
     """`x` as an operand of matrix products in `DTYPE`."""
     if _INTERPRETED and DTYPE.is_bf16():
+        # Round to the upper 16 bits, halves to even.
         bits = widen(x).to(tl.int32, bitcast=True)
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
     else:
@@ -118,6 +119,7 @@ def _cos_sin(angle, DTYPE: tl.constexpr):
         x = _radians(angle)
         return libdevice.fast_cosf(x), libdevice.fast_sinf(x)
     else:
+        # The nearest quarter turn, Taylor's polynomials of the rest, and what the quarter makes of them.
         quarter = (angle + (1 << 29)) >> 30
         x = _radians(angle - (quarter << 30))
         square = x * x
@@ -248,6 +250,7 @@ def _constants(query, offsets, inv_freq, bias, spans, expand, DTYPE: tl.constexp
     weight, stride, row, half = expand
     held = ()
     for i in tl.static_range(len(SPECS)):
+        # A weight that fits stays in registers for all tiles.
         if SPECS[i].held:
             low = _expander(weight, stride, spans[i], 0, row, f, half, DTYPE, _known(SPECS[i]))
             held += ((low, _expander(weight, stride, spans[i], 0, row + half, f, half, DTYPE, _known(SPECS[i]))),)
@@ -326,6 +329,7 @@ def _query_tile(ptr, stride, inv_freq, positions, f, half, visible, DTYPE: tl.co
     if inv_freq is None:
         return low, high, f, f
     else:
+        # Radians to units of 2^-32 turns, rounded.
         frequency = tl.load(inv_freq + f, f < half, 0).to(tl.float64) * 683565275.5764316  # 2^32 / 2 pi
         frequency = (frequency + 0.5).to(tl.int64).to(tl.int32)
         cos, sin = _cos_sin(positions[None, :] * frequency[:, None], DTYPE)
@@ -394,6 +398,7 @@ def _attend(
 
     `query`, `positions`, `sums` and `stats` are pointers `[BLOCK_M]`, one for each query of the tile.
     """
+    # The queries stay in registers, rotated to their positions, by pieces of frequencies.
     query_positions = tl.load(positions, visible, 0).to(tl.int32)
     queries = ()
     for i in tl.static_range(HALF // BLOCK_F):
@@ -402,6 +407,7 @@ def _attend(
     slots, starts, counts, block, end, step = blocks
     key_spans, value_spans = _spans(keys, groups[0], KEYS), _spans(values, groups[1], VALUES)
     offsets = tl.arange(0, BLOCK_T)
+    # As do the weights, the table of the offsets' angles and the bias.
     constants = ()
     for i in tl.static_range(len(queries)):
         constants += (_constants(queries[i], offsets, inv_freq, bias, key_spans, expand, DTYPE, KEYS),)
@@ -423,6 +429,7 @@ def _attend(
     if TILES == 0:
         tiles = tl.cdiv(last, BLOCK_T)
 
+    # A tile a turn, and the tiles of a block one after the other.
     for i in range(number * tiles):
         j = block + i // tiles * step
         first = i % tiles * BLOCK_T
@@ -435,6 +442,7 @@ def _attend(
         latents = ()
         for p in tl.static_range(len(KEYS)):
             latents += (_held_latents(keys[p], key_spans[p], tile, DTYPE, _known(KEYS[p]), BLOCK_T),)
+        # Keys are rebuilt, rotated and scored by pieces of frequencies, whose scores add up.
         scores = tl.zeros((BLOCK_T, BLOCK_M), tl.float32)
         for p in tl.static_range(len(queries)):
             scores = _add_scores(
@@ -452,6 +460,7 @@ def _attend(
                 DTYPE,
                 KEYS,
             )
+        # A query sees the valid tokens up to its own position.
         seen = (first + offsets < count)[:, None] & ((start + offsets)[:, None] <= query_positions[None, :])
         scores = tl.where(seen, scores * scaling, float("-inf"))
 
@@ -462,6 +471,7 @@ def _attend(
         decay = tl.exp2(highest - reference)
         total = total * decay + tl.sum(weights, 0)
         highest = higher
+        # Values are summed up in the latent, weighted.
         operand, gained = _operand(weights, DTYPE), ()
         for p in tl.static_range(len(VALUES)):
             gained += (
@@ -548,6 +558,7 @@ def _attention_kernel(
     # The last programs, which have no block more than the others, take the tokens in full precision: a tile of them is
     # a block of 16 bits whose slot is the row.
     if len(exact) > 0:
+        # Number, from the last program on, of the tile that this program takes.
         nth = tl.num_programs(1) - 1 - share
         if nth < len(exact):
             tile = exact[0]
@@ -558,6 +569,7 @@ def _attention_kernel(
             value_part = ((value, value, value, exact_spans[1], exact_spans[1], value_row, value_stride, 0, 0),)
             start += batch * start_row - batch
             count += batch * count_row - batch
+            # Its sums stand behind those of the packed blocks' shares.
             further = (shares - share + nth).to(tl.int64) * rows
             _attend(
                 query,
@@ -644,6 +656,7 @@ def _merge_kernel(
     stats = sums + shares.to(tl.int64) * rows * WIDTH
     highest, total = tl.full((), float("-inf"), tl.float32), tl.zeros((), tl.float32)
     summed = tl.zeros((BLOCK_N,), tl.float32)
+    # Shares are brought to one scale, a few at a time, as tiles are in `_attend`.
     for first in range(0, shares, BLOCK_S):
         share = first + tl.arange(0, BLOCK_S)
         offs = share.to(tl.int64) * rows + row
@@ -818,6 +831,7 @@ def _side(side: PackedSide | None, widths: tuple[int, ...], length: int, block_t
         return [], []
     parts, channels = [], None
     for part in side.parts:
+        # What a layout follows from, as values that can be compared.
         symmetric = part.bits != 16 and part.zero_point is None
         parts.append((part.bits, part.packed.shape[2], part.run or length, part.groups, symmetric))
     if side.channels is not None:
@@ -906,6 +920,7 @@ class _LaunchRecord:
             block_t = 32
         key_pieces, key_specs = _side(keys, shape.key_widths, shape.block_length, block_t, device)
         value_pieces, value_specs = _side(values, shape.value_widths, shape.block_length, block_t, device)
+        # Tokens in full precision are a piece with one span per head group.
         key_spans, exact_keys = _exact_layout(shape.key_widths, device)
         value_spans, exact_values = _exact_layout(shape.value_widths, device)
         half = power_of_two(size // 2, 16, size)
@@ -953,6 +968,7 @@ class _LaunchRecord:
                 "EXACT_VALUES": tuple(exact.values()),
             }
             self.launches.append(common | own)
+        # A program merges 64 sums of a query head's row.
         self.merge_grid = (rows, -(-self.width // 64))
         self.merge = {
             "spans": value_spans,
@@ -1025,6 +1041,7 @@ def latent_attention(query: LatentQuery, cache: PackedCache) -> torch.Tensor:
         table_strides = cache.table.stride()[:2]
     if record.packed:
         blocks = cache.table.shape[2]
+    # Every tile in full precision has a share of its own, behind those of the packed blocks.
     shares, programs = record.shares(blocks, len(exact))
     total = shares + len(exact)
     output = torch.empty((*states.shape[:3], record.width), dtype=torch.float32, device=states.device)

@@ -344,6 +344,7 @@ def quantize_kernel(
         is_finite = tl.min(tl.min((tl.abs(tile) < float("inf")).to(tl.int32), 0), 0)
         tl.store(finite, 0, is_finite == 0)
     else:
+        # The range of each group, in as many passes as its chunks.
         nothing = tl.zeros((LANES,), tl.float32)
         low, high, bad = nothing + float("inf"), nothing - float("inf"), nothing.to(tl.int32)
         for chunk in range(chunks):
@@ -369,6 +370,7 @@ def quantize_kernel(
                 base, unit = nothing, tl.maximum(-low, high)
             else:
                 base, unit = low, high - low
+            # Groups that have no range, or none that fits, are searched in units of 1.
             unit = tl.where(fits & (unit > 0), unit, 1)
             new_scale, new_zero = _least_error_range(
                 source,
@@ -396,6 +398,7 @@ def quantize_kernel(
             else:
                 new_scale = tl.where(high > low, new_scale, 0)
             new_scale, new_zero = widen(_narrow(new_scale, DTYPE)), widen(_narrow(new_zero, DTYPE))
+            # Without minmax the alternative is to store zeros.
             better = fits
             if MINMAX:
                 # The range found is kept where, as stored, it beats that of minmax.
@@ -414,6 +417,7 @@ def quantize_kernel(
 
         step, zero = _step_and_zero(best_scale, best_zero, SYMMETRIC, SPACING, OFFSET)
         fits &= (step * (LEVELS - 1) < float("inf")) & (tl.abs(zero) < float("inf"))
+        # A group that cannot be stored has scale NaN, of which the host makes an error.
         best_scale = tl.where(fits, best_scale, float("nan"))
         if PER_CHANNEL:
             offs, exists = n * channels + columns, columns < end
@@ -515,6 +519,7 @@ def _dequantize_kernel(
         step, zero = step[None, None, :], zero[None, None, :]
     else:
         step, zero = step[:, :, None], zero[:, :, None]
+    # Values beyond the type of the states go to the end of its range.
     x = tl.minimum(tl.maximum(codes.to(tl.float32) * step + zero, -LIMIT), LIMIT)
     mask = (rows < length)[:, :, None] & (columns < end)[None, None, :]
     offs = tl.multiple_of((n * length + rows) * channels, (ALIGN, ALIGN))[:, :, None] + columns[None, None, :]
@@ -534,6 +539,7 @@ def _slots(length: int, n_bits: float) -> int:
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
     """`x` in a type that kernels read, its last dimension without gaps."""
+    # Other types, float64 say, are quantized in float32 by the reference too.
     if x.dtype not in (*_DTYPES, torch.int32):
         x = x.float()
     x = as_bits(x)
@@ -630,6 +636,7 @@ def quantize_launch(
     n_bits, widths, symmetric, range_method, dtype, static = form
     levels, spacing, offset = grid(n_bits)
     slots, channels = _slots(length, n_bits), x.shape[-1]
+    # Ternary and symmetric one-bit codes have no minmax.
     search = not static and (range_method == "mse" or (symmetric and n_bits < 2))
     align = _alignment(x, widths or ())
     block_t, block_c, num_warps = _tile(slots, max(widths or (channels,)), widths is None, align, search)
@@ -691,6 +698,7 @@ def quantize_and_pack(
         if not symmetric:
             zero_point = torch.empty(shape, dtype=dtype, device=x.device)
 
+    # A tensor stands in where the kernel has no zero points to write.
     form = Format(n_bits, widths, symmetric, range_method, dtype, static is not None)
     launch_grid, arguments = quantize_launch(x, n, length, form, x.device)
     with torch.cuda.device_of(x):
@@ -729,6 +737,7 @@ def unpack_and_dequantize(
     if dtype not in _DTYPES:
         written = torch.float32
     states = torch.empty((n, length, channels), dtype=written, device=packed.device)
+    # There is no range to find, so that tiles are cut per token in either orientation.
     slots, widest = _slots(length, n_bits), max(widths or (channels,))
     align = _alignment(packed, widths or ())
     tile = block_t, block_c, _ = _tile(slots, widest, False, align)
