@@ -32,9 +32,6 @@ PEER_TOLERANCE = 0.05
 Run = Callable[[], torch.Tensor]
 
 
-# ---- time and error
-
-
 def least_seconds(call: Callable, device: torch.device, repeats: int = 7) -> float:
     """The shortest of several runs: what the machine can do, whatever else it does meanwhile."""
     call()
@@ -79,9 +76,6 @@ def relative_error(x: torch.Tensor, exact: torch.Tensor) -> float:
     return error if math.isfinite(error) else math.inf
 
 
-# ---- records
-
-
 def load_record(output: str | None, key: dict[str, Any]) -> dict[str, Any]:
     """The record in the output, or a new one.
 
@@ -101,9 +95,6 @@ def milliseconds(seconds: dict[str, float]) -> str:
     digits = 2 if seconds["p50"] < 0.01 else 1 if seconds["p50"] < 0.1 else 0
     p25, p50, p75 = (f"{1e3 * seconds[p]:,.{digits}f}" for p in ("p25", "p50", "p75"))
     return f"{p50} [{p25}–{p75}]"
-
-
-# ---- peers
 
 
 @dataclass

@@ -153,9 +153,6 @@ class BenchmarkConfig:
         return config
 
 
-# ---- machine
-
-
 def measure_machine(options: BenchmarkConfig) -> dict[str, float]:
     """Read bandwidth (bytes per second) and peaks of matrix products (multiply-adds per second), as torch gets them."""
     device, size = torch.device(options.device), 256 if options.quick else 4096
@@ -187,9 +184,6 @@ def between_calls(options: BenchmarkConfig) -> Callable[[int], None]:
         torch.set_num_threads(options.threads)
 
     return prepare
-
-
-# ---- ours
 
 
 class LatentLayer:
@@ -363,9 +357,6 @@ class LatentLayer:
             if ours / theirs > worst["ratio"]:
                 worst = {"ours": ours, "plain": theirs, "ratio": ours / theirs}
         return worst
-
-
-# ---- measuring
 
 
 @dataclass(frozen=True)
@@ -565,9 +556,6 @@ def describe(case: dict[str, Any]) -> str:
     parts = [f"{1e3 * case['seconds']['p50']:.2f} ms by {case['backend']}{'' if case['fused'] else ', not fused'}"]
     parts += [f"{name} {p['speedup']:.2f}x" for name, p in case["peers"].items() if "speedup" in p]
     return "; ".join(parts)
-
-
-# ---- tables
 
 
 def scheme_name(case: dict[str, Any]) -> str:

@@ -131,9 +131,6 @@ def new_cache(config: ALRDLlamaConfig) -> KIVILatentCache:
     return KIVILatentCache(CacheScheme.from_config(config), config_widths(config))
 
 
-# ---- gate
-
-
 def check_cache(config: ALRDLlamaConfig, latents: Latents) -> int:
     """The correctness gate; returns the number of packed tokens compared.
 
@@ -164,9 +161,6 @@ def check_cache(config: ALRDLlamaConfig, latents: Latents) -> int:
         if not torch.equal(held, expected):
             raise RuntimeError(f"correctness gate: the packed {side} are not the simulated round trip; no figures")
     return stop - scheme.sink_length
-
-
-# ---- time
 
 
 def percentiles(seconds: list[float]) -> dict[str, float]:
@@ -221,9 +215,6 @@ def growth(results: list[dict[str, Any]]) -> dict[str, float]:
     """Time at the last length over time at the first."""
     pairs = [(cache, name) for cache in ("packed", "dense") for name in ("p50", "mean")]
     return {f"{c}_{n}": results[-1][f"{c}_us"][n] / results[0][f"{c}_us"][n] for c, n in pairs}
-
-
-# ---- memory
 
 
 def allocated_bytes(step: Callable[[], Any]) -> tuple[int, int]:

@@ -199,9 +199,6 @@ class Subject:
         return torch.randn(shape, dtype=self.dtype, device=self.options.device)
 
 
-# ---- gate
-
-
 @torch.no_grad()
 def attention_outputs(model: PreTrainedModel, cache: Cache) -> list[torch.Tensor]:
     """What every layer's attention gives to its output projection, `[B, 1, H_q * d]`, in a step of one token."""
@@ -239,9 +236,6 @@ def check(subject: Subject) -> dict[str, float]:
     return {"ours": errors[0], "reference": errors[1], "ratio": errors[0] / errors[1]}
 
 
-# ---- memory
-
-
 def peak_memory(device: torch.device, reset: bool = False) -> int | None:
     """Peak bytes of the process (on CUDA: of torch's allocator) since the last reset; `None`: not known."""
     if device.type == "cuda":
@@ -257,9 +251,6 @@ def peak_memory(device: torch.device, reset: bool = False) -> int | None:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
     return 1024 * next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-
-
-# ---- measuring
 
 
 class Decoder:
@@ -402,9 +393,6 @@ def main(options: BenchmarkConfig) -> dict[str, Any]:
                 write_json(options.output, record)
     print(table(record))
     return record
-
-
-# ---- tables
 
 
 def decode_table(record: dict[str, Any]) -> str:

@@ -145,9 +145,6 @@ def size_of(text: str) -> tuple[int, int]:
     return int(length), int(batch)
 
 
-# ---- models
-
-
 def check_tokens(found: torch.Tensor, eager: torch.Tensor, logits: tuple[torch.Tensor, ...], eps: float) -> int:
     """The gate of `generate`: the greedy tokens `[n]` are those of eager steps, up to the first tie.
 
@@ -241,9 +238,6 @@ class Models:
         return record | {"step": quartiles(steps), "first_token": quartiles(first), "new_tokens": [few, many]}
 
 
-# ---- one layer
-
-
 def measure_attention(options: BenchmarkConfig, size: str) -> dict[str, Any]:
     layer_options = options.attention_options()
     (scheme,) = [s for s in layer_options.schemes() if (s["rank"], s["head_group_size"]) == (options.rank, 1)]
@@ -286,9 +280,6 @@ def measure_pack(options: BenchmarkConfig) -> dict[str, Any]:
     )
     measured = benchmark_quantize.main(quantize)
     return {"kind": "pack", **{name: measured[name] for name in ("shape", "gate", "copy", "results")}}
-
-
-# ---- all rows
 
 
 class Row(NamedTuple):
@@ -375,9 +366,6 @@ def main(options: BenchmarkConfig) -> dict[str, Any]:
     if failed:
         raise RuntimeError(f"no figures of {'; '.join(failed)}: see above")
     return record
-
-
-# ---- tables
 
 
 def _markdown(header: list[str], lines: list[list[str]]) -> str:

@@ -76,9 +76,6 @@ class BenchmarkConfig:
             raise ValueError("launcher=True: must be False with TRITON_INTERPRET=1, whose kernels have no launcher")
 
 
-# ---- launches that are left out
-
-
 class NoLaunch:
     """Stands for a kernel: a launch does nothing but be counted."""
 
@@ -133,9 +130,6 @@ def without_launches(launcher: bool) -> Iterator[None]:
                     if isinstance(kernel, KernelInterface):
                         replaced(module, name, NoLaunch())
         yield
-
-
-# ---- measuring
 
 
 @dataclass

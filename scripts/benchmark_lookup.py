@@ -76,9 +76,6 @@ class BenchmarkConfig:
                 raise ValueError(f"lengths={self.lengths!r}: must be multiples of 128, a block")
 
 
-# ---- the contenders
-
-
 def dequantizing(cache: PackedCache, unpack: Callable, dtype: torch.dtype) -> PackedCache:
     """The cache with both sides read by `unpack`, a back end's `unpack_and_dequantize`, into `dtype`."""
 
@@ -137,9 +134,6 @@ def calls(query: torch.Tensor, cache: PackedCache, how: dict) -> dict[str, Calla
         "dot": lambda: lookup_attention(query, cache=cache, **how, method="dot"),
         "dequantize": lambda: multiply(query, cache=fast, **how),
     }
-
-
-# ---- gate and figures
 
 
 def error(result: torch.Tensor, exact: torch.Tensor) -> float:

@@ -128,9 +128,6 @@ def _windows(
     return tokens[torch.linspace(0, len(tokens) - 1, count).round().long()]
 
 
-# ---- output
-
-
 def write_checkpoint(config: CalibrationConfig, calibration: Calibration, budget: float | None, folder: Path) -> dict:
     """The checkpoint with report and plots; returns the report."""
     started = time.perf_counter()

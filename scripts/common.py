@@ -31,8 +31,6 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 Config = TypeVar("Config")
 
-# ---- options
-
 
 @dataclass
 class CacheOptions:
@@ -88,9 +86,6 @@ def parse_config(config_class: type[Config], description: str | None) -> Config:
         return parser.parse_args_into_dataclasses(look_for_args_file=False)[0]
     except ValueError as error:
         parser.error(str(error))
-
-
-# ---- models
 
 
 def find_model(name_or_path: str) -> str:
@@ -189,9 +184,6 @@ def folder_sha256(path: str) -> str | None:
     return digest.hexdigest()
 
 
-# ---- sizes
-
-
 def human_bytes(nbytes: float) -> str:
     """Bytes in binary units with three or more digits, e.g. `512 KiB` and `1.50 GiB`."""
     units = ["B", "KiB", "MiB", "GiB", "TiB"]
@@ -206,9 +198,6 @@ def format_table(header: list[str], rows: list[list[str]]) -> str:
     """Text table with columns aligned to the right."""
     widths = [max(map(len, column)) for column in zip(header, *rows)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in [header, *rows])
-
-
-# ---- records
 
 
 def cpu_name() -> str:

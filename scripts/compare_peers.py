@@ -85,8 +85,6 @@ class PeersConfig:
             raise ValueError(f"checkpoints={self.checkpoints}: must differ in the names of their folders")
 
 
-# ---- transformers' own cache
-
 #: What the back ends of `QuantizedCache` need, and the axis that its documentation recommends for each.
 BACKENDS = {"quanto": ("optimum-quanto", 0), "hqq": ("hqq", 1)}
 
@@ -203,9 +201,6 @@ def stored_nbytes(stored) -> int:
     return sum(storages.values())
 
 
-# ---- the models that our engine runs
-
-
 class Models:
     """The dense model and splits of it as other projects make them; each statistic is measured when first asked for."""
 
@@ -266,9 +261,6 @@ class Models:
         """Activation-aware scaling, ranks by perplexity sensitivity and binary search."""
         target = self.target(k_hadamard=False, v_hadamard=False)
         return self.split(target, asvd_ranks(self.sensitivity, target, share), self.scaled)
-
-
-# ---- the peers
 
 
 @dataclass(frozen=True)

@@ -57,9 +57,6 @@ class ExportConfig:
     )
 
 
-# ---- code
-
-
 def locate(name: str) -> Path | None:
     """The file of a module of this project by its dotted name; `None`: it is none."""
     path = ROOT.joinpath(*name.split("."))
@@ -210,9 +207,6 @@ def hub_code() -> dict[str, str]:
     return files
 
 
-# ---- checkpoint
-
-
 def find_checkpoint(name: str) -> tuple[Path, dict]:
     """The folder of a split checkpoint and what its `config.json` says.
 
@@ -268,9 +262,6 @@ def load_evaluation(path: str, folder: Path) -> dict:
     if Path(record["config"]["model"]).expanduser().resolve() != folder.resolve():
         raise ValueError(f"evaluation={path!r}: is of {record['config']['model']!r}, must be of {str(folder)!r}")
     return record
-
-
-# ---- card
 
 
 def model_card(config: ExportConfig, stored: dict, report: dict | None, evaluation: dict | None) -> str:
@@ -395,9 +386,6 @@ def card_data(config: ExportConfig, report: dict | None) -> dict:
         license_name = (metadata_load(dense_card) or {}).get("license")
     known = {"base_model": config.base_model, "license": license_name}
     return data | {name: value for name, value in known.items() if value}
-
-
-# ---- export
 
 
 def _not_exported(directory: str, names: list[str]) -> list[str]:
