@@ -17,13 +17,8 @@ from modules.kivi_cache import CacheScheme, KIVILatentLayer
 from modules.quant_utils import unpack_and_dequantize
 from scripts import benchmark_lookup
 from scripts.benchmark_lookup import BenchmarkConfig, dequantizing, error, main, multiply, table, unpack_exactly
-from tests.conftest import PoisonedTorch
 
-
-@pytest.fixture(autouse=True)
-def poisoned_result(monkeypatch):
-    """An element of the result that the kernel does not write shows as NaN."""
-    monkeypatch.setattr(kernels, "torch", PoisonedTorch())
+pytestmark = pytest.mark.usefixtures("poisoned_kernels")
 
 
 @pytest.fixture(params=["native", "haswell"])
