@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
+from modules.files import write_json
 from modules.fit.budget import fit_budget
 from scripts.calibrate_svd_ranks import CalibrationConfig, calibrate_model
-from scripts.common import BUNDLED_MODEL, find_model, folder_sha256, load_model, parse_config, write_json
+from scripts.common import BUNDLED_MODEL, find_model, folder_sha256, load_model, parse_config
 from scripts.corpus import describe, load_documents
 from scripts.eval_perplexity import EvalConfig, measure
 

@@ -37,8 +37,9 @@ import torch
 from tqdm import tqdm
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from configuration_alrd_llama import ALRDLlamaConfig
+from configuration_alrd_llama import ALRDLlamaConfig, check_positive
 from modeling_alrd_llama import ALRDLlamaAttention, LatentStep
+from modules.files import write_json
 from modules.kernels.packed import Rope
 from modules.kivi_cache import CacheScheme, KIVILatentCache, config_widths
 from modules.svd_linear import SVDLinear, split_groups
@@ -57,16 +58,7 @@ from scripts.attention_peers import (
     transformers_sdpa,
     why_not,
 )
-from scripts.common import (
-    DTYPES,
-    check_positive,
-    environment,
-    human_bytes,
-    installed_version,
-    parse_config,
-    set_ranks,
-    write_json,
-)
+from scripts.common import DTYPES, environment, human_bytes, installed_version, parse_config, set_ranks
 
 #: The best dense code on each kind of device, which every scheme meets.
 YARDSTICKS = {"cpu": "by hand", "cuda": "flash"}

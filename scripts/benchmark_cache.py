@@ -26,22 +26,13 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from configuration_alrd_llama import ALRDLlamaConfig
+from configuration_alrd_llama import ALRDLlamaConfig, check_positive
 from modeling_alrd_llama import ALRDLlamaModel
+from modules.files import write_json
+from modules.fit.budget import dense_nbytes
 from modules.kivi_cache import CacheScheme, KIVILatentCache, config_widths
 from modules.quant_utils import KIVIQuantizer
-from scripts.common import (
-    DTYPES,
-    CacheOptions,
-    check_positive,
-    dense_nbytes,
-    environment,
-    format_table,
-    human_bytes,
-    parse_config,
-    set_ranks,
-    write_json,
-)
+from scripts.common import DTYPES, CacheOptions, environment, format_table, human_bytes, parse_config, set_ranks
 
 LLAMA_3_8B = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
 SMALL = {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32}

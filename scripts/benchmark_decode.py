@@ -32,14 +32,14 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, LlamaConfig, PreTrainedModel
 
-from configuration_alrd_llama import ALRDLlamaConfig
+from configuration_alrd_llama import ALRDLlamaConfig, check_positive
+from modules.files import write_json
+from modules.fit.budget import dense_nbytes
 from modules.kivi_cache import CacheScheme, KIVILatentCache, config_widths
 from scripts.attention_peers import GATE, load_record, milliseconds, quartiles, relative_error, timed
 from scripts.common import (
     BUNDLED_MODEL,
     DTYPES,
-    check_positive,
-    dense_nbytes,
     environment,
     find_model,
     folder_sha256,
@@ -47,7 +47,6 @@ from scripts.common import (
     load_model,
     parse_config,
     set_ranks,
-    write_json,
 )
 
 #: The random model: 150 M parameters beside the tied embedding of 8 M.

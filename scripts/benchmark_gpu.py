@@ -37,11 +37,13 @@ from unittest.mock import patch
 import torch
 from transformers import MaxLengthCriteria, PreTrainedModel, StoppingCriteriaList
 
+from configuration_alrd_llama import check_positive
+from modules.files import write_json
 from scripts import benchmark_attention, benchmark_decode, benchmark_quantize
 from scripts.attention_peers import load_record, milliseconds, quartiles
 from scripts.benchmark_attention import YARDSTICKS, LatentLayer, measure_machine
 from scripts.benchmark_decode import SMALL, Subject
-from scripts.common import DTYPES, check_positive, environment, parse_config, write_json
+from scripts.common import DTYPES, environment, parse_config
 
 LLAMA_3_8B = {
     "vocab_size": 128256,

@@ -31,14 +31,15 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction, KernelInterface
 
-from configuration_alrd_llama import ALRDLlamaConfig
+from configuration_alrd_llama import ALRDLlamaConfig, check_positive
 from modeling_alrd_llama import ALRDLlamaForCausalLM
+from modules.files import write_json
 from modules.kernels.triton import append as append_triton
 from modules.kernels.triton import attention as attention_triton
 from modules.kernels.triton import quantize as quantize_triton
 from scripts.attention_peers import milliseconds, quartiles
 from scripts.benchmark_decode import SMALL
-from scripts.common import check_positive, environment, parse_config, set_ranks, write_json
+from scripts.common import environment, parse_config, set_ranks
 
 KERNEL_MODULES = (quantize_triton, attention_triton, append_triton)
 

@@ -24,14 +24,16 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from configuration_alrd_llama import check_positive
 from modules import quant_utils
+from modules.files import write_json
 from modules.formats.qlutattn import QLUTATTN
 from modules.kernels.attention import latent_attention
 from modules.kernels.cpu import quantize as quantize_cpu
 from modules.kernels.cpu.lookup import FASTER, instructions, lookup_attention
 from modules.kernels.packed import PackedCache, PackedSide
 from modules.kivi_cache import CacheScheme, KIVILatentLayer
-from scripts.common import check_positive, environment, parse_config, write_json
+from scripts.common import environment, parse_config
 
 #: Bound on the error, in units of that of plain bfloat16.
 ERROR_LIMIT = 2

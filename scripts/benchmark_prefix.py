@@ -29,14 +29,15 @@ from typing import Literal
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from configuration_alrd_llama import check_positive
 from modeling_alrd_llama import ALRDLlamaForCausalLM
 from modules.cache.layer import storage_nbytes
+from modules.files import write_json
 from modules.kivi_cache import KIVILatentCache
 from scripts.attention_peers import milliseconds, quartiles
 from scripts.common import (
     BUNDLED_MODEL,
     DTYPES,
-    check_positive,
     environment,
     find_model,
     folder_sha256,
@@ -45,7 +46,6 @@ from scripts.common import (
     latent_config,
     load_model,
     parse_config,
-    write_json,
 )
 
 

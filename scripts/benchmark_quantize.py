@@ -18,11 +18,12 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
-from configuration_alrd_llama import QuantScheme, check_choice
+from configuration_alrd_llama import QuantScheme, check_choice, check_positive
 from modules import quant_utils
+from modules.files import write_json
 from modules.kernels import BACKENDS, Backend, get_backend
 from scripts.attention_peers import timed
-from scripts.common import DTYPES, check_positive, environment, parse_config, write_json
+from scripts.common import DTYPES, environment, parse_config
 
 #: GB/s of states that packing should reach on a CPU.
 CPU_TARGET = 10.0

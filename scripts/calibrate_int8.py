@@ -14,17 +14,10 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from configuration_alrd_llama import check_positive
+from modules.files import write_json
 from modules.formats.calibrated_int8 import calibrate, load_process_config
-from scripts.common import (
-    BUNDLED_MODEL,
-    ROOT,
-    check_positive,
-    environment,
-    find_model,
-    format_table,
-    parse_config,
-    write_json,
-)
+from scripts.common import BUNDLED_MODEL, ROOT, environment, find_model, format_table, parse_config
 from scripts.corpus import describe, load_documents, tokenize_windows
 
 EXAMPLE_CONFIG = os.path.relpath(ROOT / "scripts" / "int8_cache.yaml")

@@ -22,22 +22,13 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
-from configuration_alrd_llama import ALRDLlamaConfig, check_choice
+from configuration_alrd_llama import ALRDLlamaConfig, check_choice, check_positive
 from modeling_alrd_llama import ALRDLlamaForCausalLM
+from modules.files import write_json
 from modules.fit.budget import Calibration, FitConfig, cache_nbytes, calibrate, dense_nbytes, fit_budget, split_config
 from modules.fit.distributed import device_map, is_main, join_processes, on_main
 from scripts import plots
-from scripts.common import (
-    BUNDLED_MODEL,
-    DTYPES,
-    check_positive,
-    environment,
-    find_model,
-    git_commit,
-    load_model,
-    parse_config,
-    write_json,
-)
+from scripts.common import BUNDLED_MODEL, DTYPES, environment, find_model, git_commit, load_model, parse_config
 from scripts.compare_peers import series
 from scripts.corpus import Document, describe, load_documents, tokenize_windows
 from scripts.eval_perplexity import EvalConfig, measure, table

@@ -17,9 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, 
 
 import modeling_alrd_llama  # noqa: F401  (makes the auto classes know the model)
 from configuration_alrd_llama import ALRDLlamaConfig, parse_json
-from configuration_alrd_llama import check_positive as check_positive  # for the scripts, as the next two
-from modules.files import write_json as write_json
-from modules.fit.budget import dense_nbytes as dense_nbytes
 from modules.kivi_cache import CacheScheme
 
 ROOT = Path(__file__).resolve().parent.parent

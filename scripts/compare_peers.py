@@ -25,6 +25,7 @@ from transformers.cache_utils import QuantizedLayer
 
 from configuration_alrd_llama import ALRDLlamaConfig
 from modeling_alrd_llama import ALRDLlamaForCausalLM
+from modules.files import write_json
 from modules.fit.objectives import OBJECTIVES
 from modules.fit.rank_search import (
     asvd_ranks,
@@ -37,15 +38,7 @@ from modules.fit.rank_search import (
 from modules.fit.statistics import collect_statistics
 from modules.kivi_cache import CacheScheme, KIVILatentCache, config_widths
 from scripts import plots
-from scripts.common import (
-    BUNDLED_MODEL,
-    find_model,
-    folder_sha256,
-    installed_version,
-    load_model,
-    parse_config,
-    write_json,
-)
+from scripts.common import BUNDLED_MODEL, find_model, folder_sha256, installed_version, load_model, parse_config
 from scripts.corpus import describe, load_documents, tokenize_windows
 from scripts.eval_perplexity import EvalConfig, measure, paired_bootstrap, scored_positions
 

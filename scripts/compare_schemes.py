@@ -14,11 +14,12 @@ from functools import partial
 from pathlib import Path
 
 from configuration_alrd_llama import QuantScheme
+from modules.files import write_json
 from modules.formats.calibrated_int8 import calibrate as calibrate_int8
 from modules.formats.qlutattn import QLUTATTN, layer_schemes_by_range
 from modules.kivi_cache import CacheScheme, KIVILatentCache, create_kivi_cache
 from scripts.calibrate_svd_ranks import CalibrationConfig, calibrate_model
-from scripts.common import BUNDLED_MODEL, load_model, parse_config, write_json
+from scripts.common import BUNDLED_MODEL, load_model, parse_config
 from scripts.corpus import load_documents, tokenize_windows
 from scripts.eval_perplexity import EvalConfig, measure, table
 

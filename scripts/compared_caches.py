@@ -13,19 +13,10 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, Cache, DynamicCache, PreTrainedModel
 
-from configuration_alrd_llama import ALRDLlamaConfig
+from configuration_alrd_llama import ALRDLlamaConfig, parse_json
+from modules.fit.budget import dense_nbytes
 from modules.kivi_cache import CacheScheme, KIVILatentCache
-from scripts.common import (
-    BUNDLED_MODEL,
-    DTYPES,
-    dense_nbytes,
-    environment,
-    find_model,
-    folder_sha256,
-    latent_config,
-    load_model,
-    parse_json,
-)
+from scripts.common import BUNDLED_MODEL, DTYPES, environment, find_model, folder_sha256, latent_config, load_model
 from scripts.eval_perplexity import parse_bits, token_bytes
 
 #: Lengths at which the bytes of a token are stated, beside those that an evaluation meets.

@@ -12,21 +12,21 @@ from typing import Any, Literal
 
 import torch
 
+from configuration_alrd_llama import check_positive
 from modules.cache.layer import CacheScheme, LayerWidths
 from modules.cache.pool import block_nbytes
+from modules.files import write_json
+from modules.fit.budget import dense_nbytes
 from modules.kivi_cache import config_schemes, config_widths
 from scripts.common import (
     BUNDLED_MODEL,
     DTYPES,
     CacheOptions,
-    check_positive,
-    dense_nbytes,
     environment,
     format_table,
     human_bytes,
     latent_config,
     parse_config,
-    write_json,
 )
 
 

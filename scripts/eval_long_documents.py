@@ -18,8 +18,10 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
+from configuration_alrd_llama import check_positive
+from modules.files import write_json
 from scripts import plots
-from scripts.common import check_positive, find_model, human_bytes, parse_config, write_json
+from scripts.common import find_model, human_bytes, parse_config
 from scripts.compared_caches import ComparedCaches, describe_cache, open_record, packed_tokens
 from scripts.corpus import describe, document_windows, load_documents
 from scripts.eval_perplexity import cache_bytes, paired_bootstrap

@@ -22,21 +22,13 @@ from accelerate import PartialState
 from tqdm import tqdm
 from transformers import AutoTokenizer, DynamicCache
 
-from configuration_alrd_llama import check_choice
+from configuration_alrd_llama import check_choice, parse_json
 from modeling_alrd_llama import ALRDLlamaForCausalLM
+from modules.files import write_json
+from modules.fit.budget import dense_nbytes
 from modules.fit.distributed import device_map, gather, is_main, join_processes, rounds
 from modules.kivi_cache import KIVILatentCache
-from scripts.common import (
-    BUNDLED_MODEL,
-    dense_nbytes,
-    environment,
-    find_model,
-    load_model,
-    parse_config,
-    parse_json,
-    whole,
-    write_json,
-)
+from scripts.common import BUNDLED_MODEL, environment, find_model, load_model, parse_config, whole
 from scripts.corpus import describe, document_windows, load_documents, tokenize_windows
 
 

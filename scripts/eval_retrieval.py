@@ -26,8 +26,10 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from configuration_alrd_llama import check_positive
+from modules.files import write_json
 from scripts import plots
-from scripts.common import check_positive, find_model, parse_config, write_json
+from scripts.common import find_model, parse_config
 from scripts.compared_caches import ComparedCaches, describe_cache, open_record, packed_tokens
 from scripts.corpus import describe, load_documents
 

@@ -21,7 +21,9 @@ from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 from transformers import AutoTokenizer, Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from scripts.common import ROOT, check_positive, find_model, parse_config, write_json
+from configuration_alrd_llama import check_positive
+from modules.files import write_json
+from scripts.common import ROOT, find_model, parse_config
 from scripts.compared_caches import ComparedCaches, PackedContext, describe_cache, open_record, scores_table
 
 #: The tasks of this repository, made of what is on every machine.

@@ -14,8 +14,9 @@ from tqdm import tqdm
 
 from configuration_alrd_llama import QuantScheme
 from modules.cache.codecs import block_nbytes, make_codec
+from modules.files import write_json
 from scripts.calibrate_svd_ranks import CalibrationConfig, calibrate_model
-from scripts.common import BUNDLED_MODEL, environment, parse_config, write_json
+from scripts.common import BUNDLED_MODEL, environment, parse_config
 from scripts.corpus import load_documents, tokenize_windows
 
 #: DESIGN's figures for a unit Gaussian, by (bits, group size), for the default range method of the width.

@@ -17,10 +17,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from configuration_alrd_llama import ALRDLlamaConfig, QuantScheme, check_choice
+from modules.files import write_json
 from modules.fit.allocation import measure_costs
 from modules.fit.objectives import PROJECTIONS, projection_factors
 from modules.fit.statistics import collect_statistics, model_digest
-from scripts.common import environment, format_table, human_bytes, parse_config, write_json
+from scripts.common import environment, format_table, human_bytes, parse_config
 
 #: Shapes as in the config.json of the checkpoints on the hub.
 SHAPES = {

@@ -10,10 +10,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from configuration_alrd_llama import ALRDLlamaConfig
 from modeling_alrd_llama import ALRDLlamaForCausalLM
+from modules.files import write_json
 from modules.kivi_cache import CacheScheme, KIVILatentCache, config_widths
 from scripts import benchmark_cache, common, estimate_memory, generate
 from scripts.benchmark_cache import BenchmarkConfig, allocated_bytes
-from scripts.common import ROOT, human_bytes, write_json
+from scripts.common import ROOT, human_bytes
 from scripts.estimate_memory import EstimateConfig, layer_breakdown, layer_room
 from scripts.generate import GenerateConfig
 from tests.helpers import save_byte_tokenizer
