@@ -114,11 +114,11 @@ def main(config: AblationConfig) -> dict:
             record |= {key: measured[key] for key in ("environment", "text", "dtype")}
         if path:
             write_json(path, record)
-    print(table(record))
+    print(ablation_table(record))
     return record
 
 
-def table(record: dict) -> str:
+def ablation_table(record: dict) -> str:
     """Increase of the perplexity of every variant at every budget, as Markdown."""
     budgets = [b for b in next(iter(record["results"].values())) if b != "dense"]
     lines = [

@@ -402,7 +402,7 @@ def llama_cpp(states: DenseStates, ours, kind: int) -> Contender:
 
 
 @dataclass(frozen=True)
-class Peer:
+class AttentionPeer:
     """How a peer is made, and where.
 
     Attributes:
@@ -419,20 +419,22 @@ class Peer:
 
 
 PEERS = {
-    "DynamicCache": Peer(partial(dynamic_cache, dtype=None), 1.8),
-    "DynamicCache fp32": Peer(partial(dynamic_cache, dtype=torch.float32), 3.3),
-    "by hand": Peer(by_hand, 2.0),
-    "quanto 2 bit": Peer(partial(quantized_cache, backend="quanto", axis=0), 6.2, ("optimum-quanto",), ("cpu",)),
-    "hqq 2 bit": Peer(partial(quantized_cache, backend="hqq", axis=1), 9.7, ("hqq",), ("cpu",)),
-    "unpack": Peer(unpack, 4.0),
-    "llama.cpp f16": Peer(partial(llama_cpp, kind=Ggml.F16), 1.8, ("llama-cpp-python",), ("cpu",)),
-    "llama.cpp q8_0": Peer(partial(llama_cpp, kind=Ggml.Q8_0), 1.6, ("llama-cpp-python",), ("cpu",)),
-    "llama.cpp q4_0": Peer(partial(llama_cpp, kind=Ggml.Q4_0), 1.6, ("llama-cpp-python",), ("cpu",)),
-    "flash": Peer(flash, 1.1, devices=("cuda",)),
+    "DynamicCache": AttentionPeer(partial(dynamic_cache, dtype=None), 1.8),
+    "DynamicCache fp32": AttentionPeer(partial(dynamic_cache, dtype=torch.float32), 3.3),
+    "by hand": AttentionPeer(by_hand, 2.0),
+    "quanto 2 bit": AttentionPeer(
+        partial(quantized_cache, backend="quanto", axis=0), 6.2, ("optimum-quanto",), ("cpu",)
+    ),
+    "hqq 2 bit": AttentionPeer(partial(quantized_cache, backend="hqq", axis=1), 9.7, ("hqq",), ("cpu",)),
+    "unpack": AttentionPeer(unpack, 4.0),
+    "llama.cpp f16": AttentionPeer(partial(llama_cpp, kind=Ggml.F16), 1.8, ("llama-cpp-python",), ("cpu",)),
+    "llama.cpp q8_0": AttentionPeer(partial(llama_cpp, kind=Ggml.Q8_0), 1.6, ("llama-cpp-python",), ("cpu",)),
+    "llama.cpp q4_0": AttentionPeer(partial(llama_cpp, kind=Ggml.Q4_0), 1.6, ("llama-cpp-python",), ("cpu",)),
+    "flash": AttentionPeer(flash, 1.1, devices=("cuda",)),
 }
 
 
-def why_not(peer: Peer, states: DenseStates, memory_gib: float) -> str | None:
+def unsupported_reason(peer: AttentionPeer, states: DenseStates, memory_gib: float) -> str | None:
     """Why a peer is left out of a case; `None`: it is not."""
     device = states.device.type
     if device not in peer.devices:

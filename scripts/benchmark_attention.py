@@ -56,7 +56,7 @@ from scripts.attention_peers import (
     relative_error,
     timed,
     transformers_sdpa,
-    why_not,
+    unsupported_reason,
 )
 from scripts.common import DTYPES, environment, human_bytes, installed_version, parse_config, set_ranks
 
@@ -72,7 +72,7 @@ FEWEST_ROUNDS = 5
 
 
 @dataclass
-class BenchmarkConfig:
+class AttentionBenchmarkConfig:
     """Options of the benchmark."""
 
     lengths: list[int] = field(default_factory=lambda: [4096, 32768, 131072], metadata={"help": "Tokens per row."})
@@ -145,7 +145,7 @@ class BenchmarkConfig:
         return config
 
 
-def measure_machine(options: BenchmarkConfig) -> dict[str, float]:
+def measure_machine(options: AttentionBenchmarkConfig) -> dict[str, float]:
     """Read bandwidth (bytes per second) and peaks of matrix products (multiply-adds per second), as torch gets them."""
     device, size = torch.device(options.device), 256 if options.quick else 4096
     buffer = torch.ones(2 ** (16 if options.quick else 27), device=device)
@@ -161,7 +161,7 @@ def measure_machine(options: BenchmarkConfig) -> dict[str, float]:
     return machine
 
 
-def between_calls(options: BenchmarkConfig) -> Callable[[int], None]:
+def between_calls(options: AttentionBenchmarkConfig) -> Callable[[int], None]:
     """What happens before each call, so that all find the same machine; takes the threads that PyTorch is to wake."""
     cpu = torch.device(options.device).type == "cpu"  # elsewhere `timed` sees to the caches
     size = 2**26 if options.cold and cpu and not options.quick else 2**16
@@ -192,7 +192,12 @@ class LatentLayer:
 
     @torch.no_grad()
     def __init__(
-        self, options: BenchmarkConfig, scheme: dict[str, Any], length: int, batch: int, capacity: int | None = None
+        self,
+        options: AttentionBenchmarkConfig,
+        scheme: dict[str, Any],
+        length: int,
+        batch: int,
+        capacity: int | None = None,
     ):
         self.options, self.length, self.batch = options, length, batch
         self.dtype, self.device = getattr(torch, options.dtype), torch.device(options.device)
@@ -391,7 +396,7 @@ def in_a_graph(step: Run, name: str) -> tuple[Run, bool]:
 
 
 def in_turns(
-    options: BenchmarkConfig, steps: dict[str, Run], cool: Callable[[int], None], foreign: bool = False
+    options: AttentionBenchmarkConfig, steps: dict[str, Run], cool: Callable[[int], None], foreign: bool = False
 ) -> dict[str, list[float]]:
     """Seconds of each step in rounds; every round takes each of them once, and the order changes. The step "peer" has
     threads of its own if `foreign`."""
@@ -428,7 +433,7 @@ def figures(contender: Contender, seconds: list[float], machine: dict[str, float
 
 @torch.no_grad()
 def measure_case(
-    options: BenchmarkConfig, length: int, batch: int, scheme: dict[str, Any], peers: list[str], machine: dict
+    options: AttentionBenchmarkConfig, length: int, batch: int, scheme: dict[str, Any], peers: list[str], machine: dict
 ) -> dict[str, Any]:
     """One case: gate, appends, and our step in turns with each peer."""
     torch.manual_seed(options.seed)
@@ -458,7 +463,7 @@ def measure_case(
     append_s, everything = 0.0 if cuda else ours.append["mean_s"], []
     for name in peers:
         peer = PEERS[name]
-        reason = why_not(peer, states, options.memory_gib)
+        reason = unsupported_reason(peer, states, options.memory_gib)
         if reason is None:
             try:
                 theirs = peer.make(states, ours)
@@ -493,7 +498,7 @@ def measure_case(
     return record
 
 
-def cases(options: BenchmarkConfig) -> Iterator[tuple[str, int, int, dict[str, Any], list[str]]]:
+def cases(options: AttentionBenchmarkConfig) -> Iterator[tuple[str, int, int, dict[str, Any], list[str]]]:
     """Name, length, batch, scheme and peers of every case."""
     device = torch.device(options.device).type
     everybody = options.peers or [name for name, peer in PEERS.items() if device in peer.devices]
@@ -520,7 +525,7 @@ KEY = (
 )
 
 
-def main(options: BenchmarkConfig) -> dict[str, Any]:
+def main(options: AttentionBenchmarkConfig) -> dict[str, Any]:
     """Measure the cases that the output does not hold; returns the record."""
     torch.set_num_threads(options.threads)
     here = environment(torch.device(options.device))
@@ -539,7 +544,7 @@ def main(options: BenchmarkConfig) -> dict[str, Any]:
         if options.output:
             write_json(options.output, record)
         tqdm.write(f"{name}: {describe(measured)}")
-    print(table(record))
+    print(attention_tables(record))
     return record
 
 
@@ -601,7 +606,7 @@ def pivot(record: dict[str, Any], row: Callable[[dict], dict[str, str]], title: 
     return "\n".join(lines)
 
 
-def peers_table(record: dict[str, Any]) -> str:
+def attention_table(record: dict[str, Any]) -> str:
     """How many times faster than each peer the first scheme is, a column per size, as Markdown."""
 
     def row(case: dict[str, Any]) -> dict[str, str]:
@@ -624,10 +629,10 @@ def schemes_table(record: dict[str, Any]) -> str:
     return pivot(record, row, "rank, bits: ms")
 
 
-def table(record: dict[str, Any]) -> str:
+def attention_tables(record: dict[str, Any]) -> str:
     """All tables, as Markdown."""
-    return "\n\n".join(make(record) for make in (full_table, peers_table, schemes_table))
+    return "\n\n".join(make(record) for make in (full_table, attention_table, schemes_table))
 
 
 if __name__ == "__main__":
-    main(parse_config(BenchmarkConfig, __doc__))
+    main(parse_config(AttentionBenchmarkConfig, __doc__))

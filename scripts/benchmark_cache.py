@@ -42,7 +42,7 @@ TEMPORARY_SHARE = 1 / 20
 
 
 @dataclass
-class BenchmarkConfig(CacheOptions):
+class CacheBenchmarkConfig(CacheOptions):
     """Options of the benchmark."""
 
     lengths: list[int] = field(
@@ -172,7 +172,7 @@ def timed(append: Callable[..., Any], tokens: list) -> list[float]:
     return seconds
 
 
-def time_appends(config: ALRDLlamaConfig, options: BenchmarkConfig, latents: Latents) -> list[dict[str, Any]]:
+def time_appends(config: ALRDLlamaConfig, options: CacheBenchmarkConfig, latents: Latents) -> list[dict[str, Any]]:
     """Appends of one token at each length, packed and dense."""
     dtype = getattr(torch, options.dtype)
     heads, size = config.num_key_value_heads, config.head_dim
@@ -224,7 +224,7 @@ def allocated_bytes(step: Callable[[], Any]) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def measure_steps(config: ALRDLlamaConfig, options: BenchmarkConfig, latents: Latents) -> dict[str, Any]:
+def measure_steps(config: ALRDLlamaConfig, options: CacheBenchmarkConfig, latents: Latents) -> dict[str, Any]:
     """Temporary memory of decode steps at the longest length."""
     dtype, target = getattr(torch, options.dtype), options.lengths[-1]
     model = ALRDLlamaModel(config).to(dtype).eval()
@@ -280,7 +280,7 @@ def measure_steps(config: ALRDLlamaConfig, options: BenchmarkConfig, latents: La
     return {"limit": TEMPORARY_SHARE, "steps": [ordinary, dearest]}
 
 
-def main(options: BenchmarkConfig) -> dict[str, Any]:
+def main(options: CacheBenchmarkConfig) -> dict[str, Any]:
     """Check, measure and report; returns the record."""
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
@@ -332,4 +332,4 @@ def main(options: BenchmarkConfig) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(parse_config(BenchmarkConfig, __doc__))
+    main(parse_config(CacheBenchmarkConfig, __doc__))

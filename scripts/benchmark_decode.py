@@ -77,7 +77,7 @@ GATE_SIZE = (1024, 2)
 
 
 @dataclass
-class BenchmarkConfig:
+class DecodeBenchmarkConfig:
     """Options of the benchmark."""
 
     lengths: list[int] = field(default_factory=lambda: [4096, 32768, 131072], metadata={"help": "Tokens per row."})
@@ -132,7 +132,7 @@ class Subject:
         shape: Arguments of the random model's `LlamaConfig`; `None`: `RANDOM`, or `SMALL` in a quick run.
     """
 
-    options: BenchmarkConfig
+    options: DecodeBenchmarkConfig
     name: str
     checkpoint: str | None = None
     shape: dict[str, Any] | None = None
@@ -292,7 +292,7 @@ class Decoder:
         }
 
 
-def why_not(config, length: int, batch: int, dtype: torch.dtype, memory_gib: float) -> str | None:
+def dense_unsupported_reason(config, length: int, batch: int, dtype: torch.dtype, memory_gib: float) -> str | None:
     """Why a dense cache is left out; `None`: it is not. An append holds one side of one layer twice."""
     need = dense_nbytes(config, length, dtype, batch) * (1 + 0.5 / config.num_hidden_layers)
     return f"would need {human_bytes(need)} of memory, above --memory_gib" if need > memory_gib * 2**30 else None
@@ -310,7 +310,7 @@ def measure_case(subject: Subject, length: int, batch: int) -> dict[str, Any]:
         "backend": " and ".join(sorted({str(layer.backend) for layer in layers})),
         "fused": all(layer.backend.attends_to(*layer.pool.sides()) for layer in layers),
     }
-    reason = why_not(subject.dense.config, length, batch, subject.dtype, options.memory_gib)
+    reason = dense_unsupported_reason(subject.dense.config, length, batch, subject.dtype, options.memory_gib)
     theirs = None
     if reason is None:
         theirs = Decoder(subject.dense, lambda: subject.dense_cache(length, batch), batch)
@@ -359,7 +359,7 @@ def measure_first_token(subject: Subject) -> dict[str, Any]:
 KEY = ("rank", "head_group_size", "bits", "model", "steps", "dense_steps", "backend", "device", "dtype", "threads")
 
 
-def main(options: BenchmarkConfig) -> dict[str, Any]:
+def main(options: DecodeBenchmarkConfig) -> dict[str, Any]:
     """Measure the cases that the output does not hold; returns the record."""
     torch.set_num_threads(options.threads)
     here = environment(torch.device(options.device))
@@ -390,7 +390,7 @@ def main(options: BenchmarkConfig) -> dict[str, Any]:
             record |= {"config": asdict(options), "environment": here}
             if options.output:
                 write_json(options.output, record)
-    print(table(record))
+    print(decode_tables(record))
     return record
 
 
@@ -433,10 +433,10 @@ def first_token_table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def table(record: dict[str, Any]) -> str:
+def decode_tables(record: dict[str, Any]) -> str:
     """Both tables, as Markdown."""
     return f"{decode_table(record)}\n\n{first_token_table(record)}"
 
 
 if __name__ == "__main__":
-    main(parse_config(BenchmarkConfig, __doc__))
+    main(parse_config(DecodeBenchmarkConfig, __doc__))

@@ -70,7 +70,7 @@ ROOM = 256
 
 
 @dataclass
-class BenchmarkConfig:
+class GpuBenchmarkConfig:
     """Options of the benchmark."""
 
     sizes: list[str] = field(
@@ -110,9 +110,9 @@ class BenchmarkConfig:
             raise ValueError(f"new_tokens={self.new_tokens}: must be two rising numbers above 1")
         self.contexts = sorted(self.contexts)  # a static cache is never made smaller than an earlier one
 
-    def attention_options(self) -> benchmark_attention.BenchmarkConfig:
+    def attention_options(self) -> benchmark_attention.AttentionBenchmarkConfig:
         lengths, batches = zip(*map(size_of, [*self.sizes, self.append]), strict=True)
-        options = benchmark_attention.BenchmarkConfig(
+        options = benchmark_attention.AttentionBenchmarkConfig(
             lengths=list(lengths),
             batches=list(batches),
             ranks=[self.rank],
@@ -129,7 +129,7 @@ class BenchmarkConfig:
 
     def subject(self) -> Subject:
         """The random model, split and dense."""
-        options = benchmark_decode.BenchmarkConfig(
+        options = benchmark_decode.DecodeBenchmarkConfig(
             lengths=[max(self.contexts) + self.new_tokens[1]],
             rank=self.rank,
             bits=self.bits,
@@ -179,7 +179,7 @@ def check_tokens(found: torch.Tensor, eager: torch.Tensor, logits: tuple[torch.T
 class Models:
     """The random models, made when the first row asks for one, and their gate."""
 
-    def __init__(self, options: BenchmarkConfig):
+    def __init__(self, options: GpuBenchmarkConfig):
         self.options, self.device = options, torch.device(options.device)
 
     @cached_property
@@ -240,7 +240,7 @@ class Models:
         return record | {"step": quartiles(steps), "first_token": quartiles(first), "new_tokens": [few, many]}
 
 
-def measure_attention(options: BenchmarkConfig, size: str) -> dict[str, Any]:
+def measure_attention(options: GpuBenchmarkConfig, size: str) -> dict[str, Any]:
     layer_options = options.attention_options()
     (scheme,) = [s for s in layer_options.schemes() if (s["rank"], s["head_group_size"]) == (options.rank, 1)]
     machine = measure_machine(layer_options)
@@ -250,7 +250,7 @@ def measure_attention(options: BenchmarkConfig, size: str) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def measure_append(options: BenchmarkConfig) -> dict[str, Any]:
+def measure_append(options: GpuBenchmarkConfig) -> dict[str, Any]:
     """Appends of a block, token by token, to a growing cache and to one of fixed capacity.
 
     Raises:
@@ -270,8 +270,8 @@ def measure_append(options: BenchmarkConfig) -> dict[str, Any]:
     return record
 
 
-def measure_pack(options: BenchmarkConfig) -> dict[str, Any]:
-    quantize = benchmark_quantize.BenchmarkConfig(
+def measure_pack(options: GpuBenchmarkConfig) -> dict[str, Any]:
+    quantize = benchmark_quantize.QuantizeBenchmarkConfig(
         device=options.device,
         backends=["triton" if torch.device(options.device).type == "cuda" else "cpu"],
         bits=[2, 4],
@@ -292,7 +292,7 @@ class Row(NamedTuple):
     measure: Callable[[], dict[str, Any]]
 
 
-def rows(options: BenchmarkConfig) -> Iterator[Row]:
+def rows(options: GpuBenchmarkConfig) -> Iterator[Row]:
     """Every row: first the one that is to find nothing compiled, last those that take longest."""
     models = Models(options)
     first, *others = (
@@ -322,7 +322,7 @@ def empty_compiler_caches() -> Iterator[None]:
 KEY = ("new_tokens", "rank", "bits", "rounds", "model_rounds", "dtype", "threads", "seed", "quick")
 
 
-def main(options: BenchmarkConfig) -> dict[str, Any]:
+def main(options: GpuBenchmarkConfig) -> dict[str, Any]:
     """Measure the rows that the output does not hold, as far as the budget goes; returns the record.
 
     Raises:
@@ -362,7 +362,7 @@ def main(options: BenchmarkConfig) -> dict[str, Any]:
         if options.output:
             write_json(options.output, record)
         print(f"{row.name}: measured in {took:.1f} s", flush=True)
-    print(table(record))
+    print(gpu_table(record))
     if late:
         print(f"budget_s={options.budget_s:g}: reached; not measured: {'; '.join(late)}")
     if failed:
@@ -374,12 +374,17 @@ def _markdown(header: list[str], lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *lines))
 
 
-def table(record: dict[str, Any]) -> str:
+def gpu_table(record: dict[str, Any]) -> str:
     """All rows, a table per kind, as Markdown."""
     cases: dict[str, list[dict[str, Any]]] = {}
     for case in record["cases"].values():
         cases.setdefault(case["kind"], []).append(case)
-    tables = {"attention": attention_table, "model": model_table, "append": append_table, "pack": pack_table}
+    tables = {
+        "attention": gpu_attention_table,
+        "model": gpu_model_table,
+        "append": gpu_append_table,
+        "pack": gpu_pack_table,
+    }
     return "\n\n".join(make(cases[kind]) for kind, make in tables.items() if kind in cases)
 
 
@@ -387,7 +392,7 @@ def _microseconds(seconds: dict[str, float]) -> str:
     return "{p50:,.0f} [{p25:,.0f}–{p75:,.0f}]".format(**{name: 1e6 * s for name, s in seconds.items()})
 
 
-def attention_table(cases: list[dict[str, Any]]) -> str:
+def gpu_attention_table(cases: list[dict[str, Any]]) -> str:
     lines = []
     for case in cases:
         ((name, peer),) = case["peers"].items()
@@ -398,7 +403,7 @@ def attention_table(cases: list[dict[str, Any]]) -> str:
     return _markdown(["attention, tokens × rows", "ours, µs", "peer, µs", "times faster"], lines)
 
 
-def model_table(cases: list[dict[str, Any]]) -> str:
+def gpu_model_table(cases: list[dict[str, Any]]) -> str:
     by_context: dict[int, list[dict[str, Any]]] = {}
     for case in cases:
         by_context.setdefault(case["context"], []).append(case)
@@ -417,7 +422,7 @@ def model_table(cases: list[dict[str, Any]]) -> str:
     return _markdown(header, lines)
 
 
-def append_table(cases: list[dict[str, Any]]) -> str:
+def gpu_append_table(cases: list[dict[str, Any]]) -> str:
     lines = [
         [f"{case['length']:,} × {case['batch']}", name]
         + [f"{1e6 * case[name][figure]:,.0f}" for figure in ("p50_s", "mean_s", "host_p50_s")]
@@ -427,7 +432,7 @@ def append_table(cases: list[dict[str, Any]]) -> str:
     return _markdown(["append, tokens × rows", "cache", "median, µs", "mean, packing in it, µs", "host, µs"], lines)
 
 
-def pack_table(cases: list[dict[str, Any]]) -> str:
+def gpu_pack_table(cases: list[dict[str, Any]]) -> str:
     lines = [
         [r["name"], f"{r['pack']['gb_per_s']:,.0f}", f"{r['pack']['gb_per_s'] / case['copy']['gb_per_s']:.2f}"]
         for case in cases
@@ -438,4 +443,4 @@ def pack_table(cases: list[dict[str, Any]]) -> str:
 
 if __name__ == "__main__":
     with empty_compiler_caches():
-        main(parse_config(BenchmarkConfig, __doc__))
+        main(parse_config(GpuBenchmarkConfig, __doc__))

@@ -48,7 +48,7 @@ ROOM = 128
 
 
 @dataclass
-class BenchmarkConfig:
+class HostBenchmarkConfig:
     """Options of the benchmark."""
 
     contexts: list[int] = field(default_factory=lambda: [64, 256], metadata={"help": "Tokens per row in the cache."})
@@ -134,7 +134,7 @@ def without_launches(launcher: bool) -> Iterator[None]:
 
 
 @dataclass
-class Contender:
+class HostContender:
     """A model with a filled cache.
 
     Attributes:
@@ -158,7 +158,7 @@ class Contender:
             return (time.perf_counter() - started) / steps
 
 
-def models(options: BenchmarkConfig) -> tuple[ALRDLlamaForCausalLM, PreTrainedModel]:
+def models(options: HostBenchmarkConfig) -> tuple[ALRDLlamaForCausalLM, PreTrainedModel]:
     """The random model and the dense one that it is equal to."""
     torch.manual_seed(options.seed)
     shape = SMALL | {"num_hidden_layers": options.layers}
@@ -176,15 +176,15 @@ def models(options: BenchmarkConfig) -> tuple[ALRDLlamaForCausalLM, PreTrainedMo
 
 
 @torch.no_grad()
-def measure_case(options: BenchmarkConfig, ours: PreTrainedModel, dense: PreTrainedModel, context: int, batch: int):
+def measure_case(options: HostBenchmarkConfig, ours: PreTrainedModel, dense: PreTrainedModel, context: int, batch: int):
     """All contenders in turns at this context and batch."""
     prompt = torch.randint(ours.config.vocab_size, (batch, context))
     token = prompt[:, :1]
-    contenders = {"dense": Contender(dense, DynamicCache(config=dense.config), None)}
+    contenders = {"dense": HostContender(dense, DynamicCache(config=dense.config), None)}
     for launcher in (False, True)[: 1 + options.launcher]:
         for kind, capacity in (("growing", None), ("fixed", context + ROOM)):
             cache = ours.create_kivi_cache(capacity=capacity, backend="triton")
-            contenders[f"{kind}, {'launched' if launcher else 'prepared'}"] = Contender(ours, cache, launcher)
+            contenders[f"{kind}, {'launched' if launcher else 'prepared'}"] = HostContender(ours, cache, launcher)
     launches = {}
     for name, contender in contenders.items():
         with without_launches(launcher=False):
@@ -217,7 +217,7 @@ def measure_case(options: BenchmarkConfig, ours: PreTrainedModel, dense: PreTrai
     }
 
 
-def main(options: BenchmarkConfig) -> dict[str, Any]:
+def main(options: HostBenchmarkConfig) -> dict[str, Any]:
     """Measure all cases; returns the record."""
     torch.set_num_threads(options.threads)
     ours, dense = models(options)
@@ -226,11 +226,11 @@ def main(options: BenchmarkConfig) -> dict[str, Any]:
     record = {"config": asdict(options), "environment": environment(), "cases": cases}
     if options.output:
         write_json(options.output, record)
-    print(table(record))
+    print(host_table(record))
     return record
 
 
-def table(record: dict[str, Any]) -> str:
+def host_table(record: dict[str, Any]) -> str:
     """Time of a step of every contender, as Markdown."""
     lines = ["| tokens × rows | cache | ms per step | over dense | launches |", "|---|---|---|---|---|"]
     for case in record["cases"]:
@@ -243,4 +243,4 @@ def table(record: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main(parse_config(BenchmarkConfig, __doc__))
+    main(parse_config(HostBenchmarkConfig, __doc__))

@@ -45,7 +45,7 @@ CONTENDERS = ("lookup", "dot", "dequantize")
 
 
 @dataclass
-class BenchmarkConfig:
+class LookupBenchmarkConfig:
     """Options of the benchmark."""
 
     lengths: list[int] = field(default_factory=lambda: [4096, 32768], metadata={"help": "Packed tokens."})
@@ -168,7 +168,7 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"p20": fifths[0], "p50": statistics.median(values), "p80": fifths[3]}
 
 
-def measure(options: BenchmarkConfig, bits: int, length: int) -> dict[str, Any]:
+def measure(options: LookupBenchmarkConfig, bits: int, length: int) -> dict[str, Any]:
     """All contenders on one cache."""
     heads, size = options.kv_heads, options.head_dim
     layer = KIVILatentLayer(CacheScheme.of(QLUTATTN[f"K{bits}"], QLUTATTN[f"V{bits}"]), ((size,) * heads,) * 2)
@@ -204,7 +204,7 @@ def measure(options: BenchmarkConfig, bits: int, length: int) -> dict[str, Any]:
     }
 
 
-def table(record: dict[str, Any]) -> str:
+def lookup_table(record: dict[str, Any]) -> str:
     """Markdown table of a record."""
     lines = [
         "| tokens | bits | look-up | dot products | dequantize, multiply | dot ÷ look-up | dequantize ÷ look-up "
@@ -222,7 +222,7 @@ def table(record: dict[str, Any]) -> str:
 
 
 @torch.no_grad()
-def main(options: BenchmarkConfig) -> dict[str, Any]:
+def main(options: LookupBenchmarkConfig) -> dict[str, Any]:
     """Check, measure and report; returns the record."""
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
@@ -234,7 +234,7 @@ def main(options: BenchmarkConfig) -> dict[str, Any]:
         "results": results,
         "environment": environment(),
     }
-    print(f"{table(record)}\n\nErrors in units of plain bfloat16's:")
+    print(f"{lookup_table(record)}\n\nErrors in units of plain bfloat16's:")
     for r in results:
         errors = ", ".join(f"{name} {value:.2f}" for name, value in r["error_over_bfloat16"].items())
         print(f"  {r['length']:,} tokens, {r['bits']} bits: {errors}")
@@ -244,4 +244,4 @@ def main(options: BenchmarkConfig) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(parse_config(BenchmarkConfig, __doc__))
+    main(parse_config(LookupBenchmarkConfig, __doc__))

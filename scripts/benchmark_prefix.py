@@ -50,7 +50,7 @@ from scripts.common import (
 
 
 @dataclass
-class BenchmarkConfig:
+class PrefixBenchmarkConfig:
     """Options of the benchmark."""
 
     model: str = field(default=BUNDLED_MODEL, metadata={"help": "Dense Llama, Mistral or Qwen2."})
@@ -90,7 +90,7 @@ def dense_nbytes_of(cache: DynamicCache) -> int:
 
 
 @torch.no_grad()
-def measure(model: ALRDLlamaForCausalLM, dense: PreTrainedModel, config: BenchmarkConfig, folder: Path) -> dict:
+def measure(model: ALRDLlamaForCausalLM, dense: PreTrainedModel, config: PrefixBenchmarkConfig, folder: Path) -> dict:
     """All figures of one model."""
     generator = torch.Generator().manual_seed(config.seed)
     vocabulary = model.config.vocab_size
@@ -169,7 +169,7 @@ def measure(model: ALRDLlamaForCausalLM, dense: PreTrainedModel, config: Benchma
     }
 
 
-def main(config: BenchmarkConfig) -> dict:
+def main(config: PrefixBenchmarkConfig) -> dict:
     """Measure every model; returns the record."""
     torch.set_num_threads(config.threads)
     dtype = getattr(torch, config.dtype)
@@ -185,11 +185,11 @@ def main(config: BenchmarkConfig) -> dict:
             record["models"][name] = measure(model, dense, config, Path(folder)) | {"sha256": folder_sha256(path)}
             if config.output:
                 write_json(config.output, record)
-    print(format_table(*cells(record)))
+    print(format_table(*prefix_cells(record)))
     return record
 
 
-def cells(record: dict) -> tuple[list[str], list[list[str]]]:
+def prefix_cells(record: dict) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the results."""
     n = record["config"]["continuations"]
     header = [
@@ -217,4 +217,4 @@ def cells(record: dict) -> tuple[list[str], list[list[str]]]:
 
 
 if __name__ == "__main__":
-    main(parse_config(BenchmarkConfig, __doc__))
+    main(parse_config(PrefixBenchmarkConfig, __doc__))

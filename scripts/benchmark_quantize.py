@@ -32,7 +32,7 @@ MIB = 2**20
 
 
 @dataclass
-class BenchmarkConfig:
+class QuantizeBenchmarkConfig:
     """Options of the benchmark."""
 
     device: str | None = field(default=None, metadata={"help": "Where to measure. None: CUDA if there is a device."})
@@ -155,7 +155,7 @@ def measure(schemes: list[QuantScheme], backend: Backend, x: torch.Tensor, repea
     return records
 
 
-def table(records: list[dict[str, Any]], copy_gb_per_s: float) -> str:
+def quantize_table(records: list[dict[str, Any]], copy_gb_per_s: float) -> str:
     """Markdown table of what was measured."""
     lines = [
         "| back end | scheme | pack GB/s | of copy | states only | unpack GB/s | of copy | states only |",
@@ -171,7 +171,7 @@ def table(records: list[dict[str, Any]], copy_gb_per_s: float) -> str:
 
 
 @torch.no_grad()
-def main(options: BenchmarkConfig) -> dict[str, Any]:
+def main(options: QuantizeBenchmarkConfig) -> dict[str, Any]:
     """Check, measure and report; returns the record."""
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
@@ -191,7 +191,7 @@ def main(options: BenchmarkConfig) -> dict[str, Any]:
 
     shape = " x ".join(map(str, x.shape))
     print(f"\n{nbytes(x) / MIB:g} MiB of {options.dtype} states ({shape}) on {device}; copy {copy_gb_per_s:,.4g} GB/s")
-    print(table(records, copy_gb_per_s))
+    print(quantize_table(records, copy_gb_per_s))
     if device.type == "cpu":
         for r in records:
             r["target_gb_per_s"], r["on_target"] = CPU_TARGET, r["pack"]["states_gb_per_s"] >= CPU_TARGET
@@ -215,4 +215,4 @@ def main(options: BenchmarkConfig) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(parse_config(BenchmarkConfig, __doc__))
+    main(parse_config(QuantizeBenchmarkConfig, __doc__))

@@ -31,7 +31,7 @@ from scripts import plots
 from scripts.common import BUNDLED_MODEL, DTYPES, environment, find_model, git_commit, load_model, parse_config
 from scripts.compare_peers import series
 from scripts.corpus import Document, describe, load_documents, tokenize_windows
-from scripts.eval_perplexity import EvalConfig, measure, table
+from scripts.eval_perplexity import EvalConfig, measure, perplexity_table
 
 
 @dataclass
@@ -204,7 +204,7 @@ def measure_sweep(config: CalibrationConfig, processes: PartialState | None = No
         recorded = series(json.loads(Path(config.peers).read_text()))
         lines |= {f"recorded: {label}": results for label, results in recorded.items() if label != "ours"}
     plots.curve(lines, output / "curve.png")
-    print(table(record["results"]))
+    print(perplexity_table(record["results"]))
     return record
 
 

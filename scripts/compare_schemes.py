@@ -21,7 +21,7 @@ from modules.kivi_cache import CacheScheme, KIVILatentCache, create_kivi_cache
 from scripts.calibrate_svd_ranks import CalibrationConfig, calibrate_model
 from scripts.common import BUNDLED_MODEL, load_model, parse_config
 from scripts.corpus import load_documents, tokenize_windows
-from scripts.eval_perplexity import EvalConfig, measure, table
+from scripts.eval_perplexity import EvalConfig, measure, perplexity_table
 
 
 @dataclass
@@ -207,7 +207,7 @@ def _measure_recommended(config: CompareConfig, evaluation: EvalConfig, calibrat
         label = f"{name}; {rotation} rotated" + (", the default" if name == "2" else "")
         caches[label] = (model, partial(model.create_kivi_cache, **SCHEMES[name]))
     record = measure(evaluation, calibration.tokenizer, dense, caches)
-    print(table(record["results"]))
+    print(perplexity_table(record["results"]))
     if config.output:
         write_json(config.output, record)
     return record

@@ -102,7 +102,7 @@ def main(config: LongDocumentsConfig) -> dict:
     if config.output:
         write_json(config.output, record)
         plots.long_documents(summary(record), Path(config.output).with_suffix(".png"))
-    print(table(record))
+    print(long_documents_table(record))
     return record
 
 
@@ -147,7 +147,7 @@ def summary(record: dict) -> dict:
     return {"ends": [width * (i + 1) for i in range(c["buckets"])], "caches": caches}
 
 
-def table(record: dict) -> str:
+def long_documents_table(record: dict) -> str:
     """Perplexity of the dense model and increases over it by position, as Markdown."""
     found = summary(record)
     ends = found["ends"]

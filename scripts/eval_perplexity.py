@@ -182,7 +182,7 @@ def main(config: EvalConfig) -> dict:
     caches = {bits: (model, partial(model.create_kivi_cache, **s)) for bits, s in settings.items()}
     record = measure(config, tokenizer, dense, caches, processes=processes)
     if is_main(processes):
-        print(table(record["results"]))
+        print(perplexity_table(record["results"]))
         if config.output:
             write_json(config.output, record)
     return record
@@ -350,7 +350,7 @@ def paired_bootstrap(
     return {"ratio": math.exp(difference.mean()), "low": low, "high": high}
 
 
-def table(results: dict) -> str:
+def perplexity_table(results: dict) -> str:
     """The results as a Markdown table; bytes are those of a 4,096-token cache, everything counted."""
     lines = [
         "| cache | perplexity | increase | KL mean | KL p99 | top-1 | bytes/token at 4k | smaller at 4k | at 32k |",

@@ -249,7 +249,7 @@ def main(config: RetrievalConfig) -> dict:
     if config.output:
         write_json(config.output, record)
         plots.retrieval(record, Path(config.output).with_suffix(".png"))
-    print(table(record))
+    print(retrieval_table(record))
     print(f"\n{record['verdict']}")
     return record
 
@@ -283,7 +283,7 @@ def verdict(record: dict) -> str:
     return said
 
 
-def table(record: dict) -> str:
+def retrieval_table(record: dict) -> str:
     """Scores by cache and cell as Markdown; means are over the cells in which the dense model scores enough."""
     shown, results = told_apart(record), record["results"]
     cells = [key for key in results["dense"]["cells"] if key != "control"]

@@ -28,7 +28,7 @@ from configuration_alrd_llama import ALRDLlamaConfig
 from modeling_alrd_llama import ALRDLlamaForCausalLM, ALRDLlamaModel
 from modules.kernels.cpu import sources as cpp_sources
 from scripts.common import ROOT, git_commit, human_bytes, parse_config
-from scripts.eval_perplexity import table
+from scripts.eval_perplexity import perplexity_table
 
 #: The module of the model's classes, whose imports are followed.
 ENTRY = ALRDLlamaForCausalLM.__module__
@@ -369,7 +369,7 @@ def _quality(evaluation: dict | None) -> str:
         f"packed are scored ({evaluation['scored_tokens_per_window']} per window). {evaluation['dtype']}, "
         f"{machine['device']}, torch {machine['torch']}, transformers {machine['transformers']}, commit "
         f"`{machine['commit']}`. A width in bits replaces the checkpoint's own; `config` is what the checkpoint "
-        f"asks for.\n\n{table(evaluation['results'])}"
+        f"asks for.\n\n{perplexity_table(evaluation['results'])}"
     )
 
 

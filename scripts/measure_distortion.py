@@ -135,13 +135,13 @@ def main(config: DistortionConfig) -> dict:
             }
         )
     record = {"config": asdict(config), "environment": environment(), "rows": rows}
-    print(table(record))
+    print(distortion_table(record))
     if config.output:
         write_json(config.output, record)
     return record
 
 
-def table(record: dict, group_size: int | None = None) -> str:
+def distortion_table(record: dict, group_size: int | None = None) -> str:
     """The record as a Markdown table."""
     names = list(record["rows"][0]["distortion"])
     lines = [f"| scheme | bits/element | DESIGN | {' | '.join(names)} |", "|---" * (len(names) + 3) + "|"]

@@ -12,23 +12,22 @@ from pathlib import Path
 from configuration_alrd_llama import QuantScheme
 from modules.formats.qlutattn import QLUTATTN
 from scripts import plots
-from scripts.ablate_calibration import table as ablation_table
+from scripts.ablate_calibration import ablation_table
 from scripts.attention_peers import milliseconds
-from scripts.benchmark_attention import full_table, schemes_table
-from scripts.benchmark_attention import peers_table as attention_table
+from scripts.benchmark_attention import attention_table, full_table, schemes_table
 from scripts.benchmark_decode import decode_table, first_token_table
-from scripts.benchmark_gpu import table as gpu_table
-from scripts.benchmark_lookup import table as lookup_table
-from scripts.benchmark_prefix import cells as prefix_cells
+from scripts.benchmark_gpu import gpu_table
+from scripts.benchmark_lookup import lookup_table
+from scripts.benchmark_prefix import prefix_cells
 from scripts.common import ROOT, human_bytes
 from scripts.compare_peers import frontier_table, peers_table
 from scripts.compare_schemes import drop_in_table, latent_table
 from scripts.compared_caches import scores_table
-from scripts.eval_long_documents import table as long_documents_table
-from scripts.eval_perplexity import table as perplexity_table
-from scripts.eval_retrieval import table as retrieval_table
-from scripts.measure_distortion import table as distortion_table
-from scripts.project_calibration import table as projection_table
+from scripts.eval_long_documents import long_documents_table
+from scripts.eval_perplexity import perplexity_table
+from scripts.eval_retrieval import retrieval_table
+from scripts.measure_distortion import distortion_table
+from scripts.project_calibration import projection_table
 
 RESULTS = ROOT / "scripts" / "results"
 

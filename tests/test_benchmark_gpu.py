@@ -12,18 +12,18 @@ import triton
 
 from scripts import benchmark_decode, benchmark_gpu, readme_tables
 from scripts.benchmark_attention import LatentLayer
-from scripts.benchmark_gpu import WAYS, BenchmarkConfig, check_tokens, rows
+from scripts.benchmark_gpu import WAYS, GpuBenchmarkConfig, check_tokens, rows
 from scripts.common import ROOT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def options(**fields) -> BenchmarkConfig:
-    return BenchmarkConfig(**{"quick": True, "device": "cpu", "threads": 1, **fields})
+def options(**fields) -> GpuBenchmarkConfig:
+    return GpuBenchmarkConfig(**{"quick": True, "device": "cpu", "threads": 1, **fields})
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> tuple[BenchmarkConfig, dict]:
+def run(tmp_path_factory) -> tuple[GpuBenchmarkConfig, dict]:
     asked = options(output=str(tmp_path_factory.mktemp("gpu") / "record.json"))
     return asked, benchmark_gpu.main(asked)
 
@@ -165,7 +165,7 @@ def test_the_compilers_find_nothing_and_leave_nothing(monkeypatch):
 def test_a_machine_without_the_device_says_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="device='cuda': this machine has none; --quick --device cpu tries"):
-        benchmark_gpu.main(BenchmarkConfig())
+        benchmark_gpu.main(GpuBenchmarkConfig())
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -204,7 +204,7 @@ def test_generate_makes_as_many_tokens_as_are_asked_for():
 
 def test_the_models_are_those_of_llama_3_8b():
     """Eight layers of 218 M parameters, embedding and head; shapes only, nothing is allocated."""
-    subject = BenchmarkConfig(device="meta").subject()
+    subject = GpuBenchmarkConfig(device="meta").subject()
     layer, table = 2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 2 * 4096, 128256 * 4096
     assert subject.dense.num_parameters() == 8 * layer + 2 * table + 4096
     assert subject.latent.num_parameters() < subject.dense.num_parameters()
@@ -223,7 +223,7 @@ def test_the_models_are_those_of_llama_3_8b():
 )
 def test_refuses(fields, message):
     with pytest.raises(ValueError, match=message):
-        BenchmarkConfig(**fields)
+        GpuBenchmarkConfig(**fields)
 
 
 def test_make_gpu_needs_no_venv(tmp_path):

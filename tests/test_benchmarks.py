@@ -13,22 +13,20 @@ import torch
 from modules.kernels import Backend
 from scripts import attention_peers, benchmark_attention, benchmark_decode, readme_tables
 from scripts.attention_peers import PEERS, DenseStates, Ggml, relative_error
-from scripts.benchmark_attention import LatentLayer, cases, in_a_graph, in_turns, measure_case
-from scripts.benchmark_decode import Subject
-
-AttentionConfig, DecodeConfig = benchmark_attention.BenchmarkConfig, benchmark_decode.BenchmarkConfig
+from scripts.benchmark_attention import AttentionBenchmarkConfig, LatentLayer, cases, in_a_graph, in_turns, measure_case
+from scripts.benchmark_decode import DecodeBenchmarkConfig, Subject
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
 
 
-def attention_options(**fields) -> AttentionConfig:
-    return AttentionConfig(**{"quick": True, "threads": 1, "backend": "reference", "seconds": 1.0, **fields})
+def attention_options(**fields) -> AttentionBenchmarkConfig:
+    return AttentionBenchmarkConfig(**{"quick": True, "threads": 1, "backend": "reference", "seconds": 1.0, **fields})
 
 
-def decode_options(**fields) -> DecodeConfig:
-    return DecodeConfig(**{"quick": True, "threads": 1, "backend": "reference", **fields})
+def decode_options(**fields) -> DecodeBenchmarkConfig:
+    return DecodeBenchmarkConfig(**{"quick": True, "threads": 1, "backend": "reference", **fields})
 
 
 def layer(scheme=None, batch: int = 2, length: int = 517, **fields) -> LatentLayer:
@@ -37,7 +35,7 @@ def layer(scheme=None, batch: int = 2, length: int = 517, **fields) -> LatentLay
 
 
 @pytest.fixture(scope="module")
-def attention_run(tmp_path_factory) -> tuple[AttentionConfig, dict]:
+def attention_run(tmp_path_factory) -> tuple[AttentionBenchmarkConfig, dict]:
     """A whole quick run with the back end that a user gets."""
     path = tmp_path_factory.mktemp("attention") / "record.json"
     options = attention_options(backend=None, output=str(path))
@@ -45,7 +43,7 @@ def attention_run(tmp_path_factory) -> tuple[AttentionConfig, dict]:
 
 
 @pytest.fixture(scope="module")
-def decode_run(tmp_path_factory) -> tuple[DecodeConfig, dict]:
+def decode_run(tmp_path_factory) -> tuple[DecodeBenchmarkConfig, dict]:
     path = tmp_path_factory.mktemp("decode") / "record.json"
     options = decode_options(backend=None, output=str(path))
     return options, benchmark_decode.main(options)
@@ -314,7 +312,7 @@ def test_only_steps_of_pytorch_wake_its_workers():
 )
 def test_attention_refuses(fields, message):
     with pytest.raises(ValueError, match=message):
-        AttentionConfig(**fields)
+        AttentionBenchmarkConfig(**fields)
 
 
 # ---- whole models
@@ -416,7 +414,7 @@ def test_peak_memory_sees_an_allocation():
 )
 def test_decode_refuses(fields, message):
     with pytest.raises(ValueError, match=message):
-        DecodeConfig(**fields)
+        DecodeBenchmarkConfig(**fields)
 
 
 # ---- tables

@@ -8,7 +8,7 @@ import torch
 from configuration_alrd_llama import QuantScheme
 from modules.kivi_cache import create_kivi_cache
 from scripts import compare_schemes, measure_distortion
-from scripts.benchmark_quantize import BenchmarkConfig
+from scripts.benchmark_quantize import QuantizeBenchmarkConfig
 from scripts.benchmark_quantize import main as benchmark
 from scripts.calibrate_svd_ranks import CalibrationConfig, calibrate_model
 from scripts.compare_schemes import ROTATIONS, CompareConfig
@@ -78,7 +78,9 @@ def test_all_rotations_of_the_table():
 
 
 def test_benchmark_of_quantization(tmp_path, capsys):
-    record = benchmark(BenchmarkConfig(quick=True, device="cpu", bits=[1.58, 4], output=str(tmp_path / "b.json")))
+    record = benchmark(
+        QuantizeBenchmarkConfig(quick=True, device="cpu", bits=[1.58, 4], output=str(tmp_path / "b.json"))
+    )
     assert record["gate"]["passed"] and len(record["results"]) == 12
     assert all(r["pack"]["states_gb_per_s"] > 0 and "target_gb_per_s" in r for r in record["results"])
     assert "target of packing on a CPU, 10 GB/s" in capsys.readouterr().out
