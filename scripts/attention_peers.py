@@ -5,7 +5,6 @@ Each peer is made from the same dense states and takes the attention step of one
 
 import ctypes
 import importlib.util
-import json
 import math
 import statistics
 import time
@@ -74,20 +73,6 @@ def relative_error(x: torch.Tensor, exact: torch.Tensor) -> float:
     """Root mean square of the error over that of the exact result; infinite for results that are not finite."""
     error = ((x.double() - exact).norm() / exact.norm()).item()
     return error if math.isfinite(error) else math.inf
-
-
-def load_record(output: str | None, key: dict[str, Any]) -> dict[str, Any]:
-    """The record in the output, or a new one.
-
-    Raises:
-        ValueError: The output holds cases of other options or of another machine.
-    """
-    path = Path(output) if output else None
-    record = json.loads(path.read_text()) if path and path.exists() else {"key": key, "cases": {}}
-    differing = [name for name, value in key.items() if record["key"].get(name) != value]
-    if differing:
-        raise ValueError(f"output={output!r}: holds cases of other options ({', '.join(differing)}); name another file")
-    return record
 
 
 def milliseconds(seconds: dict[str, float]) -> str:

@@ -39,7 +39,6 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from configuration_alrd_llama import ALRDLlamaConfig, check_positive
 from modeling_alrd_llama import ALRDLlamaAttention, LatentStep
-from modules.files import write_json
 from modules.kernels.packed import Rope
 from modules.kivi_cache import CacheScheme, KIVILatentCache, config_widths
 from modules.svd_linear import SVDLinear, split_groups
@@ -50,7 +49,6 @@ from scripts.attention_peers import (
     DenseStates,
     Run,
     least_seconds,
-    load_record,
     milliseconds,
     quartiles,
     relative_error,
@@ -59,6 +57,7 @@ from scripts.attention_peers import (
     unsupported_reason,
 )
 from scripts.common import DTYPES, environment, human_bytes, installed_version, parse_config, set_ranks
+from scripts.records import ResultsFile
 
 #: The best dense code on each kind of device, which every scheme meets.
 YARDSTICKS = {"cpu": "by hand", "cuda": "flash"}
@@ -530,7 +529,9 @@ def main(options: AttentionBenchmarkConfig) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
     here = environment(torch.device(options.device))
     key = {name: getattr(options, name) for name in KEY} | {n: here[n] for n in ("cpu", "device", "torch")}
-    record = load_record(options.output, key)
+    results = ResultsFile(options.output, {"key": key, "cases": {}}, holds="cases")
+    results.require("key", key)
+    record = results.record
     machine = measure_machine(options)
     here |= {p: installed_version(p) for p in ("optimum-quanto", "hqq", "llama-cpp-python")}
     here |= {"onednn": torch.backends.mkldnn.is_available(), "instructions": torch.backends.cpu.get_cpu_capability()}
@@ -541,8 +542,7 @@ def main(options: AttentionBenchmarkConfig) -> dict[str, Any]:
         measured |= {"machine": machine, "environment": here}
         record["cases"][name] = measured
         record |= {"config": asdict(options), "environment": here, "machine": machine}
-        if options.output:
-            write_json(options.output, record)
+        results.save()
         tqdm.write(f"{name}: {describe(measured)}")
     print(attention_tables(record))
     return record

@@ -33,10 +33,9 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, LlamaConfig, PreTrainedModel
 
 from configuration_alrd_llama import ALRDLlamaConfig, check_positive
-from modules.files import write_json
 from modules.fit.budget import dense_nbytes
 from modules.kivi_cache import CacheScheme, KIVILatentCache, config_widths
-from scripts.attention_peers import GATE, load_record, milliseconds, quartiles, relative_error, timed
+from scripts.attention_peers import GATE, milliseconds, quartiles, relative_error, timed
 from scripts.common import (
     BUNDLED_MODEL,
     DTYPES,
@@ -48,6 +47,7 @@ from scripts.common import (
     parse_config,
     set_ranks,
 )
+from scripts.records import ResultsFile
 
 #: The random model: 150 M parameters beside the tied embedding of 8 M.
 RANDOM = {
@@ -364,7 +364,9 @@ def main(options: DecodeBenchmarkConfig) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
     here = environment(torch.device(options.device))
     key = {n: getattr(options, n) for n in (*KEY, "seed", "quick")} | {n: here[n] for n in ("cpu", "device", "torch")}
-    record = load_record(options.output, key)
+    results = ResultsFile(options.output, {"key": key, "cases": {}}, holds="cases")
+    results.require("key", key)
+    record = results.record
     for subject in options.subjects():
         sizes = {
             f"{subject.name}, {length} x {batch}": (length, batch)
@@ -388,8 +390,7 @@ def main(options: DecodeBenchmarkConfig) -> dict[str, Any]:
             measured = measure_first_token(subject) if name == prompt else measure_case(subject, *sizes[name])
             record["cases"][name] = measured | described | {"environment": here}
             record |= {"config": asdict(options), "environment": here}
-            if options.output:
-                write_json(options.output, record)
+            results.save()
     print(decode_tables(record))
     return record
 

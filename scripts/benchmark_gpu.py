@@ -38,12 +38,12 @@ import torch
 from transformers import MaxLengthCriteria, PreTrainedModel, StoppingCriteriaList
 
 from configuration_alrd_llama import check_positive
-from modules.files import write_json
 from scripts import benchmark_attention, benchmark_decode, benchmark_quantize
-from scripts.attention_peers import load_record, milliseconds, quartiles
+from scripts.attention_peers import milliseconds, quartiles
 from scripts.benchmark_attention import YARDSTICKS, LatentLayer, measure_machine
 from scripts.benchmark_decode import SMALL, Subject
 from scripts.common import DTYPES, environment, parse_config
+from scripts.records import ResultsFile
 
 LLAMA_3_8B = {
     "vocab_size": 128256,
@@ -337,7 +337,9 @@ def main(options: GpuBenchmarkConfig) -> dict[str, Any]:
     here = environment(options.device)
     names = ("device", "cpu", "python", "torch", "transformers", "triton", "commit")
     key = {name: getattr(options, name) for name in KEY} | {name: here[name] for name in names}
-    record = load_record(options.output, key)
+    results = ResultsFile(options.output, {"key": key, "cases": {}}, holds="cases")
+    results.require("key", key)
+    record = results.record
     late, failed = [], []
     for row in rows(options):
         if row.name in record["cases"]:
@@ -359,8 +361,7 @@ def main(options: GpuBenchmarkConfig) -> dict[str, Any]:
         took = time.perf_counter() - began
         record["cases"][row.name] = measured | {"row_s": took}
         record |= {"config": asdict(options), "environment": here}
-        if options.output:
-            write_json(options.output, record)
+        results.save()
         print(f"{row.name}: measured in {took:.1f} s", flush=True)
     print(gpu_table(record))
     if late:

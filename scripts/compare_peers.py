@@ -9,7 +9,6 @@ and a run that was interrupted goes on where it stopped. The figure is drawn bes
 """
 
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property, partial
@@ -25,7 +24,6 @@ from transformers.cache_utils import QuantizedLayer
 
 from configuration_alrd_llama import ALRDLlamaConfig
 from modeling_alrd_llama import ALRDLlamaForCausalLM
-from modules.files import write_json
 from modules.fit.objectives import OBJECTIVES
 from modules.fit.rank_search import (
     asvd_ranks,
@@ -41,6 +39,7 @@ from scripts import plots
 from scripts.common import BUNDLED_MODEL, find_model, folder_sha256, installed_version, load_model, parse_config
 from scripts.corpus import describe, load_documents, tokenize_windows
 from scripts.eval_perplexity import EvalConfig, measure, paired_bootstrap, scored_positions
+from scripts.records import ResultsFile
 
 PARTS = ("transformers", "KIVI", "Palu", "ASVD", "checkpoints")
 
@@ -346,14 +345,9 @@ def main(config: PeersConfig) -> dict:
     everything = peers(config)
     schemes = [peer.scheme for peer in everything.values()]
     key = record_key(config, schemes)
-    path = Path(config.output) if config.output else None
-    record = json.loads(path.read_text()) if path and path.exists() else {"key": key, "results": {}}
-    differing = [name for name, value in key.items() if record["key"].get(name) != value]
-    if differing:
-        raise ValueError(
-            f"output={config.output!r}: holds results of other options ({', '.join(differing)}); name another file"
-        )
-    results = record["results"]
+    file = ResultsFile(config.output, {"key": key, "results": {}})
+    file.require("key", key)
+    record, results = file.record, file.record["results"]
     names = ("model", "text", "windows", "length", "prefill", "chunk", "batch_size")
     evaluation = EvalConfig(**{name: getattr(config, name) for name in names}, per_document=True)
     missing = {
@@ -384,13 +378,12 @@ def main(config: PeersConfig) -> dict:
                 "truncation_ranks": getattr(caches[name][0].config, "truncation_ranks", None),
             }
         record.update({n: measured[n] for n in ("environment", "text", "dtype")})
-        if path:
-            write_json(path, record)
+        file.save()
     order = ["dense", *everything, *results]  # of the peers, whatever the order in which they were measured
     record["results"] = dict(sorted(results.items(), key=lambda item: order.index(item[0])))
-    if path:
-        write_json(path, record)
-        plots.curve(series(record), path.with_suffix(".png"))
+    file.save()
+    if file.path:
+        plots.curve(series(record), file.path.with_suffix(".png"))
     print(peers_table(record), frontier_table(record), sep="\n\n")
     return record
 

@@ -8,10 +8,8 @@ formats one side at a time, VidKV's configurations, calibrated INT8. Results are
 run that was interrupted goes on where it stopped.
 """
 
-import json
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
 
 from configuration_alrd_llama import QuantScheme
 from modules.files import write_json
@@ -22,6 +20,7 @@ from scripts.calibrate_svd_ranks import CalibrationConfig, calibrate_model
 from scripts.common import BUNDLED_MODEL, load_model, parse_config
 from scripts.corpus import load_documents, tokenize_windows
 from scripts.eval_perplexity import EvalConfig, measure, perplexity_table
+from scripts.records import ResultsFile
 
 
 @dataclass
@@ -164,11 +163,9 @@ def main(config: CompareConfig) -> dict:
     dense = load_model(config.model)[0]
     if config.recommended:
         return _measure_recommended(config, evaluation, calibration, dense)
-    path = Path(config.output) if config.output else None
-    record = json.loads(path.read_text()) if path and path.exists() else {"config": asdict(config), "results": {}}
-    done = record["results"]
-    if any(record["config"][name] != getattr(config, name) for name in (*names, "share")):
-        raise ValueError(f"output={config.output!r}: holds results of other options; name another file")
+    file = ResultsFile(config.output, {"config": asdict(config), "results": {}})
+    file.require("config", {name: getattr(config, name) for name in (*names, "share")})
+    record, done = file.record, file.record["results"]
 
     def run(part: str, caches: dict) -> None:
         missing = {n: c for n, c in caches.items() if n not in done.get(part, {})}
@@ -181,13 +178,12 @@ def main(config: CompareConfig) -> dict:
             measured = measure(evaluation, calibration.tokenizer, dense, some, schemes)
             scored = measured["results"]["dense"]["tokens"]
             if any(result["tokens"] != scored for result in done.get(part, {}).values()):
-                raise ValueError(f"output={config.output!r}: {part} was scored on other tokens; name another file")
+                file.refuse(f"{part} on other tokens")
             done.setdefault(part, {}).update(measured.pop("results"))
             settings = record.setdefault("settings", {}).setdefault(part, {})
             settings.update(measured.pop("settings"))
             record.update({n: measured[n] for n in ("environment", "text", "dtype")})
-            if path:
-                write_json(path, record)
+            file.save()
 
     for rotation, (keys, values) in ROTATIONS.items():
         model = calibration.split(k_hadamard=keys, v_hadamard=values).eval()

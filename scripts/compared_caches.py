@@ -18,6 +18,7 @@ from modules.fit.budget import dense_nbytes
 from modules.kivi_cache import CacheScheme, KIVILatentCache
 from scripts.common import BUNDLED_MODEL, DTYPES, environment, find_model, folder_sha256, latent_config, load_model
 from scripts.eval_perplexity import parse_bits, token_bytes
+from scripts.records import ResultsFile
 
 #: Lengths at which the bytes of a token are stated, beside those that an evaluation meets.
 STATED_LENGTHS = (4096, 32768)
@@ -203,30 +204,27 @@ def describe_cache(model: PreTrainedModel, cache: Cache, lengths: list[int]) -> 
     return record
 
 
-def open_record(config: ComparedCaches) -> dict:
-    """The record in `config.output`, or a new one: options, environment, models, and empty `results`.
+def open_results(config: ComparedCaches) -> ResultsFile:
+    """The file `config.output`: options, environment, SHA-256 of the models, and `results`.
 
     Raises:
         ValueError: The file holds results of other options, or of other weights under the same name.
     """
     asked = asdict(config)
-    models = dict(zip(config.names(), [config.dense, *config.checkpoints]))
-    hashes = {name: folder_sha256(find_model(path)) for name, path in models.items()}
-    fresh = {"config": asked, "environment": environment(), "models": hashes, "results": {}}
-    if config.output is None or not Path(config.output).exists():
-        return fresh
-    record = json.loads(Path(config.output).read_text())
+    paths = dict(zip(config.names(), [config.dense, *config.checkpoints]))
+    models = {name: folder_sha256(find_model(path)) for name, path in paths.items()}
+    fresh = {"config": asked, "environment": environment(), "models": models, "results": {}}
+    file = ResultsFile(config.output, fresh)
+    held = file.record
+    # More caches may be asked for than the file holds; a path may be written in another way.
     for name, value in asked.items():
-        # More caches may be asked for; a path may be written in another way.
-        if name not in ("output", "checkpoints", "bits", "dense") and record["config"].get(name) != value:
-            raise ValueError(
-                f"output={config.output!r}: holds results of {name}={record['config'].get(name)!r}, asked for is "
-                f"{value!r}; name another file"
-            )
-    for name, digest in hashes.items():
-        if record["models"].get(name, digest) != digest:
-            raise ValueError(f"output={config.output!r}: holds results of other weights of {name!r}; name another file")
-    return fresh | {"models": record["models"] | hashes, "results": record["results"]}
+        if name not in ("output", "checkpoints", "bits", "dense") and held["config"].get(name) != value:
+            file.refuse(f"{name}={held['config'].get(name)!r}, asked for is {value!r}")
+    for name, digest in models.items():
+        if held["models"].get(name, digest) != digest:
+            file.refuse(f"other weights of {name!r}")
+    held |= {"config": asked, "environment": fresh["environment"], "models": held["models"] | models}
+    return file
 
 
 def scores_table(record: dict) -> str:

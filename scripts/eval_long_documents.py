@@ -12,17 +12,15 @@ that was interrupted goes on where it stopped; with --output the picture is writ
 
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from configuration_alrd_llama import check_positive
-from modules.files import write_json
 from scripts import plots
 from scripts.common import find_model, human_bytes, parse_config
-from scripts.compared_caches import ComparedCaches, describe_cache, open_record, packed_tokens
+from scripts.compared_caches import ComparedCaches, describe_cache, open_results, packed_tokens
 from scripts.corpus import describe, document_windows, load_documents
 from scripts.eval_perplexity import cache_bytes, paired_bootstrap
 
@@ -74,12 +72,13 @@ def read_through_cache(model, cache, windows: torch.Tensor, chunk: int, marks: l
 
 def main(config: LongDocumentsConfig) -> dict:
     """Measure what is not in the output yet; returns the record."""
-    record = open_record(config)
+    file = open_results(config)
+    record = file.record
     documents = load_documents(config.text)
     tokenizer = AutoTokenizer.from_pretrained(find_model(config.dense))
     windows = document_windows(documents, tokenizer, config.length, config.documents)
     if record.setdefault("text", describe(documents)) != describe(documents):
-        raise ValueError(f"output={config.output!r}: holds results of another text; name another file")
+        file.refuse("another text")
     width = config.length // config.buckets
     marks = [width * (i + 1) for i in range(config.buckets)]
     for name in config.names():
@@ -93,15 +92,14 @@ def main(config: LongDocumentsConfig) -> dict:
             # The first bucket is one token short: nothing predicts a document's first token.
             done["nll"] += [[part.mean().item() for part in row] for row in _buckets(losses, width)]
             done |= describe_cache(model, cache, [config.length])
-            if config.output:
-                write_json(config.output, record)
+            file.save()
     schemes = config.schemes()
     for name, scheme in schemes.items():
         shares = [_packed_share(scheme, end - width, end, config.chunk) for end in marks]
         record["results"][name]["packed_share_of_context"] = shares
-    if config.output:
-        write_json(config.output, record)
-        plots.long_documents(summary(record), Path(config.output).with_suffix(".png"))
+    file.save()
+    if file.path:
+        plots.long_documents(summary(record), file.path.with_suffix(".png"))
     print(long_documents_table(record))
     return record
 

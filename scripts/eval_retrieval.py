@@ -19,7 +19,6 @@ import random
 import re
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -27,10 +26,9 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from configuration_alrd_llama import check_positive
-from modules.files import write_json
 from scripts import plots
 from scripts.common import find_model, parse_config
-from scripts.compared_caches import ComparedCaches, describe_cache, open_record, packed_tokens
+from scripts.compared_caches import ComparedCaches, describe_cache, open_results, packed_tokens
 from scripts.corpus import describe, load_documents
 
 #: Tokens of text before a listing.
@@ -220,10 +218,11 @@ def check_questions(config: RetrievalConfig, text: Text) -> None:
 
 def main(config: RetrievalConfig) -> dict:
     """Ask what is not in the output yet, the dense model first; returns the record."""
-    record = open_record(config)
+    file = open_results(config)
+    record = file.record
     text = Text(config, AutoTokenizer.from_pretrained(find_model(config.dense)))
     if record.setdefault("text", text.description) != text.description:
-        raise ValueError(f"output={config.output!r}: holds results of another text; name another file")
+        file.refuse("another text")
     check_questions(config, text)
     make_question, answer = ASK[config.task]
     asked = [(name, _key(cell), cell, {}) for name in config.names() for cell in config.cells()]
@@ -243,12 +242,11 @@ def main(config: RetrievalConfig) -> dict:
         if config.task == "copying":
             done["cells"][key]["loss_per_word"] = sum(x[2] for x in found) / len(found)
         done |= describe_cache(model, cache, [len(question.prefilled)])
-        if config.output:
-            write_json(config.output, record)
+        file.save()
     record["verdict"] = verdict(record)
-    if config.output:
-        write_json(config.output, record)
-        plots.retrieval(record, Path(config.output).with_suffix(".png"))
+    file.save()
+    if file.path:
+        plots.retrieval(record, file.path.with_suffix(".png"))
     print(retrieval_table(record))
     print(f"\n{record['verdict']}")
     return record

@@ -22,9 +22,8 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from configuration_alrd_llama import check_positive
-from modules.files import write_json
 from scripts.common import ROOT, find_model, parse_config
-from scripts.compared_caches import ComparedCaches, PackedContext, describe_cache, open_record, scores_table
+from scripts.compared_caches import ComparedCaches, PackedContext, describe_cache, open_results, scores_table
 
 #: The tasks of this repository, made of what is on every machine.
 TASKS = ROOT / "scripts" / "lm_eval_tasks"
@@ -229,7 +228,8 @@ def measure(config: HarnessConfig, name: str, task: str, manager: TaskManager) -
 
 def main(config: HarnessConfig) -> dict:
     """Measure what is not in the output yet, the dense model first; returns the record."""
-    record = open_record(config)
+    file = open_results(config)
+    record = file.record
     record["environment"]["lm_eval"] = lm_eval.__version__
     manager = find_tasks(config)
     for task in config.tasks:
@@ -237,8 +237,7 @@ def main(config: HarnessConfig) -> dict:
         for name in config.names():
             if name not in done:
                 done[name] = measure(config, name, task, manager)
-                if config.output:
-                    write_json(config.output, record)
+                file.save()
     print(scores_table(record))
     return record
 
