@@ -18,7 +18,7 @@ from configuration_alrd_llama import check_positive
 from modules.files import write_json
 from modules.formats.calibrated_int8 import calibrate, load_process_config
 from scripts.common import BUNDLED_MODEL, ROOT, environment, find_model, format_table, parse_config
-from scripts.corpus import describe, load_documents, tokenize_windows
+from scripts.corpus import describe, evenly_spread, load_documents, tokenize_windows
 
 EXAMPLE_CONFIG = os.path.relpath(ROOT / "scripts" / "int8_cache.yaml")
 
@@ -54,13 +54,8 @@ def main(config: Int8Config) -> dict:
     model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
 
     documents = load_documents(config.text)
-    tokens = tokenize_windows(documents, tokenizer, config.length)
-    if len(tokens) < config.windows:
-        raise ValueError(
-            f"windows={config.windows}: {config.text!r} has only {len(tokens)} windows of {config.length} tokens"
-        )
-    spread = torch.linspace(0, len(tokens) - 1, config.windows).round().long()
-    pieces = tqdm(tokens[spread].split(config.batch_size), desc="Calibration")
+    windows = evenly_spread(tokenize_windows(documents, tokenizer, config.length), config.windows, config.text)
+    pieces = tqdm(windows.split(config.batch_size), desc="Calibration")
     # The logits are of no use; one of them has to be computed.
     batches = ({"input_ids": piece, "logits_to_keep": 1} for piece in pieces)
     scales = calibrate(model, batches, process, config.percentile)

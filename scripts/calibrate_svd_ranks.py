@@ -30,7 +30,7 @@ from modules.fit.distributed import device_map, is_main, join_processes, on_main
 from scripts import plots
 from scripts.common import BUNDLED_MODEL, DTYPES, environment, find_model, git_commit, load_model, parse_config
 from scripts.compare_peers import series
-from scripts.corpus import Document, describe, load_documents, tokenize_windows
+from scripts.corpus import Document, describe, evenly_spread, load_documents, tokenize_windows
 from scripts.eval_perplexity import EvalConfig, measure, perplexity_table
 
 
@@ -113,10 +113,7 @@ def _windows(
     config: CalibrationConfig, documents: list[Document], tokenizer: PreTrainedTokenizerBase, count: int
 ) -> torch.Tensor:
     """`[count, length]` windows, spread evenly over the text."""
-    tokens = tokenize_windows(documents, tokenizer, config.length)
-    if len(tokens) < count:
-        raise ValueError(f"windows={count}: {config.text!r} has only {len(tokens)} windows of {config.length} tokens")
-    return tokens[torch.linspace(0, len(tokens) - 1, count).round().long()]
+    return evenly_spread(tokenize_windows(documents, tokenizer, config.length), count, config.text)
 
 
 def write_checkpoint(config: CalibrationConfig, calibration: Calibration, budget: float | None, folder: Path) -> dict:

@@ -37,7 +37,7 @@ from modules.fit.statistics import collect_statistics
 from modules.kivi_cache import CacheScheme, KIVILatentCache, config_widths
 from scripts import plots
 from scripts.common import BUNDLED_MODEL, find_model, folder_sha256, installed_version, load_model, parse_config
-from scripts.corpus import describe, load_documents, tokenize_windows
+from scripts.corpus import describe, evenly_spread, load_documents, tokenize_windows
 from scripts.eval_perplexity import EvalConfig, measure, paired_bootstrap, scored_positions
 from scripts.records import ResultsFile
 
@@ -206,9 +206,7 @@ class Models:
         """`[windows, length]` token ids, spread over the calibration text."""
         c = self.config
         windows = tokenize_windows(load_documents(c.calibration_text), self.tokenizer, c.calibration_length)
-        if len(windows) < c.calibration_windows:
-            raise ValueError(f"calibration_windows={c.calibration_windows}: the text has only {len(windows)}")
-        return windows[torch.linspace(0, len(windows) - 1, c.calibration_windows).round().long()]
+        return evenly_spread(windows, c.calibration_windows, c.calibration_text, "calibration_windows")
 
     def batches(self, of: str) -> tqdm:
         return tqdm(self.calibration.split(1), desc=of)

@@ -213,6 +213,28 @@ def tokenize_windows(
     return torch.tensor(tokens[: windows * length], dtype=torch.int64).view(windows, length)
 
 
+def evenly_spread(windows: "torch.Tensor", count: int, text: str, field: str = "windows") -> "torch.Tensor":
+    """Choose windows at equal distances over a text, the first and the last included.
+
+    Args:
+        windows: `[n, length]` token ids, all windows of the text in their order.
+        count: windows to choose.
+        text: the spec of the text, for the message.
+        field: the option that asks for `count`, for the message.
+
+    Returns:
+        `[count, length]` token ids.
+
+    Raises:
+        ValueError: if the text has fewer windows.
+    """
+    import torch
+
+    if len(windows) < count:
+        raise ValueError(f"{field}={count}: {text!r} has only {len(windows)} windows of {windows.shape[1]} tokens")
+    return windows[torch.linspace(0, len(windows) - 1, count).round().long()]
+
+
 def document_windows(
     documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase", length: int, count: int | None = None
 ) -> "torch.Tensor":

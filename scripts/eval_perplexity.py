@@ -29,7 +29,7 @@ from modules.fit.budget import dense_nbytes
 from modules.fit.distributed import device_map, gather, is_main, join_processes, rounds
 from modules.kivi_cache import KIVILatentCache
 from scripts.common import BUNDLED_MODEL, environment, find_model, load_model, parse_config, whole
-from scripts.corpus import describe, document_windows, load_documents, tokenize_windows
+from scripts.corpus import describe, document_windows, evenly_spread, load_documents, tokenize_windows
 
 
 @dataclass
@@ -222,12 +222,7 @@ def measure(
 
     documents = load_documents(config.text)
     cut = document_windows if config.per_document else tokenize_windows
-    windows = cut(documents, tokenizer, config.length)
-    if len(windows) < config.windows:
-        raise ValueError(
-            f"windows={config.windows}: {config.text!r} has {len(windows)} windows of {config.length} tokens"
-        )
-    windows = windows[torch.linspace(0, len(windows) - 1, config.windows).round().long()]
+    windows = evenly_spread(cut(documents, tokenizer, config.length), config.windows, config.text)
     every_scheme = [*schemes.values(), *(others or [])]
     scored = scored_positions(config.length, config.prefill, config.chunk, every_scheme)
     if not scored.any():

@@ -17,7 +17,7 @@ from modules.cache.codecs import block_nbytes, make_codec
 from modules.files import write_json
 from scripts.calibrate_svd_ranks import CalibrationConfig, calibrate_model
 from scripts.common import BUNDLED_MODEL, environment, parse_config
-from scripts.corpus import load_documents, tokenize_windows
+from scripts.corpus import evenly_spread, load_documents, tokenize_windows
 
 #: DESIGN's figures for a unit Gaussian, by (bits, group size), for the default range method of the width.
 EXPECTED = {
@@ -82,12 +82,12 @@ def latents(config: DistortionConfig) -> dict[str, list[torch.Tensor]]:
     """Latents `[1, T, r]` of every layer, by side and rotation; attention sinks left out."""
     calibration = calibrate_model(CalibrationConfig(model=config.model, share=config.share, objective="query_output"))
     windows = tokenize_windows(load_documents(config.text), calibration.tokenizer, 1024)
-    spread = torch.linspace(0, len(windows) - 1, config.windows).round().long()
+    windows = evenly_spread(windows, config.windows, config.text)
     found = {}
     for rotated in (True, False):
         model = calibration.split(k_hadamard=rotated, v_hadamard=rotated).eval()
         cache = model.create_kivi_cache(k_bits=16, v_bits=16, sink_length=0, residual_length=0)
-        model(windows[spread], past_key_values=cache)
+        model(windows, past_key_values=cache)
         suffix = "rotated" if rotated else "as factored"
         states = [layer.states() for layer in cache.layers]
         for i, side in enumerate(("key", "value")):
