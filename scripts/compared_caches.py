@@ -225,32 +225,3 @@ def open_results(config: ComparedCaches) -> ResultsFile:
             file.refuse(f"other weights of {name!r}")
     held |= {"config": asked, "environment": fresh["environment"], "models": held["models"] | models}
     return file
-
-
-def scores_table(record: dict) -> str:
-    """Of scripts/lm_eval_harness.py: scores beside the dense model's as Markdown, a row per task, metric and cache."""
-    lines = [
-        "| task, metric | cache | score | less the dense model's | bytes of dense, as scored | at 4k "
-        "| tokens with packed context | packed share of it |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for caches in record["results"].values():
-        for part, metrics in caches["dense"]["scores"].items():
-            for metric in (m for m in metrics if "_stderr" not in m and m != "sample_len"):
-                label = f"{part}, {metric.removesuffix(',none')}"
-                for name, found in caches.items():
-                    score = found["scores"][part][metric]
-                    error = found["scores"][part].get(metric.replace(",", "_stderr,"))
-                    packed = ["–", "–", "–"]
-                    if name != "dense":
-                        shares = (
-                            found["tokens_with_packed_context"] / found["scored_tokens"],
-                            found["packed_share_of_context"],
-                        )
-                        packed = [f"{score - metrics[metric]:+.4f}", *(f"{share:.1%}" for share in shares)]
-                    lines.append(
-                        f"| {label} | {name} | {score:.4f}{f' ± {error:.4f}' if error else ''} | {packed[0]} | "
-                        f"{1 / found['ratio']['measured']:.2%} | {1 / found['ratio']['4096']:.2%} | "
-                        f"{packed[1]} | {packed[2]} |"
-                    )
-    return "\n".join(lines)

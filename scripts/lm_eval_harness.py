@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, Cache, PreTrainedModel, PreTrainedTokeni
 
 from configuration_alrd_llama import check_positive
 from scripts.common import ROOT, find_model, parse_config
-from scripts.compared_caches import ComparedCaches, PackedContext, describe_cache, open_results, scores_table
+from scripts.compared_caches import ComparedCaches, PackedContext, describe_cache, open_results
 
 #: The tasks of this repository, made of what is on every machine.
 TASKS = ROOT / "scripts" / "lm_eval_tasks"
@@ -189,7 +189,7 @@ class ThroughCacheLM(HFLM):
 
 
 def find_tasks(config: HarnessConfig) -> TaskManager:
-    """Of the tasks in the folders; of all that the harness brings, which takes long to read, if one is not there."""
+    """Task manager over our folders; falls back to the harness's full (slow) index if a task is missing."""
     folders = [str(TASKS), *([config.include_path] if config.include_path else [])]
     manager = TaskManager(include_path=folders, include_defaults=False)
     if set(config.tasks) <= set(manager.all_tasks):
@@ -240,6 +240,38 @@ def main(config: HarnessConfig) -> dict:
                 file.save()
     print(scores_table(record))
     return record
+
+
+def scores_table(record: dict) -> str:
+    """Scores beside the dense model's as Markdown, a row per task, metric and cache."""
+    lines = [
+        "| task, metric | cache | score | less the dense model's | bytes of dense, as scored | at 4k "
+        "| tokens with packed context | packed share of it |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for caches in record["results"].values():
+        for part, metrics in caches["dense"]["scores"].items():
+            for metric in metrics:
+                if "_stderr" in metric or metric == "sample_len":
+                    continue
+                for name in caches:
+                    cells = [f"{part}, {metric.removesuffix(',none')}", name, *_score_cells(caches, name, part, metric)]
+                    lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _score_cells(caches: dict, name: str, part: str, metric: str) -> list[str]:
+    """Cells of the cache `name`, from its score on."""
+    measured, dense = caches[name], caches["dense"]
+    score = measured["scores"][part][metric]
+    error = measured["scores"][part].get(metric.replace(",", "_stderr,"))
+    shown = f"{score:.4f} ± {error:.4f}" if error else f"{score:.4f}"
+    sizes = [f"{1 / measured['ratio'][length]:.2%}" for length in ("measured", "4096")]
+    if name == "dense":
+        return [shown, "–", *sizes, "–", "–"]
+    loss = score - dense["scores"][part][metric]
+    packed = measured["tokens_with_packed_context"] / measured["scored_tokens"]
+    return [shown, f"{loss:+.4f}", *sizes, f"{packed:.1%}", f"{measured['packed_share_of_context']:.1%}"]
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ from scripts.benchmark_prefix import prefix_cells
 from scripts.common import ROOT, human_bytes
 from scripts.compare_peers import frontier_table, peers_table
 from scripts.compare_schemes import drop_in_table, latent_table
-from scripts.compared_caches import scores_table
 from scripts.eval_long_documents import long_documents_table
 from scripts.eval_perplexity import perplexity_table
 from scripts.eval_retrieval import retrieval_table
@@ -318,6 +317,8 @@ def long_documents(record: dict) -> str:
 
 
 def lm_eval(record: dict) -> str:
+    from scripts.lm_eval_harness import scores_table  # here, as a machine that is lent for a benchmark has no lm_eval
+
     c, e = record["config"], record["environment"]
     return (
         f"{scores_table(record)}\n\nlm-evaluation-harness {e['lm_eval']}, the first {c['limit']} questions, every "
