@@ -6,11 +6,9 @@ Each peer is made from the same dense states and takes the attention step of one
 import ctypes
 import importlib.util
 import math
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from configuration_alrd_llama import ALRDLlamaConfig
 from scripts.common import human_bytes, installed_version
+from scripts.timing import least_seconds
 
 #: The largest error of our step, in units of that of plain PyTorch in the model's type.
 GATE = 2.0
@@ -31,55 +30,10 @@ PEER_TOLERANCE = 0.05
 Run = Callable[[], torch.Tensor]
 
 
-def least_seconds(call: Callable, device: torch.device, repeats: int = 7) -> float:
-    """The shortest of several runs: what the machine can do, whatever else it does meanwhile."""
-    call()
-    return min(timed(call, device)[0] for _ in range(repeats))
-
-
-@lru_cache
-def _larger_than_l2(device: torch.device) -> torch.Tensor:
-    return torch.empty(4 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.uint8, device=device)
-
-
-def timed(call: Callable, device: torch.device, cold: bool = True) -> tuple[float, Any]:
-    """Seconds of a call, and what it returns; on CUDA by the device's own clock, with an L2 that holds nothing of it.
-
-    Args:
-        cold: On CUDA, whether the L2 is filled with other bytes first, as when the layers of a model take turns.
-    """
-    if device.type != "cuda":
-        started = time.perf_counter()
-        result = call()
-        return time.perf_counter() - started, result
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    if cold:
-        _larger_than_l2(device).zero_()
-    torch.cuda._sleep(2_000_000)  # about a millisecond, in which the host gets ahead: its launches are not in the time
-    start.record()
-    result = call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3, result
-
-
-def quartiles(values: list[float]) -> dict[str, float]:
-    """Median and quartiles; of a single value, that value."""
-    low, middle, high = statistics.quantiles(values * 2 if len(values) == 1 else values, n=4, method="inclusive")
-    return {"p25": low, "p50": middle, "p75": high}
-
-
 def relative_error(x: torch.Tensor, exact: torch.Tensor) -> float:
     """Root mean square of the error over that of the exact result; infinite for results that are not finite."""
     error = ((x.double() - exact).norm() / exact.norm()).item()
     return error if math.isfinite(error) else math.inf
-
-
-def milliseconds(seconds: dict[str, float]) -> str:
-    """Median and quartiles, in milliseconds."""
-    digits = 2 if seconds["p50"] < 0.01 else 1 if seconds["p50"] < 0.1 else 0
-    p25, p50, p75 = (f"{1e3 * seconds[p]:,.{digits}f}" for p in ("p25", "p50", "p75"))
-    return f"{p50} [{p25}–{p75}]"
 
 
 @dataclass

@@ -5,7 +5,8 @@ is filled with random latents, and one new token per row attends to it, by the c
 packed cache and window read, sums expanded by `A_v`, token appended. Appends are timed over one whole block, which
 packs one, and their mean is part of every figure. Projections of the hidden state are left out on all sides.
 
-Against, each in turns with ours in the same rounds (ratios are of the medians, with the quartiles of the rounds):
+Against, each in turns with ours in the same rounds (ratios are of the medians; 20th and 80th percentile are of the
+ratios of the rounds):
     DynamicCache              what a transformers user has: `update`, then its SDPA function, on post-RoPE keys, in the
                               type of the layer and in float32
     by hand                   the best of several dense codes on contiguous keys and values, without append
@@ -48,16 +49,22 @@ from scripts.attention_peers import (
     Contender,
     DenseStates,
     Run,
-    least_seconds,
-    milliseconds,
-    quartiles,
     relative_error,
-    timed,
     transformers_sdpa,
     unsupported_reason,
 )
 from scripts.common import DTYPES, environment, human_bytes, installed_version, parse_config, set_ranks
 from scripts.records import ResultsFile
+from scripts.timing import (
+    SPREAD,
+    in_turns,
+    least_seconds,
+    milliseconds,
+    percentiles,
+    ratios,
+    timed,
+    times_faster,
+)
 
 #: The best dense code on each kind of device, which every scheme meets.
 YARDSTICKS = {"cpu": "by hand", "cuda": "flash"}
@@ -65,9 +72,6 @@ YARDSTICKS = {"cpu": "by hand", "cuda": "flash"}
 #: Seconds before each call: OpenMP's workers spin for a few milliseconds after a product, on the cores of the next one,
 #: which may have threads of its own.
 PAUSE = 0.02
-
-#: Rounds that a pair gets at least, however long they take.
-FEWEST_ROUNDS = 5
 
 
 @dataclass
@@ -394,29 +398,21 @@ def in_a_graph(step: Run, name: str) -> tuple[Run, bool]:
     return GraphedStep(step, graph, output), True
 
 
-def in_turns(
+def seconds_in_turns(
     options: AttentionBenchmarkConfig, steps: dict[str, Run], cool: Callable[[int], None], foreign: bool = False
 ) -> dict[str, list[float]]:
-    """Seconds of each step in rounds; every round takes each of them once, and the order changes. The step "peer" has
-    threads of its own if `foreign`."""
-    device, names = torch.device(options.device), list(steps)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for step in steps.values():  # allocators, threads and code caches
-        for _ in range(2):
-            step()
-    started = time.perf_counter()
-    for done in range(options.rounds):
-        if done >= FEWEST_ROUNDS and time.perf_counter() - started > options.seconds:
-            break
-        for name in names if done % 2 else names[::-1]:
-            cool(1 if foreign and name == "peer" else options.threads)
-            seconds[name].append(timed(steps[name], device, options.cold)[0])
-    return seconds
+    """Seconds of each step in rounds. The step "peer" has threads of its own if `foreign`: PyTorch wakes only one."""
+
+    def before(name: str) -> None:
+        cool(1 if foreign and name == "peer" else options.threads)
+
+    device = torch.device(options.device)
+    return in_turns(steps, options.rounds, device, before=before, cold=options.cold, limit_s=options.seconds)
 
 
 def figures(contender: Contender, seconds: list[float], machine: dict[str, float], dtype: str) -> dict[str, Any]:
     """What is stated of a contender: time, bytes, multiply-adds, and its shares of what the machine can do."""
-    spread = quartiles(seconds)
+    spread = percentiles(seconds)
     rate = contender.macs / spread["p50"]
     return {
         "seconds": spread,
@@ -455,7 +451,7 @@ def measure_case(
     }
     our_step = contender.step
     if cuda:
-        record["eager_seconds"] = quartiles(in_turns(options, {"ours": our_step}, cool)["ours"])
+        record["eager_seconds"] = percentiles(seconds_in_turns(options, {"ours": our_step}, cool)["ours"])
         our_step, record["cuda_graph"] = in_a_graph(ours.prepared(), "ours")
         record["gate"] = ours.check(our_step)
     # On CUDA the graphs of both sides are kernels of the attention alone.
@@ -477,20 +473,20 @@ def measure_case(
         if theirs.tolerance is not None and not error <= theirs.tolerance:
             raise RuntimeError(f"correctness gate: error {error:.2e} of {name} is above {theirs.tolerance}; no figures")
         foreign = "llama-cpp-python" in peer.needs
-        seconds = in_turns(options, {"ours": our_step, "peer": their_step}, cool, foreign)
+        seconds = seconds_in_turns(options, {"ours": our_step, "peer": their_step}, cool, foreign)
         mine = [s + append_s for s in seconds["ours"]]
         everything += mine
         record["peers"][name] = {
             **figures(theirs, seconds["peer"], machine, options.dtype),
             "error": error,
-            "ours_seconds": quartiles(mine),
+            "ours_seconds": percentiles(mine),
             "speedup": statistics.median(seconds["peer"]) / statistics.median(mine),
-            "speedup_rounds": quartiles([theirs / own for theirs, own in zip(seconds["peer"], mine)]),
+            "speedup_rounds": percentiles(ratios(seconds["peer"], mine)),
             **({"cuda_graph": their_graph} if cuda else {}),
         }
         del theirs, their_step
     if not everything:
-        everything = [s + append_s for s in in_turns(options, {"ours": our_step}, cool)["ours"]]
+        everything = [s + append_s for s in seconds_in_turns(options, {"ours": our_step}, cool)["ours"]]
     record |= figures(contender, everything, machine, options.dtype)
     record["append_share"] = ours.append["mean_s"] / record["seconds"]["p50"]
     record["seconds_per_token"] = record["seconds"]["p50"] / (length * batch)
@@ -529,6 +525,7 @@ def main(options: AttentionBenchmarkConfig) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
     here = environment(torch.device(options.device))
     key = {name: getattr(options, name) for name in KEY} | {n: here[n] for n in ("cpu", "device", "torch")}
+    key["spread"] = SPREAD
     results = ResultsFile(options.output, {"key": key, "cases": {}}, holds="cases")
     results.require("key", key)
     record = results.record
@@ -587,8 +584,7 @@ def full_table(record: dict[str, Any]) -> str:
             if "left_out" in figures:
                 rows.append([f"{peer}: {figures['left_out']}", *[""] * 6])
                 continue
-            spread = figures["speedup_rounds"]
-            faster = f"{figures['speedup']:.2f}× [{spread['p25']:.2f}–{spread['p75']:.2f}]"
+            faster = times_faster(figures["speedup"], figures["speedup_rounds"])
             rows.append([peer, milliseconds(figures["seconds"]), *shares(figures), faster])
         lines += [f"| {size_name(case)} | {' | '.join(row)} |" for row in rows]
     return "\n".join(lines)

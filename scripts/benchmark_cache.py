@@ -14,9 +14,9 @@ be, bit for bit, the simulated round trip of its blocks; otherwise nothing is re
 
 import os
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 os.environ["KINETO_LOG_LEVEL"] = "99"  # the profiler reports its starts and stops on stderr otherwise
@@ -33,6 +33,7 @@ from modules.fit.budget import dense_nbytes
 from modules.kivi_cache import CacheScheme, KIVILatentCache, config_widths
 from modules.quant_utils import KIVIQuantizer
 from scripts.common import DTYPES, CacheOptions, environment, format_table, human_bytes, parse_config, set_ranks
+from scripts.timing import percentiles, timed
 
 LLAMA_3_8B = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
 SMALL = {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32}
@@ -154,22 +155,15 @@ def check_cache(config: ALRDLlamaConfig, latents: Latents) -> int:
     return stop - scheme.sink_length
 
 
-def percentiles(seconds: list[float]) -> dict[str, float]:
+def microseconds(seconds: list[float]) -> dict[str, float]:
     """Microseconds: median, 20th and 80th percentile, mean, largest."""
-    fifths = statistics.quantiles(seconds, n=5)
-    figures = {"p50": statistics.median(seconds), "p20": fifths[0], "p80": fifths[3]}
-    figures |= {"mean": statistics.fmean(seconds), "max": max(seconds)}
+    figures = percentiles(seconds) | {"mean": statistics.fmean(seconds), "max": max(seconds)}
     return {name: round(1e6 * value, 2) for name, value in figures.items()}
 
 
-def timed(append: Callable[..., Any], tokens: list) -> list[float]:
+def append_seconds(append: Callable[..., Any], tokens: list) -> list[float]:
     """Seconds that each call of `append(*token)` takes."""
-    seconds = []
-    for token in tokens:
-        started = time.perf_counter()
-        append(*token)
-        seconds.append(time.perf_counter() - started)
-    return seconds
+    return [timed(partial(append, *token))[0] for token in tokens]
 
 
 def time_appends(config: ALRDLlamaConfig, options: CacheBenchmarkConfig, latents: Latents) -> list[dict[str, Any]]:
@@ -179,22 +173,22 @@ def time_appends(config: ALRDLlamaConfig, options: CacheBenchmarkConfig, latents
     layer = new_cache(config).layers[0]
     packed_tokens = list(zip(*(x.split(1, dim=1) for x in latents(options.appends))))
     dense_tokens = [(*torch.randn(2, 1, heads, 1, size).to(dtype), 0) for _ in range(options.appends)]
-    timed(layer.append, packed_tokens[:1])
+    append_seconds(layer.append, packed_tokens[:1])
 
     results = []
     for length in tqdm(options.lengths, desc="appends", unit="length"):
         # One by one on the way, too, so that every growth of the pool is in the running mean.
         missing = length - layer.get_seq_length()
-        way = timed(layer.append, [packed_tokens[i % options.appends] for i in range(missing)])
-        packed = timed(layer.append, packed_tokens)
+        way = append_seconds(layer.append, [packed_tokens[i % options.appends] for i in range(missing)])
+        packed = append_seconds(layer.append, packed_tokens)
         dense_cache = DynamicCache()
         dense_cache.update(*torch.randn(2, 1, heads, length, size).to(dtype), 0)
-        dense = timed(dense_cache.update, dense_tokens)
+        dense = append_seconds(dense_cache.update, dense_tokens)
         results.append(
             {
                 "length": length,
-                "packed_us": percentiles(packed),
-                "dense_us": percentiles(dense),
+                "packed_us": microseconds(packed),
+                "dense_us": microseconds(dense),
                 "dense_over_packed": statistics.median(dense) / statistics.median(packed),
                 "packed_us_mean_since_last_length": round(1e6 * statistics.fmean(way + packed), 2),
             }

@@ -24,7 +24,7 @@ import statistics
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM, Cache, DynamicCache, LlamaConfig,
 from configuration_alrd_llama import ALRDLlamaConfig, check_positive
 from modules.fit.budget import dense_nbytes
 from modules.kivi_cache import CacheScheme, KIVILatentCache, config_widths
-from scripts.attention_peers import GATE, milliseconds, quartiles, relative_error, timed
+from scripts.attention_peers import GATE, relative_error
 from scripts.common import (
     BUNDLED_MODEL,
     DTYPES,
@@ -48,6 +48,7 @@ from scripts.common import (
     set_ranks,
 )
 from scripts.records import ResultsFile
+from scripts.timing import SPREAD, milliseconds, percentiles, timed, turns
 
 #: The random model: 150 M parameters beside the tied embedding of 8 M.
 RANDOM = {
@@ -286,7 +287,7 @@ class Decoder:
         return {
             "tokens_per_s": len(self.token) / mean,
             "mean_s": mean,
-            "seconds": quartiles(self.seconds),
+            "seconds": percentiles(self.seconds),
             "steps": len(self.seconds),
             "peak_memory": self.memory,
         }
@@ -337,20 +338,22 @@ def measure_first_token(subject: Subject) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(options.seed)
     prompt = torch.randint(vocabulary, (1, options.prompt), generator=generator).to(options.device)
 
-    def first(model: PreTrainedModel, cache: Cache) -> torch.Tensor:
-        return model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax(-1)
+    contenders = {
+        "ours": (subject.latent, partial(subject.latent.create_kivi_cache, backend=options.backend)),
+        "dense": (subject.dense, partial(DynamicCache, config=subject.dense.config)),
+    }
 
-    seconds: dict[str, list[float]] = {"ours": [], "dense": []}
-    for turn in range(1 + options.prompts):
-        caches = {
-            "ours": (subject.latent, subject.latent.create_kivi_cache(backend=options.backend)),
-            "dense": (subject.dense, DynamicCache(config=subject.dense.config)),
-        }
-        for name, (model, cache) in caches.items():
-            spent, _ = timed(lambda m=model, c=cache: first(m, c), model.device)
-            if turn:  # the first one warms up
-                seconds[name].append(spent)
-    found = {name: {"seconds": quartiles(s)} for name, s in seconds.items()}
+    def first_token(name: str) -> float:
+        model, make_cache = contenders[name]
+        how = {"past_key_values": make_cache(), "use_cache": True, "logits_to_keep": 1}
+        return timed(lambda: model(prompt, **how).logits.argmax(-1), model.device)[0]
+
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for name in contenders:  # warms up
+        first_token(name)
+    for name in turns(contenders, options.prompts):
+        seconds[name].append(first_token(name))
+    found = {name: {"seconds": percentiles(s)} for name, s in seconds.items()}
     times_faster = found["dense"]["seconds"]["p50"] / found["ours"]["seconds"]["p50"]
     return {"model": subject.name, "prompt": options.prompt, **found, "speedup": times_faster}
 
@@ -364,6 +367,7 @@ def main(options: DecodeBenchmarkConfig) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
     here = environment(torch.device(options.device))
     key = {n: getattr(options, n) for n in (*KEY, "seed", "quick")} | {n: here[n] for n in ("cpu", "device", "torch")}
+    key["spread"] = SPREAD
     results = ResultsFile(options.output, {"key": key, "cases": {}}, holds="cases")
     results.require("key", key)
     record = results.record

@@ -39,11 +39,11 @@ from transformers import MaxLengthCriteria, PreTrainedModel, StoppingCriteriaLis
 
 from configuration_alrd_llama import check_positive
 from scripts import benchmark_attention, benchmark_decode, benchmark_quantize
-from scripts.attention_peers import milliseconds, quartiles
 from scripts.benchmark_attention import YARDSTICKS, LatentLayer, measure_machine
 from scripts.benchmark_decode import SMALL, Subject
 from scripts.common import DTYPES, environment, parse_config
 from scripts.records import ResultsFile
+from scripts.timing import SPREAD, bounds, milliseconds, percentiles, timed_by_host, times_faster
 
 LLAMA_3_8B = {
     "vocab_size": 128256,
@@ -204,21 +204,13 @@ class Models:
             **how,
         )
 
-    def seconds(self, call: Callable[[], Any]) -> tuple[float, Any]:
-        """Seconds until the device has done it all, and what the call returns."""
-        started = time.perf_counter()
-        result = call()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter() - started, result
-
     def measure(self, way: str, context: int) -> dict[str, Any]:
         """One row."""
         which, how, _ = WAYS[way]
         record: dict[str, Any] = {"kind": "model", "way": way, "context": context}
         few, many = self.options.new_tokens
         run = partial(self.generate, getattr(self.subject, which), context, **how)
-        record["first_call_s"], ids = self.seconds(partial(run, many))
+        record["first_call_s"], ids = timed_by_host(partial(run, many), self.device)
         if which == "latent":
             record["gate"] = self.gate  # not before the first call, for which it would compile the kernels
         if way == "ours":
@@ -234,10 +226,10 @@ class Models:
             record["equal_tokens"] = check_tokens(found, expected, eager.logits, torch.finfo(self.subject.dtype).eps)
         first, steps = [], []
         for _ in range(self.options.model_rounds):
-            one, short, long = (self.seconds(partial(run, n))[0] for n in (1, few, many))
+            one, short, long = (timed_by_host(partial(run, n), self.device)[0] for n in (1, few, many))
             first.append(one)
             steps.append((long - short) / (many - few))
-        return record | {"step": quartiles(steps), "first_token": quartiles(first), "new_tokens": [few, many]}
+        return record | {"step": percentiles(steps), "first_token": percentiles(first), "new_tokens": [few, many]}
 
 
 def measure_attention(options: GpuBenchmarkConfig, size: str) -> dict[str, Any]:
@@ -337,6 +329,7 @@ def main(options: GpuBenchmarkConfig) -> dict[str, Any]:
     here = environment(options.device)
     names = ("device", "cpu", "python", "torch", "transformers", "triton", "commit")
     key = {name: getattr(options, name) for name in KEY} | {name: here[name] for name in names}
+    key["spread"] = SPREAD
     results = ResultsFile(options.output, {"key": key, "cases": {}}, holds="cases")
     results.require("key", key)
     record = results.record
@@ -390,15 +383,15 @@ def gpu_table(record: dict[str, Any]) -> str:
 
 
 def _microseconds(seconds: dict[str, float]) -> str:
-    return "{p50:,.0f} [{p25:,.0f}–{p75:,.0f}]".format(**{name: 1e6 * s for name, s in seconds.items()})
+    low, high = bounds(seconds)
+    return f"{1e6 * seconds['p50']:,.0f} [{1e6 * low:,.0f}–{1e6 * high:,.0f}]"
 
 
 def gpu_attention_table(cases: list[dict[str, Any]]) -> str:
     lines = []
     for case in cases:
         ((name, peer),) = case["peers"].items()
-        spread = peer["speedup_rounds"]
-        ratio = f"{peer['speedup']:.2f}× [{spread['p25']:.2f}–{spread['p75']:.2f}]"
+        ratio = times_faster(peer["speedup"], peer["speedup_rounds"])
         size = f"{case['length']:,} × {case['batch']}"
         lines.append([size, _microseconds(peer["ours_seconds"]), f"{name}: {_microseconds(peer['seconds'])}", ratio])
     return _markdown(["attention, tokens × rows", "ours, µs", "peer, µs", "times faster"], lines)

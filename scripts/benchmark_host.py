@@ -8,8 +8,8 @@ Here a random model of tiny layers decodes on the CPU by the `triton` back end, 
                 looked up) up to the launch itself, which is left out
 
 The kernels of PyTorch run, on states of a few numbers. Against both, in turns: the dense model of the same shape with a
-`DynamicCache`, whose time is that of its operators' dispatch. Ratios are of the rounds, with their quartiles. The
-growing cache holds no packed block before 164 tokens; one of fixed capacity always has room for one.
+`DynamicCache`, whose time is that of its operators' dispatch. Ratios are of the rounds, with their 20th and 80th
+percentile. The growing cache holds no packed block before 164 tokens; one of fixed capacity always has room for one.
 
 First comes a gate: each layer's step must have launched kernels; otherwise nothing is reported.
 
@@ -37,9 +37,9 @@ from modules.files import write_json
 from modules.kernels.triton import append as append_triton
 from modules.kernels.triton import attention as attention_triton
 from modules.kernels.triton import quantize as quantize_triton
-from scripts.attention_peers import milliseconds, quartiles
 from scripts.benchmark_decode import SMALL
 from scripts.common import environment, parse_config, set_ranks
+from scripts.timing import bounds, milliseconds, percentiles, ratios, turns
 
 KERNEL_MODULES = (quantize_triton, attention_triton, append_triton)
 
@@ -199,9 +199,8 @@ def measure_case(options: HostBenchmarkConfig, ours: PreTrainedModel, dense: Pre
                     )
         contender.seconds(token, 1)  # compiles
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for done in range(options.rounds):
-        for name in list(contenders)[:: 1 if done % 2 else -1]:
-            seconds[name].append(contenders[name].seconds(token, options.steps))
+    for name in turns(contenders, options.rounds):
+        seconds[name].append(contenders[name].seconds(token, options.steps))
     return {
         "context": context,
         "batch": batch,
@@ -209,8 +208,8 @@ def measure_case(options: HostBenchmarkConfig, ours: PreTrainedModel, dense: Pre
         "rounds": options.rounds,
         "contenders": {
             name: {
-                "seconds": quartiles(spent),
-                "over_dense": quartiles([own / theirs for own, theirs in zip(spent, seconds["dense"])]),
+                "seconds": percentiles(spent),
+                "over_dense": percentiles(ratios(spent, seconds["dense"])),
             }
             for name, spent in seconds.items()
         },
@@ -235,7 +234,8 @@ def host_table(record: dict[str, Any]) -> str:
     lines = ["| tokens × rows | cache | ms per step | over dense | launches |", "|---|---|---|---|---|"]
     for case in record["cases"]:
         for name, c in case["contenders"].items():
-            ratio = "{p50:.2f} [{p25:.2f}–{p75:.2f}]".format(**c["over_dense"])
+            low, high = bounds(c["over_dense"])
+            ratio = f"{c['over_dense']['p50']:.2f} [{low:.2f}–{high:.2f}]"
             launches = case["launches_per_step"].get(name, "")
             size = f"{case['context']:,} × {case['batch']}"
             lines.append(f"| {size} | {name} | {milliseconds(c['seconds'])} | {ratio} | {launches} |")

@@ -15,8 +15,7 @@ nothing is reported.
     python scripts/benchmark_lookup.py --output build/benchmark_lookup.json
 """
 
-import statistics
-import time
+import itertools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -34,6 +33,7 @@ from modules.kernels.cpu.lookup import FASTER, instructions, lookup_attention
 from modules.kernels.packed import PackedCache, PackedSide
 from modules.kivi_cache import CacheScheme, KIVILatentLayer
 from scripts.common import environment, parse_config
+from scripts.timing import in_turns, percentiles, ratios
 
 #: Bound on the error, in units of that of plain bfloat16.
 ERROR_LIMIT = 2
@@ -162,12 +162,6 @@ def check(contenders: dict[str, Callable], query: torch.Tensor, cache: PackedCac
     return errors
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    """Median, 20th and 80th percentile."""
-    fifths = statistics.quantiles(values, n=5, method="inclusive")
-    return {"p20": fifths[0], "p50": statistics.median(values), "p80": fifths[3]}
-
-
 def measure(options: LookupBenchmarkConfig, bits: int, length: int) -> dict[str, Any]:
     """All contenders on one cache."""
     heads, size = options.kv_heads, options.head_dim
@@ -184,21 +178,14 @@ def measure(options: LookupBenchmarkConfig, bits: int, length: int) -> dict[str,
     contenders = calls(query, cache, how)
     errors = check(contenders, query, cache, how)
 
-    seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
     others = torch.ones(OTHERS // 4)
-    for _ in tqdm(range(options.rounds), desc=f"{bits} bits, {length:,} tokens", unit="round"):
-        for name in CONTENDERS:
-            others.sum()
-            started = time.perf_counter()
-            contenders[name]()
-            seconds[name].append(time.perf_counter() - started)
-    ratios = {n: [a / b for a, b in zip(seconds[n], seconds["lookup"])] for n in CONTENDERS if n != "lookup"}
+    seconds = in_turns(contenders, options.rounds, before=lambda name: others.sum())
     return {
         "bits": bits,
         "length": length,
         "error_over_bfloat16": errors,
-        "ms": {name: spread([1e3 * s for s in times]) for name, times in seconds.items()},
-        "over_lookup": {name: spread(values) for name, values in ratios.items()},
+        "ms": {name: percentiles([1e3 * s for s in seconds[name]]) for name in CONTENDERS},
+        "over_lookup": {name: percentiles(ratios(seconds[name], seconds["lookup"])) for name in CONTENDERS[1:]},
         "packed_bytes": layer.nbytes_used,
         "dense_bytes": 2 * 2 * heads * size * held,
     }
@@ -226,7 +213,8 @@ def main(options: LookupBenchmarkConfig) -> dict[str, Any]:
     """Check, measure and report; returns the record."""
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
-    results = [measure(options, bits, length) for length in options.lengths for bits in options.bits]
+    sizes = list(itertools.product(options.lengths, options.bits))
+    results = [measure(options, bits, length) for length, bits in tqdm(sizes, unit="case")]
     record = {
         "config": asdict(options),
         "instructions": instructions(),

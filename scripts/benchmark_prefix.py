@@ -19,7 +19,6 @@ import ctypes
 import gc
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
@@ -34,7 +33,6 @@ from modeling_alrd_llama import ALRDLlamaForCausalLM
 from modules.cache.layer import storage_nbytes
 from modules.files import write_json
 from modules.kivi_cache import KIVILatentCache
-from scripts.attention_peers import milliseconds, quartiles
 from scripts.common import (
     BUNDLED_MODEL,
     DTYPES,
@@ -47,6 +45,7 @@ from scripts.common import (
     load_model,
     parse_config,
 )
+from scripts.timing import in_turns, milliseconds, percentiles
 
 
 @dataclass
@@ -122,12 +121,7 @@ def measure(model: ALRDLlamaForCausalLM, dense: PreTrainedModel, config: PrefixB
     for name in ("computed", "loaded", "forked"):
         if not torch.equal(ways[name](), expected):
             raise RuntimeError(f"correctness gate: {name} gives other logits than the cache that was not stored")
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(config.rounds):
-        for name, way in ways.items():
-            started = time.perf_counter()
-            way()
-            seconds[name].append(time.perf_counter() - started)
+    seconds = in_turns(ways, config.rounds, warm_up=0)  # the gate has run them, and a long prefix takes minutes
 
     def go_on(caches: list) -> list:
         """Each by its own tokens, one at a time."""
@@ -159,7 +153,7 @@ def measure(model: ALRDLlamaForCausalLM, dense: PreTrainedModel, config: PrefixB
         "dense": grown(dense_caches, lambda caches: sum(map(dense_nbytes_of, caches))),
     }
     return {
-        "seconds": {name: quartiles(times) for name, times in seconds.items()},
+        "seconds": {name: percentiles(times) for name, times in seconds.items()},
         "times_faster": {
             name: statistics.median(seconds[name]) / statistics.median(seconds["loaded"]) for name in seconds
         },

@@ -10,7 +10,6 @@ otherwise nothing is reported.
     python scripts/benchmark_quantize.py --output build/benchmark_quantize.json
 """
 
-import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -22,8 +21,8 @@ from configuration_alrd_llama import QuantScheme, check_choice, check_positive
 from modules import quant_utils
 from modules.files import write_json
 from modules.kernels import BACKENDS, Backend, get_backend
-from scripts.attention_peers import timed
 from scripts.common import DTYPES, environment, parse_config
+from scripts.timing import in_turns, percentiles
 
 #: GB/s of states that packing should reach on a CPU.
 CPU_TARGET = 10.0
@@ -125,15 +124,6 @@ def check(schemes: list[QuantScheme], backend: Backend, x: torch.Tensor) -> None
             )
 
 
-def seconds(call: Callable, repeats: int, device: torch.device) -> dict[str, float]:
-    """Seconds of a call: median, 20th and 80th percentile; on CUDA with nothing of it in the L2."""
-    for _ in range(2):  # compiles, and fills the allocator's cache
-        call()
-    times = [timed(call, device)[0] for _ in range(repeats)]
-    fifths = statistics.quantiles(times, n=5)
-    return {"p20": fifths[0], "p50": statistics.median(times), "p80": fifths[3]}
-
-
 def nbytes(*tensors: torch.Tensor | None) -> int:
     return sum(t.numel() * t.itemsize for t in tensors if t is not None)
 
@@ -144,8 +134,8 @@ def measure(schemes: list[QuantScheme], backend: Backend, x: torch.Tensor, repea
     for scheme in tqdm(schemes, desc=str(backend), unit="scheme"):
         pack, unpack, stored = calls(scheme, backend, x)
         record = {"backend": str(backend), "scheme": scheme.to_dict(), "name": str(scheme)}
-        for direction, call in (("pack", pack), ("unpack", unpack)):
-            figures = seconds(call, repeats, x.device)
+        for direction, seconds in in_turns({"pack": pack, "unpack": unpack}, repeats, x.device).items():
+            figures = percentiles(seconds)
             record[direction] = {
                 "seconds": figures,
                 "gb_per_s": (nbytes(x) + nbytes(*stored)) / figures["p50"] / 1e9,
@@ -185,7 +175,7 @@ def main(options: QuantizeBenchmarkConfig) -> dict[str, Any]:
         print(f"gate: {backend} on {device} gives the reference's bits in {len(schemes)} schemes")
 
     target = torch.empty_like(x)
-    copy = seconds(lambda: target.copy_(x), options.repeats, device)
+    copy = percentiles(in_turns({"copy": lambda: target.copy_(x)}, options.repeats, device)["copy"])
     copy_gb_per_s = 2 * nbytes(x) / copy["p50"] / 1e9
     records = [r for backend in backends for r in measure(schemes, backend, x, options.repeats)]
 

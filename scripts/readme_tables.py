@@ -13,7 +13,6 @@ from configuration_alrd_llama import QuantScheme
 from modules.formats.qlutattn import QLUTATTN
 from scripts import plots
 from scripts.ablate_calibration import ablation_table
-from scripts.attention_peers import milliseconds
 from scripts.benchmark_attention import attention_table, full_table, schemes_table
 from scripts.benchmark_decode import decode_table, first_token_table
 from scripts.benchmark_gpu import gpu_table
@@ -27,6 +26,7 @@ from scripts.eval_perplexity import perplexity_table
 from scripts.eval_retrieval import retrieval_table
 from scripts.measure_distortion import distortion_table
 from scripts.project_calibration import projection_table
+from scripts.timing import milliseconds
 
 RESULTS = ROOT / "scripts" / "results"
 
