@@ -26,7 +26,7 @@ from scripts.eval_perplexity import perplexity_table
 from scripts.eval_retrieval import retrieval_table
 from scripts.measure_distortion import distortion_table
 from scripts.project_calibration import projection_table
-from scripts.timing import milliseconds
+from scripts.timing import bounds_note, milliseconds
 
 RESULTS = ROOT / "scripts" / "results"
 
@@ -170,7 +170,8 @@ def _speed_note(record: dict) -> str:
     e, backends = record["environment"], {c["backend"] for c in record["cases"].values() if "backend" in c}
     machine = e["cpu"] if e["device"] == "cpu" else e["device"]
     return (
-        f"{machine}, {e['threads']} thread{'s' * (e['threads'] > 1)}, {record['key']['dtype']}, back end "
+        f"{bounds_note(record['cases'])} {machine}, {e['threads']} thread{'s' * (e['threads'] > 1)}, "
+        f"{record['key']['dtype']}, back end "
         f"{' and '.join(sorted(backends))}, torch {e['torch']}, transformers {e['transformers']}."
     )
 
@@ -200,7 +201,8 @@ def gpu(record: dict) -> str:
     return (
         f"{gpu_table(record)}\n\nAttention and appends: one layer of Llama-3-8B, rank {c['rank']:.0%} per head, "
         f"{c['bits']} bits; L2 cold, attention in CUDA graphs on both sides. Models: 8 layers of that shape, random; a "
-        f"step is the time of {many} new tokens less that of {few}, over {many - few}. {e['device']}, {c['dtype']}, "
+        f"step is the time of {many} new tokens less that of {few}, over {many - few}. "
+        f"{bounds_note(record['cases'])} {e['device']}, {c['dtype']}, "
         f"Python {e['python']}, torch {e['torch']}, triton {e['triton']}, transformers {e['transformers']}."
     )
 
@@ -278,8 +280,9 @@ def prefix(record: dict, longer: dict) -> str:
     header, rows = prefix_cells(record)
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
     return "\n".join(lines) + (
-        f"\n\nPrefix of {c['length']:,} tokens; each continuation goes on by {1 + c['steps']} tokens; medians and "
-        f"quartiles of {c['rounds']} rounds. Prefix of {tokens:,} tokens, {name}: computed in {times['computed']} ms, "
+        f"\n\nPrefix of {c['length']:,} tokens; each continuation goes on by {1 + c['steps']} tokens; medians of "
+        f"{c['rounds']} rounds. {bounds_note(record['models'])} "
+        f"Prefix of {tokens:,} tokens, {name}: computed in {times['computed']} ms, "
         f"loaded in {times['loaded']} ms, {long['times_faster']['computed']:.0f}×. {c['dtype']} on "
         f"{_machine(e)}."
     )

@@ -138,6 +138,21 @@ def _bounds_keys(spread: dict[str, float]) -> tuple[str, str]:
     return next(keys for keys in _BOUNDS if keys[0] in spread)
 
 
+def bounds_note(results: dict[str, Any]) -> str:
+    """A sentence for below a table: what its brackets hold. All spreads of a record are of one kind.
+
+    Args:
+        results: Of a record; spreads stand anywhere in them.
+    """
+    waiting = [results]
+    while waiting:
+        node = waiting.pop()
+        if "p50" in node:
+            return f"In brackets: {bounds_name(node)}."
+        waiting += [child for child in node.values() if isinstance(child, dict)]
+    raise ValueError("results: must hold a spread, with the key 'p50'")
+
+
 def milliseconds(seconds: dict[str, float]) -> str:
     """A spread of times as a cell, `median [low–high]`, in milliseconds."""
     median = seconds["p50"]

@@ -275,4 +275,4 @@ def test_the_table_of_made_up_figures():
         "| quantize and pack | GB/s | of a copy |",
         "| 2-bit | 2,000 | 0.50 |",
     ]
-    assert "over 128. made-up GPU, bfloat16" in text
+    assert "over 128. In brackets: 20th and 80th percentile. made-up GPU, bfloat16" in text

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from scripts import timing
-from scripts.timing import bounds, bounds_name, in_turns, milliseconds, percentiles, ratios, times_faster
+from scripts.timing import bounds, bounds_name, bounds_note, in_turns, milliseconds, percentiles, ratios, times_faster
 
 
 def test_the_l2_is_cold_before_the_clock_starts(monkeypatch):
@@ -66,6 +66,7 @@ def test_percentiles():
 def test_records_of_before_are_read_as_what_they_are(low, high, name):
     spread = {low: 0.9e-3, "p50": 1e-3, high: 1.1e-3}
     assert bounds(spread) == (0.9e-3, 1.1e-3) and bounds_name(spread) == name
+    assert bounds_note({"a": {"gate": 1.0, "way": {"seconds": spread}}}) == f"In brackets: {name}."
     assert milliseconds(spread) == "1.00 [0.90–1.10]"
     assert times_faster(2.5, {low: 2.4, "p50": 2.6, high: 2.7}) == "2.50× [2.40–2.70]"
 
