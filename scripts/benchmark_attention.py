@@ -27,6 +27,7 @@ Cases are appended to the output one by one: an interrupted run goes on where it
     python scripts/benchmark_attention.py --output scripts/results/benchmark_attention.json
 """
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -40,7 +41,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from configuration_alrd_llama import ALRDLlamaConfig, check_positive
 from modeling_alrd_llama import ALRDLlamaAttention, LatentStep
-from modules.kernels.packed import Rope
+from modules.kernels.packed import Rope, Tile
 from modules.kivi_cache import CacheScheme, KIVILatentCache, config_widths
 from modules.svd_linear import SVDLinear, split_groups
 from scripts.attention_peers import (
@@ -124,9 +125,10 @@ class AttentionBenchmarkConfig:
             raise ValueError(f"peers={unknown}: must be among {', '.join(PEERS)}")
 
     def schemes(self) -> list[dict[str, Any]]:
-        """What is measured at every length and batch; the first meets all peers."""
+        """Schemes that are measured at every length and batch; the first meets all peers."""
         kinds = [(r, 1) for r in self.ranks] + [(r, self.num_key_value_heads) for r in self.joint_ranks if r]
-        return [{"rank": r, "head_group_size": g, "bits": b} for r, g in kinds for b in self.bits]
+        chosen = itertools.product(kinds, self.bits)
+        return [{"rank": rank, "head_group_size": size, "bits": bits} for (rank, size), bits in chosen]
 
     def layer_config(self, scheme: dict[str, Any]) -> ALRDLlamaConfig:
         """A model of one layer, the rest of which is as small as it goes."""
@@ -154,7 +156,7 @@ def measure_machine(options: AttentionBenchmarkConfig) -> dict[str, float]:
     buffer = torch.ones(2 ** (16 if options.quick else 27), device=device)
     # Which reduction reads fastest differs; the highest figure is the bandwidth.
     views = [buffer.view(dtype) for dtype in (torch.int32, torch.int64, torch.float32, torch.float64)]
-    reads = [getattr(view, name) for view in views for name in ("max", "sum")]
+    reads = [*(view.max for view in views), *(view.sum for view in views)]
     machine = {"bytes_per_s": buffer.nbytes / min(least_seconds(read, device) for read in reads)}
     square = torch.ones(size, size, device=device)
     half = square.to(getattr(torch, options.dtype))
@@ -165,7 +167,7 @@ def measure_machine(options: AttentionBenchmarkConfig) -> dict[str, float]:
 
 
 def between_calls(options: AttentionBenchmarkConfig) -> Callable[[int], None]:
-    """What happens before each call, so that all find the same machine; takes the threads that PyTorch is to wake."""
+    """Make the pause before each call, after which all find the same machine; it takes the threads to be woken."""
     cpu = torch.device(options.device).type == "cpu"  # elsewhere `timed` sees to the caches
     size = 2**26 if options.cold and cpu and not options.quick else 2**16
     buffer = torch.ones(size, dtype=torch.int32, device=options.device)
@@ -285,7 +287,7 @@ class LatentLayer:
         return self.batch * (held * a_token + c.num_attention_heads * c.head_dim * max(self.widths[1]))
 
     def stored(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the row holds, dequantized in float32, with the new token: `[T, C_k]` and `[T, C_v]`."""
+        """States that the row holds, dequantized in float32, and of the new token: `[T, C_k]` and `[T, C_v]`."""
         seen = self.layer.packed(self.position().new_tokens(self.new_keys, self.new_values).tile())
         sides = []
         for side, codec in self.layer.pool.codecs.items():
@@ -293,12 +295,14 @@ class LatentLayer:
             exact.dtype = torch.float32
             blocks = list(self.layer.rows[row].blocks)
             packed = exact.decode({name: t[blocks] for name, t in self.layer.pool.storage[side].items()})
-            tiles = [
-                [getattr(t, side)[row, 0, : t.count[row, 0]].float() for t in tiles]
-                for tiles in (seen.before, seen.after)
-            ]
-            sides.append(torch.cat([*tiles[0], packed.flatten(0, 1), *tiles[1]]))
+            before, after = (self._exact_states(tiles, side, row) for tiles in (seen.before, seen.after))
+            sides.append(torch.cat([*before, packed.flatten(0, 1), *after]))
         return tuple(sides)
+
+    @staticmethod
+    def _exact_states(tiles: tuple[Tile, ...], side: str, row: int) -> list[torch.Tensor]:
+        """States `[n, C]` of one side that each tile holds of a row, in float32."""
+        return [getattr(tile, side)[row, 0, : tile.count[row, 0]].float() for tile in tiles]
 
     def unpacked(self, keys: torch.Tensor, values: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
         """Plain PyTorch in the model's type: states expanded whole, rotated, SDPA. `[B, T, C]` to `[B, H_q, d]`."""
@@ -411,7 +415,7 @@ def seconds_in_turns(
 
 
 def figures(contender: Contender, seconds: list[float], machine: dict[str, float], dtype: str) -> dict[str, Any]:
-    """What is stated of a contender: time, bytes, multiply-adds, and its shares of what the machine can do."""
+    """Figures of a contender: time, bytes, multiply-adds, and its shares of what the machine can do."""
     spread = percentiles(seconds)
     rate = contender.macs / spread["p50"]
     return {
@@ -497,12 +501,11 @@ def cases(options: AttentionBenchmarkConfig) -> Iterator[tuple[str, int, int, di
     """Name, length, batch, scheme and peers of every case."""
     device = torch.device(options.device).type
     everybody = options.peers or [name for name, peer in PEERS.items() if device in peer.devices]
-    for length in options.lengths:
-        for batch in options.batches:
-            for i, scheme in enumerate(options.schemes()):
-                group = "per head" if scheme["head_group_size"] == 1 else "joint"
-                name = f"{length} x {batch}, rank {scheme['rank']:g} {group}, {scheme['bits']} bit"
-                yield name, length, batch, scheme, everybody if i == 0 else [YARDSTICKS[device]]
+    first = options.schemes()[0]
+    for length, batch, scheme in itertools.product(options.lengths, options.batches, options.schemes()):
+        group = "per head" if scheme["head_group_size"] == 1 else "joint"
+        name = f"{length} x {batch}, rank {scheme['rank']:g} {group}, {scheme['bits']} bit"
+        yield name, length, batch, scheme, everybody if scheme == first else [YARDSTICKS[device]]
 
 
 #: Options that two runs must share for their cases to stand in one file.
@@ -598,7 +601,9 @@ def pivot(record: dict[str, Any], row: Callable[[dict], dict[str, str]], title: 
             cells.setdefault(name, {})[size_name(case)] = cell
     sizes = list(dict.fromkeys(size_name(case) for case in record["cases"].values()))
     lines = [f"| {title} | {' | '.join(sizes)} |", f"|{'---|' * (1 + len(sizes))}"]
-    lines += [f"| {name} | {' | '.join(found.get(size, '–') for size in sizes)} |" for name, found in cells.items()]
+    for name, by_size in cells.items():
+        shown = [by_size.get(size, "–") for size in sizes]
+        lines.append(f"| {name} | {' | '.join(shown)} |")
     return "\n".join(lines)
 
 

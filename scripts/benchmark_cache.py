@@ -12,6 +12,7 @@ be, bit for bit, the simulated round trip of its blocks; otherwise nothing is re
     python scripts/benchmark_cache.py --output build/benchmark_cache.json
 """
 
+import itertools
 import os
 import statistics
 from collections.abc import Callable
@@ -139,13 +140,13 @@ def check_cache(config: ALRDLlamaConfig, latents: Latents) -> int:
         layer.append(*token)
 
     widths = [config.cached_widths(0, projection) for projection in ("k_proj", "v_proj")]
-    # Per channel a group never reaches beyond its block; `KIVIQuantizer` knows no block.
-    quantizers = [
-        KIVIQuantizer(
-            s.bits, s.group_size or (block if s.per_channel else 0), s.per_channel, s.symmetric, s.range_method
-        )
-        for s in (scheme.keys, scheme.values)
-    ]
+    quantizers = []
+    for s in (scheme.keys, scheme.values):
+        group_size = s.group_size
+        # Per channel a group never reaches beyond its block; `KIVIQuantizer` knows no block.
+        if s.per_channel and not group_size:
+            group_size = block
+        quantizers.append(KIVIQuantizer(s.bits, group_size, s.per_channel, s.symmetric, s.range_method))
     for side, x, held, groups, quantizer in zip(("keys", "values"), states, layer.states(), widths, quantizers):
         expected = x.clone()
         packed = x[:, scheme.sink_length : stop]
@@ -198,8 +199,11 @@ def time_appends(config: ALRDLlamaConfig, options: CacheBenchmarkConfig, latents
 
 def growth(results: list[dict[str, Any]]) -> dict[str, float]:
     """Time at the last length over time at the first."""
-    pairs = [(cache, name) for cache in ("packed", "dense") for name in ("p50", "mean")]
-    return {f"{c}_{n}": results[-1][f"{c}_us"][n] / results[0][f"{c}_us"][n] for c, n in pairs}
+    first, last = results[0], results[-1]
+    grown = {}
+    for cache, name in itertools.product(("packed", "dense"), ("p50", "mean")):
+        grown[f"{cache}_{name}"] = last[f"{cache}_us"][name] / first[f"{cache}_us"][name]
+    return grown
 
 
 def allocated_bytes(step: Callable[[], Any]) -> tuple[int, int]:

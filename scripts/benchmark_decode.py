@@ -20,6 +20,7 @@ Cases are appended to the output one by one: an interrupted run goes on where it
 
 import ctypes
 import gc
+import itertools
 import statistics
 from collections.abc import Callable
 from copy import deepcopy
@@ -201,7 +202,7 @@ class Subject:
 
 @torch.no_grad()
 def attention_outputs(model: PreTrainedModel, cache: Cache) -> list[torch.Tensor]:
-    """What every layer's attention gives to its output projection, `[B, 1, H_q * d]`, in a step of one token."""
+    """Inputs of every layer's output projection, `[B, 1, H_q * d]`, in a step of one token."""
     outputs: list[torch.Tensor] = []
     hooks = [
         layer.self_attn.o_proj.register_forward_pre_hook(lambda module, inputs: outputs.append(inputs[0]))
@@ -372,11 +373,8 @@ def main(options: DecodeBenchmarkConfig) -> dict[str, Any]:
     results.require("key", key)
     record = results.record
     for subject in options.subjects():
-        sizes = {
-            f"{subject.name}, {length} x {batch}": (length, batch)
-            for length in options.lengths
-            for batch in options.batches
-        }
+        every_size = itertools.product(options.lengths, options.batches)
+        sizes = {f"{subject.name}, {length} x {batch}": (length, batch) for length, batch in every_size}
         prompt = f"{subject.name}, prompt of {options.prompt}"
         todo = [*sizes, *[prompt] * bool(options.prompts)]
         missing = [name for name in todo if name not in record["cases"]]

@@ -23,6 +23,7 @@ the run ends in an error. Rows that the output holds are not measured again.
 """
 
 import gc
+import itertools
 import os
 import tempfile
 import time
@@ -287,11 +288,11 @@ class Row(NamedTuple):
 def rows(options: GpuBenchmarkConfig) -> Iterator[Row]:
     """Every row: first the one that is to find nothing compiled, last those that take longest."""
     models = Models(options)
-    first, *others = (
-        Row(f"model, {context}, {way}", needs_s, partial(models.measure, way, context))
-        for context in options.contexts
-        for way, (_, _, needs_s) in WAYS.items()
-    )
+    of_models = []
+    for context, way in itertools.product(options.contexts, WAYS):
+        needs_s = WAYS[way][2]
+        of_models.append(Row(f"model, {context}, {way}", needs_s, partial(models.measure, way, context)))
+    first, *others = of_models
     yield first
     for size in options.sizes:
         yield Row(f"attention, {size}", 20, partial(measure_attention, options, size))
@@ -303,7 +304,7 @@ def rows(options: GpuBenchmarkConfig) -> Iterator[Row]:
 
 @contextmanager
 def empty_compiler_caches() -> Iterator[None]:
-    """What Triton and `torch.compile` keep is not found, and not left: a first call is that of a new user."""
+    """Give Triton and `torch.compile` empty caches, and leave them none: a first call is that of a new user."""
     with tempfile.TemporaryDirectory() as folder:
         places = {"TRITON_CACHE_DIR": f"{folder}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}
         with patch.dict(os.environ, places):
@@ -398,40 +399,29 @@ def gpu_attention_table(cases: list[dict[str, Any]]) -> str:
 
 
 def gpu_model_table(cases: list[dict[str, Any]]) -> str:
-    by_context: dict[int, list[dict[str, Any]]] = {}
-    for case in cases:
-        by_context.setdefault(case["context"], []).append(case)
-    lines = [
-        [
-            f"{context:,}",
-            case["way"],
-            milliseconds(case["step"]),
-            milliseconds(case["first_token"]),
-            f"{case['first_call_s']:.1f}",
-        ]
-        for context, own in sorted(by_context.items())
-        for case in sorted(own, key=lambda case: list(WAYS).index(case["way"]))
-    ]
+    order = list(WAYS)
+    lines = []
+    for case in sorted(cases, key=lambda case: (case["context"], order.index(case["way"]))):
+        times = [milliseconds(case["step"]), milliseconds(case["first_token"]), f"{case['first_call_s']:.1f}"]
+        lines.append([f"{case['context']:,}", case["way"], *times])
     header = ["prompt", "`generate` with", "ms per step", "first token, ms", "first call, s"]
     return _markdown(header, lines)
 
 
 def gpu_append_table(cases: list[dict[str, Any]]) -> str:
-    lines = [
-        [f"{case['length']:,} × {case['batch']}", name]
-        + [f"{1e6 * case[name][figure]:,.0f}" for figure in ("p50_s", "mean_s", "host_p50_s")]
-        for case in cases
-        for name in ("growing", "fixed capacity")
-    ]
+    lines = []
+    for case, name in itertools.product(cases, ("growing", "fixed capacity")):
+        times = [f"{1e6 * case[name][figure]:,.0f}" for figure in ("p50_s", "mean_s", "host_p50_s")]
+        lines.append([f"{case['length']:,} × {case['batch']}", name, *times])
     return _markdown(["append, tokens × rows", "cache", "median, µs", "mean, packing in it, µs", "host, µs"], lines)
 
 
 def gpu_pack_table(cases: list[dict[str, Any]]) -> str:
-    lines = [
-        [r["name"], f"{r['pack']['gb_per_s']:,.0f}", f"{r['pack']['gb_per_s'] / case['copy']['gb_per_s']:.2f}"]
-        for case in cases
-        for r in case["results"]
-    ]
+    lines = []
+    for case in cases:
+        for r in case["results"]:
+            speed = r["pack"]["gb_per_s"]
+            lines.append([r["name"], f"{speed:,.0f}", f"{speed / case['copy']['gb_per_s']:.2f}"])
     return _markdown(["quantize and pack", "GB/s", "of a copy"], lines)
 
 

@@ -16,6 +16,7 @@ First comes a gate: each layer's step must have launched kernels; otherwise noth
     python scripts/benchmark_host.py --output scripts/results/benchmark_host.json
 """
 
+import itertools
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -91,7 +92,7 @@ class NoLaunch:
 
 
 class StandInDriver:
-    """What Triton asks of a driver before it launches, answered as on an H100."""
+    """A driver for Triton, which answers as on an H100 what is asked before a launch."""
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
@@ -220,7 +221,7 @@ def main(options: HostBenchmarkConfig) -> dict[str, Any]:
     """Measure all cases; returns the record."""
     torch.set_num_threads(options.threads)
     ours, dense = models(options)
-    sizes = [(context, batch) for context in options.contexts for batch in options.batches]
+    sizes = list(itertools.product(options.contexts, options.batches))
     cases = [measure_case(options, ours, dense, *size) for size in tqdm(sizes, unit="case")]
     record = {"config": asdict(options), "environment": environment(), "cases": cases}
     if options.output:

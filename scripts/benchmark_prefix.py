@@ -85,7 +85,8 @@ def resident_bytes() -> int | None:
 
 
 def dense_nbytes_of(cache: DynamicCache) -> int:
-    return storage_nbytes(tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
+    keys, values = ([getattr(layer, side) for layer in cache.layers] for side in ("keys", "values"))
+    return storage_nbytes(keys + values)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ otherwise nothing is reported.
     python scripts/benchmark_quantize.py --output build/benchmark_quantize.json
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from configuration_alrd_llama import QuantScheme, check_choice, check_positive
 from modules import quant_utils
 from modules.files import write_json
 from modules.kernels import BACKENDS, Backend, get_backend
-from scripts.common import DTYPES, environment, parse_config
+from scripts.common import DTYPES, environment, parse_config, whole
 from scripts.timing import in_turns, percentiles
 
 #: GB/s of states that packing should reach on a CPU.
@@ -74,21 +75,19 @@ class QuantizeBenchmarkConfig:
             check_choice("backends", backend, BACKENDS)
         for method in self.methods:
             check_choice("methods", method, ("minmax", "mse"))
-        self.bits = [int(b) if b == int(b) else b for b in self.bits]
+        self.bits = [whole(bits) for bits in self.bits]
         for b in self.bits:
             QuantScheme(b, group_size=self.group_size)
             if b not in (1, 1.58, 2, 3, 4, 8):
                 raise ValueError(f"bits={b!r}: must be one of 1, 1.58, 2, 3, 4, 8")
 
     def schemes(self) -> list[QuantScheme]:
-        """What is measured: every width in every orientation by every method that it has."""
-        return [
-            QuantScheme(bits, orientation, self.group_size, range_method=method)
-            for bits in self.bits
-            for orientation in ("per_channel", "per_token")
-            for method in self.methods
-            if bits >= 2 or method == "mse"
-        ]
+        """Every width in every orientation by every method that it has."""
+        found = []
+        for bits, orientation, method in itertools.product(self.bits, ("per_channel", "per_token"), self.methods):
+            if bits >= 2 or method == "mse":
+                found.append(QuantScheme(bits, orientation, self.group_size, range_method=method))
+        return found
 
 
 def calls(scheme: QuantScheme, backend: Backend, x: torch.Tensor) -> tuple[Callable, Callable, tuple]:
@@ -177,7 +176,9 @@ def main(options: QuantizeBenchmarkConfig) -> dict[str, Any]:
     target = torch.empty_like(x)
     copy = percentiles(in_turns({"copy": lambda: target.copy_(x)}, options.repeats, device)["copy"])
     copy_gb_per_s = 2 * nbytes(x) / copy["p50"] / 1e9
-    records = [r for backend in backends for r in measure(schemes, backend, x, options.repeats)]
+    records = []
+    for backend in backends:
+        records += measure(schemes, backend, x, options.repeats)
 
     shape = " x ".join(map(str, x.shape))
     print(f"\n{nbytes(x) / MIB:g} MiB of {options.dtype} states ({shape}) on {device}; copy {copy_gb_per_s:,.4g} GB/s")

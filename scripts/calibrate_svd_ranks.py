@@ -36,7 +36,7 @@ from scripts.eval_perplexity import EvalConfig, measure, perplexity_table
 
 @dataclass
 class SourceOptions:
-    """What to split, on which text, and where to write it."""
+    """The model to split, the text for its statistics, and the folder to write."""
 
     model: str = field(
         default=BUNDLED_MODEL, metadata={"help": "Dense Llama, Mistral or Qwen2: a local folder or a hub name."}
@@ -134,10 +134,7 @@ def write_checkpoint(config: CalibrationConfig, calibration: Calibration, budget
         "truncation_ranks": target.truncation_ranks,
         "width_tiers": target.width_tiers,
         "rates": calibration.rates,
-        "energies": {
-            name: [[float(f"{e:.4g}") for e in f.energy.tolist()] for f in groups]
-            for name, groups in calibration.factors.items()
-        },
+        "energies": {name: [_rounded(f.energy) for f in groups] for name, groups in calibration.factors.items()},
         "energy_kept": {name: _energy_kept(calibration, name) for name in target.truncation_ranks},
         "seconds": {k: round(v, 1) for k, v in calibration.seconds.items()}
         | {"checkpoint": round(time.perf_counter() - started, 1)},
@@ -151,6 +148,11 @@ def write_checkpoint(config: CalibrationConfig, calibration: Calibration, budget
         f"({dense / nbytes:.1f}× smaller); ranks {min(ranks)}–{max(ranks)}, {sum(report['seconds'].values()):.0f} s"
     )
     return report
+
+
+def _rounded(energies: torch.Tensor) -> list[float]:
+    """Four digits of each, which a plot shows."""
+    return [float(f"{energy:.4g}") for energy in energies.tolist()]
 
 
 def _energy_kept(calibration: Calibration, name: str) -> list[float]:

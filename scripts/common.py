@@ -1,4 +1,4 @@
-"""What the command line programs share: options, loading, sizes, records."""
+"""The common ground of the command line programs: options, loading, sizes, environment."""
 
 import hashlib
 import os
@@ -64,7 +64,9 @@ class CacheOptions:
     def cache_settings(self) -> dict[str, Any]:
         """The settings that were given, by the names of `ALRDLlamaConfig`; whole numbers of bits as int."""
         given = {f.name: getattr(self, f.name) for f in fields(CacheOptions) if getattr(self, f.name) is not None}
-        return {name: parse_json(name, x) if isinstance(x, str) else whole(x) for name, x in given.items()}
+        for name, value in given.items():
+            given[name] = parse_json(name, value) if isinstance(value, str) else whole(value)
+        return given
 
 
 def whole(value: float) -> int | float:
@@ -163,8 +165,10 @@ def set_ranks(config: ALRDLlamaConfig, rank: float, head_group_size: int | None 
     if not 0 < rank <= full or (rank > 1 and rank != int(rank)):
         raise ValueError(f"rank={rank!r}: must be a share in (0, 1], or a whole number from 2 to the full rank {full}")
     total = max(groups, round(rank * full)) if rank <= 1 else int(rank)
-    layers, projections = range(config.num_hidden_layers), ("k_proj", "v_proj")
-    config.truncation_ranks = {f"model.layers.{i}.self_attn.{p}": total for i in layers for p in projections}
+    config.truncation_ranks = {}
+    for i in range(config.num_hidden_layers):
+        for projection in ("k_proj", "v_proj"):
+            config.truncation_ranks[f"model.layers.{i}.self_attn.{projection}"] = total
     config.check_latent_cache()
 
 
@@ -194,7 +198,8 @@ def human_bytes(nbytes: float) -> str:
 def format_table(header: list[str], rows: list[list[str]]) -> str:
     """Text table with columns aligned to the right."""
     widths = [max(map(len, column)) for column in zip(header, *rows)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in [header, *rows])
+    lines = ["  ".join(map(str.rjust, row, widths)) for row in [header, *rows]]
+    return "\n".join(lines)
 
 
 def cpu_name() -> str:
@@ -224,7 +229,7 @@ def git_commit() -> str | None:
 
 
 def environment(device: torch.device | str = "cpu", processes: PartialState | None = None) -> dict[str, Any]:
-    """What a figure depends on beside the options: versions, commit, machine, and processes that share it."""
+    """The environment on which a figure depends: versions, commit, machine, and processes that share it."""
     device = torch.device(device)
     return {
         "python": platform.python_version(),

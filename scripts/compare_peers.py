@@ -83,7 +83,7 @@ BACKENDS = {"quanto": ("optimum-quanto", 0), "hqq": ("hqq", 1)}
 
 @dataclass(frozen=True)
 class FlushScheme:
-    """What a `QuantizedCache` has packed when, in the terms of `CacheScheme` that `scored_positions` asks for.
+    """Packed tokens of a `QuantizedCache` at each length, in terms of `CacheScheme` as `scored_positions` asks.
 
     The prompt is packed at once, to its last token. Each step's tokens then join the residual, and once it is full a
     step packs the whole history anew, itself included.
@@ -227,7 +227,7 @@ class Models:
 
     @cached_property
     def scaled(self) -> list:
-        """What ASVD's factors are fitted to."""
+        """Statistics to which ASVD's factors are fitted."""
         return asvd_statistics(self.exact, mean_absolute_inputs(self.exact, self.batches("Input scales")))
 
     @cached_property
@@ -255,7 +255,7 @@ class Models:
 
 @dataclass(frozen=True)
 class Peer:
-    """What to measure: a cache scheme, the function that makes its model, and whose engine runs it."""
+    """A cache to measure: its scheme, the function that makes its model, and whose engine runs it."""
 
     part: str
     scheme: CacheScheme | FlushScheme

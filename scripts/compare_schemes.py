@@ -131,10 +131,10 @@ RECOMMENDED = {
 def drop_in_caches(config: CompareConfig, dense, tokenizer) -> dict:
     """Functions that make a cache for the dense model's own keys and values, by name."""
     exact = QuantScheme(16)
-    one_side = {
-        f"QLUTATTN {name}": CacheScheme.of(*((scheme, exact) if name[0] == "K" else (exact, scheme)))
-        for name, scheme in QLUTATTN.items()
-    }
+    one_side = {}
+    for name, scheme in QLUTATTN.items():
+        sides = (scheme, exact) if name[0] == "K" else (exact, scheme)
+        one_side[f"QLUTATTN {name}"] = CacheScheme.of(*sides)
     windows = tokenize_windows(load_documents("stdlib:calibration"), tokenizer, 1024)[:32]
     scales = calibrate_int8(dense, windows.split(4))
     sample = create_kivi_cache(16, 16)

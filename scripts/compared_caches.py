@@ -1,4 +1,4 @@
-"""What the evaluations share: the caches that are compared with a dense model's, and records that a run goes on from.
+"""The caches that evaluations compare with a dense model's, and the files of results that a run goes on from.
 
 The dense model has a `DynamicCache`; beside it stand checkpoints of scripts/calibrate_svd_ranks.py, each with the cache
 that it asks for, and plain splits of the dense model at one rank and several widths.
@@ -78,7 +78,7 @@ class ComparedCaches:
         return {name: value for name, value in given.items() if value is not None}
 
     def names(self) -> list[str]:
-        """Of the dense model and the caches beside it, in the order of the tables."""
+        """Names of the dense model and of the caches beside it, in the order of the tables."""
         splits = [f"rank {self.rank:.0%}" if self.rank <= 1 else f"rank {self.rank:g}"] * len(self.bits)
         return [
             "dense",
@@ -100,7 +100,7 @@ class ComparedCaches:
         return model, partial(model.create_kivi_cache, **settings)
 
     def schemes(self) -> dict[str, CacheScheme]:
-        """What each of the caches stores; only the window and the blocks are the same in every layer."""
+        """Schemes of the packed caches by name; only window and blocks are those of every layer of a cache."""
         found = {}
         for path in self.checkpoints:
             scheme = CacheScheme.from_config(ALRDLlamaConfig.from_pretrained(find_model(path)))
@@ -173,7 +173,7 @@ class PackedContext:
 
 
 def describe_cache(model: PreTrainedModel, cache: Cache, lengths: list[int]) -> dict:
-    """What a score is reported with: settings, back end and true bytes of the cache it was measured through.
+    """Settings, back end and true bytes of the cache that a score was measured through.
 
     Args:
         model: Whose cache it is.

@@ -165,7 +165,7 @@ def _dataset_documents(rest: str, split: str | None) -> list[Document]:
 
 
 def describe(documents: Sequence[Document]) -> dict[str, Any]:
-    """What identifies a text in a report: size, SHA-256 of names and texts, version of Python."""
+    """Identity of a text in a report: size, SHA-256 of names and texts, version of Python."""
     digest = hashlib.sha256()
     for document in documents:
         # Lengths go first so that no two lists of documents give the same bytes.

@@ -11,6 +11,7 @@ that was interrupted goes on where it stopped; with --output the picture is writ
 """
 
 import math
+import operator
 from dataclasses import dataclass, field
 
 import torch
@@ -89,8 +90,7 @@ def main(config: LongDocumentsConfig) -> dict:
             model, make_cache = config.open(name)
             cache = make_cache()
             losses, done["bytes_held"] = read_through_cache(model, cache, batch.to(model.device), config.chunk, marks)
-            # The first bucket is one token short: nothing predicts a document's first token.
-            done["nll"] += [[part.mean().item() for part in row] for row in _buckets(losses, width)]
+            done["nll"] += _bucket_means(losses, width)
             done |= describe_cache(model, cache, [config.length])
             file.save()
     schemes = config.schemes()
@@ -104,10 +104,12 @@ def main(config: LongDocumentsConfig) -> dict:
     return record
 
 
-def _buckets(losses: torch.Tensor, width: int) -> list[list[torch.Tensor]]:
-    """`[B, T - 1]` losses by row and bucket; token t, whose loss stands at t - 1, belongs to bucket t // width."""
-    edges = range(width - 1, losses.shape[1], width)
-    return [list(row.tensor_split(list(edges))) for row in losses.double().cpu()]
+def _bucket_means(losses: torch.Tensor, width: int) -> list[list[float]]:
+    """Mean of `[B, T - 1]` losses by row and bucket; token t, whose loss stands at t - 1, is in bucket t // width."""
+    # The first bucket is one token short: nothing predicts a document's first token.
+    edges = list(range(width - 1, losses.shape[1], width))
+    means = [bucket.mean(1) for bucket in losses.double().cpu().tensor_split(edges, dim=1)]
+    return torch.stack(means, dim=1).tolist()
 
 
 def _packed_share(scheme, start: int, stop: int, chunk: int) -> float:
@@ -128,8 +130,8 @@ def summary(record: dict) -> dict:
     sizes = [width - 1] + [width] * (c["buckets"] - 1)
 
     def columns(nll: list[list[float]]) -> list[list[float]]:
-        whole = [sum(x * n for x, n in zip(row, sizes)) / sum(sizes) for row in nll]
-        return [*(list(column) for column in zip(*nll)), whole]
+        whole = [sum(map(operator.mul, row, sizes)) / sum(sizes) for row in nll]
+        return [*map(list, zip(*nll)), whole]
 
     dense = columns(record["results"]["dense"]["nll"])
     caches = {}

@@ -231,7 +231,8 @@ def measure(
             "group_size or a shorter residual_length"
         )
 
-    tallies = {name: Tally() for name in ([reference_name] if dense is not None else []) + list(caches)}
+    names = list(caches) if dense is None else ["dense", *caches]
+    tallies = {name: Tally() for name in names}
     batches = windows.to(any_model.device).split(config.batch_size)
     progress = tqdm(total=len(tallies) * len(batches), desc="Batches", disable=not is_main(processes))
 

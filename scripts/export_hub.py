@@ -11,6 +11,7 @@ and a model card with the figures of the checkpoint's `report.json` and of an --
 """
 
 import ast
+import itertools
 import json
 import os
 import re
@@ -106,8 +107,11 @@ def foreign_packages(node: ast.Import | ast.ImportFrom) -> set[str]:
 
 def required_packages() -> set[str]:
     """Packages without which the model cannot be imported, by the names in `import`."""
-    trees = module_closure(at_once=True).values()
-    return set().union(*(foreign_packages(node) for tree in trees for node in import_statements(tree, at_once=True)))
+    required = set()
+    for tree in module_closure(at_once=True).values():
+        for node in import_statements(tree, at_once=True):
+            required |= foreign_packages(node)
+    return required
 
 
 def rewrite_module(name: str, required: set[str]) -> str:
@@ -146,7 +150,7 @@ def rewrite_module(name: str, required: set[str]) -> str:
 
 
 def import_lines(node: ast.Import | ast.ImportFrom, required: set[str], where: str) -> list[str] | None:
-    """What an import statement becomes; `None`: it stays as it is. See `rewrite_module`."""
+    """Lines that replace an import statement; `None`: it stays as it is. See `rewrite_module`."""
     if isinstance(node, ast.ImportFrom) and node.level:
         raise ValueError(f"{where}: the project imports absolutely")
     if not imported_modules(node):
@@ -321,7 +325,7 @@ def _origin(config: ExportConfig, report: dict | None) -> str:
 
 
 def _public(path: str) -> str:
-    """A path or name as a card may show it: where a file stands on this machine is nobody's business."""
+    """Strip local folders from a path or name that a model card shows."""
     return Path(path).name if Path(path).is_absolute() else path
 
 
@@ -341,7 +345,9 @@ def _size(report: dict | None) -> str:
     if report is None:
         return "Not stated: the checkpoint has no `report.json`."
     settings, text = report["config"], _public(report["config"]["text"])
-    ranks = [sum(r) if isinstance(r, list) else r for r in report["truncation_ranks"].values()]
+    ranks = []
+    for rank in report["truncation_ranks"].values():
+        ranks.append(sum(rank) if isinstance(rank, list) else rank)  # of head groups, or of a joint latent
     card = (
         f"At {settings['tokens']:,} tokens the cache of one sequence takes {report['nbytes']:,} bytes "
         f"({human_bytes(report['nbytes'])}), {report['share_of_dense']:.2%} of a dense one in 16 bits, with codes, "
@@ -349,7 +355,7 @@ def _size(report: dict | None) -> str:
         f"Ranks {min(ranks)} to {max(ranks)} per projection"
     )
     if report.get("energy_kept"):
-        kept = [share for shares in report["energy_kept"].values() for share in shares]
+        kept = list(itertools.chain.from_iterable(report["energy_kept"].values()))
         card += f", which keep {min(kept):.2%} to {max(kept):.2%} of the energy"
     return card + (
         f". Calibrated on {settings['windows']} windows of {settings['length']} tokens of `{text}` "
@@ -389,7 +395,7 @@ def card_data(config: ExportConfig, report: dict | None) -> dict:
 
 
 def _not_exported(directory: str, names: list[str]) -> list[str]:
-    """What `shutil.copytree` leaves out of a folder; of folders only that of further chat templates goes along."""
+    """Names that `shutil.copytree` leaves out; of folders only that of further chat templates goes along."""
     kept = {CHAT_TEMPLATE_DIR} | {name for name in names if Path(name).suffix in COPIED_SUFFIXES}
     return [name for name in names if name not in kept or name == "config.json" or name.startswith(".")]
 

@@ -184,7 +184,7 @@ class ThroughCacheLM(HFLM):
         return tokens
 
     def report(self) -> dict:
-        """What the scores were read from: cache, bytes, and how much of the context was packed."""
+        """The cache that scores were read from: settings, bytes, and how much of the context was packed."""
         return {**self.context.record(), **describe_cache(self.model, self.last_cache, self.lengths)}
 
 
@@ -219,11 +219,13 @@ def measure(config: HarnessConfig, name: str, task: str, manager: TaskManager) -
             f"tasks: no token that {task!r} scores has a packed context in {name!r}: its score would be that of "
             "full precision; take longer contexts (num_fewshot), a smaller group_size or a shorter residual_length"
         )
-    scores = {
-        part: {metric: value for metric, value in metrics.items() if isinstance(value, (int, float))}
-        for part, metrics in found["results"].items()
-    }
+    scores = {part: _numbers(metrics) for part, metrics in found["results"].items()}
     return {"scores": scores, "samples": found["n-samples"], **report}
+
+
+def _numbers(metrics: dict) -> dict[str, float]:
+    """The metrics that are numbers, not names or notes."""
+    return {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
 
 
 def main(config: HarnessConfig) -> dict:

@@ -36,7 +36,7 @@ EXPECTED = {
 
 @dataclass
 class DistortionConfig:
-    """What to quantize."""
+    """The latents and synthetic data to quantize."""
 
     model: str = field(default=BUNDLED_MODEL, metadata={"help": "Dense Llama whose latents are measured."})
     share: float = field(default=0.5, metadata={"help": "Share of the latent channels to keep."})

@@ -130,7 +130,7 @@ def bounds(spread: dict[str, float]) -> tuple[float, float]:
 
 
 def bounds_name(spread: dict[str, float]) -> str:
-    """What the ends of a recorded spread are, in words."""
+    """Name of the ends of a recorded spread."""
     return _BOUNDS[_bounds_keys(spread)]
 
 
