@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from modules.kernels import Backend
-from scripts import attention_peers, benchmark_attention, benchmark_decode, readme_tables
+from scripts import attention_peers, benchmark_attention, benchmark_decode, benchmark_prefix, readme_tables
 from scripts.attention_peers import PEERS, DenseStates, Ggml, relative_error
 from scripts.benchmark_attention import (
     AttentionBenchmarkConfig,
@@ -392,6 +392,41 @@ def test_peak_memory_sees_an_allocation():
 def test_decode_refuses(fields, message):
     with pytest.raises(ValueError, match=message):
         DecodeBenchmarkConfig(**fields)
+
+
+# ---- a stored prefix
+
+
+def test_prefix_record_is_complete(tmp_path):
+    output = tmp_path / "record.json"
+    small = {"length": 192, "continuations": 2, "steps": 2, "rounds": 2, "threads": 1}
+    record = benchmark_prefix.main(benchmark_prefix.PrefixBenchmarkConfig(**small, output=str(output)))
+    assert json.loads(output.read_text()) == record
+    ((name, figures),) = record["models"].items()
+    assert name == "50% of ranks, 2 bit"
+    assert list(figures["seconds"]) == ["computed", "dense", "loaded", "forked"]
+    for spread in figures["seconds"].values():
+        assert 0 < spread["p20"] <= spread["p50"] <= spread["p80"]
+    assert figures["times_faster"]["loaded"] == 1
+    memory = figures["memory"]
+    # The prefix and two forks share its blocks; caches that are loaded share nothing.
+    assert figures["prefix_bytes"] < memory["forks"]["bytes"] < 1.5 * memory["caches"]["bytes"]
+    assert memory["caches"]["bytes"] < memory["dense"]["bytes"]
+    header, (row,) = benchmark_prefix.prefix_cells(record)
+    assert len(header) == len(row) and row[0] == name
+
+
+def test_a_prefix_that_is_loaded_wrong_has_no_figures(monkeypatch):
+    load = benchmark_prefix.KIVILatentCache.load
+
+    def wrong(path, model):
+        cache = load(path, model=model)
+        cache.crop(-1)
+        return cache
+
+    monkeypatch.setattr(benchmark_prefix.KIVILatentCache, "load", wrong)
+    with pytest.raises(RuntimeError, match="correctness gate: loaded gives other logits"):
+        benchmark_prefix.main(benchmark_prefix.PrefixBenchmarkConfig(length=192, rounds=1, threads=1))
 
 
 # ---- tables
