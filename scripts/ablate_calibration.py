@@ -6,17 +6,16 @@ Each variant differs from the default in one choice, and is measured through the
 that chooses defaults and on the same tokens. Goes on where it stopped.
 """
 
-import json
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import torch
 
 from modules.fit.budget import fit_budget
 from scripts.calibrate_svd_ranks import CalibrationConfig, calibrate_model
-from scripts.common import BUNDLED_MODEL, find_model, folder_sha256, load_model, parse_config, write_json
+from scripts.common import BUNDLED_MODEL, find_model, folder_sha256, load_model, parse_config
 from scripts.corpus import describe, load_documents
 from scripts.eval_perplexity import EvalConfig, measure
+from scripts.records import ResultsFile
 
 _DYNAMIC = {"k_scheme": '{"range_method": "mse"}', "v_scheme": '{"orientation": "per_channel", "range_method": "mse"}'}
 #: One width for all channels takes the cache's own scheme: measured scales, rotation, values per token, blocks of 128.
@@ -63,7 +62,6 @@ class AblationConfig:
 
 def main(config: AblationConfig) -> dict:
     """Measure what is not in the output yet; returns the record."""
-    path = Path(config.output) if config.output else None
     options = {name: value for name, value in asdict(config).items() if name not in ("only", "output", "budgets")}
     options |= {
         "model_sha256": folder_sha256(find_model(config.model)),
@@ -71,10 +69,9 @@ def main(config: AblationConfig) -> dict:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-    new = {"options": options, "variants": {}, "results": {}}
-    record = json.loads(path.read_text()) if path and path.exists() else new
-    if record["options"] != options:
-        raise ValueError(f"output={config.output!r}: holds results of other options; name another file")
+    file = ResultsFile(config.output, {"options": options, "variants": {}, "results": {}})
+    file.require("options", options)
+    record = file.record
     evaluation = EvalConfig(
         model=config.model,
         text=config.text,
@@ -111,13 +108,12 @@ def main(config: AblationConfig) -> dict:
             results["dense"] = measured["results"].pop("dense")
             results.update(measured["results"])
             record |= {key: measured[key] for key in ("environment", "text", "dtype")}
-        if path:
-            write_json(path, record)
-    print(table(record))
+        file.save()
+    print(ablation_table(record))
     return record
 
 
-def table(record: dict) -> str:
+def ablation_table(record: dict) -> str:
     """Increase of the perplexity of every variant at every budget, as Markdown."""
     budgets = [b for b in next(iter(record["results"].values())) if b != "dense"]
     lines = [

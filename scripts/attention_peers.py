@@ -5,13 +5,10 @@ Each peer is made from the same dense states and takes the attention step of one
 
 import ctypes
 import importlib.util
-import json
 import math
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from configuration_alrd_llama import ALRDLlamaConfig
 from scripts.common import human_bytes, installed_version
+from scripts.timing import least_seconds
 
 #: The largest error of our step, in units of that of plain PyTorch in the model's type.
 GATE = 2.0
@@ -32,78 +30,10 @@ PEER_TOLERANCE = 0.05
 Run = Callable[[], torch.Tensor]
 
 
-# ---- time and error
-
-
-def least_seconds(call: Callable, device: torch.device, repeats: int = 7) -> float:
-    """The shortest of several runs: what the machine can do, whatever else it does meanwhile."""
-    call()
-    return min(timed(call, device)[0] for _ in range(repeats))
-
-
-@lru_cache
-def _larger_than_l2(device: torch.device) -> torch.Tensor:
-    return torch.empty(4 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.uint8, device=device)
-
-
-def timed(call: Callable, device: torch.device, cold: bool = True) -> tuple[float, Any]:
-    """Seconds of a call, and what it returns; on CUDA by the device's own clock, with an L2 that holds nothing of it.
-
-    Args:
-        cold: On CUDA, whether the L2 is filled with other bytes first, as when the layers of a model take turns.
-    """
-    if device.type != "cuda":
-        started = time.perf_counter()
-        result = call()
-        return time.perf_counter() - started, result
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    if cold:
-        _larger_than_l2(device).zero_()
-    torch.cuda._sleep(2_000_000)  # about a millisecond, in which the host gets ahead: its launches are not in the time
-    start.record()
-    result = call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3, result
-
-
-def quartiles(values: list[float]) -> dict[str, float]:
-    """Median and quartiles; of a single value, that value."""
-    low, middle, high = statistics.quantiles(values * 2 if len(values) == 1 else values, n=4, method="inclusive")
-    return {"p25": low, "p50": middle, "p75": high}
-
-
 def relative_error(x: torch.Tensor, exact: torch.Tensor) -> float:
     """Root mean square of the error over that of the exact result; infinite for results that are not finite."""
     error = ((x.double() - exact).norm() / exact.norm()).item()
     return error if math.isfinite(error) else math.inf
-
-
-# ---- records
-
-
-def load_record(output: str | None, key: dict[str, Any]) -> dict[str, Any]:
-    """The record in the output, or a new one.
-
-    Raises:
-        ValueError: The output holds cases of other options or of another machine.
-    """
-    path = Path(output) if output else None
-    record = json.loads(path.read_text()) if path and path.exists() else {"key": key, "cases": {}}
-    differing = [name for name, value in key.items() if record["key"].get(name) != value]
-    if differing:
-        raise ValueError(f"output={output!r}: holds cases of other options ({', '.join(differing)}); name another file")
-    return record
-
-
-def milliseconds(seconds: dict[str, float]) -> str:
-    """Median and quartiles, in milliseconds."""
-    digits = 2 if seconds["p50"] < 0.01 else 1 if seconds["p50"] < 0.1 else 0
-    p25, p50, p75 = (f"{1e3 * seconds[p]:,.{digits}f}" for p in ("p25", "p50", "p75"))
-    return f"{p50} [{p25}–{p75}]"
-
-
-# ---- peers
 
 
 @dataclass
@@ -411,7 +341,7 @@ def llama_cpp(states: DenseStates, ours, kind: int) -> Contender:
 
 
 @dataclass(frozen=True)
-class Peer:
+class AttentionPeer:
     """How a peer is made, and where.
 
     Attributes:
@@ -428,20 +358,22 @@ class Peer:
 
 
 PEERS = {
-    "DynamicCache": Peer(partial(dynamic_cache, dtype=None), 1.8),
-    "DynamicCache fp32": Peer(partial(dynamic_cache, dtype=torch.float32), 3.3),
-    "by hand": Peer(by_hand, 2.0),
-    "quanto 2 bit": Peer(partial(quantized_cache, backend="quanto", axis=0), 6.2, ("optimum-quanto",), ("cpu",)),
-    "hqq 2 bit": Peer(partial(quantized_cache, backend="hqq", axis=1), 9.7, ("hqq",), ("cpu",)),
-    "unpack": Peer(unpack, 4.0),
-    "llama.cpp f16": Peer(partial(llama_cpp, kind=Ggml.F16), 1.8, ("llama-cpp-python",), ("cpu",)),
-    "llama.cpp q8_0": Peer(partial(llama_cpp, kind=Ggml.Q8_0), 1.6, ("llama-cpp-python",), ("cpu",)),
-    "llama.cpp q4_0": Peer(partial(llama_cpp, kind=Ggml.Q4_0), 1.6, ("llama-cpp-python",), ("cpu",)),
-    "flash": Peer(flash, 1.1, devices=("cuda",)),
+    "DynamicCache": AttentionPeer(partial(dynamic_cache, dtype=None), 1.8),
+    "DynamicCache fp32": AttentionPeer(partial(dynamic_cache, dtype=torch.float32), 3.3),
+    "by hand": AttentionPeer(by_hand, 2.0),
+    "quanto 2 bit": AttentionPeer(
+        partial(quantized_cache, backend="quanto", axis=0), 6.2, ("optimum-quanto",), ("cpu",)
+    ),
+    "hqq 2 bit": AttentionPeer(partial(quantized_cache, backend="hqq", axis=1), 9.7, ("hqq",), ("cpu",)),
+    "unpack": AttentionPeer(unpack, 4.0),
+    "llama.cpp f16": AttentionPeer(partial(llama_cpp, kind=Ggml.F16), 1.8, ("llama-cpp-python",), ("cpu",)),
+    "llama.cpp q8_0": AttentionPeer(partial(llama_cpp, kind=Ggml.Q8_0), 1.6, ("llama-cpp-python",), ("cpu",)),
+    "llama.cpp q4_0": AttentionPeer(partial(llama_cpp, kind=Ggml.Q4_0), 1.6, ("llama-cpp-python",), ("cpu",)),
+    "flash": AttentionPeer(flash, 1.1, devices=("cuda",)),
 }
 
 
-def why_not(peer: Peer, states: DenseStates, memory_gib: float) -> str | None:
+def unsupported_reason(peer: AttentionPeer, states: DenseStates, memory_gib: float) -> str | None:
     """Why a peer is left out of a case; `None`: it is not."""
     device = states.device.type
     if device not in peer.devices:

@@ -5,7 +5,8 @@ is filled with random latents, and one new token per row attends to it, by the c
 packed cache and window read, sums expanded by `A_v`, token appended. Appends are timed over one whole block, which
 packs one, and their mean is part of every figure. Projections of the hidden state are left out on all sides.
 
-Against, each in turns with ours in the same rounds (ratios are of the medians, with the quartiles of the rounds):
+Against, each in turns with ours in the same rounds (ratios are of the medians; 20th and 80th percentile are of the
+ratios of the rounds):
     DynamicCache              what a transformers user has: `update`, then its SDPA function, on post-RoPE keys, in the
                               type of the layer and in float32
     by hand                   the best of several dense codes on contiguous keys and values, without append
@@ -26,6 +27,7 @@ Cases are appended to the output one by one: an interrupted run goes on where it
     python scripts/benchmark_attention.py --output scripts/results/benchmark_attention.json
 """
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -37,9 +39,9 @@ import torch
 from tqdm import tqdm
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from configuration_alrd_llama import ALRDLlamaConfig
+from configuration_alrd_llama import ALRDLlamaConfig, check_positive
 from modeling_alrd_llama import ALRDLlamaAttention, LatentStep
-from modules.kernels.packed import Rope
+from modules.kernels.packed import Rope, Tile
 from modules.kivi_cache import CacheScheme, KIVILatentCache, config_widths
 from modules.svd_linear import SVDLinear, split_groups
 from scripts.attention_peers import (
@@ -48,24 +50,21 @@ from scripts.attention_peers import (
     Contender,
     DenseStates,
     Run,
-    least_seconds,
-    load_record,
-    milliseconds,
-    quartiles,
     relative_error,
-    timed,
     transformers_sdpa,
-    why_not,
+    unsupported_reason,
 )
-from scripts.common import (
-    DTYPES,
-    check_positive,
-    environment,
-    human_bytes,
-    installed_version,
-    parse_config,
-    set_ranks,
-    write_json,
+from scripts.common import DTYPES, environment, human_bytes, installed_version, parse_config, set_ranks
+from scripts.records import ResultsFile
+from scripts.timing import (
+    SPREAD,
+    in_turns,
+    least_seconds,
+    milliseconds,
+    percentiles,
+    ratios,
+    timed,
+    times_faster,
 )
 
 #: The best dense code on each kind of device, which every scheme meets.
@@ -75,12 +74,9 @@ YARDSTICKS = {"cpu": "by hand", "cuda": "flash"}
 #: which may have threads of its own.
 PAUSE = 0.02
 
-#: Rounds that a pair gets at least, however long they take.
-FEWEST_ROUNDS = 5
-
 
 @dataclass
-class BenchmarkConfig:
+class AttentionBenchmarkConfig:
     """Options of the benchmark."""
 
     lengths: list[int] = field(default_factory=lambda: [4096, 32768, 131072], metadata={"help": "Tokens per row."})
@@ -129,9 +125,10 @@ class BenchmarkConfig:
             raise ValueError(f"peers={unknown}: must be among {', '.join(PEERS)}")
 
     def schemes(self) -> list[dict[str, Any]]:
-        """What is measured at every length and batch; the first meets all peers."""
+        """Schemes that are measured at every length and batch; the first meets all peers."""
         kinds = [(r, 1) for r in self.ranks] + [(r, self.num_key_value_heads) for r in self.joint_ranks if r]
-        return [{"rank": r, "head_group_size": g, "bits": b} for r, g in kinds for b in self.bits]
+        chosen = itertools.product(kinds, self.bits)
+        return [{"rank": rank, "head_group_size": size, "bits": bits} for (rank, size), bits in chosen]
 
     def layer_config(self, scheme: dict[str, Any]) -> ALRDLlamaConfig:
         """A model of one layer, the rest of which is as small as it goes."""
@@ -153,16 +150,13 @@ class BenchmarkConfig:
         return config
 
 
-# ---- machine
-
-
-def measure_machine(options: BenchmarkConfig) -> dict[str, float]:
+def measure_machine(options: AttentionBenchmarkConfig) -> dict[str, float]:
     """Read bandwidth (bytes per second) and peaks of matrix products (multiply-adds per second), as torch gets them."""
     device, size = torch.device(options.device), 256 if options.quick else 4096
     buffer = torch.ones(2 ** (16 if options.quick else 27), device=device)
     # Which reduction reads fastest differs; the highest figure is the bandwidth.
     views = [buffer.view(dtype) for dtype in (torch.int32, torch.int64, torch.float32, torch.float64)]
-    reads = [getattr(view, name) for view in views for name in ("max", "sum")]
+    reads = [*(view.max for view in views), *(view.sum for view in views)]
     machine = {"bytes_per_s": buffer.nbytes / min(least_seconds(read, device) for read in reads)}
     square = torch.ones(size, size, device=device)
     half = square.to(getattr(torch, options.dtype))
@@ -172,8 +166,8 @@ def measure_machine(options: BenchmarkConfig) -> dict[str, float]:
     return machine
 
 
-def between_calls(options: BenchmarkConfig) -> Callable[[int], None]:
-    """What happens before each call, so that all find the same machine; takes the threads that PyTorch is to wake."""
+def between_calls(options: AttentionBenchmarkConfig) -> Callable[[int], None]:
+    """Make the pause before each call, after which all find the same machine; it takes the threads to be woken."""
     cpu = torch.device(options.device).type == "cpu"  # elsewhere `timed` sees to the caches
     size = 2**26 if options.cold and cpu and not options.quick else 2**16
     buffer = torch.ones(size, dtype=torch.int32, device=options.device)
@@ -187,9 +181,6 @@ def between_calls(options: BenchmarkConfig) -> Callable[[int], None]:
         torch.set_num_threads(options.threads)
 
     return prepare
-
-
-# ---- ours
 
 
 class LatentLayer:
@@ -206,7 +197,12 @@ class LatentLayer:
 
     @torch.no_grad()
     def __init__(
-        self, options: BenchmarkConfig, scheme: dict[str, Any], length: int, batch: int, capacity: int | None = None
+        self,
+        options: AttentionBenchmarkConfig,
+        scheme: dict[str, Any],
+        length: int,
+        batch: int,
+        capacity: int | None = None,
     ):
         self.options, self.length, self.batch = options, length, batch
         self.dtype, self.device = getattr(torch, options.dtype), torch.device(options.device)
@@ -292,7 +288,7 @@ class LatentLayer:
         return self.batch * (held * a_token + c.num_attention_heads * c.head_dim * max(self.widths[1]))
 
     def stored(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the row holds, dequantized in float32, with the new token: `[T, C_k]` and `[T, C_v]`."""
+        """States that the row holds, dequantized in float32, and of the new token: `[T, C_k]` and `[T, C_v]`."""
         seen = self.layer.packed(self.position().new_tokens(self.new_keys, self.new_values).tile())
         sides = []
         for side, codec in self.layer.pool.codecs.items():
@@ -300,12 +296,14 @@ class LatentLayer:
             exact.dtype = torch.float32
             blocks = list(self.layer.rows[row].blocks)
             packed = exact.decode({name: t[blocks] for name, t in self.layer.pool.storage[side].items()})
-            tiles = [
-                [getattr(t, side)[row, 0, : t.count[row, 0]].float() for t in tiles]
-                for tiles in (seen.before, seen.after)
-            ]
-            sides.append(torch.cat([*tiles[0], packed.flatten(0, 1), *tiles[1]]))
+            before, after = (self._exact_states(tiles, side, row) for tiles in (seen.before, seen.after))
+            sides.append(torch.cat([*before, packed.flatten(0, 1), *after]))
         return tuple(sides)
+
+    @staticmethod
+    def _exact_states(tiles: tuple[Tile, ...], side: str, row: int) -> list[torch.Tensor]:
+        """States `[n, C]` of one side that each tile holds of a row, in float32."""
+        return [getattr(tile, side)[row, 0, : tile.count[row, 0]].float() for tile in tiles]
 
     def unpacked(self, keys: torch.Tensor, values: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
         """Plain PyTorch in the model's type: states expanded whole, rotated, SDPA. `[B, T, C]` to `[B, H_q, d]`."""
@@ -366,9 +364,6 @@ class LatentLayer:
         return worst
 
 
-# ---- measuring
-
-
 @dataclass(frozen=True)
 class GraphedStep:
     """A step that was captured in a CUDA graph.
@@ -408,29 +403,21 @@ def in_a_graph(step: Run, name: str) -> tuple[Run, bool]:
     return GraphedStep(step, graph, output), True
 
 
-def in_turns(
-    options: BenchmarkConfig, steps: dict[str, Run], cool: Callable[[int], None], foreign: bool = False
+def seconds_in_turns(
+    options: AttentionBenchmarkConfig, steps: dict[str, Run], cool: Callable[[int], None], foreign: bool = False
 ) -> dict[str, list[float]]:
-    """Seconds of each step in rounds; every round takes each of them once, and the order changes. The step "peer" has
-    threads of its own if `foreign`."""
-    device, names = torch.device(options.device), list(steps)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for step in steps.values():  # allocators, threads and code caches
-        for _ in range(2):
-            step()
-    started = time.perf_counter()
-    for done in range(options.rounds):
-        if done >= FEWEST_ROUNDS and time.perf_counter() - started > options.seconds:
-            break
-        for name in names if done % 2 else names[::-1]:
-            cool(1 if foreign and name == "peer" else options.threads)
-            seconds[name].append(timed(steps[name], device, options.cold)[0])
-    return seconds
+    """Seconds of each step in rounds. The step "peer" has threads of its own if `foreign`: PyTorch wakes only one."""
+
+    def before(name: str) -> None:
+        cool(1 if foreign and name == "peer" else options.threads)
+
+    device = torch.device(options.device)
+    return in_turns(steps, options.rounds, device, before=before, cold=options.cold, limit_s=options.seconds)
 
 
 def figures(contender: Contender, seconds: list[float], machine: dict[str, float], dtype: str) -> dict[str, Any]:
-    """What is stated of a contender: time, bytes, multiply-adds, and its shares of what the machine can do."""
-    spread = quartiles(seconds)
+    """Figures of a contender: time, bytes, multiply-adds, and its shares of what the machine can do."""
+    spread = percentiles(seconds)
     rate = contender.macs / spread["p50"]
     return {
         "seconds": spread,
@@ -446,7 +433,7 @@ def figures(contender: Contender, seconds: list[float], machine: dict[str, float
 
 @torch.no_grad()
 def measure_case(
-    options: BenchmarkConfig, length: int, batch: int, scheme: dict[str, Any], peers: list[str], machine: dict
+    options: AttentionBenchmarkConfig, length: int, batch: int, scheme: dict[str, Any], peers: list[str], machine: dict
 ) -> dict[str, Any]:
     """One case: gate, appends, and our step in turns with each peer."""
     torch.manual_seed(options.seed)
@@ -469,14 +456,14 @@ def measure_case(
     }
     our_step = contender.step
     if cuda:
-        record["eager_seconds"] = quartiles(in_turns(options, {"ours": our_step}, cool)["ours"])
+        record["eager_seconds"] = percentiles(seconds_in_turns(options, {"ours": our_step}, cool)["ours"])
         our_step, record["cuda_graph"] = in_a_graph(ours.prepared(), "ours")
         record["gate"] = ours.check(our_step)
     # On CUDA the graphs of both sides are kernels of the attention alone.
     append_s, everything = 0.0 if cuda else ours.append["mean_s"], []
     for name in peers:
         peer = PEERS[name]
-        reason = why_not(peer, states, options.memory_gib)
+        reason = unsupported_reason(peer, states, options.memory_gib)
         if reason is None:
             try:
                 theirs = peer.make(states, ours)
@@ -491,36 +478,35 @@ def measure_case(
         if theirs.tolerance is not None and not error <= theirs.tolerance:
             raise RuntimeError(f"correctness gate: error {error:.2e} of {name} is above {theirs.tolerance}; no figures")
         foreign = "llama-cpp-python" in peer.needs
-        seconds = in_turns(options, {"ours": our_step, "peer": their_step}, cool, foreign)
+        seconds = seconds_in_turns(options, {"ours": our_step, "peer": their_step}, cool, foreign)
         mine = [s + append_s for s in seconds["ours"]]
         everything += mine
         record["peers"][name] = {
             **figures(theirs, seconds["peer"], machine, options.dtype),
             "error": error,
-            "ours_seconds": quartiles(mine),
+            "ours_seconds": percentiles(mine),
             "speedup": statistics.median(seconds["peer"]) / statistics.median(mine),
-            "speedup_rounds": quartiles([theirs / own for theirs, own in zip(seconds["peer"], mine)]),
+            "speedup_rounds": percentiles(ratios(seconds["peer"], mine)),
             **({"cuda_graph": their_graph} if cuda else {}),
         }
         del theirs, their_step
     if not everything:
-        everything = [s + append_s for s in in_turns(options, {"ours": our_step}, cool)["ours"]]
+        everything = [s + append_s for s in seconds_in_turns(options, {"ours": our_step}, cool)["ours"]]
     record |= figures(contender, everything, machine, options.dtype)
     record["append_share"] = ours.append["mean_s"] / record["seconds"]["p50"]
     record["seconds_per_token"] = record["seconds"]["p50"] / (length * batch)
     return record
 
 
-def cases(options: BenchmarkConfig) -> Iterator[tuple[str, int, int, dict[str, Any], list[str]]]:
+def cases(options: AttentionBenchmarkConfig) -> Iterator[tuple[str, int, int, dict[str, Any], list[str]]]:
     """Name, length, batch, scheme and peers of every case."""
     device = torch.device(options.device).type
     everybody = options.peers or [name for name, peer in PEERS.items() if device in peer.devices]
-    for length in options.lengths:
-        for batch in options.batches:
-            for i, scheme in enumerate(options.schemes()):
-                group = "per head" if scheme["head_group_size"] == 1 else "joint"
-                name = f"{length} x {batch}, rank {scheme['rank']:g} {group}, {scheme['bits']} bit"
-                yield name, length, batch, scheme, everybody if i == 0 else [YARDSTICKS[device]]
+    first = options.schemes()[0]
+    for length, batch, scheme in itertools.product(options.lengths, options.batches, options.schemes()):
+        group = "per head" if scheme["head_group_size"] == 1 else "joint"
+        name = f"{length} x {batch}, rank {scheme['rank']:g} {group}, {scheme['bits']} bit"
+        yield name, length, batch, scheme, everybody if scheme == first else [YARDSTICKS[device]]
 
 
 #: Options that two runs must share for their cases to stand in one file.
@@ -538,12 +524,15 @@ KEY = (
 )
 
 
-def main(options: BenchmarkConfig) -> dict[str, Any]:
+def main(options: AttentionBenchmarkConfig) -> dict[str, Any]:
     """Measure the cases that the output does not hold; returns the record."""
     torch.set_num_threads(options.threads)
     here = environment(torch.device(options.device))
     key = {name: getattr(options, name) for name in KEY} | {n: here[n] for n in ("cpu", "device", "torch")}
-    record = load_record(options.output, key)
+    key["spread"] = SPREAD
+    results = ResultsFile(options.output, {"key": key, "cases": {}}, holds="cases")
+    results.require("key", key)
+    record = results.record
     machine = measure_machine(options)
     here |= {p: installed_version(p) for p in ("optimum-quanto", "hqq", "llama-cpp-python")}
     here |= {"onednn": torch.backends.mkldnn.is_available(), "instructions": torch.backends.cpu.get_cpu_capability()}
@@ -554,10 +543,9 @@ def main(options: BenchmarkConfig) -> dict[str, Any]:
         measured |= {"machine": machine, "environment": here}
         record["cases"][name] = measured
         record |= {"config": asdict(options), "environment": here, "machine": machine}
-        if options.output:
-            write_json(options.output, record)
+        results.save()
         tqdm.write(f"{name}: {describe(measured)}")
-    print(table(record))
+    print(attention_tables(record))
     return record
 
 
@@ -566,9 +554,6 @@ def describe(case: dict[str, Any]) -> str:
     parts = [f"{1e3 * case['seconds']['p50']:.2f} ms by {case['backend']}{'' if case['fused'] else ', not fused'}"]
     parts += [f"{name} {p['speedup']:.2f}x" for name, p in case["peers"].items() if "speedup" in p]
     return "; ".join(parts)
-
-
-# ---- tables
 
 
 def scheme_name(case: dict[str, Any]) -> str:
@@ -603,8 +588,7 @@ def full_table(record: dict[str, Any]) -> str:
             if "left_out" in figures:
                 rows.append([f"{peer}: {figures['left_out']}", *[""] * 6])
                 continue
-            spread = figures["speedup_rounds"]
-            faster = f"{figures['speedup']:.2f}× [{spread['p25']:.2f}–{spread['p75']:.2f}]"
+            faster = times_faster(figures["speedup"], figures["speedup_rounds"])
             rows.append([peer, milliseconds(figures["seconds"]), *shares(figures), faster])
         lines += [f"| {size_name(case)} | {' | '.join(row)} |" for row in rows]
     return "\n".join(lines)
@@ -618,11 +602,13 @@ def pivot(record: dict[str, Any], row: Callable[[dict], dict[str, str]], title: 
             cells.setdefault(name, {})[size_name(case)] = cell
     sizes = list(dict.fromkeys(size_name(case) for case in record["cases"].values()))
     lines = [f"| {title} | {' | '.join(sizes)} |", f"|{'---|' * (1 + len(sizes))}"]
-    lines += [f"| {name} | {' | '.join(found.get(size, '–') for size in sizes)} |" for name, found in cells.items()]
+    for name, by_size in cells.items():
+        shown = [by_size.get(size, "–") for size in sizes]
+        lines.append(f"| {name} | {' | '.join(shown)} |")
     return "\n".join(lines)
 
 
-def peers_table(record: dict[str, Any]) -> str:
+def attention_table(record: dict[str, Any]) -> str:
     """How many times faster than each peer the first scheme is, a column per size, as Markdown."""
 
     def row(case: dict[str, Any]) -> dict[str, str]:
@@ -645,10 +631,10 @@ def schemes_table(record: dict[str, Any]) -> str:
     return pivot(record, row, "rank, bits: ms")
 
 
-def table(record: dict[str, Any]) -> str:
+def attention_tables(record: dict[str, Any]) -> str:
     """All tables, as Markdown."""
-    return "\n\n".join(make(record) for make in (full_table, peers_table, schemes_table))
+    return "\n\n".join(make(record) for make in (full_table, attention_table, schemes_table))
 
 
 if __name__ == "__main__":
-    main(parse_config(BenchmarkConfig, __doc__))
+    main(parse_config(AttentionBenchmarkConfig, __doc__))

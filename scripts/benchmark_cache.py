@@ -12,11 +12,12 @@ be, bit for bit, the simulated round trip of its blocks; otherwise nothing is re
     python scripts/benchmark_cache.py --output build/benchmark_cache.json
 """
 
+import itertools
 import os
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 os.environ["KINETO_LOG_LEVEL"] = "99"  # the profiler reports its starts and stops on stderr otherwise
@@ -26,22 +27,14 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from configuration_alrd_llama import ALRDLlamaConfig
+from configuration_alrd_llama import ALRDLlamaConfig, check_positive
 from modeling_alrd_llama import ALRDLlamaModel
+from modules.files import write_json
+from modules.fit.budget import dense_nbytes
 from modules.kivi_cache import CacheScheme, KIVILatentCache, config_widths
 from modules.quant_utils import KIVIQuantizer
-from scripts.common import (
-    DTYPES,
-    CacheOptions,
-    check_positive,
-    dense_nbytes,
-    environment,
-    format_table,
-    human_bytes,
-    parse_config,
-    set_ranks,
-    write_json,
-)
+from scripts.common import DTYPES, CacheOptions, environment, format_table, human_bytes, parse_config, set_ranks
+from scripts.timing import percentiles, timed
 
 LLAMA_3_8B = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
 SMALL = {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32}
@@ -51,7 +44,7 @@ TEMPORARY_SHARE = 1 / 20
 
 
 @dataclass
-class BenchmarkConfig(CacheOptions):
+class CacheBenchmarkConfig(CacheOptions):
     """Options of the benchmark."""
 
     lengths: list[int] = field(
@@ -131,9 +124,6 @@ def new_cache(config: ALRDLlamaConfig) -> KIVILatentCache:
     return KIVILatentCache(CacheScheme.from_config(config), config_widths(config))
 
 
-# ---- gate
-
-
 def check_cache(config: ALRDLlamaConfig, latents: Latents) -> int:
     """The correctness gate; returns the number of packed tokens compared.
 
@@ -149,14 +139,13 @@ def check_cache(config: ALRDLlamaConfig, latents: Latents) -> int:
     for token in zip(*(x[:, -block // 2 :].split(1, dim=1) for x in states)):
         layer.append(*token)
 
-    widths = config.layer_widths(0)
-    # Per channel a group never reaches beyond its block; `KIVIQuantizer` knows no block.
-    quantizers = [
-        KIVIQuantizer(
-            s.bits, s.group_size or (block if s.per_channel else 0), s.per_channel, s.symmetric, s.range_method
-        )
-        for s in (scheme.keys, scheme.values)
-    ]
+    widths, quantizers = config.layer_widths(0), []
+    for s in (scheme.keys, scheme.values):
+        group_size = s.group_size
+        # Per channel a group never reaches beyond its block; `KIVIQuantizer` knows no block.
+        if s.per_channel and not group_size:
+            group_size = block
+        quantizers.append(KIVIQuantizer(s.bits, group_size, s.per_channel, s.symmetric, s.range_method))
     for side, x, held, groups, quantizer in zip(("keys", "values"), states, layer.states(), widths, quantizers):
         expected = x.clone()
         packed = x[:, scheme.sink_length : stop]
@@ -166,50 +155,40 @@ def check_cache(config: ALRDLlamaConfig, latents: Latents) -> int:
     return stop - scheme.sink_length
 
 
-# ---- time
-
-
-def percentiles(seconds: list[float]) -> dict[str, float]:
+def microseconds(seconds: list[float]) -> dict[str, float]:
     """Microseconds: median, 20th and 80th percentile, mean, largest."""
-    fifths = statistics.quantiles(seconds, n=5)
-    figures = {"p50": statistics.median(seconds), "p20": fifths[0], "p80": fifths[3]}
-    figures |= {"mean": statistics.fmean(seconds), "max": max(seconds)}
+    figures = percentiles(seconds) | {"mean": statistics.fmean(seconds), "max": max(seconds)}
     return {name: round(1e6 * value, 2) for name, value in figures.items()}
 
 
-def timed(append: Callable[..., Any], tokens: list) -> list[float]:
+def append_seconds(append: Callable[..., Any], tokens: list) -> list[float]:
     """Seconds that each call of `append(*token)` takes."""
-    seconds = []
-    for token in tokens:
-        started = time.perf_counter()
-        append(*token)
-        seconds.append(time.perf_counter() - started)
-    return seconds
+    return [timed(partial(append, *token))[0] for token in tokens]
 
 
-def time_appends(config: ALRDLlamaConfig, options: BenchmarkConfig, latents: Latents) -> list[dict[str, Any]]:
+def time_appends(config: ALRDLlamaConfig, options: CacheBenchmarkConfig, latents: Latents) -> list[dict[str, Any]]:
     """Appends of one token at each length, packed and dense."""
     dtype = getattr(torch, options.dtype)
     heads, size = config.num_key_value_heads, config.head_dim
     layer = new_cache(config).layers[0]
     packed_tokens = list(zip(*(x.split(1, dim=1) for x in latents(options.appends))))
     dense_tokens = [(*torch.randn(2, 1, heads, 1, size).to(dtype), 0) for _ in range(options.appends)]
-    timed(layer.append, packed_tokens[:1])
+    append_seconds(layer.append, packed_tokens[:1])
 
     results = []
     for length in tqdm(options.lengths, desc="appends", unit="length"):
         # One by one on the way, too, so that every growth of the pool is in the running mean.
         missing = length - layer.get_seq_length()
-        way = timed(layer.append, [packed_tokens[i % options.appends] for i in range(missing)])
-        packed = timed(layer.append, packed_tokens)
+        way = append_seconds(layer.append, [packed_tokens[i % options.appends] for i in range(missing)])
+        packed = append_seconds(layer.append, packed_tokens)
         dense_cache = DynamicCache()
         dense_cache.update(*torch.randn(2, 1, heads, length, size).to(dtype), 0)
-        dense = timed(dense_cache.update, dense_tokens)
+        dense = append_seconds(dense_cache.update, dense_tokens)
         results.append(
             {
                 "length": length,
-                "packed_us": percentiles(packed),
-                "dense_us": percentiles(dense),
+                "packed_us": microseconds(packed),
+                "dense_us": microseconds(dense),
                 "dense_over_packed": statistics.median(dense) / statistics.median(packed),
                 "packed_us_mean_since_last_length": round(1e6 * statistics.fmean(way + packed), 2),
             }
@@ -219,11 +198,11 @@ def time_appends(config: ALRDLlamaConfig, options: BenchmarkConfig, latents: Lat
 
 def growth(results: list[dict[str, Any]]) -> dict[str, float]:
     """Time at the last length over time at the first."""
-    pairs = [(cache, name) for cache in ("packed", "dense") for name in ("p50", "mean")]
-    return {f"{c}_{n}": results[-1][f"{c}_us"][n] / results[0][f"{c}_us"][n] for c, n in pairs}
-
-
-# ---- memory
+    first, last = results[0], results[-1]
+    grown = {}
+    for cache, name in itertools.product(("packed", "dense"), ("p50", "mean")):
+        grown[f"{cache}_{name}"] = last[f"{cache}_us"][name] / first[f"{cache}_us"][name]
+    return grown
 
 
 def allocated_bytes(step: Callable[[], Any]) -> tuple[int, int]:
@@ -242,7 +221,7 @@ def allocated_bytes(step: Callable[[], Any]) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def measure_steps(config: ALRDLlamaConfig, options: BenchmarkConfig, latents: Latents) -> dict[str, Any]:
+def measure_steps(config: ALRDLlamaConfig, options: CacheBenchmarkConfig, latents: Latents) -> dict[str, Any]:
     """Temporary memory of decode steps at the longest length."""
     dtype, target = getattr(torch, options.dtype), options.lengths[-1]
     model = ALRDLlamaModel(config).to(dtype).eval()
@@ -298,7 +277,7 @@ def measure_steps(config: ALRDLlamaConfig, options: BenchmarkConfig, latents: La
     return {"limit": TEMPORARY_SHARE, "steps": [ordinary, dearest]}
 
 
-def main(options: BenchmarkConfig) -> dict[str, Any]:
+def main(options: CacheBenchmarkConfig) -> dict[str, Any]:
     """Check, measure and report; returns the record."""
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
@@ -350,4 +329,4 @@ def main(options: BenchmarkConfig) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(parse_config(BenchmarkConfig, __doc__))
+    main(parse_config(CacheBenchmarkConfig, __doc__))

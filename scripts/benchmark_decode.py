@@ -20,11 +20,12 @@ Cases are appended to the output one by one: an interrupted run goes on where it
 
 import ctypes
 import gc
+import itertools
 import statistics
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,14 +33,13 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, LlamaConfig, PreTrainedModel
 
-from configuration_alrd_llama import ALRDLlamaConfig
+from configuration_alrd_llama import ALRDLlamaConfig, check_positive
+from modules.fit.budget import dense_nbytes
 from modules.kivi_cache import CacheScheme, KIVILatentCache, config_widths
-from scripts.attention_peers import GATE, load_record, milliseconds, quartiles, relative_error, timed
+from scripts.attention_peers import GATE, relative_error
 from scripts.common import (
     BUNDLED_MODEL,
     DTYPES,
-    check_positive,
-    dense_nbytes,
     environment,
     find_model,
     folder_sha256,
@@ -47,8 +47,9 @@ from scripts.common import (
     load_model,
     parse_config,
     set_ranks,
-    write_json,
 )
+from scripts.records import ResultsFile
+from scripts.timing import SPREAD, milliseconds, percentiles, timed, turns
 
 #: The random model: 150 M parameters beside the tied embedding of 8 M.
 RANDOM = {
@@ -78,7 +79,7 @@ GATE_SIZE = (1024, 2)
 
 
 @dataclass
-class BenchmarkConfig:
+class DecodeBenchmarkConfig:
     """Options of the benchmark."""
 
     lengths: list[int] = field(default_factory=lambda: [4096, 32768, 131072], metadata={"help": "Tokens per row."})
@@ -133,7 +134,7 @@ class Subject:
         shape: Arguments of the random model's `LlamaConfig`; `None`: `RANDOM`, or `SMALL` in a quick run.
     """
 
-    options: BenchmarkConfig
+    options: DecodeBenchmarkConfig
     name: str
     checkpoint: str | None = None
     shape: dict[str, Any] | None = None
@@ -199,12 +200,9 @@ class Subject:
         return torch.randn(shape, dtype=self.dtype, device=self.options.device)
 
 
-# ---- gate
-
-
 @torch.no_grad()
 def attention_outputs(model: PreTrainedModel, cache: Cache) -> list[torch.Tensor]:
-    """What every layer's attention gives to its output projection, `[B, 1, H_q * d]`, in a step of one token."""
+    """Inputs of every layer's output projection, `[B, 1, H_q * d]`, in a step of one token."""
     outputs: list[torch.Tensor] = []
     hooks = [
         layer.self_attn.o_proj.register_forward_pre_hook(lambda module, inputs: outputs.append(inputs[0]))
@@ -239,9 +237,6 @@ def check(subject: Subject) -> dict[str, float]:
     return {"ours": errors[0], "reference": errors[1], "ratio": errors[0] / errors[1]}
 
 
-# ---- memory
-
-
 def peak_memory(device: torch.device, reset: bool = False) -> int | None:
     """Peak bytes of the process (on CUDA: of torch's allocator) since the last reset; `None`: not known."""
     if device.type == "cuda":
@@ -257,9 +252,6 @@ def peak_memory(device: torch.device, reset: bool = False) -> int | None:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
     return 1024 * next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-
-
-# ---- measuring
 
 
 class Decoder:
@@ -296,13 +288,13 @@ class Decoder:
         return {
             "tokens_per_s": len(self.token) / mean,
             "mean_s": mean,
-            "seconds": quartiles(self.seconds),
+            "seconds": percentiles(self.seconds),
             "steps": len(self.seconds),
             "peak_memory": self.memory,
         }
 
 
-def why_not(config, length: int, batch: int, dtype: torch.dtype, memory_gib: float) -> str | None:
+def dense_unsupported_reason(config, length: int, batch: int, dtype: torch.dtype, memory_gib: float) -> str | None:
     """Why a dense cache is left out; `None`: it is not. An append holds one side of one layer twice."""
     need = dense_nbytes(config, length, dtype, batch) * (1 + 0.5 / config.num_hidden_layers)
     return f"would need {human_bytes(need)} of memory, above --memory_gib" if need > memory_gib * 2**30 else None
@@ -320,7 +312,7 @@ def measure_case(subject: Subject, length: int, batch: int) -> dict[str, Any]:
         "backend": " and ".join(sorted({str(layer.backend) for layer in layers})),
         "fused": all(layer.backend.attends_to(*layer.pool.sides()) for layer in layers),
     }
-    reason = why_not(subject.dense.config, length, batch, subject.dtype, options.memory_gib)
+    reason = dense_unsupported_reason(subject.dense.config, length, batch, subject.dtype, options.memory_gib)
     theirs = None
     if reason is None:
         theirs = Decoder(subject.dense, lambda: subject.dense_cache(length, batch), batch)
@@ -347,20 +339,22 @@ def measure_first_token(subject: Subject) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(options.seed)
     prompt = torch.randint(vocabulary, (1, options.prompt), generator=generator).to(options.device)
 
-    def first(model: PreTrainedModel, cache: Cache) -> torch.Tensor:
-        return model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax(-1)
+    contenders = {
+        "ours": (subject.latent, partial(subject.latent.create_kivi_cache, backend=options.backend)),
+        "dense": (subject.dense, partial(DynamicCache, config=subject.dense.config)),
+    }
 
-    seconds: dict[str, list[float]] = {"ours": [], "dense": []}
-    for turn in range(1 + options.prompts):
-        caches = {
-            "ours": (subject.latent, subject.latent.create_kivi_cache(backend=options.backend)),
-            "dense": (subject.dense, DynamicCache(config=subject.dense.config)),
-        }
-        for name, (model, cache) in caches.items():
-            spent, _ = timed(lambda m=model, c=cache: first(m, c), model.device)
-            if turn:  # the first one warms up
-                seconds[name].append(spent)
-    found = {name: {"seconds": quartiles(s)} for name, s in seconds.items()}
+    def first_token(name: str) -> float:
+        model, make_cache = contenders[name]
+        how = {"past_key_values": make_cache(), "use_cache": True, "logits_to_keep": 1}
+        return timed(lambda: model(prompt, **how).logits.argmax(-1), model.device)[0]
+
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for name in contenders:  # warms up
+        first_token(name)
+    for name in turns(contenders, options.prompts):
+        seconds[name].append(first_token(name))
+    found = {name: {"seconds": percentiles(s)} for name, s in seconds.items()}
     times_faster = found["dense"]["seconds"]["p50"] / found["ours"]["seconds"]["p50"]
     return {"model": subject.name, "prompt": options.prompt, **found, "speedup": times_faster}
 
@@ -369,18 +363,18 @@ def measure_first_token(subject: Subject) -> dict[str, Any]:
 KEY = ("rank", "head_group_size", "bits", "model", "steps", "dense_steps", "backend", "device", "dtype", "threads")
 
 
-def main(options: BenchmarkConfig) -> dict[str, Any]:
+def main(options: DecodeBenchmarkConfig) -> dict[str, Any]:
     """Measure the cases that the output does not hold; returns the record."""
     torch.set_num_threads(options.threads)
     here = environment(torch.device(options.device))
     key = {n: getattr(options, n) for n in (*KEY, "seed", "quick")} | {n: here[n] for n in ("cpu", "device", "torch")}
-    record = load_record(options.output, key)
+    key["spread"] = SPREAD
+    results = ResultsFile(options.output, {"key": key, "cases": {}}, holds="cases")
+    results.require("key", key)
+    record = results.record
     for subject in options.subjects():
-        sizes = {
-            f"{subject.name}, {length} x {batch}": (length, batch)
-            for length in options.lengths
-            for batch in options.batches
-        }
+        every_size = itertools.product(options.lengths, options.batches)
+        sizes = {f"{subject.name}, {length} x {batch}": (length, batch) for length, batch in every_size}
         prompt = f"{subject.name}, prompt of {options.prompt}"
         todo = [*sizes, *[prompt] * bool(options.prompts)]
         missing = [name for name in todo if name not in record["cases"]]
@@ -398,13 +392,9 @@ def main(options: BenchmarkConfig) -> dict[str, Any]:
             measured = measure_first_token(subject) if name == prompt else measure_case(subject, *sizes[name])
             record["cases"][name] = measured | described | {"environment": here}
             record |= {"config": asdict(options), "environment": here}
-            if options.output:
-                write_json(options.output, record)
-    print(table(record))
+            results.save()
+    print(decode_tables(record))
     return record
-
-
-# ---- tables
 
 
 def decode_table(record: dict[str, Any]) -> str:
@@ -446,10 +436,10 @@ def first_token_table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def table(record: dict[str, Any]) -> str:
+def decode_tables(record: dict[str, Any]) -> str:
     """Both tables, as Markdown."""
     return f"{decode_table(record)}\n\n{first_token_table(record)}"
 
 
 if __name__ == "__main__":
-    main(parse_config(BenchmarkConfig, __doc__))
+    main(parse_config(DecodeBenchmarkConfig, __doc__))

@@ -23,6 +23,7 @@ the run ends in an error. Rows that the output holds are not measured again.
 """
 
 import gc
+import itertools
 import os
 import tempfile
 import time
@@ -37,11 +38,13 @@ from unittest.mock import patch
 import torch
 from transformers import MaxLengthCriteria, PreTrainedModel, StoppingCriteriaList
 
+from configuration_alrd_llama import check_positive
 from scripts import benchmark_attention, benchmark_decode, benchmark_quantize
-from scripts.attention_peers import load_record, milliseconds, quartiles
 from scripts.benchmark_attention import YARDSTICKS, LatentLayer, measure_machine
 from scripts.benchmark_decode import SMALL, Subject
-from scripts.common import DTYPES, check_positive, environment, parse_config, write_json
+from scripts.common import DTYPES, environment, parse_config
+from scripts.records import ResultsFile
+from scripts.timing import SPREAD, bounds, milliseconds, percentiles, timed_by_host, times_faster
 
 LLAMA_3_8B = {
     "vocab_size": 128256,
@@ -68,7 +71,7 @@ ROOM = 256
 
 
 @dataclass
-class BenchmarkConfig:
+class GpuBenchmarkConfig:
     """Options of the benchmark."""
 
     sizes: list[str] = field(
@@ -108,9 +111,9 @@ class BenchmarkConfig:
             raise ValueError(f"new_tokens={self.new_tokens}: must be two rising numbers above 1")
         self.contexts = sorted(self.contexts)  # a static cache is never made smaller than an earlier one
 
-    def attention_options(self) -> benchmark_attention.BenchmarkConfig:
+    def attention_options(self) -> benchmark_attention.AttentionBenchmarkConfig:
         lengths, batches = zip(*map(size_of, [*self.sizes, self.append]), strict=True)
-        options = benchmark_attention.BenchmarkConfig(
+        options = benchmark_attention.AttentionBenchmarkConfig(
             lengths=list(lengths),
             batches=list(batches),
             ranks=[self.rank],
@@ -127,7 +130,7 @@ class BenchmarkConfig:
 
     def subject(self) -> Subject:
         """The random model, split and dense."""
-        options = benchmark_decode.BenchmarkConfig(
+        options = benchmark_decode.DecodeBenchmarkConfig(
             lengths=[max(self.contexts) + self.new_tokens[1]],
             rank=self.rank,
             bits=self.bits,
@@ -143,9 +146,6 @@ def size_of(text: str) -> tuple[int, int]:
     """Tokens and rows."""
     length, batch = text.split("x")
     return int(length), int(batch)
-
-
-# ---- models
 
 
 def check_tokens(found: torch.Tensor, eager: torch.Tensor, logits: tuple[torch.Tensor, ...], eps: float) -> int:
@@ -180,7 +180,7 @@ def check_tokens(found: torch.Tensor, eager: torch.Tensor, logits: tuple[torch.T
 class Models:
     """The random models, made when the first row asks for one, and their gate."""
 
-    def __init__(self, options: BenchmarkConfig):
+    def __init__(self, options: GpuBenchmarkConfig):
         self.options, self.device = options, torch.device(options.device)
 
     @cached_property
@@ -205,21 +205,13 @@ class Models:
             **how,
         )
 
-    def seconds(self, call: Callable[[], Any]) -> tuple[float, Any]:
-        """Seconds until the device has done it all, and what the call returns."""
-        started = time.perf_counter()
-        result = call()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter() - started, result
-
     def measure(self, way: str, context: int) -> dict[str, Any]:
         """One row."""
         which, how, _ = WAYS[way]
         record: dict[str, Any] = {"kind": "model", "way": way, "context": context}
         few, many = self.options.new_tokens
         run = partial(self.generate, getattr(self.subject, which), context, **how)
-        record["first_call_s"], ids = self.seconds(partial(run, many))
+        record["first_call_s"], ids = timed_by_host(partial(run, many), self.device)
         if which == "latent":
             record["gate"] = self.gate  # not before the first call, for which it would compile the kernels
         if way == "ours":
@@ -235,16 +227,13 @@ class Models:
             record["equal_tokens"] = check_tokens(found, expected, eager.logits, torch.finfo(self.subject.dtype).eps)
         first, steps = [], []
         for _ in range(self.options.model_rounds):
-            one, short, long = (self.seconds(partial(run, n))[0] for n in (1, few, many))
+            one, short, long = (timed_by_host(partial(run, n), self.device)[0] for n in (1, few, many))
             first.append(one)
             steps.append((long - short) / (many - few))
-        return record | {"step": quartiles(steps), "first_token": quartiles(first), "new_tokens": [few, many]}
+        return record | {"step": percentiles(steps), "first_token": percentiles(first), "new_tokens": [few, many]}
 
 
-# ---- one layer
-
-
-def measure_attention(options: BenchmarkConfig, size: str) -> dict[str, Any]:
+def measure_attention(options: GpuBenchmarkConfig, size: str) -> dict[str, Any]:
     layer_options = options.attention_options()
     (scheme,) = [s for s in layer_options.schemes() if (s["rank"], s["head_group_size"]) == (options.rank, 1)]
     machine = measure_machine(layer_options)
@@ -254,7 +243,7 @@ def measure_attention(options: BenchmarkConfig, size: str) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def measure_append(options: BenchmarkConfig) -> dict[str, Any]:
+def measure_append(options: GpuBenchmarkConfig) -> dict[str, Any]:
     """Appends of a block, token by token, to a growing cache and to one of fixed capacity.
 
     Raises:
@@ -274,8 +263,8 @@ def measure_append(options: BenchmarkConfig) -> dict[str, Any]:
     return record
 
 
-def measure_pack(options: BenchmarkConfig) -> dict[str, Any]:
-    quantize = benchmark_quantize.BenchmarkConfig(
+def measure_pack(options: GpuBenchmarkConfig) -> dict[str, Any]:
+    quantize = benchmark_quantize.QuantizeBenchmarkConfig(
         device=options.device,
         backends=["triton" if torch.device(options.device).type == "cuda" else "cpu"],
         bits=[2, 4],
@@ -288,9 +277,6 @@ def measure_pack(options: BenchmarkConfig) -> dict[str, Any]:
     return {"kind": "pack", **{name: measured[name] for name in ("shape", "gate", "copy", "results")}}
 
 
-# ---- all rows
-
-
 class Row(NamedTuple):
     """A row: its name, the seconds that it takes at most, and what measures it."""
 
@@ -299,14 +285,14 @@ class Row(NamedTuple):
     measure: Callable[[], dict[str, Any]]
 
 
-def rows(options: BenchmarkConfig) -> Iterator[Row]:
+def rows(options: GpuBenchmarkConfig) -> Iterator[Row]:
     """Every row: first the one that is to find nothing compiled, last those that take longest."""
     models = Models(options)
-    first, *others = (
-        Row(f"model, {context}, {way}", needs_s, partial(models.measure, way, context))
-        for context in options.contexts
-        for way, (_, _, needs_s) in WAYS.items()
-    )
+    of_models = []
+    for context, way in itertools.product(options.contexts, WAYS):
+        needs_s = WAYS[way][2]
+        of_models.append(Row(f"model, {context}, {way}", needs_s, partial(models.measure, way, context)))
+    first, *others = of_models
     yield first
     for size in options.sizes:
         yield Row(f"attention, {size}", 20, partial(measure_attention, options, size))
@@ -318,7 +304,7 @@ def rows(options: BenchmarkConfig) -> Iterator[Row]:
 
 @contextmanager
 def empty_compiler_caches() -> Iterator[None]:
-    """What Triton and `torch.compile` keep is not found, and not left: a first call is that of a new user."""
+    """Give Triton and `torch.compile` empty caches, and leave them none: a first call is that of a new user."""
     with tempfile.TemporaryDirectory() as folder:
         places = {"TRITON_CACHE_DIR": f"{folder}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}
         with patch.dict(os.environ, places):
@@ -329,7 +315,7 @@ def empty_compiler_caches() -> Iterator[None]:
 KEY = ("new_tokens", "rank", "bits", "rounds", "model_rounds", "dtype", "threads", "seed", "quick")
 
 
-def main(options: BenchmarkConfig) -> dict[str, Any]:
+def main(options: GpuBenchmarkConfig) -> dict[str, Any]:
     """Measure the rows that the output does not hold, as far as the budget goes; returns the record.
 
     Raises:
@@ -344,7 +330,10 @@ def main(options: BenchmarkConfig) -> dict[str, Any]:
     here = environment(options.device)
     names = ("device", "cpu", "python", "torch", "transformers", "triton", "commit")
     key = {name: getattr(options, name) for name in KEY} | {name: here[name] for name in names}
-    record = load_record(options.output, key)
+    key["spread"] = SPREAD
+    results = ResultsFile(options.output, {"key": key, "cases": {}}, holds="cases")
+    results.require("key", key)
+    record = results.record
     late, failed = [], []
     for row in rows(options):
         if row.name in record["cases"]:
@@ -366,10 +355,9 @@ def main(options: BenchmarkConfig) -> dict[str, Any]:
         took = time.perf_counter() - began
         record["cases"][row.name] = measured | {"row_s": took}
         record |= {"config": asdict(options), "environment": here}
-        if options.output:
-            write_json(options.output, record)
+        results.save()
         print(f"{row.name}: measured in {took:.1f} s", flush=True)
-    print(table(record))
+    print(gpu_table(record))
     if late:
         print(f"budget_s={options.budget_s:g}: reached; not measured: {'; '.join(late)}")
     if failed:
@@ -377,75 +365,66 @@ def main(options: BenchmarkConfig) -> dict[str, Any]:
     return record
 
 
-# ---- tables
-
-
 def _markdown(header: list[str], lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *lines))
 
 
-def table(record: dict[str, Any]) -> str:
+def gpu_table(record: dict[str, Any]) -> str:
     """All rows, a table per kind, as Markdown."""
     cases: dict[str, list[dict[str, Any]]] = {}
     for case in record["cases"].values():
         cases.setdefault(case["kind"], []).append(case)
-    tables = {"attention": attention_table, "model": model_table, "append": append_table, "pack": pack_table}
+    tables = {
+        "attention": gpu_attention_table,
+        "model": gpu_model_table,
+        "append": gpu_append_table,
+        "pack": gpu_pack_table,
+    }
     return "\n\n".join(make(cases[kind]) for kind, make in tables.items() if kind in cases)
 
 
 def _microseconds(seconds: dict[str, float]) -> str:
-    return "{p50:,.0f} [{p25:,.0f}–{p75:,.0f}]".format(**{name: 1e6 * s for name, s in seconds.items()})
+    low, high = bounds(seconds)
+    return f"{1e6 * seconds['p50']:,.0f} [{1e6 * low:,.0f}–{1e6 * high:,.0f}]"
 
 
-def attention_table(cases: list[dict[str, Any]]) -> str:
+def gpu_attention_table(cases: list[dict[str, Any]]) -> str:
     lines = []
     for case in cases:
         ((name, peer),) = case["peers"].items()
-        spread = peer["speedup_rounds"]
-        ratio = f"{peer['speedup']:.2f}× [{spread['p25']:.2f}–{spread['p75']:.2f}]"
+        ratio = times_faster(peer["speedup"], peer["speedup_rounds"])
         size = f"{case['length']:,} × {case['batch']}"
         lines.append([size, _microseconds(peer["ours_seconds"]), f"{name}: {_microseconds(peer['seconds'])}", ratio])
     return _markdown(["attention, tokens × rows", "ours, µs", "peer, µs", "times faster"], lines)
 
 
-def model_table(cases: list[dict[str, Any]]) -> str:
-    by_context: dict[int, list[dict[str, Any]]] = {}
-    for case in cases:
-        by_context.setdefault(case["context"], []).append(case)
-    lines = [
-        [
-            f"{context:,}",
-            case["way"],
-            milliseconds(case["step"]),
-            milliseconds(case["first_token"]),
-            f"{case['first_call_s']:.1f}",
-        ]
-        for context, own in sorted(by_context.items())
-        for case in sorted(own, key=lambda case: list(WAYS).index(case["way"]))
-    ]
+def gpu_model_table(cases: list[dict[str, Any]]) -> str:
+    order = list(WAYS)
+    lines = []
+    for case in sorted(cases, key=lambda case: (case["context"], order.index(case["way"]))):
+        times = [milliseconds(case["step"]), milliseconds(case["first_token"]), f"{case['first_call_s']:.1f}"]
+        lines.append([f"{case['context']:,}", case["way"], *times])
     header = ["prompt", "`generate` with", "ms per step", "first token, ms", "first call, s"]
     return _markdown(header, lines)
 
 
-def append_table(cases: list[dict[str, Any]]) -> str:
-    lines = [
-        [f"{case['length']:,} × {case['batch']}", name]
-        + [f"{1e6 * case[name][figure]:,.0f}" for figure in ("p50_s", "mean_s", "host_p50_s")]
-        for case in cases
-        for name in ("growing", "fixed capacity")
-    ]
+def gpu_append_table(cases: list[dict[str, Any]]) -> str:
+    lines = []
+    for case, name in itertools.product(cases, ("growing", "fixed capacity")):
+        times = [f"{1e6 * case[name][figure]:,.0f}" for figure in ("p50_s", "mean_s", "host_p50_s")]
+        lines.append([f"{case['length']:,} × {case['batch']}", name, *times])
     return _markdown(["append, tokens × rows", "cache", "median, µs", "mean, packing in it, µs", "host, µs"], lines)
 
 
-def pack_table(cases: list[dict[str, Any]]) -> str:
-    lines = [
-        [r["name"], f"{r['pack']['gb_per_s']:,.0f}", f"{r['pack']['gb_per_s'] / case['copy']['gb_per_s']:.2f}"]
-        for case in cases
-        for r in case["results"]
-    ]
+def gpu_pack_table(cases: list[dict[str, Any]]) -> str:
+    lines = []
+    for case in cases:
+        for r in case["results"]:
+            speed = r["pack"]["gb_per_s"]
+            lines.append([r["name"], f"{speed:,.0f}", f"{speed / case['copy']['gb_per_s']:.2f}"])
     return _markdown(["quantize and pack", "GB/s", "of a copy"], lines)
 
 
 if __name__ == "__main__":
     with empty_compiler_caches():
-        main(parse_config(BenchmarkConfig, __doc__))
+        main(parse_config(GpuBenchmarkConfig, __doc__))

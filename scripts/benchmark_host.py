@@ -8,14 +8,15 @@ Here a random model of tiny layers decodes on the CPU by the `triton` back end, 
                 looked up) up to the launch itself, which is left out
 
 The kernels of PyTorch run, on states of a few numbers. Against both, in turns: the dense model of the same shape with a
-`DynamicCache`, whose time is that of its operators' dispatch. Ratios are of the rounds, with their quartiles. The
-growing cache holds no packed block before 164 tokens; one of fixed capacity always has room for one.
+`DynamicCache`, whose time is that of its operators' dispatch. Ratios are of the rounds, with their 20th and 80th
+percentile. The growing cache holds no packed block before 164 tokens; one of fixed capacity always has room for one.
 
 First comes a gate: each layer's step must have launched kernels; otherwise nothing is reported.
 
     python scripts/benchmark_host.py --output scripts/results/benchmark_host.json
 """
 
+import itertools
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -31,15 +32,16 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction, KernelInterface
 
-from configuration_alrd_llama import ALRDLlamaConfig
+from configuration_alrd_llama import ALRDLlamaConfig, check_positive
 from modeling_alrd_llama import ALRDLlamaForCausalLM
+from modules.files import write_json
 from modules.kernels.triton import append as append_triton
 from modules.kernels.triton import attention as attention_triton
 from modules.kernels.triton import common
 from modules.kernels.triton import quantize as quantize_triton
-from scripts.attention_peers import milliseconds, quartiles
 from scripts.benchmark_decode import SMALL
-from scripts.common import check_positive, environment, parse_config, set_ranks, write_json
+from scripts.common import environment, parse_config, set_ranks
+from scripts.timing import bounds, milliseconds, percentiles, ratios, turns
 
 KERNEL_MODULES = (quantize_triton, attention_triton, append_triton)
 
@@ -48,7 +50,7 @@ ROOM = 128
 
 
 @dataclass
-class BenchmarkConfig:
+class HostBenchmarkConfig:
     """Options of the benchmark."""
 
     contexts: list[int] = field(default_factory=lambda: [64, 256], metadata={"help": "Tokens per row in the cache."})
@@ -77,9 +79,6 @@ class BenchmarkConfig:
             raise ValueError("launcher=True: must be False with TRITON_INTERPRET=1, whose kernels have no launcher")
 
 
-# ---- launches that are left out
-
-
 class NoLaunch:
     """Stands for a kernel: a launch does nothing but be counted."""
 
@@ -94,7 +93,7 @@ class NoLaunch:
 
 
 class StandInDriver:
-    """What Triton asks of a driver before it launches, answered as on an H100."""
+    """A driver for Triton, which answers as on an H100 what is asked before a launch."""
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
@@ -136,11 +135,8 @@ def without_launches(launcher: bool) -> Iterator[None]:
         yield
 
 
-# ---- measuring
-
-
 @dataclass
-class Contender:
+class HostContender:
     """A model with a filled cache.
 
     Attributes:
@@ -164,7 +160,7 @@ class Contender:
             return (time.perf_counter() - started) / steps
 
 
-def models(options: BenchmarkConfig) -> tuple[ALRDLlamaForCausalLM, PreTrainedModel]:
+def models(options: HostBenchmarkConfig) -> tuple[ALRDLlamaForCausalLM, PreTrainedModel]:
     """The random model and the dense one that it is equal to."""
     torch.manual_seed(options.seed)
     shape = SMALL | {"num_hidden_layers": options.layers}
@@ -182,15 +178,15 @@ def models(options: BenchmarkConfig) -> tuple[ALRDLlamaForCausalLM, PreTrainedMo
 
 
 @torch.no_grad()
-def measure_case(options: BenchmarkConfig, ours: PreTrainedModel, dense: PreTrainedModel, context: int, batch: int):
+def measure_case(options: HostBenchmarkConfig, ours: PreTrainedModel, dense: PreTrainedModel, context: int, batch: int):
     """All contenders in turns at this context and batch."""
     prompt = torch.randint(ours.config.vocab_size, (batch, context))
     token = prompt[:, :1]
-    contenders = {"dense": Contender(dense, DynamicCache(config=dense.config), None)}
+    contenders = {"dense": HostContender(dense, DynamicCache(config=dense.config), None)}
     for launcher in (False, True)[: 1 + options.launcher]:
         for kind, capacity in (("growing", None), ("fixed", context + ROOM)):
             cache = ours.create_kivi_cache(capacity=capacity, backend="triton")
-            contenders[f"{kind}, {'launched' if launcher else 'prepared'}"] = Contender(ours, cache, launcher)
+            contenders[f"{kind}, {'launched' if launcher else 'prepared'}"] = HostContender(ours, cache, launcher)
     launches = {}
     for name, contender in contenders.items():
         with without_launches(launcher=False):
@@ -205,9 +201,8 @@ def measure_case(options: BenchmarkConfig, ours: PreTrainedModel, dense: PreTrai
                     )
         contender.seconds(token, 1)  # compiles
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for done in range(options.rounds):
-        for name in list(contenders)[:: 1 if done % 2 else -1]:
-            seconds[name].append(contenders[name].seconds(token, options.steps))
+    for name in turns(contenders, options.rounds):
+        seconds[name].append(contenders[name].seconds(token, options.steps))
     return {
         "context": context,
         "batch": batch,
@@ -215,33 +210,34 @@ def measure_case(options: BenchmarkConfig, ours: PreTrainedModel, dense: PreTrai
         "rounds": options.rounds,
         "contenders": {
             name: {
-                "seconds": quartiles(spent),
-                "over_dense": quartiles([own / theirs for own, theirs in zip(spent, seconds["dense"])]),
+                "seconds": percentiles(spent),
+                "over_dense": percentiles(ratios(spent, seconds["dense"])),
             }
             for name, spent in seconds.items()
         },
     }
 
 
-def main(options: BenchmarkConfig) -> dict[str, Any]:
+def main(options: HostBenchmarkConfig) -> dict[str, Any]:
     """Measure all cases; returns the record."""
     torch.set_num_threads(options.threads)
     ours, dense = models(options)
-    sizes = [(context, batch) for context in options.contexts for batch in options.batches]
+    sizes = list(itertools.product(options.contexts, options.batches))
     cases = [measure_case(options, ours, dense, *size) for size in tqdm(sizes, unit="case")]
     record = {"config": asdict(options), "environment": environment(), "cases": cases}
     if options.output:
         write_json(options.output, record)
-    print(table(record))
+    print(host_table(record))
     return record
 
 
-def table(record: dict[str, Any]) -> str:
+def host_table(record: dict[str, Any]) -> str:
     """Time of a step of every contender, as Markdown."""
     lines = ["| tokens × rows | cache | ms per step | over dense | launches |", "|---|---|---|---|---|"]
     for case in record["cases"]:
         for name, c in case["contenders"].items():
-            ratio = "{p50:.2f} [{p25:.2f}–{p75:.2f}]".format(**c["over_dense"])
+            low, high = bounds(c["over_dense"])
+            ratio = f"{c['over_dense']['p50']:.2f} [{low:.2f}–{high:.2f}]"
             launches = case["launches_per_step"].get(name, "")
             size = f"{case['context']:,} × {case['batch']}"
             lines.append(f"| {size} | {name} | {milliseconds(c['seconds'])} | {ratio} | {launches} |")
@@ -249,4 +245,4 @@ def table(record: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main(parse_config(BenchmarkConfig, __doc__))
+    main(parse_config(HostBenchmarkConfig, __doc__))

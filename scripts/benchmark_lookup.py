@@ -15,8 +15,7 @@ nothing is reported.
     python scripts/benchmark_lookup.py --output build/benchmark_lookup.json
 """
 
-import statistics
-import time
+import itertools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -24,14 +23,17 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from configuration_alrd_llama import check_positive
 from modules import quant_utils
+from modules.files import write_json
 from modules.formats.qlutattn import QLUTATTN
 from modules.kernels.attention import latent_attention
 from modules.kernels.cpu import quantize as quantize_cpu
 from modules.kernels.cpu.lookup import FASTER, instructions, lookup_attention
 from modules.kernels.packed import LatentQuery, PackedCache, PackedSide
 from modules.kivi_cache import CacheScheme, KIVILatentLayer
-from scripts.common import check_positive, environment, parse_config, write_json
+from scripts.common import environment, parse_config
+from scripts.timing import in_turns, percentiles, ratios
 
 #: Bound on the error, in units of that of plain bfloat16.
 ERROR_LIMIT = 2
@@ -43,7 +45,7 @@ CONTENDERS = ("lookup", "dot", "dequantize")
 
 
 @dataclass
-class BenchmarkConfig:
+class LookupBenchmarkConfig:
     """Options of the benchmark."""
 
     lengths: list[int] = field(default_factory=lambda: [4096, 32768], metadata={"help": "Packed tokens."})
@@ -74,9 +76,6 @@ class BenchmarkConfig:
         for length in self.lengths:
             if length % 128:
                 raise ValueError(f"lengths={self.lengths!r}: must be multiples of 128, a block")
-
-
-# ---- the contenders
 
 
 def dequantizing(cache: PackedCache, unpack: Callable, dtype: torch.dtype) -> PackedCache:
@@ -139,9 +138,6 @@ def calls(query: torch.Tensor, cache: PackedCache, how: dict) -> dict[str, Calla
     }
 
 
-# ---- gate and figures
-
-
 def error(result: torch.Tensor, exact: torch.Tensor) -> float:
     """Root of the mean squared difference."""
     return (result - exact).square().mean().sqrt().item()
@@ -167,13 +163,7 @@ def check(contenders: dict[str, Callable], query: torch.Tensor, cache: PackedCac
     return errors
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    """Median, 20th and 80th percentile."""
-    fifths = statistics.quantiles(values, n=5, method="inclusive")
-    return {"p20": fifths[0], "p50": statistics.median(values), "p80": fifths[3]}
-
-
-def measure(options: BenchmarkConfig, bits: int, length: int) -> dict[str, Any]:
+def measure(options: LookupBenchmarkConfig, bits: int, length: int) -> dict[str, Any]:
     """All contenders on one cache."""
     heads, size = options.kv_heads, options.head_dim
     layer = KIVILatentLayer(CacheScheme.of(QLUTATTN[f"K{bits}"], QLUTATTN[f"V{bits}"]), ((size,) * heads,) * 2)
@@ -189,27 +179,20 @@ def measure(options: BenchmarkConfig, bits: int, length: int) -> dict[str, Any]:
     contenders = calls(query, cache, how)
     errors = check(contenders, query, cache, how)
 
-    seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
     others = torch.ones(OTHERS // 4)
-    for _ in tqdm(range(options.rounds), desc=f"{bits} bits, {length:,} tokens", unit="round"):
-        for name in CONTENDERS:
-            others.sum()
-            started = time.perf_counter()
-            contenders[name]()
-            seconds[name].append(time.perf_counter() - started)
-    ratios = {n: [a / b for a, b in zip(seconds[n], seconds["lookup"])] for n in CONTENDERS if n != "lookup"}
+    seconds = in_turns(contenders, options.rounds, before=lambda name: others.sum())
     return {
         "bits": bits,
         "length": length,
         "error_over_bfloat16": errors,
-        "ms": {name: spread([1e3 * s for s in times]) for name, times in seconds.items()},
-        "over_lookup": {name: spread(values) for name, values in ratios.items()},
+        "ms": {name: percentiles([1e3 * s for s in seconds[name]]) for name in CONTENDERS},
+        "over_lookup": {name: percentiles(ratios(seconds[name], seconds["lookup"])) for name in CONTENDERS[1:]},
         "packed_bytes": layer.nbytes_used,
         "dense_bytes": 2 * 2 * heads * size * held,
     }
 
 
-def table(record: dict[str, Any]) -> str:
+def lookup_table(record: dict[str, Any]) -> str:
     """Markdown table of a record."""
     lines = [
         "| tokens | bits | look-up | dot products | dequantize, multiply | dot ÷ look-up | dequantize ÷ look-up "
@@ -227,11 +210,12 @@ def table(record: dict[str, Any]) -> str:
 
 
 @torch.no_grad()
-def main(options: BenchmarkConfig) -> dict[str, Any]:
+def main(options: LookupBenchmarkConfig) -> dict[str, Any]:
     """Check, measure and report; returns the record."""
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
-    results = [measure(options, bits, length) for length in options.lengths for bits in options.bits]
+    sizes = list(itertools.product(options.lengths, options.bits))
+    results = [measure(options, bits, length) for length, bits in tqdm(sizes, unit="case")]
     record = {
         "config": asdict(options),
         "instructions": instructions(),
@@ -239,7 +223,7 @@ def main(options: BenchmarkConfig) -> dict[str, Any]:
         "results": results,
         "environment": environment(),
     }
-    print(f"{table(record)}\n\nErrors in units of plain bfloat16's:")
+    print(f"{lookup_table(record)}\n\nErrors in units of plain bfloat16's:")
     for r in results:
         errors = ", ".join(f"{name} {value:.2f}" for name, value in r["error_over_bfloat16"].items())
         print(f"  {r['length']:,} tokens, {r['bits']} bits: {errors}")
@@ -249,4 +233,4 @@ def main(options: BenchmarkConfig) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(parse_config(BenchmarkConfig, __doc__))
+    main(parse_config(LookupBenchmarkConfig, __doc__))

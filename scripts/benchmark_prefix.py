@@ -19,7 +19,6 @@ import ctypes
 import gc
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
@@ -29,14 +28,14 @@ from typing import Literal
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from configuration_alrd_llama import check_positive
 from modeling_alrd_llama import ALRDLlamaForCausalLM
 from modules.cache.layer import storage_nbytes
+from modules.files import write_json
 from modules.kivi_cache import KIVILatentCache
-from scripts.attention_peers import milliseconds, quartiles
 from scripts.common import (
     BUNDLED_MODEL,
     DTYPES,
-    check_positive,
     environment,
     find_model,
     folder_sha256,
@@ -45,12 +44,12 @@ from scripts.common import (
     latent_config,
     load_model,
     parse_config,
-    write_json,
 )
+from scripts.timing import in_turns, milliseconds, percentiles
 
 
 @dataclass
-class BenchmarkConfig:
+class PrefixBenchmarkConfig:
     """Options of the benchmark."""
 
     model: str = field(default=BUNDLED_MODEL, metadata={"help": "Dense Llama, Mistral or Qwen2."})
@@ -86,11 +85,12 @@ def resident_bytes() -> int | None:
 
 
 def dense_nbytes_of(cache: DynamicCache) -> int:
-    return storage_nbytes(tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
+    keys, values = ([getattr(layer, side) for layer in cache.layers] for side in ("keys", "values"))
+    return storage_nbytes(keys + values)
 
 
 @torch.no_grad()
-def measure(model: ALRDLlamaForCausalLM, dense: PreTrainedModel, config: BenchmarkConfig, folder: Path) -> dict:
+def measure(model: ALRDLlamaForCausalLM, dense: PreTrainedModel, config: PrefixBenchmarkConfig, folder: Path) -> dict:
     """All figures of one model."""
     generator = torch.Generator().manual_seed(config.seed)
     vocabulary = model.config.vocab_size
@@ -122,12 +122,7 @@ def measure(model: ALRDLlamaForCausalLM, dense: PreTrainedModel, config: Benchma
     for name in ("computed", "loaded", "forked"):
         if not torch.equal(ways[name](), expected):
             raise RuntimeError(f"correctness gate: {name} gives other logits than the cache that was not stored")
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(config.rounds):
-        for name, way in ways.items():
-            started = time.perf_counter()
-            way()
-            seconds[name].append(time.perf_counter() - started)
+    seconds = in_turns(ways, config.rounds, warm_up=0)  # the gate has run them, and a long prefix takes minutes
 
     def go_on(caches: list) -> list:
         """Each by its own tokens, one at a time."""
@@ -159,7 +154,7 @@ def measure(model: ALRDLlamaForCausalLM, dense: PreTrainedModel, config: Benchma
         "dense": grown(dense_caches, lambda caches: sum(map(dense_nbytes_of, caches))),
     }
     return {
-        "seconds": {name: quartiles(times) for name, times in seconds.items()},
+        "seconds": {name: percentiles(times) for name, times in seconds.items()},
         "times_faster": {
             name: statistics.median(seconds[name]) / statistics.median(seconds["loaded"]) for name in seconds
         },
@@ -169,7 +164,7 @@ def measure(model: ALRDLlamaForCausalLM, dense: PreTrainedModel, config: Benchma
     }
 
 
-def main(config: BenchmarkConfig) -> dict:
+def main(config: PrefixBenchmarkConfig) -> dict:
     """Measure every model; returns the record."""
     torch.set_num_threads(config.threads)
     dtype = getattr(torch, config.dtype)
@@ -185,11 +180,11 @@ def main(config: BenchmarkConfig) -> dict:
             record["models"][name] = measure(model, dense, config, Path(folder)) | {"sha256": folder_sha256(path)}
             if config.output:
                 write_json(config.output, record)
-    print(format_table(*cells(record)))
+    print(format_table(*prefix_cells(record)))
     return record
 
 
-def cells(record: dict) -> tuple[list[str], list[list[str]]]:
+def prefix_cells(record: dict) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the results."""
     n = record["config"]["continuations"]
     header = [
@@ -217,4 +212,4 @@ def cells(record: dict) -> tuple[list[str], list[list[str]]]:
 
 
 if __name__ == "__main__":
-    main(parse_config(BenchmarkConfig, __doc__))
+    main(parse_config(PrefixBenchmarkConfig, __doc__))

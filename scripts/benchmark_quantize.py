@@ -10,7 +10,7 @@ otherwise nothing is reported.
     python scripts/benchmark_quantize.py --output build/benchmark_quantize.json
 """
 
-import statistics
+import itertools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -18,11 +18,12 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
-from configuration_alrd_llama import QuantScheme, check_choice
+from configuration_alrd_llama import QuantScheme, check_choice, check_positive
 from modules import quant_utils
+from modules.files import write_json
 from modules.kernels import BACKENDS, Backend, get_backend
-from scripts.attention_peers import timed
-from scripts.common import DTYPES, check_positive, environment, parse_config, write_json
+from scripts.common import DTYPES, environment, parse_config, whole
+from scripts.timing import in_turns, percentiles
 
 #: GB/s of states that packing should reach on a CPU.
 CPU_TARGET = 10.0
@@ -31,7 +32,7 @@ MIB = 2**20
 
 
 @dataclass
-class BenchmarkConfig:
+class QuantizeBenchmarkConfig:
     """Options of the benchmark."""
 
     device: str | None = field(default=None, metadata={"help": "Where to measure. None: CUDA if there is a device."})
@@ -74,21 +75,19 @@ class BenchmarkConfig:
             check_choice("backends", backend, BACKENDS)
         for method in self.methods:
             check_choice("methods", method, ("minmax", "mse"))
-        self.bits = [int(b) if b == int(b) else b for b in self.bits]
+        self.bits = [whole(bits) for bits in self.bits]
         for b in self.bits:
             QuantScheme(b, group_size=self.group_size)
             if b not in (1, 1.58, 2, 3, 4, 8):
                 raise ValueError(f"bits={b!r}: must be one of 1, 1.58, 2, 3, 4, 8")
 
     def schemes(self) -> list[QuantScheme]:
-        """What is measured: every width in every orientation by every method that it has."""
-        return [
-            QuantScheme(bits, orientation, self.group_size, range_method=method)
-            for bits in self.bits
-            for orientation in ("per_channel", "per_token")
-            for method in self.methods
-            if bits >= 2 or method == "mse"
-        ]
+        """Every width in every orientation by every method that it has."""
+        found = []
+        for bits, orientation, method in itertools.product(self.bits, ("per_channel", "per_token"), self.methods):
+            if bits >= 2 or method == "mse":
+                found.append(QuantScheme(bits, orientation, self.group_size, range_method=method))
+        return found
 
 
 def calls(scheme: QuantScheme, backend: Backend, x: torch.Tensor) -> tuple[Callable, Callable, tuple]:
@@ -124,15 +123,6 @@ def check(schemes: list[QuantScheme], backend: Backend, x: torch.Tensor) -> None
             )
 
 
-def seconds(call: Callable, repeats: int, device: torch.device) -> dict[str, float]:
-    """Seconds of a call: median, 20th and 80th percentile; on CUDA with nothing of it in the L2."""
-    for _ in range(2):  # compiles, and fills the allocator's cache
-        call()
-    times = [timed(call, device)[0] for _ in range(repeats)]
-    fifths = statistics.quantiles(times, n=5)
-    return {"p20": fifths[0], "p50": statistics.median(times), "p80": fifths[3]}
-
-
 def nbytes(*tensors: torch.Tensor | None) -> int:
     return sum(t.numel() * t.itemsize for t in tensors if t is not None)
 
@@ -143,8 +133,8 @@ def measure(schemes: list[QuantScheme], backend: Backend, x: torch.Tensor, repea
     for scheme in tqdm(schemes, desc=str(backend), unit="scheme"):
         pack, unpack, stored = calls(scheme, backend, x)
         record = {"backend": str(backend), "scheme": scheme.to_dict(), "name": str(scheme)}
-        for direction, call in (("pack", pack), ("unpack", unpack)):
-            figures = seconds(call, repeats, x.device)
+        for direction, seconds in in_turns({"pack": pack, "unpack": unpack}, repeats, x.device).items():
+            figures = percentiles(seconds)
             record[direction] = {
                 "seconds": figures,
                 "gb_per_s": (nbytes(x) + nbytes(*stored)) / figures["p50"] / 1e9,
@@ -154,7 +144,7 @@ def measure(schemes: list[QuantScheme], backend: Backend, x: torch.Tensor, repea
     return records
 
 
-def table(records: list[dict[str, Any]], copy_gb_per_s: float) -> str:
+def quantize_table(records: list[dict[str, Any]], copy_gb_per_s: float) -> str:
     """Markdown table of what was measured."""
     lines = [
         "| back end | scheme | pack GB/s | of copy | states only | unpack GB/s | of copy | states only |",
@@ -170,7 +160,7 @@ def table(records: list[dict[str, Any]], copy_gb_per_s: float) -> str:
 
 
 @torch.no_grad()
-def main(options: BenchmarkConfig) -> dict[str, Any]:
+def main(options: QuantizeBenchmarkConfig) -> dict[str, Any]:
     """Check, measure and report; returns the record."""
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
@@ -184,13 +174,15 @@ def main(options: BenchmarkConfig) -> dict[str, Any]:
         print(f"gate: {backend} on {device} gives the reference's bits in {len(schemes)} schemes")
 
     target = torch.empty_like(x)
-    copy = seconds(lambda: target.copy_(x), options.repeats, device)
+    copy = percentiles(in_turns({"copy": lambda: target.copy_(x)}, options.repeats, device)["copy"])
     copy_gb_per_s = 2 * nbytes(x) / copy["p50"] / 1e9
-    records = [r for backend in backends for r in measure(schemes, backend, x, options.repeats)]
+    records = []
+    for backend in backends:
+        records += measure(schemes, backend, x, options.repeats)
 
     shape = " x ".join(map(str, x.shape))
     print(f"\n{nbytes(x) / MIB:g} MiB of {options.dtype} states ({shape}) on {device}; copy {copy_gb_per_s:,.4g} GB/s")
-    print(table(records, copy_gb_per_s))
+    print(quantize_table(records, copy_gb_per_s))
     if device.type == "cpu":
         for r in records:
             r["target_gb_per_s"], r["on_target"] = CPU_TARGET, r["pack"]["states_gb_per_s"] >= CPU_TARGET
@@ -214,4 +206,4 @@ def main(options: BenchmarkConfig) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(parse_config(BenchmarkConfig, __doc__))
+    main(parse_config(QuantizeBenchmarkConfig, __doc__))

@@ -10,29 +10,21 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from configuration_alrd_llama import check_positive
+from modules.files import write_json
 from modules.formats.calibrated_int8 import calibrate, load_process_config
-from scripts.common import (
-    BUNDLED_MODEL,
-    ROOT,
-    check_positive,
-    environment,
-    find_model,
-    format_table,
-    parse_config,
-    write_json,
-)
-from scripts.corpus import describe, load_documents, tokenize_windows
+from scripts.common import BUNDLED_MODEL, ROOT, environment, find_model, format_table, parse_config
+from scripts.corpus import describe, evenly_spread, load_documents, tokenize_windows
 
 EXAMPLE_CONFIG = os.path.relpath(ROOT / "scripts" / "int8_cache.yaml")
 
 
 @dataclass
 class Int8Config:
-    """What to calibrate, how, and on which text."""
+    """The model to calibrate, how, and on which text."""
 
     model: str = field(default=BUNDLED_MODEL, metadata={"help": "Any causal LM: a local folder or a hub name."})
     config: str = field(default=EXAMPLE_CONFIG, metadata={"help": "YAML with the dynamic_cache process."})
@@ -61,13 +53,8 @@ def main(config: Int8Config) -> dict:
     model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
 
     documents = load_documents(config.text)
-    tokens = tokenize_windows(documents, tokenizer, config.length)
-    if len(tokens) < config.windows:
-        raise ValueError(
-            f"windows={config.windows}: {config.text!r} has only {len(tokens)} windows of {config.length} tokens"
-        )
-    spread = torch.linspace(0, len(tokens) - 1, config.windows).round().long()
-    pieces = tqdm(tokens[spread].split(config.batch_size), desc="Calibration")
+    windows = evenly_spread(tokenize_windows(documents, tokenizer, config.length), config.windows, config.text)
+    pieces = tqdm(windows.split(config.batch_size), desc="Calibration")
     # The logits are of no use; one of them has to be computed.
     batches = ({"input_ids": piece, "logits_to_keep": 1} for piece in pieces)
     scales = calibrate(model, batches, process, config.percentile)
@@ -78,17 +65,7 @@ def main(config: Int8Config) -> dict:
         "environment": environment(model.device),
         "text": describe(documents),
         "tokens": scales.tokens,
-        "scales": {
-            name: {
-                "layer_idx": module.layer_idx,
-                **{
-                    f"{side}_{label}": statistic(getattr(module, side)[0]).item()
-                    for side in ("keys", "values")
-                    for label, statistic in (("median", torch.median), ("max", torch.max))
-                },
-            }
-            for name, module in scales.modules.items()
-        },
+        "scales": {name: describe_scales(module) for name, module in scales.modules.items()},
         "seconds": round(time.perf_counter() - started, 1),
     }
     write_json(Path(config.output) / "report.json", report)
@@ -96,6 +73,18 @@ def main(config: Int8Config) -> dict:
     header = ["module", "layer", "key scale, median", "max", "value scale, median", "max"]
     print(format_table(header, [table_row(name, row) for name, row in report["scales"].items()]))
     return report
+
+
+def describe_scales(module) -> dict[str, float]:
+    """Layer of a calibrated module, and median and largest scale of its keys and values."""
+    key_scales, value_scales = module.keys[0], module.values[0]
+    return {
+        "layer_idx": module.layer_idx,
+        "keys_median": key_scales.median().item(),
+        "keys_max": key_scales.max().item(),
+        "values_median": value_scales.median().item(),
+        "values_max": value_scales.max().item(),
+    }
 
 
 def table_row(name: str, row: dict) -> list[str]:

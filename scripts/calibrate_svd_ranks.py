@@ -22,30 +22,21 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
-from configuration_alrd_llama import ALRDLlamaConfig, check_choice
+from configuration_alrd_llama import ALRDLlamaConfig, check_choice, check_positive
 from modeling_alrd_llama import ALRDLlamaForCausalLM
+from modules.files import write_json
 from modules.fit.budget import Calibration, FitConfig, cache_nbytes, calibrate, dense_nbytes, fit_budget, split_config
 from modules.fit.distributed import device_map, is_main, join_processes, on_main
 from scripts import plots
-from scripts.common import (
-    BUNDLED_MODEL,
-    DTYPES,
-    check_positive,
-    environment,
-    find_model,
-    git_commit,
-    load_model,
-    parse_config,
-    write_json,
-)
+from scripts.common import BUNDLED_MODEL, DTYPES, environment, find_model, git_commit, load_model, parse_config
 from scripts.compare_peers import series
-from scripts.corpus import Document, describe, load_documents, tokenize_windows
-from scripts.eval_perplexity import EvalConfig, measure, table
+from scripts.corpus import Document, describe, evenly_spread, load_documents, tokenize_windows
+from scripts.eval_perplexity import EvalConfig, measure, perplexity_table
 
 
 @dataclass
 class SourceOptions:
-    """What to split, on which text, and where to write it."""
+    """The model to split, the text for its statistics, and the folder to write."""
 
     model: str = field(
         default=BUNDLED_MODEL, metadata={"help": "Dense Llama, Mistral or Qwen2: a local folder or a hub name."}
@@ -122,13 +113,7 @@ def _windows(
     config: CalibrationConfig, documents: list[Document], tokenizer: PreTrainedTokenizerBase, count: int
 ) -> torch.Tensor:
     """`[count, length]` windows, spread evenly over the text."""
-    tokens = tokenize_windows(documents, tokenizer, config.length)
-    if len(tokens) < count:
-        raise ValueError(f"windows={count}: {config.text!r} has only {len(tokens)} windows of {config.length} tokens")
-    return tokens[torch.linspace(0, len(tokens) - 1, count).round().long()]
-
-
-# ---- output
+    return evenly_spread(tokenize_windows(documents, tokenizer, config.length), count, config.text)
 
 
 def write_checkpoint(config: CalibrationConfig, calibration: Calibration, budget: float | None, folder: Path) -> dict:
@@ -149,10 +134,7 @@ def write_checkpoint(config: CalibrationConfig, calibration: Calibration, budget
         "truncation_ranks": target.truncation_ranks,
         "width_tiers": target.width_tiers,
         "rates": calibration.rates,
-        "energies": {
-            name: [[float(f"{e:.4g}") for e in f.energy.tolist()] for f in groups]
-            for name, groups in calibration.factors.items()
-        },
+        "energies": {name: [_rounded(f.energy) for f in groups] for name, groups in calibration.factors.items()},
         "energy_kept": {name: _energy_kept(calibration, name) for name in target.truncation_ranks},
         "seconds": {k: round(v, 1) for k, v in calibration.seconds.items()}
         | {"checkpoint": round(time.perf_counter() - started, 1)},
@@ -166,6 +148,11 @@ def write_checkpoint(config: CalibrationConfig, calibration: Calibration, budget
         f"({dense / nbytes:.1f}× smaller); ranks {min(ranks)}–{max(ranks)}, {sum(report['seconds'].values()):.0f} s"
     )
     return report
+
+
+def _rounded(energies: torch.Tensor) -> list[float]:
+    """Four digits of each, which a plot shows."""
+    return [float(f"{energy:.4g}") for energy in energies.tolist()]
 
 
 def _energy_kept(calibration: Calibration, name: str) -> list[float]:
@@ -216,7 +203,7 @@ def measure_sweep(config: CalibrationConfig, processes: PartialState | None = No
         recorded = series(json.loads(Path(config.peers).read_text()))
         lines |= {f"recorded: {label}": results for label, results in recorded.items() if label != "ours"}
     plots.curve(lines, output / "curve.png")
-    print(table(record["results"]))
+    print(perplexity_table(record["results"]))
     return record
 
 

@@ -1,4 +1,4 @@
-"""What the command line programs share: options, loading, sizes, records."""
+"""The common ground of the command line programs: options, loading, sizes, environment."""
 
 import hashlib
 import os
@@ -17,9 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, 
 
 import modeling_alrd_llama  # noqa: F401  (makes the auto classes know the model)
 from configuration_alrd_llama import ALRDLlamaConfig, parse_json
-from configuration_alrd_llama import check_positive as check_positive  # for the scripts, as the next two
-from modules.files import write_json as write_json
-from modules.fit.budget import dense_nbytes as dense_nbytes
 from modules.kivi_cache import CacheScheme
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,8 +27,6 @@ BUNDLED_MODEL = os.path.relpath(ROOT / "models" / "tiny-python-llama")
 DTYPES = ("float32", "bfloat16", "float16")
 
 Config = TypeVar("Config")
-
-# ---- options
 
 
 @dataclass
@@ -69,7 +64,9 @@ class CacheOptions:
     def cache_settings(self) -> dict[str, Any]:
         """The settings that were given, by the names of `ALRDLlamaConfig`; whole numbers of bits as int."""
         given = {f.name: getattr(self, f.name) for f in fields(CacheOptions) if getattr(self, f.name) is not None}
-        return {name: parse_json(name, x) if isinstance(x, str) else whole(x) for name, x in given.items()}
+        for name, value in given.items():
+            given[name] = parse_json(name, value) if isinstance(value, str) else whole(value)
+        return given
 
 
 def whole(value: float) -> int | float:
@@ -88,9 +85,6 @@ def parse_config(config_class: type[Config], description: str | None) -> Config:
         return parser.parse_args_into_dataclasses(look_for_args_file=False)[0]
     except ValueError as error:
         parser.error(str(error))
-
-
-# ---- models
 
 
 def find_model(name_or_path: str) -> str:
@@ -188,9 +182,6 @@ def folder_sha256(path: str) -> str | None:
     return digest.hexdigest()
 
 
-# ---- sizes
-
-
 def human_bytes(nbytes: float) -> str:
     """Bytes in binary units with three or more digits, e.g. `512 KiB` and `1.50 GiB`."""
     units = ["B", "KiB", "MiB", "GiB", "TiB"]
@@ -204,10 +195,8 @@ def human_bytes(nbytes: float) -> str:
 def format_table(header: list[str], rows: list[list[str]]) -> str:
     """Text table with columns aligned to the right."""
     widths = [max(map(len, column)) for column in zip(header, *rows)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in [header, *rows])
-
-
-# ---- records
+    lines = ["  ".join(map(str.rjust, row, widths)) for row in [header, *rows]]
+    return "\n".join(lines)
 
 
 def cpu_name() -> str:
@@ -237,7 +226,7 @@ def git_commit() -> str | None:
 
 
 def environment(device: torch.device | str = "cpu", processes: PartialState | None = None) -> dict[str, Any]:
-    """What a figure depends on beside the options: versions, commit, machine, and processes that share it."""
+    """The environment on which a figure depends: versions, commit, machine, and processes that share it."""
     device = torch.device(device)
     return {
         "python": platform.python_version(),

@@ -9,7 +9,6 @@ and a run that was interrupted goes on where it stopped. The figure is drawn bes
 """
 
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property, partial
@@ -37,17 +36,10 @@ from modules.fit.rank_search import (
 from modules.fit.statistics import collect_statistics
 from modules.kivi_cache import CacheScheme, KIVILatentCache, config_widths
 from scripts import plots
-from scripts.common import (
-    BUNDLED_MODEL,
-    find_model,
-    folder_sha256,
-    installed_version,
-    load_model,
-    parse_config,
-    write_json,
-)
-from scripts.corpus import describe, load_documents, tokenize_windows
+from scripts.common import BUNDLED_MODEL, find_model, folder_sha256, installed_version, load_model, parse_config
+from scripts.corpus import describe, evenly_spread, load_documents, tokenize_windows
 from scripts.eval_perplexity import EvalConfig, measure, paired_bootstrap, scored_positions
+from scripts.records import ResultsFile
 
 PARTS = ("transformers", "KIVI", "Palu", "ASVD", "checkpoints")
 
@@ -85,15 +77,13 @@ class PeersConfig:
             raise ValueError(f"checkpoints={self.checkpoints}: must differ in the names of their folders")
 
 
-# ---- transformers' own cache
-
 #: What the back ends of `QuantizedCache` need, and the axis that its documentation recommends for each.
 BACKENDS = {"quanto": ("optimum-quanto", 0), "hqq": ("hqq", 1)}
 
 
 @dataclass(frozen=True)
 class FlushScheme:
-    """What a `QuantizedCache` has packed when, in the terms of `CacheScheme` that `scored_positions` asks for.
+    """Packed tokens of a `QuantizedCache` at each length, in terms of `CacheScheme` as `scored_positions` asks.
 
     The prompt is packed at once, to its last token. Each step's tokens then join the residual, and once it is full a
     step packs the whole history anew, itself included.
@@ -203,9 +193,6 @@ def stored_nbytes(stored) -> int:
     return sum(storages.values())
 
 
-# ---- the models that our engine runs
-
-
 class Models:
     """The dense model and splits of it as other projects make them; each statistic is measured when first asked for."""
 
@@ -219,9 +206,7 @@ class Models:
         """`[windows, length]` token ids, spread over the calibration text."""
         c = self.config
         windows = tokenize_windows(load_documents(c.calibration_text), self.tokenizer, c.calibration_length)
-        if len(windows) < c.calibration_windows:
-            raise ValueError(f"calibration_windows={c.calibration_windows}: the text has only {len(windows)}")
-        return windows[torch.linspace(0, len(windows) - 1, c.calibration_windows).round().long()]
+        return evenly_spread(windows, c.calibration_windows, c.calibration_text, "calibration_windows")
 
     def batches(self, of: str) -> tqdm:
         return tqdm(self.calibration.split(1), desc=of)
@@ -242,7 +227,7 @@ class Models:
 
     @cached_property
     def scaled(self) -> list:
-        """What ASVD's factors are fitted to."""
+        """Statistics to which ASVD's factors are fitted."""
         return asvd_statistics(self.exact, mean_absolute_inputs(self.exact, self.batches("Input scales")))
 
     @cached_property
@@ -268,12 +253,9 @@ class Models:
         return self.split(target, asvd_ranks(self.sensitivity, target, share), self.scaled)
 
 
-# ---- the peers
-
-
 @dataclass(frozen=True)
 class Peer:
-    """What to measure: a cache scheme, the function that makes its model, and whose engine runs it."""
+    """A cache to measure: its scheme, the function that makes its model, and whose engine runs it."""
 
     part: str
     scheme: CacheScheme | FlushScheme
@@ -361,14 +343,9 @@ def main(config: PeersConfig) -> dict:
     everything = peers(config)
     schemes = [peer.scheme for peer in everything.values()]
     key = record_key(config, schemes)
-    path = Path(config.output) if config.output else None
-    record = json.loads(path.read_text()) if path and path.exists() else {"key": key, "results": {}}
-    differing = [name for name, value in key.items() if record["key"].get(name) != value]
-    if differing:
-        raise ValueError(
-            f"output={config.output!r}: holds results of other options ({', '.join(differing)}); name another file"
-        )
-    results = record["results"]
+    file = ResultsFile(config.output, {"key": key, "results": {}})
+    file.require("key", key)
+    record, results = file.record, file.record["results"]
     names = ("model", "text", "windows", "length", "prefill", "chunk", "batch_size")
     evaluation = EvalConfig(**{name: getattr(config, name) for name in names}, per_document=True)
     missing = {
@@ -399,13 +376,12 @@ def main(config: PeersConfig) -> dict:
                 "truncation_ranks": getattr(caches[name][0].config, "truncation_ranks", None),
             }
         record.update({n: measured[n] for n in ("environment", "text", "dtype")})
-        if path:
-            write_json(path, record)
+        file.save()
     order = ["dense", *everything, *results]  # of the peers, whatever the order in which they were measured
     record["results"] = dict(sorted(results.items(), key=lambda item: order.index(item[0])))
-    if path:
-        write_json(path, record)
-        plots.curve(series(record), path.with_suffix(".png"))
+    file.save()
+    if file.path:
+        plots.curve(series(record), file.path.with_suffix(".png"))
     print(peers_table(record), frontier_table(record), sep="\n\n")
     return record
 

@@ -8,19 +8,19 @@ formats one side at a time, VidKV's configurations, calibrated INT8. Results are
 run that was interrupted goes on where it stopped.
 """
 
-import json
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
 
 from configuration_alrd_llama import QuantScheme
+from modules.files import write_json
 from modules.formats.calibrated_int8 import calibrate as calibrate_int8
 from modules.formats.qlutattn import QLUTATTN, layer_schemes_by_range
 from modules.kivi_cache import CacheScheme, KIVILatentCache, create_kivi_cache
 from scripts.calibrate_svd_ranks import CalibrationConfig, calibrate_model
-from scripts.common import BUNDLED_MODEL, load_model, parse_config, write_json
+from scripts.common import BUNDLED_MODEL, load_model, parse_config
 from scripts.corpus import load_documents, tokenize_windows
-from scripts.eval_perplexity import EvalConfig, measure, table
+from scripts.eval_perplexity import EvalConfig, measure, perplexity_table
+from scripts.records import ResultsFile
 
 
 @dataclass
@@ -131,10 +131,10 @@ RECOMMENDED = {
 def drop_in_caches(config: CompareConfig, dense, tokenizer) -> dict:
     """Functions that make a cache for the dense model's own keys and values, by name."""
     exact = QuantScheme(16)
-    one_side = {
-        f"QLUTATTN {name}": CacheScheme.of(*((scheme, exact) if name[0] == "K" else (exact, scheme)))
-        for name, scheme in QLUTATTN.items()
-    }
+    one_side = {}
+    for name, scheme in QLUTATTN.items():
+        sides = (scheme, exact) if name[0] == "K" else (exact, scheme)
+        one_side[f"QLUTATTN {name}"] = CacheScheme.of(*sides)
     windows = tokenize_windows(load_documents("stdlib:calibration"), tokenizer, 1024)[:32]
     scales = calibrate_int8(dense, windows.split(4))
     sample = create_kivi_cache(16, 16)
@@ -163,11 +163,9 @@ def main(config: CompareConfig) -> dict:
     dense = load_model(config.model)[0]
     if config.recommended:
         return _measure_recommended(config, evaluation, calibration, dense)
-    path = Path(config.output) if config.output else None
-    record = json.loads(path.read_text()) if path and path.exists() else {"config": asdict(config), "results": {}}
-    done = record["results"]
-    if any(record["config"][name] != getattr(config, name) for name in (*names, "share")):
-        raise ValueError(f"output={config.output!r}: holds results of other options; name another file")
+    file = ResultsFile(config.output, {"config": asdict(config), "results": {}})
+    file.require("config", {name: getattr(config, name) for name in (*names, "share")})
+    record, done = file.record, file.record["results"]
 
     def run(part: str, caches: dict) -> None:
         missing = {n: c for n, c in caches.items() if n not in done.get(part, {})}
@@ -180,13 +178,12 @@ def main(config: CompareConfig) -> dict:
             measured = measure(evaluation, calibration.tokenizer, dense, some, schemes)
             scored = measured["results"]["dense"]["tokens"]
             if any(result["tokens"] != scored for result in done.get(part, {}).values()):
-                raise ValueError(f"output={config.output!r}: {part} was scored on other tokens; name another file")
+                file.refuse(f"{part} on other tokens")
             done.setdefault(part, {}).update(measured.pop("results"))
             settings = record.setdefault("settings", {}).setdefault(part, {})
             settings.update(measured.pop("settings"))
             record.update({n: measured[n] for n in ("environment", "text", "dtype")})
-            if path:
-                write_json(path, record)
+            file.save()
 
     for rotation, (keys, values) in ROTATIONS.items():
         model = calibration.split(k_hadamard=keys, v_hadamard=values).eval()
@@ -206,7 +203,7 @@ def _measure_recommended(config: CompareConfig, evaluation: EvalConfig, calibrat
         label = f"{name}; {rotation} rotated" + (", the default" if name == "2" else "")
         caches[label] = (model, partial(model.create_kivi_cache, **SCHEMES[name]))
     record = measure(evaluation, calibration.tokenizer, dense, caches)
-    print(table(record["results"]))
+    print(perplexity_table(record["results"]))
     if config.output:
         write_json(config.output, record)
     return record

@@ -1,4 +1,4 @@
-"""What the evaluations share: the caches that are compared with a dense model's, and records that a run goes on from.
+"""The caches that evaluations compare with a dense model's, and the files of results that a run goes on from.
 
 The dense model has a `DynamicCache`; beside it stand checkpoints of scripts/calibrate_svd_ranks.py, each with the cache
 that it asks for, and plain splits of the dense model at one rank and several widths.
@@ -13,20 +13,12 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, Cache, DynamicCache, PreTrainedModel
 
-from configuration_alrd_llama import ALRDLlamaConfig
+from configuration_alrd_llama import ALRDLlamaConfig, parse_json
+from modules.fit.budget import dense_nbytes
 from modules.kivi_cache import CacheScheme, KIVILatentCache
-from scripts.common import (
-    BUNDLED_MODEL,
-    DTYPES,
-    dense_nbytes,
-    environment,
-    find_model,
-    folder_sha256,
-    latent_config,
-    load_model,
-    parse_json,
-)
+from scripts.common import BUNDLED_MODEL, DTYPES, environment, find_model, folder_sha256, latent_config, load_model
 from scripts.eval_perplexity import parse_bits, token_bytes
+from scripts.records import ResultsFile
 
 #: Lengths at which the bytes of a token are stated, beside those that an evaluation meets.
 STATED_LENGTHS = (4096, 32768)
@@ -86,7 +78,7 @@ class ComparedCaches:
         return {name: value for name, value in given.items() if value is not None}
 
     def names(self) -> list[str]:
-        """Of the dense model and the caches beside it, in the order of the tables."""
+        """Names of the dense model and of the caches beside it, in the order of the tables."""
         splits = [f"rank {self.rank:.0%}" if self.rank <= 1 else f"rank {self.rank:g}"] * len(self.bits)
         return [
             "dense",
@@ -108,7 +100,7 @@ class ComparedCaches:
         return model, partial(model.create_kivi_cache, **settings)
 
     def schemes(self) -> dict[str, CacheScheme]:
-        """What each of the caches stores; only the window and the blocks are the same in every layer."""
+        """Schemes of the packed caches by name; only window and blocks are those of every layer of a cache."""
         found = {}
         for path in self.checkpoints:
             scheme = CacheScheme.from_config(ALRDLlamaConfig.from_pretrained(find_model(path)))
@@ -181,7 +173,7 @@ class PackedContext:
 
 
 def describe_cache(model: PreTrainedModel, cache: Cache, lengths: list[int]) -> dict:
-    """What a score is reported with: settings, back end and true bytes of the cache it was measured through.
+    """Settings, back end and true bytes of the cache that a score was measured through.
 
     Args:
         model: Whose cache it is.
@@ -212,56 +204,24 @@ def describe_cache(model: PreTrainedModel, cache: Cache, lengths: list[int]) -> 
     return record
 
 
-def open_record(config: ComparedCaches) -> dict:
-    """The record in `config.output`, or a new one: options, environment, models, and empty `results`.
+def open_results(config: ComparedCaches) -> ResultsFile:
+    """The file `config.output`: options, environment, SHA-256 of the models, and `results`.
 
     Raises:
         ValueError: The file holds results of other options, or of other weights under the same name.
     """
     asked = asdict(config)
-    models = dict(zip(config.names(), [config.dense, *config.checkpoints]))
-    hashes = {name: folder_sha256(find_model(path)) for name, path in models.items()}
-    fresh = {"config": asked, "environment": environment(), "models": hashes, "results": {}}
-    if config.output is None or not Path(config.output).exists():
-        return fresh
-    record = json.loads(Path(config.output).read_text())
+    paths = dict(zip(config.names(), [config.dense, *config.checkpoints]))
+    models = {name: folder_sha256(find_model(path)) for name, path in paths.items()}
+    fresh = {"config": asked, "environment": environment(), "models": models, "results": {}}
+    file = ResultsFile(config.output, fresh)
+    held = file.record
+    # More caches may be asked for than the file holds; a path may be written in another way.
     for name, value in asked.items():
-        # More caches may be asked for; a path may be written in another way.
-        if name not in ("output", "checkpoints", "bits", "dense") and record["config"].get(name) != value:
-            raise ValueError(
-                f"output={config.output!r}: holds results of {name}={record['config'].get(name)!r}, asked for is "
-                f"{value!r}; name another file"
-            )
-    for name, digest in hashes.items():
-        if record["models"].get(name, digest) != digest:
-            raise ValueError(f"output={config.output!r}: holds results of other weights of {name!r}; name another file")
-    return fresh | {"models": record["models"] | hashes, "results": record["results"]}
-
-
-def scores_table(record: dict) -> str:
-    """Of scripts/lm_eval_harness.py: scores beside the dense model's as Markdown, a row per task, metric and cache."""
-    lines = [
-        "| task, metric | cache | score | less the dense model's | bytes of dense, as scored | at 4k "
-        "| tokens with packed context | packed share of it |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for caches in record["results"].values():
-        for part, metrics in caches["dense"]["scores"].items():
-            for metric in (m for m in metrics if "_stderr" not in m and m != "sample_len"):
-                label = f"{part}, {metric.removesuffix(',none')}"
-                for name, found in caches.items():
-                    score = found["scores"][part][metric]
-                    error = found["scores"][part].get(metric.replace(",", "_stderr,"))
-                    packed = ["–", "–", "–"]
-                    if name != "dense":
-                        shares = (
-                            found["tokens_with_packed_context"] / found["scored_tokens"],
-                            found["packed_share_of_context"],
-                        )
-                        packed = [f"{score - metrics[metric]:+.4f}", *(f"{share:.1%}" for share in shares)]
-                    lines.append(
-                        f"| {label} | {name} | {score:.4f}{f' ± {error:.4f}' if error else ''} | {packed[0]} | "
-                        f"{1 / found['ratio']['measured']:.2%} | {1 / found['ratio']['4096']:.2%} | "
-                        f"{packed[1]} | {packed[2]} |"
-                    )
-    return "\n".join(lines)
+        if name not in ("output", "checkpoints", "bits", "dense") and held["config"].get(name) != value:
+            file.refuse(f"{name}={held['config'].get(name)!r}, asked for is {value!r}")
+    for name, digest in models.items():
+        if held["models"].get(name, digest) != digest:
+            file.refuse(f"other weights of {name!r}")
+    held |= {"config": asked, "environment": fresh["environment"], "models": held["models"] | models}
+    return file

@@ -165,7 +165,7 @@ def _dataset_documents(rest: str, split: str | None) -> list[Document]:
 
 
 def describe(documents: Sequence[Document]) -> dict[str, Any]:
-    """What identifies a text in a report: size, SHA-256 of names and texts, version of Python."""
+    """Identity of a text in a report: size, SHA-256 of names and texts, version of Python."""
     digest = hashlib.sha256()
     for document in documents:
         # Lengths go first so that no two lists of documents give the same bytes.
@@ -211,6 +211,28 @@ def tokenize_windows(
     if windows < 1 or len(tokens) < windows * length:
         raise ValueError(f"{len(tokens)} tokens are too few for {max(windows, 1)} windows of {length}")
     return torch.tensor(tokens[: windows * length], dtype=torch.int64).view(windows, length)
+
+
+def evenly_spread(windows: "torch.Tensor", count: int, text: str, field: str = "windows") -> "torch.Tensor":
+    """Choose windows at equal distances over a text, the first and the last included.
+
+    Args:
+        windows: `[n, length]` token ids, all windows of the text in their order.
+        count: windows to choose.
+        text: the spec of the text, for the message.
+        field: the option that asks for `count`, for the message.
+
+    Returns:
+        `[count, length]` token ids.
+
+    Raises:
+        ValueError: if the text has fewer windows.
+    """
+    import torch
+
+    if len(windows) < count:
+        raise ValueError(f"{field}={count}: {text!r} has only {len(windows)} windows of {windows.shape[1]} tokens")
+    return windows[torch.linspace(0, len(windows) - 1, count).round().long()]
 
 
 def document_windows(

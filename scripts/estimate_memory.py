@@ -12,20 +12,20 @@ from typing import Any, Literal
 
 import torch
 
+from configuration_alrd_llama import check_positive
 from modules.cache.scheme import CacheScheme, LayerWidths
+from modules.files import write_json
+from modules.fit.budget import dense_nbytes
 from modules.kivi_cache import config_schemes, config_widths
 from scripts.common import (
     BUNDLED_MODEL,
     DTYPES,
     CacheOptions,
-    check_positive,
-    dense_nbytes,
     environment,
     format_table,
     human_bytes,
     latent_config,
     parse_config,
-    write_json,
 )
 
 
@@ -92,6 +92,12 @@ def layer_room(scheme: CacheScheme, length: int, widths: LayerWidths, dtype: tor
     return (blocks + blocks // 4) * slot + batch_size * (used["table"] + exact) + scheme.static_nbytes(widths)
 
 
+def _range(values: tuple[int, ...]) -> str:
+    """Smallest and largest, or the only one, as text."""
+    low, high = min(values), max(values)
+    return f"{low}–{high}" if low < high else f"{low}"
+
+
 def main(config: EstimateConfig) -> dict[str, Any]:
     """Print the table; returns the figures in bytes."""
     model, is_split = latent_config(config.model, config.rank, config.head_group_size)
@@ -102,7 +108,10 @@ def main(config: EstimateConfig) -> dict[str, Any]:
     estimates = []
     for length in config.length:
         parts = [layer_breakdown(scheme, length, widths, dtype, config.batch_size) for scheme, widths in layers]
-        breakdown = {name: sum(part[name] for part in parts) for name in parts[0]}
+        breakdown = dict.fromkeys(parts[0], 0)
+        for part in parts:
+            for name, nbytes in part.items():
+                breakdown[name] += nbytes
         dense, packed = dense_nbytes(model, length, dtype, config.batch_size), sum(breakdown.values())
         estimates.append(
             {
@@ -119,14 +128,13 @@ def main(config: EstimateConfig) -> dict[str, Any]:
             }
         )
 
-    channels = [[sum(side) for side in widths] for _, widths in layers]
+    channels = [list(map(sum, widths)) for _, widths in layers]
     full = model.num_key_value_heads * model.head_dim
     print(f"{config.model}: {model.num_hidden_layers} layers, {full} key and value channels, {dtype}, ", end="")
     print(f"batch {config.batch_size}")
     print("ranks of the split checkpoint, --rank is not used" if is_split else f"--rank {config.rank:g}", end=": ")
-    print(
-        ", ".join(f"{s} {min(c)}–{max(c)}" if min(c) < max(c) else f"{s} {c[0]}" for s, c in zip("kv", zip(*channels)))
-    )
+    k_ranks, v_ranks = zip(*channels)
+    print(f"k {_range(k_ranks)}, v {_range(v_ranks)}")
     print(f"keys {layers[0][0].keys}, values {layers[0][0].values}", end=", ")
     print(
         ", ".join(f"{name} {getattr(scheme, name)}" for name in ("residual_length", "sink_length")),

@@ -11,16 +11,17 @@ that was interrupted goes on where it stopped; with --output the picture is writ
 """
 
 import math
+import operator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
+from configuration_alrd_llama import check_positive
 from scripts import plots
-from scripts.common import check_positive, find_model, human_bytes, parse_config, write_json
-from scripts.compared_caches import ComparedCaches, describe_cache, open_record, packed_tokens
+from scripts.common import find_model, human_bytes, parse_config
+from scripts.compared_caches import ComparedCaches, describe_cache, open_results, packed_tokens
 from scripts.corpus import describe, document_windows, load_documents
 from scripts.eval_perplexity import cache_bytes, paired_bootstrap
 
@@ -72,12 +73,13 @@ def read_through_cache(model, cache, windows: torch.Tensor, chunk: int, marks: l
 
 def main(config: LongDocumentsConfig) -> dict:
     """Measure what is not in the output yet; returns the record."""
-    record = open_record(config)
+    file = open_results(config)
+    record = file.record
     documents = load_documents(config.text)
     tokenizer = AutoTokenizer.from_pretrained(find_model(config.dense))
     windows = document_windows(documents, tokenizer, config.length, config.documents)
     if record.setdefault("text", describe(documents)) != describe(documents):
-        raise ValueError(f"output={config.output!r}: holds results of another text; name another file")
+        file.refuse("another text")
     width = config.length // config.buckets
     marks = [width * (i + 1) for i in range(config.buckets)]
     for name in config.names():
@@ -88,26 +90,26 @@ def main(config: LongDocumentsConfig) -> dict:
             model, make_cache = config.open(name)
             cache = make_cache()
             losses, done["bytes_held"] = read_through_cache(model, cache, batch.to(model.device), config.chunk, marks)
-            # The first bucket is one token short: nothing predicts a document's first token.
-            done["nll"] += [[part.mean().item() for part in row] for row in _buckets(losses, width)]
+            done["nll"] += _bucket_means(losses, width)
             done |= describe_cache(model, cache, [config.length])
-            if config.output:
-                write_json(config.output, record)
+            file.save()
     schemes = config.schemes()
     for name, scheme in schemes.items():
         shares = [_packed_share(scheme, end - width, end, config.chunk) for end in marks]
         record["results"][name]["packed_share_of_context"] = shares
-    if config.output:
-        write_json(config.output, record)
-        plots.long_documents(summary(record), Path(config.output).with_suffix(".png"))
-    print(table(record))
+    file.save()
+    if file.path:
+        plots.long_documents(summary(record), file.path.with_suffix(".png"))
+    print(long_documents_table(record))
     return record
 
 
-def _buckets(losses: torch.Tensor, width: int) -> list[list[torch.Tensor]]:
-    """`[B, T - 1]` losses by row and bucket; token t, whose loss stands at t - 1, belongs to bucket t // width."""
-    edges = range(width - 1, losses.shape[1], width)
-    return [list(row.tensor_split(list(edges))) for row in losses.double().cpu()]
+def _bucket_means(losses: torch.Tensor, width: int) -> list[list[float]]:
+    """Mean of `[B, T - 1]` losses by row and bucket; token t, whose loss stands at t - 1, is in bucket t // width."""
+    # The first bucket is one token short: nothing predicts a document's first token.
+    edges = list(range(width - 1, losses.shape[1], width))
+    means = [bucket.mean(1) for bucket in losses.double().cpu().tensor_split(edges, dim=1)]
+    return torch.stack(means, dim=1).tolist()
 
 
 def _packed_share(scheme, start: int, stop: int, chunk: int) -> float:
@@ -128,8 +130,8 @@ def summary(record: dict) -> dict:
     sizes = [width - 1] + [width] * (c["buckets"] - 1)
 
     def columns(nll: list[list[float]]) -> list[list[float]]:
-        whole = [sum(x * n for x, n in zip(row, sizes)) / sum(sizes) for row in nll]
-        return [*(list(column) for column in zip(*nll)), whole]
+        whole = [sum(map(operator.mul, row, sizes)) / sum(sizes) for row in nll]
+        return [*map(list, zip(*nll)), whole]
 
     dense = columns(record["results"]["dense"]["nll"])
     caches = {}
@@ -145,7 +147,7 @@ def summary(record: dict) -> dict:
     return {"ends": [width * (i + 1) for i in range(c["buckets"])], "caches": caches}
 
 
-def table(record: dict) -> str:
+def long_documents_table(record: dict) -> str:
     """Perplexity of the dense model and increases over it by position, as Markdown."""
     found = summary(record)
     ends = found["ends"]

@@ -22,22 +22,14 @@ from accelerate import PartialState
 from tqdm import tqdm
 from transformers import AutoTokenizer, DynamicCache
 
-from configuration_alrd_llama import check_choice
+from configuration_alrd_llama import check_choice, parse_json
 from modeling_alrd_llama import ALRDLlamaForCausalLM
+from modules.files import write_json
+from modules.fit.budget import dense_nbytes
 from modules.fit.distributed import device_map, gather, is_main, join_processes, rounds
 from modules.kivi_cache import KIVILatentCache
-from scripts.common import (
-    BUNDLED_MODEL,
-    dense_nbytes,
-    environment,
-    find_model,
-    load_model,
-    parse_config,
-    parse_json,
-    whole,
-    write_json,
-)
-from scripts.corpus import describe, document_windows, load_documents, tokenize_windows
+from scripts.common import BUNDLED_MODEL, environment, find_model, load_model, parse_config, whole
+from scripts.corpus import describe, document_windows, evenly_spread, load_documents, tokenize_windows
 
 
 @dataclass
@@ -190,7 +182,7 @@ def main(config: EvalConfig) -> dict:
     caches = {bits: (model, partial(model.create_kivi_cache, **s)) for bits, s in settings.items()}
     record = measure(config, tokenizer, dense, caches, processes=processes)
     if is_main(processes):
-        print(table(record["results"]))
+        print(perplexity_table(record["results"]))
         if config.output:
             write_json(config.output, record)
     return record
@@ -230,12 +222,7 @@ def measure(
 
     documents = load_documents(config.text)
     cut = document_windows if config.per_document else tokenize_windows
-    windows = cut(documents, tokenizer, config.length)
-    if len(windows) < config.windows:
-        raise ValueError(
-            f"windows={config.windows}: {config.text!r} has {len(windows)} windows of {config.length} tokens"
-        )
-    windows = windows[torch.linspace(0, len(windows) - 1, config.windows).round().long()]
+    windows = evenly_spread(cut(documents, tokenizer, config.length), config.windows, config.text)
     every_scheme = [*schemes.values(), *(others or [])]
     scored = scored_positions(config.length, config.prefill, config.chunk, every_scheme)
     if not scored.any():
@@ -244,7 +231,8 @@ def measure(
             "group_size or a shorter residual_length"
         )
 
-    tallies = {name: Tally() for name in ([reference_name] if dense is not None else []) + list(caches)}
+    names = list(caches) if dense is None else ["dense", *caches]
+    tallies = {name: Tally() for name in names}
     batches = windows.to(any_model.device).split(config.batch_size)
     progress = tqdm(total=len(tallies) * len(batches), desc="Batches", disable=not is_main(processes))
 
@@ -358,7 +346,7 @@ def paired_bootstrap(
     return {"ratio": math.exp(difference.mean()), "low": low, "high": high}
 
 
-def table(results: dict) -> str:
+def perplexity_table(results: dict) -> str:
     """The results as a Markdown table; bytes are those of a 4,096-token cache, everything counted."""
     lines = [
         "| cache | perplexity | increase | KL mean | KL p99 | top-1 | bytes/token at 4k | smaller at 4k | at 32k |",

@@ -15,20 +15,21 @@ at which the answer is not packed yet is refused. Where the dense model itself s
 shows nothing, and the script says so. Results are kept cell by cell; with --output the picture stands beside the JSON.
 """
 
+import itertools
 import random
 import re
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from configuration_alrd_llama import check_positive
 from scripts import plots
-from scripts.common import check_positive, find_model, parse_config, write_json
-from scripts.compared_caches import ComparedCaches, describe_cache, open_record, packed_tokens
+from scripts.common import find_model, parse_config
+from scripts.compared_caches import ComparedCaches, describe_cache, open_results, packed_tokens
 from scripts.corpus import describe, load_documents
 
 #: Tokens of text before a listing.
@@ -79,15 +80,15 @@ class RetrievalConfig(ComparedCaches):
             raise ValueError(f"least_dense={self.least_dense!r}: must be within 0 and 1")
 
     def cells(self) -> list[tuple]:
-        """Of the task: `(distance,)`, or `(length, depth)`."""
+        """Cells of the task: `(distance,)`, or `(length, depth)`."""
         if self.task == "copying":
             return [(distance,) for distance in self.distances]
-        return [(length, depth) for length in self.lengths for depth in self.depths]
+        return list(itertools.product(self.lengths, self.depths))
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is prefilled and what is asked on top of it.
+    """A text to prefill and what is asked on top of it.
 
     Attributes:
         prefilled: Tokens of the text.
@@ -108,7 +109,9 @@ class Text:
     def __init__(self, config: RetrievalConfig, tokenizer: PreTrainedTokenizerBase):
         documents = load_documents(config.text)
         self.tokenizer, self.description = tokenizer, describe(documents)
-        self.tokens = [t for document in documents for t in self.encode(document.text)]
+        self.tokens = []
+        for document in documents:
+            self.tokens += self.encode(document.text)
         self.start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         self.line_end = self.encode("\n")
         common = [token for token, count in Counter(self.tokens).most_common() if count >= 20]
@@ -218,13 +221,15 @@ def check_questions(config: RetrievalConfig, text: Text) -> None:
 
 def main(config: RetrievalConfig) -> dict:
     """Ask what is not in the output yet, the dense model first; returns the record."""
-    record = open_record(config)
+    file = open_results(config)
+    record = file.record
     text = Text(config, AutoTokenizer.from_pretrained(find_model(config.dense)))
     if record.setdefault("text", text.description) != text.description:
-        raise ValueError(f"output={config.output!r}: holds results of another text; name another file")
+        file.refuse("another text")
     check_questions(config, text)
     make_question, answer = ASK[config.task]
-    asked = [(name, _key(cell), cell, {}) for name in config.names() for cell in config.cells()]
+    every_cell = itertools.product(config.names(), config.cells())
+    asked = [(name, _key(cell), cell, {}) for name, cell in every_cell]
     if config.task == "copying":
         asked.insert(len(config.cells()), ("dense", "control", config.cells()[0], {"listed": False}))
     for name, key, cell, how in tqdm(asked, desc="Cells"):
@@ -241,13 +246,12 @@ def main(config: RetrievalConfig) -> dict:
         if config.task == "copying":
             done["cells"][key]["loss_per_word"] = sum(x[2] for x in found) / len(found)
         done |= describe_cache(model, cache, [len(question.prefilled)])
-        if config.output:
-            write_json(config.output, record)
+        file.save()
     record["verdict"] = verdict(record)
-    if config.output:
-        write_json(config.output, record)
-        plots.retrieval(record, Path(config.output).with_suffix(".png"))
-    print(table(record))
+    file.save()
+    if file.path:
+        plots.retrieval(record, file.path.with_suffix(".png"))
+    print(retrieval_table(record))
     print(f"\n{record['verdict']}")
     return record
 
@@ -263,7 +267,7 @@ def told_apart(record: dict) -> list[str]:
 
 
 def verdict(record: dict) -> str:
-    """What can be said of the caches, and what cannot, in words."""
+    """Say in words what the scores show of the caches, and what they do not."""
     least, shown = record["config"]["least_dense"], told_apart(record)
     cells = record["results"]["dense"]["cells"]
     weak = [key for key in cells if key not in (*shown, "control")]
@@ -281,13 +285,14 @@ def verdict(record: dict) -> str:
     return said
 
 
-def table(record: dict) -> str:
+def retrieval_table(record: dict) -> str:
     """Scores by cache and cell as Markdown; means are over the cells in which the dense model scores enough."""
     shown, results = told_apart(record), record["results"]
     cells = [key for key in results["dense"]["cells"] if key != "control"]
     copying = record["config"]["task"] == "copying"
     heads = ["cache", "bytes of dense at 4k"]
-    heads += [f"{key}{'' if key in shown else ' (dense too weak)'}" for key in cells]
+    for key in cells:
+        heads.append(key if key in shown else f"{key} (dense too weak)")
     heads += ["mean", "loss over dense, nats per word"] if copying else ["mean"]
 
     def mean(name: str, field: str) -> float:

@@ -11,6 +11,7 @@ and a model card with the figures of the checkpoint's `report.json` and of an --
 """
 
 import ast
+import itertools
 import json
 import os
 import re
@@ -28,7 +29,7 @@ from configuration_alrd_llama import ALRDLlamaConfig
 from modeling_alrd_llama import ALRDLlamaForCausalLM, ALRDLlamaModel
 from modules.kernels.cpu import sources as cpp_sources
 from scripts.common import ROOT, git_commit, human_bytes, parse_config
-from scripts.eval_perplexity import table
+from scripts.eval_perplexity import perplexity_table
 
 #: The module of the model's classes, whose imports are followed.
 ENTRY = ALRDLlamaForCausalLM.__module__
@@ -55,9 +56,6 @@ class ExportConfig:
         default=None,
         metadata={"help": "License of the weights, for the card. None: that of the dense model's card, if it is here."},
     )
-
-
-# ---- code
 
 
 def locate(name: str) -> Path | None:
@@ -109,8 +107,11 @@ def foreign_packages(node: ast.Import | ast.ImportFrom) -> set[str]:
 
 def required_packages() -> set[str]:
     """Packages without which the model cannot be imported, by the names in `import`."""
-    trees = module_closure(at_once=True).values()
-    return set().union(*(foreign_packages(node) for tree in trees for node in import_statements(tree, at_once=True)))
+    required = set()
+    for tree in module_closure(at_once=True).values():
+        for node in import_statements(tree, at_once=True):
+            required |= foreign_packages(node)
+    return required
 
 
 def rewrite_module(name: str, required: set[str]) -> str:
@@ -149,7 +150,7 @@ def rewrite_module(name: str, required: set[str]) -> str:
 
 
 def import_lines(node: ast.Import | ast.ImportFrom, required: set[str], where: str) -> list[str] | None:
-    """What an import statement becomes; `None`: it stays as it is. See `rewrite_module`."""
+    """Lines that replace an import statement; `None`: it stays as it is. See `rewrite_module`."""
     if isinstance(node, ast.ImportFrom) and node.level:
         raise ValueError(f"{where}: the project imports absolutely")
     if not imported_modules(node):
@@ -210,9 +211,6 @@ def hub_code() -> dict[str, str]:
     return files
 
 
-# ---- checkpoint
-
-
 def find_checkpoint(name: str) -> tuple[Path, dict]:
     """The folder of a split checkpoint and what its `config.json` says.
 
@@ -268,9 +266,6 @@ def load_evaluation(path: str, folder: Path) -> dict:
     if Path(record["config"]["model"]).expanduser().resolve() != folder.resolve():
         raise ValueError(f"evaluation={path!r}: is of {record['config']['model']!r}, must be of {str(folder)!r}")
     return record
-
-
-# ---- card
 
 
 def model_card(config: ExportConfig, stored: dict, report: dict | None, evaluation: dict | None) -> str:
@@ -330,7 +325,7 @@ def _origin(config: ExportConfig, report: dict | None) -> str:
 
 
 def _public(path: str) -> str:
-    """A path or name as a card may show it: where a file stands on this machine is nobody's business."""
+    """Strip local folders from a path or name that a model card shows."""
     return Path(path).name if Path(path).is_absolute() else path
 
 
@@ -350,7 +345,9 @@ def _size(report: dict | None) -> str:
     if report is None:
         return "Not stated: the checkpoint has no `report.json`."
     settings, text = report["config"], _public(report["config"]["text"])
-    ranks = [sum(r) if isinstance(r, list) else r for r in report["truncation_ranks"].values()]
+    ranks = []
+    for rank in report["truncation_ranks"].values():
+        ranks.append(sum(rank) if isinstance(rank, list) else rank)  # of head groups, or of a joint latent
     card = (
         f"At {settings['tokens']:,} tokens the cache of one sequence takes {report['nbytes']:,} bytes "
         f"({human_bytes(report['nbytes'])}), {report['share_of_dense']:.2%} of a dense one in 16 bits, with codes, "
@@ -358,7 +355,7 @@ def _size(report: dict | None) -> str:
         f"Ranks {min(ranks)} to {max(ranks)} per projection"
     )
     if report.get("energy_kept"):
-        kept = [share for shares in report["energy_kept"].values() for share in shares]
+        kept = list(itertools.chain.from_iterable(report["energy_kept"].values()))
         card += f", which keep {min(kept):.2%} to {max(kept):.2%} of the energy"
     return card + (
         f". Calibrated on {settings['windows']} windows of {settings['length']} tokens of `{text}` "
@@ -378,7 +375,7 @@ def _quality(evaluation: dict | None) -> str:
         f"packed are scored ({evaluation['scored_tokens_per_window']} per window). {evaluation['dtype']}, "
         f"{machine['device']}, torch {machine['torch']}, transformers {machine['transformers']}, commit "
         f"`{machine['commit']}`. A width in bits replaces the checkpoint's own; `config` is what the checkpoint "
-        f"asks for.\n\n{table(evaluation['results'])}"
+        f"asks for.\n\n{perplexity_table(evaluation['results'])}"
     )
 
 
@@ -397,11 +394,8 @@ def card_data(config: ExportConfig, report: dict | None) -> dict:
     return data | {name: value for name, value in known.items() if value}
 
 
-# ---- export
-
-
 def _not_exported(directory: str, names: list[str]) -> list[str]:
-    """What `shutil.copytree` leaves out of a folder; of folders only that of further chat templates goes along."""
+    """Names that `shutil.copytree` leaves out; of folders only that of further chat templates goes along."""
     kept = {CHAT_TEMPLATE_DIR} | {name for name in names if Path(name).suffix in COPIED_SUFFIXES}
     return [name for name in names if name not in kept or name == "config.json" or name.startswith(".")]
 

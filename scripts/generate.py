@@ -14,18 +14,18 @@ from typing import Any, Literal
 
 from transformers import DynamicCache, TextStreamer, set_seed
 
+from configuration_alrd_llama import check_positive
+from modules.files import write_json
+from modules.fit.budget import dense_nbytes
 from scripts.common import (
     BUNDLED_MODEL,
     DTYPES,
     CacheOptions,
-    check_positive,
-    dense_nbytes,
     environment,
     human_bytes,
     latent_config,
     load_model,
     parse_config,
-    write_json,
 )
 
 DEFAULT_PROMPT = 'def read_lines(path):\n    """Return the lines of a text file."""\n'

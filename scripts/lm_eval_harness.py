@@ -21,8 +21,9 @@ from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 from transformers import AutoTokenizer, Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from scripts.common import ROOT, check_positive, find_model, parse_config, write_json
-from scripts.compared_caches import ComparedCaches, PackedContext, describe_cache, open_record, scores_table
+from configuration_alrd_llama import check_positive
+from scripts.common import ROOT, find_model, parse_config
+from scripts.compared_caches import ComparedCaches, PackedContext, describe_cache, open_results
 
 #: The tasks of this repository, made of what is on every machine.
 TASKS = ROOT / "scripts" / "lm_eval_tasks"
@@ -183,12 +184,12 @@ class ThroughCacheLM(HFLM):
         return tokens
 
     def report(self) -> dict:
-        """What the scores were read from: cache, bytes, and how much of the context was packed."""
+        """The cache that scores were read from: settings, bytes, and how much of the context was packed."""
         return {**self.context.record(), **describe_cache(self.model, self.last_cache, self.lengths)}
 
 
 def find_tasks(config: HarnessConfig) -> TaskManager:
-    """Of the tasks in the folders; of all that the harness brings, which takes long to read, if one is not there."""
+    """Task manager over our folders; falls back to the harness's full (slow) index if a task is missing."""
     folders = [str(TASKS), *([config.include_path] if config.include_path else [])]
     manager = TaskManager(include_path=folders, include_defaults=False)
     if set(config.tasks) <= set(manager.all_tasks):
@@ -218,16 +219,19 @@ def measure(config: HarnessConfig, name: str, task: str, manager: TaskManager) -
             f"tasks: no token that {task!r} scores has a packed context in {name!r}: its score would be that of "
             "full precision; take longer contexts (num_fewshot), a smaller group_size or a shorter residual_length"
         )
-    scores = {
-        part: {metric: value for metric, value in metrics.items() if isinstance(value, (int, float))}
-        for part, metrics in found["results"].items()
-    }
+    scores = {part: _numbers(metrics) for part, metrics in found["results"].items()}
     return {"scores": scores, "samples": found["n-samples"], **report}
+
+
+def _numbers(metrics: dict) -> dict[str, float]:
+    """The metrics that are numbers, not names or notes."""
+    return {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
 
 
 def main(config: HarnessConfig) -> dict:
     """Measure what is not in the output yet, the dense model first; returns the record."""
-    record = open_record(config)
+    file = open_results(config)
+    record = file.record
     record["environment"]["lm_eval"] = lm_eval.__version__
     manager = find_tasks(config)
     for task in config.tasks:
@@ -235,10 +239,41 @@ def main(config: HarnessConfig) -> dict:
         for name in config.names():
             if name not in done:
                 done[name] = measure(config, name, task, manager)
-                if config.output:
-                    write_json(config.output, record)
+                file.save()
     print(scores_table(record))
     return record
+
+
+def scores_table(record: dict) -> str:
+    """Scores beside the dense model's as Markdown, a row per task, metric and cache."""
+    lines = [
+        "| task, metric | cache | score | less the dense model's | bytes of dense, as scored | at 4k "
+        "| tokens with packed context | packed share of it |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for caches in record["results"].values():
+        for part, metrics in caches["dense"]["scores"].items():
+            for metric in metrics:
+                if "_stderr" in metric or metric == "sample_len":
+                    continue
+                for name in caches:
+                    cells = [f"{part}, {metric.removesuffix(',none')}", name, *_score_cells(caches, name, part, metric)]
+                    lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _score_cells(caches: dict, name: str, part: str, metric: str) -> list[str]:
+    """Cells of the cache `name`, from its score on."""
+    measured, dense = caches[name], caches["dense"]
+    score = measured["scores"][part][metric]
+    error = measured["scores"][part].get(metric.replace(",", "_stderr,"))
+    shown = f"{score:.4f} ± {error:.4f}" if error else f"{score:.4f}"
+    sizes = [f"{1 / measured['ratio'][length]:.2%}" for length in ("measured", "4096")]
+    if name == "dense":
+        return [shown, "–", *sizes, "–", "–"]
+    loss = score - dense["scores"][part][metric]
+    packed = measured["tokens_with_packed_context"] / measured["scored_tokens"]
+    return [shown, f"{loss:+.4f}", *sizes, f"{packed:.1%}", f"{measured['packed_share_of_context']:.1%}"]
 
 
 if __name__ == "__main__":

@@ -14,9 +14,10 @@ from tqdm import tqdm
 
 from configuration_alrd_llama import QuantScheme
 from modules.cache.codecs import block_nbytes, make_codec
+from modules.files import write_json
 from scripts.calibrate_svd_ranks import CalibrationConfig, calibrate_model
-from scripts.common import BUNDLED_MODEL, environment, parse_config, write_json
-from scripts.corpus import load_documents, tokenize_windows
+from scripts.common import BUNDLED_MODEL, environment, parse_config
+from scripts.corpus import evenly_spread, load_documents, tokenize_windows
 
 #: DESIGN's figures for a unit Gaussian, by (bits, group size), for the default range method of the width.
 EXPECTED = {
@@ -35,7 +36,7 @@ EXPECTED = {
 
 @dataclass
 class DistortionConfig:
-    """What to quantize."""
+    """The latents and synthetic data to quantize."""
 
     model: str = field(default=BUNDLED_MODEL, metadata={"help": "Dense Llama whose latents are measured."})
     share: float = field(default=0.5, metadata={"help": "Share of the latent channels to keep."})
@@ -81,12 +82,12 @@ def latents(config: DistortionConfig) -> dict[str, list[torch.Tensor]]:
     """Latents `[1, T, r]` of every layer, by side and rotation; attention sinks left out."""
     calibration = calibrate_model(CalibrationConfig(model=config.model, share=config.share, objective="query_output"))
     windows = tokenize_windows(load_documents(config.text), calibration.tokenizer, 1024)
-    spread = torch.linspace(0, len(windows) - 1, config.windows).round().long()
+    windows = evenly_spread(windows, config.windows, config.text)
     found = {}
     for rotated in (True, False):
         model = calibration.split(k_hadamard=rotated, v_hadamard=rotated).eval()
         cache = model.create_kivi_cache(k_bits=16, v_bits=16, sink_length=0, residual_length=0)
-        model(windows[spread], past_key_values=cache)
+        model(windows, past_key_values=cache)
         suffix = "rotated" if rotated else "as factored"
         states = [layer.states() for layer in cache.layers]
         for i, side in enumerate(("key", "value")):
@@ -134,13 +135,13 @@ def main(config: DistortionConfig) -> dict:
             }
         )
     record = {"config": asdict(config), "environment": environment(), "rows": rows}
-    print(table(record))
+    print(distortion_table(record))
     if config.output:
         write_json(config.output, record)
     return record
 
 
-def table(record: dict, group_size: int | None = None) -> str:
+def distortion_table(record: dict, group_size: int | None = None) -> str:
     """The record as a Markdown table."""
     names = list(record["rows"][0]["distortion"])
     lines = [f"| scheme | bits/element | DESIGN | {' | '.join(names)} |", "|---" * (len(names) + 3) + "|"]

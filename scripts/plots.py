@@ -139,15 +139,20 @@ def widths(report: dict, path: Path) -> None:
     uniform = {"k": c["k_bits"], "v": c["v_bits"]}
     rows = {}
     for name, ranks in report["truncation_ranks"].items():
-        tiers = report["width_tiers"].get(name) or [[[r, uniform[Projection.parse(name).side]]] for r in ranks]
-        rows[name] = sorted((b for group in tiers for n, b in group for _ in range(n)), reverse=True)
-    levels = sorted({0, *(b for row in rows.values() for b in row)})
+        bits_of_channels = []
+        for group in report["width_tiers"].get(name) or [[[r, uniform[Projection.parse(name).side]]] for r in ranks]:
+            for channels, bits in group:
+                bits_of_channels += [bits] * channels
+        rows[name] = sorted(bits_of_channels, reverse=True)
+    levels = sorted({0}.union(*rows.values()))
     longest = max(map(len, rows.values()))
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 1.6 + 0.16 * len(rows)), sharey=True)
     colours = ListedColormap([(1, 1, 1, 1), *pyplot.get_cmap("magma_r")(np.linspace(0.15, 0.95, len(levels) - 1))])
     for panel, side, title in zip(panels, ("k_proj", "v_proj"), ("keys", "values")):
         mine = [row for name, row in rows.items() if name.endswith(side)]
-        image = np.array([[levels.index(b) for b in row] + [0] * (longest - len(row)) for row in mine])
+        image = np.zeros((len(mine), longest), dtype=int)
+        for line, row in zip(image, mine):
+            line[: len(row)] = np.searchsorted(levels, row)
         norm = BoundaryNorm(np.arange(len(levels) + 1) - 0.5, len(levels))
         drawn = panel.imshow(image, aspect="auto", interpolation="nearest", cmap=colours, norm=norm)
         panel.set(title=title, xlabel="channel, widest first", yticks=range(len(mine)))

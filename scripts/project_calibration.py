@@ -17,10 +17,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from configuration_alrd_llama import ALRDLlamaConfig, QuantScheme, check_choice
+from modules.files import write_json
 from modules.fit.allocation import measure_costs
 from modules.fit.objectives import projection_factors
 from modules.fit.statistics import collect_statistics, model_digest
-from scripts.common import environment, format_table, human_bytes, parse_config, write_json
+from scripts.common import environment, format_table, human_bytes, parse_config
 
 #: Shapes as in the config.json of the checkpoints on the hub.
 SHAPES = {
@@ -110,7 +111,7 @@ def project(config: ProjectionConfig, shape: dict) -> dict:
     return {"run": run, "seconds": seconds, "nbytes": nbytes, "multiply_adds_per_s": rate, "parameters": parameters}
 
 
-def table(record: dict) -> str:
+def projection_table(record: dict) -> str:
     """The projection as Markdown."""
     models = record["results"]
     lines = [f"| | {' | '.join(models)} |", "|---" * (1 + len(models)) + "|"]
@@ -130,7 +131,7 @@ def main(config: ProjectionConfig) -> dict:
     for name, result in results.items():
         rows = [[part, f"{seconds:.2f}"] for part, seconds in result["run"].items()]
         print(f"{name}, one layer, {config.tokens} tokens:\n{format_table(['part', 'seconds'], rows)}\n")
-    print(table(record))
+    print(projection_table(record))
     if config.output:
         write_json(config.output, record)
     return record

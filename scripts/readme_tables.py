@@ -12,23 +12,21 @@ from pathlib import Path
 from configuration_alrd_llama import QuantScheme
 from modules.formats.qlutattn import QLUTATTN
 from scripts import plots
-from scripts.ablate_calibration import table as ablation_table
-from scripts.attention_peers import milliseconds
-from scripts.benchmark_attention import full_table, schemes_table
-from scripts.benchmark_attention import peers_table as attention_table
+from scripts.ablate_calibration import ablation_table
+from scripts.benchmark_attention import attention_table, full_table, schemes_table
 from scripts.benchmark_decode import decode_table, first_token_table
-from scripts.benchmark_gpu import table as gpu_table
-from scripts.benchmark_lookup import table as lookup_table
-from scripts.benchmark_prefix import cells as prefix_cells
+from scripts.benchmark_gpu import gpu_table
+from scripts.benchmark_lookup import lookup_table
+from scripts.benchmark_prefix import prefix_cells
 from scripts.common import ROOT, human_bytes
 from scripts.compare_peers import frontier_table, peers_table
 from scripts.compare_schemes import drop_in_table, latent_table
-from scripts.compared_caches import scores_table
-from scripts.eval_long_documents import table as long_documents_table
-from scripts.eval_perplexity import table as perplexity_table
-from scripts.eval_retrieval import table as retrieval_table
-from scripts.measure_distortion import table as distortion_table
-from scripts.project_calibration import table as projection_table
+from scripts.eval_long_documents import long_documents_table
+from scripts.eval_perplexity import perplexity_table
+from scripts.eval_retrieval import retrieval_table
+from scripts.measure_distortion import distortion_table
+from scripts.project_calibration import projection_table
+from scripts.timing import bounds_note, milliseconds
 
 RESULTS = ROOT / "scripts" / "results"
 
@@ -172,7 +170,8 @@ def _speed_note(record: dict) -> str:
     e, backends = record["environment"], {c["backend"] for c in record["cases"].values() if "backend" in c}
     machine = e["cpu"] if e["device"] == "cpu" else e["device"]
     return (
-        f"{machine}, {e['threads']} thread{'s' * (e['threads'] > 1)}, {record['key']['dtype']}, back end "
+        f"{bounds_note(record['cases'])} {machine}, {e['threads']} thread{'s' * (e['threads'] > 1)}, "
+        f"{record['key']['dtype']}, back end "
         f"{' and '.join(sorted(backends))}, torch {e['torch']}, transformers {e['transformers']}."
     )
 
@@ -202,7 +201,8 @@ def gpu(record: dict) -> str:
     return (
         f"{gpu_table(record)}\n\nAttention and appends: one layer of Llama-3-8B, rank {c['rank']:.0%} per head, "
         f"{c['bits']} bits; L2 cold, attention in CUDA graphs on both sides. Models: 8 layers of that shape, random; a "
-        f"step is the time of {many} new tokens less that of {few}, over {many - few}. {e['device']}, {c['dtype']}, "
+        f"step is the time of {many} new tokens less that of {few}, over {many - few}. "
+        f"{bounds_note(record['cases'])} {e['device']}, {c['dtype']}, "
         f"Python {e['python']}, torch {e['torch']}, triton {e['triton']}, transformers {e['transformers']}."
     )
 
@@ -280,8 +280,9 @@ def prefix(record: dict, longer: dict) -> str:
     header, rows = prefix_cells(record)
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
     return "\n".join(lines) + (
-        f"\n\nPrefix of {c['length']:,} tokens; each continuation goes on by {1 + c['steps']} tokens; medians and "
-        f"quartiles of {c['rounds']} rounds. Prefix of {tokens:,} tokens, {name}: computed in {times['computed']} ms, "
+        f"\n\nPrefix of {c['length']:,} tokens; each continuation goes on by {1 + c['steps']} tokens; medians of "
+        f"{c['rounds']} rounds. {bounds_note(record['models'])} "
+        f"Prefix of {tokens:,} tokens, {name}: computed in {times['computed']} ms, "
         f"loaded in {times['loaded']} ms, {long['times_faster']['computed']:.0f}×. {c['dtype']} on "
         f"{_machine(e)}."
     )
@@ -319,6 +320,8 @@ def long_documents(record: dict) -> str:
 
 
 def lm_eval(record: dict) -> str:
+    from scripts.lm_eval_harness import scores_table  # here, as a machine that is lent for a benchmark has no lm_eval
+
     c, e = record["config"], record["environment"]
     return (
         f"{scores_table(record)}\n\nlm-evaluation-harness {e['lm_eval']}, the first {c['limit']} questions, every "

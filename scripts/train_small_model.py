@@ -307,12 +307,11 @@ def model_card(report: dict[str, Any]) -> str:
         f"| {split} | {kinds[split]} | {text['documents']:,} | {text['characters']:,} | `{text['sha256']}` |"
         for split, text in texts.items()
     )
-    loss_rows = "\n".join(
-        f"| {split} | {result['loss']:.3f} | "
-        + " | ".join(f"{loss:.3f}" for loss in result["loss_by_position"].values())
-        + f" | {result['windows']} |"
-        for split, result in report["held_out"].items()
-    )
+    loss_rows = ""
+    for split, result in report["held_out"].items():
+        cells = [f"{loss:.3f}" for loss in (result["loss"], *result["loss_by_position"].values())]
+        loss_rows += f"| {split} | {' | '.join(cells)} | {result['windows']} |\n"
+    loss_rows = loss_rows.rstrip("\n")
     curve = "\n".join(
         f"| {row['step']:,} | {row['tokens']:,} | {row['loss']:.3f} | {row['selection']['loss']:.3f} |"
         for row in report["curve"]

@@ -67,6 +67,24 @@ def poisoned_allocations(monkeypatch):
         monkeypatch.setattr(f"{module}.torch", PoisonedTorch())
 
 
+@pytest.fixture
+def poisoned_kernels(request, monkeypatch):
+    """An element of a result that the module under test, `kernels`, does not write shows as NaN or rubbish."""
+    monkeypatch.setattr(request.module.kernels, "torch", PoisonedTorch())
+
+
+@pytest.fixture(
+    params=[pytest.param("cpu", marks=pytest.mark.interpreter), pytest.param("cuda", marks=pytest.mark.gpu)]
+)
+def device(request) -> torch.device:
+    """Where the Triton kernels of the module under test run: in the interpreter on the CPU, or compiled on a GPU."""
+    from modules.kernels.triton import common  # the mode is settled by now
+
+    interpreted = common.INTERPRETED
+    assert (request.param == "cpu") == interpreted, "the two tiers run by themselves: see `pytest_configure`"
+    return torch.device(request.param)
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """One thread for the tests of a module: no figure depends on how many there are."""

@@ -27,6 +27,17 @@ TINY_LLAMA = {
     "pad_token_id": 0,
 }
 
+#: Fields of a model whose figures are checked by hand: two layers, four query heads of 8 on two key/value heads.
+SMALL_LLAMA = {
+    "vocab_size": 31,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+
 
 @torch.no_grad()
 def randomize_vectors(model: torch.nn.Module) -> None:
@@ -118,3 +129,13 @@ def magnitudes(length: int, channels: int, dtype: torch.dtype) -> torch.Tensor:
 def attend(attention: Callable, *options, query: torch.Tensor, cache, **fields):
     """Call a `latent_attention` by keywords: the states of a `LatentQuery`, its other fields, and the cache."""
     return attention(LatentQuery(query, **fields), cache, *options)
+
+
+def assert_same(actual, expected) -> None:
+    """Check that all tensors are equal and of one type; `expected` is on the CPU, and may hold `None`."""
+    for a, e in zip(actual, expected, strict=True):
+        if e is None:
+            assert a is None
+        else:
+            assert (a.dtype, a.shape) == (e.dtype, e.shape)
+            assert torch.equal(a.cpu(), e)

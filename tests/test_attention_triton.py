@@ -19,30 +19,17 @@ from modules.kernels.attention import latent_attention as reference
 from modules.kernels.packed import PackedCache, PackedPart, Rope, Tile
 from modules.kivi_cache import CacheScheme, KIVILatentLayer
 from modules.svd_linear import ALinear, split_groups
-from tests.conftest import PoisonedTorch
 from tests.helpers import attend, tiny_dense, tiny_split
 
 triton = pytest.importorskip("triton")
 from modules.kernels.triton import attention as kernels  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("poisoned_kernels")
+
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 #: Tokens in full precision, and a window that holds more than they are.
 WINDOW = {"residual_length": 5, "sink_length": 3}
-
-
-@pytest.fixture(
-    params=[pytest.param("cpu", marks=pytest.mark.interpreter), pytest.param("cuda", marks=pytest.mark.gpu)]
-)
-def device(request) -> torch.device:
-    assert (request.param == "cpu") == kernels.INTERPRETED, "the two tiers run by themselves: see tests/conftest.py"
-    return torch.device(request.param)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_kernels(monkeypatch):
-    """A sum that no program writes, and a merge that reads it, shows as NaN."""
-    monkeypatch.setattr(kernels, "torch", PoisonedTorch())
 
 
 # ---- cases

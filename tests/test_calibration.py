@@ -10,25 +10,15 @@ from modules.fit import objectives
 from modules.fit.objectives import OBJECTIVES, _noise, probe_rates, projection_factors, rope_key_metric
 from modules.fit.statistics import collect_statistics
 from modules.svd_linear import factor_groups, query_key_metric, value_output_metric
-from tests.helpers import tiny_dense
+from tests.helpers import SMALL_LLAMA, tiny_dense
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-SMALL = {
-    "vocab_size": 31,
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-}
 
 
 @pytest.fixture(scope="module")
 def measured():
     """A model, a text and its statistics."""
-    model, text = tiny_dense(**SMALL), torch.randint(1, 31, (24, 24), generator=torch.Generator().manual_seed(3))
+    model, text = tiny_dense(**SMALL_LLAMA), torch.randint(1, 31, (24, 24), generator=torch.Generator().manual_seed(3))
     return model, text, collect_statistics(model, text, sample=16, sinks=0, batch_size=8)
 
 
@@ -125,7 +115,7 @@ class TestObjectives:
 
     def test_long_contexts_are_cut_to_8192(self, measured):
         _, _, found = measured
-        model = tiny_dense(**SMALL, max_position_embeddings=100_000)
+        model = tiny_dense(**SMALL_LLAMA, max_position_embeddings=100_000)
         how = OBJECTIVES["query_output_rope"](model, 0, found[0])["k_proj"]["metric"]
         inv_freq = model.model.rotary_emb.inv_freq
         expected, other = (rope_key_metric(found[0].query_covariance, 2, inv_freq, n) for n in (8192, 100_000))
@@ -167,7 +157,7 @@ class TestProjectionFactors:
     @pytest.mark.parametrize("objective", OBJECTIVES)
     def test_singular_statistics(self, objective):
         """Fewer tokens than channels, one of them of no energy."""
-        model = tiny_dense(**SMALL)
+        model = tiny_dense(**SMALL_LLAMA)
         model.model.layers[0].self_attn.k_proj.weight.data[5] = 0
         found = collect_statistics(model, torch.tensor([[3, 4, 5]]), sample=1, sinks=1)
         assert torch.linalg.matrix_rank(found[0].v_proj.covariance) <= 3
@@ -196,7 +186,7 @@ class TestProjectionFactors:
 def test_fisher_information_predicts_the_divergence(name):
     """An error of one token's keys or values costs ½ δᵀFδ, averaged over the tokens that may have it."""
     fields = {"vocab_size": 11, "hidden_size": 16, "intermediate_size": 16, "head_dim": 4}
-    model = tiny_dense(**{**SMALL, **fields}, dtype=torch.float64)
+    model = tiny_dense(**{**SMALL_LLAMA, **fields}, dtype=torch.float64)
     window = torch.randint(1, 11, (1, 8))
     # The same window over and over: only the drawn tokens differ.
     found = collect_statistics(model, window.expand(1500, 8), sample=0, sinks=2, batch_size=500)

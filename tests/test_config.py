@@ -6,13 +6,13 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from helpers import TINY_LLAMA, all_ranks, tiny_dense, tiny_split
 from transformers import AutoConfig, LlamaConfig, Qwen3Config
 
 from configuration_alrd_llama import ALRDLlamaConfig, Projection
 from modeling_alrd_llama import ALRDLlamaForCausalLM
 from modules import KIVILatentCache, KIVIMixedQuantizer, KIVIQuantizer, create_kivi_cache
 from modules.kivi_cache import CacheScheme
+from tests.helpers import TINY_LLAMA, all_ranks, tiny_dense, tiny_split
 
 K0, V2 = "model.layers.0.self_attn.k_proj", "model.layers.2.self_attn.v_proj"
 

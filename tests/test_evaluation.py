@@ -282,6 +282,10 @@ class TestLongDocuments:
             eval_long_documents.main(
                 LongDocumentsConfig(**long_options | {"chunk": 16}, output=str(tmp_path / "long.json"))
             )
+        record["text"]["sha256"] = "0" * 64
+        (tmp_path / "long.json").write_text(json.dumps(record))
+        with pytest.raises(ValueError, match="holds results of another text; name another file"):
+            eval_long_documents.main(config)
 
     def test_stretched_positions(self, long_options, tmp_path):
         rope = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 2048}
@@ -418,11 +422,11 @@ class TestComparedCaches:
             ComparedCaches(checkpoints=[BUNDLED_MODEL]).open("tiny-python-llama")
 
     def test_results_of_other_weights_are_refused(self, folder, tmp_path):
-        from scripts.compared_caches import open_record
+        from scripts.compared_caches import open_results
 
         config = ComparedCaches(str(folder / "dense"), [str(folder / "split")], output=str(tmp_path / "r.json"))
-        record = open_record(config)
+        record = open_results(config).record
         record["models"]["split"] = "0" * 64
         (tmp_path / "r.json").write_text(json.dumps(record))
         with pytest.raises(ValueError, match="other weights of 'split'"):
-            open_record(config)
+            open_results(config)

@@ -13,15 +13,14 @@ import torch
 from modules import quant_utils as reference
 from modules.kernels import BACKENDS, get_backend
 from modules.kivi_cache import create_kivi_cache
-from tests.conftest import PoisonedTorch
-from tests.helpers import magnitudes, tiny_split
+from tests.helpers import assert_same, magnitudes, tiny_split
 
 triton = pytest.importorskip("triton")
 from modules.kernels.triton import common  # noqa: E402
 from modules.kernels.triton import quantize as kernels  # noqa: E402
 
 # numpy's, on what the interpreter computes where the kernels then do not look: beyond the end, and behind a NaN.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), pytest.mark.usefixtures("poisoned_kernels")]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -34,30 +33,6 @@ SETTINGS = [
 
 #: Blocks, tokens and groups of channels, of sizes that divide nothing; one tile, more than a tile, or a single value.
 SHAPES = [(1, 63, (7, 1, 5)), (2, 111, (13,)), (1, 130, (3, 37)), (2, 1, (1,)), (2, 33, (16, 16)), (1, 35, (40, 8))]
-
-
-@pytest.fixture(
-    params=[pytest.param("cpu", marks=pytest.mark.interpreter), pytest.param("cuda", marks=pytest.mark.gpu)]
-)
-def device(request) -> torch.device:
-    assert (request.param == "cpu") == common.INTERPRETED, "the two tiers run by themselves: see tests/conftest.py"
-    return torch.device(request.param)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_kernels(monkeypatch):
-    """An element of a result that no program writes shows as NaN or rubbish."""
-    monkeypatch.setattr(kernels, "torch", PoisonedTorch())
-
-
-def assert_same(actual, expected) -> None:
-    """All tensors equal and of one type; the expected ones are on the CPU."""
-    for a, e in zip(actual, expected, strict=True):
-        if e is None:
-            assert a is None
-        else:
-            assert (a.dtype, a.shape) == (e.dtype, e.shape)
-            assert torch.equal(a.cpu(), e)
 
 
 def compare(x, device, n_bits, widths, symmetric, method, scale_dtype=None, states_dtype=None) -> None:

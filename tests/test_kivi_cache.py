@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from helpers import TINY_LLAMA, randomize_vectors, tiny_dense, tiny_split
 from simulated_cache import SimulatedCache
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
@@ -22,6 +21,7 @@ from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 from modules import KIVILatentCache, create_kivi_cache
 from modules.kernels.packed import _kept_counts
 from modules.kivi_cache import CacheScheme, KIVILatentLayer
+from tests.helpers import TINY_LLAMA, randomize_vectors, tiny_dense, tiny_split
 
 ODD = ((13, 7), (9, 9, 2))
 JOINT = ((24,), (24,))

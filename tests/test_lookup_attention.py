@@ -16,14 +16,17 @@ from modules.kernels.packed import LatentQuery, PackedCache, Rope, Tile
 from modules.kivi_cache import CacheScheme, KIVILatentLayer
 from modules.quant_utils import unpack_and_dequantize
 from scripts import benchmark_lookup
-from scripts.benchmark_lookup import BenchmarkConfig, dequantizing, error, main, multiply, table, unpack_exactly
-from tests.conftest import PoisonedTorch
+from scripts.benchmark_lookup import (
+    LookupBenchmarkConfig,
+    dequantizing,
+    error,
+    lookup_table,
+    main,
+    multiply,
+    unpack_exactly,
+)
 
-
-@pytest.fixture(autouse=True)
-def poisoned_result(monkeypatch):
-    """An element of the result that the kernel does not write shows as NaN."""
-    monkeypatch.setattr(kernels, "torch", PoisonedTorch())
+pytestmark = pytest.mark.usefixtures("poisoned_kernels")
 
 
 @pytest.fixture(params=["native", "haswell"])
@@ -226,7 +229,7 @@ def test_arguments_are_refused():
 
 def test_benchmark_quick(tmp_path):
     path = tmp_path / "record.json"
-    record = main(BenchmarkConfig(quick=True, threads=1, output=str(path)))
+    record = main(LookupBenchmarkConfig(quick=True, threads=1, output=str(path)))
     assert json.loads(path.read_text()) == record
     assert [(r["length"], r["bits"]) for r in record["results"]] == [(256, 1), (256, 2), (256, 4)]
     for r in record["results"]:
@@ -234,7 +237,7 @@ def test_benchmark_quick(tmp_path):
         assert all(0 < f["p20"] <= f["p50"] <= f["p80"] for f in (*r["ms"].values(), *r["over_lookup"].values()))
         assert r["error_over_bfloat16"]["dot"] < r["error_over_bfloat16"]["lookup"] < 1
         assert r["packed_bytes"] < r["dense_bytes"]
-    lines = table(record).splitlines()
+    lines = lookup_table(record).splitlines()
     assert len(lines) == 5 and {line.count("|") for line in lines} == {9}
 
 
@@ -242,7 +245,7 @@ def test_red_gate_reports_nothing(monkeypatch, tmp_path):
     wrong = lambda query, **how: torch.zeros_like(query)  # noqa: E731
     monkeypatch.setattr(benchmark_lookup, "lookup_attention", wrong)
     with pytest.raises(RuntimeError, match=r"correctness gate: lookup: .* above 2; no figures"):
-        main(BenchmarkConfig(quick=True, output=str(tmp_path / "record.json")))
+        main(LookupBenchmarkConfig(quick=True, output=str(tmp_path / "record.json")))
     assert not list(tmp_path.iterdir())
 
 
@@ -257,4 +260,4 @@ def test_red_gate_reports_nothing(monkeypatch, tmp_path):
 )
 def test_benchmark_refuses(fields, message):
     with pytest.raises(ValueError, match=message):
-        BenchmarkConfig(**fields)
+        LookupBenchmarkConfig(**fields)

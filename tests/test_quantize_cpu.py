@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from modules import quant_utils as reference
 from modules.kernels.cpu import library as cpp_library
 from modules.kernels.cpu import quantize as kernels
-from tests.conftest import PoisonedTorch
-from tests.helpers import magnitudes
+from tests.helpers import assert_same, magnitudes
+
+pytestmark = pytest.mark.usefixtures("poisoned_kernels")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -37,22 +38,6 @@ SHAPES = [
     (1, 35, (140, 8)),
     (1, 160, (64,)),
 ]
-
-
-@pytest.fixture(autouse=True)
-def poisoned_kernels(monkeypatch):
-    """An element of a result that nothing writes shows as NaN or rubbish."""
-    monkeypatch.setattr(kernels, "torch", PoisonedTorch())
-
-
-def assert_same(actual, expected) -> None:
-    """All tensors equal and of one type."""
-    for a, e in zip(actual, expected, strict=True):
-        if e is None:
-            assert a is None
-        else:
-            assert (a.dtype, a.shape) == (e.dtype, e.shape)
-            assert torch.equal(a, e)
 
 
 def compare(x, n_bits, widths, symmetric, method, scale_dtype=None, states_dtype=None) -> None:

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import tiny_dense, tiny_split
 from test_cache_machine import check_pools
 from test_kivi_cache import raw_row, same_bits
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from modules import KIVILatentCache, create_kivi_cache
 from modules.cache.binding import ModelBinding
 from modules.cache.file import read_cache_file
+from tests.helpers import tiny_dense, tiny_split
 
 #: Blocks are small, so that much happens within few tokens.
 SMALL = {"k_bits": 2, "v_bits": 3, "group_size": 8, "residual_length": 5, "sink_length": 4}

@@ -1,14 +1,16 @@
 """The scripts that compare quantization schemes, on little text."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from configuration_alrd_llama import QuantScheme
 from modules.kivi_cache import create_kivi_cache
-from scripts import compare_schemes, measure_distortion
-from scripts.benchmark_quantize import BenchmarkConfig
+from scripts import ablate_calibration, compare_schemes, measure_distortion
+from scripts.ablate_calibration import AblationConfig
+from scripts.benchmark_quantize import QuantizeBenchmarkConfig
 from scripts.benchmark_quantize import main as benchmark
 from scripts.calibrate_svd_ranks import CalibrationConfig, calibrate_model
 from scripts.compare_schemes import ROTATIONS, CompareConfig
@@ -78,7 +80,42 @@ def test_all_rotations_of_the_table():
 
 
 def test_benchmark_of_quantization(tmp_path, capsys):
-    record = benchmark(BenchmarkConfig(quick=True, device="cpu", bits=[1.58, 4], output=str(tmp_path / "b.json")))
+    record = benchmark(
+        QuantizeBenchmarkConfig(quick=True, device="cpu", bits=[1.58, 4], output=str(tmp_path / "b.json"))
+    )
     assert record["gate"]["passed"] and len(record["results"]) == 12
     assert all(r["pack"]["states_gb_per_s"] > 0 and "target_gb_per_s" in r for r in record["results"])
     assert "target of packing on a CPU, 10 GB/s" in capsys.readouterr().out
+
+
+def test_the_ablation_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    """Its record and table; the calibrations and the figures are made up."""
+    calls = []
+
+    def fit_budget(config, calibration, budget):
+        if budget < 0.1:
+            raise ValueError("budget: too small")
+        return SimpleNamespace(split=lambda: torch.nn.Linear(1, 1))
+
+    def measure(evaluation, tokenizer, dense, caches):
+        calls.append(list(caches))
+        result = {"perplexity_increase": 0.1, "kl_mean": 0.2, "tokens": 100}
+        results = {name: dict(result) for name in ("dense", *caches)}
+        return {"results": results, "environment": {}, "text": {}, "dtype": "float32"}
+
+    monkeypatch.setattr(ablate_calibration, "calibrate_model", lambda config: SimpleNamespace(tokenizer=None))
+    monkeypatch.setattr(ablate_calibration, "fit_budget", fit_budget)
+    monkeypatch.setattr(ablate_calibration, "measure", measure)
+    monkeypatch.setattr(torch.nn.Linear, "create_kivi_cache", None, raising=False)
+    output = str(tmp_path / "ablation.json")
+    only = ["default", "objective: input"]
+    ablate_calibration.main(AblationConfig(only=only[:1], output=output))
+    record = ablate_calibration.main(AblationConfig(only=only, budgets=[0.5, 0.125, 0.05], output=output))
+    assert calls == [["0.125"], ["0.5"], ["0.5", "0.125"]]
+    assert json.loads((tmp_path / "ablation.json").read_text()) == record
+    assert (
+        "| objective: input |  |  | +10.00% | 0.2000 | does not fit |  | +10.00% | 0.2000 |" in capsys.readouterr().out
+    )
+    assert record["results"]["default"]["0.05"] == {"impossible": "budget: too small"}
+    with pytest.raises(ValueError, match=r"holds results of other options \(windows\); name another file"):
+        ablate_calibration.main(AblationConfig(windows=3, output=output))

@@ -8,13 +8,13 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
-from helpers import TINY_LLAMA, tiny_split
 from transformers import AutoConfig
 
 from configuration_alrd_llama import SUPPORTED_BITS, ALRDLlamaConfig, QuantScheme, side_scheme
 from modeling_alrd_llama import ALRDLlamaForCausalLM
 from modules.formats.qlutattn import QLUTATTN
 from modules.kivi_cache import CacheScheme, KIVILatentCache, create_kivi_cache
+from tests.helpers import TINY_LLAMA, tiny_split
 
 FIELDS = {
     "bits": (1, 1.5, 1.58, 2, 3, 4, 8, 16),

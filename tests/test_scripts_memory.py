@@ -10,10 +10,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from configuration_alrd_llama import ALRDLlamaConfig
 from modeling_alrd_llama import ALRDLlamaForCausalLM
+from modules.files import write_json
 from modules.kivi_cache import CacheScheme, KIVILatentCache, config_widths
 from scripts import benchmark_cache, common, estimate_memory, generate
-from scripts.benchmark_cache import BenchmarkConfig, allocated_bytes
-from scripts.common import ROOT, human_bytes, write_json
+from scripts.benchmark_cache import CacheBenchmarkConfig, allocated_bytes
+from scripts.common import ROOT, human_bytes
 from scripts.estimate_memory import EstimateConfig, layer_breakdown, layer_room
 from scripts.generate import GenerateConfig
 from tests.helpers import save_byte_tokenizer
@@ -233,7 +234,7 @@ def test_benchmark_quick(tmp_path):
     threads = torch.get_num_threads()
     try:
         output = tmp_path / "benchmark.json"
-        result = benchmark_cache.main(BenchmarkConfig(quick=True, output=str(output)))
+        result = benchmark_cache.main(CacheBenchmarkConfig(quick=True, output=str(output)))
     finally:
         torch.set_num_threads(threads)
     assert json.loads(output.read_text()) == result
@@ -257,7 +258,7 @@ def test_decode_step_holds_nothing_of_the_size_of_the_context():
     """What a step allocates does not depend on the length."""
     peaks = []
     for length in (1024, 4096):
-        options = BenchmarkConfig(quick=True)
+        options = CacheBenchmarkConfig(quick=True)
         options.lengths = [length]
         config = options.layer_config()
         latents = benchmark_cache.Latents(config, torch.bfloat16)
@@ -267,7 +268,7 @@ def test_decode_step_holds_nothing_of_the_size_of_the_context():
 
 @pytest.mark.parametrize("settings", [{"k_bits": 16, "v_bits": 3}, {"group_size": 0, "k_bits": 8}, {"sink_length": 0}])
 def test_gate_passes(settings):
-    config = BenchmarkConfig(quick=True, head_group_size=2, **settings).layer_config()
+    config = CacheBenchmarkConfig(quick=True, head_group_size=2, **settings).layer_config()
     assert benchmark_cache.check_cache(config, benchmark_cache.Latents(config, torch.float16)) == 384
 
 
@@ -281,15 +282,15 @@ def test_red_gate_reports_nothing(monkeypatch, tmp_path, side):
     monkeypatch.setattr(benchmark_cache, "KIVIQuantizer", broken)
     output = tmp_path / "benchmark.json"
     with pytest.raises(RuntimeError, match=f"correctness gate: the packed {side} are not"):
-        benchmark_cache.main(BenchmarkConfig(quick=True, threads=torch.get_num_threads(), output=str(output)))
+        benchmark_cache.main(CacheBenchmarkConfig(quick=True, threads=torch.get_num_threads(), output=str(output)))
     assert not output.exists()
 
 
 def test_benchmark_refuses():
     with pytest.raises(ValueError, match=r"lengths=\[1024, 1100\]: must rise by at least appends=256"):
-        BenchmarkConfig(lengths=[1024, 1100])
+        CacheBenchmarkConfig(lengths=[1024, 1100])
     with pytest.raises(ValueError, match="appends=100: must be at least two blocks, 256"):
-        benchmark_cache.main(BenchmarkConfig(lengths=[1024], appends=100, threads=torch.get_num_threads()))
+        benchmark_cache.main(CacheBenchmarkConfig(lengths=[1024], appends=100, threads=torch.get_num_threads()))
 
 
 def test_allocated_bytes():
@@ -314,7 +315,7 @@ def test_allocated_bytes():
     ("program", "config_class"),
     [
         (["scripts/estimate_memory.py"], EstimateConfig),
-        (["scripts/benchmark_cache.py"], BenchmarkConfig),
+        (["scripts/benchmark_cache.py"], CacheBenchmarkConfig),
         (["-m", "scripts.generate"], GenerateConfig),
     ],
 )

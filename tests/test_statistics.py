@@ -9,20 +9,10 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from modules.fit import statistics
 from modules.fit.statistics import collect_statistics, record_key, statistics_record
-from tests.helpers import TINY_LLAMA, randomize_vectors, tiny_dense
+from tests.helpers import SMALL_LLAMA, TINY_LLAMA, randomize_vectors, tiny_dense
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-#: Two layers, four query heads of eight on two key/value heads.
-SMALL = {
-    "vocab_size": 31,
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-}
 #: Of `collect_statistics`; five windows leave a last batch of one.
 HOW = {"sample": 6, "sinks": 3, "batch_size": 2, "seed": 5}
 
@@ -30,7 +20,7 @@ HOW = {"sample": 6, "sinks": 3, "batch_size": 2, "seed": 5}
 def small_qwen2():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        fields = {**TINY_LLAMA, **SMALL}
+        fields = {**TINY_LLAMA, **SMALL_LLAMA}
         del fields["head_dim"]
         model = Qwen2ForCausalLM(Qwen2Config(**fields))
         randomize_vectors(model)
@@ -38,10 +28,10 @@ def small_qwen2():
 
 
 MODELS = {
-    "gqa": lambda: tiny_dense(**SMALL),
-    "mha": lambda: tiny_dense(**{**SMALL, "num_key_value_heads": 4}),
-    "mqa, head size 10 of 8": lambda: tiny_dense(**{**SMALL, "num_key_value_heads": 1, "head_dim": 10}),
-    "biases": lambda: tiny_dense(**SMALL, attention_bias=True),
+    "gqa": lambda: tiny_dense(**SMALL_LLAMA),
+    "mha": lambda: tiny_dense(**{**SMALL_LLAMA, "num_key_value_heads": 4}),
+    "mqa, head size 10 of 8": lambda: tiny_dense(**{**SMALL_LLAMA, "num_key_value_heads": 1, "head_dim": 10}),
+    "biases": lambda: tiny_dense(**SMALL_LLAMA, attention_bias=True),
     "qwen2": small_qwen2,
 }
 
@@ -62,7 +52,7 @@ def collected(request, text):
 def whole(text, tmp_path_factory):
     """A model, its statistics, their file, all from one pass that nothing interrupts."""
     folder = tmp_path_factory.mktemp("whole")
-    model = tiny_dense(**SMALL)
+    model = tiny_dense(**SMALL_LLAMA)
     found = collect_statistics(model, text, **HOW, folder=folder)
     (path,) = folder.glob("*.safetensors")
     return model, found, path
@@ -141,7 +131,7 @@ class TestMoments:
             assert all(linear.bias.abs().max() > 0.1 for _, _, linear in projections(make()))
 
     def test_in_bfloat16(self, text):
-        model = tiny_dense(**SMALL, dtype=torch.bfloat16)
+        model = tiny_dense(**SMALL_LLAMA, dtype=torch.bfloat16)
         found = collect_statistics(model, text, **HOW)
         (stats,) = {(s.sample.dtype, s.mean.dtype, s.fisher.dtype) for f in found for s in (f.k_proj, f.v_proj)}
         assert stats == (torch.bfloat16, torch.float64, torch.float64)
@@ -150,7 +140,7 @@ class TestMoments:
         assert close(found[0].v_proj.fisher, exact[0].v_proj.fisher, 0.5)
 
     def test_all_tokens_may_be_sampled_or_none(self, text):
-        model = tiny_dense(**SMALL)
+        model = tiny_dense(**SMALL_LLAMA)
         every = collect_statistics(model, text, fisher=False, sample=20, sinks=0)
         assert every[1].v_proj.sample.shape == (5, 20, 16)
         flat = every[1].v_proj.sample.flatten(0, 1).double()
@@ -351,7 +341,7 @@ class TestKey:
 
     def test_changes_with_all_that_matters(self, text):
         def model(change=None, **fields):
-            made = tiny_dense(**{**SMALL, **fields})
+            made = tiny_dense(**{**SMALL_LLAMA, **fields})
             if change:
                 change(made)
             return made
@@ -383,7 +373,7 @@ class TestKey:
         assert all(len(k) == 16 and int(k, 16) >= 0 for k in keys.values())
 
     def test_versions_are_part_of_it(self, text, monkeypatch):
-        model = tiny_dense(**SMALL)
+        model = tiny_dense(**SMALL_LLAMA)
         keys = {self.key(model, text)}
         for module, name in ((statistics.torch, "__version__"), (statistics.transformers, "__version__")):
             with monkeypatch.context() as patch:
@@ -406,7 +396,7 @@ class TestKey:
     )
     def test_changes_with_what_no_weight_shows(self, text, field):
         """The same weights, in another model."""
-        one, other = tiny_dense(**SMALL), tiny_dense(**{**SMALL, **field})
+        one, other = tiny_dense(**SMALL_LLAMA), tiny_dense(**{**SMALL_LLAMA, **field})
         other.load_state_dict(one.state_dict())
         found = [collect_statistics(m, text, fisher=False, **HOW)[1].k_proj.covariance for m in (one, other)]
         assert not close(*found, 1e-3)
@@ -436,7 +426,7 @@ class TestTheModel:
     @pytest.mark.parametrize("fails", [False, True, "in the backward pass"])
     @pytest.mark.parametrize("fisher", [True, False])
     def test_is_as_it_was(self, text, fisher, fails, monkeypatch):
-        model = tiny_dense(**SMALL, attention_bias=True)
+        model = tiny_dense(**SMALL_LLAMA, attention_bias=True)
         for i, parameter in enumerate(model.parameters()):
             parameter.requires_grad_(i % 3 > 0)
         kept = next(p for p in model.parameters() if p.requires_grad)
@@ -471,7 +461,7 @@ class TestTheModel:
     @pytest.mark.parametrize("fails", [False, True])
     def test_a_forward_of_the_layer_itself_survives(self, text, fails, stop_at):
         """As accelerate puts one there, for a model that is spread over devices."""
-        model, calls = tiny_dense(**SMALL), []
+        model, calls = tiny_dense(**SMALL_LLAMA), []
         layer = model.model.layers[0]
 
         def counted(forward, *args, **kwargs):
@@ -494,7 +484,7 @@ class TestTheModel:
 
 class TestRefusals:
     def test_too_short(self, tmp_path):
-        model = tiny_dense(**SMALL)
+        model = tiny_dense(**SMALL_LLAMA)
         for shape in ((0, 20), (3, 0), (20,), (1, 2, 20)):
             with pytest.raises(ValueError, match=r"tokens: .* must be \[windows, T\] with at least one token"):
                 collect_statistics(model, torch.ones(shape, dtype=torch.long), sample=0, sinks=0, folder=tmp_path)

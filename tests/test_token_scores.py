@@ -5,7 +5,6 @@ import copy
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_dense, tiny_split
 from test_codecs import read_bits, same_bits
 from test_kivi_cache import chunks_of, feed, raw_row
 from transformers import DynamicCache
@@ -13,6 +12,7 @@ from transformers import DynamicCache
 from configuration_alrd_llama import QuantScheme
 from modules.cache.token_scores import QuerySimilarity
 from modules.kivi_cache import CacheScheme, KIVILatentCache, KIVILatentLayer, create_kivi_cache
+from tests.helpers import tiny_dense, tiny_split
 
 PROTECTED = {"protected": 0.2, "protected_bits": 4}
 SCHEME = CacheScheme(2, 2, 128, 5, 4, v_scheme=PROTECTED)

@@ -11,7 +11,6 @@ import re
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_dense, tiny_split
 from test_codecs import read_bits, read_block, read_codes, words_of
 from test_kivi_cache import same_bits
 
@@ -26,6 +25,7 @@ from modules.formats.vidkv import (
     unpack_tensor,
 )
 from modules.kivi_cache import CacheScheme, create_kivi_cache
+from tests.helpers import tiny_dense, tiny_split
 
 # ---- the examples of the document
 
