@@ -47,7 +47,7 @@ results: .venv/installed
 	cp build/benchmark_attention.json build/benchmark_decode.json scripts/results/
 	cp build/peers.json build/peers.png build/ablation.json scripts/results/
 	cp build/sweep/0.0625/widths.png build/sweep/0.0625/spectra.png scripts/results/
-	$(RUN) scripts/readme_tables.py
+	$(RUN) scripts/results_tables.py
 
 # Measure every quantization scheme and write the tables of KIVI_INTEGRATION.md (about an hour; goes on where it stopped).
 schemes: .venv/installed
@@ -56,7 +56,7 @@ schemes: .venv/installed
 	$(RUN) scripts/compare_schemes.py --output build/schemes.json
 	$(RUN) scripts/compare_schemes.py --recommended --text stdlib:test --prefill 1792 --chunk 1 --output scripts/results/recommended.json
 	cp build/schemes.json scripts/results/schemes.json
-	$(RUN) scripts/readme_tables.py
+	$(RUN) scripts/results_tables.py
 
 # What a machine with a GPU is asked for: the GPU tests, then the benchmark, in six minutes together. The machine needs no
 # package index: without a .venv its own Python is taken.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.readme_tables import DOCUMENTS, RENDERERS, RESULTS, ROOT, with_tables
+from scripts.results_tables import DOCUMENTS, RENDERERS, RESULTS, ROOT, with_tables
 
 CODE = re.compile(r"```.*?```", flags=re.DOTALL)
 

@@ -1,6 +1,6 @@
 """Write the tables of README.md and KIVI_INTEGRATION.md from measured JSON, so that no figure is typed by hand.
 
-    python scripts/readme_tables.py
+    python scripts/results_tables.py
 
 Each table stands between `<!-- table: NAME -->` and `<!-- end -->`; the JSON is in scripts/results.
 """
