@@ -1,8 +1,9 @@
-"""Write the tables of README.md and KIVI_INTEGRATION.md from measured JSON, so that no figure is typed by hand.
+"""Write the tables of RESULTS.md and the READMEs from measured JSON, so that no figure is typed by hand.
 
     python scripts/results_tables.py
 
-Each table stands between `<!-- table: NAME -->` and `<!-- end -->`; the JSON is in scripts/results.
+Each table stands between `<!-- table: NAME -->` and `<!-- end -->`; the JSON is in scripts/results. Under each table
+stand the script that measured it, the `make` target that runs the script, commit and machine.
 """
 
 import json
@@ -148,6 +149,20 @@ def frontier(record: dict) -> str:
     )
 
 
+def _keep_columns(table: str, kept: tuple[int, ...]) -> str:
+    """The Markdown `table` with the columns `kept`, counted from 0."""
+    lines = []
+    for line in table.splitlines():
+        cells = line.strip("|").split("|")
+        lines.append("|" + "|".join([cells[i] for i in kept]) + "|")
+    return "\n".join(lines)
+
+
+def summary(record: dict) -> str:
+    """Table of the front page: sizes and increases of `frontier`."""
+    return _keep_columns(frontier_table(record), (0, 1, 3, 4, 5))
+
+
 def all_peers(record: dict) -> str:
     return peers_table(record)
 
@@ -216,7 +231,7 @@ RANDOM_MODEL_TARGET, CHECKPOINT_TARGET = 8, 10
 
 
 def decode_targets(attention_record: dict, decode_record: dict) -> str:
-    """What was asked of the decode step, and what came out."""
+    """Table of the targets of the decode step beside the measurements."""
     cases, models = attention_record["cases"], decode_record["cases"]
 
     def at(length: int, group: str = "per head") -> dict | None:
@@ -326,8 +341,43 @@ def lm_eval(record: dict) -> str:
     )
 
 
-#: What is written between the marks of a table: the JSON files in scripts/results, and how they are shown.
+#: The script and the `make` target that write each JSON file of scripts/results.
+MADE_BY = {
+    "ablation": ("ablate_calibration.py", "results"),
+    "benchmark_attention": ("benchmark_attention.py", "results"),
+    "benchmark_cache": ("benchmark_cache.py", "results"),
+    "benchmark_decode": ("benchmark_decode.py", "results"),
+    "benchmark_gpu": ("benchmark_gpu.py", "gpu"),
+    "benchmark_host": ("benchmark_host.py", "results"),
+    "benchmark_lookup": ("benchmark_lookup.py", "results"),
+    "benchmark_prefix": ("benchmark_prefix.py", "results"),
+    "benchmark_prefix_32k": ("benchmark_prefix.py", "results"),
+    "benchmark_quantize": ("benchmark_quantize.py", "schemes"),
+    "copying": ("eval_retrieval.py", "results"),
+    "distortion": ("measure_distortion.py", "schemes"),
+    "lm_eval_harness": ("lm_eval_harness.py", "results"),
+    "long_documents": ("eval_long_documents.py", "results"),
+    "peers": ("compare_peers.py", "results"),
+    "projection": ("project_calibration.py", "results"),
+    "recommended": ("compare_schemes.py", "schemes"),
+    "schemes": ("compare_schemes.py", "schemes"),
+}
+
+
+def made_by(source: str, record: dict) -> str:
+    """One line: which command measured `record`, at which commit, on which machine."""
+    (script, target), e = MADE_BY[source], record["environment"]
+    machine = e["cpu"] if e["device"] == "cpu" else e["device"]
+    commit, *dirty = e["commit"].split("-")
+    return (
+        f"Measured by `scripts/{script}` (`make {target}`) at commit `{'-'.join([commit[:12], *dirty])}`, "
+        f"{machine}, {e['threads']} thread{'s' * (e['threads'] > 1)}."
+    )
+
+
+#: Contents between the marks of a table: the JSON files in scripts/results, and the function that shows them.
 RENDERERS = {
+    "summary": (["peers"], summary),
     "frontier": (["peers"], frontier),
     "peers": (["peers"], all_peers),
     "ablation": (["ablation"], ablation),
@@ -358,13 +408,14 @@ def with_tables(text: str) -> str:
         name = match[1]
         sources, renderer = RENDERERS[name]
         records = [json.loads((RESULTS / f"{source}.json").read_text()) for source in sources]
-        return f"<!-- table: {name} -->\n{renderer(*records)}\n<!-- end -->"
+        origins = "\n".join(map(made_by, sources, records))
+        return f"<!-- table: {name} -->\n{renderer(*records)}\n\n{origins}\n<!-- end -->"
 
     return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", render, text, flags=re.DOTALL)
 
 
 #: The documents with tables.
-DOCUMENTS = (ROOT / "README.md", ROOT / "README.zh-CN.md", ROOT / "KIVI_INTEGRATION.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "README.zh-CN.md", ROOT / "RESULTS.md")
 
 
 def main(documents: tuple[Path, ...] = DOCUMENTS) -> None:
