@@ -95,6 +95,8 @@ def fresh_shell(tmp_path):
     path = os.pathsep.join(p for p in os.environ["PATH"].split(os.pathsep) if Path(p) != Path(sys.prefix) / "bin")
     # This environment knows the project by where it was installed; the clone's own modules are to come first.
     environment = {"PATH": path, "HOME": str(tmp_path), "PYTHONPATH": str(clone), "HF_HUB_OFFLINE": "1"}
+    # Other workers of the suite have the other processors.
+    environment["OMP_NUM_THREADS"] = "1"
     # The C++ kernels that other tests have built serve here too.
     environment["XDG_CACHE_HOME"] = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
     environment |= {name: os.environ[name] for name in ("TORCH_EXTENSIONS_DIR",) if name in os.environ}
