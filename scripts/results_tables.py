@@ -122,14 +122,14 @@ def qlutattn(schemes_record: dict, quantize_record: dict) -> str:
                 for r in quantize_record["results"]
                 if QuantScheme(**r["scheme"]) == QLUTATTN[f"{side}{bits}"]
             )
-            cells = (
+            cells = [f"{side}{bits}"]
+            for cell, met in (
                 (f"{increase:+.3f} (< {PERPLEXITY_TARGETS[side]})", increase < PERPLEXITY_TARGETS[side]),
                 (f"{saved:.1%}", saved >= MEMORY_TARGET[0]),
                 (f"{speed / 1e9:.2f} GB/s", speed >= THROUGHPUT_TARGET),
-            )
-            lines.append(
-                f"| {side}{bits} | " + " | ".join(f"{c}, {'met' if met else 'missed'}" for c, met in cells) + " |"
-            )
+            ):
+                cells.append(f"{cell}, {'met' if met else 'missed'}")
+            lines.append(f"| {' | '.join(cells)} |")
     e = quantize_record["environment"]
     device = e["cpu"] if e["device"] == "cpu" else e["device"]
     return "\n".join(lines) + (
@@ -237,19 +237,20 @@ def decode_targets(attention_record: dict, decode_record: dict) -> str:
     def at(length: int, group: str = "per head") -> dict | None:
         return cases.get(f"{length} x 1, rank 0.5 {group}, 2 bit")
 
-    # What, what was found (`None`: not measured), the least it is to be; then the same with the most it is to be.
-    least = [
-        (f"{length:,} tokens: times faster than {peer}", (at(length) or {"peers": {}})["peers"].get(peer, {}), target)
-        for length, targets in DECODE_TARGETS.items()
-        for peer, target in targets.items()
-    ]
-    least += [
-        (f"32,768 tokens, model {c['model']}: times faster than dense", c, RANDOM_MODEL_TARGET)
-        if c["model"] == "random"
-        else (f"32,768 tokens, checkpoint {c['model']}: times faster than dense", c, CHECKPOINT_TARGET)
-        for c in models.values()
-        if (c.get("length"), c.get("batch")) == (32768, 1)
-    ]
+    # Each row: the target's name, the measurement (`None`: not measured), the target. First the lower bounds.
+    least = []
+    for length, targets in DECODE_TARGETS.items():
+        peers = (at(length) or {"peers": {}})["peers"]
+        for peer, target in targets.items():
+            least.append((f"{length:,} tokens: times faster than {peer}", peers.get(peer, {}).get("speedup"), target))
+    for case in models.values():
+        if (case.get("length"), case.get("batch")) == (32768, 1):
+            kind, target = "checkpoint", CHECKPOINT_TARGET
+            if case["model"] == "random":
+                kind, target = "model", RANDOM_MODEL_TARGET
+            name = f"32,768 tokens, {kind} {case['model']}: times faster than dense"
+            least.append((name, case.get("speedup"), target))
+    # Then the upper bounds.
     short, middle, long, joint = at(4096), at(32768), at(131072), at(32768, "joint")
     most = [
         (
@@ -265,17 +266,17 @@ def decode_targets(attention_record: dict, decode_record: dict) -> str:
         ),
         ("32,768 tokens: share of the append, packing included", middle and middle["append_share"], 0.02),
     ]
-    rows = [(what, found.get("speedup"), target, "≥") for what, found, target in least]
-    rows += [(what, found, target, "≤") for what, found, target in most]
     lines = ["| what | target | measured | |", "|---|---|---|---|"]
-    for what, found, target, sign in rows:
-        verdict = ""
-        if found is not None:
-            verdict = "met" if (found >= target if sign == "≥" else found <= target) else "missed"
-        lines.append(
-            f"| {what} | {sign} {target:g} | {'not measured' if found is None else f'{found:.3g}'} | {verdict} |"
-        )
+    lines += [_target_row(*row, "≥") for row in least]
+    lines += [_target_row(*row, "≤") for row in most]
     return "\n".join(lines)
+
+
+def _target_row(name: str, measured: float | None, target: float, sign: str) -> str:
+    if measured is None:
+        return f"| {name} | {sign} {target:g} | not measured |  |"
+    met = measured >= target if sign == "≥" else measured <= target
+    return f"| {name} | {sign} {target:g} | {measured:.3g} | {'met' if met else 'missed'} |"
 
 
 def lookup(record: dict) -> str:
