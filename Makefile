@@ -17,7 +17,7 @@ demo: .venv/installed
 
 BUDGETS := 0.25 0.125 0.0625 0.05 0.04 0.03
 
-# Measure what the README states and write its tables (three to four hours; the longest parts go on where they stopped).
+# Measure the figures of RESULTS.md and write its tables (three to four hours; the longest parts go on where they stopped).
 results: .venv/installed
 	.venv/bin/pip install --quiet --no-deps optimum-quanto==0.2.7 hqq==0.2.8.post1 einops termcolor
 	.venv/bin/pip install --quiet --no-deps llama-cpp-python==0.3.36
@@ -47,16 +47,16 @@ results: .venv/installed
 	cp build/benchmark_attention.json build/benchmark_decode.json scripts/results/
 	cp build/peers.json build/peers.png build/ablation.json scripts/results/
 	cp build/sweep/0.0625/widths.png build/sweep/0.0625/spectra.png scripts/results/
-	$(RUN) scripts/readme_tables.py
+	$(RUN) scripts/results_tables.py
 
-# Measure every quantization scheme and write the tables of KIVI_INTEGRATION.md (about an hour; goes on where it stopped).
+# Measure every quantization scheme and write its tables in RESULTS.md (about an hour; goes on where it stopped).
 schemes: .venv/installed
 	$(RUN) scripts/measure_distortion.py --output scripts/results/distortion.json
 	$(RUN) scripts/benchmark_quantize.py --output scripts/results/benchmark_quantize.json
 	$(RUN) scripts/compare_schemes.py --output build/schemes.json
 	$(RUN) scripts/compare_schemes.py --recommended --text stdlib:test --prefill 1792 --chunk 1 --output scripts/results/recommended.json
 	cp build/schemes.json scripts/results/schemes.json
-	$(RUN) scripts/readme_tables.py
+	$(RUN) scripts/results_tables.py
 
 # What a machine with a GPU is asked for: the GPU tests, then the benchmark, in six minutes together. The machine needs no
 # package index: without a .venv its own Python is taken.

@@ -399,6 +399,8 @@ def _check_given_widths(stored: dict, given: dict) -> None:
 class ALRDLlamaConfig(LlamaConfig):
     r"""A `LlamaConfig` plus the ranks of the split projections and the settings of their KV cache.
 
+    ALRD stands for adaptive low-rank decomposition: each projection is split at a rank of its own.
+
     It also describes a split Mistral or Qwen2, whose fields that a Llama does not have are kept for the way back. As
     every token is cached and attended to, `sliding_window` must be `None` or at least `max_position_embeddings`, and
     the model then refuses a text beyond it; `use_sliding_window` must be off and `layer_types`, if given,

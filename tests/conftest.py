@@ -63,7 +63,7 @@ def seeded():
 @pytest.fixture(autouse=True)
 def poisoned_allocations(monkeypatch):
     """An element of a pool, a window or the sinks that is read before it was written shows as NaN."""
-    for module in ("modules.cache.pool", "modules.cache.layer"):
+    for module in ("modules.cache.pool", "modules.cache.exact"):
         monkeypatch.setattr(f"{module}.torch", PoisonedTorch())
 
 

@@ -11,7 +11,7 @@ import torch
 import triton
 
 from configuration_alrd_llama import Projection
-from scripts import benchmark_decode, benchmark_gpu, readme_tables
+from scripts import benchmark_decode, benchmark_gpu, results_tables
 from scripts.benchmark_attention import LatentLayer
 from scripts.benchmark_gpu import WAYS, GpuBenchmarkConfig, check_tokens, rows
 from scripts.common import ROOT
@@ -262,7 +262,7 @@ def test_the_table_of_made_up_figures():
     }
     environment = {"device": "made-up GPU", "python": "3", "torch": "2", "triton": "3", "transformers": "5"}
     config = {"new_tokens": [16, 144], "rank": 0.5, "bits": 2, "dtype": "bfloat16"}
-    text = readme_tables.gpu({"cases": cases, "environment": environment, "config": config})
+    text = results_tables.gpu({"cases": cases, "environment": environment, "config": config})
     assert [line for line in text.splitlines() if line.startswith("|") and "---" not in line] == [
         "| attention, tokens × rows | ours, µs | peer, µs | times faster |",
         "| 65,536 × 8 | 1,000 [900–1,100] | flash: 1,000 [900–1,100] | 2.50× [2.40–2.60] |",

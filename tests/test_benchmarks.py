@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from modules.kernels import Backend
-from scripts import attention_peers, benchmark_attention, benchmark_decode, benchmark_prefix, readme_tables
+from scripts import attention_peers, benchmark_attention, benchmark_decode, benchmark_prefix, results_tables
 from scripts.attention_peers import PEERS, DenseStates, Ggml, relative_error
 from scripts.benchmark_attention import (
     AttentionBenchmarkConfig,
@@ -268,7 +268,7 @@ def test_what_does_not_fit_is_left_out_visibly(tmp_path, capsys):
     assert case["seconds"]["p50"] > 0
     printed = capsys.readouterr().out
     assert "by hand: left out of 512 tokens x 1: would need" in printed
-    assert "| by hand: would need" in readme_tables.attention_full(record)
+    assert "| by hand: would need" in results_tables.attention_full(record)
 
 
 def test_only_steps_of_pytorch_wake_its_workers():
@@ -369,7 +369,7 @@ def test_a_dense_cache_that_does_not_fit_is_left_out_visibly(capsys):
     record = benchmark_decode.main(decode_options(memory_gib=1e-6, prompts=0))
     assert all("would need" in case["dense"]["left_out"] for case in record["cases"].values())
     assert "dense cache left out of 512 tokens x 2: would need" in capsys.readouterr().out
-    assert "would need" in readme_tables.decode(record)
+    assert "would need" in results_tables.decode(record)
 
 
 def test_peak_memory_sees_an_allocation():
@@ -435,15 +435,15 @@ def test_a_prefix_that_is_loaded_wrong_has_no_figures(monkeypatch):
 
 def test_tables_render(attention_run, decode_run):
     (_, attention), (_, decode) = attention_run, decode_run
-    pivot = readme_tables.attention(attention)
+    pivot = results_tables.attention(attention)
     assert "| tokens × rows | 512 × 1 | 1,024 × 1 |" in pivot
     assert "| 50% joint, 2 bit |" in pivot and "GB/s read" in pivot and "1 thread, bfloat16" in pivot
-    full = readme_tables.attention_full(attention).splitlines()
+    full = results_tables.attention_full(attention).splitlines()
     rows = sum(1 + len(case["peers"]) for case in attention["cases"].values())
     assert len(full) == 2 + rows and len({line.count("|") for line in full}) == 1
-    table = readme_tables.decode(decode)
+    table = results_tables.decode(decode)
     assert "| random | 512 × 2 |" in table and "| random | 256 |" in table
-    assert readme_tables.decode_targets(attention, decode).count("not measured") == 10
+    assert results_tables.decode_targets(attention, decode).count("not measured") == 10
 
 
 def test_targets(attention_run, decode_run):
@@ -464,6 +464,6 @@ def test_targets(attention_run, decode_run):
         "b": {"model": "0.125", "length": 32768, "batch": 1, "speedup": 11.0},
         "c": {"model": "0.125", "length": 32768, "batch": 8, "speedup": 11.0},
     }
-    lines = readme_tables.decode_targets(attention | {"cases": by_name}, decode | {"cases": models}).splitlines()[2:]
+    lines = results_tables.decode_targets(attention | {"cases": by_name}, decode | {"cases": models}).splitlines()[2:]
     verdicts = [line.split("|")[-2].strip() for line in lines]
     assert verdicts == ["met", "", "", "missed", "met", "", "missed", "met", "met", "met", "missed", "missed"]

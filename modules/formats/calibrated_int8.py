@@ -38,7 +38,7 @@ import yaml
 from torch import nn
 
 from configuration_alrd_llama import check_count
-from modules.cache.fixed_store import SIDES
+from modules.cache.scheme import SIDES
 from modules.formats.interception import CacheInterception
 from modules.kivi_cache import CacheScheme, KIVILatentCache
 from modules.quant_utils import to_finite

@@ -1,8 +1,9 @@
-"""Write the tables of README.md and KIVI_INTEGRATION.md from measured JSON, so that no figure is typed by hand.
+"""Write the tables of RESULTS.md and the READMEs from measured JSON, so that no figure is typed by hand.
 
-    python scripts/readme_tables.py
+    python scripts/results_tables.py
 
-Each table stands between `<!-- table: NAME -->` and `<!-- end -->`; the JSON is in scripts/results.
+Each table stands between `<!-- table: NAME -->` and `<!-- end -->`; the JSON is in scripts/results. Under each table
+stand the script that measured it, the `make` target that runs the script, commit and machine.
 """
 
 import json
@@ -119,14 +120,14 @@ def qlutattn(schemes_record: dict, quantize_record: dict) -> str:
                 for r in quantize_record["results"]
                 if QuantScheme(**r["scheme"]) == QLUTATTN[f"{side}{bits}"]
             )
-            cells = (
+            cells = [f"{side}{bits}"]
+            for cell, met in (
                 (f"{increase:+.3f} (< {PERPLEXITY_TARGETS[side]})", increase < PERPLEXITY_TARGETS[side]),
                 (f"{saved:.1%}", saved >= MEMORY_TARGET[0]),
                 (f"{speed / 1e9:.2f} GB/s", speed >= THROUGHPUT_TARGET),
-            )
-            lines.append(
-                f"| {side}{bits} | " + " | ".join(f"{c}, {'met' if met else 'missed'}" for c, met in cells) + " |"
-            )
+            ):
+                cells.append(f"{cell}, {'met' if met else 'missed'}")
+            lines.append(f"| {' | '.join(cells)} |")
     e = quantize_record["environment"]
     device = e["cpu"] if e["device"] == "cpu" else e["device"]
     return "\n".join(lines) + (
@@ -144,6 +145,20 @@ def frontier(record: dict) -> str:
         f"{frontier_table(record)}\n\nThe dense perplexity is {record['results']['dense']['perplexity']:.3f}; "
         f"{tokens:,} scored tokens of different documents, {by} Intervals: paired bootstrap over documents."
     )
+
+
+def _keep_columns(table: str, kept: tuple[int, ...]) -> str:
+    """The Markdown `table` with the columns `kept`, counted from 0."""
+    lines = []
+    for line in table.splitlines():
+        cells = line.strip("|").split("|")
+        lines.append("|" + "|".join([cells[i] for i in kept]) + "|")
+    return "\n".join(lines)
+
+
+def summary(record: dict) -> str:
+    """Table of the front page: sizes and increases of `frontier`."""
+    return _keep_columns(frontier_table(record), (0, 1, 3, 4, 5))
 
 
 def all_peers(record: dict) -> str:
@@ -216,25 +231,26 @@ RANDOM_MODEL_TARGET, CHECKPOINT_TARGET = 8, 10
 
 
 def decode_targets(attention_record: dict, decode_record: dict) -> str:
-    """What was asked of the decode step, and what came out."""
+    """Table of the targets of the decode step beside the measurements."""
     cases, models = attention_record["cases"], decode_record["cases"]
 
     def at(length: int, group: str = "per head") -> dict | None:
         return cases.get(f"{length} x 1, rank 0.5 {group}, 2 bit")
 
-    # What, what was found (`None`: not measured), the least it is to be; then the same with the most it is to be.
-    least = [
-        (f"{length:,} tokens: times faster than {peer}", (at(length) or {"peers": {}})["peers"].get(peer, {}), target)
-        for length, targets in DECODE_TARGETS.items()
-        for peer, target in targets.items()
-    ]
-    least += [
-        (f"32,768 tokens, model {c['model']}: times faster than dense", c, RANDOM_MODEL_TARGET)
-        if c["model"] == "random"
-        else (f"32,768 tokens, checkpoint {c['model']}: times faster than dense", c, CHECKPOINT_TARGET)
-        for c in models.values()
-        if (c.get("length"), c.get("batch")) == (32768, 1)
-    ]
+    # Each row: the target's name, the measurement (`None`: not measured), the target. First the lower bounds.
+    least = []
+    for length, targets in DECODE_TARGETS.items():
+        peers = (at(length) or {"peers": {}})["peers"]
+        for peer, target in targets.items():
+            least.append((f"{length:,} tokens: times faster than {peer}", peers.get(peer, {}).get("speedup"), target))
+    for case in models.values():
+        if (case.get("length"), case.get("batch")) == (32768, 1):
+            kind, target = "checkpoint", CHECKPOINT_TARGET
+            if case["model"] == "random":
+                kind, target = "model", RANDOM_MODEL_TARGET
+            name = f"32,768 tokens, {kind} {case['model']}: times faster than dense"
+            least.append((name, case.get("speedup"), target))
+    # Then the upper bounds.
     short, middle, long, joint = at(4096), at(32768), at(131072), at(32768, "joint")
     most = [
         (
@@ -250,17 +266,17 @@ def decode_targets(attention_record: dict, decode_record: dict) -> str:
         ),
         ("32,768 tokens: share of the append, packing included", middle and middle["append_share"], 0.02),
     ]
-    rows = [(what, found.get("speedup"), target, "≥") for what, found, target in least]
-    rows += [(what, found, target, "≤") for what, found, target in most]
     lines = ["| what | target | measured | |", "|---|---|---|---|"]
-    for what, found, target, sign in rows:
-        verdict = ""
-        if found is not None:
-            verdict = "met" if (found >= target if sign == "≥" else found <= target) else "missed"
-        lines.append(
-            f"| {what} | {sign} {target:g} | {'not measured' if found is None else f'{found:.3g}'} | {verdict} |"
-        )
+    lines += [_target_row(*row, "≥") for row in least]
+    lines += [_target_row(*row, "≤") for row in most]
     return "\n".join(lines)
+
+
+def _target_row(name: str, measured: float | None, target: float, sign: str) -> str:
+    if measured is None:
+        return f"| {name} | {sign} {target:g} | not measured |  |"
+    met = measured >= target if sign == "≥" else measured <= target
+    return f"| {name} | {sign} {target:g} | {measured:.3g} | {'met' if met else 'missed'} |"
 
 
 def lookup(record: dict) -> str:
@@ -329,8 +345,43 @@ def lm_eval(record: dict) -> str:
     )
 
 
-#: What is written between the marks of a table: the JSON files in scripts/results, and how they are shown.
+#: The script and the `make` target that write each JSON file of scripts/results.
+MADE_BY = {
+    "ablation": ("ablate_calibration.py", "results"),
+    "benchmark_attention": ("benchmark_attention.py", "results"),
+    "benchmark_cache": ("benchmark_cache.py", "results"),
+    "benchmark_decode": ("benchmark_decode.py", "results"),
+    "benchmark_gpu": ("benchmark_gpu.py", "gpu"),
+    "benchmark_host": ("benchmark_host.py", "results"),
+    "benchmark_lookup": ("benchmark_lookup.py", "results"),
+    "benchmark_prefix": ("benchmark_prefix.py", "results"),
+    "benchmark_prefix_32k": ("benchmark_prefix.py", "results"),
+    "benchmark_quantize": ("benchmark_quantize.py", "schemes"),
+    "copying": ("eval_retrieval.py", "results"),
+    "distortion": ("measure_distortion.py", "schemes"),
+    "lm_eval_harness": ("lm_eval_harness.py", "results"),
+    "long_documents": ("eval_long_documents.py", "results"),
+    "peers": ("compare_peers.py", "results"),
+    "projection": ("project_calibration.py", "results"),
+    "recommended": ("compare_schemes.py", "schemes"),
+    "schemes": ("compare_schemes.py", "schemes"),
+}
+
+
+def made_by(source: str, record: dict) -> str:
+    """One line: which command measured `record`, at which commit, on which machine."""
+    (script, target), e = MADE_BY[source], record["environment"]
+    machine = e["cpu"] if e["device"] == "cpu" else e["device"]
+    commit, *dirty = e["commit"].split("-")
+    return (
+        f"Measured by `scripts/{script}` (`make {target}`) at commit `{'-'.join([commit[:12], *dirty])}`, "
+        f"{machine}, {e['threads']} thread{'s' * (e['threads'] > 1)}."
+    )
+
+
+#: Contents between the marks of a table: the JSON files in scripts/results, and the function that shows them.
 RENDERERS = {
+    "summary": (["peers"], summary),
     "frontier": (["peers"], frontier),
     "peers": (["peers"], all_peers),
     "ablation": (["ablation"], ablation),
@@ -361,13 +412,14 @@ def with_tables(text: str) -> str:
         name = match[1]
         sources, renderer = RENDERERS[name]
         records = [json.loads((RESULTS / f"{source}.json").read_text()) for source in sources]
-        return f"<!-- table: {name} -->\n{renderer(*records)}\n<!-- end -->"
+        origins = "\n".join(map(made_by, sources, records))
+        return f"<!-- table: {name} -->\n{renderer(*records)}\n\n{origins}\n<!-- end -->"
 
     return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", render, text, flags=re.DOTALL)
 
 
 #: The documents with tables.
-DOCUMENTS = (ROOT / "README.md", ROOT / "README.zh-CN.md", ROOT / "KIVI_INTEGRATION.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "README.zh-CN.md", ROOT / "RESULTS.md")
 
 
 def main(documents: tuple[Path, ...] = DOCUMENTS) -> None:
