@@ -5,7 +5,7 @@
     calibration = calibrate(config, dense, source, tokens, probe_tokens=tokens[:2])
     model = fit_budget(config, calibration, 0.0625).split()
 
-`scripts/calibrate_svd_ranks.py` is the command. Everything that is found out about the model is kept in a folder, and
+`scripts/calibrate_svd_ranks.py` is the command. All measurements of the model are kept in a folder, and
 another budget starts from there.
 """
 
@@ -298,8 +298,8 @@ def _probe(config: FitConfig, calibration: Calibration, tokens: torch.Tensor) ->
         write_json(path, {"statistics": record_key(calibration.record), "rates": rates})
         progress.update()
 
-    how = {"seed": config.seed, "known": known, "on_result": keep, "processes": processes}
-    rates = probe_rates(calibration.dense, calibration.factors, variances, tokens, **how)
+    settings = {"seed": config.seed, "known": known, "on_result": keep, "processes": processes}
+    rates = probe_rates(calibration.dense, calibration.factors, variances, tokens, **settings)
     progress.close()
     calibration.seconds["probe"] = time.perf_counter() - started
     return rates
@@ -343,9 +343,9 @@ def fit_budget(config: FitConfig, calibration: Calibration, budget: float) -> Ca
     except ValueError as error:
         raise ValueError(f"budget={budget} of {dense:,} bytes at {config.tokens} tokens: {error}") from None
     # The bytes that the search added up must be those of the cache.
-    found = cache_nbytes(fitted.target, config.tokens, calibration.stored_dtype)
-    if fitted.plan is not None and fitted.plan.nbytes != found:
-        raise RuntimeError(f"the cache takes {found} bytes, not the {fitted.plan.nbytes} that were planned")
+    nbytes = cache_nbytes(fitted.target, config.tokens, calibration.stored_dtype)
+    if fitted.plan is not None and fitted.plan.nbytes != nbytes:
+        raise RuntimeError(f"the cache takes {nbytes} bytes, not the {fitted.plan.nbytes} that were planned")
     fitted.seconds = calibration.seconds | {"allocation": time.perf_counter() - started}
     return fitted
 
