@@ -87,3 +87,4 @@ test-oldest: .venv-oldest/installed
 check: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/clang-format --dry-run -Werror modules/kernels/cpu/*.h modules/kernels/cpu/*.cpp

@@ -546,7 +546,7 @@ class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):
             causal_mask = create_causal_mask(self.config, hidden_states, attention_mask, past_key_values=None)
 
         # An error in a layer leaves no layer with tokens that the others have not.
-        with past_key_values.all_or_nothing():
+        with past_key_values.transaction():
             for layer in list(self.layers)[: self.config.num_hidden_layers]:
                 hidden_states = layer(
                     hidden_states,
@@ -581,7 +581,7 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
             return _untraced(super().forward, *args, **kwargs)
         grows = isinstance(cache, KIVILatentCache) and cache.capacity is None
         # The logits are what takes most memory in a step.
-        with cache.all_or_nothing() if grows else nullcontext():
+        with cache.transaction() if grows else nullcontext():
             return super().forward(*args, **kwargs)
 
     @staticmethod

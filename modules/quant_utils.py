@@ -50,6 +50,7 @@ and ternary, codes 2, 0, 1, 1, 2:
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -58,8 +59,6 @@ from configuration_alrd_llama import QuantScheme, check_bits, check_count
 
 #: Tokens of a block when `group_size=0` puts no bound on the scale's reach.
 DEFAULT_BLOCK_LENGTH = 128
-
-# ---- checks and rounding
 
 
 def require(condition: torch.Tensor, message: str) -> None:
@@ -83,7 +82,9 @@ def parameter_dtype(dtype: torch.dtype) -> torch.dtype:
 def _round_directed(x: torch.Tensor, dtype: torch.dtype, up: bool) -> torch.Tensor:
     """Cast float32 `x` to a two-byte `dtype`, rounding towards +inf (`up`) or -inf."""
     y = x.to(dtype)
-    wrong = y.float() < x if up else y.float() > x
+    wrong = y.float() > x
+    if up:
+        wrong = y.float() < x
     # One step in the wanted direction: the bit patterns of floats of one sign are ordered like their magnitudes.
     bits = y.view(torch.int16)
     away_from_zero = (bits >= 0) == up
@@ -97,13 +98,18 @@ def to_finite(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return x.clamp(-limit, limit).to(dtype)
 
 
-# ---- codes
-
-
 def group_widths(length: int, group_size: int) -> tuple[int, ...]:
     """Cut `length` elements into groups of `group_size` (0: one group); the last one may be shorter."""
     size = group_size or max(length, 1)
-    return (size,) * (length // size) + ((length % size,) if length % size else ())
+    widths = (size,) * (length // size)
+    if length % size:
+        widths += (length % size,)
+    return widths
+
+
+def group_starts(widths: tuple[int, ...]) -> tuple[int, ...]:
+    """First element of each of the groups, which lie side by side."""
+    return tuple(accumulate(widths, initial=0))[:-1]
 
 
 def expand_groups(parameter: torch.Tensor, widths: tuple[int, ...]) -> torch.Tensor:
@@ -125,6 +131,7 @@ class Grid(NamedTuple):
 
 
 def grid(n_bits: float) -> Grid:
+    """The levels of codes of `n_bits`: see the table above."""
     if n_bits == 1:
         return Grid(2, 2, 1)
     if n_bits == 1.58:
@@ -133,8 +140,8 @@ def grid(n_bits: float) -> Grid:
 
 
 def _by_group(reduce, x: torch.Tensor, widths: tuple[int, ...]) -> torch.Tensor:
-    """`reduce(group)` `[...]` of each group along the last dimension: `[..., len(widths)]`."""
-    return torch.stack([reduce(group) for group in x.split(widths, dim=-1)], dim=-1)
+    """`reduce(group, dim=-1)` `[...]` of each group along the last dimension: `[..., len(widths)]`."""
+    return torch.stack([reduce(group, dim=-1) for group in x.split(widths, dim=-1)], dim=-1)
 
 
 def _codes(x: torch.Tensor, step: torch.Tensor, zero_point: torch.Tensor, levels: int) -> torch.Tensor:
@@ -149,69 +156,73 @@ RATIOS = tuple(2 ** (-i / 6) for i in range(16))
 REFITS, UNIT, ERROR_UNIT, ERROR_LIMIT = 3, 2.0**20, 2.0**30, 2.0**20
 
 
+def search_candidates(n_bits: float, symmetric: bool) -> list[tuple[float, float]]:
+    """Step and zero point of each grid that `mse` tries, in units of a group's range."""
+    levels, spacing, offset = grid(n_bits)
+    middle, candidates = offset / spacing, []
+    for ratio in RATIOS:
+        if symmetric:
+            step = ratio * (1 / (levels - 1 - middle))
+            candidates.append((step, step * -middle))
+        else:
+            candidates.append((ratio * (1 / (levels - 1)), (1 - ratio) / 2))
+    return candidates
+
+
+def _reconstruction(x: torch.Tensor, step: torch.Tensor, zero_point: torch.Tensor, levels: int) -> torch.Tensor:
+    """`x` rounded to the nearest level."""
+    return _codes(x, step, zero_point, levels) * step + zero_point
+
+
 def _squared_error(difference: torch.Tensor, widths: tuple[int, ...]) -> torch.Tensor:
     """Sum of squares by group, int64, of differences in units of the range."""
     squares = difference.square().clamp_(max=ERROR_LIMIT) * ERROR_UNIT
-    return _by_group(lambda group: group.sum(-1), squares.long(), widths)
+    return _by_group(torch.sum, squares.long(), widths)
 
 
 def _least_error_range(u: torch.Tensor, n_bits: float, widths: tuple[int, ...], symmetric: bool):
     """Step and zero point, float32 by group, of least squared error of `u`, whose groups lie in [0, 1] or [-1, 1]."""
     levels, spacing, offset = grid(n_bits)
-    middle = offset / spacing
-    full = 1 / (levels - 1 - middle) if symmetric else 1 / (levels - 1)
-    best_error = best_step = best_zero = None
     # The codes of one symmetric bit are signs, whatever the step: one round of least squares gives mean|x|.
-    ratios, refits = (RATIOS[:1], 1) if n_bits == 1 and symmetric else (RATIOS, REFITS)
-    for ratio in ratios:
-        step = u.new_full((*u.shape[:-1], len(widths)), ratio * full)
-        zero = step * -middle if symmetric else torch.full_like(step, (1 - ratio) / 2)
-        steps, zeros = expand_groups(step, widths), expand_groups(zero, widths)
-        error = _squared_error(u - (_codes(u, steps, zeros, levels) * steps + zeros), widths)
+    tries, refits = len(RATIOS), REFITS
+    if n_bits == 1 and symmetric:
+        tries, refits = 1, 1
+
+    # The best of the shrunk ranges …
+    shape, best_error = (*u.shape[:-1], len(widths)), None
+    for new_step, new_zero in search_candidates(n_bits, symmetric)[:tries]:
+        new_step, new_zero = u.new_full(shape, new_step), u.new_full(shape, new_zero)
+        levels_of_u = _reconstruction(u, expand_groups(new_step, widths), expand_groups(new_zero, widths), levels)
+        error = _squared_error(u - levels_of_u, widths)
         if best_error is None:
-            best_error, best_step, best_zero = error, step, zero
+            best_error, step, zero = error, new_step, new_zero
         better = error < best_error
         best_error = torch.where(better, error, best_error)
-        best_step, best_zero = torch.where(better, step, best_step), torch.where(better, zero, best_zero)
+        step, zero = torch.where(better, new_step, step), torch.where(better, new_zero, zero)
 
-    step, zero = best_step, best_zero
+    # … then rounds of least squares of u on its codes, in integers.
     fixed = (u * UNIT + 0.5).floor_().long()
     counts = torch.tensor(widths, dtype=torch.int64, device=u.device)
     for _ in range(refits):
         codes = _codes(u, expand_groups(step, widths), expand_groups(zero, widths), levels).long()
         if symmetric:
-            doubled = 2 * codes - round(2 * middle)  # twice the signed code, so that one bit is an integer too
-            square = _by_group(lambda g: g.sum(-1), doubled * doubled, widths)
-            product = _by_group(lambda g: g.sum(-1), doubled * fixed, widths)
-            new_step = product.float() * 2 / square.clamp(min=1).float() / UNIT
-            fits = (square > 0) & (new_step > 0)
-            step = torch.where(fits, new_step, step)
-            zero = step * -middle
+            # Twice the signed code, so that one bit is an integer too.
+            codes = 2 * codes - round(2 * offset / spacing)
+            square = _by_group(torch.sum, codes * codes, widths)
+            product = 2 * _by_group(torch.sum, codes * fixed, widths)
         else:
-            c, cc, x, cx = (
-                _by_group(lambda g: g.sum(-1), t, widths) for t in (codes, codes * codes, fixed, codes * fixed)
-            )
-            square = counts * cc - c * c
-            new_step = (counts * cx - c * x).float() / square.clamp(min=1).float() / UNIT
+            c, cc = _by_group(torch.sum, codes, widths), _by_group(torch.sum, codes * codes, widths)
+            x, cx = _by_group(torch.sum, fixed, widths), _by_group(torch.sum, codes * fixed, widths)
+            square, product = counts * cc - c * c, counts * cx - c * x
+        new_step = product.float() / square.clamp(min=1).float() / UNIT
+        if symmetric:
+            new_zero = new_step * -(offset / spacing)
+        else:
             new_zero = (x.float() / UNIT - new_step * c.float()) / counts.float()
-            fits = (square > 0) & (new_step > 0)
-            step, zero = torch.where(fits, new_step, step), torch.where(fits, new_zero, zero)
+        # A group whose values all have one code keeps its grid.
+        better = (square > 0) & (new_step > 0)
+        step, zero = torch.where(better, new_step, step), torch.where(better, new_zero, zero)
     return step, zero
-
-
-def find_range(x: torch.Tensor, widths: tuple[int, ...] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Minimum and maximum of each group of `[N, T, C]` states, float32; NaN where the group holds one.
-
-    Args:
-        x: States, any floating type.
-        widths: Channels of each group of a token: `[N, T, len(widths)]` each; `None`: all tokens of a channel,
-            `[N, C]`.
-    """
-    if widths is None:
-        low, high = torch.aminmax(x.float(), dim=1)
-        return low, high
-    groups = x.float().split(widths, dim=-1)
-    return torch.stack([g.amin(-1) for g in groups], -1), torch.stack([g.amax(-1) for g in groups], -1)
 
 
 def quantize(
@@ -240,54 +251,68 @@ def quantize(
     dtype, x = scale_dtype or parameter_dtype(x.dtype), x.float()
     levels, spacing, offset = grid(n_bits)
     limit = torch.finfo(dtype).max
-    # A tensor: by a number, CUDA multiplies with the reciprocal.
-    span = x.new_full((), (levels - 1 - offset) if symmetric else (levels - 1) * spacing)
-    low = _by_group(lambda group: group.amin(-1), x, widths)
-    high = _by_group(lambda group: group.amax(-1), x, widths)
-
-    zero_point = None
-    if symmetric:
-        needed = torch.maximum(-low / offset, high / span) if n_bits >= 2 else low
-        scale = _round_directed(needed, dtype, up=True)
-    else:
-        zero_point = _round_directed(low, dtype, up=False)
-        scale = _round_directed((high - zero_point.float()) / span, dtype, up=True)
+    low, high = _by_group(torch.amin, x, widths), _by_group(torch.amax, x, widths)
     fits = (low >= -limit) & (high <= limit)
-    if n_bits >= 2 or not symmetric:
+
+    # The range of minmax: zero point rounded down and scale rounded up, so that the levels span the group.
+    zero_point, has_minmax = None, n_bits >= 2 or not symmetric
+    if has_minmax:
+        if symmetric:
+            span = x.new_full((), levels - 1 - offset)  # a tensor: by a number, CUDA multiplies with the reciprocal
+            needed = torch.maximum(-low / offset, high / span)
+        else:
+            span = x.new_full((), (levels - 1) * spacing)
+            zero_point = _round_directed(low, dtype, up=False)
+            needed = (high - zero_point.float()) / span
+        scale = _round_directed(needed, dtype, up=True)
         fits &= torch.isfinite(scale)
 
-    if range_method == "mse" or (symmetric and n_bits < 2):
-        base = torch.zeros_like(low) if symmetric else low
-        unit = torch.maximum(-low, high) if symmetric else high - low
-        unit = torch.where(fits & (unit > 0), unit, 1)
-        bases, units = expand_groups(base, widths), expand_groups(unit, widths)
-        u = torch.where(expand_groups(fits, widths), (x - bases) / units, 0)
+    if range_method == "mse" or not has_minmax:
+        # The search goes on in units of the groups' ranges.
+        if symmetric:
+            base, extent = torch.zeros_like(low), torch.maximum(-low, high)
+        else:
+            base, extent = low, high - low
+        unit = torch.where(fits & (extent > 0), extent, 1)
+        units, fitting = expand_groups(unit, widths), expand_groups(fits, widths)
+        u = torch.where(fitting, (x - expand_groups(base, widths)) / units, 0)
         step, zero = _least_error_range(u, n_bits, widths, symmetric)
-        best_scale = (step / spacing * unit).clamp(max=limit).to(dtype)
-        best_zero = None if symmetric else (base + zero * unit).clamp(-limit, limit).to(dtype)
-        best_scale = torch.where(torch.maximum(-low, high) > 0 if symmetric else high > low, best_scale, 0)
-        if n_bits >= 2 or not symmetric:
-            errors = []
-            for s, z in ((scale, zero_point), (best_scale, best_zero)):
-                steps, zeros = (expand_groups(p, widths) for p in _step_and_zero(s, z, n_bits))
-                difference = (x - (_codes(x, steps, zeros, levels) * steps + zeros)) / units
-                errors.append(_squared_error(torch.where(expand_groups(fits, widths), difference, 0), widths))
-            better = errors[1] < errors[0]
-            best_scale = torch.where(better, best_scale, scale)
-            best_zero = None if symmetric else torch.where(better, best_zero, zero_point)
-        scale, zero_point = best_scale, best_zero
+        found_scale, found_zero = (step / spacing * unit).clamp(max=limit).to(dtype), None
+        # A group of one value has scale 0.
+        found_scale = torch.where(extent > 0, found_scale, 0)
+        if not symmetric:
+            found_zero = (base + zero * unit).clamp(-limit, limit).to(dtype)
+        if has_minmax:
+            # The range found is kept where, as stored, it beats that of minmax.
+            error = _stored_error(x, scale, zero_point, n_bits, widths, units, fitting)
+            better = _stored_error(x, found_scale, found_zero, n_bits, widths, units, fitting) < error
+            found_scale = torch.where(better, found_scale, scale)
+            if not symmetric:
+                found_zero = torch.where(better, found_zero, zero_point)
+        scale, zero_point = found_scale, found_zero
 
     step, zero = _step_and_zero(scale, zero_point, n_bits)
     fits &= torch.isfinite(step * (levels - 1)) & torch.isfinite(zero)
     scale = torch.where(fits, scale, torch.nan)
-    steps, zeros = (expand_groups(p, widths) for p in _step_and_zero(scale, zero_point, n_bits))
-    return _codes(x, steps, zeros, levels).to(torch.uint8), scale, zero_point
+    # The codes follow from the parameters as they are stored.
+    step, zero = _step_and_zero(scale, zero_point, n_bits)
+    codes = _codes(x, expand_groups(step, widths), expand_groups(zero, widths), levels)
+    return codes.to(torch.uint8), scale, zero_point
+
+
+def _stored_error(x: torch.Tensor, scale, zero_point, n_bits: float, widths: tuple[int, ...], units, fitting):
+    """`_squared_error` of `x` on the grids of stored parameters; groups that do not fit have none."""
+    step, zero = _step_and_zero(scale, zero_point, n_bits)
+    levels_of_x = _reconstruction(x, expand_groups(step, widths), expand_groups(zero, widths), grid(n_bits).levels)
+    return _squared_error(torch.where(fitting, (x - levels_of_x) / units, 0), widths)
 
 
 def _step_and_zero(scale: torch.Tensor, zero_point: torch.Tensor | None, n_bits: float):
     """Step and zero point in float32 of stored parameters."""
     scale, (_, spacing, offset) = scale.float(), grid(n_bits)
-    return scale * spacing, scale * -offset if zero_point is None else zero_point.float()
+    if zero_point is None:
+        return scale * spacing, scale * -offset
+    return scale * spacing, zero_point.float()
 
 
 def check_scale(scale: torch.Tensor) -> None:
@@ -311,9 +336,6 @@ def dequantize(
     return to_finite(x, dtype)
 
 
-# ---- packing
-
-
 class Plane(NamedTuple):
     """One plane of packed codes: which bits of the code it holds, and how many codes stand in a word."""
 
@@ -324,9 +346,11 @@ class Plane(NamedTuple):
 
 def _planes(n_bits: float) -> tuple[Plane, ...]:
     """The bit planes that a width is stored as."""
+    if n_bits == 1.58:
+        return (Plane(n_bits, 0, 20),)
     if n_bits == 3:
         return (Plane(2, 0, 16), Plane(1, 2, 32))
-    return (Plane(n_bits, 0, 20 if n_bits == 1.58 else 32 // n_bits),)
+    return (Plane(n_bits, 0, 32 // n_bits),)
 
 
 def packed_words(length: int, n_bits: float) -> int:
@@ -379,9 +403,6 @@ def unpack_codes(packed: torch.Tensor, n_bits: float, length: int) -> torch.Tens
     return codes
 
 
-# ---- packed blocks
-
-
 def quantize_and_pack(
     x: torch.Tensor,
     n_bits: float,
@@ -411,10 +432,12 @@ def quantize_and_pack(
         step, zero = _step_and_zero(*static, n_bits)
         codes, (scale, zero_point) = _codes(x.float(), step, zero, grid(n_bits).levels), static
     elif widths is None:
+        # Per channel a group is all tokens: the last dimension of the transposed block.
         whole = (x.shape[1],)
         codes, scale, zero_point = quantize(x.transpose(1, 2), n_bits, whole, symmetric, range_method, scale_dtype)
         codes, scale = codes.transpose(1, 2), scale.squeeze(-1)
-        zero_point = None if zero_point is None else zero_point.squeeze(-1)
+        if zero_point is not None:
+            zero_point = zero_point.squeeze(-1)
     else:
         codes, scale, zero_point = quantize(x, n_bits, widths, symmetric, range_method, scale_dtype)
     check_scale(scale)
@@ -434,11 +457,9 @@ def unpack_and_dequantize(
     codes = unpack_codes(packed, n_bits, length)
     if widths is not None:
         return dequantize(codes, scale, zero_point, widths, dtype, n_bits)
-    scale, zero_point = scale.unsqueeze(-1), None if zero_point is None else zero_point.unsqueeze(-1)
-    return dequantize(codes.transpose(1, 2), scale, zero_point, (length,), dtype, n_bits).transpose(1, 2)
-
-
-# ---- round trips on latents
+    if zero_point is not None:
+        zero_point = zero_point.unsqueeze(-1)
+    return dequantize(codes.transpose(1, 2), scale.unsqueeze(-1), zero_point, (length,), dtype, n_bits).transpose(1, 2)
 
 
 def _round_trip(x: torch.Tensor, n_bits: float, group_size: int, symmetric: bool | None, range_method: str | None):
@@ -446,8 +467,10 @@ def _round_trip(x: torch.Tensor, n_bits: float, group_size: int, symmetric: bool
     n_bits, symmetric, range_method = _check_quantizer(n_bits, group_size, symmetric, range_method)
     widths = group_widths(x.shape[-1], group_size)
     if x.numel() == 0:
-        parameter = x.new_empty((*x.shape[:-1], len(widths)), dtype=parameter_dtype(x.dtype))
-        return x, parameter, None if symmetric else parameter
+        scale = zero_point = x.new_empty((*x.shape[:-1], len(widths)), dtype=parameter_dtype(x.dtype))
+        if symmetric:
+            zero_point = None
+        return x, scale, zero_point
     codes, scale, zero_point = quantize(x, n_bits, widths, symmetric, range_method)
     check_scale(scale)
     return dequantize(codes, scale, zero_point, widths, x.dtype, n_bits), scale, zero_point
@@ -462,7 +485,9 @@ def _check_quantizer(n_bits, group_size: int, symmetric: bool | None, range_meth
     if n_bits == 1.5:
         raise ValueError("n_bits=1.5: mixes two widths by channel, which only the cache stores; use 1, 1.58 or 2")
     scheme = QuantScheme(n_bits, group_size=group_size, symmetric=symmetric, range_method=range_method)
-    return n_bits if n_bits == 1.58 else int(n_bits), scheme.symmetric, scheme.range_method
+    if n_bits != 1.58:
+        n_bits = int(n_bits)
+    return n_bits, scheme.symmetric, scheme.range_method
 
 
 def kivi_quantize_per_channel(
@@ -487,8 +512,11 @@ def kivi_quantize_per_channel(
     Raises:
         ValueError: A bad width or group size, or values that are not finite or do not fit the stored type.
     """
-    results = _round_trip(x.transpose(-1, -2), n_bits, group_size, symmetric, range_method)
-    return tuple(None if t is None else t.transpose(-1, -2) for t in results)
+    transposed = _round_trip(x.transpose(-1, -2), n_bits, group_size, symmetric, range_method)
+    states, scale, zero_point = transposed
+    if zero_point is not None:
+        zero_point = zero_point.transpose(-1, -2)
+    return states.transpose(-1, -2), scale.transpose(-1, -2), zero_point
 
 
 def kivi_quantize_per_token(
@@ -528,8 +556,10 @@ class KIVIQuantizer:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self.n_bits == 16:
             return x
-        quantize_states = kivi_quantize_per_channel if self.per_channel else kivi_quantize_per_token
-        return quantize_states(x, self.n_bits, self.group_size, self.symmetric, self.range_method)[0]
+        settings = (self.n_bits, self.group_size, self.symmetric, self.range_method)
+        if self.per_channel:
+            return kivi_quantize_per_channel(x, *settings)[0]
+        return kivi_quantize_per_token(x, *settings)[0]
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from configuration_alrd_llama import ALRDLlamaConfig
 from modeling_alrd_llama import ALRDLlamaForCausalLM
 from modules.kernels.triton import append as append_triton
 from modules.kernels.triton import attention as attention_triton
+from modules.kernels.triton import common
 from modules.kernels.triton import quantize as quantize_triton
 from scripts.attention_peers import milliseconds, quartiles
 from scripts.benchmark_decode import SMALL
@@ -72,7 +73,7 @@ class BenchmarkConfig:
             check_positive(name, *(value if isinstance(value, list) else [value]))
         if self.steps > ROOM - 2:
             raise ValueError(f"steps={self.steps}: must be at most {ROOM - 2}")
-        if self.launcher and quantize_triton.INTERPRETED:
+        if self.launcher and common.INTERPRETED:
             raise ValueError("launcher=True: must be False with TRITON_INTERPRET=1, whose kernels have no launcher")
 
 
@@ -121,7 +122,7 @@ def without_launches(launcher: bool) -> Iterator[None]:
         def replaced(owner: Any, name: str, value: Any) -> None:
             stack.enter_context(patch.object(owner, name, value))
 
-        replaced(quantize_triton, "INTERPRETED", True)
+        replaced(common, "INTERPRETED", True)
         for name in ("check_scale", "require"):  # of what no kernel has written
             replaced(quantize_triton, name, lambda *_: None)
         if launcher:

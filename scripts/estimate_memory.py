@@ -12,8 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from modules.cache.layer import CacheScheme, LayerWidths
-from modules.cache.pool import block_nbytes
+from modules.cache.scheme import CacheScheme, LayerWidths
 from modules.kivi_cache import config_schemes, config_widths
 from scripts.common import (
     BUNDLED_MODEL,
@@ -67,16 +66,16 @@ def layer_breakdown(
     scheme: CacheScheme, length: int, widths: LayerWidths, dtype: torch.dtype, batch_size: int = 1
 ) -> dict[str, int]:
     """Bytes of rows of `length` tokens in one layer by what they hold; the sum is all that the layer takes."""
-    blocks = scheme.flushed_blocks(length - min(length, scheme.sink_length))
+    held = scheme.held(length)
     codes, parameters = 0, 0
     for codec in scheme.codecs(widths, dtype).values():
         for name, (shape, field_dtype) in codec.fields().items():
-            nbytes = blocks * torch.Size(shape).numel() * field_dtype.itemsize
+            nbytes = held.blocks * torch.Size(shape).numel() * field_dtype.itemsize
             if name.endswith(("scale", "zero_point")):
                 parameters += nbytes
             else:
                 codes += nbytes
-    exact = (length - blocks * scheme.block_length) * sum(map(sum, widths)) * dtype.itemsize
+    exact = held.exact * sum(map(sum, widths)) * dtype.itemsize
     table = scheme.layer_nbytes(length, widths, dtype) - codes - parameters - exact
     parts = {"codes": codes, "parameters": parameters, "exact": exact, "table": table}
     parts = {name: batch_size * nbytes for name, nbytes in parts.items()}
@@ -86,8 +85,8 @@ def layer_breakdown(
 def layer_room(scheme: CacheScheme, length: int, widths: LayerWidths, dtype: torch.dtype, batch_size: int) -> int:
     """Bytes that a layer of `batch_size` rows allocates at most: the pool has a quarter of slack, the window room."""
     used = layer_breakdown(scheme, length, widths, dtype)
-    blocks = batch_size * scheme.flushed_blocks(length - min(length, scheme.sink_length))
-    slot = sum(block_nbytes(codec) for codec in scheme.codecs(widths, dtype).values())
+    blocks = batch_size * scheme.held(length).blocks
+    slot = scheme.slot_nbytes(widths, dtype)
     tokens = scheme.sink_length + scheme.residual_length + scheme.block_length
     exact = tokens * sum(map(sum, widths)) * dtype.itemsize
     return (blocks + blocks // 4) * slot + batch_size * (used["table"] + exact) + scheme.static_nbytes(widths)

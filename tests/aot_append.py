@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import torch
 
-from modules.cache.fixed_store import FixedStore, Room
+from modules.cache.fixed_store import FixedStore, RowLayout
 from modules.kernels.triton import append as append_triton
 from modules.kivi_cache import CacheScheme
 from tests import aot_compile
@@ -43,9 +43,10 @@ WIDTHS = ((128, 128), (128, 128))
 def appender(scheme: CacheScheme, dtype: torch.dtype, length: int) -> Callable[[], None]:
     """A function that makes the step of a case, always on the same store."""
     scales = {"keys": (torch.ones(256), torch.zeros(256))} if scheme.keys.static else None
-    codecs = scheme.codecs(WIDTHS, dtype, SimpleNamespace(name="triton"), scales)
-    room = Room(scheme.residual_length, scheme.block_length, scheme.sink_length, 4096)
-    store = FixedStore(codecs, room, 2, dtype, torch.device("cpu"))
+    backend = SimpleNamespace(name="triton", fused_append=append_triton.FusedAppend)
+    codecs = scheme.codecs(WIDTHS, dtype, backend, scales)
+    layout = RowLayout(scheme.residual_length, scheme.block_length, scheme.sink_length, 4096)
+    store = FixedStore(codecs, layout, 2, dtype, torch.device("cpu"))
     return partial(store.append, *(torch.zeros(2, length, 256, dtype=dtype) for _ in range(2)))
 
 

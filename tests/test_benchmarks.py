@@ -55,8 +55,8 @@ def broken(monkeypatch, factor: float) -> None:
     """Make the attention of every back end but the reference's own functions wrong."""
     attend = Backend.attend
 
-    def wrong(self, query, **how):
-        summed, weights = attend(self, query, **how)
+    def wrong(self, *arguments):
+        summed, weights = attend(self, *arguments)
         return summed * factor, weights
 
     monkeypatch.setattr(Backend, "attend", wrong)
@@ -362,9 +362,10 @@ def test_the_gate_stops_wrong_models(wrong, tmp_path, monkeypatch):
         caches.append(cache)
         return cache
 
-    def wrong_attend(self, query, **how):
+    def wrong_attend(self, query, *arguments):
         factors = wrong if self.name == "another" else {}
-        summed, weights = attend(self, query * factors.get("query", 1.0), **how)
+        query = replace(query, states=query.states * factors.get("query", 1.0))
+        summed, weights = attend(self, query, *arguments)
         return summed * factors.get("summed", 1.0), weights
 
     caches: list = []

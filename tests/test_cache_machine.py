@@ -463,7 +463,7 @@ class GrowingMachine(Machine):
         pair = self.pair(number)
         before = KIVILatentCache.nbytes_together(*(p.cache for p in self.pairs))
         self.keep(pair.beside(pair.cache.fork()))
-        exact = sum(t.nbytes for layer in pair.cache.layers for t in layer._exact.values())
+        exact = sum(t.nbytes for layer in pair.cache.layers for t in layer.exact.tensors())
         tables = sum(layer.block_table().nbytes for layer in pair.cache.layers if layer.is_initialized)
         assert KIVILatentCache.nbytes_together(*(p.cache for p in self.pairs)) <= before + exact + tables
         self.freed = True  # one of the two may let go blocks that the other holds
@@ -496,7 +496,7 @@ class FixedMachine(Machine):
 
     def check_pools(self) -> None:
         for layer in (layer for pair in self.pairs for layer in pair.cache.layers if layer.is_initialized):
-            store, room = layer.store, layer.room
+            store, room = layer.store, layer.layout
             assert len(layer.pool.storage["keys"]) > 0
             slots = torch.arange(store.batch * room.blocks).view(store.batch, -1)
             assert torch.equal(layer.block_table()[0].long(), slots)

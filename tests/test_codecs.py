@@ -545,7 +545,7 @@ def test_a_share_that_leaves_no_token_is_refused(share):
 # ---- quantizers of users
 
 
-class PowersOfTwo(codecs._Codec):
+class PowersOfTwo(codecs.BlockCodec):
     """Sign and exponent, a byte per element: a quantizer that a user might write."""
 
     def fields(self):
@@ -586,6 +586,17 @@ def test_a_quantizer_of_ones_own_works_in_the_cache(powers_of_two):
         x = torch.randn(2, 128, 16)
         assert (codec.decode(codec.encode(x)) - x).square().mean() < 0.1
     assert create_kivi_cache(k_scheme={"quantizer": powers_of_two}).scheme.keys.quantizer == powers_of_two
+
+
+def test_a_quantizer_that_inherits_nothing_gets_the_defaults(monkeypatch):
+    monkeypatch.setattr(codecs, "QUANTIZERS", {})
+
+    @register_quantizer("plain")
+    class Plain:
+        fields, encode, decode = PowersOfTwo.fields, PowersOfTwo.encode, PowersOfTwo.decode
+
+    assert {"plain": Plain} == codecs.QUANTIZERS
+    assert Plain.stored_channels is None and Plain().parts({}) is None and Plain().records() is None
 
 
 def test_an_unknown_quantizer_is_refused():
@@ -687,7 +698,7 @@ by_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 def raw(layer: KIVILatentLayer, i: int) -> dict[str, torch.Tensor]:
     """Everything stored of a row, scores included."""
-    scores = layer._exact.get("window_score", torch.zeros(len(layer.rows), 0))
+    scores = layer.exact.window.get("score", torch.zeros(len(layer.rows), 0))
     return raw_row(layer, i) | {"window_score": scores[i, : layer.rows[i].window].clone()}
 
 
@@ -705,10 +716,10 @@ def check_sizes(case: Case, layer: KIVILatentLayer, tokens: list[int]) -> None:
     formula = sum(case.scheme.layer_nbytes(n, case.widths, case.dtype) for n in tokens)
     assert layer.nbytes_used == formula + extra + static
     held = [t for fields in layer.pool.storage.values() for t in fields.values()]
-    held += [*layer._exact.values(), layer.block_table()]
+    held += [*layer.exact.tensors(), layer.block_table()]
     held += [t for pair in (layer.static_scales or {}).values() for t in pair]
     assert layer.nbytes == sum(t.untyped_storage().nbytes() for t in held)
-    assert ("window_score" in layer._exact) == case.has_scores
+    assert ("score" in layer.exact.window) == case.has_scores
 
 
 def check_feeding_order(case: Case) -> None:

@@ -57,8 +57,8 @@ def random_states(batch: int, length: int, dtype: torch.dtype = torch.float32) -
 def stored_row(layer: KIVILatentLayer, i: int) -> dict[str, torch.Tensor]:
     """All bytes and counts of a row, wherever its blocks are."""
     row, table = layer.rows[i], layer.block_table()[:, i]
-    found = {f"sink_{side}": layer._exact[f"sink_{side}"][i, : row.sinks] for side in ("keys", "values")}
-    found |= {f"window_{side}": layer._exact[f"window_{side}"][i, : row.window] for side in ("keys", "values")}
+    found = {f"sink_{side}": layer.exact.sinks[side][i, : row.sinks] for side in ("keys", "values")}
+    found |= {f"window_{side}": layer.exact.window[side][i, : row.window] for side in ("keys", "values")}
     blocks = len(row.blocks)
     found |= {"starts": table[1, :blocks], "counts": table[2, :blocks], "pads": torch.tensor(row.pads)}
     slots = table[0, :blocks].long()
@@ -184,7 +184,7 @@ def test_a_copy_is_a_cache_of_its_own():
     ordinary.append(*then)
     fixed.append(*then)
     assert_same_rows(fixed, ordinary)
-    assert not torch.equal(copied._exact["window_keys"], fixed._exact["window_keys"])
+    assert not torch.equal(copied.exact.window["keys"], fixed.exact.window["keys"])
 
 
 def test_capacity_is_a_bound():
@@ -298,8 +298,6 @@ def test_what_a_fixed_cache_cannot_do_is_said():
         fixed.crop(1)
     with pytest.raises(ValueError, match="tokens_to_remove: must be no more tokens than the rows hold"):
         fixed.crop(-31)
-    with pytest.raises(ValueError, match="restore: a saved cache is loaded without a fixed capacity"):
-        fixed.restore({}, {"slots": 0})
 
 
 # ---- as the cache of a model

@@ -40,7 +40,7 @@ def made(models, name: str):
 
 def kept(cache: KIVILatentCache) -> list[torch.Tensor]:
     tensors = [t for layer in cache.layers for t in layer.tensors()]
-    return tensors + [t for layer in cache.layers for t in vars(layer).get("_exact", {}).values()]
+    return tensors + [t for layer in cache.layers for t in layer.exact.tensors()]
 
 
 @pytest.mark.parametrize("length", LENGTHS)

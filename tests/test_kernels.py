@@ -17,6 +17,7 @@ from tests.conftest import PoisonedTorch
 from tests.helpers import magnitudes, tiny_split
 
 triton = pytest.importorskip("triton")
+from modules.kernels.triton import common  # noqa: E402
 from modules.kernels.triton import quantize as kernels  # noqa: E402
 
 # numpy's, on what the interpreter computes where the kernels then do not look: beyond the end, and behind a NaN.
@@ -39,7 +40,7 @@ SHAPES = [(1, 63, (7, 1, 5)), (2, 111, (13,)), (1, 130, (3, 37)), (2, 1, (1,)), 
     params=[pytest.param("cpu", marks=pytest.mark.interpreter), pytest.param("cuda", marks=pytest.mark.gpu)]
 )
 def device(request) -> torch.device:
-    assert (request.param == "cpu") == kernels.INTERPRETED, "the two tiers run by themselves: see tests/conftest.py"
+    assert (request.param == "cpu") == common.INTERPRETED, "the two tiers run by themselves: see tests/conftest.py"
     return torch.device(request.param)
 
 
@@ -65,7 +66,6 @@ def compare(x, device, n_bits, widths, symmetric, method, scale_dtype=None, stat
     expected = reference.quantize_and_pack(x, *arguments)
     on_device = x.to(device)
     assert_same(kernels.quantize_and_pack(on_device, *arguments), expected)
-    assert_same(kernels.find_range(on_device, widths), reference.find_range(x, widths))
     stored = [None if t is None else t.to(device) for t in expected]
     rest = (n_bits, x.shape[1], states_dtype or x.dtype, widths)
     assert_same([kernels.unpack_and_dequantize(*stored, *rest)], [reference.unpack_and_dequantize(*expected, *rest)])
@@ -233,15 +233,6 @@ def test_static_scales_refuse_what_is_not_finite(value):
     assert messages[0] == messages[1]
 
 
-def test_a_range_tells_of_a_nan(device):
-    x = torch.randn(2, 40, 6)
-    x[0, 39, 2], x[1, 0, 5], x[1, 3, 5] = torch.nan, torch.inf, -torch.inf
-    for widths in (None, (5, 1)):
-        for a, e in zip(kernels.find_range(x.to(device), widths), reference.find_range(x, widths), strict=True):
-            assert torch.equal(a.cpu().nan_to_num(nan=1e30), e.nan_to_num(nan=1e30))
-            assert e.isnan().any()
-
-
 # ---- choice of the back end
 
 
@@ -249,8 +240,8 @@ def test_back_end_follows_the_device(monkeypatch):
     monkeypatch.delenv("ALRD_BACKEND", raising=False)
     assert str(get_backend(None, torch.device("cpu"))) == "cpu"
     assert str(get_backend(None, torch.device("cuda"))) == "triton"
-    assert get_backend("reference", torch.device("cuda")).find_range is reference.find_range
-    assert get_backend("triton", torch.device("cuda")).find_range is kernels.find_range
+    assert get_backend("reference", torch.device("cuda")).quantize_and_pack is reference.quantize_and_pack
+    assert get_backend("triton", torch.device("cuda")).quantize_and_pack is kernels.quantize_and_pack
 
 
 def test_environment_chooses_where_the_caller_does_not(monkeypatch):
@@ -264,10 +255,10 @@ def test_environment_chooses_where_the_caller_does_not(monkeypatch):
 
 
 def test_triton_needs_a_gpu_or_its_interpreter(monkeypatch):
-    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    monkeypatch.setattr(common, "INTERPRETED", False)
     with pytest.raises(ValueError, match="backend='triton': must be 'reference' or 'cpu' for tensors on cpu"):
         get_backend("triton", torch.device("cpu"))
-    monkeypatch.setattr(kernels, "INTERPRETED", True)
+    monkeypatch.setattr(common, "INTERPRETED", True)
     assert get_backend("triton", torch.device("cpu")).name == "triton"
 
 
@@ -302,7 +293,7 @@ def assert_compiles(*options: str) -> None:
     result = subprocess.run(command, capture_output=True, text=True, env=environment | {"PYTHONPATH": str(root)})
     assert result.returncode == 0, result.stderr
     records = json.loads(result.stdout)
-    assert {r["kernel"] for r in records} == {"find_range_kernel", "quantize_kernel", "dequantize_kernel"}
+    assert {r["kernel"] for r in records} == {"quantize_kernel", "dequantize_kernel"}
     assert not [r for r in records if r["stack"] or r["local"] or r["inexact"]]
 
 

@@ -123,8 +123,8 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 def raw_row(layer: KIVILatentLayer, i: int) -> dict[str, torch.Tensor]:
     """Everything stored of a row, as it lies in memory: sinks, window, the fields of its blocks in order."""
     row = layer.rows[i]
-    stored = {f"sink_{side}": layer._exact[f"sink_{side}"][i, : row.sinks].clone() for side in ("keys", "values")}
-    stored |= {f"window_{side}": layer._exact[f"window_{side}"][i, : row.window].clone() for side in ("keys", "values")}
+    stored = {f"sink_{side}": layer.exact.sinks[side][i, : row.sinks].clone() for side in ("keys", "values")}
+    stored |= {f"window_{side}": layer.exact.window[side][i, : row.window].clone() for side in ("keys", "values")}
     table = layer.block_table()[:, i, : len(row.blocks)].long()
     stored |= {"starts": table[1], "counts": table[2]}
     for side, fields in layer.pool.storage.items():
@@ -588,7 +588,7 @@ def test_a_permutation_touches_no_packed_byte():
         assert layer.pool.storage[side][name].data_ptr() == address
         used = sorted(slot for row in layer.rows for slot in row.blocks)
         assert same_bits(layer.pool.storage[side][name][used], kept[used])
-    assert meter.nbytes <= sum(t.nbytes for t in layer._exact.values()) + 64
+    assert meter.nbytes <= sum(t.nbytes for t in layer.exact.tensors()) + 64
 
 
 @by_small_setting

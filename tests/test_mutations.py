@@ -162,39 +162,47 @@ def the_last_pad_is_stored(monkeypatch):
 # ---- reorder
 
 
-def reorder_forgets_the_packed_part(monkeypatch):
-    def broken(self, indices):
-        self.rows = [
-            self.rows[source]._replace(blocks=own.blocks, counts=own.counts)
-            for own, source in zip(self.rows, indices, strict=True)
-        ]
-        self._exact = {name: exact[indices] for name, exact in self._exact.items()}
-        self._table = None
+def break_selection(monkeypatch, broken) -> None:
+    """Have `broken(layer, edit, indices)` called where a layer takes other rows by `edit`."""
+    selection = KIVILatentLayer.selection
 
-    monkeypatch.setattr(KIVILatentLayer, "_select", broken)
+    def breaking(self, indices):
+        indices = indices.tolist() if isinstance(indices, torch.Tensor) else indices
+        edit = selection(self, indices)
+        return lambda: broken(self, edit, indices)
+
+    monkeypatch.setattr(KIVILatentLayer, "selection", breaking)
+
+
+def reorder_forgets_the_packed_part(monkeypatch):
+    def broken(layer, edit, indices):
+        layer.rows = [
+            layer.rows[source]._replace(blocks=own.blocks, counts=own.counts)
+            for own, source in zip(layer.rows, indices, strict=True)
+        ]
+        layer.exact = layer.exact.map(lambda tensor: tensor[indices])
+        layer._table = None
+
+    break_selection(monkeypatch, broken)
 
 
 def reorder_forgets_the_exact_part(monkeypatch):
-    select = KIVILatentLayer._select
+    def broken(layer, edit, indices):
+        exact = layer.exact
+        edit()
+        layer.exact = exact
 
-    def broken(self, indices):
-        exact = self._exact
-        select(self, indices)
-        self._exact = exact
-
-    monkeypatch.setattr(KIVILatentLayer, "_select", broken)
+    break_selection(monkeypatch, broken)
 
 
 def reorder_forgets_the_table(monkeypatch):
-    select = KIVILatentLayer._select
+    def broken(layer, edit, indices):
+        layer.block_table()
+        table = layer._table
+        edit()
+        layer._table = table
 
-    def broken(self, indices):
-        self.block_table()
-        table = self._table
-        select(self, indices)
-        self._table = table
-
-    monkeypatch.setattr(KIVILatentLayer, "_select", broken)
+    break_selection(monkeypatch, broken)
 
 
 def the_pool_forgets_rows(monkeypatch):
@@ -219,7 +227,7 @@ def sides_are_swapped(monkeypatch):
         other = "per_token" if scheme.per_channel else "per_channel"
         return codecs.make_codec(replace(scheme, orientation=other), *args)
 
-    monkeypatch.setattr("modules.cache.layer.make_codec", swapped)
+    monkeypatch.setattr("modules.cache.scheme.make_codec", swapped)
 
 
 # ---- widths below two bits, ranges, signs
@@ -275,8 +283,8 @@ def groups_of_a_block_share_a_scale(monkeypatch):
 
 
 def the_narrowest_channels_get_two_bits(monkeypatch):
-    find_range = quant_utils.find_range
-    patch_quant(monkeypatch, "find_range", lambda *args: find_range(*args)[::-1])
+    ranges = codecs._channel_ranges
+    monkeypatch.setattr(codecs, "_channel_ranges", lambda states: -ranges(states))
 
 
 def nothing_is_rotated(monkeypatch):
@@ -313,15 +321,13 @@ def scores_are_not_used(monkeypatch):
 
 
 def scores_stay_when_rows_move(monkeypatch):
-    select = KIVILatentLayer._select
-
-    def broken(self, indices):
-        score = self._exact.get("window_score")
-        select(self, indices)
+    def broken(layer, edit, indices):
+        score = layer.exact.window.get("score")
+        edit()
         if score is not None:
-            self._exact["window_score"] = score
+            layer.exact.window["score"] = score
 
-    monkeypatch.setattr(KIVILatentLayer, "_select", broken)
+    break_selection(monkeypatch, broken)
 
 
 def queries_of_pads_count(monkeypatch):
@@ -337,7 +343,7 @@ def attention_is_not_added_up(monkeypatch):
     scores = KIVILatentLayer._scores
 
     def broken(self, *args):
-        self._exact["window_score"] = torch.zeros_like(self._exact["window_score"])
+        self.exact.window["score"] = torch.zeros_like(self.exact.window["score"])
         return scores(self, *args)
 
     monkeypatch.setattr(KIVILatentLayer, "_scores", broken)
@@ -347,9 +353,9 @@ def a_refused_append_keeps_its_scores(monkeypatch):
     scores = KIVILatentLayer._scores
 
     def broken(self, keys, values, real, received):
-        kept = self._exact["window_score"]
+        kept = self.exact.window["score"]
         new = scores(self, keys, values, real, received)
-        kept.copy_(self._exact["window_score"])
+        kept.copy_(self.exact.window["score"])
         return new
 
     monkeypatch.setattr(KIVILatentLayer, "_scores", broken)

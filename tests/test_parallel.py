@@ -93,7 +93,7 @@ def assert_same_tokens(model, expected, settings: dict) -> None:
         running = torch.device(
             placed if isinstance(placed, int) else "cuda" if expected.device.type == "cuda" else "cpu"
         )
-        stored = [*layer._exact.values(), *(t for side in layer.pool.storage.values() for t in side.values())]
+        stored = [*layer.exact.tensors(), *(t for side in layer.pool.storage.values() for t in side.values())]
         assert {t.device.type for t in stored} == {running.type}
         assert running.index is None or {t.device for t in stored} == {running}
 

@@ -21,6 +21,7 @@ from test_kivi_cache import raw_row, same_bits
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modules import KIVILatentCache, create_kivi_cache
+from modules.cache.binding import ModelBinding
 from modules.cache.file import read_cache_file
 
 #: Blocks are small, so that much happens within few tokens.
@@ -92,7 +93,7 @@ def states(seed: int, batch: int, length: int) -> list[list[torch.Tensor]]:
 
 def append(cache: KIVILatentCache, seed: int, batch: int, length: int, real: torch.Tensor | None = None) -> None:
     """To the two layers of a cache that grows, to the only one of a fixed capacity, whose layers fail by themselves."""
-    layers = nullcontext() if cache.capacity else cache.all_or_nothing()
+    layers = nullcontext() if cache.capacity else cache.transaction()
     with layers:
         for i, pair in enumerate(states(seed, batch, length)[: 1 if cache.capacity else 2]):
             cache.layer(i, WIDTHS).append(*pair, real)
@@ -471,7 +472,7 @@ def test_a_cache_of_other_channels_or_type_is_refused_before_a_kernel_reads_it(t
                 patched.setattr(type(model.model.layers[0].self_attn), "_attend_cache", None)  # not called
                 with pytest.raises(ValueError, match="filled by another model"):
                     logits_of(other, cache, prompt(1, 2, 1))
-                cache._model = None  # as if its fingerprint were not known
+                cache._binding = ModelBinding()  # as if its fingerprint were not known
                 with pytest.raises(ValueError, match=r"channels by head group|as the cache was started"):
                     logits_of(other, cache, prompt(1, 2, 1))
                 cache.bind(model.get_decoder())

@@ -23,7 +23,6 @@ ORDER = [
     "modules.svd_linear",
     "modules.kernels",
     "modules.cache",
-    "modules.formats.vidkv",
     "modules.kivi_cache",
     "modules.decode_graph",
     "modules.latent_step",

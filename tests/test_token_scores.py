@@ -83,7 +83,7 @@ def test_attention_is_that_of_a_stock_llama(tmp_path, heads, attention):
         for i, row in enumerate(layer.rows):
             assert (row.sinks, row.packed, row.window) == (4, 0, int(mask[i].sum()) - 4)
             own = score[i, mask[i] == 1]
-            found = layer._exact["window_score"][i, : row.window]
+            found = layer.exact.window["score"][i, : row.window]
             assert torch.allclose(found, own[4:], atol=2e-4)
             # All attention of all heads goes somewhere.
             assert own.sum() == pytest.approx(8 * int(mask[i].sum()), rel=1e-4)
@@ -98,7 +98,7 @@ def test_attention_of_many_queries(tmp_path):
     run(model, ids, torch.ones_like(ids), cache, [131])
     for layer, score in zip(cache.layers, dense_scores(model, ids, torch.ones_like(ids)), strict=True):
         for i in range(2):
-            assert torch.allclose(layer._exact["window_score"][i, :127], score[i, 4:], atol=1e-3)
+            assert torch.allclose(layer.exact.window["score"][i, :127], score[i, 4:], atol=1e-3)
 
 
 def test_the_tokens_that_received_most_are_protected(tmp_path):
@@ -150,7 +150,7 @@ def test_generate_by_attention_survives_beams_and_look_up(tmp_path):
         assert text.shape == (1, 170)
         for layer in cache.layers:
             for i, row in enumerate(layer.rows):
-                score = layer._exact["window_score"][i, : row.window]
+                score = layer.exact.window["score"][i, : row.window]
                 assert torch.isfinite(score).all()
                 # A token sees itself, so every one of the window has received something, but for the newest.
                 assert (score[:-1] > 0).all()
@@ -175,7 +175,7 @@ def test_a_refused_append_keeps_the_attention_received(single):
     received = torch.rand(2, 136 + 1)
     layer.append(keys[:, :100], values[:, :100], received=received[:, :100])
     layer.append(keys[:, 100:136], values[:, 100:136], received=received[:, :136])
-    scores = layer._exact["window_score"].clone()
+    scores = layer.exact.window["score"].clone()
     expected = received[:, :136].clone()
     expected[:, :100] *= 2
     assert torch.allclose(scores[:, :132], expected[:, 4:])
@@ -183,7 +183,7 @@ def test_a_refused_append_keeps_the_attention_received(single):
     step = [x[:, 136:] if single else x[:, 120:] for x in (keys, values)]
     with pytest.raises(ValueError, match="finite"):
         layer.append(*step, received=torch.rand(2, 136 + step[0].shape[1]))
-    assert torch.equal(layer._exact["window_score"], scores)
+    assert torch.equal(layer.exact.window["score"], scores)
     for i in range(2):
         assert all(same_bits(a, b) for a, b in zip(raw_row(layer, i).values(), before[i].values(), strict=True))
 
@@ -211,34 +211,34 @@ def test_a_function_chooses_the_tokens(sizes):
             order = worth[4 + 128 * j : 132 + 128 * j].argsort(descending=True)
             assert found == set(order[:26].tolist())
         window = cache.layers[index].rows[i].window
-        assert torch.equal(cache.layers[index]._exact["window_score"][i, :window], worth[len(worth) - window :])
+        assert torch.equal(cache.layers[index].exact.window["score"][i, :window], worth[len(worth) - window :])
 
 
 def test_scores_follow_their_rows_and_cost_four_bytes():
     layer = layer_of(by_first_channel)
     feed(layer, *states(3, 100), [100])
-    scores = layer._exact["window_score"].clone()
+    scores = layer.exact.window["score"].clone()
     formula = 3 * SCHEME.layer_nbytes(100, WIDTHS, torch.float32)
     assert layer.nbytes_used == formula + 3 * 96 * 4
     unscored = feed(layer_of(None), *states(3, 100), [100])
     assert unscored.nbytes_used == formula
     assert layer.nbytes - unscored.nbytes == scores.nbytes == 3 * (5 + 128) * 4
     layer.reorder_cache(torch.tensor([2, 2, 0]))
-    assert torch.equal(layer._exact["window_score"], scores[[2, 2, 0]])
+    assert torch.equal(layer.exact.window["score"], scores[[2, 2, 0]])
     copied = copy.deepcopy(layer)
     layer.crop(-10)
     keys, values = states(3, 20)
     feed(layer, keys, values, [20])
-    found = layer._exact["window_score"][:, :106]
+    found = layer.exact.window["score"][:, :106]
     assert torch.equal(found, torch.cat([scores[[2, 2, 0], :86], keys[..., 0]], 1))
-    assert torch.equal(copied._exact["window_score"], scores[[2, 2, 0]])
+    assert torch.equal(copied.exact.window["score"], scores[[2, 2, 0]])
 
 
 def test_without_protected_tokens_there_are_no_scores():
     layer = layer_of(by_first_channel, CacheScheme(2, 2, 128, 5, 4))
     feed(layer, *states(1, 30), [30])
     assert layer.score is None
-    assert "window_score" not in layer._exact
+    assert "score" not in layer.exact.window
 
 
 @pytest.mark.parametrize("bad", ["Attention", "error", 1, True, [1]])
@@ -266,10 +266,10 @@ def test_a_nan_in_a_scored_token_is_refused_when_it_is_packed(length):
     keys, values = states(2, 136 + length)
     keys[1, 20, 0] = torch.nan
     feed(layer, keys, values, [136])
-    before, scores = [raw_row(layer, i) for i in range(2)], layer._exact["window_score"].clone()
+    before, scores = [raw_row(layer, i) for i in range(2)], layer.exact.window["score"].clone()
     with pytest.raises(ValueError, match="finite"):
         layer.append(keys[:, 136:], values[:, 136:])
-    assert same_bits(layer._exact["window_score"], scores)
+    assert same_bits(layer.exact.window["score"], scores)
     for i in range(2):
         assert all(same_bits(a, b) for a, b in zip(raw_row(layer, i).values(), before[i].values(), strict=True))
 
@@ -278,7 +278,7 @@ def test_scores_keep_no_gradients():
     weight = torch.ones(13 + 7, requires_grad=True)
     layer = layer_of(lambda i, keys, values: keys @ weight)
     feed(layer, *states(1, 50), [30, 1, 19])
-    assert not layer._exact["window_score"].requires_grad
+    assert not layer.exact.window["score"].requires_grad
 
 
 def test_a_loaded_cache_goes_on_by_its_scores(tmp_path):
@@ -307,10 +307,10 @@ def test_received_attention_of_another_shape_is_refused(shape):
     layer = layer_of("attention")
     keys, values = states(2, 53)
     layer.append(keys[:, :50], values[:, :50], received=torch.rand(2, 50))
-    scores = layer._exact["window_score"].clone()
+    scores = layer.exact.window["score"].clone()
     with pytest.raises(ValueError, match="received"):
         layer.append(keys[:, 50:], values[:, 50:], received=torch.rand(shape))
-    assert torch.equal(layer._exact["window_score"], scores)
+    assert torch.equal(layer.exact.window["score"], scores)
     assert layer.get_seq_length() == 50
 
 

@@ -1,15 +1,16 @@
 """Quantizers of packed blocks: each turns the states of a block into tensors and back.
 
-A quantizer is a class with the members of `BlockCodec`. To add one, write the class and register it:
+To add a quantizer, write a class with `fields`, `encode` and `decode`, and register it:
 
     @register_quantizer("mine")
-    class MyCodec: ...
+    class MyCodec(BlockCodec): ...
 
 Then `QuantScheme(quantizer="mine")` uses it for keys or values of any cache.
 """
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Protocol
 
 import torch
 
@@ -25,17 +26,23 @@ Fields = dict[str, torch.Tensor]
 StaticScales = tuple[torch.Tensor, torch.Tensor]
 
 
-class BlockCodec(Protocol):
-    """How the states of one block are stored.
+class BlockCodec(ABC):
+    """Quantizer of one side of a layer: how the states of one block are stored.
 
-    Args of the constructor:
-        scheme: What the user asked for.
+    A quantizer defines `fields`, `encode` and `decode`. The other members have defaults, with which blocks are
+    dequantized by `decode` before attention.
+
+    Args:
+        scheme: Settings of the side.
         length: Tokens of a block, T.
         widths: Channels of each head group; C is their sum.
         dtype: Type of the decoded states.
         backend: Functions that quantize and pack (`modules/kernels`).
         scale_dtype: Two-byte type of scales and zero points.
     """
+
+    #: Channel of each stored channel, `[C]` int64 on the CPU (`PackedSide.channels`); `None`: each in its own place.
+    stored_channels: torch.Tensor | None = None
 
     def __init__(
         self,
@@ -45,63 +52,63 @@ class BlockCodec(Protocol):
         dtype: torch.dtype,
         backend: Backend,
         scale_dtype: torch.dtype,
-    ): ...
+    ):
+        self.scheme, self.length, self.widths = scheme, length, tuple(widths)
+        self.dtype, self.backend, self.scale_dtype = dtype, backend, scale_dtype
+        self.channels = sum(self.widths)
 
+    @abstractmethod
     def fields(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and type of each tensor that one block takes."""
 
+    @abstractmethod
     def encode(self, states: torch.Tensor, score: torch.Tensor | None = None) -> Fields:
-        """Store `[N, T, C]` states of N blocks; `score` `[N, T]`: what each token is worth, if somebody knows."""
+        """Store `[N, T, C]` states of N blocks; `score` `[N, T]`: worth of each token, `None` if unscored."""
 
+    @abstractmethod
     def decode(self, fields: Fields) -> torch.Tensor:
         """States `[..., T, C]` from fields with one or more leading dimensions."""
-
-
-#: Quantizers of users, by the name that `QuantScheme.quantizer` gives.
-QUANTIZERS: dict[str, type[BlockCodec]] = {}
-
-
-def register_quantizer(name: str):
-    """Class decorator: make a quantizer known under a name, for `QuantScheme.quantizer`."""
-
-    def register(codec_class: type[BlockCodec]) -> type[BlockCodec]:
-        QUANTIZERS[name] = codec_class
-        return codec_class
-
-    return register
-
-
-class _Codec:
-    """The constructor that all quantizers share."""
-
-    def __init__(self, scheme, length, widths, dtype, backend, scale_dtype):
-        self.scheme, self.length, self.widths = scheme, length, tuple(widths)
-        self.dtype, self.backend, self.scale_dtype = dtype, backend, scale_dtype
-
-    #: `PackedSide.channels`.
-    stored_channels: torch.Tensor | None = None
 
     def parts(self, fields: Fields) -> tuple[PackedPart, ...] | None:
         """The storage of all slots, `[slots, …]`, as attention kernels read it; `None`: they cannot."""
         return None
 
     def records(self) -> tuple[PackRecord, ...] | None:
-        """How its blocks are packed, as kernels that write blocks read it; `None`: they cannot."""
+        """The layout of a block, as kernels that write blocks read it; `None`: they cannot."""
         return None
 
     def _record(self, **fields) -> PackRecord:
-        return PackRecord("", tuple(range(sum(self.widths))), self.scheme.bits, **fields)
+        return PackRecord("", tuple(range(self.channels)), self.scheme.bits, **fields)
 
-    def _with(self, scheme: QuantScheme, length: int, widths: tuple[int, ...], dtype: torch.dtype) -> BlockCodec:
+    def _with(self, scheme: QuantScheme, length: int, widths: tuple[int, ...], dtype: torch.dtype) -> "BlockCodec":
         """The quantizer of a part of the states."""
         return make_codec(scheme, length, widths, dtype, self.backend, scale_dtype=self.scale_dtype)
 
 
-class ExactCodec(_Codec):
+#: Quantizers of users, by the name that `QuantScheme.quantizer` gives. Built-in ones have no name: several fields of
+#: a scheme choose them (`_codec_class`).
+QUANTIZERS: dict[str, type[BlockCodec]] = {}
+
+
+def register_quantizer(name: str):
+    """Class decorator: make a quantizer known under a name, for `QuantScheme.quantizer`."""
+
+    def register(codec_class: type) -> type:
+        # A class that does not inherit from `BlockCodec` gets the members that have a default.
+        for member in ("stored_channels", "parts", "records"):
+            if not hasattr(codec_class, member):
+                setattr(codec_class, member, getattr(BlockCodec, member))
+        QUANTIZERS[name] = codec_class
+        return codec_class
+
+    return register
+
+
+class ExactCodec(BlockCodec):
     """16 bits, the lossless mode: the states in their own type."""
 
     def fields(self):
-        return {"states": ((self.length, sum(self.widths)), self.dtype)}
+        return {"states": ((self.length, self.channels), self.dtype)}
 
     def encode(self, states: torch.Tensor, score=None) -> Fields:
         return {"states": states}
@@ -116,7 +123,7 @@ class ExactCodec(_Codec):
         return (self._record(),)
 
 
-class UniformCodec(_Codec):
+class UniformCodec(BlockCodec):
     """Codes on a uniform grid (`modules/quant_utils.py`).
 
     Per channel a block holds groups of g tokens, the last one shorter if need be, each packed by itself; per token,
@@ -126,102 +133,115 @@ class UniformCodec(_Codec):
 
     def __init__(self, *args):
         super().__init__(*args)
-        scheme, channels = self.scheme, sum(self.widths)
+        scheme = self.scheme
+        #: Per token, the channels of each scale group; `None`: per channel.
+        self.groups: tuple[int, ...] | None = None
+        #: (how many, tokens) of the runs of equal length; a run is packed by itself.
+        self.runs = ((1, self.length),)
         if scheme.per_channel:
-            #: Tokens of each group that is packed by itself, and channels of each group of a token.
-            self.runs, self.groups = group_widths(self.length, scheme.group_size), None
-            parameter = (len(self.runs), channels)
+            lengths = group_widths(self.length, scheme.group_size)
+            full = lengths.count(lengths[0])
+            self.runs = ((full, lengths[0]),)
+            if full < len(lengths):
+                self.runs += ((1, lengths[-1]),)
         else:
-            self.runs = (self.length,)
-            self.groups = tuple(g for width in self.widths for g in group_widths(width, scheme.group_size))
-            parameter = (self.length, len(self.groups))
-        words = sum(packed_words(run, scheme.bits) for run in self.runs)
-        self._fields = {"packed": ((words, channels), torch.int32), "scale": (parameter, self.scale_dtype)}
+            groups: list[int] = []
+            for width in self.widths:
+                groups.extend(group_widths(width, scheme.group_size))
+            self.groups = tuple(groups)
+
+        # Rows that the runs of each length take of `packed`, and of a field of parameters: a row of parameters belongs
+        # to a run or, per token, to a token.
+        self._tokens, words, rows = [], [], []
+        for count, run in self.runs:
+            self._tokens.append(count * run)
+            words.append(count * packed_words(run, scheme.bits))
+            rows.append(count if self.groups is None else count * run)
+        self._rows = {"packed": words, "scale": rows, "zero_point": rows}
+        columns = self.channels if self.groups is None else len(self.groups)
+        parameter = ((sum(rows), columns), self.scale_dtype)
+        self._fields = {"packed": ((sum(words), self.channels), torch.int32), "scale": parameter}
         if not scheme.symmetric:
-            self._fields["zero_point"] = (parameter, self.scale_dtype)
-
-    def _equal_runs(self) -> tuple[tuple[int, int], ...]:
-        """(how many, tokens) of the groups of equal length."""
-        full = self.runs.count(self.runs[0])
-        return ((full, self.runs[0]), *((1, run) for run in self.runs[full:]))
-
-    def _rows(self, name: str, run: int) -> int:
-        """Rows of a field that a group takes: its words; one row of parameters per channel, or one per token."""
-        return packed_words(run, self.scheme.bits) if name == "packed" else 1 if self.groups is None else run
+            self._fields["zero_point"] = parameter
 
     def fields(self):
         return self._fields
 
     def encode(self, states: torch.Tensor, score=None) -> Fields:
         scheme, blocks = self.scheme, len(states)
-        how = (scheme.bits, self.groups, scheme.symmetric, scheme.range_method, self.scale_dtype)
-        pieces: dict[str, list[torch.Tensor]] = {name: [] for name in self._fields}
-        runs = self._equal_runs()
-        for part, (_, run) in zip(states.split([count * run for count, run in runs], dim=1), runs):
-            results = self.backend.quantize_and_pack(part.reshape(-1, run, part.shape[-1]), *how)
-            for name, tensor in zip(("packed", "scale", "zero_point"), results):
-                if name in pieces:
-                    pieces[name].append(tensor.reshape(blocks, -1, tensor.shape[-1]))
-        return {name: torch.cat(parts, dim=1) for name, parts in pieces.items()}
+        settings = (scheme.bits, self.groups, scheme.symmetric, scheme.range_method, self.scale_dtype)
+        # All runs of one length, of all blocks, are packed by one call.
+        results = []
+        for (_, run), part in zip(self.runs, states.split(self._tokens, dim=1)):
+            results.append(self.backend.quantize_and_pack(part.reshape(-1, run, self.channels), *settings))
+        encoded = {}
+        # The results come in the order of the fields. Symmetric codes have no field for the zero point, a `None`.
+        for name, pieces in zip(self._fields, zip(*results)):
+            encoded[name] = torch.cat([piece.reshape(blocks, -1, piece.shape[-1]) for piece in pieces], dim=1)
+        return encoded
+
+    def _split(self, fields: Fields, name: str) -> list[torch.Tensor | None]:
+        """A field by the lengths of the runs, as `quantize_and_pack` returns it for each; `None`: there is none."""
+        if name not in fields:
+            return [None] * len(self.runs)
+        pieces = []
+        for (count, _), piece in zip(self.runs, fields[name].flatten(0, -3).split(self._rows[name], dim=1)):
+            # Per channel a run has one row of parameters, without a dimension of its own.
+            if name == "packed" or self.groups is not None:
+                piece = piece.unflatten(1, (count, -1))
+            pieces.append(piece.flatten(0, 1))
+        return pieces
 
     def decode(self, fields: Fields) -> torch.Tensor:
-        lead, channels, runs = fields["packed"].shape[:-2], sum(self.widths), self._equal_runs()
-        split = {
-            name: tensor.flatten(0, -3).split([count * self._rows(name, run) for count, run in runs], dim=1)
-            for name, tensor in fields.items()
-        }
+        lead, scheme = fields["packed"].shape[:-2], self.scheme
+        # The way back: all runs of one length at once, then the runs of each block side by side.
+        split = (self._split(fields, "packed"), self._split(fields, "scale"), self._split(fields, "zero_point"))
         states = []
-        for i, (count, run) in enumerate(runs):
-            groups = {name: parts[i].unflatten(1, (count, -1)).flatten(0, 1) for name, parts in split.items()}
-            parameters = [groups.get(name) for name in ("scale", "zero_point")]
-            if self.groups is None:
-                parameters = [None if p is None else p.squeeze(1) for p in parameters]
-            part = self.backend.unpack_and_dequantize(
-                groups["packed"], *parameters, self.scheme.bits, run, self.dtype, self.groups
-            )
-            states.append(part.reshape(-1, count * run, channels))
-        return torch.cat(states, dim=1).reshape(*lead, self.length, channels)
+        for (count, run), *stored in zip(self.runs, *split):
+            part = self.backend.unpack_and_dequantize(*stored, scheme.bits, run, self.dtype, self.groups)
+            states.append(part.reshape(-1, count * run, self.channels))
+        return torch.cat(states, dim=1).reshape(*lead, self.length, self.channels)
 
     def parts(self, fields: Fields) -> tuple[PackedPart, ...]:
         parameters = (fields["scale"], fields.get("zero_point"))
-        return (PackedPart(self.scheme.bits, self.widths, fields["packed"], *parameters, self.runs[0], self.groups),)
+        run = self.runs[0][1]
+        return (PackedPart(self.scheme.bits, self.widths, fields["packed"], *parameters, run, self.groups),)
 
     def records(self) -> tuple[PackRecord, ...]:
-        how = {"symmetric": self.scheme.symmetric, "range_method": self.scheme.range_method}
-        return (self._record(runs=self._equal_runs(), groups=self.groups, scale_dtype=self.scale_dtype, **how),)
+        levels = {"symmetric": self.scheme.symmetric, "range_method": self.scheme.range_method}
+        return (self._record(runs=self.runs, groups=self.groups, scale_dtype=self.scale_dtype, **levels),)
 
 
-class StaticCodec(_Codec):
+class StaticCodec(BlockCodec):
     """Codes by scales from calibration, which are stored once, not per block: exactly `bits` bits per element."""
 
-    def __init__(self, *args, scales: StaticScales | None):
+    def __init__(self, *args, static_scales: StaticScales | None):
         super().__init__(*args)
-        self.scales = scales  # `None`: the codec only tells the size
+        self.scales = static_scales  # `None`: the codec only tells the size
 
     def fields(self):
-        return {"packed": ((packed_words(self.length, self.scheme.bits), sum(self.widths)), torch.int32)}
+        return {"packed": ((packed_words(self.length, self.scheme.bits), self.channels), torch.int32)}
 
     def encode(self, states: torch.Tensor, score=None) -> Fields:
         return {"packed": self.backend.quantize_and_pack(states, self.scheme.bits, static=self.scales)[0]}
 
     def decode(self, fields: Fields) -> torch.Tensor:
-        packed = fields["packed"]
-        scale, zero_point = (x.unsqueeze(0) for x in self.scales)
+        packed, (scale, zero_point) = fields["packed"], self.scales
         states = self.backend.unpack_and_dequantize(
-            packed.flatten(0, -3), scale, zero_point, self.scheme.bits, self.length, self.dtype
+            packed.flatten(0, -3), scale[None], zero_point[None], self.scheme.bits, self.length, self.dtype
         )
         return states.reshape(*packed.shape[:-2], *states.shape[1:])
 
     def parts(self, fields: Fields) -> tuple[PackedPart, ...]:
-        parameters = (None if x is None else x.view(1, 1, -1) for x in self.scales)
+        scale, zero_point = self.scales
+        parameters = (scale.view(1, 1, -1), zero_point.view(1, 1, -1))
         return (PackedPart(self.scheme.bits, self.widths, fields["packed"], *parameters, self.length),)
 
     def records(self) -> tuple[PackRecord, ...]:
-        how = {"symmetric": self.scales[1] is None, "scale_dtype": self.scale_dtype, "scales": self.scales}
-        return (self._record(runs=((1, self.length),), **how),)
+        return (self._record(runs=((1, self.length),), scale_dtype=self.scale_dtype, scales=self.scales),)
 
 
-class RotatedCodec(_Codec):
+class RotatedCodec(BlockCodec):
     """Each head group rotated by a Hadamard matrix before it is quantized, and back after."""
 
     def __init__(self, *args):
@@ -233,15 +253,64 @@ class RotatedCodec(_Codec):
         return self.inner.fields()
 
     def encode(self, states: torch.Tensor, score=None) -> Fields:
-        rotated = [rotate(group.float()) for group in states.split(self.widths, dim=-1)]
-        return self.inner.encode(torch.cat(rotated, dim=-1), score)
+        return self.inner.encode(torch.cat(_map_groups(rotate, states.float(), self.widths), dim=-1), score)
 
     def decode(self, fields: Fields) -> torch.Tensor:
-        groups = self.inner.decode(fields).split(self.widths, dim=-1)
-        return to_finite(torch.cat([rotate_back(g) for g in groups], dim=-1), self.dtype)
+        groups = _map_groups(rotate_back, self.inner.decode(fields), self.widths)
+        return to_finite(torch.cat(groups, dim=-1), self.dtype)
 
 
-class MixedChannelCodec(_Codec):
+def _channel_ranges(states: torch.Tensor) -> torch.Tensor:
+    """Highest minus lowest value of each channel of a block: `[N, T, C]` to `[N, C]` float32."""
+    low, high = torch.aminmax(states.float(), dim=1)
+    return high - low
+
+
+def _head_groups(widths: tuple[int, ...]) -> torch.Tensor:
+    """Head group of each channel, `[C]` int64 on the CPU."""
+    widths = torch.tensor(widths, dtype=torch.int64, device="cpu")
+    return torch.arange(len(widths), dtype=torch.int64, device="cpu").repeat_interleave(widths)
+
+
+def _map_groups(function: Callable, states: torch.Tensor, widths: tuple[int, ...]) -> list[torch.Tensor]:
+    """The function of the channels of each head group."""
+    return [function(group) for group in states.split(widths, dim=-1)]
+
+
+class _PartsCodec(BlockCodec):
+    """States in parts, each with a quantizer of its own; the fields of a part are named `{part}.{field}`."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        #: Quantizer of each part, in the order of storage.
+        self.codecs: dict[str, BlockCodec] = {}
+
+    def fields(self):
+        fields = {}
+        for part, codec in self.codecs.items():
+            for name, field in codec.fields().items():
+                fields[f"{part}.{name}"] = field
+        return fields
+
+    def _encode_parts(self, *states: torch.Tensor) -> Fields:
+        """Encode the states of each part, in the order of `codecs`."""
+        fields = {}
+        for (part, codec), part_states in zip(self.codecs.items(), states):
+            for name, tensor in codec.encode(part_states).items():
+                fields[f"{part}.{name}"] = tensor
+        return fields
+
+    def _decode_parts(self, fields: Fields) -> list[torch.Tensor]:
+        return [codec.decode(self._fields_of(part, fields)) for part, codec in self.codecs.items()]
+
+    @staticmethod
+    def _fields_of(part: str, fields: Fields) -> Fields:
+        """The fields of one part by their own names."""
+        prefix = f"{part}."
+        return {name.removeprefix(prefix): field for name, field in fields.items() if name.startswith(prefix)}
+
+
+class MixedChannelCodec(_PartsCodec):
     """1.5 bits: of each head group the half of the channels with the widest range in a block at 2 bits, the others
     rotated among themselves by an orthonormal transform and kept at 1 bit (VidKV, arXiv:2503.16257, section 3.2).
 
@@ -251,20 +320,24 @@ class MixedChannelCodec(_Codec):
 
     def __init__(self, *args):
         super().__init__(*args)
-        wide = tuple(-(-width // 2) for width in self.widths)
-        narrow = tuple(width - w for width, w in zip(self.widths, wide))
-        self.narrow = tuple(width for width in narrow if width)
-        low = replace(self.scheme, bits=1, symmetric=True, range_method="mse")
-        self.codecs = {"wide": self._with(replace(self.scheme, bits=2), self.length, wide, torch.float32)}
+        wide, narrow = [], []
+        for width in self.widths:
+            wide.append(width - width // 2)
+            narrow.append(width // 2)
+        self.codecs["wide"] = self._with(replace(self.scheme, bits=2), self.length, tuple(wide), torch.float32)
+        # A head group of one channel has no narrow half; if none has one, there is no such part.
+        self.narrow = tuple(filter(None, narrow))
         if self.narrow:
+            low = replace(self.scheme, bits=1, symmetric=True, range_method="mse")
             self.codecs["narrow"] = self._with(low, self.length, self.narrow, torch.float32)
-        group = [i for i, width in enumerate(self.widths) for _ in range(width)]
-        self._group = torch.tensor(group, dtype=torch.int64, device="cpu")
+        # For each channel its head group, the first channel of the group, and the group's count of wide channels.
+        widths = torch.tensor(self.widths, dtype=torch.int64, device="cpu")
+        self._group = _head_groups(self.widths)
+        self._group_start = (widths.cumsum(0) - widths)[self._group]
         self._wide_of_group = torch.tensor(wide, dtype=torch.int64, device="cpu")[self._group]
 
     def fields(self):
-        own = {"is_wide": ((_mask_bytes(sum(self.widths)),), torch.uint8)}
-        return own | _join({name: codec.fields() for name, codec in self.codecs.items()})
+        return {"is_wide": ((_mask_bytes(self.channels),), torch.uint8)} | super().fields()
 
     def _order(self, is_wide: torch.Tensor) -> torch.Tensor:
         """Channels `[..., C]` in the order of storage: the wide ones by head group, then the narrow ones."""
@@ -272,84 +345,106 @@ class MixedChannelCodec(_Codec):
         return (group + (~is_wide).long() * len(self.widths)).argsort(dim=-1, stable=True)
 
     def encode(self, states: torch.Tensor, score=None) -> Fields:
-        low, high = self.backend.find_range(states)
         group = self._group.to(states.device)
         # Rank of each channel's range in its group: sorted by falling range, then by group, both stably.
-        falling = (low - high).argsort(dim=-1, stable=True)
+        falling = (-_channel_ranges(states)).argsort(dim=-1, stable=True)
         by_group = falling.gather(-1, group[falling].argsort(dim=-1, stable=True))
-        starts = [sum(self.widths[:i]) for i in range(len(self.widths))]
-        starts = torch.tensor(starts, dtype=torch.int64, device=states.device)
-        rank = by_group.argsort(dim=-1) - starts[group]
+        rank = by_group.argsort(dim=-1) - self._group_start.to(states.device)
         is_wide = rank < self._wide_of_group.to(states.device)
 
         sorted_states = states.float().gather(-1, self._order(is_wide)[:, None].expand_as(states))
-        wide, narrow = sorted_states.split([sum(self.codecs["wide"].widths), sum(self.narrow)], dim=-1)
-        encoded = {"wide": self.codecs["wide"].encode(wide)}
+        wide, narrow = sorted_states.split([self.channels - sum(self.narrow), sum(self.narrow)], dim=-1)
+        parts = [wide]
         if self.narrow:
-            rotated = torch.cat([rotate(group) for group in narrow.split(self.narrow, dim=-1)], dim=-1)
-            encoded["narrow"] = self.codecs["narrow"].encode(rotated)
-        return {"is_wide": _pack_mask(is_wide)} | _join(encoded)
+            parts.append(torch.cat(_map_groups(rotate, narrow, self.narrow), dim=-1))
+        return {"is_wide": _pack_mask(is_wide)} | self._encode_parts(*parts)
 
     def decode(self, fields: Fields) -> torch.Tensor:
-        decoded = {name: codec.decode(_part(fields, name)) for name, codec in self.codecs.items()}
-        groups = [decoded["wide"]]
+        wide, *narrow = self._decode_parts(fields)
+        groups = [wide]
         if self.narrow:
-            groups += [rotate_back(group) for group in decoded["narrow"].split(self.narrow, dim=-1)]
-        order = self._order(_unpack_mask(fields["is_wide"], sum(self.widths)))
+            groups += _map_groups(rotate_back, narrow[0], self.narrow)
         states = torch.cat(groups, dim=-1)
+        # The inverse of the order of storage brings each channel back to its place.
+        order = self._order(_unpack_mask(fields["is_wide"], self.channels))
         states = states.gather(-1, order.argsort(dim=-1)[..., None, :].expand_as(states))
         return to_finite(states, self.dtype)
 
 
-class TieredCodec(_Codec):
+class TieredCodec(_PartsCodec):
     """Widths by channel: the channels of each width, of all head groups, are one part with a quantizer of its own.
 
-    Which channels those are is fixed (`QuantScheme.tiers`), so nothing is stored but the parts.
+    The choice of the channels is fixed (`QuantScheme.tiers`), so nothing is stored but the parts.
+
+    Raises:
+        ValueError: The tiers do not fill the head groups.
     """
 
     def __init__(self, *args, static_scales: StaticScales | None = None):
         super().__init__(*args)
-        channels = torch.arange(sum(self.widths), dtype=torch.int64, device="cpu")
-        channels = channels.split([n for group in self.scheme.tiers for n, _ in group])
-        tiers = [(bits, c) for (_, bits), c in zip((t for g in self.scheme.tiers for t in g), channels)]
-        #: Channels of each width, the widest first, and its quantizer.
-        self.channels, self.codecs = {}, {}
-        self.bits = sorted({bits for bits, _ in tiers}, reverse=True)
-        for bits in self.bits:
-            name, mine = f"{bits}bit", [c for b, c in tiers if b == bits]
-            scheme, index = self.scheme.at_width(bits), torch.cat(mine)
-            scales = tuple(s[index.to(s.device)] for s in static_scales) if static_scales and scheme.static else None
-            self.channels[name] = index
-            self.codecs[name] = make_codec(
-                scheme, self.length, tuple(map(len, mine)), self.dtype, self.backend, scales, self.scale_dtype
+        tiers = self._tiers_by_bits()
+        #: Channels of each part, int64 on the CPU.
+        self.channels_of: dict[str, torch.Tensor] = {}
+        #: Channels of each head group in each part.
+        self._group_widths: dict[str, tuple[int, ...]] = {}
+        for bits in sorted(tiers, reverse=True):
+            part, scheme, channels = f"{bits}bit", self.scheme.at_width(bits), torch.cat(tiers[bits])
+            scales = None
+            if static_scales is not None and scheme.static:
+                scale, zero_point = static_scales
+                scales = (scale[channels.to(scale.device)], zero_point[channels.to(zero_point.device)])
+            # For the quantizer of the part every tier is a head group.
+            widths = tuple(map(len, tiers[bits]))
+            self.codecs[part] = make_codec(
+                scheme, self.length, widths, self.dtype, self.backend, scales, self.scale_dtype
             )
-        stored = torch.cat(list(self.channels.values()))
-        #: Where each channel stands in what is stored; `None`: in its own place.
-        self.order = None if (stored.diff() == 1).all() else stored.argsort()
-        self.stored_channels = None if self.order is None else stored
+            self.channels_of[part] = channels
+            # For attention the head groups are the model's; one of them may have no channel of this width.
+            counts = _head_groups(self.widths)[channels].bincount(minlength=len(self.widths))
+            self._group_widths[part] = tuple(counts.tolist())
+        self._sizes = list(map(len, self.channels_of.values()))
+        #: Place of each channel in storage; `None`: its own place.
+        self.order = None
+        stored = torch.cat(list(self.channels_of.values()))
+        if not (stored.diff() == 1).all():
+            self.order, self.stored_channels = stored.argsort(), stored
 
-    def fields(self):
-        return _join({name: codec.fields() for name, codec in self.codecs.items()})
+    def _tiers_by_bits(self) -> dict[float, list[torch.Tensor]]:
+        """Channels of the tiers of each width, one tensor per tier."""
+        tiers: dict[float, list[torch.Tensor]] = {}
+        filled, start = [], 0
+        for group in self.scheme.tiers:
+            first = start
+            for count, bits in group:
+                channels = torch.arange(start, start + count, dtype=torch.int64, device="cpu")
+                tiers.setdefault(bits, []).append(channels)
+                start += count
+            filled.append(start - first)
+        if filled != list(self.widths):
+            raise ValueError(f"tiers: of {filled} channels must fill the head groups of {list(self.widths)}")
+        return tiers
 
     def encode(self, states: torch.Tensor, score=None) -> Fields:
         if self.stored_channels is not None:
             states = states[..., self.stored_channels.to(states.device)]
-        parts = states.split([len(c) for c in self.channels.values()], dim=-1)
-        return _join({name: codec.encode(part) for part, (name, codec) in zip(parts, self.codecs.items())})
+        return self._encode_parts(*states.split(self._sizes, dim=-1))
 
     def decode(self, fields: Fields) -> torch.Tensor:
-        states = torch.cat([codec.decode(_part(fields, name)) for name, codec in self.codecs.items()], dim=-1)
+        states = torch.cat(self._decode_parts(fields), dim=-1)
         if self.order is None:
             return states
+        # Kept on the device, so that the next call copies nothing.
         self.order = self.order.to(states.device)
         return states[..., self.order]
 
     def parts(self, fields: Fields) -> tuple[PackedPart, ...] | None:
-        parts = {bits: self.codecs[f"{bits}bit"].parts(_part(fields, f"{bits}bit")) for bits in self.bits}
-        if None in parts.values():
-            return None
-        widths = {bits: tuple(sum(n for n, b in group if b == bits) for group in self.scheme.tiers) for bits in parts}
-        return tuple(replace(part, widths=widths[bits]) for bits, (part,) in parts.items())
+        parts = []
+        for name, codec in self.codecs.items():
+            own = codec.parts(self._fields_of(name, fields))
+            if own is None:
+                return None
+            parts.append(replace(own[0], widths=self._group_widths[name]))
+        return tuple(parts)
 
     def records(self) -> tuple[PackRecord, ...] | None:
         records = []
@@ -357,12 +452,11 @@ class TieredCodec(_Codec):
             own = codec.records()
             if own is None:
                 return None
-            (record,) = own
-            records.append(replace(record, prefix=f"{name}.", channels=tuple(self.channels[name].tolist())))
+            records.append(replace(own[0], prefix=f"{name}.", channels=tuple(self.channels_of[name].tolist())))
         return tuple(records)
 
 
-class ProtectedTokenCodec(_Codec):
+class ProtectedTokenCodec(_PartsCodec):
     """A share of each block's tokens at a higher width (VidKV's selective token protection, section 3.3).
 
     The tokens of the highest score are protected; without scores those that the lower width would hurt most, by their
@@ -374,47 +468,39 @@ class ProtectedTokenCodec(_Codec):
         scheme = self.scheme
         self.count = _protected_count(scheme, self.length)
         low = replace(scheme, protected=0.0)
-        by_width = {"symmetric": None, "range_method": None if scheme.range_method == "minmax" else "mse"}
-        high = replace(low, bits=scheme.protected_bits, **by_width)
+        # Sign and range method have other defaults at the higher width; a range by squared error stays one.
+        high = replace(low, bits=scheme.protected_bits, symmetric=None, range_method=None)
+        if scheme.range_method != "minmax":
+            high = replace(high, range_method="mse")
         self.unprotected = self._with(low, self.length, self.widths, torch.float32)
-        self.codecs = {
-            "high": self._with(high, self.count, self.widths, self.dtype),
-            "low": self._with(low, self.length - self.count, self.widths, self.dtype),
-        }
+        self.codecs["high"] = self._with(high, self.count, self.widths, self.dtype)
+        self.codecs["low"] = self._with(low, self.length - self.count, self.widths, self.dtype)
 
     def fields(self):
-        own = {"is_protected": ((_mask_bytes(self.length),), torch.uint8)}
-        return own | _join({name: codec.fields() for name, codec in self.codecs.items()})
+        return {"is_protected": ((_mask_bytes(self.length),), torch.uint8)} | super().fields()
 
     def encode(self, states: torch.Tensor, score: torch.Tensor | None = None) -> Fields:
         if score is None:
+            # The error of the lower width over the whole block stands for the error in the part.
             low = self.unprotected.decode(self.unprotected.encode(states))
             score = (states.float() - low).square().sum(-1)
         chosen = score.argsort(dim=-1, descending=True, stable=True)[:, : self.count]
         is_protected = torch.zeros(states.shape[:2], dtype=torch.bool, device=states.device).scatter(1, chosen, True)
+        # The protected tokens go to the front, then both parts are stored by themselves.
         order = _mask_order(is_protected)
         sorted_states = states.gather(1, order[..., None].expand_as(states))
-        high, low = sorted_states.tensor_split([self.count], dim=1)
-        encoded = {"high": self.codecs["high"].encode(high), "low": self.codecs["low"].encode(low)}
-        return {"is_protected": _pack_mask(is_protected)} | _join(encoded)
+        parts = sorted_states.tensor_split([self.count], dim=1)
+        return {"is_protected": _pack_mask(is_protected)} | self._encode_parts(*parts)
 
     def decode(self, fields: Fields) -> torch.Tensor:
-        states = torch.cat([codec.decode(_part(fields, name)) for name, codec in self.codecs.items()], dim=-2)
+        states = torch.cat(self._decode_parts(fields), dim=-2)
         order = _mask_order(_unpack_mask(fields["is_protected"], self.length))
         return states.gather(-2, order.argsort(dim=-1)[..., None].expand_as(states))
 
 
-# ---- fields of parts, masks of a bit per element
-
-
-def _join(parts: dict[str, dict]) -> dict:
-    """The fields of all parts, each with its part's name before its own."""
-    return {f"{part}.{name}": field for part, fields in parts.items() for name, field in fields.items()}
-
-
-def _part(fields: Fields, part: str) -> Fields:
-    """The fields of one part by their own names."""
-    return {n.removeprefix(f"{part}."): t for n, t in fields.items() if n.startswith(f"{part}.")}
+def _protected_count(scheme: QuantScheme, length: int) -> int:
+    """Protected tokens of a block."""
+    return max(1, round(scheme.protected * length))
 
 
 def _mask_bytes(length: int) -> int:
@@ -428,6 +514,7 @@ def _pack_mask(mask: torch.Tensor) -> torch.Tensor:
 
 
 def _unpack_mask(packed: torch.Tensor, length: int) -> torch.Tensor:
+    """Inverse of `_pack_mask` for a mask of `length` elements."""
     bits = packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
     return bits.flatten(-2)[..., :length].bool()
 
@@ -437,14 +524,6 @@ def _mask_order(mask: torch.Tensor) -> torch.Tensor:
     return (~mask).to(torch.uint8).argsort(dim=-1, stable=True)
 
 
-# ---- choice
-
-
-def _protected_count(scheme: QuantScheme, length: int) -> int:
-    """Tokens of a block that are protected."""
-    return max(1, round(scheme.protected * length))
-
-
 def check_codec(scheme: QuantScheme, length: int) -> None:
     """Raise a `ValueError` for a scheme that has no quantizer for blocks of `length` tokens."""
     if scheme.quantizer is not None and scheme.quantizer not in QUANTIZERS:
@@ -452,6 +531,25 @@ def check_codec(scheme: QuantScheme, length: int) -> None:
         raise ValueError(f"quantizer={scheme.quantizer!r}: must be registered (registered are: {known})")
     if scheme.protected and _protected_count(scheme, length) >= length:
         raise ValueError(f"protected={scheme.protected}: must leave tokens of a block of {length} unprotected")
+
+
+def _codec_class(scheme: QuantScheme) -> type[BlockCodec]:
+    """The quantizer of a scheme; the one that wraps others comes first."""
+    if scheme.tiers is not None:
+        return TieredCodec
+    if scheme.static:
+        return StaticCodec
+    if scheme.bits == 16 and scheme.quantizer is None:
+        return ExactCodec  # lossless, so neither protection nor rotation gains anything
+    if scheme.protected:
+        return ProtectedTokenCodec
+    if scheme.rotation:
+        return RotatedCodec
+    if scheme.quantizer is not None:
+        return QUANTIZERS[scheme.quantizer]
+    if scheme.bits == 1.5:
+        return MixedChannelCodec
+    return UniformCodec
 
 
 def make_codec(
@@ -466,7 +564,7 @@ def make_codec(
     """Quantizer of one side of a layer.
 
     Args:
-        scheme: What to store.
+        scheme: Settings of the side.
         length: Tokens per block.
         widths: Channels of each head group.
         dtype: Type of the states.
@@ -475,39 +573,25 @@ def make_codec(
         scale_dtype: Default: `parameter_dtype(dtype)`.
 
     Raises:
-        ValueError: The scheme asks for what does not exist or was not given.
+        ValueError: The scheme asks for a quantizer that does not exist or does not fit the block or the head groups.
     """
-    arguments = (
-        scheme,
-        length,
-        widths,
-        dtype,
-        backend or get_backend("reference", torch.device("cpu")),
-        scale_dtype or parameter_dtype(dtype),
-    )
     check_codec(scheme, length)
-    if scheme.tiers is not None:
-        channels = tuple(sum(n for n, _ in group) for group in scheme.tiers)
-        if channels != tuple(widths):
-            raise ValueError(f"tiers: of {list(channels)} channels must fill the head groups of {list(widths)}")
-        return TieredCodec(*arguments, static_scales=static_scales)
-    if scheme.static:
-        return StaticCodec(*arguments, scales=static_scales)
-    if scheme.bits == 16 and scheme.quantizer is None:
-        return ExactCodec(*arguments)
-    if scheme.protected:
-        return ProtectedTokenCodec(*arguments)
-    if scheme.rotation:
-        return RotatedCodec(*arguments)
-    if scheme.quantizer is None:
-        return MixedChannelCodec(*arguments) if scheme.bits == 1.5 else UniformCodec(*arguments)
-    return QUANTIZERS[scheme.quantizer](*arguments)
+    backend = backend or get_backend("reference", torch.device("cpu"))
+    arguments = (scheme, length, widths, dtype, backend, scale_dtype or parameter_dtype(dtype))
+    codec_class = _codec_class(scheme)
+    if codec_class in (TieredCodec, StaticCodec):
+        return codec_class(*arguments, static_scales=static_scales)
+    return codec_class(*arguments)
 
 
 def block_length(*schemes: QuantScheme) -> int:
     """Tokens of a block that all sides share, G: the larger group size; with protected tokens at least 128."""
-    length = max(scheme.group_size or DEFAULT_BLOCK_LENGTH for scheme in schemes)
-    if any(scheme.protected for scheme in schemes):
+    length, is_protected = 0, False
+    for scheme in schemes:
+        length = max(length, scheme.group_size or DEFAULT_BLOCK_LENGTH)
+        is_protected = is_protected or scheme.protected > 0
+    # A multiple of the group size, so that a block still holds whole groups.
+    if is_protected:
         length *= -(-DEFAULT_BLOCK_LENGTH // length)
     return length
 
@@ -515,20 +599,3 @@ def block_length(*schemes: QuantScheme) -> int:
 def block_nbytes(codec: BlockCodec) -> int:
     """Bytes that one block takes, everything counted."""
     return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in codec.fields().values())
-
-
-__all__ = [
-    "QUANTIZERS",
-    "BlockCodec",
-    "ExactCodec",
-    "MixedChannelCodec",
-    "ProtectedTokenCodec",
-    "RotatedCodec",
-    "StaticCodec",
-    "TieredCodec",
-    "UniformCodec",
-    "block_length",
-    "block_nbytes",
-    "make_codec",
-    "register_quantizer",
-]

@@ -7,14 +7,26 @@ the `version`, what the cache says of itself (`KIVILatentCache.save`), and the S
 import hashlib
 import json
 import os
+from itertools import chain
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from modules.cache.exact import ExactTokens
+from modules.cache.growing import SavedLayer
+from modules.cache.layer import LatentLayer, in_any_mode
+from modules.cache.rows import Row, column
+from modules.cache.scheme import SIDES, CacheScheme
 from modules.files import save_tensors
 
 KEY, CHECKSUM, VERSION = "kivi_latent_cache", "sha256", 4
+
+#: Tensors of the calibrated scales of a side.
+STATIC_NAMES = ("scale", "zero_point")
+
+#: Types that states can have.
+STATE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def _sha256(tensor: torch.Tensor) -> str:
@@ -65,4 +77,149 @@ def read_cache_file(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, 
     return header, tensors
 
 
-__all__ = ["read_cache_file", "write_cache_file"]
+def export_layer(layer: LatentLayer) -> tuple[dict[str, torch.Tensor], dict]:
+    """The tokens that a layer holds: tensors without slack, and the bookkeeping as JSON types."""
+    tensors = {}
+    for side, pair in layer.static_scales.items():
+        for name, tensor in zip(STATIC_NAMES, pair, strict=True):
+            tensors[f"static.{side}.{name}"] = tensor.clone()
+    if not layer.rows:  # nothing was fed, or a layer of fixed capacity was reset
+        return tensors, {"slots": 0}
+    with layer.pool.lock:
+        rows = layer.rows
+        # Blocks by their slots, each once; rows then refer to places among them.
+        live = sorted(set(chain.from_iterable(column(rows, "blocks"))))
+        for side, fields in layer.pool.storage.items():
+            for name, tensor in fields.items():
+                tensors[f"{side}.{name}"] = tensor[live]
+    lengths = exact_lengths(layer.scheme)
+    for name, tensor in layer.exact.named().items():
+        tensors[name] = tensor[:, : lengths[name.partition("_")[0]]]
+    places = {slot: i for i, slot in enumerate(live)}
+    records = [row.moved(places)._asdict() for row in rows]
+    return tensors, {"slots": layer.slots, "widths": layer.widths, "rows": records}
+
+
+def exact_lengths(scheme: CacheScheme) -> dict[str, int]:
+    """Tokens of sinks and windows in a file."""
+    return {"sink": scheme.sink_length, "window": scheme.longest_window + 1}
+
+
+@in_any_mode
+def parse_layer(tensors: dict[str, torch.Tensor], record: dict, scheme: CacheScheme, scored: bool) -> SavedLayer:
+    """Inverse of `export_layer`; the tensors are copied.
+
+    Args:
+        tensors: Of the layer, by their names in it.
+        record: The bookkeeping.
+        scheme: Of the layer.
+        scored: Whether the tokens of its windows have scores.
+
+    Raises:
+        ValueError: Tensors and record are not those of a layer of this scheme.
+    """
+    tensors = dict(tensors)
+    if set(record) not in ({"slots"}, {"slots", "widths", "rows"}):
+        raise ValueError(f"record: {sorted(record)} must be slots, and widths and rows unless nothing was fed")
+    is_fed = "rows" in record
+    _check_integers("slots", [record["slots"]], 0, 2**62 if is_fed else 0)
+    saved = SavedLayer({}, record["slots"])
+    for side in _static_sides(tensors):
+        channels = tuple(tensors[f"static.{side}.scale"].shape)
+        scale, zero_point = (f"static.{side}.{name}" for name in STATIC_NAMES)
+        saved.static_scales[side] = (
+            _take(tensors, scale, channels, torch.float32),
+            _take(tensors, zero_point, channels, torch.float32),
+        )
+    if is_fed:
+        _parse_tokens(saved, tensors, record, scheme, scored)
+    if tensors:
+        raise ValueError(f"{', '.join(sorted(tensors))}: no such tensor in a layer of this scheme")
+    return saved
+
+
+def _static_sides(tensors: dict[str, torch.Tensor]) -> list[str]:
+    """Sides of which tensors hold calibrated scales, named "static.keys.scale"."""
+    sides = []
+    for name in tensors:
+        kind, _, rest = name.partition(".")
+        if kind == "static" and rest.endswith(".scale"):
+            sides.append(rest.partition(".")[0])
+    return sides
+
+
+def _parse_tokens(saved: SavedLayer, tensors: dict, record: dict, scheme: CacheScheme, scored: bool) -> None:
+    """Take what a layer that was fed holds."""
+    window, widths, rows = tensors.get("window_keys"), record["widths"], record["rows"]
+    if window is None or window.dim() != 3 or not len(window) or window.dtype not in STATE_DTYPES:
+        raise ValueError("window_keys: must be [rows, tokens, channels] floats")
+    if not isinstance(widths, list) or len(widths) != 2:
+        raise ValueError("widths: must be those of keys and values")
+    for side in widths:
+        _check_integers("widths", side, 1, 2**31)
+    if not isinstance(rows, list) or len(rows) != len(window):
+        raise ValueError(f"rows: must be the {len(window)} of window_keys")
+    saved.widths = tuple(map(tuple, widths))
+    channels = dict(zip(SIDES, map(sum, widths), strict=True))
+    for side, (scale, _) in saved.static_scales.items():
+        if scale.shape != (channels.get(side),):
+            raise ValueError(f"static.{side}.scale: {list(scale.shape)} must be one for each channel")
+
+    exact, lengths = {}, exact_lengths(scheme)
+    for place, length in lengths.items():
+        for side in SIDES:
+            name = f"{place}_{side}"
+            exact[name] = _take(tensors, name, (len(window), length, channels[side]), window.dtype)
+    if scored:
+        exact["window_score"] = _take(tensors, "window_score", tuple(window.shape[:2]), torch.float32)
+    saved.exact = ExactTokens.from_named(exact)
+
+    codecs = scheme.codecs(saved.widths, window.dtype, None, saved.static_scales)
+    count = len(tensors.get(f"keys.{next(iter(codecs['keys'].fields()))}", ()))
+    saved.rows = [parse_row(row, scheme, record["slots"], count) for row in rows]
+    for side, codec in codecs.items():
+        saved.blocks[side] = {}
+        for name, (shape, dtype) in codec.fields().items():
+            saved.blocks[side][name] = _take(tensors, f"{side}.{name}", (count, *shape), dtype)
+
+
+def parse_row(record: dict, scheme: CacheScheme, slots: int, blocks: int) -> Row:
+    """Inverse of `Row._asdict`, for a row of so many slots of a layer of so many packed blocks.
+
+    Raises:
+        ValueError: The record is not that of such a row.
+    """
+    if not isinstance(record, dict) or set(record) != set(Row._fields):
+        raise ValueError(f"row: must have {', '.join(sorted(Row._fields))}")
+    _check_integers("row: sinks", [record["sinks"]], 0, scheme.sink_length)
+    _check_integers("row: window", [record["window"]], 0, scheme.longest_window)
+    _check_integers("row: blocks", record["blocks"], 0, blocks - 1)
+    _check_integers("row: counts", record["counts"], 1, scheme.block_length)
+    if not isinstance(record["pads"], list):
+        raise ValueError("row: pads must be a list")
+    for pad in record["pads"]:
+        _check_integers("row: pads", pad, 0, slots)
+    edges = list(chain.from_iterable(record["pads"]))
+    if edges != sorted(edges) or any(len(pad) != 2 for pad in record["pads"]):
+        raise ValueError("row: pads must be rising ranges")
+    if len(record["blocks"]) != len(record["counts"]):
+        raise ValueError("row: blocks and counts must be as many")
+    pads = tuple(map(tuple, record["pads"]))
+    row = Row(record["sinks"], record["window"], tuple(record["blocks"]), tuple(record["counts"]), pads)
+    if row.slots != slots:
+        raise ValueError(f"row: tokens and pads must be its {slots} slots")
+    return row
+
+
+def _take(tensors: dict, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Remove a tensor from `tensors`; returns a copy."""
+    tensor = tensors.pop(name, None)
+    if tensor is None or tuple(tensor.shape) != shape or tensor.dtype != dtype:
+        found = "missing" if tensor is None else f"{list(tensor.shape)} of {tensor.dtype}"
+        raise ValueError(f"{name}: {found}, must be {list(shape)} of {dtype}")
+    return tensor.clone()
+
+
+def _check_integers(name: str, values: list, low: int, high: int) -> None:
+    if not isinstance(values, list) or not all(type(x) is int and low <= x <= high for x in values):
+        raise ValueError(f"{name}={values!r}: must be integers from {low} to {high}")

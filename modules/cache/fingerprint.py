@@ -1,4 +1,4 @@
-"""What tells one model from another: its shape, and a digest of all that a cached state depends on."""
+"""Fingerprint of a model: its shape, and a digest of everything that a cached state depends on."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from configuration_alrd_llama import check_choice
 
-#: What a digest is of: every byte of the weights, or `SAMPLE` elements of each, evenly spread.
+#: Kinds of digest: of every byte of the weights, or of `SAMPLE` elements of each, evenly spread.
 DIGESTS = ("all", "sample")
 SAMPLE = 256
 
@@ -45,18 +45,17 @@ _PIECE = 1 << 24
 def model_fingerprint(model: nn.Module, digest: str = "all") -> dict[str, Any]:
     """Fingerprint of a model of transformers, in JSON types: fields of its configuration, digest of its weights.
 
-    The digest covers name, type, shape and contents of all that the modules of the decoder store, quantized weights and
-    adapters included, and the switches of adapters: not the head, on which no cached state depends, nor hooks. Nothing
-    is remembered from call to call, for weights can be written without a trace.
+    The digest covers name, type, shape and contents of everything that the modules of the decoder store, quantized
+    weights and adapters included, and the switches of adapters; not the head, on which no cached state depends, nor
+    hooks. Nothing is remembered from call to call, for weights can be written without a trace.
 
     Args:
         model: The model.
-        digest: "all": of every byte, in some 1.5 seconds per gigabyte of weights and processor; "sample": of 256
-            elements of each tensor, in milliseconds, by which other checkpoints are told, but not a change of a few
-            elements.
+        digest: "all": every byte, in some 1.5 seconds per gigabyte of weights and processor; "sample": 256 elements of
+            each tensor, in milliseconds, which tell another checkpoint, but not a change of a few elements.
 
     Raises:
-        ValueError: Another `digest`.
+        ValueError: `digest` is neither.
     """
     check_choice("digest", digest, DIGESTS)
     decoder = model.get_decoder()
@@ -66,10 +65,16 @@ def model_fingerprint(model: nn.Module, digest: str = "all") -> dict[str, Any]:
 
 
 def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
-    """What differs between two fingerprints, in words."""
-    differing = [name for name in sorted({*found, *expected}) if found.get(name) != expected.get(name)]
-    words = {name: f"{name} is {found.get(name)!r}, must be {expected.get(name)!r}" for name in differing}
-    return [text if len(text) < 120 else f"{name} differs" for name, text in words.items()]
+    """Fields in which two fingerprints differ, in words."""
+    words = []
+    for name in sorted({*found, *expected}):
+        if found.get(name) == expected.get(name):
+            continue
+        text = f"{name} is {found.get(name)!r}, must be {expected.get(name)!r}"
+        if len(text) >= 120:
+            text = f"{name} differs"
+        words.append(text)
+    return words
 
 
 def _weights_at_hand(module: nn.Module):
@@ -81,8 +86,13 @@ def _weights_at_hand(module: nn.Module):
     return align_module_device(module)
 
 
+def _sha256(piece: memoryview | bytes) -> bytes:
+    return hashlib.sha256(piece).digest()
+
+
 @torch.no_grad()
 def _digest(decoder: nn.Module, sample: bool) -> str:
+    """Digest of all modules: of the names of their values, and of the digests of the values' pieces."""
     digest = hashlib.sha256()
     with ThreadPoolExecutor() as pool:
         for prefix, module in decoder.named_modules():
@@ -90,39 +100,43 @@ def _digest(decoder: nn.Module, sample: bool) -> str:
                 for name, value in _state(module).items():
                     digest.update(f"{prefix}.{name}".encode())
                     for content in _contents(value, sample):
-                        pieces = (content[i : i + _PIECE] for i in range(0, len(content), _PIECE))
-                        digest.update(b"".join(pool.map(lambda piece: hashlib.sha256(piece).digest(), pieces)))
+                        pieces = [content[i : i + _PIECE] for i in range(0, len(content), _PIECE)]
+                        digest.update(b"".join(pool.map(_sha256, pieces)))
     return digest.hexdigest()
 
 
 def _state(module: nn.Module) -> dict[str, Any]:
-    """All that a module, without its children, brings to a result."""
+    """Values of a module, without its children, on which its results depend."""
     state: dict[str, Any] = {}
-    module._save_to_state_dict(state, "", True)  # in which quantized modules say what they have in place of parameters
-    state |= dict(module.named_buffers(recurse=False))  # those that are not saved, too
+    # Quantized modules give here what they have in place of parameters.
+    module._save_to_state_dict(state, "", True)
+    # Buffers that are not saved count, too.
+    state |= dict(module.named_buffers(recurse=False))
     return state | {name: getattr(module, name) for name in _ATTRIBUTES if hasattr(module, name)}
 
 
 def _contents(value: Any, sample: bool) -> Iterator[bytes]:
-    """What a value stores, as bytes: a tensor of any kind, or what holds tensors."""
+    """Stored bytes of a value: of a tensor of any kind, or of a list of tensors."""
     if isinstance(value, (tuple, list)):
         for part in value:
             yield from _contents(part, sample)
     elif not isinstance(value, torch.Tensor):
         yield repr(value).encode()
-    elif is_traceable_wrapper_subclass(value):  # of torchao, or this rank's part of a distributed tensor
+    elif is_traceable_wrapper_subclass(value):
+        # A tensor of torchao, or this rank's part of a distributed tensor: its inner tensors count.
         for name in value.__tensor_flatten__()[0]:
             yield from _contents(getattr(value, name), sample)
     else:
         yield f"{value.dtype} {tuple(value.shape)}".encode()
-        flat = (value.dequantize() if value.is_quantized else value.detach()).flatten()
+        flat = value.detach()
+        if value.is_quantized:
+            flat = value.dequantize()
+        flat = flat.flatten()
         count = len(flat)
         if sample and count > SAMPLE:
+            # Evenly spread, the first and the last element included.
             places = torch.arange(SAMPLE, dtype=torch.int64, device=flat.device) * (count - 1) // (SAMPLE - 1)
             flat = flat[places]
         flat = flat.cpu().contiguous()
         # One element counts as contiguous with any stride, but is no bytes then.
         yield memoryview(flat.as_strided((len(flat),), (1,)).view(torch.uint8).numpy())
-
-
-__all__ = ["DIGESTS", "differences", "model_fingerprint"]

@@ -24,39 +24,18 @@ from weakref import WeakValueDictionary
 import torch
 from torch.library import custom_op
 
-from configuration_alrd_llama import QuantScheme
 from modules.cache.codecs import BlockCodec
+from modules.cache.exact import ExactTokens
 from modules.cache.pool import BlockPool
+from modules.cache.rows import Row
 from modules.kernels import MAX_QUERY_LENGTH, Backend
 from modules.kernels.packed import LatentQuery, NewTokens, PackedCache, Rope, Tile
 from modules.quant_utils import require
 from modules.svd_linear import Expansion
 
-SIDES = ("keys", "values")
-
-
-def field_without_capacity(scheme: QuantScheme) -> str | None:
-    """The field of a scheme for which a cache of fixed capacity cannot store it; `None`: it can."""
-    refused = {
-        "quantizer": scheme.quantizer is not None,
-        "protected": bool(scheme.protected),
-        "rotation": scheme.rotation,
-        "bits": scheme.bits == 1.5 and scheme.tiers is None,
-    }
-    return next((field for field, is_refused in refused.items() if is_refused), None)
-
-
-def check_fixed(name: str, scheme: QuantScheme) -> None:
-    """Raise a `ValueError` for a scheme of the side `name` that a cache of fixed capacity does not store."""
-    if (field := field_without_capacity(scheme)) is not None:
-        raise ValueError(
-            f"capacity: {name} have {field}={getattr(scheme, field)!r}, which a cache of fixed capacity does not "
-            "store; leave out capacity, or choose another width or scheme"
-        )
-
 
 @dataclass(frozen=True)
-class Room:
+class RowLayout:
     """Sizes of a row, in tokens: `CacheScheme`'s window, sinks and blocks, and what the row can hold in all."""
 
     residual_length: int
@@ -91,11 +70,11 @@ class Plan:
     """What a step must know besides the tensors of a `FixedStore`; shared by its copies.
 
     Attributes:
-        room: Sizes of a row.
+        layout: Sizes of a row.
         codecs: Quantizer of each side, `{"keys": …, "values": …}`.
     """
 
-    room: Room
+    layout: RowLayout
     codecs: dict[str, BlockCodec]
 
     def __deepcopy__(self, memo) -> "Plan":
@@ -108,12 +87,12 @@ _PLANS: WeakValueDictionary[str, Plan] = WeakValueDictionary()
 _count = itertools.count()
 
 
-def _shared_plan(codecs: dict[str, BlockCodec], room: Room, device: torch.device) -> tuple[str, Plan]:
+def _shared_plan(codecs: dict[str, BlockCodec], layout: RowLayout, device: torch.device) -> tuple[str, Plan]:
     """The plan of such stores and its name: one for all that are alike, so that a graph serves the next cache too."""
     alike = [(c.scheme, c.widths, c.dtype, c.scale_dtype, c.backend.name) for c in codecs.values()]
     static = any(codec.scheme.static for codec in codecs.values())  # scales of their own
-    name = f"{room} {device} {alike} {next(_count) if static else ''}"
-    return name, _PLANS.setdefault(name, Plan(room, codecs))
+    name = f"{layout} {device} {alike} {next(_count) if static else ''}"
+    return name, _PLANS.setdefault(name, Plan(layout, codecs))
 
 
 # Nodes of a graph: a compiler that kept the casts of `quantize` in float32 would change the codes. The names are this
@@ -177,11 +156,17 @@ def _(tensors: list[torch.Tensor], query: torch.Tensor, *arguments) -> torch.Ten
     return query.new_empty(shape, dtype=torch.promote_types(query.dtype, torch.float32))
 
 
+def _beyond(count: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """`[B, N, 1]` bool: places of `[B, N, C]` tokens beyond the row's count `[B]`."""
+    place = torch.arange(tokens.shape[1], dtype=torch.int32, device=tokens.device)
+    return (place >= count[:, None])[..., None]
+
+
 def append_tokens(
     plan: Plan, tensors: dict[str, torch.Tensor], keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor | None
 ) -> None:
     """`FixedStore.append` in plain PyTorch, on the tensors of a store."""
-    room, length, block = plan.room, keys.shape[1], plan.room.block_length
+    layout, length, block = plan.layout, keys.shape[1], plan.layout.block_length
     state, table = tensors["state"], tensors["table"]
     place = partial(torch.arange, dtype=torch.int32, device=keys.device)
     new, count = {"keys": keys, "values": values}, torch.full_like(state[0], length)
@@ -194,11 +179,11 @@ def append_tokens(
         new = {side: x.gather(1, order.expand_as(x)).where(kept, 0) for side, x in new.items()}
 
     sinks, start, window, blocks = state
-    to_sinks = torch.where((window == 0) & (blocks == 0), (room.sink_length - sinks).minimum(count), 0)
+    to_sinks = torch.where((window == 0) & (blocks == 0), (layout.sink_length - sinks).minimum(count), 0)
     total = window + count - to_sinks
-    flushed = (total - room.residual_length).clamp(min=0) // block
-    fits = (start + to_sinks + total <= room.capacity) & (blocks + flushed <= room.blocks)
-    require(fits.all(), room.full_message)
+    flushed = (total - layout.residual_length).clamp(min=0) // block
+    fits = (start + to_sinks + total <= layout.capacity) & (blocks + flushed <= layout.blocks)
+    require(fits.all(), layout.full_message)
     if keys.device.type == "cpu" and real is None and not torch.logical_or(flushed, to_sinks).any():
         at = (window[:, None] + place(length)).long()[..., None]
         for side, x in new.items():
@@ -207,17 +192,17 @@ def append_tokens(
         return
 
     # The window and the new tokens behind it, without gaps.
-    source = place(room.window + length)
-    source = torch.where(source < window[:, None], source, source + (room.window - window + to_sinks)[:, None])
-    source = source.clamp(max=room.window + length - 1).long()[..., None]
+    source = place(layout.window + length)
+    source = torch.where(source < window[:, None], source, source + (layout.window - window + to_sinks)[:, None])
+    source = source.clamp(max=layout.window + length - 1).long()[..., None]
     streams = {}
     for side, x in new.items():
-        stream = torch.cat([tensors[f"window_{side}"][:, : room.window], x], dim=1)
+        stream = torch.cat([tensors[f"window_{side}"][:, : layout.window], x], dim=1)
         streams[side] = stream.gather(1, source.expand(-1, -1, x.shape[2]))
-    _flush(plan, tensors, streams, flushed, room.due(length))
+    _flush(plan, tensors, streams, flushed, layout.due(length))
 
-    kept = (place(room.window) + (flushed * block)[:, None]).clamp(max=room.window + length - 1).long()[..., None]
-    index = place(room.sink_length) - sinks[:, None]
+    kept = (place(layout.window) + (flushed * block)[:, None]).clamp(max=layout.window + length - 1).long()[..., None]
+    index = place(layout.sink_length) - sinks[:, None]
     taken = ((index >= 0) & (index < to_sinks[:, None]))[..., None]
     exact = {}
     for side, x in new.items():
@@ -225,7 +210,7 @@ def append_tokens(
         sink = tensors[f"sink_{side}"]
         first = x.gather(1, index.clamp(0, length - 1).long()[..., None].expand_as(sink))
         exact[f"sink_{side}"] = torch.where(taken, first, sink)
-    begin, nth = start + to_sinks, place(room.blocks) - blocks[:, None]
+    begin, nth = start + to_sinks, place(layout.blocks) - blocks[:, None]
     written = (nth >= 0) & (nth < flushed[:, None])
     starts = torch.where(written, begin[:, None] + nth * block, table[1])
     counts = torch.where(written, block, table[2])
@@ -240,22 +225,22 @@ def append_tokens(
 
 def _flush(plan: Plan, tensors, streams: dict[str, torch.Tensor], flushed: torch.Tensor, candidates: int) -> None:
     """Quantize the first blocks of the streams `[B, tokens, C]`, those that are due into the rows' next slots."""
-    room, table, blocks = plan.room, tensors["table"], tensors["state"][3]
+    layout, table, blocks = plan.layout, tensors["table"], tensors["state"][3]
     nth = torch.arange(candidates, dtype=torch.int32, device=flushed.device)
     due = nth < flushed[:, None]
-    following = (blocks[:, None] + nth).clamp(max=room.blocks - 1).long()
+    following = (blocks[:, None] + nth).clamp(max=layout.blocks - 1).long()
     slots = torch.where(due, table[0].gather(1, following), table[0].numel()).flatten().long()
     encoded = {}
     for side, x in streams.items():
-        states = x[:, : candidates * room.block_length].unflatten(1, (candidates, -1)).where(due[..., None, None], 0)
+        states = x[:, : candidates * layout.block_length].unflatten(1, (candidates, -1)).where(due[..., None, None], 0)
         fields = plan.codecs[side].encode(states.flatten(0, 1))
         encoded |= {f"{side}.{name}": tensor for name, tensor in fields.items()}
     for name, tensor in encoded.items():
         tensors[name].index_copy_(0, slots, tensor)
 
 
-#: Places of the tokens in full precision, by the names of their tensors.
-_EXACT = {f"{place}_{side}": (place, side) for place in ("sink", "window") for side in SIDES}
+#: Names of the tokens in full precision, in the order of a store's tensors.
+_EXACT_NAMES = ("sink_keys", "sink_values", "window_keys", "window_values")
 
 #: Stores by the address of their `state`.
 _STORES: WeakValueDictionary[int, "FixedStore"] = WeakValueDictionary()
@@ -266,42 +251,44 @@ class FixedStore:
 
     Args:
         codecs: Quantizer of each side, `{"keys": …, "values": …}`.
-        room: Sizes of a row.
+        layout: Sizes of a row.
         batch: Rows, B.
         dtype, device: Of the states.
     """
 
-    def __init__(self, codecs: dict[str, BlockCodec], room: Room, batch: int, dtype: torch.dtype, device: torch.device):
-        self.room, self.batch = room, batch
-        self.pool = BlockPool(codecs, device, batch * room.blocks + 1)
+    def __init__(
+        self, codecs: dict[str, BlockCodec], layout: RowLayout, batch: int, dtype: torch.dtype, device: torch.device
+    ):
+        self.layout, self.batch = layout, batch
+        self.pool = BlockPool(codecs, device, batch * layout.blocks + 1)
         self.state = torch.zeros((4, batch), dtype=torch.int32, device=device)
-        self.table = torch.zeros((3, batch, room.blocks), dtype=torch.int32, device=device)
-        self.table[0] = torch.arange(batch * room.blocks, dtype=torch.int32, device=device).view(batch, -1)
+        self.table = torch.zeros((3, batch, layout.blocks), dtype=torch.int32, device=device)
+        self.table[0] = torch.arange(batch * layout.blocks, dtype=torch.int32, device=device).view(batch, -1)
         self._origin = torch.zeros((batch, 1), dtype=torch.int32, device=device)
         # The kernels put the new tokens of a step behind the window before they take blocks from its front.
-        rooms = {"sink": room.sink_length, "window": room.window + MAX_QUERY_LENGTH}
-        self.exact = {
-            name: torch.zeros((batch, rooms[place], sum(codecs[side].widths)), dtype=dtype, device=device)
-            for name, (place, side) in _EXACT.items()
-        }
+        lengths = (layout.sink_length, layout.window + MAX_QUERY_LENGTH)
+        channels = {side: sum(codec.widths) for side, codec in codecs.items()}
+        self.exact = ExactTokens.zeros(batch, lengths, channels, dtype, device)
         #: For the kernels: whether all values could be quantized, and no row has exceeded its capacity.
         self.ok = torch.ones(2, dtype=torch.bool, device=device)
-        self.plan_name, self.plan = _shared_plan(codecs, room, device)
+        self.plan_name, self.plan = _shared_plan(codecs, layout, device)
         self._name_tensors()
         self._register()
 
     def _name_tensors(self) -> None:
-        self.stored = {f"{side}.{n}": t for side, fields in self.pool.storage.items() for n, t in fields.items()}
-        self.tensors = {"state": self.state, "table": self.table, "ok": self.ok} | self.exact | self.stored
+        self.stored = {}
+        for side, fields in self.pool.storage.items():
+            self.stored |= {f"{side}.{name}": tensor for name, tensor in fields.items()}
+        exact = self.exact.named()
+        self.tensors = {"state": self.state, "table": self.table, "ok": self.ok} | exact | self.stored
         sinks, start, held, _ = self.state.unsqueeze(-1)
         #: Sinks and window as attention reads them: views, which every step changes.
-        self._tiles = tuple(
-            (Tile(*(self.exact[f"{name}_{side}"][:, None, :length] for side in SIDES), *counts),) if length else ()
-            for name, length, counts in (
-                ("sink", self.room.sink_length, (self._origin, sinks)),
-                ("window", self.room.window, (start, held)),
-            )
-        )
+        self._sink_tiles: tuple[Tile, ...] = ()
+        if self.layout.sink_length:
+            self._sink_tiles = (self.exact.tile("sinks", self._origin, sinks, self.layout.sink_length),)
+        self._window_tiles: tuple[Tile, ...] = ()
+        if self.layout.window:
+            self._window_tiles = (self.exact.tile("window", start, held, self.layout.window),)
         #: The kernels of an append, prepared at the first one.
         self._fused: Callable | None = None
 
@@ -313,13 +300,13 @@ class FixedStore:
                 torch._dynamo.mark_static_address(tensor)
 
     def __getstate__(self) -> dict:
-        made = ("stored", "tensors", "_tiles", "_fused")
+        made = ("stored", "tensors", "_sink_tiles", "_window_tiles", "_fused")
         return {name: value for name, value in vars(self).items() if name not in made}
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
         if _PLANS.get(self.plan_name) is not self.plan:  # unpickled, maybe where the name is that of another plan
-            self.plan_name, self.plan = _shared_plan(self.plan.codecs, self.room, self.state.device)
+            self.plan_name, self.plan = _shared_plan(self.plan.codecs, self.layout, self.state.device)
         self._name_tensors()
         self._register()
 
@@ -333,11 +320,14 @@ class FixedStore:
         if known is not None and all(a.data_ptr() == b.data_ptr() for a, b in zip(tensors, known.tensors.values())):
             return known
         plan, store = _PLANS[plan_name], cls.__new__(cls)
-        store.plan_name, store.plan, store.room, store.batch = plan_name, plan, plan.room, tensors[0].shape[1]
+        store.plan_name, store.plan, store.layout, store.batch = plan_name, plan, plan.layout, tensors[0].shape[1]
         store.state, store.table, store.ok, *rest = tensors
         store._origin = torch.zeros((store.batch, 1), dtype=torch.int32, device=store.state.device)
-        store.exact = {name: rest.pop(0) for name in _EXACT}
-        storage = {side: {name: rest.pop(0) for name in codec.fields()} for side, codec in plan.codecs.items()}
+        storage = {}
+        store.exact = ExactTokens.from_named(dict(zip(_EXACT_NAMES, rest)))
+        stored = iter(rest[len(_EXACT_NAMES) :])
+        for side, codec in plan.codecs.items():
+            storage[side] = dict(zip(codec.fields(), stored))
         store.pool = BlockPool(plan.codecs, store.state.device, storage=storage)
         store._name_tensors()
         return store
@@ -357,7 +347,7 @@ class FixedStore:
         """
         if torch.compiler.is_compiling():
             _append_in_graph(list(self.tensors.values()), keys, values, real, self.plan_name)
-        elif self._backend.name == "triton" and real is None and keys.shape[1] <= MAX_QUERY_LENGTH:
+        elif self._backend.fused_append is not None and real is None and keys.shape[1] <= MAX_QUERY_LENGTH:
             self._fused = self._fused or self._fused_append()
             self._fused(keys, values)
         else:
@@ -368,11 +358,8 @@ class FixedStore:
         return self.plan.codecs["keys"].backend
 
     def _fused_append(self) -> Callable:
-        # Here, so that triton is imported only where it is chosen.
-        from modules.kernels.triton.append import FusedAppend
-
         records = {side: codec.records() for side, codec in self.plan.codecs.items()}
-        return FusedAppend(self.room, records, self.tensors)
+        return self._backend.fused_append(self.layout, records, self.tensors)
 
     def attend_and_append(self, query: LatentQuery, new: NewTokens) -> torch.Tensor:
         """`KIVILatentLayer.attend_and_append`, which in a graph is one node."""
@@ -396,22 +383,18 @@ class FixedStore:
             self.plan_name,
         )
 
-    # ---- reading
-
     def packed(self, *new: Tile) -> PackedCache:
         """As `KIVILatentLayer.packed`. Tokens beyond the counts are finite in the tiles, and anything in the blocks."""
-        sinks, window = self._tiles
-        return PackedCache(sinks, window + new, *self.pool.sides(), self.room.block_length, self.table)
+        sides, layout = self.pool.sides(), self.layout
+        return PackedCache(self._sink_tiles, self._window_tiles + new, *sides, layout.block_length, self.table)
 
-    def read_rows(self) -> list[tuple[int, int, list[int], list[int]]]:
-        """Of each row the tokens in its sinks and window, the slots of its blocks and their tokens; waits."""
-        table = self.table.tolist()
-        return [
-            (sinks, window, table[0][i][:blocks], table[2][i][:blocks])
-            for i, (sinks, _, window, blocks) in enumerate(zip(*self.state.tolist(), strict=True))
-        ]
-
-    # ---- editing
+    def read_rows(self) -> list[Row]:
+        """The rows without their pads, read from the device; waits."""
+        slots, _, counts = self.table.tolist()
+        rows = []
+        for i, (sinks, _, window, blocks) in enumerate(self.state.T.tolist()):
+            rows.append(Row(sinks, window, tuple(slots[i][:blocks]), tuple(counts[i][:blocks])))
+        return rows
 
     def crop(self, removed: torch.Tensor) -> None:
         """Remove the last `removed` `[B]` tokens of each row."""
@@ -422,22 +405,20 @@ class FixedStore:
         counts = (left[:, None] - self.table[1]).clamp(min=0).minimum(self.table[2])
         table = torch.stack([torch.where(counts > 0, self.table[1], 0), counts])
         state = torch.stack([sinks.minimum(left), start.minimum(left), window, (counts > 0).sum(1)])
-        empty = {}
-        for name, exact in self.exact.items():
-            count = state[0 if name.startswith("sink") else 2]
-            place = torch.arange(exact.shape[1], dtype=torch.int32, device=exact.device)
-            empty[name] = (place >= count[:, None])[..., None]
+        sinks_left, window_left = state[0], state[2]
+        empty = [(x, _beyond(sinks_left, x)) for x in self.exact.sinks.values()]
+        empty += [(x, _beyond(window_left, x)) for x in self.exact.window.values()]
         # As in `append_tokens`: what takes memory is done.
         self.table[1:].copy_(table)
         self.state.copy_(state)
-        for name, exact in self.exact.items():
-            exact.masked_fill_(empty[name], 0)
+        for tensor, mask in empty:
+            tensor.masked_fill_(mask, 0)
 
     def select(self, indices: torch.Tensor) -> None:
         """Make row i a copy of row `indices[i]`; its packed bytes too, for every row owns its slots."""
         indices = indices.to(self.state.device)
         by_row = [t[:-1].unflatten(0, (self.batch, -1)) for t in self.stored.values()]
-        tensors = (self.state.T, *self.table[1:], *self.exact.values(), *by_row)
+        tensors = (self.state.T, *self.table[1:], *self.exact.tensors(), *by_row)
         # The one piece of memory that it takes.
         room = torch.empty(max(t.nbytes for t in tensors), dtype=torch.uint8, device=self.state.device)
         for tensor in tensors:
@@ -446,9 +427,6 @@ class FixedStore:
 
     def clear(self) -> None:
         """Forget every token; what is allocated stays."""
-        for tensor in (self.state, self.table[1:], *self.exact.values()):
+        for tensor in (self.state, self.table[1:], *self.exact.tensors()):
             tensor.zero_()
         self.ok.fill_(True)
-
-
-__all__ = ["FixedStore", "Room", "append_tokens", "check_fixed"]

@@ -1,7 +1,7 @@
 """A pool of immutable quantized blocks, written once and shared by all rows, and caches, that refer to them."""
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Protocol
 from weakref import WeakSet
@@ -48,13 +48,7 @@ class BlockPool:
         storage: dict[str, Fields] | None = None,
     ):
         self.codecs, self.capacity = codecs, capacity
-        self.storage = storage or {
-            side: {
-                name: torch.empty((capacity, *shape), dtype=dtype, device=device)
-                for name, (shape, dtype) in codec.fields().items()
-            }
-            for side, codec in codecs.items()
-        }
+        self.storage = storage or {side: _allocate(codec, capacity, device) for side, codec in codecs.items()}
         #: Slots that may be written; others may have become free since.
         self.free: list[int] = []
         self._sides: tuple[PackedSide, ...] | None = None
@@ -66,7 +60,9 @@ class BlockPool:
 
     def __getstate__(self) -> dict:
         """A copy has no owners; those that are copied with it say so themselves."""
-        return {name: value for name, value in vars(self).items() if name not in ("owners", "lock")}
+        state = dict(vars(self))
+        del state["owners"], state["lock"]
+        return state
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
@@ -75,7 +71,7 @@ class BlockPool:
     def live(self) -> set[int]:
         """Slots that somebody refers to."""
         with self.lock:
-            return {slot for owner in self.owners for slot in owner.block_slots()}
+            return set().union(*[owner.block_slots() for owner in self.owners])
 
     @property
     def used(self) -> int:
@@ -84,11 +80,17 @@ class BlockPool:
 
     @property
     def slot_nbytes(self) -> int:
-        return sum(block_nbytes(codec) for codec in self.codecs.values())
+        return sum(map(block_nbytes, self.codecs.values()))
 
     def tensors(self) -> list[torch.Tensor]:
         """The storages of all fields, `[capacity, …]` each."""
-        return [tensor for fields in self.storage.values() for tensor in fields.values()]
+        return [tensor for *_, tensor in self._fields()]
+
+    def _fields(self) -> Iterator[tuple[str, str, torch.Tensor]]:
+        """Side, name and storage of each field."""
+        for side, fields in self.storage.items():
+            for name, tensor in list(fields.items()):
+                yield side, name, tensor
 
     @property
     def nbytes(self) -> int:
@@ -104,15 +106,18 @@ class BlockPool:
 
         An owner refers to them before the next call and before it lets the `lock` go; else they are free again.
         """
-        counts = [len(next(iter(next(iter(encoded.values())).values()))) for encoded in batches]
+        counts = [_count_blocks(encoded) for encoded in batches]
         if sum(counts) > len(self.free):
+            # Blocks may have become free since the last look; only then is there reason to grow.
             live = self._sweep()
             if sum(counts) > len(self.free):
                 needed = len(live) + sum(counts)
                 self._grow(needed + needed // 8)
         free, written = list(self.free), []
-        for encoded, count in zip(batches, counts):
-            slots = [free.pop() for _ in range(count)]
+        for encoded, count in zip(batches, counts, strict=True):
+            # The lowest free slots, which stand last.
+            slots = free[len(free) - count :][::-1]
+            del free[len(free) - count :]
             for side, fields in encoded.items():
                 for name, tensor in fields.items():
                     self.storage[side][name][slots] = tensor
@@ -123,21 +128,19 @@ class BlockPool:
     def sides(self) -> tuple[PackedSide, ...]:
         """Keys and values of all slots, as attention reads them."""
         if self._sides is None:
-            self._sides = tuple(self._side(codec, self.storage[side]) for side, codec in self.codecs.items())
+            self._sides = tuple(map(self._side, self.codecs.values(), map(self.storage.get, self.codecs)))
         return self._sides
 
     @staticmethod
     def _side(codec: BlockCodec, storage: Fields) -> PackedSide:
         storage = dict(storage)  # whoever reads keeps what there was, even if the pool is resized meanwhile
         read = partial(_read, codec, storage)
-        if not hasattr(codec, "parts"):  # a quantizer of a user's own
-            return PackedSide(read)
         return PackedSide(read, codec.parts(storage), codec.stored_channels)
 
     def _sweep(self) -> set[int]:
         """Find the free slots, the lowest last; returns the others."""
         live = self.live()
-        self.free = [slot for slot in reversed(range(self.capacity)) if slot not in live]
+        self.free = sorted(set(range(self.capacity)) - live, reverse=True)
         return live
 
     def trim(self) -> None:
@@ -153,29 +156,39 @@ class BlockPool:
     def _grow(self, capacity: int) -> None:
         """Reallocate for more slots, field by field, so that no more than one is there twice."""
         self._sides = None
-        for fields in self.storage.values():
-            for name, old in fields.items():
-                new = torch.empty((capacity, *old.shape[1:]), dtype=old.dtype, device=old.device)
-                new[: self.capacity] = old[: self.capacity]  # of one that has grown already, if this failed before
-                fields[name] = new
+        for side, name, old in self._fields():
+            new = torch.empty((capacity, *old.shape[1:]), dtype=old.dtype, device=old.device)
+            new[: self.capacity] = old[: self.capacity]  # of one that has grown already, if this failed before
+            self.storage[side][name] = new
         self.free = [*reversed(range(self.capacity, capacity)), *self.free]
         self.capacity = capacity
 
     def _compact(self, kept: list[int]) -> None:
         """Reallocate for these slots alone, which move to the front; all fields or, if that fails, none."""
         index = torch.tensor(kept, dtype=torch.int64, device="cpu")
-        compact = {
-            side: {name: tensor[index.to(tensor.device)] for name, tensor in fields.items()}
-            for side, fields in self.storage.items()
-        }
-        for side, fields in compact.items():
-            self.storage[side].update(fields)
+        compact = []
+        for side, name, tensor in self._fields():
+            compact.append((side, name, tensor[index.to(tensor.device)]))
+        # All copies exist: from here on nothing takes memory, so nothing can fail.
+        for side, name, tensor in compact:
+            self.storage[side][name] = tensor
         self.free, self.capacity, self._sides = [], len(kept), None
 
 
 def _read(codec: BlockCodec, storage: Fields, slots: torch.Tensor) -> torch.Tensor:
     """Dequantized states `[*slots.shape, T, C]` of a tensor of slots."""
-    return codec.decode({name: t[slots] for name, t in storage.items()})
+    return codec.decode({name: tensor[slots] for name, tensor in storage.items()})
 
 
-__all__ = ["BlockOwner", "BlockPool"]
+def _allocate(codec: BlockCodec, capacity: int, device: torch.device) -> Fields:
+    """Storages for `capacity` blocks."""
+    storage = {}
+    for name, (shape, dtype) in codec.fields().items():
+        storage[name] = torch.empty((capacity, *shape), dtype=dtype, device=device)
+    return storage
+
+
+def _count_blocks(encoded: dict[str, Fields]) -> int:
+    """Blocks in the encoded fields of both sides."""
+    fields = next(iter(encoded.values()))
+    return len(next(iter(fields.values())))

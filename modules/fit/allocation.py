@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from configuration_alrd_llama import Projection, QuantScheme
 from modules.cache.codecs import block_nbytes, make_codec
-from modules.cache.layer import TABLE_ENTRY_NBYTES, CacheScheme
+from modules.cache.scheme import TABLE_ENTRY_NBYTES, CacheScheme
 from modules.files import save_tensors
 from modules.hadamard_utils import rotate
 from modules.quant_utils import grid
@@ -190,9 +190,7 @@ def tier_prices(scheme: QuantScheme, cache: CacheScheme, bits: tuple, length: in
         length: Tokens.
         dtype: Of the model, and so of window and sinks.
     """
-    # The sinks are kept exact, and so is the window that is left of the rest.
-    blocks = cache.flushed_blocks(length - min(length, cache.sink_length))
-    exact = length - blocks * cache.block_length
+    held = cache.held(length)
     calibrated = 2 * 4 if scheme.static else 0  # scale and zero point of a channel, once a layer
     channel, tier = [], []
     for width in bits:
@@ -200,10 +198,10 @@ def tier_prices(scheme: QuantScheme, cache: CacheScheme, bits: tuple, length: in
         at_width = scheme.at_width(width)
         one = block_nbytes(make_codec(at_width, cache.block_length, (1,), dtype))
         two = block_nbytes(make_codec(at_width, cache.block_length, (2,), dtype))
-        channel.append(blocks * (two - one) + exact * dtype.itemsize + calibrated)
-        tier.append(blocks * (2 * one - two))
+        channel.append(held.blocks * (two - one) + held.exact * dtype.itemsize + calibrated)
+        tier.append(held.blocks * (2 * one - two))
     group = 0 if scheme.per_channel else scheme.group_size
-    return Prices(tuple(channel), tuple(tier), blocks * TABLE_ENTRY_NBYTES, group)
+    return Prices(tuple(channel), tuple(tier), held.blocks * TABLE_ENTRY_NBYTES, group)
 
 
 @dataclass

@@ -24,11 +24,11 @@ import json
 import math
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, MutableSet, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from functools import partial
+from itertools import chain, product
 from numbers import Real
 from pathlib import Path
 
@@ -38,10 +38,10 @@ import yaml
 from torch import nn
 
 from configuration_alrd_llama import check_count
+from modules.cache.fixed_store import SIDES
+from modules.formats.interception import CacheInterception
 from modules.kivi_cache import CacheScheme, KIVILatentCache
 from modules.quant_utils import to_finite
-
-SIDES = ("keys", "values")
 
 #: How attention modules are recognised by their full path.
 ATTENTION_PATTERN = "*self_attn"
@@ -50,15 +50,14 @@ ATTENTION_PATTERN = "*self_attn"
 #: to 2047 / (1 - p / 100) tokens exactly (two million at 99.9) and take 16 KiB per channel.
 TAIL_LENGTH = 2048
 
-# ---- configuration
-
 
 def _check_keys(where: str, value, required: set[str], optional: set[str] = frozenset()) -> None:
     """Raise a `ValueError` unless `value` is a mapping with all of the required keys and no unknown one."""
+    keys = ", ".join(sorted(required | optional))
     if not isinstance(value, Mapping):
-        raise ValueError(f"{where}={value!r}: must be a mapping with {', '.join(sorted(required | optional))}")
-    if unknown := sorted((key for key in value if key not in required | optional), key=str):
-        raise ValueError(f"{where}: unknown {unknown!r}; the keys are {', '.join(sorted(required | optional))}")
+        raise ValueError(f"{where}={value!r}: must be a mapping with {keys}")
+    if unknown := sorted(set(value) - required - optional, key=str):
+        raise ValueError(f"{where}: unknown {unknown!r}; the keys are {keys}")
     if missing := sorted(required - set(value)):
         raise ValueError(f"{where}: {', '.join(missing)} must be given")
 
@@ -71,7 +70,7 @@ def _check_percentile(percentile: float | None) -> None:
 
 @dataclass(frozen=True)
 class DynamicCacheConfig:
-    """The `dynamic_cache` process: what msModelSlim documents, with its defaults.
+    """The `dynamic_cache` process, as msModelSlim documents it, with its defaults.
 
     Attributes:
         scope, dtype, method: "per_channel", "int8", "minmax"; there are no others.
@@ -100,6 +99,7 @@ class DynamicCacheConfig:
             is_list = isinstance(patterns, (list, tuple))
             if not is_list or not all(isinstance(pattern, str) and pattern for pattern in patterns):
                 raise ValueError(f"{field}={patterns!r}: must be a list of patterns, none of them empty")
+            # YAML and JSON give lists, which a frozen dataclass should not hold.
             object.__setattr__(self, field, tuple(patterns))
         if not self.include:
             raise ValueError("include=[]: must hold a pattern; '*' takes every attention module")
@@ -109,7 +109,7 @@ def load_process_config(source: str | os.PathLike | Mapping) -> DynamicCacheConf
     """Read the YAML of a calibration.
 
     Args:
-        source: Path of the file, or what it holds: `spec.process` is a list of one process with `type`, `qconfig`
+        source: Path of the file, or its contents: `spec.process` is a list of one process with `type`, `qconfig`
             (`scope`, `dtype`, `symmetric`, `method`), `include` and `exclude`.
 
     Raises:
@@ -125,6 +125,7 @@ def load_process_config(source: str | os.PathLike | Mapping) -> DynamicCacheConf
     _check_keys("file", source, {"spec"})
     _check_keys("spec", source["spec"], {"process"})
     processes = source["spec"]["process"]
+    # msModelSlim chains processes of many kinds; here there is one.
     if not isinstance(processes, list) or len(processes) != 1:
         raise ValueError(f"spec.process={processes!r}: must be a list of one process")
     process = processes[0]
@@ -132,15 +133,19 @@ def load_process_config(source: str | os.PathLike | Mapping) -> DynamicCacheConf
     if process["type"] != "dynamic_cache":
         raise ValueError(f"type={process['type']!r}: must be 'dynamic_cache'")
     _check_keys("qconfig", process["qconfig"], set(), {"scope", "dtype", "symmetric", "method"})
-    patterns = {field: process[field] for field in ("include", "exclude") if field in process}
-    return DynamicCacheConfig(**process["qconfig"], **patterns)
-
-
-# ---- phase 1: which modules
+    fields = dict(process["qconfig"])
+    for field in ("include", "exclude"):
+        if field in process:
+            fields[field] = process[field]
+    return DynamicCacheConfig(**fields)
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:
     return ", ".join(get_close_matches(name, list(names), n=3, cutoff=0)) or "none"
+
+
+def _matching(names: Iterable[str], pattern: str) -> list[str]:
+    return [name for name in names if fnmatchcase(name, pattern)]
 
 
 def select_attention_modules(
@@ -156,31 +161,29 @@ def select_attention_modules(
     Raises:
         ValueError: A pattern matches no attention module (the message lists the nearest paths), or none is selected.
     """
-    modules = {name: module for name, module in model.named_modules() if fnmatchcase(name, ATTENTION_PATTERN)}
-    if not modules:
+    modules = dict(model.named_modules())
+    names = _matching(modules, ATTENTION_PATTERN)
+    if not names:
         raise ValueError(f"{type(model).__name__}: has no module named {ATTENTION_PATTERN}")
-    matched = {}
+    matched: dict[str, set[str]] = {}
     for field, patterns in (("include", include), ("exclude", exclude)):
         matched[field] = set()
         for pattern in patterns:
-            found = {name for name in modules if fnmatchcase(name, pattern)}
+            found = _matching(names, pattern)
+            # A pattern without a match is a slip of the pen, which would leave a module in or out unnoticed.
             if not found:
-                raise ValueError(
-                    f"{field}={pattern!r}: matches no attention module; near: {_nearest(pattern, modules)}"
-                )
-            matched[field] |= found
+                raise ValueError(f"{field}={pattern!r}: matches no attention module; near: {_nearest(pattern, names)}")
+            matched[field].update(found)
     selected = matched["include"] - matched["exclude"]
     if not selected:
         raise ValueError(f"exclude={list(exclude)!r}: must leave one of the modules of include={list(include)!r}")
-    return {name: module for name, module in modules.items() if name in selected}
-
-
-# ---- the quantizers
+    return {name: modules[name] for name in names if name in selected}
 
 
 def int8_parameters(minimum: torch.Tensor, maximum: torch.Tensor, symmetric: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """`scale` and `zero_point` (module docstring) of channels with these ranges; all four float32 `[C]`."""
     if symmetric:
+        # 127 steps on either side of the signed code 0; the signed code -128 is not used.
         scale = torch.maximum(minimum.abs(), maximum.abs()) / 127
         return scale, -128 * scale
     return (maximum - minimum) / 255, minimum
@@ -188,8 +191,10 @@ def int8_parameters(minimum: torch.Tensor, maximum: torch.Tensor, symmetric: boo
 
 def fake_quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
     """Tokens `[N, C]` to INT8 and back (module docstring), in float32, returned in the type of `x`."""
+    # A channel that was constant has scale 0: division would give NaN.
     codes = torch.where(scale > 0, (x.float() - zero_point) / scale, 0).clamp_(0, 255)
-    codes = (codes + 0.5).floor_()  # nearest, halves up, as the packed cache does it
+    # To the nearest code, halves up, as the packed cache rounds.
+    codes = (codes + 0.5).floor_()
     return to_finite(codes * scale + zero_point, x.dtype)
 
 
@@ -212,17 +217,18 @@ class DynamicCacheQuantizer(nn.Module):
         percentile: `None` takes the smallest and largest value of all calls. A p in (50, 100] takes the percentiles
             100 - p and p of all tokens, as `numpy.percentile` defines them; they are exact, read from the
             `TAIL_LENGTH` smallest and largest values of each channel, and refused when these do not reach that far.
-        name: What errors call it.
+        name: Name of the side in errors.
 
     Attributes:
         minimum, maximum: float32 `[C]` over all tokens; `None` before the first.
-        tokens: How many tokens have been seen.
+        tokens: Count of the tokens so far.
     """
 
     def __init__(self, symmetric: bool = True, percentile: float | None = None, name: str = "states"):
         super().__init__()
         _check_percentile(percentile)
         self.symmetric, self.percentile, self.name, self.tokens = symmetric, percentile, name, 0
+        # Buffers, so that they move to another device with the module.
         for buffer in ("minimum", "maximum", "lower_tail", "upper_tail"):
             self.register_buffer(buffer, None)
 
@@ -237,13 +243,19 @@ class DynamicCacheQuantizer(nn.Module):
             `[B, H, S, D]` in the type of `x`.
 
         Raises:
-            ValueError: Of other shapes than before, or NaN or Inf.
+            ValueError: `x` has another number of channels than before, or holds NaN or Inf; or `real` is not `[B, S]`.
         """
         tokens = _to_tokens(x)
-        if real is not None and real.shape != (x.shape[0], x.shape[2]):
-            raise ValueError(f"{self.name}: mask of {list(real.shape)} must be {[x.shape[0], x.shape[2]]}, the tokens")
-        self._observe(tokens.detach().float() if real is None else tokens.detach()[real.flatten()].float())
-        return _from_tokens(fake_quantize(tokens, *self.scale_and_zero_point()), x.shape) if self.tokens else x
+        counted = tokens.detach()
+        if real is not None:
+            expected = (x.shape[0], x.shape[2])
+            if real.shape != expected:
+                raise ValueError(f"{self.name}: mask of {list(real.shape)} must be {list(expected)}, the tokens")
+            counted = counted[real.flatten()]
+        self._observe(counted.float())
+        if not self.tokens:  # nothing but pads yet
+            return x
+        return _from_tokens(fake_quantize(tokens, *self.scale_and_zero_point()), x.shape)
 
     def _observe(self, x: torch.Tensor) -> None:
         if not len(x):
@@ -251,6 +263,7 @@ class DynamicCacheQuantizer(nn.Module):
         if not torch.isfinite(x).all():
             raise ValueError(f"{self.name}: states to calibrate on must be finite; NaN or Inf was found")
         minimum, maximum = torch.aminmax(x, dim=0)
+        # The range of all calls so far can only widen.
         if self.tokens:
             if minimum.shape != self.minimum.shape:
                 raise ValueError(f"{self.name}: {len(minimum)} channels must be {len(self.minimum)}, as at first")
@@ -258,12 +271,14 @@ class DynamicCacheQuantizer(nn.Module):
         self.minimum, self.maximum = minimum, maximum
         self.tokens += len(x)
         if self.percentile is not None:
+            # The lower tail is kept with its sign turned, so that both hold the largest values.
             self.lower_tail, self.upper_tail = self._extended(self.lower_tail, -x), self._extended(self.upper_tail, x)
 
     @staticmethod
     def _extended(tail: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
-        """The largest values of the channels of both, `[at most TAIL_LENGTH, C]`, descending."""
-        x = x if tail is None else torch.cat([tail, x])
+        """The largest values of each channel in `tail` and `x`, `[at most TAIL_LENGTH, C]`, descending."""
+        if tail is not None:
+            x = torch.cat([tail, x])
         return x.topk(min(TAIL_LENGTH, len(x)), dim=0).values
 
     def range(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -274,6 +289,7 @@ class DynamicCacheQuantizer(nn.Module):
         """
         if self.percentile is None:
             return self.minimum, self.maximum
+        # `position` counts from the extreme value. Between two values numpy interpolates.
         share = (100 - self.percentile) / 100
         position = share * (self.tokens - 1)
         first = math.floor(position)
@@ -283,7 +299,8 @@ class DynamicCacheQuantizer(nn.Module):
                 f"percentile={self.percentile!r}: {self.name} has had {self.tokens:,} tokens, must be at most "
                 f"{math.floor((TAIL_LENGTH - 1) / share):,} at this percentile"
             )
-        lower, upper = (t[first].lerp(t[second], position - first) for t in (self.lower_tail, self.upper_tail))
+        lower = self.lower_tail[first].lerp(self.lower_tail[second], position - first)
+        upper = self.upper_tail[first].lerp(self.upper_tail[second], position - first)
         return -lower, upper
 
     def scale_and_zero_point(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -292,11 +309,11 @@ class DynamicCacheQuantizer(nn.Module):
 
 
 class FakeQuantDynamicCache(nn.Module):
-    """Rounds the states of one side of a layer to what INT8 with these constant parameters can represent.
+    """Rounds the states of one side of a layer to the values of INT8 with these constant parameters.
 
     Args:
         scale, zero_point: float32 `[C]`.
-        name: What errors call it.
+        name: Name of the side in errors.
     """
 
     def __init__(self, scale: torch.Tensor, zero_point: torch.Tensor, name: str = "states"):
@@ -314,138 +331,11 @@ class FakeQuantDynamicCache(nn.Module):
         tokens = _to_tokens(x)
         if tokens.shape[1] != len(self.scale):
             raise ValueError(f"{self.name}: {tokens.shape[1]} channels must be {len(self.scale)}, as calibrated")
+        # A model may be spread over devices: the constants go where the states of their layer are.
         if self.scale.device != x.device:
             self.to(x.device)
         return _from_tokens(fake_quantize(tokens, self.scale, self.zero_point), x.shape)
 
-
-# ---- interception of cache.update
-
-
-class _CacheProxy:
-    """A cache as one attention module sees it in one call: everything is the real cache's own, but for `update`."""
-
-    # The names are long so as not to hide an attribute of the cache.
-    __slots__ = ("_proxy_cache", "_proxy_is_updated", "_proxy_module_name", "_proxy_owner")
-
-    def __init__(self, cache, owner: "CacheInterception", module_name: str):
-        for slot, value in zip(self.__slots__, (cache, False, module_name, owner), strict=True):
-            object.__setattr__(self, slot, value)
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
-        states = self._proxy_owner.quantize(self._proxy_module_name, layer_idx, key_states, value_states)
-        object.__setattr__(self, "_proxy_is_updated", True)
-        return self._proxy_cache.update(*states, layer_idx, *args, **kwargs)
-
-    @property
-    def __class__(self):
-        return type(self._proxy_cache)
-
-    def __getattr__(self, name):
-        return getattr(self._proxy_cache, name)
-
-    def __setattr__(self, name, value):
-        setattr(self._proxy_cache, name, value)
-
-    def __delattr__(self, name):
-        delattr(self._proxy_cache, name)
-
-    # Python looks operators up on the type, past `__getattr__`.
-
-    def __len__(self):
-        return len(self._proxy_cache)
-
-    def __bool__(self):
-        return bool(self._proxy_cache)
-
-    def __iter__(self):
-        return iter(self._proxy_cache)
-
-    def __getitem__(self, index):
-        return self._proxy_cache[index]
-
-
-def _unwrap(value):
-    return value._proxy_cache if type(value) is _CacheProxy else value
-
-
-def _is_cache(value) -> bool:
-    """Whether a value has a callable `update` that is not the one of a dictionary or a set."""
-    return callable(getattr(value, "update", None)) and not isinstance(value, (MutableMapping, MutableSet, type))
-
-
-class CacheInterception:
-    """Hooks that pass the states of some attention modules through a function on their way to the cache.
-
-    A module's forward is given a stand-in for its cache argument; the cache itself is not touched and may be of any
-    type with a callable `update(key_states, value_states, layer_idx, ...)`. Remove the hooks by `remove`, or use the
-    object as a context manager.
-
-    Args:
-        model: The model; a forward of it in which a module was passed by is an error (`RuntimeError`).
-        modules: Attention modules of the model by name.
-        quantize: Function of (module name, layer_idx, key states, value states) to the states to store.
-        thread: Identifier of the only thread whose calls are intercepted; `None`: all.
-    """
-
-    def __init__(self, model: nn.Module, modules: dict[str, nn.Module], quantize: Callable, thread: int | None = None):
-        self.quantize, self.thread = quantize, thread
-        self._not_yet = set(modules)
-        self._handles = [model.register_forward_hook(self._after_model)]
-        for name, module in modules.items():
-            self._handles.append(module.register_forward_pre_hook(partial(self._before, name), with_kwargs=True))
-            self._handles.append(module.register_forward_hook(partial(self._after, name), with_kwargs=True))
-
-    def remove(self) -> None:
-        """Take the hooks off; a second time does nothing."""
-        for handle in self._handles:
-            handle.remove()
-
-    def __enter__(self) -> "CacheInterception":
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.remove()
-
-    def _is_foreign(self) -> bool:
-        return self.thread not in (None, threading.get_ident())
-
-    def _before(self, name: str, module: nn.Module, args: tuple, kwargs: dict):
-        if self._is_foreign():
-            return None
-
-        def wrapped(value):
-            # A module inside another selected one is handed that one's stand-in: the innermost quantizes.
-            value = _unwrap(value)
-            return _CacheProxy(value, self, name) if _is_cache(value) else value
-
-        return tuple(wrapped(value) for value in args), {key: wrapped(value) for key, value in kwargs.items()}
-
-    def _after(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output):
-        if self._is_foreign():
-            return None
-        proxies = [value for value in (*args, *kwargs.values()) if type(value) is _CacheProxy]
-        if not any(proxy._proxy_owner is self and proxy._proxy_is_updated for proxy in proxies):
-            found = ", ".join(type(_unwrap(proxy)).__name__ for proxy in proxies) or "none"
-            raise RuntimeError(
-                f"{name}: its forward stored nothing through cache.update (cache arguments: {found}), so nothing would "
-                "be quantized; use_cache must be on and the cache an argument of the module, it must call "
-                "cache.update(key_states, value_states, layer_idx), and no other interception may be installed; or "
-                "exclude the module"
-            )
-        self._not_yet.discard(name)
-        # Some attention modules return their cache.
-        return type(output)(map(_unwrap, output)) if type(output) in (tuple, list) else _unwrap(output)
-
-    def _after_model(self, model: nn.Module, args: tuple, output) -> None:
-        if self._not_yet and not self._is_foreign():
-            raise RuntimeError(
-                f"{', '.join(sorted(self._not_yet))}: not called in a forward of {type(model).__name__}, so nothing "
-                "would be quantized there; exclude what is not in use (hooks do not see a direct call of `.forward`)"
-            )
-
-
-# ---- phase 2: calibration
 
 #: Fields of a model's configuration that must agree between calibration and deployment.
 _GEOMETRY = ("model_type", "num_hidden_layers", "num_key_value_heads", "head_dim")
@@ -453,30 +343,43 @@ _GEOMETRY = ("model_type", "num_hidden_layers", "num_key_value_heads", "head_dim
 
 def _describe_model(model: nn.Module) -> dict[str, str | int | None]:
     config = getattr(model, "config", None)
+    # A model with other parts, a vision tower say, has the decoder's fields one level down.
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
     return {field: getattr(config, field, None) for field in ("name_or_path", *_GEOMETRY)}
 
 
+def _shape_or_type(value) -> list[int] | str:
+    """The shape of a tensor, the type of anything else, for an error."""
+    if isinstance(value, torch.Tensor):
+        return list(value.shape)
+    return type(value).__name__
+
+
 def _model_inputs(model: nn.Module, batch) -> dict:
+    """Arguments of the model's forward, its tensors on the model's device, for a batch of either kind."""
     if isinstance(batch, torch.Tensor) and batch.dim() == 2:
         batch = {"input_ids": batch}
     if not isinstance(batch, Mapping):
-        found = list(batch.shape) if isinstance(batch, torch.Tensor) else type(batch).__name__
-        raise ValueError(f"batches: {found} must be [B, S] input_ids or a mapping of model inputs")
-    device = getattr(model, "device", None)
-    inputs = {key: x.to(device) if isinstance(x, torch.Tensor) else x for key, x in batch.items()}
+        raise ValueError(f"batches: {_shape_or_type(batch)} must be [B, S] input_ids or a mapping of model inputs")
+    inputs = dict(batch)
+    for key, value in batch.items():
+        if isinstance(value, torch.Tensor):
+            inputs[key] = value.to(getattr(model, "device", None))
     # Models whose forward has another signature than the library's get the batch as it is.
-    return {"use_cache": True, **inputs} if hasattr(model, "config") else inputs
+    if hasattr(model, "config"):
+        inputs.setdefault("use_cache", True)
+    return inputs
 
 
 def _real_tokens(inputs: dict) -> torch.Tensor | None:
     """`[B, S]` bool of a batch's `attention_mask`, false for pads."""
     mask = inputs.get("attention_mask")
-    if mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 2):
-        found = list(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
-        raise ValueError(f"attention_mask: {found} must be [B, S], 0 for pads")
-    return None if mask is None else mask.bool()
+    if mask is None:
+        return None
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+        raise ValueError(f"attention_mask: {_shape_or_type(mask)} must be [B, S], 0 for pads")
+    return mask.bool()
 
 
 @torch.no_grad()
@@ -494,7 +397,7 @@ def calibrate(
         model: Any decoder whose attention modules call `cache.update(key_states, value_states, layer_idx, ...)`.
         batches: `[B, S]` input_ids, or mappings of the arguments of the model's forward. Pads, which are 0 in an
             `attention_mask` `[B, S]`, do not count. A mapping may bring its own cache as `past_key_values`.
-        config: What to quantize; default: every attention module, symmetric.
+        config: The process; default: every attention module, symmetric.
         percentile: Our addition to the documented min-max: see `DynamicCacheQuantizer`.
 
     Raises:
@@ -503,37 +406,42 @@ def calibrate(
     """
     config = config or DynamicCacheConfig()
     modules = select_attention_modules(model, config.include, config.exclude)
-    quantizers = {
-        name: {side: DynamicCacheQuantizer(config.symmetric, percentile, f"{name} {side}") for side in SIDES}
-        for name in modules
-    }
+    quantizers: dict[str, list[DynamicCacheQuantizer]] = {}
+    for name in modules:
+        quantizers[name] = [DynamicCacheQuantizer(config.symmetric, percentile, f"{name} {side}") for side in SIDES]
     layers: dict[str, int] = {}
     real = None
 
     def observe(name: str, layer_idx: int, *states: torch.Tensor) -> list[torch.Tensor]:
         check_count(f"{name}: layer_idx", layer_idx)
+        # The hook knows a module by its name only; the cache's layer is known when the module first updates it.
         if layers.setdefault(name, layer_idx) != layer_idx:
             raise ValueError(f"{name}: layer_idx={layer_idx} must be {layers[name]}, as before; exclude the module")
-        masks = [None if real is None else real[:, -x.shape[2] :].to(x.device) for x in states]
-        return [quantizers[name][side](x, mask) for side, x, mask in zip(SIDES, states, masks, strict=True)]
+        rounded = []
+        for quantizer, x in zip(quantizers[name], states, strict=True):
+            mask = real
+            # A mask covers the tokens of a cache that the batch has brought, too; the new ones are the last.
+            if mask is not None:
+                mask = mask[:, -x.shape[2] :].to(x.device)
+            rounded.append(quantizer(x, mask))
+        return rounded
 
+    # The states flow on rounded, so a layer is calibrated on the inputs that it gets when the layers below are INT8.
+    # Other threads may use the model meanwhile and see nothing of this.
     with CacheInterception(model, modules, observe, thread=threading.get_ident()):
         for batch in batches:
             inputs = _model_inputs(model, batch)
             real = _real_tokens(inputs)
             model(**inputs)
 
-    tokens = min(quantizer.tokens for sides in quantizers.values() for quantizer in sides.values())
-    if not tokens:
-        raise ValueError("batches: must hold at least one token that is no pad")
-    fitted = {
-        name: ModuleScales(layers[name], *(sides[side].scale_and_zero_point() for side in SIDES))
-        for name, sides in quantizers.items()
-    }
+    fitted, tokens = {}, math.inf
+    for name, (keys, values) in quantizers.items():
+        tokens = min(tokens, keys.tokens, values.tokens)
+        if not tokens:
+            raise ValueError("batches: must hold at least one token that is no pad")
+        fitted[name] = ModuleScales(layers[name], keys.scale_and_zero_point(), values.scale_and_zero_point())
     return CalibratedScales(fitted, config, percentile, tokens, _describe_model(model))
 
-
-# ---- the result
 
 _RECORD_FILE, _TENSOR_FILE = "int8_scales.json", "int8_scales.safetensors"
 
@@ -542,6 +450,11 @@ _FORMAT = {"kind": "calibrated_int8", "version": 1}
 
 #: The tensors of one side, in the order of the tuples of `ModuleScales`.
 _PARAMETERS = ("scale", "zero_point")
+
+
+def _tensor_names(name: str) -> list[str]:
+    """Names of the four saved tensors of a module: scale and zero point of the keys, then of the values."""
+    return [f"{name}.{side}.{parameter}" for side, parameter in product(SIDES, _PARAMETERS)]
 
 
 @dataclass(frozen=True)
@@ -560,14 +473,14 @@ class ModuleScales:
 
 @dataclass(frozen=True)
 class CalibratedScales:
-    """What a calibration has found.
+    """The result of a calibration.
 
     Attributes:
         modules: Constants by the full path of the attention module.
-        config: What was asked for.
+        config: The process.
         percentile: See `DynamicCacheQuantizer`; `None`: min-max.
         tokens: Tokens that every module has seen.
-        model: Of the model: its name, type, number of layers and key/value heads, head size.
+        model: Name and type of the model, number of its layers and of its key/value heads, size of a head.
 
     Raises:
         ValueError: A field is out of range; the message names it.
@@ -587,15 +500,17 @@ class CalibratedScales:
         for name, module in self.modules.items():
             check_count(f"{name}: layer_idx", module.layer_idx)
             for side in SIDES:
-                scale, zero_point = getattr(module, side)
-                for parameter, x in zip(_PARAMETERS, (scale, zero_point), strict=True):
-                    if x.dtype != torch.float32 or x.shape != (len(scale),) or not torch.isfinite(x).all():
-                        raise ValueError(
-                            f"{name}.{side}.{parameter}: {list(x.shape)} in {x.dtype} must be finite float32, one per "
-                            "channel"
-                        )
-                if (scale < 0).any():
-                    raise ValueError(f"{name}.{side}.scale: {scale.min().item()} must be at least 0")
+                self._check_side(f"{name}.{side}", *getattr(module, side))
+
+    @staticmethod
+    def _check_side(where: str, scale: torch.Tensor, zero_point: torch.Tensor) -> None:
+        for parameter, x in zip(_PARAMETERS, (scale, zero_point), strict=True):
+            if x.dtype != torch.float32 or x.shape != (len(scale),) or not torch.isfinite(x).all():
+                raise ValueError(
+                    f"{where}.{parameter}: {list(x.shape)} in {x.dtype} must be finite float32, one per channel"
+                )
+        if (scale < 0).any():
+            raise ValueError(f"{where}.scale: {scale.min().item()} must be at least 0")
 
     def by_layer(self, num_layers: int) -> list[dict[str, tuple[torch.Tensor, torch.Tensor]] | None]:
         """The constants as a packed cache takes them.
@@ -616,7 +531,7 @@ class CalibratedScales:
                 raise ValueError(f"num_layers={num_layers}: {name} updates layer {module.layer_idx}")
             if layers[module.layer_idx] is not None:
                 raise ValueError(f"{name}: layer_idx={module.layer_idx} must not be another module's; exclude one")
-            layers[module.layer_idx] = {side: getattr(module, side) for side in SIDES}
+            layers[module.layer_idx] = {"keys": module.keys, "values": module.values}
         return layers
 
     def create_cache(
@@ -629,29 +544,32 @@ class CalibratedScales:
             residual_length, sink_length: As for `create_kivi_cache`; the document's cache keeps no token exact.
             options: `backend` of `KIVILatentCache`.
         """
+        # A model without a configuration does not tell its layers; those above the last calibrated one are not needed.
         last = max(module.layer_idx for module in self.modules.values())
         layers = self.by_layer(self.model["num_hidden_layers"] or last + 1)
         window = (group_size, residual_length, sink_length)
         static = {"static": True, "orientation": "per_channel"}
+        scheme = CacheScheme(8, 8, *window, k_scheme=static, v_scheme=static)
         exact = CacheScheme(16, 16, *window)
-        return KIVILatentCache(
-            CacheScheme(8, 8, *window, k_scheme=static, v_scheme=static),
-            layer_schemes={i: exact for i, layer in enumerate(layers) if layer is None},
-            static_scales={i: layer for i, layer in enumerate(layers) if layer is not None},
-            **options,
-        )
+        # A layer without scales was excluded.
+        layer_schemes, static_scales = {}, {}
+        for i, scales in enumerate(layers):
+            if scales is None:
+                layer_schemes[i] = exact
+            else:
+                static_scales[i] = scales
+        return KIVILatentCache(scheme, layer_schemes=layer_schemes, static_scales=static_scales, **options)
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write the tensors and the record, which holds the SHA-256 of the tensors' file, into a folder.
 
         Each file is replaced at once; if only one of two could be, `load` refuses them.
         """
-        tensors = {
-            f"{name}.{side}.{parameter}": x.contiguous()
-            for name, module in self.modules.items()
-            for side in SIDES
-            for parameter, x in zip(_PARAMETERS, getattr(module, side), strict=True)
-        }
+        tensors, layers = {}, {}
+        for name, module in self.modules.items():
+            layers[name] = module.layer_idx
+            for tensor_name, x in zip(_tensor_names(name), (*module.keys, *module.values), strict=True):
+                tensors[tensor_name] = x.contiguous()
         packed = safetensors.torch.save(tensors)
         record = {
             **_FORMAT,
@@ -659,15 +577,18 @@ class CalibratedScales:
             "percentile": self.percentile,
             "tokens": self.tokens,
             "model": self.model,
-            "modules": {name: module.layer_idx for name, module in self.modules.items()},
+            "modules": layers,
             "sha256": hashlib.sha256(packed).hexdigest(),
         }
         text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        partials = {folder / file: folder / f"{file}.{os.getpid()}.part" for file in (_TENSOR_FILE, _RECORD_FILE)}
+        # Both files are written in full before either takes the place of an old one.
+        partials: dict[Path, Path] = {}
         try:
-            for partial_file, content in zip(partials.values(), (packed, text.encode()), strict=True):
+            for file, content in ((_TENSOR_FILE, packed), (_RECORD_FILE, text.encode())):
+                partial_file = folder / f"{file}.{os.getpid()}.part"
+                partials[folder / file] = partial_file
                 partial_file.write_bytes(content)
             for file, partial_file in partials.items():
                 os.replace(partial_file, file)
@@ -677,13 +598,13 @@ class CalibratedScales:
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> "CalibratedScales":
-        """Read what `save` has written; the tensors are on the CPU.
+        """Read the files of `save`; the tensors are on the CPU.
 
         Raises:
             ValueError: The files are of another kind or version, damaged, or do not belong together.
-            FileNotFoundError: One of them is not there.
+            FileNotFoundError: One of the files is not there.
         """
-        record_file, tensor_file = (Path(folder) / file for file in (_RECORD_FILE, _TENSOR_FILE))
+        record_file, tensor_file = Path(folder) / _RECORD_FILE, Path(folder) / _TENSOR_FILE
         try:
             record = json.loads(record_file.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -693,6 +614,7 @@ class CalibratedScales:
         for field, expected in _FORMAT.items():
             if record[field] != expected:
                 raise ValueError(f"{record_file}: {field}={record[field]!r} must be {expected!r}")
+        # The digest tells tensors of another calibration, whose names would be the same.
         packed = tensor_file.read_bytes()
         digest = hashlib.sha256(packed).hexdigest()
         if digest != record["sha256"]:
@@ -702,21 +624,18 @@ class CalibratedScales:
         _check_keys("model", record["model"], {"name_or_path", *_GEOMETRY})
         if not isinstance(record["modules"], Mapping):
             raise ValueError(f"{record_file}: modules={record['modules']!r} must map modules to layers")
-        names = [f"{name}.{side}.{p}" for name in record["modules"] for side in SIDES for p in _PARAMETERS]
+        names = chain.from_iterable(map(_tensor_names, record["modules"]))
         _check_keys(str(tensor_file), tensors, set(names))
-        modules = {
-            name: ModuleScales(layer, *(tuple(tensors[f"{name}.{side}.{p}"] for p in _PARAMETERS) for side in SIDES))
-            for name, layer in record["modules"].items()
-        }
+        modules = {}
+        for name, layer in record["modules"].items():
+            k_scale, k_zero, v_scale, v_zero = map(tensors.get, _tensor_names(name))
+            modules[name] = ModuleScales(layer, (k_scale, k_zero), (v_scale, v_zero))
         config = DynamicCacheConfig(**record["config"])
         return cls(modules, config, record["percentile"], record["tokens"], record["model"])
 
 
-# ---- phase 3: deployment
-
-
 def deploy_fake_quant(model: nn.Module, scales: CalibratedScales) -> CacheInterception:
-    """Fake-quantize what the calibrated modules of a model store, whatever cache it is used with.
+    """Fake-quantize the states that the calibrated modules of a model store, whatever cache it is used with.
 
     Args:
         model: The model that was calibrated, on any device and in any type.
@@ -729,18 +648,18 @@ def deploy_fake_quant(model: nn.Module, scales: CalibratedScales) -> CacheInterc
     Raises:
         ValueError: The model is of another type or size, or lacks a module.
     """
+    # Modules have the same names in many models, so the fields of the configuration are compared, too.
     found = _describe_model(model)
     for field in _GEOMETRY:
         if found[field] != scales.model[field]:
             raise ValueError(f"{field}={found[field]!r}: must be {scales.model[field]!r}, as calibrated")
     present = dict(model.named_modules())
-    for name in scales.modules:
+    modules, quantizers = {}, {}
+    for name, module in scales.modules.items():
         if name not in present:
             raise ValueError(f"{name}: was calibrated, is not in the model; near: {_nearest(name, present)}")
-    quantizers = {
-        name: [FakeQuantDynamicCache(*getattr(module, side), f"{name} {side}") for side in SIDES]
-        for name, module in scales.modules.items()
-    }
+        modules[name] = present[name]
+        quantizers[name] = [FakeQuantDynamicCache(*getattr(module, side), f"{name} {side}") for side in SIDES]
 
     def quantize(name: str, layer_idx: int, *states: torch.Tensor) -> list[torch.Tensor]:
         expected = scales.modules[name].layer_idx
@@ -748,20 +667,4 @@ def deploy_fake_quant(model: nn.Module, scales: CalibratedScales) -> CacheInterc
             raise ValueError(f"{name}: layer_idx={layer_idx} must be {expected}, as calibrated")
         return [quantizer(x) for quantizer, x in zip(quantizers[name], states, strict=True)]
 
-    return CacheInterception(model, {name: present[name] for name in scales.modules}, quantize)
-
-
-__all__ = [
-    "CacheInterception",
-    "CalibratedScales",
-    "DynamicCacheConfig",
-    "DynamicCacheQuantizer",
-    "FakeQuantDynamicCache",
-    "ModuleScales",
-    "calibrate",
-    "deploy_fake_quant",
-    "fake_quantize",
-    "int8_parameters",
-    "load_process_config",
-    "select_attention_modules",
-]
+    return CacheInterception(model, modules, quantize)

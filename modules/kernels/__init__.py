@@ -5,9 +5,12 @@
     cpu         a C++ kernel, built on first use; CPUs with AVX2 or AVX-512
 
 Packing gives the same bits everywhere. Attention agrees to the rounding of the queries' type. `triton` and `cpu` attend
-to the packed blocks themselves, in a step of up to 16 new tokens; longer ones (a prompt in pieces), and caches with a
-quantizer that the kernels do not know, are read by the reference in any back end (`Backend.attends_to`), as is what
-layers with offloaded weights attend to.
+to the packed blocks themselves. Every back end uses the reference instead for
+
+* more than 16 new tokens (a prompt in pieces),
+* a quantizer that the kernels do not know (`Backend.attends_to`),
+* attention weights,
+* a layer whose weights are offloaded.
 """
 
 import os
@@ -39,17 +42,17 @@ class Backend:
     """Functions of `modules/quant_utils.py` and `modules/kernels/attention.py`, or equivalents.
 
     Attributes:
-        quantize_and_pack, unpack_and_dequantize, find_range: With the signatures, results and errors of
-            `modules/quant_utils.py`.
-        fused_attention: As `latent_attention` without `weights_length`, which returns the sums only; `None`: there is
-            none.
+        quantize_and_pack, unpack_and_dequantize: With the signatures, results and errors of `modules/quant_utils.py`.
+        fused_attention: As `latent_attention` without `weights_length`, returning the sums only; `None`: there is none.
+        fused_append: `FusedAppend` of `modules/kernels/triton/append.py`, for caches of fixed capacity; `None`: there
+            is none.
     """
 
     name: str
     quantize_and_pack: Callable
     unpack_and_dequantize: Callable
-    find_range: Callable
     fused_attention: Callable | None = None
+    fused_append: Callable | None = None
 
     def __repr__(self) -> str:
         return self.name
@@ -62,19 +65,24 @@ class Backend:
         self, query: LatentQuery, cache: PackedCache, weights_length: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As `latent_attention`: by the fused kernel where there is one for what is asked, else by the reference."""
-        sides = () if cache.keys is None else (cache.keys, cache.values)
-        states, expansion = query.states, query.expand_keys
-        taken = states.shape[2] <= MAX_QUERY_LENGTH and states.dtype in FUSED_DTYPES
-        if expansion is not None and expansion.weight.is_meta:  # offloaded: it is there only while the module is called
-            taken = False
-        if weights_length is None and taken and self.attends_to(*sides):
-            summed = self.fused_attention(query, cache)
-            return (_WithoutGradient.apply(states, summed) if states.requires_grad else summed), None
-        return latent_attention(query, cache, weights_length)
+        states, expansion, sides = query.states, query.expand_keys, ()
+        if cache.keys is not None:
+            sides = (cache.keys, cache.values)
+        fused = weights_length is None and self.attends_to(*sides)
+        fused = fused and states.shape[2] <= MAX_QUERY_LENGTH and states.dtype in FUSED_DTYPES
+        # An offloaded weight is in memory only while its module is called, as the reference does.
+        if expansion is not None and expansion.weight.is_meta:
+            fused = False
+        if not fused:
+            return latent_attention(query, cache, weights_length)
+        summed = self.fused_attention(query, cache)
+        if states.requires_grad:
+            summed = _WithoutGradient.apply(states, summed)
+        return summed, None
 
 
 class _WithoutGradient(torch.autograd.Function):
-    """What a fused kernel made of a query: to ask for its gradient is an error, not a silent zero."""
+    """The output of a fused kernel, for a query that requires a gradient: asking for it raises instead of giving 0."""
 
     @staticmethod
     def forward(ctx, query: torch.Tensor, summed: torch.Tensor) -> torch.Tensor:
@@ -85,18 +93,48 @@ class _WithoutGradient(torch.autograd.Function):
         raise RuntimeError("a step over a packed cache has no gradient; train without a KIVILatentCache")
 
 
-def _backend(name: str, module, fused_attention: Callable | None = None) -> Backend:
-    functions = (module.quantize_and_pack, module.unpack_and_dequantize, module.find_range)
-    return Backend(name, *functions, fused_attention)
+def _reference(field: str, device: torch.device) -> Backend:
+    return Backend("reference", quant_utils.quantize_and_pack, quant_utils.unpack_and_dequantize)
+
+
+def _triton(field: str, device: torch.device) -> Backend:
+    # Imported here, so that triton is needed only where it is chosen.
+    import modules.kernels.triton.quantize as kernels
+    from modules.kernels.triton import common
+    from modules.kernels.triton.append import FusedAppend
+    from modules.kernels.triton.attention import latent_attention as fused_attention
+
+    if device.type != "cuda" and not common.INTERPRETED:
+        raise ValueError(
+            f"{field}='triton': must be 'reference' or 'cpu' for tensors on {device}: triton runs on CUDA devices, and "
+            "elsewhere only in its interpreter (TRITON_INTERPRET=1, set before the kernels are imported)"
+        )
+    functions = (kernels.quantize_and_pack, kernels.unpack_and_dequantize, fused_attention, FusedAppend)
+    return Backend("triton", *functions)
+
+
+def _cpu(field: str, device: torch.device) -> Backend:
+    if device.type != "cpu":
+        raise ValueError(f"{field}='cpu': must be 'reference' or 'triton' for tensors on {device}")
+    # Imported here, so that the kernels are built only where they are chosen.
+    from modules.kernels.cpu import quantize as kernels
+    from modules.kernels.cpu.attention import latent_attention as fused_attention
+    from modules.kernels.cpu.library import library
+
+    library()
+    return Backend("cpu", kernels.quantize_and_pack, kernels.unpack_and_dequantize, fused_attention)
+
+
+_MAKERS = {"reference": _reference, "triton": _triton, "cpu": _cpu}
 
 
 def get_backend(name: str | None, device: torch.device) -> Backend:
     """The back end for tensors on `device`.
 
     Args:
-        name: One of `BACKENDS`. `None`: what the environment variable `ALRD_BACKEND` says; if it is not set, "triton"
-            on CUDA devices, "cpu" on CPUs, "reference" elsewhere. Where triton cannot be imported, or no C++ compiler
-            is found, that is "reference" too, with a warning.
+        name: One of `BACKENDS`. `None`: the value of the environment variable `ALRD_BACKEND`; if it is not set,
+            "triton" on CUDA devices, "cpu" on CPUs, "reference" elsewhere, and with a warning "reference" where triton
+            cannot be imported or no C++ compiler is found.
         device: Where the tensors are.
 
     Raises:
@@ -108,37 +146,11 @@ def get_backend(name: str | None, device: torch.device) -> Backend:
     if name is not None:
         check_choice(field, name, BACKENDS)
     chosen = name or {"cuda": "triton", "cpu": "cpu"}.get(device.type, "reference")
-    if chosen == "reference":
-        return _backend("reference", quant_utils)
     try:
-        return _triton(field, device) if chosen == "triton" else _cpu(field, device)
+        return _MAKERS[chosen](field, device)
     except (ImportError, RuntimeError) as error:
+        # A back end that was asked for is an error; only the default falls back, and says so.
         if name is not None:
             raise ValueError(f"{field}={name!r}: cannot be used on this machine: {error}") from error
         warnings.warn(f"backend: chose 'reference' on {device}, since {chosen!r} cannot be used: {error}", stacklevel=2)
-        return _backend("reference", quant_utils)
-
-
-def _triton(field: str, device: torch.device) -> Backend:
-    # Here, so that triton is imported only where it is chosen.
-    import modules.kernels.triton.quantize as kernels
-    from modules.kernels.triton.attention import latent_attention as fused_attention
-
-    if device.type != "cuda" and not kernels.INTERPRETED:
-        raise ValueError(
-            f"{field}='triton': must be 'reference' or 'cpu' for tensors on {device}: triton runs on CUDA devices, and "
-            "elsewhere only in its interpreter (TRITON_INTERPRET=1, set before the kernels are imported)"
-        )
-    return _backend("triton", kernels, fused_attention)
-
-
-def _cpu(field: str, device: torch.device) -> Backend:
-    if device.type != "cpu":
-        raise ValueError(f"{field}='cpu': must be 'reference' or 'triton' for tensors on {device}")
-    # Here, so that the kernels are built only where they are chosen.
-    from modules.kernels.cpu import quantize as kernels
-    from modules.kernels.cpu.attention import latent_attention as fused_attention
-    from modules.kernels.cpu.library import library
-
-    library()
-    return _backend("cpu", kernels, fused_attention)
+        return _reference(field, device)

@@ -16,9 +16,10 @@
 // are interpolated between them. The slower a pair, the longer its interval: four levels, each four times as long as
 // the one below, hand their sums down by interpolation. The bound of the error is `tolerance` per pair.
 //
-// The arithmetic. Rows are scaled by the block's scales and rounded to 8 bits, or to 16 (two products) where `planes` is
-// 2 or the columns differ so much that 8 bits would lose more than LIMIT of a row; codes are exact, minus their middle
-// level; products are summed up exactly. Probabilities are rounded to 15 bits. What is not codes (16 bits, sinks, window, float32 models) is multiplied in float32.
+// The arithmetic. Rows are scaled by the block's scales and rounded to 8 bits, or to 16 (two products) where `planes`
+// is 2 or the columns differ so much that 8 bits would lose more than LIMIT of a row; codes are exact, minus their
+// middle level; products are summed up exactly. Probabilities are rounded to 15 bits. What is not codes (16 bits,
+// sinks, window, float32 models) is multiplied in float32.
 
 #include "expansion.h"
 
@@ -148,9 +149,8 @@ struct Worker {
         if (row + m >= n_rows) return;
         float* score = out + (size_t)((row + m) % queries) * (SPAN + 16);
         const float* weight = &d.lagrange[(size_t)((row + m) / queries) * 2 * SPAN + offset];
-        each<V>([&](auto v) INLINE {
-          store(score + 16 * v, fma(load(weight + 16 * v), y[m][v], load(score + 16 * v)));
-        });
+        each<V>([&](auto v)
+                    INLINE { store(score + 16 * v, fma(load(weight + 16 * v), y[m][v], load(score + 16 * v))); });
       });
     }
   }
@@ -294,8 +294,8 @@ struct Worker {
       columns.code_sum += (int64_t)segment.count * (part.levels - 1);
       const float* scale = &scales[(size_t)i * 2 * STRIDE];
       if (segment.column >= 0)
-        columns.groups.push_back({segment.position / 4, (segment.position + round_up(segment.count, 4)) / 4, scale,
-                                  scale + STRIDE, middle});
+        columns.groups.push_back(
+            {segment.position / 4, (segment.position + round_up(segment.count, 4)) / 4, scale, scale + STRIDE, middle});
     }
     codes.resize((size_t)(2 * code_columns() + 16) * STRIDE);
     column_numbers.assign((size_t)std::max(1, std::max(columns.floats, a.exact_width)) * STRIDE, 0);
@@ -544,12 +544,12 @@ struct Worker {
     value_numbers.resize((size_t)n * width);
     if (part.bits == 16) {
       for (int t = 0; t < n; t++)
-        numbers(part.packed, slot * part.slot_stride + (first + t) * part.token_stride + segment.channel,
-                segment.count, a.state_type, &value_numbers[(size_t)t * width]);
+        numbers(part.packed, slot * part.slot_stride + (first + t) * part.token_stride + segment.channel, segment.count,
+                a.state_type, &value_numbers[(size_t)t * width]);
     } else {
       const int run_start = first / part.run * part.run, run_length = std::min(part.run, a.block_length - run_start);
-      const int32_t* words = (const int32_t*)part.packed + slot * part.slot_stride +
-                             run_words(part, run_start) * part.token_stride;
+      const int32_t* words =
+          (const int32_t*)part.packed + slot * part.slot_stride + run_words(part, run_start) * part.token_stride;
       std::vector<uint8_t> bytes((size_t)width * STRIDE);
       unpack(part, words, run_length, first - run_start, n, segment.channel, segment.count, bytes.data(), STRIDE);
       std::vector<float> scale(width), zero(width);
@@ -561,8 +561,7 @@ struct Worker {
           std::fill(scale.begin(), scale.end(), scale[0]), std::fill(zero.begin(), zero.end(), zero[0]);
         }
         for (int c = 0; c < segment.count; c++)
-          value_numbers[(size_t)t * width + c] =
-              bytes[((size_t)(c / 4) * STRIDE + t) * 4 + c % 4] * scale[c] + zero[c];
+          value_numbers[(size_t)t * width + c] = bytes[((size_t)(c / 4) * STRIDE + t) * 4 + c % 4] * scale[c] + zero[c];
       }
     }
     accumulate(n, at, width, &sums[segment.position], stride);

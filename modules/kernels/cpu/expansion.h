@@ -23,7 +23,7 @@ constexpr int MAX_NODES = 8;
 // Rounded to integers for a span of tokens.
 struct Rounded {
   int lanes = 0, planes = 1;
-  std::vector<int32_t> weights;      // [plane][quad][lane], four columns each
+  std::vector<int32_t> weights;       // [plane][quad][lane], four columns each
   std::vector<float> step, constant;  // [lane]: row = step * product + constant
   std::vector<float> totals, sums;    // per token, [scale group][lane]: sum of the integers, and of the row
 
@@ -38,10 +38,14 @@ struct Rounded {
 // What a span's columns are multiplied with.
 struct Columns {
   int quads = 0, floats = 0, first_float = 0, last = 0;  // `last`: the bias
-  std::vector<float> scale, centre, middle;  // of each column: x = scale * (code - middle) + centre
-  std::vector<float> variance;               // of the codes of each column, if all are equally frequent
+  std::vector<float> scale, centre, middle;              // of each column: x = scale * (code - middle) + centre
+  std::vector<float> variance;                           // of the codes of each column, if all are equally frequent
   float all_variance = 0;
-  struct Group { int first, last; const float *scale, *centre; float middle; };  // per token: quads; [token]
+  struct Group {
+    int first, last;
+    const float *scale, *centre;
+    float middle;
+  };  // per token: quads; [token]
   std::vector<Group> groups;
   int64_t code_sum = 0;  // the largest sum of codes
 };
@@ -121,13 +125,12 @@ void round_rows(const float* rows, int lanes, const Columns& columns, int planes
           high[i] = sar(addi(b[i], seti(128)), 8);
           lows[i] = subi(b[i], shl(high[i], 8));
         }
-        storei(&out.weights[(size_t)q * lanes + l],
-               ori(ori(andi(high[0], low), shl(andi(high[1], low), 8)),
-                   ori(shl(andi(high[2], low), 16), shl(high[3], 24))));
+        storei(&out.weights[(size_t)q * lanes + l], ori(ori(andi(high[0], low), shl(andi(high[1], low), 8)),
+                                                        ori(shl(andi(high[2], low), 16), shl(high[3], 24))));
       }
-      storei(&out.weights[((size_t)(planes - 1) * quads + q) * lanes + l],
-             ori(ori(andi(lows[0], low), shl(andi(lows[1], low), 8)),
-                 ori(shl(andi(lows[2], low), 16), shl(lows[3], 24))));
+      storei(
+          &out.weights[((size_t)(planes - 1) * quads + q) * lanes + l],
+          ori(ori(andi(lows[0], low), shl(andi(lows[1], low), 8)), ori(shl(andi(lows[2], low), 16), shl(lows[3], 24))));
     }
     store(&out.step[l], step);
     store(&out.constant[l], per_token ? constant : fnma(step, shift, constant));
@@ -159,7 +162,7 @@ INLINE inline void multiply_codes(const int32_t* weights, int lanes, const uint8
 // The same for rows of one or two bytes.
 template <int M, int V>
 INLINE inline void multiply_rounded(const Rounded& rounded, const Columns& columns, const Tokens& tokens, int row,
-                                     int token, int first, int last, vi (&sum)[M][V]) {
+                                    int token, int first, int last, vi (&sum)[M][V]) {
   const int32_t* weights = rounded.weights.data() + row;
   const uint8_t* codes = tokens.codes + (int64_t)token * 4;
   each<M>([&](auto m) INLINE { each<V>([&](auto v) INLINE { sum[m][v] = seti(0); }); });
@@ -218,11 +221,11 @@ INLINE inline void multiply(const Rounded& rounded, const float* rows, const Col
 // How the pairs are divided: the first `fast` are rebuilt, then those of level 0, 1, …; K nodes; cosines of offsets.
 struct Division {
   int half, fast, nodes, levels;
-  int first[LEVELS + 1];            // pairs of level l: [first[l], first[l + 1])
+  int first[LEVELS + 1];  // pairs of level l: [first[l], first[l + 1])
   double span[LEVELS], interval[LEVELS], node[LEVELS][MAX_NODES];
-  std::vector<float> cosine, sine;  // [fast, padded][2 HALF] of offsets
+  std::vector<float> cosine, sine;            // [fast, padded][2 HALF] of offsets
   std::vector<float> half_cosine, half_sine;  // [fast], a turn back by HALF
-  std::vector<float> lagrange;      // [nodes][2 SPAN]
+  std::vector<float> lagrange;                // [nodes][2 SPAN]
   std::vector<float> node_cosine, node_sine;  // [half][MAX_NODES]
   double scale[LEVELS][MAX_NODES];            // of the Lagrange polynomials
 
@@ -319,7 +322,10 @@ const Division& division_of(const double* frequency, int half, double tolerance,
     if (kept.tolerance == tolerance && kept.columns == columns && kept.queries == queries &&
         kept.frequency.size() == (size_t)half && std::equal(frequency, frequency + half, kept.frequency.begin()))
       return *kept.division;
-  all.push_back({{frequency, frequency + half}, tolerance, columns, queries,
+  all.push_back({{frequency, frequency + half},
+                 tolerance,
+                 columns,
+                 queries,
                  std::make_unique<Division>(divide(frequency, half, tolerance, columns, queries))});
   return *all.back().division;
 }
@@ -330,19 +336,19 @@ struct Rows {
   const double* frequency;
   const float* expansion;  // [half][2][columns + 1]
   int columns, queries, fast_lanes, node_lanes;
-  int64_t reference;               // position to which the queries below are rotated
-  std::vector<float> query;        // [half][2][queries]
-  std::vector<float> fast;         // [columns + 1][fast_lanes], rows a_0, b_0, a_1, b_1, …
-  std::vector<float> pair_query;   // [queries][2][fast, padded]: of the fast pairs
-  std::vector<float> fast_query;   // [2][queries][2][fast, padded]: rotated to the distance from the anchor, and + HALF
-  int padded;                      // fast, padded
-  std::vector<float> nodes;        // [columns + 1][node_lanes], row k * queries + j
+  int64_t reference;              // position to which the queries below are rotated
+  std::vector<float> query;       // [half][2][queries]
+  std::vector<float> fast;        // [columns + 1][fast_lanes], rows a_0, b_0, a_1, b_1, …
+  std::vector<float> pair_query;  // [queries][2][fast, padded]: of the fast pairs
+  std::vector<float> fast_query;  // [2][queries][2][fast, padded]: rotated to the distance from the anchor, and + HALF
+  int padded;                     // fast, padded
+  std::vector<float> nodes;       // [columns + 1][node_lanes], row k * queries + j
   struct Level {
     bool valid = false, turned = false;
     int64_t anchor = 0, turned_to = 0, step = 0;
     std::vector<double> cosine, sine, step_cosine, step_sine;  // [pairs]: to the anchor; by the last step
-    std::vector<float> sums;             // [columns + 1][node_lanes]
-    std::vector<float> spread;           // [nodes][columns + 1][node_lanes]: sums of a node in the lanes of all nodes
+    std::vector<float> sums;                                   // [columns + 1][node_lanes]
+    std::vector<float> spread;  // [nodes][columns + 1][node_lanes]: sums of a node in the lanes of all nodes
   } level[LEVELS];
   std::vector<float> lane_values;   // [half][q1, q2, cosine and sine of the node's offset][node_lanes]
   std::vector<float> coefficients;  // [pairs][2][node_lanes]
@@ -460,7 +466,7 @@ struct Rows {
     out.resize((size_t)width * lanes), coefficients.resize((size_t)std::max(1, n) * 2 * lanes);
     for (int f = 0; f < n; f++) {
       const vf c = set1(cosines[f]), s = set1(sines[f]);
-      const float *of_pair = &lane_values[(size_t)(first + f) * 4 * lanes];
+      const float* of_pair = &lane_values[(size_t)(first + f) * 4 * lanes];
       float* to = &coefficients[(size_t)f * 2 * lanes];
       for (int v = 0; v < lanes; v += 16) {
         const vf q1 = load(of_pair + v), q2 = load(of_pair + lanes + v);
@@ -493,8 +499,8 @@ struct Rows {
   bool by_permutation() const { return ALRD_AVX512 && node_lanes == 16; }
 
   template <int N>
-  INLINE inline void sum_columns(const float* rows, int width, int n, int c, int v,
-                                                         const Level* above, std::vector<float>& out) {
+  INLINE inline void sum_columns(const float* rows, int width, int n, int c, int v, const Level* above,
+                                 std::vector<float>& out) {
     const int lanes = node_lanes;
     vf total[N];
 #pragma GCC unroll 8
@@ -506,9 +512,7 @@ struct Rows {
       for (int k = 0; k < division->nodes; k++) {
         const vf weight = load(&transfer[(size_t)k * 16]);
         const vi lane = loadi(&lane_of[(size_t)k * 16]);
-        each<N>([&](auto i) INLINE {
-          total[i] = fma(_mm512_permutexvar_ps(lane, sums[i]), weight, total[i]);
-        });
+        each<N>([&](auto i) INLINE { total[i] = fma(_mm512_permutexvar_ps(lane, sums[i]), weight, total[i]); });
       }
       above = nullptr;
     }

@@ -47,13 +47,13 @@ struct Exact {
 };
 
 struct Arguments {
-  const float* query;        // [B, H_q, L, 2 half]
-  const int64_t* positions;  // [B, L]
-  const double* frequency;   // [half], falling; 0: no rotation
-  const int32_t* order;      // [half], the pair of each frequency
-  const void *weight, *bias;  // of the expansion, [H_kv * 2 half, weight_stride], [H_kv * 2 half]; may be null
+  const float* query;          // [B, H_q, L, 2 half]
+  const int64_t* positions;    // [B, L]
+  const double* frequency;     // [half], falling; 0: no rotation
+  const int32_t* order;        // [half], the pair of each frequency
+  const void *weight, *bias;   // of the expansion, [H_kv * 2 half, weight_stride], [H_kv * 2 half]; may be null
   const int32_t* key_channel;  // [groups, keys.width] channel of the group in a column, -1: none
-  const int32_t* table;      // [3, B, blocks]
+  const int32_t* table;        // [3, B, blocks]
   const Exact* exact;
   const int32_t *key_start, *key_count, *value_start, *value_count;  // channels of each head group
   const int32_t* value_channel;  // [groups, values.width] channel of the group in a column, -1: none
@@ -122,7 +122,9 @@ inline void unpack_vectors(const int32_t* rows, int64_t row_stride, int count, i
   constexpr int fields = 8 / BITS, tokens = 4 * fields, words = tokens < 16 ? 16 / tokens : 1;
   const int quads = (count + 3) / 4;
   alignas(64) static const auto lanes = [] {
-    struct { int32_t pick[16], shift[16]; } y;
+    struct {
+      int32_t pick[16], shift[16];
+    } y;
     for (int l = 0; l < 16; l++) y.pick[l] = l / fields % 4 + (l / tokens & 1) * 16, y.shift[l] = l % fields * BITS;
     return y;
   }();

@@ -1,4 +1,4 @@
-"""C++ kernels of `modules/quant_utils.py`: ranges, quantize-and-pack, unpack-and-dequantize; the same bits come out.
+"""C++ kernels of `modules/quant_utils.py`: quantize-and-pack, unpack-and-dequantize; the same bits come out.
 
 Format, formulas and errors are those of the reference, whose functions have the same names here. The work is spread
 over `torch.get_num_threads()` threads. Source: `quantize.cpp`; how it is built: `library.py`.
@@ -52,17 +52,6 @@ def _candidates(n_bits: float, symmetric: bool) -> torch.Tensor:
 def _bits(n_bits: float) -> int:
     """The kernels' `bits`."""
     return 0 if n_bits == 1.58 else int(n_bits)
-
-
-def find_range(x: torch.Tensor, widths: tuple[int, ...] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `find_range` in `modules/quant_utils.py`."""
-    n, length, channels = x.shape
-    x, groups = _rows(x), 0 if widths is None else len(widths)
-    shape = (n, channels) if widths is None else (n, length, groups)
-    low, high = (torch.empty(shape, dtype=torch.float32, device="cpu") for _ in range(2))
-    sizes = (n, length, channels, groups, x.stride(0), x.stride(1))
-    call("alrd_find_range", x, _DTYPES.index(x.dtype), low, high, _group_table(widths), *sizes, _threads(x))
-    return low, high
 
 
 def quantize_and_pack(

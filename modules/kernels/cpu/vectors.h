@@ -30,9 +30,7 @@ inline vf fnma(vf a, vf b, vf c) { return _mm512_fnmadd_ps(a, b, c); }
 inline vf max(vf a, vf b) { return _mm512_max_ps(a, b); }
 inline vf abs(vf a) { return _mm512_abs_ps(a); }
 inline vi loadi(const void* p) { return _mm512_loadu_si512(p); }
-inline vi loadi(const void* p, int n) {
-  return n >= 16 ? loadi(p) : _mm512_maskz_loadu_epi32((1u << n) - 1, p);
-}
+inline vi loadi(const void* p, int n) { return n >= 16 ? loadi(p) : _mm512_maskz_loadu_epi32((1u << n) - 1, p); }
 inline void storei(void* p, vi x) { _mm512_storeu_si512(p, x); }
 inline vi seti(int x) { return _mm512_set1_epi32(x); }
 inline vf to_float(vi x) { return _mm512_cvtepi32_ps(x); }
@@ -46,8 +44,8 @@ inline vi shr(vi a, int n) { return _mm512_srli_epi32(a, n); }
 inline vi sar(vi a, int n) { return _mm512_srai_epi32(a, n); }
 inline vi mul16(vi a, vi b) { return _mm512_mullo_epi16(a, b); }
 inline vi shr16(vi a, int n) { return _mm512_srli_epi16(a, n); }
-// Bytes of a lane: four codes (unsigned) times four weights (signed), added to the lane. With the intrinsic GCC 12 keeps
-// the sums in memory.
+// Bytes of a lane: four codes (unsigned) times four weights (signed), added to the lane. With the intrinsic GCC 12
+// keeps the sums in memory.
 inline vi dot4(vi sum, vi codes, vi weights) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(weights));
   return sum;
@@ -66,8 +64,12 @@ inline vf from_bfloat(const uint16_t* p) {
 }
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #define ALRD_AVX512 0
-struct vf { __m256 a, b; };
-struct vi { __m256i a, b; };
+struct vf {
+  __m256 a, b;
+};
+struct vi {
+  __m256i a, b;
+};
 inline vf load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 inline void store(float* p, vf x) { _mm256_storeu_ps(p, x.a), _mm256_storeu_ps(p + 8, x.b); }
 inline vf set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
@@ -84,9 +86,7 @@ inline vf abs(vf x) {
 inline vi loadi(const void* p) {
   return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)p + 1)};
 }
-inline void storei(void* p, vi x) {
-  _mm256_storeu_si256((__m256i*)p, x.a), _mm256_storeu_si256((__m256i*)p + 1, x.b);
-}
+inline void storei(void* p, vi x) { _mm256_storeu_si256((__m256i*)p, x.a), _mm256_storeu_si256((__m256i*)p + 1, x.b); }
 inline vi loadi(const void* p, int n) {
   if (n >= 16) return loadi(p);
   int32_t lanes[16] = {0};
@@ -116,8 +116,8 @@ inline vf power_of_two(vi n) {
   return {_mm256_castsi256_ps(n.a), _mm256_castsi256_ps(n.b)};
 }
 inline vi transpose_bytes(vi x) {
-  const __m256i order = _mm256_broadcastsi128_si256(
-      _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+  const __m256i order =
+      _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
   return {_mm256_shuffle_epi8(x.a, order), _mm256_shuffle_epi8(x.b, order)};
 }
 inline float sum(vf x) {

@@ -5,7 +5,6 @@ do, so most of them end at once: a block is due once in as many steps as it has 
 kernel of `modules/kernels/triton/quantize.py`, so the bytes are those of any cache.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,11 +13,12 @@ import triton
 import triton.language as tl
 
 from modules.kernels.packed import PackRecord
-from modules.kernels.triton import quantize
-from modules.kernels.triton.quantize import _as_bits, _candidates, _quantize_kernel
-from modules.quant_utils import grid, packed_words, require
+from modules.kernels.triton.common import as_bits, stand_in
+from modules.kernels.triton.quantize import Format, quantize_kernel, quantize_launch
+from modules.quant_utils import packed_words, require
 
-# ---- a row
+#: Channels, and tokens of a block, of a tile that is copied.
+_WIDTH, _HEIGHT = 128, 16
 
 
 @triton.jit
@@ -44,18 +44,16 @@ def _read_row(
 
 
 @triton.jit
-def _copy_token(new, sink, window, row, i, place, channels, stride_b, stride_t, SINKS, ROOM, WIDTH: tl.constexpr):
-    """Channels `place` of new token i of a row to its sinks or its window."""
+def _copy_token(new, sink, window, row, i, block, channels, stride_b, stride_t, SINKS, ROOM, WIDTH: tl.constexpr):
+    """A block of channels of new token i of a row to its sinks or its window."""
     sinks, held, to_sinks, fits = row[1], row[2], row[3], row[4]
-    columns = place * WIDTH + tl.arange(0, WIDTH)
-    valid = (columns < channels) & fits
+    columns = block * WIDTH + tl.arange(0, WIDTH)
+    mask = (columns < channels) & fits
     b = row[0].to(tl.int64)
-    x = tl.load(new + b * stride_b + i.to(tl.int64) * stride_t + columns, valid, 0)
-    tl.store(sink + (b * SINKS + sinks + i) * channels + columns, x, valid & (i < to_sinks))
-    tl.store(window + (b * ROOM + held + i - to_sinks) * channels + columns, x, valid & (i >= to_sinks))
-
-
-# ---- kernels
+    x = tl.load(new + b * stride_b + i.to(tl.int64) * stride_t + columns, mask, 0)
+    # One of the two stores is masked out as a whole.
+    tl.store(sink + (b * SINKS + sinks + i) * channels + columns, x, mask & (i < to_sinks))
+    tl.store(window + (b * ROOM + held + i - to_sinks) * channels + columns, x, mask & (i >= to_sinks))
 
 
 @triton.jit
@@ -84,20 +82,20 @@ def _append_kernel(
     WIDTH: tl.constexpr,
 ):
     """The grid is rows x new tokens, and channels of the keys, then of the values."""
-    b, i, place = tl.program_id(0) // length, tl.program_id(0) % length, tl.program_id(1)
+    b, i, block = tl.program_id(0) // length, tl.program_id(0) % length, tl.program_id(1)
     sinks, _, window, _, to_sinks, _, _, fits = _read_row(
         state, b, batch, length, RESIDUAL, BLOCK, SINKS, CAPACITY, BLOCKS
     )
     row = (b, sinks, window, to_sinks, fits)
     of_keys = tl.cdiv(key_channels, WIDTH)
-    if place < of_keys:
+    if block < of_keys:
         _copy_token(
             keys,
             sink_keys,
             window_keys,
             row,
             i,
-            place,
+            block,
             key_channels,
             key_stride_b,
             key_stride_t,
@@ -112,7 +110,7 @@ def _append_kernel(
             window_values,
             row,
             i,
-            place - of_keys,
+            block - of_keys,
             value_channels,
             value_stride_b,
             value_stride_t,
@@ -140,7 +138,7 @@ def _take_kernel(
     CAPACITY: tl.constexpr,
     BLOCKS: tl.constexpr,
     DUE: tl.constexpr,
-    TO_SLOTS: tl.constexpr,  # whether a block goes to its slot, or to the place of its row and number
+    TO_SLOTS: tl.constexpr,  # whether a block goes to its slot, or to a scratch by its row and number
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -150,12 +148,14 @@ def _take_kernel(
     if nth < flushed:
         tokens = tl.program_id(1) * HEIGHT + tl.arange(0, HEIGHT)
         columns = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
-        valid = (tokens < BLOCK)[:, None] & (columns < channels)[None, :]
-        first = window + b.to(tl.int64) * stride_b + (nth * BLOCK + tokens).to(tl.int64)[:, None] * stride_t
-        x = tl.load(first + tl.load(source + columns, columns < channels, 0)[None, :], valid, 0)
-        at = tl.load(slots + b * BLOCKS + blocks + nth) if TO_SLOTS else b * DUE + nth
-        rows = at.to(tl.int64) * BLOCK + tokens
-        tl.store(taken + rows[:, None] * channels + columns[None, :], x, valid)
+        mask = (tokens < BLOCK)[:, None] & (columns < channels)[None, :]
+        ptr = window + b.to(tl.int64) * stride_b + (nth * BLOCK + tokens).to(tl.int64)[:, None] * stride_t
+        x = tl.load(ptr + tl.load(source + columns, columns < channels, 0)[None, :], mask, 0)
+        slot = b * DUE + nth
+        if TO_SLOTS:
+            slot = tl.load(slots + b * BLOCKS + blocks + nth)
+        rows = slot.to(tl.int64) * BLOCK + tokens
+        tl.store(taken + rows[:, None] * channels + columns[None, :], x, mask)
 
 
 @triton.jit
@@ -205,20 +205,22 @@ def _flush_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """`_quantize_kernel` on the blocks that are due, into their slots; its rows are rows x blocks x runs of a block."""
+    """`quantize_kernel` on the blocks that are due, into their slots; its rows are rows x blocks x runs of a block."""
     n = tl.program_id(0) // blocks // groups // token_blocks
     b, nth, run = n // runs // DUE, n // runs % DUE, n % runs
     _, _, _, held, _, _, flushed, _ = _read_row(state, b, batch, new_tokens, RESIDUAL, BLOCK, SINKS, CAPACITY, BLOCKS)
     if nth < flushed:
         slot = tl.load(slots + b * BLOCKS + held + nth).to(tl.int64)
         token = (nth * BLOCK + first_token + run * length).to(tl.int64)
-        # That kernel goes on to its row n by itself.
+        # `quantize_kernel` adds n rows to these pointers itself, so that they start n rows early.
         to_word = slot * slot_words + (first_word + (run - n.to(tl.int64)) * words) * channels
-        parameters = channels if PER_CHANNEL else length * groups
+        parameters = length * groups
+        if PER_CHANNEL:
+            parameters = channels
         to_parameter = slot * slot_parameters + (first_run + run - n.to(tl.int64)) * parameters
-        if STATIC:
+        if STATIC:  # one pair for all blocks
             to_parameter = to_parameter * 0
-        _quantize_kernel(
+        quantize_kernel(
             x + tl.multiple_of(b.to(tl.int64) * stride_b + token * stride_t, ALIGN),
             packed + tl.multiple_of(to_word, ALIGN),
             scale + to_parameter,
@@ -257,9 +259,10 @@ def _move_up(window, tokens, by, channels, HEIGHT: tl.constexpr, WIDTH: tl.const
         rows = first + tl.arange(0, HEIGHT)
         for left in range(0, channels, WIDTH):
             columns = left + tl.arange(0, WIDTH)
-            valid = (rows < tokens)[:, None] & (columns < channels)[None, :]
-            at = rows[:, None] * channels + columns[None, :]
-            tl.store(window + at, tl.load(window + by * channels + at, valid, 0), valid)
+            mask = (rows < tokens)[:, None] & (columns < channels)[None, :]
+            offs = rows[:, None] * channels + columns[None, :]
+            tl.store(window + offs, tl.load(window + by * channels + offs, mask, 0), mask)
+        # The next tile may overwrite what another thread has yet to read of this one.
         tl.debug_barrier()
 
 
@@ -296,9 +299,9 @@ def _advance_kernel(
             _move_up(window_keys + row * key_channels, total - packed, packed, key_channels, HEIGHT, WIDTH)
             _move_up(window_values + row * value_channels, total - packed, packed, value_channels, HEIGHT, WIDTH)
             for nth in range(0, flushed):
-                at = table + b * BLOCKS + blocks + nth
-                tl.store(at + batch * BLOCKS, begin + nth * BLOCK)
-                tl.store(at + 2 * batch * BLOCKS, BLOCK)
+                ptr = table + b * BLOCKS + blocks + nth
+                tl.store(ptr + batch * BLOCKS, begin + nth * BLOCK)
+                tl.store(ptr + 2 * batch * BLOCKS, BLOCK)
         tl.store(state + b, sinks + to_sinks)
         tl.store(state + batch + b, begin + packed)
         tl.store(state + 2 * batch + b, total - packed)
@@ -307,12 +310,16 @@ def _advance_kernel(
         tl.store(ok + 1, 0)
 
 
-# ---- launches
-
-
 def _raw(x: torch.Tensor) -> torch.Tensor:
     """The bits of floats as integers, for copies."""
     return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.dtype.itemsize])
+
+
+def _copied(x: torch.Tensor) -> torch.Tensor:
+    """New states as the kernels copy them: bits, channels side by side."""
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    return _raw(x)
 
 
 class _Launch(NamedTuple):
@@ -349,7 +356,7 @@ class FusedAppend:
     Args:
         room: `Room` of a row.
         records: Of each side, how its blocks are packed.
-        tensors: Those of the store, by name.
+        tensors: Tensors of the store, by name.
     """
 
     def __init__(self, room, records: dict[str, tuple[PackRecord, ...]], tensors: dict[str, torch.Tensor]):
@@ -371,7 +378,7 @@ class FusedAppend:
             "key_channels": exact["window_keys"].shape[2],
             "value_channels": exact["window_values"].shape[2],
             "ROOM": exact["window_keys"].shape[1],
-            "WIDTH": 128,
+            "WIDTH": _WIDTH,
         }
         self.sinks = {"sink_keys": exact["sink_keys"], "sink_values": exact["sink_values"]}
         self.finite, self.fits = tensors["ok"]
@@ -382,7 +389,7 @@ class FusedAppend:
         if length not in self.prepared:
             self.prepared[length] = self._prepare(length)
         append, flushes, advance = self.prepared[length]
-        keys, values = (_raw(x if x.stride(-1) == 1 else x.contiguous()) for x in (keys, values))
+        keys, values = _copied(keys), _copied(values)
         with torch.cuda.device_of(keys):
             append.start(
                 keys=keys,
@@ -403,25 +410,28 @@ class FusedAppend:
         if flush.scratch is not None:
             x = torch.empty(flush.scratch, dtype=self.tensors["window_keys"].dtype, device=self.device)
             flush.take.start(taken=_raw(x))
-            copied = {"x": _as_bits(x)}
+            copied = {"x": as_bits(x)}
         elif flush.take is not None:
             flush.take.start()
         for launch in flush.quantize:
             launch.start(**copied)
 
     def _prepare(self, length: int) -> tuple[_Launch, list[_Flush], _Launch]:
-        blocks = sum(-(-self.whole[f"{side}_channels"] // self.whole["WIDTH"]) for side in ("key", "value"))
+        """The launches of a step of `length` tokens per row."""
+        blocks = -(-self.whole["key_channels"] // _WIDTH) + -(-self.whole["value_channels"] // _WIDTH)
         append = self.whole | self.sinks | {"length": length, "num_warps": 4}
         advance = self.whole | {
             "table": self.tensors["table"],
             "ok": self.tensors["ok"].view(torch.uint8),
             "length": length,
+            # A power of two that is no higher than a block, by which tokens move up.
             "HEIGHT": 1 << min(self.room.block_length.bit_length() - 1, 4),
             "num_warps": 8,
         }
         flushes = []
         for side, records in self.records.items():
-            flushes += [self._flush(side, record, length) for record in records]
+            for record in records:
+                flushes.append(self._flush(side, record, length))
         return (
             _Launch(_append_kernel[(self.batch * length, blocks)], append),
             flushes,
@@ -429,8 +439,9 @@ class FusedAppend:
         )
 
     def _take(self, window: torch.Tensor, channels: tuple[int, ...], length: int, to_slots: bool) -> _Launch:
-        due, height = self.room.due(length), 16
-        grid = (self.batch * due, -(-self.room.block_length // height), -(-len(channels) // 128))
+        """Copying channels of the blocks that are due; the call adds where to, `taken`."""
+        due = self.room.due(length)
+        grid = (self.batch * due, -(-self.room.block_length // _HEIGHT), -(-len(channels) // _WIDTH))
         arguments = self.row | {
             "slots": self.tensors["table"],
             "window": _raw(window),
@@ -441,80 +452,51 @@ class FusedAppend:
             "stride_t": window.stride(1),
             "DUE": due,
             "TO_SLOTS": to_slots,
-            "HEIGHT": height,
-            "WIDTH": 128,
+            "HEIGHT": _HEIGHT,
+            "WIDTH": _WIDTH,
             "num_warps": 4,
         }
         return _Launch(_take_kernel[grid], arguments)
 
     def _flush(self, side: str, record: PackRecord, new_tokens: int) -> _Flush:
         window, due, prefix = self.tensors[f"window_{side}"], self.room.due(new_tokens), f"{side}.{record.prefix}"
-        channels, bits, static = record.channels, record.bits, record.scales is not None
-        if bits == 16:
+        channels, static = record.channels, record.scales is not None
+        # At 16 bits there is nothing to quantize: the states go to their slots.
+        if record.bits == 16:
             take = self._take(window, channels, new_tokens, True)
             take.arguments["taken"] = _raw(self.tensors[f"{prefix}states"])
             return _Flush(take, None, [])
-        x, take, scratch = window[..., channels[0] :], None, None
-        if channels[-1] - channels[0] >= len(channels):  # not side by side
+        # The kernel reads a range of channels of the window itself, and other channels from a copy.
+        x, take, scratch = window[..., channels[0] : channels[0] + len(channels)], None, None
+        if channels[-1] - channels[0] >= len(channels):
             scratch = (self.batch, due * self.room.block_length, len(channels))
             x = torch.empty(scratch, dtype=window.dtype, device="meta")  # for its strides
             take = self._take(window, channels, new_tokens, False)
         packed = self.tensors[f"{prefix}packed"]
         stored = (self.tensors.get(f"{prefix}scale"), self.tensors.get(f"{prefix}zero_point"))
         scale, zero_point = record.scales or stored
-        levels, spacing, offset = grid(bits)
-        symmetric, widths = record.symmetric, record.groups
+        form = Format(record.bits, record.groups, record.symmetric, record.range_method, record.scale_dtype, static)
+        constant = self.row | {
+            "slots": self.tensors["table"],
+            "packed": packed,
+            "scale": as_bits(scale),
+            "zero_point": as_bits(stand_in(zero_point, scale)),
+            "finite": self.tensors["ok"].view(torch.uint8),
+            "new_tokens": new_tokens,
+            "slot_words": packed.stride(0),
+            "slot_parameters": scale.stride(0),
+            "stride_b": x.stride(0),
+            "DUE": due,
+        }
+        if scratch is None:
+            constant["x"] = as_bits(x)
+        # A launch for the runs of one length, behind the runs of the launches before.
         launches, first = [], {"first_run": 0, "first_token": 0, "first_word": 0}
         for count, run in record.runs:
-            slots, words = -(-run // 20) * 32 if bits == 1.58 else run, packed_words(run, bits)
-            search = not static and (record.range_method == "mse" or (symmetric and bits < 2))
-            align = math.gcd(16, len(channels), x.stride(0), x.stride(1), *(widths or ()))
-            tile = quantize._tile(slots, max(widths or (len(channels),)), widths is None, align, search)
-            if search and widths is None:
-                tile = (tile[0], max(tile[1] // 2, 16), tile[2])  # the row's bookkeeping takes registers too
-            prepared, further = quantize._prepared(
-                self.batch * due * count,
-                -(-len(channels) // tile[1]) if widths is None else 1,
-                1 if widths is None and not static else -(-slots // tile[0]),
-                widths,
-                align,
-                tile,
-                self.device,
-            )
-            arguments = {
-                "slots": self.tensors["table"],
-                "packed": packed,
-                "scale": _as_bits(scale),
-                "zero_point": _as_bits(scale if symmetric else zero_point),
-                "finite": self.tensors["ok"].view(torch.uint8),
-                "candidates": _candidates(bits, symmetric, self.device),
-                "new_tokens": new_tokens,
-                "runs": count,
-                "slot_words": packed.stride(0),
-                "slot_parameters": scale.stride(0),
-                "length": run,
-                "words": words,
-                "channels": len(channels),
-                "stride_b": x.stride(0),
-                "stride_t": x.stride(1),
-                "DUE": due,
-                "BITS": quantize._bits(bits),
-                "LEVELS": levels,
-                "SPACING": spacing,
-                "OFFSET": offset,
-                "LIMIT": torch.finfo(record.scale_dtype).max,
-                "SYMMETRIC": symmetric,
-                "MSE": search,
-                "STATIC": static,
-                "HELD": static or (slots <= tile[0] if widths is None else max(widths) <= tile[1]),
-            }
-            if scratch is None:
-                arguments["x"] = _as_bits(x)
-            launches.append(_Launch(_flush_kernel[prepared], arguments | first | self.row | further))
+            rows = self.batch * due * count
+            grid, arguments = quantize_launch(x, rows, run, form, self.device, crowded=True)
+            launches.append(_Launch(_flush_kernel[grid], constant | first | arguments | {"runs": count}))
             first["first_run"] += count
             first["first_token"] += count * run
-            first["first_word"] += count * words
+            first["first_word"] += count * packed_words(run, record.bits)
         return _Flush(take, scratch, launches)
-
-
-__all__ = ["FusedAppend"]

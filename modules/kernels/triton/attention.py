@@ -20,9 +20,10 @@ float32 rounded to it, which gives what tensor cores give.
 
 import math
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import zip_longest
+from itertools import chain, repeat, zip_longest
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -32,8 +33,8 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from modules.kernels.packed import LatentQuery, PackedCache, PackedPart, PackedSide, Tile
-from modules.kernels.triton.quantize import INTERPRETED, _as_bits, _power_of_three, _power_of_two, _widen
-from modules.quant_utils import grid, packed_words
+from modules.kernels.triton.common import INTERPRETED, as_bits, bits_of, power_of_three, power_of_two, stand_in, widen
+from modules.quant_utils import grid, group_starts, packed_words
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 _LOG2_E = math.log2(math.e)
@@ -41,7 +42,7 @@ _LOG2_E = math.log2(math.e)
 
 @dataclass(frozen=True)
 class _Spec:
-    """What a kernel knows of a piece of one side when it is compiled.
+    """Constants with which a kernel is compiled for a piece of one side.
 
     A piece is, of a `PackedPart` and for every head group, a run of channels that are neighbours in the group too.
 
@@ -79,9 +80,6 @@ class _Spec:
     align: int = 1
 
 
-# ---- numbers
-
-
 @triton.constexpr_function
 def _known(value):
     """An element of a constexpr tuple, as what is known when compiling: Triton 3.6 hands it over bare."""
@@ -92,7 +90,7 @@ def _known(value):
 def _operand(x, DTYPE: tl.constexpr):
     """`x` as an operand of matrix products in `DTYPE`."""
     if _INTERPRETED and DTYPE.is_bf16():
-        bits = _widen(x).to(tl.int32, bitcast=True)
+        bits = widen(x).to(tl.int32, bitcast=True)
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
     else:
         return x.to(DTYPE)
@@ -130,62 +128,76 @@ def _cos_sin(angle, DTYPE: tl.constexpr):
         return tl.where(cos_sign, -cos, cos), tl.where(sin_sign, -sin, sin)
 
 
-# ---- blocks
-
-
 @triton.jit
-def _codes(packed, before, within, there, columns, stride, BITS: tl.constexpr):
-    """Codes `[t, n]` of a plane that starts at row `before`, for tokens at places `within` it; 0 bits: ternary."""
-    PER_WORD: tl.constexpr = 20 if BITS == 0 else 32 // BITS
-    row, place = before + within // PER_WORD, (within % PER_WORD)[:, None]
-    words = tl.load(packed + row[:, None] * stride + columns[None, :], there, 0)
+def _codes(packed, before, within, mask, columns, stride, BITS: tl.constexpr):
+    """Codes `[t, n]` of a plane that starts at row `before`, for the tokens `within` it; 0 bits: ternary."""
     if BITS == 0:
-        digits = ((words >> (place // 5 * 8)) & 255) * _power_of_three(place % 5)
+        PER_WORD: tl.constexpr = 20
+    else:
+        PER_WORD: tl.constexpr = 32 // BITS
+    row, element = before + within // PER_WORD, (within % PER_WORD)[:, None]
+    words = tl.load(packed + row[:, None] * stride + columns[None, :], mask, 0)
+    if BITS == 0:
+        # Digits of a byte without a division: see `modules/quant_utils.py`.
+        digits = ((words >> (element // 5 * 8)) & 255) * power_of_three(element % 5)
         return ((digits & 255) * 3) >> 8
     else:
-        return (words >> (place * BITS)) & ((1 << BITS) - 1)
+        return (words >> (element * BITS)) & ((1 << BITS) - 1)
 
 
 @triton.jit
-def _latents(part, span, chunk, slot, first, count, DTYPE: tl.constexpr, SPEC: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Tile `[BLOCK_T, SPEC.block]` of states from token `first` of a block, as an operand."""
+def _latents(part, span, chunk, tile, DTYPE: tl.constexpr, SPEC: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Tile `[BLOCK_T, SPEC.block]` of states, as an operand.
+
+    `tile`: slot of the block, the tile's first token in it, and valid tokens of the block.
+    """
     packed, scale, zero_point, _, groups, stride_slot, stride, scale_slot, scale_stride = part
     start, width, _ = span
-    place = chunk * SPEC.block + tl.arange(0, SPEC.block)
-    exists, columns = place < width, start + place
+    slot, first, count = tile
+    channel = chunk * SPEC.block + tl.arange(0, SPEC.block)
+    exists, columns = channel < width, start + channel
     if SPEC.filled:
-        exists = place >= 0
+        exists = channel >= 0
     token = first + tl.arange(0, BLOCK_T)
-    valid = token < (count if SPEC.bits == 16 else SPEC.length)
+    # Codes beyond the valid tokens are finite, whatever they are; states in full precision may be NaN there.
+    end = SPEC.length
+    if SPEC.bits == 16:
+        end = count
+    valid = token < end
     if SPEC.whole:
         valid = token >= 0
-    there = valid[:, None] & exists[None, :]
+    mask = valid[:, None] & exists[None, :]
     packed += slot * stride_slot
     if SPEC.bits == 16:
-        return _operand(tl.load(packed + token[:, None] * stride + columns[None, :], there, 0), DTYPE)
+        return _operand(tl.load(packed + token[:, None] * stride + columns[None, :], mask, 0), DTYPE)
     else:
-        run = first // SPEC.run if SPEC.one_run else token // SPEC.run
+        run = token // SPEC.run
+        if SPEC.one_run:
+            run = first // SPEC.run
         before, within = run * SPEC.words, token - run * SPEC.run
         if SPEC.bits == 3:
-            codes = _codes(packed, before, within, there, columns, stride, 2)
+            # The high bits stand in a plane of their own behind that of the low ones.
+            codes = _codes(packed, before, within, mask, columns, stride, 2)
             before += tl.cdiv(tl.minimum(SPEC.run, SPEC.length - run * SPEC.run), 16)
-            codes |= _codes(packed, before, within, there, columns, stride, 1) << 2
+            codes |= _codes(packed, before, within, mask, columns, stride, 1) << 2
         else:
-            codes = _codes(packed, before, within, there, columns, stride, SPEC.bits)
+            codes = _codes(packed, before, within, mask, columns, stride, SPEC.bits)
 
         # The parameters are a row or a column of the tile where they can be, which is read by few threads.
         if SPEC.per_channel and SPEC.one_run:
-            at, there = (run * scale_stride + columns)[None, :], exists[None, :]
+            offs, mask = (run * scale_stride + columns)[None, :], exists[None, :]
         elif SPEC.per_channel:
-            at = run[:, None] * scale_stride + columns[None, :]
+            offs = run[:, None] * scale_stride + columns[None, :]
         elif SPEC.by_channel:
-            at = token[:, None] * scale_stride + tl.load(groups + columns, exists, 0)[None, :]
+            offs = token[:, None] * scale_stride + tl.load(groups + columns, exists, 0)[None, :]
         else:
             group = tl.load(groups + start + chunk * SPEC.block, chunk * SPEC.block < width, 0)
-            at, there = (token * scale_stride + group)[:, None], valid[:, None]
+            offs, mask = (token * scale_stride + group)[:, None], valid[:, None]
         scale += slot * scale_slot
-        step = _widen(tl.load(scale + at, there, 0))
-        zero = step * -SPEC.offset if SPEC.symmetric else _widen(tl.load(zero_point + slot * scale_slot + at, there, 0))
+        step = widen(tl.load(scale + offs, mask, 0))
+        zero = step * -SPEC.offset
+        if not SPEC.symmetric:
+            zero = widen(tl.load(zero_point + slot * scale_slot + offs, mask, 0))
         step *= SPEC.spacing
         if DTYPE.is_fp16():
             # The last level of a group may have been rounded beyond the type.
@@ -206,30 +218,27 @@ def _spans(parts, group, SPECS: tl.constexpr):
 
 
 @triton.jit
-def _span(at, ALIGN: tl.constexpr):
-    start, width, column = tl.load(at), tl.load(at + 1), tl.load(at + 2)
+def _span(ptr, ALIGN: tl.constexpr):
+    start, width, column = tl.load(ptr), tl.load(ptr + 1), tl.load(ptr + 2)
     return tl.multiple_of(start, ALIGN), tl.multiple_of(width, ALIGN), tl.multiple_of(column, ALIGN)
-
-
-# ---- keys
 
 
 @triton.jit
 def _expander(weight, stride, span, chunk, row, f, half, DTYPE: tl.constexpr, SPEC: tl.constexpr):
     """The weight of channels of a chunk for rows `row + f`, zero from row `row + half` on: `[SPEC.block, len(f)]`."""
     _, width, column = span
-    place = chunk * SPEC.block + tl.arange(0, SPEC.block)
-    there = (place < width)[:, None] & (f < half)[None, :]
+    channel = chunk * SPEC.block + tl.arange(0, SPEC.block)
+    mask = (channel < width)[:, None] & (f < half)[None, :]
     if SPEC.identity:
-        return _operand(tl.where(there & ((column + place)[:, None] == row + f[None, :]), 1.0, 0.0), DTYPE)
+        return _operand(tl.where(mask & ((column + channel)[:, None] == row + f[None, :]), 1.0, 0.0), DTYPE)
     else:
-        at = (row + f).to(tl.int64)[None, :] * stride + (column + place)[:, None]
-        return _operand(tl.load(weight + at, there, 0), DTYPE)
+        offs = (row + f).to(tl.int64)[None, :] * stride + (column + channel)[:, None]
+        return _operand(tl.load(weight + offs, mask, 0), DTYPE)
 
 
 @triton.jit
 def _constants(query, offsets, inv_freq, bias, spans, expand, DTYPE: tl.constexpr, SPECS: tl.constexpr):
-    """What rebuilding and rotating keys at the frequencies of `query` needs in every tile.
+    """Constants of every tile, to rebuild and rotate keys at the frequencies of `query`.
 
     Returns:
         Weights of the pieces that hold theirs, cosines and sines of the offsets (0 without RoPE), halves of the bias (0
@@ -248,17 +257,16 @@ def _constants(query, offsets, inv_freq, bias, spans, expand, DTYPE: tl.constexp
     if inv_freq is not None:
         turn = _cos_sin(offsets[:, None] * frequency[None, :], DTYPE)
     if bias is not None:
-        there = f < half
-        biases = (_widen(tl.load(bias + row + f, there, 0)), _widen(tl.load(bias + row + half + f, there, 0)))
+        mask = f < half
+        biases = (widen(tl.load(bias + row + f, mask, 0)), widen(tl.load(bias + row + half + f, mask, 0)))
     return held, turn, biases
 
 
 @triton.jit
-def _add_keys(low, high, latents, part, span, held, f, expand, place, DTYPE: tl.constexpr, SPEC: tl.constexpr):
+def _add_keys(low, high, latents, part, span, held, f, expand, tile, DTYPE: tl.constexpr, SPEC: tl.constexpr):
     """Keys `[t, len(f)]` of the lower and the upper half of the head, with those of a piece added."""
     BLOCK_T: tl.constexpr = low.shape[0]
     weight, stride, row, half = expand
-    slot, first, count = place
     if SPEC.held:
         low, high = _dot(latents, held[0], low), _dot(latents, held[1], high)
     elif SPEC.chunks == 1:
@@ -266,9 +274,9 @@ def _add_keys(low, high, latents, part, span, held, f, expand, place, DTYPE: tl.
         high = _dot(latents, _expander(weight, stride, span, 0, row + half, f, half, DTYPE, SPEC), high)
     else:
         for chunk in range(tl.cdiv(span[1], SPEC.block)):
-            tile = _latents(part, span, chunk, slot, first, count, DTYPE, SPEC, BLOCK_T)
-            low = _dot(tile, _expander(weight, stride, span, chunk, row, f, half, DTYPE, SPEC), low)
-            high = _dot(tile, _expander(weight, stride, span, chunk, row + half, f, half, DTYPE, SPEC), high)
+            states = _latents(part, span, chunk, tile, DTYPE, SPEC, BLOCK_T)
+            low = _dot(states, _expander(weight, stride, span, chunk, row, f, half, DTYPE, SPEC), low)
+            high = _dot(states, _expander(weight, stride, span, chunk, row + half, f, half, DTYPE, SPEC), high)
     return low, high
 
 
@@ -283,7 +291,7 @@ def _add_scores(
     expand,
     inv_freq,
     bias,
-    place,
+    tile,
     start,
     DTYPE: tl.constexpr,
     SPECS: tl.constexpr,
@@ -295,10 +303,11 @@ def _add_scores(
     high = low
     for i in tl.static_range(len(SPECS)):
         low, high = _add_keys(
-            low, high, latents[i], parts[i], spans[i], held[i], f, expand, place, DTYPE, _known(SPECS[i])
+            low, high, latents[i], parts[i], spans[i], held[i], f, expand, tile, DTYPE, _known(SPECS[i])
         )
     if bias is not None:
         low, high = low + biases[0][None, :], high + biases[1][None, :]
+    # Keys turn by their offset in the tile, queries back by the position of its first token.
     if inv_freq is not None:
         low, high = low * turn[0] - high * turn[1], high * turn[0] + low * turn[1]
         cos, sin = _cos_sin(start * frequency, DTYPE)
@@ -309,11 +318,11 @@ def _add_scores(
 
 
 @triton.jit
-def _query_tile(at, stride, inv_freq, positions, f, half, shown, DTYPE: tl.constexpr):
+def _query_tile(ptr, stride, inv_freq, positions, f, half, visible, DTYPE: tl.constexpr):
     """Both halves `[len(f), M]` of the queries at frequencies `f`, rotated to their positions; `f`, and its turns."""
-    there = (f < half)[:, None] & shown[None, :]
-    low = _widen(tl.load(at[None, :] + (f * stride)[:, None], there, 0))
-    high = _widen(tl.load(at[None, :] + ((half + f) * stride)[:, None], there, 0))
+    mask = (f < half)[:, None] & visible[None, :]
+    low = widen(tl.load(ptr[None, :] + (f * stride)[:, None], mask, 0))
+    high = widen(tl.load(ptr[None, :] + ((half + f) * stride)[:, None], mask, 0))
     if inv_freq is None:
         return low, high, f, f
     else:
@@ -323,11 +332,9 @@ def _query_tile(at, stride, inv_freq, positions, f, half, shown, DTYPE: tl.const
         return low * cos - high * sin, high * cos + low * sin, f, frequency
 
 
-# ---- values
-
-
 @triton.jit
 def _no_values(SPEC: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Zeros for the sums of a piece's values, `[SPEC.block, BLOCK_M]` for each chunk."""
     CHUNKS: tl.constexpr = SPEC.chunks
     BLOCK_R: tl.constexpr = SPEC.block
     sums = ()
@@ -337,37 +344,32 @@ def _no_values(SPEC: tl.constexpr, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def _add_values(
-    sums, part, span, weights, decay, place, DTYPE: tl.constexpr, SPEC: tl.constexpr, BLOCK_T: tl.constexpr
-):
+def _add_values(sums, part, span, weights, decay, tile, DTYPE: tl.constexpr, SPEC: tl.constexpr, BLOCK_T: tl.constexpr):
+    """The sums of a piece's values, scaled by `decay`, with those of a tile added."""
     CHUNKS: tl.constexpr = SPEC.chunks
-    slot, first, count = place
     added = ()
     for i in tl.static_range(CHUNKS):
-        latents = _latents(part, span, SPEC.first + i, slot, first, count, DTYPE, SPEC, BLOCK_T)
+        latents = _latents(part, span, SPEC.first + i, tile, DTYPE, SPEC, BLOCK_T)
         added += (_dot(tl.trans(latents), weights, sums[i] * decay[None, :]),)
     return added
 
 
 @triton.jit
-def _store_values(sums, at, shown, span, SPEC: tl.constexpr):
+def _store_values(sums, ptr, visible, span, SPEC: tl.constexpr):
     CHUNKS: tl.constexpr = SPEC.chunks
     _, width, column = span
     for i in tl.static_range(CHUNKS):
-        place = (SPEC.first + i) * SPEC.block + tl.arange(0, SPEC.block)
-        there = (place < width)[:, None] & shown[None, :]
-        tl.store(at[None, :] + (column + place)[:, None], sums[i], there)
-
-
-# ---- attention
+        channel = (SPEC.first + i) * SPEC.block + tl.arange(0, SPEC.block)
+        mask = (channel < width)[:, None] & visible[None, :]
+        tl.store(ptr[None, :] + (column + channel)[:, None], sums[i], mask)
 
 
 @triton.jit
 def _attend(
-    at,
+    query,
     query_stride,
     positions,
-    shown,
+    visible,
     expand,
     inv_freq,
     bias,
@@ -388,15 +390,15 @@ def _attend(
     BLOCK_M: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Attention of a tile of queries, those `at` these addresses, to every `step`-th block.
+    """Attention of a tile of queries to every `step`-th block; writes its sums, highest score and total.
 
-    Writes its sums, highest score and total.
+    `query`, `positions`, `sums` and `stats` are pointers `[BLOCK_M]`, one for each query of the tile.
     """
-    query_positions = tl.load(positions, shown, 0).to(tl.int32)
+    query_positions = tl.load(positions, visible, 0).to(tl.int32)
     queries = ()
     for i in tl.static_range(HALF // BLOCK_F):
         f = i * BLOCK_F + tl.arange(0, BLOCK_F)
-        queries += (_query_tile(at, query_stride, inv_freq, query_positions, f, expand[3], shown, DTYPE),)
+        queries += (_query_tile(query, query_stride, inv_freq, query_positions, f, expand[3], visible, DTYPE),)
     slots, starts, counts, block, end, step = blocks
     key_spans, value_spans = _spans(keys, groups[0], KEYS), _spans(values, groups[1], VALUES)
     offsets = tl.arange(0, BLOCK_T)
@@ -425,12 +427,14 @@ def _attend(
         j = block + i // tiles * step
         first = i % tiles * BLOCK_T
         start, count = tl.load(starts + j) + first, tl.load(counts + j)
-        slot = tl.load(slots + j) if LISTED else j
-        place = (slot.to(tl.int64), first, count)
+        slot = j
+        if LISTED:
+            slot = tl.load(slots + j)
+        tile = (slot.to(tl.int64), first, count)
 
         latents = ()
         for p in tl.static_range(len(KEYS)):
-            latents += (_held_latents(keys[p], key_spans[p], place, DTYPE, _known(KEYS[p]), BLOCK_T),)
+            latents += (_held_latents(keys[p], key_spans[p], tile, DTYPE, _known(KEYS[p]), BLOCK_T),)
         scores = tl.zeros((BLOCK_T, BLOCK_M), tl.float32)
         for p in tl.static_range(len(queries)):
             scores = _add_scores(
@@ -443,7 +447,7 @@ def _attend(
                 expand,
                 inv_freq,
                 bias,
-                place,
+                tile,
                 start,
                 DTYPE,
                 KEYS,
@@ -451,6 +455,7 @@ def _attend(
         seen = (first + offsets < count)[:, None] & ((start + offsets)[:, None] <= query_positions[None, :])
         scores = tl.where(seen, scores * scaling, float("-inf"))
 
+        # The sums so far go to the scale of the new highest score; with none yet, any scale will do.
         higher = tl.maximum(highest, tl.max(scores, 0))
         reference = tl.where(higher == float("-inf"), 0.0, higher)
         weights = tl.exp2(scores - reference[None, :])
@@ -461,23 +466,22 @@ def _attend(
         for p in tl.static_range(len(VALUES)):
             gained += (
                 _add_values(
-                    summed[p], values[p], value_spans[p], operand, decay, place, DTYPE, _known(VALUES[p]), BLOCK_T
+                    summed[p], values[p], value_spans[p], operand, decay, tile, DTYPE, _known(VALUES[p]), BLOCK_T
                 ),
             )
         summed = gained
 
     for p in tl.static_range(len(VALUES)):
-        _store_values(summed[p], sums, shown, value_spans[p], _known(VALUES[p]))
-    tl.store(stats, highest, shown)
-    tl.store(stats + 1, total, shown)
+        _store_values(summed[p], sums, visible, value_spans[p], _known(VALUES[p]))
+    tl.store(stats, highest, visible)
+    tl.store(stats + 1, total, visible)
 
 
 @triton.jit
-def _held_latents(part, span, place, DTYPE: tl.constexpr, SPEC: tl.constexpr, BLOCK_T: tl.constexpr):
+def _held_latents(part, span, tile, DTYPE: tl.constexpr, SPEC: tl.constexpr, BLOCK_T: tl.constexpr):
     """`_latents` of a piece of one chunk; longer ones are read chunk by chunk."""
     if SPEC.chunks == 1:
-        slot, first, count = place
-        return _latents(part, span, 0, slot, first, count, DTYPE, SPEC, BLOCK_T)
+        return _latents(part, span, 0, tile, DTYPE, SPEC, BLOCK_T)
     else:
         return 0
 
@@ -526,18 +530,23 @@ def _attention_kernel(
 ):
     share, half = tl.program_id(1), size // 2
     batch, head = tl.program_id(0) // heads, tl.program_id(0) % heads
-    place = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
-    shown = place < SHARED * length
-    at = query + batch.to(tl.int64) * query_strides[0]
-    at += (head * SHARED + place // length) * query_strides[1] + place % length * query_strides[2]
-    positions += batch * position_stride + place % length
-    row = ((batch * heads + head) * SHARED * length + place).to(tl.int64) + share.to(tl.int64) * rows
+    # The queries of a tile are heads that share a key head, and of each of them its tokens.
+    offs = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    visible = offs < SHARED * length
+    query += batch.to(tl.int64) * query_strides[0]
+    query += (head * SHARED + offs // length) * query_strides[1] + offs % length * query_strides[2]
+    positions += batch * position_stride + offs % length
+    row = ((batch * heads + head) * SHARED * length + offs).to(tl.int64) + share.to(tl.int64) * rows
     stats = sums + total.to(tl.int64) * rows * WIDTH + row * 2
     sums += row * WIDTH
     # Without a weight every head is a group of its own.
-    expand = (weight, weight_stride, 0 if KEYS_ARE_CACHED else head * size, half)
+    first_row = head * size
+    if KEYS_ARE_CACHED:
+        first_row = 0
+    expand = (weight, weight_stride, first_row, half)
     groups = (head // KEY_HEADS, head // VALUE_HEADS)
-    # The last programs, which have no block more than the others, take the tokens in full precision.
+    # The last programs, which have no block more than the others, take the tokens in full precision: a tile of them is
+    # a block of 16 bits whose slot is the row.
     if len(exact) > 0:
         nth = tl.num_programs(1) - 1 - share
         if nth < len(exact):
@@ -551,10 +560,10 @@ def _attention_kernel(
             count += batch * count_row - batch
             further = (shares - share + nth).to(tl.int64) * rows
             _attend(
-                at,
+                query,
                 query_strides[3],
                 positions,
-                shown,
+                visible,
                 expand,
                 inv_freq,
                 bias,
@@ -580,10 +589,10 @@ def _attention_kernel(
             table += batch * table_strides[1]
             listed = (table, table + table_strides[0], table + 2 * table_strides[0], share, blocks, shares)
             _attend(
-                at,
+                query,
                 query_strides[3],
                 positions,
-                shown,
+                visible,
                 expand,
                 inv_freq,
                 bias,
@@ -637,20 +646,19 @@ def _merge_kernel(
     summed = tl.zeros((BLOCK_N,), tl.float32)
     for first in range(0, shares, BLOCK_S):
         share = first + tl.arange(0, BLOCK_S)
-        at = share.to(tl.int64) * rows + row
-        peak = tl.load(stats + at * 2, share < shares, float("-inf"))
-        there = peak > float("-inf")
+        offs = share.to(tl.int64) * rows + row
+        peak = tl.load(stats + offs * 2, share < shares, float("-inf"))
+        # Shares that saw no token do not count, nor lanes beyond the last share.
+        mask = peak > float("-inf")
         higher = tl.maximum(highest, tl.max(peak, 0))
         reference = tl.where(higher == float("-inf"), 0.0, higher)
         factor, decay = tl.exp2(peak - reference), tl.exp2(highest - reference)
-        total = total * decay + tl.sum(tl.load(stats + at * 2 + 1, there, 0) * factor, 0)
-        tile = tl.load(sums + at[:, None] * WIDTH + column[None, :], there[:, None] & (column < width)[None, :], 0)
+        total = total * decay + tl.sum(tl.load(stats + offs * 2 + 1, mask, 0) * factor, 0)
+        tile = tl.load(sums + offs[:, None] * WIDTH + column[None, :], mask[:, None] & (column < width)[None, :], 0)
         summed = summed * decay + tl.sum(tile * factor[:, None], 0)
         highest = higher
     tl.store(output + row * WIDTH + column, summed / tl.where(total == 0, 1.0, total), column < WIDTH)
 
-
-# ---- launches
 
 #: Types that the kernels take; others pass through float32.
 _DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -666,33 +674,71 @@ _TOKENS_OF_SHARE = 256
 @lru_cache
 def _wanted_programs(device: torch.device) -> int:
     """Programs that fill a device."""
-    return 4 if device.type != "cuda" else 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    if device.type != "cuda":
+        return 4
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _pieces(channels: list[int], widths: tuple[int, ...]) -> list[list[list[int]]]:
-    """First stored channel, width and first column in its group, by piece and group.
+class _Span(NamedTuple):
+    """Neighbouring channels of a head group: the first one as stored, how many, and the first one in the group."""
+
+    start: int
+    width: int
+    column: int
+
+
+class _Piece(NamedTuple):
+    """A piece of a side: see `_Spec`.
+
+    Attributes:
+        part: Index of the part.
+        spec: What the kernel knows of it.
+        spans: `[groups, 3]` int32, its `_Span` of each head group.
+        groups: `[channels of the part]` int32, scale group of each channel; `None`: scales per channel.
+    """
+
+    part: int
+    spec: _Spec
+    spans: torch.Tensor
+    groups: torch.Tensor | None
+
+
+def _pieces(channels: Sequence[int], widths: tuple[int, ...]) -> list[tuple[_Span, ...]]:
+    """The spans of each piece, one for every head group, empty where a group has fewer pieces.
 
     Args:
-        channels: Of each stored channel of a part, its own.
+        channels: Channel of each stored channel of a part.
         widths: Channels of each head group.
     """
-    starts = [sum(widths[:g]) for g in range(len(widths))]
-    found: list[list[list[int]]] = [[] for _ in widths]
+    starts, found = group_starts(widths), [[] for _ in widths]
     for stored, channel in enumerate(channels):
         group = bisect_right(starts, channel) - 1
         spans, column = found[group], channel - starts[group]
-        if spans and spans[-1][0] + spans[-1][1] == stored and spans[-1][2] + spans[-1][1] == column:
-            spans[-1][1] += 1
+        last = _Span(-1, 0, -1)
+        if spans:
+            last = spans[-1]
+        # A channel that continues the last span, where it is stored and in the group, extends it.
+        if (stored, column) == (last.start + last.width, last.column + last.width):
+            spans[-1] = last._replace(width=last.width + 1)
         else:
-            spans.append([stored, 1, column])
-    return [[s[i] if i < len(s) else [0, 0, 0] for s in found] for i in range(max(map(len, found)))]
+            spans.append(_Span(stored, 1, column))
+    return list(zip_longest(*found, fillvalue=_Span(0, 0, 0)))
+
+
+def _straddles(spans: tuple[_Span, ...], group_of: list[int], block: int) -> bool:
+    """Whether a chunk of `block` channels of a span lies in more than one scale group."""
+    for start, width, _ in spans:
+        for first in range(start, start + width, block):
+            if len(set(group_of[first : min(first + block, start + width)])) > 1:
+                return True
+    return False
 
 
 @lru_cache
 def _side_layout(
     parts: tuple, channels: tuple[int, ...] | None, widths: tuple[int, ...], length: int, block_t: int, device
-):
-    """For each piece of a side its part's index, `_Spec`, spans and scale group of each channel.
+) -> tuple[_Piece, ...]:
+    """The pieces of a side.
 
     Args:
         parts: For each part bits, channels, run, groups and whether it is symmetric.
@@ -701,97 +747,113 @@ def _side_layout(
         length, block_t: Tokens of a block and of a tile.
     """
     layout, first = [], 0
+    if channels is None:
+        channels = range(sum(widths))
     for index, (bits, n, run, groups, symmetric) in enumerate(parts):
-        own = list(channels[first : first + n] if channels else range(first, first + n))
-        first += n
-        group_of = [i for i, width in enumerate(groups or ()) for _ in range(width)]
-        table = torch.tensor(group_of, dtype=torch.int32, device=device) if groups else None
-        levels, spacing, offset = (0, 1, 0) if bits == 16 else grid(bits)
+        table, group_of = None, []
+        if groups:
+            for group, width in enumerate(groups):
+                group_of += [group] * width
+            table = torch.tensor(group_of, dtype=torch.int32, device=device)
         spec = _Spec(
-            bits=0 if bits == 1.58 else int(bits),
-            levels=levels,
-            spacing=spacing,
-            offset=offset,
+            bits=bits_of(bits),
             symmetric=symmetric,
             per_channel=groups is None,
             run=run,
-            words=0 if bits == 16 else packed_words(run, bits),
             length=length,
             one_run=run >= length or run % block_t == 0,
-            whole=bits != 16 and length % block_t == 0,
         )
-        for spans in _pieces(own, widths):
-            widest = max(width for _, width, _ in spans)
-            block = _power_of_two(widest, 16, 64)
-
-            def straddles(block: int, spans=spans, group_of=group_of) -> bool:
-                pieces = [group_of[s + i : s + min(i + block, w)] for s, w, _ in spans for i in range(0, w, block)]
-                return any(len(set(piece)) > 1 for piece in pieces)
-
-            fitting = [b for b in (64, 32, 16) if b <= block and not straddles(b)]
-            block = fitting[0] if fitting else block
-            align = math.gcd(16, *(number for span in spans for number in span))
-            chunks = -(-widest // block)
-            filled = all(width % block == 0 and width == widest for _, width, _ in spans)
-            own_spec = replace(spec, block=block, chunks=chunks, by_channel=not fitting, align=align, filled=filled)
-            layout.append((index, own_spec, torch.tensor(spans, dtype=torch.int32, device=device), table))
+        if bits != 16:
+            levels, spacing, offset = grid(bits)
+            scaled = {"levels": levels, "spacing": spacing, "offset": offset, "words": packed_words(run, bits)}
+            spec = replace(spec, **scaled, whole=length % block_t == 0)
+        for spans in _pieces(channels[first : first + n], widths):
+            _, all_widths, _ = zip(*spans)
+            widest = max(all_widths)
+            # The widest chunk whose channels share a token's scale; if there is none, scales are read by channel.
+            block = fitting = power_of_two(widest, 16, 64)
+            while fitting >= 16 and _straddles(spans, group_of, fitting):
+                fitting //= 2
+            by_channel = fitting < 16
+            if not by_channel:
+                block = fitting
+            own = replace(
+                spec,
+                block=block,
+                chunks=-(-widest // block),
+                by_channel=by_channel,
+                align=math.gcd(16, *chain.from_iterable(spans)),
+                filled=widest % block == 0 and set(all_widths) == {widest},
+            )
+            layout.append(_Piece(index, own, torch.tensor(spans, dtype=torch.int32, device=device), table))
+        first += n
     return tuple(layout)
 
 
 def _bits(x: torch.Tensor | None) -> torch.Tensor | None:
-    """What the kernels take for a float tensor."""
-    return x if x is None or not INTERPRETED else _as_bits(x)
+    """A float tensor as the kernels take it: in the interpreter as bits."""
+    if x is None or not INTERPRETED:
+        return x
+    return as_bits(x)
 
 
 def _storage(part: PackedPart, spans: torch.Tensor, groups: torch.Tensor | None) -> tuple:
     """The runtime arguments of a piece; where it has no such tensor, another stands in that is not read."""
     packed = _bits(part.packed)
-    scale = packed if part.scale is None else _bits(part.scale)
-    zero_point = scale if part.zero_point is None else _bits(part.zero_point)
-    strides = (0, 0)
+    scale = stand_in(_bits(part.scale), packed)
+    zero_point = stand_in(_bits(part.zero_point), scale)
+    slot_stride = stride = 0
     if part.scale is not None:
         assert zero_point.stride() == scale.stride()
-        strides = (0 if scale.shape[0] == 1 else scale.stride(0), scale.stride(1))
-    groups = spans if groups is None else groups
-    return (packed, scale, zero_point, spans, groups, packed.stride(0), packed.stride(1), *strides)
+        stride = scale.stride(1)
+        if scale.shape[0] > 1:  # else one scale for all slots
+            slot_stride = scale.stride(0)
+    strides = (packed.stride(0), packed.stride(1), slot_stride, stride)
+    return (packed, scale, zero_point, spans, stand_in(groups, spans), *strides)
 
 
 def _side(side: PackedSide | None, widths: tuple[int, ...], length: int, block_t: int, device) -> tuple[list, list]:
     """Runtime arguments and `_Spec`s of the pieces of a side."""
     if side is None:
         return [], []
-    parts = tuple(
-        (p.bits, p.packed.shape[2], p.run or length, p.groups, p.bits != 16 and p.zero_point is None)
-        for p in side.parts
-    )
-    channels = None if side.channels is None else tuple(side.channels.tolist())
-    layout = _side_layout(parts, channels, tuple(widths), length, block_t, device)
-    return [_storage(side.parts[i], spans, groups) for i, _, spans, groups in layout], [spec for _, spec, *_ in layout]
+    parts, channels = [], None
+    for part in side.parts:
+        symmetric = part.bits != 16 and part.zero_point is None
+        parts.append((part.bits, part.packed.shape[2], part.run or length, part.groups, symmetric))
+    if side.channels is not None:
+        channels = tuple(side.channels.tolist())
+    arguments, specs = [], []
+    for piece in _side_layout(tuple(parts), channels, tuple(widths), length, block_t, device):
+        arguments.append(_storage(side.parts[piece.part], piece.spans, piece.groups))
+        specs.append(piece.spec)
+    return arguments, specs
 
 
 @lru_cache
 def _exact_layout(widths: tuple[int, ...], device) -> tuple[torch.Tensor, _Spec]:
     """Spans and `_Spec` of tokens in full precision."""
-    spans = [[sum(widths[:g]), width, 0] for g, width in enumerate(widths)]
-    block = _power_of_two(max(widths), 16, 64)
-    filled = len(set(widths)) == 1 and widths[0] % block == 0
-    spec = _Spec(bits=16, block=block, chunks=-(-max(widths) // block), align=math.gcd(16, *widths), filled=filled)
+    spans = list(map(_Span, group_starts(widths), widths, repeat(0)))
+    widest = max(widths)
+    block = power_of_two(widest, 16, 64)
+    filled = set(widths) == {widest} and widest % block == 0
+    spec = _Spec(bits=16, block=block, chunks=-(-widest // block), align=math.gcd(16, *widths), filled=filled)
     return torch.tensor(spans, dtype=torch.int32, device=device), spec
 
 
-def _launches(specs: list[_Spec], rows: int) -> list[list[tuple[int, _Spec]]]:
-    """Indices and specs of the pieces whose sums each launch keeps: together at most `_MAX_SUMS`."""
-    launches, kept = [[]], 0
+def _launches(specs: list[_Spec], rows: int) -> list[dict[int, _Spec]]:
+    """Specs by the index of their piece, of the sums that each launch keeps: together at most `_MAX_SUMS`."""
+    launches, kept = [{}], 0
     for index, spec in enumerate(specs):
         first, room = 0, rows * spec.block
         while first < spec.chunks:
+            # A launch keeps one chunk at least, even if it is larger than the bound.
             fit = max((_MAX_SUMS - kept) // room, int(kept == 0))
             if fit == 0:
-                launches.append([])
+                launches.append({})
                 kept = 0
                 continue
             chunks = min(fit, spec.chunks - first)
-            launches[-1].append((index, replace(spec, first=first, chunks=chunks)))
+            launches[-1][index] = replace(spec, first=first, chunks=chunks)
             first, kept = first + chunks, kept + chunks * room
     return launches
 
@@ -803,7 +865,7 @@ def _exact_arguments(tile: Tile) -> tuple:
 
 
 class _Shape(NamedTuple):
-    """What a launch follows from besides the blocks themselves.
+    """All that a launch follows from besides the blocks themselves.
 
     Attributes:
         query: `[B, H_q, L, d]`.
@@ -824,26 +886,34 @@ class _Shape(NamedTuple):
 
 
 class _LaunchRecord:
-    """What the kernels are launched with for one layer, but for the tensors of a step and the number of blocks."""
+    """Arguments of the kernels for one layer, but for the tensors of a step and the number of blocks."""
 
     def __init__(self, keys: PackedSide | None, values: PackedSide | None, shape: _Shape):
         batch, heads, length, size = shape.query
         key_heads, device = shape.key_heads, shape.device
         shared, rows = heads // key_heads, batch * heads * length
-        self.width, block_m = max(shape.value_widths), _power_of_two(shared * length, 8, _MAX_ROWS)
+        self.width, block_m = max(shape.value_widths), power_of_two(shared * length, 8, _MAX_ROWS)
         # Keys of long latents are kept while their chunks pass by, and float32 takes more room: tiles of fewer tokens
         # and more threads, that all fits the registers.
         wide = shape.dtype == torch.float32
         long = max(shape.key_widths) > 64 or wide
-        block_t = 32 if long or shape.block_length <= 32 else 64
+        block_t, exact_t, block_f, num_warps = 64, 64, 32, 4
+        if long:
+            block_t, exact_t, block_f, num_warps = 32, 32, 64, 8
+        if wide:
+            block_f = 16
+        if shape.block_length <= 32:
+            block_t = 32
         key_pieces, key_specs = _side(keys, shape.key_widths, shape.block_length, block_t, device)
         value_pieces, value_specs = _side(values, shape.value_widths, shape.block_length, block_t, device)
         key_spans, exact_keys = _exact_layout(shape.key_widths, device)
         value_spans, exact_values = _exact_layout(shape.value_widths, device)
-        half = _power_of_two(size // 2, 16, size)
+        half = power_of_two(size // 2, 16, size)
 
-        def key_spec(spec: _Spec) -> _Spec:
-            return replace(spec, held=spec.chunks == 1 and not long, identity=shape.identity)
+        # The specs of the keys, those of the tokens in full precision last, with how they are expanded.
+        expanded = []
+        for spec in (*key_specs, exact_keys):
+            expanded.append(replace(spec, held=spec.chunks == 1 and not long, identity=shape.identity))
 
         #: Grid without the shares, and programs that fit the device for each of them.
         self.grid = (batch * key_heads, -(-shared * length // block_m))
@@ -857,8 +927,8 @@ class _LaunchRecord:
             "heads": key_heads,
             "size": size,
             "DTYPE": _DTYPES[shape.dtype],
-            "KEYS": tuple(key_spec(spec) for spec in key_specs),
-            "EXACT_KEYS": (key_spec(exact_keys),),
+            "KEYS": tuple(expanded[:-1]),
+            "EXACT_KEYS": (expanded[-1],),
             "SHARED": shared,
             "KEY_HEADS": key_heads // len(shape.key_widths),
             "VALUE_HEADS": key_heads // len(shape.value_widths),
@@ -866,20 +936,22 @@ class _LaunchRecord:
             "KEYS_ARE_CACHED": shape.identity,
             "TILES": -(-shape.block_length // block_t),
             "HALF": half,
-            "BLOCK_F": min(half, 16 if wide else 64 if long else 32),
+            "BLOCK_F": min(half, block_f),
             "BLOCK_M": block_m,
             "BLOCK_T": block_t,
-            "EXACT_T": 32 if long else 64,
-            "num_warps": 8 if long else 4,
+            "EXACT_T": exact_t,
+            "num_warps": num_warps,
             "num_stages": 1,  # what reading ahead would gain, it loses in registers
         }
         #: Keyword arguments of each launch.
         self.launches = []
-        for packed, exact in zip_longest(
-            _launches(value_specs, block_m), _launches([exact_values], block_m), fillvalue=()
-        ):
-            pieces, specs = tuple(value_pieces[index] for index, _ in packed), tuple(spec for _, spec in packed)
-            own = {"values": pieces, "VALUES": specs, "EXACT_VALUES": tuple(spec for _, spec in exact)}
+        packed_launches, exact_launches = _launches(value_specs, block_m), _launches([exact_values], block_m)
+        for packed, exact in zip_longest(packed_launches, exact_launches, fillvalue={}):
+            own = {
+                "values": tuple(map(value_pieces.__getitem__, packed)),
+                "VALUES": tuple(packed.values()),
+                "EXACT_VALUES": tuple(exact.values()),
+            }
             self.launches.append(common | own)
         self.merge_grid = (rows, -(-self.width // 64))
         self.merge = {
@@ -913,10 +985,10 @@ def _record_without_blocks(shape: _Shape) -> _LaunchRecord:
 def _record(cache: PackedCache, shape: _Shape) -> _LaunchRecord:
     if cache.keys is None:
         return _record_without_blocks(shape)
-    known = _records.setdefault(cache.keys, {})
-    if shape not in known:
-        known[shape] = _LaunchRecord(cache.keys, cache.values, shape)
-    return known[shape]
+    records = _records.setdefault(cache.keys, {})
+    if shape not in records:
+        records[shape] = _LaunchRecord(cache.keys, cache.values, shape)
+    return records[shape]
 
 
 def latent_attention(query: LatentQuery, cache: PackedCache) -> torch.Tensor:
@@ -929,9 +1001,13 @@ def latent_attention(query: LatentQuery, cache: PackedCache) -> torch.Tensor:
     if states.dtype not in _DTYPES:
         states = states.float()
     exact = (*cache.before, *cache.after)
+    # Keys that are cached themselves have no weight; the queries stand in, and are not read as one.
     weight, bias = _bits(states), None
     if expand_keys is not None:
         weight, bias = _bits(expand_keys.weight), _bits(expand_keys.bias)
+    inv_freq, scaling = None, query.scaling * _LOG2_E  # the kernels take powers of two
+    if rope is not None:
+        inv_freq, scaling = rope.inv_freq, scaling * rope.attention_scaling**2
     key_heads, key_widths = query.key_layout(cache)
     shape = _Shape(
         tuple(states.shape),
@@ -944,7 +1020,11 @@ def latent_attention(query: LatentQuery, cache: PackedCache) -> torch.Tensor:
         expand_keys is None,
     )
     record = _record(cache, shape)
-    blocks = cache.table.shape[2] if record.packed else 0
+    blocks, table_strides = 0, (0, 0)
+    if cache.table is not None:
+        table_strides = cache.table.stride()[:2]
+    if record.packed:
+        blocks = cache.table.shape[2]
     shares, programs = record.shares(blocks, len(exact))
     total = shares + len(exact)
     output = torch.empty((*states.shape[:3], record.width), dtype=torch.float32, device=states.device)
@@ -953,20 +1033,20 @@ def latent_attention(query: LatentQuery, cache: PackedCache) -> torch.Tensor:
     step = {
         "query": _bits(states),
         "positions": positions,
-        "inv_freq": None if rope is None else rope.inv_freq,
+        "inv_freq": inv_freq,
         "weight": weight,
         "bias": bias,
         "sums": sums,
         "total": total,
         "table": cache.table,
         "exact": tuple(map(_exact_arguments, exact)),
-        "scaling": query.scaling * _LOG2_E * (1.0 if rope is None else rope.attention_scaling**2),
+        "scaling": scaling,
         "shares": shares,
         "blocks": blocks,
         "query_strides": states.stride(),
         "position_stride": positions.stride(0),
         "weight_stride": weight.stride(0),
-        "table_strides": (0, 0) if cache.table is None else cache.table.stride()[:2],
+        "table_strides": table_strides,
     }
     with torch.cuda.device_of(states):
         if programs:
@@ -974,6 +1054,3 @@ def latent_attention(query: LatentQuery, cache: PackedCache) -> torch.Tensor:
                 _attention_kernel[(record.grid[0], programs, record.grid[1])](**step, **launch)
         _merge_kernel[record.merge_grid](sums=sums, output=output, shares=total, **record.merge)
     return output
-
-
-__all__ = ["latent_attention"]

@@ -1,0 +1,94 @@
+"""Tokens of a layer in full precision: the sinks at the start of its rows, the windows at their end."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from modules.cache.rows import Row, Step
+from modules.cache.scheme import SIDES
+from modules.kernels.packed import Tile
+
+
+@dataclass(eq=False)
+class ExactTokens:
+    """Sinks and windows of all rows; how many of their tokens are valid stands elsewhere (`Row`, `FixedStore.state`).
+
+    Attributes:
+        sinks: By side `[B, sink_length, C]`.
+        window: By side `[B, N, C]`; where tokens are scored for protection, under "score" `[B, N]` float32.
+    """
+
+    sinks: dict[str, torch.Tensor]
+    window: dict[str, torch.Tensor]
+
+    @classmethod
+    def zeros(
+        cls, batch: int, lengths: tuple[int, int], channels: dict[str, int], dtype: torch.dtype, device: torch.device
+    ) -> "ExactTokens":
+        """Room for `lengths` tokens of sinks and of window."""
+        exact = cls({}, {})
+        for side, width in channels.items():
+            exact.sinks[side] = torch.zeros((batch, lengths[0], width), dtype=dtype, device=device)
+            exact.window[side] = torch.zeros((batch, lengths[1], width), dtype=dtype, device=device)
+        return exact
+
+    @classmethod
+    def from_named(cls, tensors: dict[str, torch.Tensor]) -> "ExactTokens":
+        """Inverse of `named`."""
+        exact = cls({}, {})
+        for name, tensor in tensors.items():
+            place, _, field = name.partition("_")
+            (exact.sinks if place == "sink" else exact.window)[field] = tensor
+        return exact
+
+    def named(self) -> dict[str, torch.Tensor]:
+        """The tensors by the names of a saved file: `sink_keys`, `window_score`, …"""
+        named = {f"sink_{side}": self.sinks[side] for side in SIDES}
+        return named | {f"window_{name}": tensor for name, tensor in self.window.items()}
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [*self.sinks.values(), *self.window.values()]
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "ExactTokens":
+        """Sinks and windows that are `function` of these."""
+        sinks = {side: function(tensor) for side, tensor in self.sinks.items()}
+        return ExactTokens(sinks, {name: function(tensor) for name, tensor in self.window.items()})
+
+    def clone(self) -> "ExactTokens":
+        return self.map(torch.Tensor.clone)
+
+    def push(self, index: int, row: Row, step: Step, new: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Put new tokens of row `index` into its sinks and behind its window.
+
+        Args:
+            row: The row before.
+            step: `row.step` of the new tokens.
+            new: `[L, C]` of each side, and the score `[L]`.
+
+        Returns:
+            The tokens that leave the window, `[blocks, G, C]` of each side.
+        """
+        leaving = {}
+        for name, x in new.items():
+            if name in self.sinks:
+                self.sinks[name][index, row.sinks : row.sinks + step.to_sinks] = x[: step.to_sinks]
+            stream = torch.cat([self.window[name][index, : row.window], x[step.to_sinks :]])
+            due, kept = stream.tensor_split([len(stream) - step.window])
+            self.window[name][index, : step.window] = kept
+            # Without a block due there is no block length to be found out.
+            leaving[name] = due.unflatten(0, (step.blocks, len(due) // max(step.blocks, 1)))
+        return leaving
+
+    def tile(self, place: str, starts: torch.Tensor, counts: torch.Tensor, longest: int) -> Tile:
+        """The first `longest` tokens of the sinks or of the window, as attention reads them.
+
+        Args:
+            place: "sinks" or "window".
+            starts, counts: `[B, 1]` int32, position of the first token of each row and valid tokens.
+        """
+        states = getattr(self, place)
+        keys, values = states["keys"], states["values"]
+        if longest < keys.shape[1]:
+            keys, values = keys.narrow(1, 0, longest), values.narrow(1, 0, longest)
+        return Tile(keys.unsqueeze(1), values.unsqueeze(1), starts, counts)

@@ -1,0 +1,342 @@
+"""The layer of a cache that grows with its tokens; rows are counted on the host.
+
+Beam search, crops and shared prefixes edit the rows' block tables and copy no packed byte.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from operator import add
+from typing import NamedTuple
+
+import torch
+
+from modules.cache.codecs import Fields
+from modules.cache.exact import ExactTokens
+from modules.cache.layer import LatentLayer, in_any_mode, warn_of_small_states
+from modules.cache.pool import BlockPool
+from modules.cache.rows import Row, block_table, column, pad_ranges
+from modules.cache.scheme import LayerScales, LayerWidths
+from modules.kernels.packed import LatentQuery, NewTokens, PackedCache, Tile, counts_of_rows
+
+
+class _Table(NamedTuple):
+    """The block table of a layer, and what else of its rows an append to the windows leaves as it is.
+
+    Attributes:
+        entries: As `PackedCache.table`.
+        full: As `PackedCache.full`.
+        sinks: Tokens in the sinks of each row.
+        window_starts: Position of the first token of each window.
+    """
+
+    entries: torch.Tensor
+    full: bool
+    sinks: tuple[int, ...]
+    window_starts: tuple[int, ...]
+
+
+class _Savepoint(NamedTuple):
+    """What appends change, as it was; they make other lists and tensors, or write behind the tokens that they find."""
+
+    slots: int
+    rows: list[Row]
+    exact: ExactTokens
+
+
+@dataclass
+class SavedLayer:
+    """The tokens of a layer as a file holds them.
+
+    Attributes:
+        static_scales: Calibrated scales by side.
+        slots: Tokens and pads fed.
+        widths: Channels of each head group of keys and values; `None`: nothing was fed, and the others are empty.
+        rows: Bookkeeping, with the places of blocks in `blocks` for their slots.
+        exact: Sinks and windows.
+        blocks: Fields of the packed blocks by side.
+    """
+
+    static_scales: LayerScales
+    slots: int = 0
+    widths: LayerWidths | None = None
+    rows: list[Row] = field(default_factory=list)
+    exact: ExactTokens | None = None
+    blocks: dict[str, Fields] = field(default_factory=dict)
+
+
+def add_received(
+    rows: list[Row], scores: torch.Tensor, received: torch.Tensor, real: torch.Tensor | None, counts: list[int]
+) -> torch.Tensor:
+    """Add the attention that tokens have received to the scores of the windows.
+
+    Args:
+        rows: Before the new tokens.
+        scores: `[B, N]` of the windows, which are changed.
+        received: `[B, P]` by position.
+        real: `[B, L]` bool, false for pads; `None`: no pads.
+        counts: New tokens of each row.
+
+    Returns:
+        `[B, L]`, what the new tokens have received.
+    """
+    new = received.new_zeros((len(rows), max(counts, default=0) if real is None else real.shape[1]))
+    for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
+        window, stop = row.window_start, row.tokens
+        scores[i, : row.window] += received[i, window:stop]
+        tokens = slice(None) if real is None else real[i].to(new.device)
+        new[i, tokens] = received[i, stop : stop + count]
+    return new
+
+
+def _choose(states: dict[str, torch.Tensor], index: int | torch.Tensor) -> dict[str, torch.Tensor]:
+    return {name: x[index] for name, x in states.items()}
+
+
+class KIVILatentLayer(LatentLayer):
+    """A `LatentLayer` whose pool of blocks grows, which forks share, and which a failed append leaves as it was."""
+
+    def clear(self) -> None:
+        if self.pool is not None:
+            self.pool.owners.discard(self)
+        self.is_initialized = False
+        self.slots = 0
+        self.rows: list[Row] = []
+        self.pool, self.exact = None, ExactTokens({}, {})
+        self._table: _Table | None = None
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        if self.pool is not None:
+            self.pool.owners.add(self)
+
+    @in_any_mode
+    def start(self, batch: int, widths: LayerWidths, like: torch.Tensor) -> None:
+        self.pool = BlockPool(self._settle(widths, like), self.device)
+        self.pool.owners.add(self)
+        self.rows = [Row()] * batch
+        # A token more than the longest window, so that a step can write before blocks leave.
+        lengths = (self.scheme.sink_length, self.scheme.longest_window + 1)
+        self.exact = ExactTokens.zeros(batch, lengths, self.channels, self.dtype, self.device)
+        if self.score is not None:
+            scores = torch.zeros((batch, lengths[1]), dtype=torch.float32, device=self.device)
+            self.exact.window["score"] = scores
+        self.is_initialized = True
+
+    def attend_and_append(self, query: LatentQuery, new: NewTokens) -> torch.Tensor:
+        self.check_states(new.keys, new.values)  # before a kernel takes them at their word
+        summed, _ = self.backend.attend(query, self.packed(new.tile()))
+        self._store({"keys": new.keys.detach(), "values": new.values.detach()}, new.real)
+        return summed
+
+    @in_any_mode
+    def _append(self, keys, values, real, widths: LayerWidths, received=None) -> None:
+        savepoint, states = self.savepoint(), {"keys": keys.detach(), "values": values.detach()}
+        try:
+            if not self.is_initialized:
+                self.start(len(keys), widths, keys)
+            self.check_states(keys, values, real)
+            if savepoint is None:
+                warn_of_small_states(self.scheme, states)
+            if self.score is not None:
+                states["score"] = self._scores(states["keys"], states["values"], real, received)
+            self._store(states, real)
+        except BaseException:
+            self.rollback(savepoint)
+            raise
+
+    @in_any_mode
+    def _store(self, states: dict[str, torch.Tensor], real: torch.Tensor | None) -> None:
+        """Append states that have been checked; after an error the cache is as it was before."""
+        if real is None and states["keys"].shape[1] == 1 and self._has_room_for_one():
+            self._append_one(states)
+        else:
+            self._append_many(states, real)
+        self.slots += states["keys"].shape[1]
+
+    def _has_room_for_one(self) -> bool:
+        sinks, longest = self.scheme.sink_length, self.scheme.longest_window
+        return all(row.sinks == sinks and row.window < longest for row in self.rows)
+
+    def _append_one(self, states: dict[str, torch.Tensor]) -> None:
+        """The common decode step: one token per row into the window, nothing to pack."""
+        ends = column(self.rows, "window")
+        for name, x in states.items():
+            window = self.exact.window[name]
+            if len(set(ends)) == 1:
+                window.narrow(1, ends[0], 1).copy_(x)
+                continue
+            index = counts_of_rows(ends, self.device, torch.int64)
+            if x.dim() == 3:
+                index = index[..., None].expand_as(x)
+            window.scatter_(1, index, x)
+        self.rows = [row._replace(window=row.window + 1) for row in self.rows]
+
+    def _append_many(self, states: dict[str, torch.Tensor], real: torch.Tensor | None) -> None:
+        """Append any number of tokens, pads among them, and pack the blocks that are due."""
+        # Everything that can fail comes first, on copies, so that a refused append leaves the cache as it was.
+        exact, steps, encoded = self.exact.clone(), [], []
+        for index, row in enumerate(self.rows):
+            new = _choose(states, index)
+            if real is not None:
+                new = _choose(new, real[index].to(self.device))
+            step = row.step(len(new["keys"]), self.scheme)
+            due = exact.push(index, row, step, new)
+            steps.append(step)
+            if step.blocks:
+                encoded.append(self.pool.encode(due, due.get("score")))
+
+        with self.pool.lock:
+            written, rows = iter(self.pool.write(*encoded)), []
+            for index, (row, step) in enumerate(zip(self.rows, steps, strict=True)):
+                slots = next(written) if step.blocks else ()
+                pads = () if real is None else pad_ranges(real[index].tolist(), self.slots)
+                rows.append(row.after(step, slots, self.scheme.block_length, pads))
+            self.rows, self.exact, self._table = rows, exact, None
+
+    def _scores(self, keys, values, real: torch.Tensor | None, received: torch.Tensor | None) -> torch.Tensor:
+        """Score `[B, L]` of the new tokens; attention that the window has received is added to its scores."""
+        if self.score != "attention":
+            score = self.score(keys, values)
+            if tuple(score.shape) != tuple(keys.shape[:2]):
+                raise ValueError(f"token_score: returned {list(score.shape)}, must be {list(keys.shape[:2])}")
+            return score.detach().float()
+        if received is None:
+            raise ValueError("token_score='attention': only ALRDLlamaForCausalLM tells the cache; give a function")
+        counts = [keys.shape[1]] * len(keys) if real is None else real.sum(1).tolist()
+        longest = max(map(add, self.row_lengths(), counts))
+        if received.dim() != 2 or len(received) != len(keys) or received.shape[1] < longest:
+            raise ValueError(f"received: {list(received.shape)} must be [{len(keys)}, positions up to {longest}]")
+
+        scores = self.exact.window["score"].clone()
+        self.exact = ExactTokens(self.exact.sinks, self.exact.window | {"score": scores})
+        return add_received(self.rows, scores, received.detach().float(), real, counts)
+
+    def savepoint(self) -> _Savepoint | None:
+        return _Savepoint(self.slots, self.rows, self.exact) if self.is_initialized else None
+
+    @in_any_mode
+    def rollback(self, savepoint: _Savepoint | None) -> bool:
+        if savepoint is None:
+            self.clear()
+            return True
+        with self.pool.lock:
+            # The first blocks of a row are those of the savepoint, wherever they have moved.
+            rows = []
+            for old, now in zip(savepoint.rows, self.rows, strict=True):
+                rows.append(old._replace(blocks=now.blocks[: len(old.blocks)]))
+            self._edit(rows, savepoint.exact, savepoint.slots)
+        return True
+
+    def row_lengths(self) -> list[int]:
+        return list(column(self.rows, "tokens"))
+
+    @in_any_mode
+    def block_table(self) -> torch.Tensor:
+        if self._table is None:
+            rows = self.rows
+            entries = block_table(rows, self.device)
+            whole = (self.scheme.block_length,) * entries.shape[2]
+            full = set(column(rows, "counts")) == {whole}
+            self._table = _Table(entries, full, column(rows, "sinks"), column(rows, "window_start"))
+        return self._table.entries
+
+    def packed(self, *new: Tile) -> PackedCache:
+        if not self.is_initialized:
+            return PackedCache(after=new)
+        with self.pool.lock:  # all of the same state of the pool
+            entries, sides, table = self.block_table(), self.pool.sides(), self._table
+        sinks = self._exact_tile("sinks", (0,) * len(table.sinks), table.sinks)
+        window = self._exact_tile("window", table.window_starts, column(self.rows, "window"))
+        if not entries.shape[2]:
+            return PackedCache(sinks, window + new)
+        return PackedCache(sinks, window + new, *sides, self.scheme.block_length, entries, table.full)
+
+    def _exact_tile(self, place: str, starts: tuple[int, ...], counts: tuple[int, ...]) -> tuple[Tile, ...]:
+        longest = max(counts)
+        if not longest:
+            return ()
+        device = self.device
+        tile = self.exact.tile(place, counts_of_rows(starts, device), counts_of_rows(counts, device), longest)
+        return (tile if min(counts) == longest else tile.masked(),)
+
+    @in_any_mode
+    def _edit(self, rows: list[Row], exact: ExactTokens, slots: int) -> None:
+        """Take other rows, of blocks that this layer refers to, and give back room."""
+        self.rows, self.exact, self.slots, self._table = rows, exact, slots, None
+        with suppress(RuntimeError, MemoryError):
+            self.pool.trim()  # takes room to give room back; if there is none, the next edit does it
+
+    @in_any_mode
+    def selection(self, indices: list[int] | torch.Tensor) -> Callable[[], None]:
+        if not self.is_initialized:
+            return lambda: None
+        if isinstance(indices, torch.Tensor):
+            indices = indices.tolist()
+        index = torch.tensor(indices, dtype=torch.long, device=self.device)
+        exact = self.exact.map(lambda tensor: tensor.index_select(0, index))
+
+        def edit() -> None:
+            with self.pool.lock:
+                self._edit([self.rows[i] for i in indices], exact, self.slots)
+
+        return edit
+
+    def cropping(self, tokens_to_remove: int) -> Callable[[], None]:
+        removed = -int(tokens_to_remove)  # assisted decoding of transformers 5.17 gives a tensor
+        if not 0 <= removed <= self.slots:
+            raise ValueError(f"tokens_to_remove={-removed}: must be 0 or negative, the slots to remove of {self.slots}")
+
+        def edit() -> None:
+            if removed and self.is_initialized:
+                slots = self.slots - removed
+                with self.pool.lock:
+                    self._edit([row.cropped(slots) for row in self.rows], self.exact, slots)
+
+        return edit
+
+    def removal(self, removed: torch.Tensor, kept: torch.Tensor) -> Callable[[], None]:
+        def edit() -> None:
+            rows = []
+            with self.pool.lock:
+                for row, count, real in zip(self.rows, removed.tolist(), kept.tolist(), strict=True):
+                    rows.append(row.shortened(row.tokens - count, pad_ranges(real)))
+                self._edit(rows, self.exact, self.slots)
+
+        return edit
+
+    def block_slots(self) -> Iterator[int]:
+        for row in self.rows:
+            yield from row.blocks
+
+    def move_blocks(self, moved: dict[int, int]) -> None:
+        self.rows = [row.moved(moved) for row in self.rows]
+        self._table = None
+
+    @in_any_mode
+    def fork(self) -> "KIVILatentLayer":
+        """A layer that goes on by itself from here and shares the packed blocks."""
+        if not self.is_initialized:
+            return copy.copy(self)
+        with self.pool.lock:
+            forked = copy.copy(self)
+        forked.exact = self.exact.clone()
+        return forked
+
+    @in_any_mode
+    def restore(self, saved: SavedLayer) -> None:
+        """Take what a file holds in place of what the layer holds; after an error the layer is empty."""
+        self.clear()
+        self.static_scales = saved.static_scales
+        if saved.widths is None:
+            return
+        try:
+            self.start(len(saved.rows), saved.widths, saved.exact.window["keys"])
+            with self.pool.lock:
+                (slots,) = self.pool.write(saved.blocks)
+                self.rows = [row.moved(dict(enumerate(slots))) for row in saved.rows]
+            self.slots, self.exact = saved.slots, saved.exact
+        except BaseException:
+            self.clear()
+            raise

@@ -1,0 +1,158 @@
+"""Bookkeeping of the rows of a batch, on the host: counts of tokens, slots of blocks, ranges of pads.
+
+All functions are pure: an edit of a cache makes other rows and then takes them in place of the old ones.
+"""
+
+from itertools import accumulate, groupby
+from operator import attrgetter
+from typing import NamedTuple
+
+import torch
+
+from modules.cache.scheme import CacheScheme
+
+#: Half-open ranges of the slots of a row that hold no token, in rising order.
+Pads = tuple[tuple[int, int], ...]
+
+
+class Step(NamedTuple):
+    """What new tokens change in a row.
+
+    Attributes:
+        to_sinks: New tokens that become sinks; the others go behind the window.
+        blocks: Blocks that leave the window.
+        window: Tokens that are left in it.
+    """
+
+    to_sinks: int
+    blocks: int
+    window: int
+
+
+class Row(NamedTuple):
+    """One row of the batch.
+
+    Attributes:
+        sinks, window: Tokens in full precision at the start and at the end.
+        blocks: Slots of its packed blocks in the pool.
+        counts: Valid tokens of each block: all of them, unless a crop has cut it.
+        pads: Ranges of the row's slots that held no token.
+    """
+
+    sinks: int = 0
+    window: int = 0
+    blocks: tuple[int, ...] = ()
+    counts: tuple[int, ...] = ()
+    pads: Pads = ()
+
+    @property
+    def packed(self) -> int:
+        """Tokens in packed blocks."""
+        return sum(self.counts)
+
+    @property
+    def tokens(self) -> int:
+        return self.sinks + self.packed + self.window
+
+    @property
+    def slots(self) -> int:
+        """Tokens and pads."""
+        return self.tokens + count_pads(self.pads)
+
+    @property
+    def starts(self) -> list[int]:
+        """Position of the first token of each block."""
+        return list(accumulate(self.counts, initial=self.sinks))[:-1]
+
+    @property
+    def window_start(self) -> int:
+        """Position of the first token of the window."""
+        return self.sinks + self.packed
+
+    def step(self, new_tokens: int, scheme: CacheScheme) -> Step:
+        """Where `new_tokens` go, and what they push out of the window."""
+        # Sinks are a row's first tokens: once others stand behind them there are no more.
+        behind = self.window or self.blocks
+        to_sinks = 0 if behind else min(scheme.sink_length - self.sinks, new_tokens)
+        window = self.window + new_tokens - to_sinks
+        blocks = scheme.flushed_blocks(window)
+        return Step(to_sinks, blocks, window - blocks * scheme.block_length)
+
+    def after(self, step: Step, slots: tuple[int, ...], block_length: int, pads: Pads) -> "Row":
+        """The row after a `step` whose blocks stand in `slots`, with `pads` among the new tokens."""
+        return Row(
+            self.sinks + step.to_sinks,
+            step.window,
+            self.blocks + slots,
+            self.counts + (block_length,) * len(slots),
+            self.pads + pads,
+        )
+
+    def cropped(self, slots: int) -> "Row":
+        """The first `slots` slots of the row."""
+        pads = crop_pads(self.pads, slots)
+        return self.shortened(slots - count_pads(pads), pads)
+
+    def shortened(self, tokens: int, pads: Pads) -> "Row":
+        """The first `tokens` tokens of the row, with other pads."""
+        sinks = min(tokens, self.sinks)
+        left, counts = tokens - sinks, []
+        for count in self.counts:
+            if left == 0:
+                break
+            # A cut inside a block lowers its count; the packed bytes stay.
+            counts.append(min(count, left))
+            left -= counts[-1]
+        return Row(sinks, left, self.blocks[: len(counts)], tuple(counts), pads)
+
+    def moved(self, slots: dict[int, int]) -> "Row":
+        """The row whose block in slot i stands in `slots[i]`."""
+        return self._replace(blocks=tuple(map(slots.__getitem__, self.blocks)))
+
+
+def column(rows: list[Row], name: str) -> tuple:
+    """An attribute of all rows."""
+    return tuple(map(attrgetter(name), rows))
+
+
+def pad_ranges(real: list[bool], offset: int = 0) -> Pads:
+    """Ranges of consecutive pads, false in `real`, shifted by `offset`."""
+    ranges, start = [], offset
+    for is_real, run in groupby(real):
+        stop = start + len(list(run))
+        if not is_real:
+            ranges.append((start, stop))
+        start = stop
+    return tuple(ranges)
+
+
+def count_pads(pads: Pads) -> int:
+    count = 0
+    for start, stop in pads:
+        count += stop - start
+    return count
+
+
+def crop_pads(pads: Pads, slots: int) -> Pads:
+    """The pads among the first `slots` slots."""
+    return tuple((start, min(stop, slots)) for start, stop in pads if start < slots)
+
+
+def block_table(rows: list[Row], device: torch.device) -> torch.Tensor:
+    """`[3, B, blocks]` int32: slot in the pool, first position, valid tokens; rows with fewer blocks end in zeros."""
+    widest = max(map(len, column(rows, "blocks")), default=0)
+    table = torch.zeros((3, len(rows), widest), dtype=torch.int32, device="cpu")
+    for i, row in enumerate(rows):
+        columns = (row.blocks, row.starts, row.counts)
+        table[:, i, : len(row.blocks)] = torch.tensor(columns, dtype=torch.int32, device="cpu")
+    return table.to(device)
+
+
+def repeated_rows(batch: int, repeats: int) -> list[int]:
+    """Indices of `repeats` copies of each of `batch` rows side by side."""
+    return torch.arange(batch, dtype=torch.int64, device="cpu").repeat_interleave(repeats).tolist()
+
+
+def chosen_rows(batch: int, indices: torch.Tensor) -> list[int]:
+    """Indices of those of `batch` rows that a tensor of indices or a mask `[B]` names."""
+    return torch.arange(batch, dtype=torch.int64, device="cpu")[indices.cpu()].tolist()
