@@ -167,9 +167,7 @@ class ALRDLlamaAttention(LlamaAttention):
         value = self._heads(from_latents(self.v_proj, value_latents))
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        dropout = 0.0
-        if self.training:
-            dropout = self.attention_dropout
+        dropout = self.attention_dropout if self.training else 0.0
         return attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
 
     def shard_heads(self, rank: int, size: int, process_group=None) -> None:
@@ -214,16 +212,12 @@ class ALRDLlamaAttention(LlamaAttention):
 
 def to_latents(projection: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     """States that the cache stores: latents of a split projection, the output of a dense one."""
-    if isinstance(projection, SVDLinear):
-        return projection.BLinear(hidden_states)
-    return projection(hidden_states)
+    return projection.BLinear(hidden_states) if isinstance(projection, SVDLinear) else projection(hidden_states)
 
 
 def from_latents(projection: nn.Module, latents: torch.Tensor) -> torch.Tensor:
     """Keys or values `[..., H_kv * d]` from the states that the cache stores."""
-    if isinstance(projection, SVDLinear):
-        return projection.ALinear(latents)
-    return latents
+    return projection.ALinear(latents) if isinstance(projection, SVDLinear) else latents
 
 
 def captures_graphs(model: PreTrainedModel) -> bool:
@@ -327,9 +321,7 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
     @classmethod
     def maybe_distribute_model(cls, model, distributed_config, *mesh):
         """The library's hook before the weights are read."""
-        size = 1
-        if distributed_config is not None:
-            size = distributed_config.tp_size
+        size = 1 if distributed_config is None else distributed_config.tp_size
         if size > 1:
             others = distributed_config.fsdp_size * getattr(distributed_config, "dp_replicate_size", 1)
             # Whether the heads can be dealt out is known before the library cuts a weight, its plan only afterwards.
@@ -574,9 +566,7 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
 
     @wraps(LlamaForCausalLM.forward)
     def forward(self, *args, **kwargs):
-        cache = kwargs.get("past_key_values")
-        if len(args) > 3:
-            cache = args[3]
+        cache = args[3] if len(args) > 3 else kwargs.get("past_key_values")
         if _is_traced_in_vain(cache):
             return _untraced(super().forward, *args, **kwargs)
         grows = isinstance(cache, KIVILatentCache) and cache.capacity is None

@@ -71,11 +71,9 @@ def _query_output(model: PreTrainedModel, layer_idx: int, stats: LayerStatistics
 
 
 def _query_output_rope(model: PreTrainedModel, layer_idx: int, stats: LayerStatistics) -> dict[str, dict]:
-    arguments, config = _query_output(model, layer_idx, stats), model.config
-    inv_freq, longest = model.model.rotary_emb.inv_freq, min(config.max_position_embeddings, 8192)
-    arguments["k_proj"]["metric"] = rope_key_metric(
-        stats.query_covariance, config.num_key_value_heads, inv_freq, longest
-    )
+    arguments, heads = _query_output(model, layer_idx, stats), model.config.num_key_value_heads
+    inv_freq, longest = model.model.rotary_emb.inv_freq, min(model.config.max_position_embeddings, 8192)
+    arguments["k_proj"]["metric"] = rope_key_metric(stats.query_covariance, heads, inv_freq, longest)
     return arguments
 
 
