@@ -19,7 +19,7 @@ SIDES = ("k", "v")
 
 @dataclass(frozen=True)
 class Traits:
-    """Where a dense architecture differs from a Llama.
+    """Differences of a dense architecture from a Llama.
 
     Args:
         qkv_bias: Whether q, k and v have biases; o and the MLP then have none. `None`: as the dense configuration's
@@ -182,7 +182,7 @@ def check_dense_model_type(field: str, value: str | None) -> None:
 
 @dataclass(frozen=True)
 class QuantScheme:
-    """How one side of the cache, keys or values, is quantized; `to_dict` gives JSON types.
+    """Quantization of one side of the cache, keys or values; `to_dict` gives JSON types.
 
     Args:
         bits: Width of a code, one of `SUPPORTED_BITS`.
@@ -532,7 +532,7 @@ class ALRDLlamaConfig(LlamaConfig):
 
     @property
     def traits(self) -> Traits:
-        """Where the dense architecture differs from a Llama; a `ValueError` for a model type that cannot be split."""
+        """Differences of the dense architecture from a Llama; a `ValueError` for a model type that cannot be split."""
         check_dense_model_type("dense_model_type", self.dense_model_type)
         return ARCHITECTURES[self.dense_model_type]
 

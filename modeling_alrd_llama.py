@@ -98,6 +98,7 @@ class ALRDLlamaAttention(LlamaAttention):
             summed = layer.attend_and_append(self._latent_query(query, step), new)
             return self.o_proj(self._expand_values(summed, query.dtype).flatten(2)), None
 
+        # Attention over latents: for the output, or in a first chunk only to see which tokens receive most.
         arguments = received = None
         if step.has_past or protects:
             arguments = self._attention_arguments(query, key_latents, value_latents, layer, step)
@@ -166,9 +167,7 @@ class ALRDLlamaAttention(LlamaAttention):
         value = self._heads(from_latents(self.v_proj, value_latents))
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        dropout = 0.0
-        if self.training:
-            dropout = self.attention_dropout
+        dropout = self.attention_dropout if self.training else 0.0
         return attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
 
     def shard_heads(self, rank: int, size: int, process_group=None) -> None:
@@ -213,16 +212,12 @@ class ALRDLlamaAttention(LlamaAttention):
 
 def to_latents(projection: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     """States that the cache stores: latents of a split projection, the output of a dense one."""
-    if isinstance(projection, SVDLinear):
-        return projection.BLinear(hidden_states)
-    return projection(hidden_states)
+    return projection.BLinear(hidden_states) if isinstance(projection, SVDLinear) else projection(hidden_states)
 
 
 def from_latents(projection: nn.Module, latents: torch.Tensor) -> torch.Tensor:
     """Keys or values `[..., H_kv * d]` from the states that the cache stores."""
-    if isinstance(projection, SVDLinear):
-        return projection.ALinear(latents)
-    return latents
+    return projection.ALinear(latents) if isinstance(projection, SVDLinear) else latents
 
 
 def captures_graphs(model: PreTrainedModel) -> bool:
@@ -326,9 +321,7 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
     @classmethod
     def maybe_distribute_model(cls, model, distributed_config, *mesh):
         """The library's hook before the weights are read."""
-        size = 1
-        if distributed_config is not None:
-            size = distributed_config.tp_size
+        size = 1 if distributed_config is None else distributed_config.tp_size
         if size > 1:
             others = distributed_config.fsdp_size * getattr(distributed_config, "dp_replicate_size", 1)
             # Whether the heads can be dealt out is known before the library cuts a weight, its plan only afterwards.
@@ -459,7 +452,7 @@ class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):
         use_cache: bool | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        """As `LlamaModel.forward`; makes a `KIVILatentCache` when a cache is wanted, none is given and `use_kivi`.
+        """Like `LlamaModel.forward`; makes a `KIVILatentCache` when a cache is wanted, none is given and `use_kivi`.
 
         With such a cache, `attention_mask` is `None` or `[B, past slots + L]`, and `position_ids`, if given, count
         the tokens of each row from 0, pads not counted.
@@ -529,8 +522,8 @@ class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):
     ) -> BaseModelOutputWithPast:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        known = past_key_values.is_bound_to(self)
-        if not known:
+        is_bound = past_key_values.is_bound_to(self)
+        if not is_bound:
             past_key_values.check_model(self)
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         step = LatentStep.after(past_key_values, hidden_states, attention_mask, position_ids)
@@ -557,7 +550,7 @@ class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):
                     latent_step=step,
                     **kwargs,
                 )
-        if not known:
+        if not is_bound:
             past_key_values.bind(self)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
@@ -573,9 +566,7 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
 
     @wraps(LlamaForCausalLM.forward)
     def forward(self, *args, **kwargs):
-        cache = kwargs.get("past_key_values")
-        if len(args) > 3:
-            cache = args[3]
+        cache = args[3] if len(args) > 3 else kwargs.get("past_key_values")
         if _is_traced_in_vain(cache):
             return _untraced(super().forward, *args, **kwargs)
         grows = isinstance(cache, KIVILatentCache) and cache.capacity is None
@@ -587,8 +578,8 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
     def create_masks_for_generate(*args, inputs_embeds, attention_mask=None, past_key_values=None, **kwargs):
         """The mask that `generate` gives to compiled steps: of a packed cache the prompt's own, none for one token."""
         if not isinstance(past_key_values, KIVILatentCache):
-            how = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "past_key_values": past_key_values}
-            return create_masks_for_generate(*args, **how, **kwargs)
+            kwargs |= {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
+            return create_masks_for_generate(*args, past_key_values=past_key_values, **kwargs)
         if inputs_embeds.shape[1] == 1:
             return None
         return attention_mask
@@ -603,13 +594,13 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
         return result
 
     def _prepare_attention_mask_for_generation(self, inputs_tensor, generation_config, model_kwargs):
-        """As the library's, but for a draft model: without a mask its target has one of ones, whatever the ids are."""
+        """Like the parent, but for a draft model: without a mask its target has one of ones, whatever the ids are."""
         if generation_config.is_assistant:
             return torch.ones(inputs_tensor.shape[:2], dtype=torch.long, device=inputs_tensor.device)
         return super()._prepare_attention_mask_for_generation(inputs_tensor, generation_config, model_kwargs)
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
-        """As the library's; here `generate` has prompt, mask and cache side by side, none of them cut yet."""
+        """Like the parent; here `generate` has prompt, mask and cache side by side, none of them cut yet."""
         cache = model_kwargs.get("past_key_values")
         if isinstance(cache, KIVILatentCache) and cache.get_seq_length():
             self._continue_cache(cache, inputs_tensor.shape[1], model_kwargs["attention_mask"])
@@ -682,7 +673,7 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
         return chunk is not None and attention_mask is not None and not bool(attention_mask[:, chunk:].all())
 
     def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
-        """As the library's; a step over several devices is no graph, nor one whose RoPE waits for the longest row."""
+        """Like the parent; a step over several devices is no graph, nor one whose RoPE waits for the longest row."""
         rope_type = (self.config.rope_parameters or {}).get("rope_type", "default")
         refused = isinstance(model_kwargs.get("past_key_values"), KIVILatentCache) and (
             (self.tp_size or 1) > 1

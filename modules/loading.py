@@ -95,13 +95,13 @@ def factored_state(
         state[name] = tensor.detach().to(device, dtype, copy=True)
     for projection, ranks, rotate in split_projections(config):
         layer, name = projection.layer, projection.name
-        how = splits[layer][projection.attribute] if splits else {}
+        arguments = splits[layer][projection.attribute] if splits else {}
         tiers = config.group_tiers(projection)
         if tiers is None and getattr(config, f"{projection.side}_mean_split"):
             # A rotation must not spread the mean, the first channel of a group, over the other channels.
             tiers = list(map(_mean_and_rest, ranks))
         linear = dense.get_submodule(name)
-        split = SVDLinear.from_linear(linear, ranks, config.num_key_value_heads, rotate, tiers, **how)
+        split = SVDLinear.from_linear(linear, ranks, config.num_key_value_heads, rotate, tiers, **arguments)
         _replace_module(state, name, split.state_dict())
     return state
 

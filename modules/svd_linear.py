@@ -42,9 +42,7 @@ class Factors(NamedTuple):
 def output_covariance(weight: torch.Tensor, input_covariance: torch.Tensor | None = None) -> torch.Tensor:
     """`E[(W x)(W x)ᵀ]`, `[out, out]` float64, from `W` `[out, in]` and `E[x xᵀ]` `[in, in]` (default: identity)."""
     w = weight.double()
-    if input_covariance is None:
-        return w @ w.T
-    return w @ input_covariance.double() @ w.T
+    return w @ w.T if input_covariance is None else w @ input_covariance.double() @ w.T
 
 
 def query_key_metric(query_energy: torch.Tensor, num_key_value_heads: int, floor: float = 1e-3) -> torch.Tensor:
@@ -103,10 +101,7 @@ def _root_and_inverse(metric: torch.Tensor | None, size: int, device: torch.devi
     if metric is None:
         return identity, identity, 1.0
     metric = metric.double()
-    if metric.dim() == 1:
-        values, vectors = metric, identity
-    else:
-        values, vectors = torch.linalg.eigh(metric)
+    values, vectors = (metric, identity) if metric.dim() == 1 else torch.linalg.eigh(metric)
     # Of zeros there is no root to invert.
     unit = values.max().item()
     if unit <= 0:

@@ -5,7 +5,7 @@
     calibration = calibrate(config, dense, source, tokens, probe_tokens=tokens[:2])
     model = fit_budget(config, calibration, 0.0625).split()
 
-`scripts/calibrate_svd_ranks.py` is the command. Everything that is found out about the model is kept in a folder, and
+`scripts/calibrate_svd_ranks.py` is the command. All measurements of the model are kept in a folder, and
 another budget starts from there.
 """
 
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -67,41 +68,39 @@ ALLOCATIONS = ("tiers", "water_filling", "uniform", "fisher", "sensitivity")
 STATIC = '{"orientation": "per_channel", "static": true}'
 
 
+def _option(default: Any, help: str) -> Any:
+    """A field of a configuration whose help the command prints."""
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass
 class FitConfig:
     """Settings of a fit: the budget's cache, the choice of ranks and widths, the error that is minimised."""
 
-    tokens: int = field(default=4096, metadata={"help": "Tokens in the cache that the budget is for."})
-    share: float | None = field(
-        default=None, metadata={"help": "Without a budget: share of the latent channels to keep, at one width."}
+    tokens: int = _option(4096, "Tokens in the cache that the budget is for.")
+    share: float | None = _option(None, "Without a budget: share of the latent channels to keep, at one width.")
+    allocation: str = _option("tiers", f"How ranks and widths are chosen for a budget: {', '.join(ALLOCATIONS)}.")
+    objective: str = _option("fisher", f"Error that is minimised: {', '.join(OBJECTIVES)}.")
+    head_group_size: int | None = _option(
+        None, "Key/value heads that share a latent; all of them (joint) if not given."
     )
-    allocation: str = field(
-        default="tiers", metadata={"help": f"How ranks and widths are chosen for a budget: {', '.join(ALLOCATIONS)}."}
+    k_mean_split: bool = _option(False, "Keep the mean of the keys in a channel of its own.")
+    v_mean_split: bool = _option(False, "The same for values.")
+    batch_size: int = _option(4, "Windows at a time, in each process.")
+    seed: int = _option(0, "Random seed for Fisher sampling and noise.")
+    statistics: str = _option("build/statistics", "Folder where statistics are kept.")
+    rank_multiple: int = _option(8, "Without tiers: ranks are multiples of this.")
+    k_bits: float = _option(2, "Without tiers: width of cached keys, 1 … 16.")
+    v_bits: float = _option(2, "Without tiers: width of cached values.")
+    group_size: int | None = _option(
+        None, "Elements per scale, or tokens per block; with tiers the best of 32, 64, 128."
     )
-    objective: str = field(default="fisher", metadata={"help": f"Error that is minimised: {', '.join(OBJECTIVES)}."})
-    head_group_size: int | None = field(
-        default=None, metadata={"help": "Key/value heads that share a latent; all of them (joint) if not given."}
+    residual_length: int | None = _option(None, "Newest tokens kept in full precision; 16 with tiers, else 32.")
+    sink_length: int = _option(4, "First tokens kept in full precision.")
+    k_scheme: str | None = _option(
+        None, f"Other fields of QuantScheme for keys, as JSON; with tiers {STATIC} by default."
     )
-    k_mean_split: bool = field(default=False, metadata={"help": "Keep the mean of the keys in a channel of its own."})
-    v_mean_split: bool = field(default=False, metadata={"help": "The same for values."})
-    batch_size: int = field(default=4, metadata={"help": "Windows at a time, in each process."})
-    seed: int = field(default=0, metadata={"help": "Of the tokens drawn for the Fisher information, and the noise."})
-    statistics: str = field(default="build/statistics", metadata={"help": "Folder where statistics are kept."})
-    rank_multiple: int = field(default=8, metadata={"help": "Without tiers: ranks are multiples of this."})
-    k_bits: float = field(default=2, metadata={"help": "Without tiers: width of cached keys, 1 … 16."})
-    v_bits: float = field(default=2, metadata={"help": "Without tiers: width of cached values."})
-    group_size: int | None = field(
-        default=None, metadata={"help": "Elements per scale, or tokens per block; with tiers the best of 32, 64, 128."}
-    )
-    residual_length: int | None = field(
-        default=None, metadata={"help": "Newest tokens kept in full precision; 16 with tiers, else 32."}
-    )
-    sink_length: int = field(default=4, metadata={"help": "First tokens kept in full precision."})
-    k_scheme: str | None = field(
-        default=None,
-        metadata={"help": f"Other fields of QuantScheme for keys, as JSON; with tiers {STATIC} by default."},
-    )
-    v_scheme: str | None = field(default=None, metadata={"help": "The same for values."})
+    v_scheme: str | None = _option(None, "The same for values.")
 
     def __post_init__(self):
         check_choice("allocation", self.allocation, ALLOCATIONS)
@@ -252,18 +251,10 @@ def split_config(config: FitConfig, source: ALRDLlamaConfig) -> ALRDLlamaConfig:
     # A setting that is not given is the best measured one for tiers, or the cache's default.
     default = STATIC if config.tiered else None
     schemes = {name: parse_json(name, getattr(config, name) or default) for name in ("k_scheme", "v_scheme")}
-    fields = {
-        "k_bits": config.k_bits,
-        "v_bits": config.v_bits,
-        "group_size": config.group_size,
-        "residual_length": config.residual_length,
-        "sink_length": config.sink_length,
-        "head_group_size": config.head_group_size,
-        "k_mean_split": config.k_mean_split,
-        "v_mean_split": config.v_mean_split,
-    }
-    if config.group_size is None:
-        fields["group_size"] = 128
+    names = ("k_bits", "v_bits", "sink_length", "head_group_size", "k_mean_split", "v_mean_split")
+    fields = {name: getattr(config, name) for name in names}
+    fields["group_size"] = 128 if config.group_size is None else config.group_size
+    fields["residual_length"] = config.residual_length
     if config.residual_length is None:
         fields["residual_length"] = 16 if config.tiered else 32
     if config.tiered:
@@ -298,8 +289,8 @@ def _probe(config: FitConfig, calibration: Calibration, tokens: torch.Tensor) ->
         write_json(path, {"statistics": record_key(calibration.record), "rates": rates})
         progress.update()
 
-    how = {"seed": config.seed, "known": known, "on_result": keep, "processes": processes}
-    rates = probe_rates(calibration.dense, calibration.factors, variances, tokens, **how)
+    settings = {"seed": config.seed, "known": known, "on_result": keep, "processes": processes}
+    rates = probe_rates(calibration.dense, calibration.factors, variances, tokens, **settings)
     progress.close()
     calibration.seconds["probe"] = time.perf_counter() - started
     return rates
@@ -343,9 +334,9 @@ def fit_budget(config: FitConfig, calibration: Calibration, budget: float) -> Ca
     except ValueError as error:
         raise ValueError(f"budget={budget} of {dense:,} bytes at {config.tokens} tokens: {error}") from None
     # The bytes that the search added up must be those of the cache.
-    found = cache_nbytes(fitted.target, config.tokens, calibration.stored_dtype)
-    if fitted.plan is not None and fitted.plan.nbytes != found:
-        raise RuntimeError(f"the cache takes {found} bytes, not the {fitted.plan.nbytes} that were planned")
+    nbytes = cache_nbytes(fitted.target, config.tokens, calibration.stored_dtype)
+    if fitted.plan is not None and fitted.plan.nbytes != nbytes:
+        raise RuntimeError(f"the cache takes {nbytes} bytes, not the {fitted.plan.nbytes} that were planned")
     fitted.seconds = calibration.seconds | {"allocation": time.perf_counter() - started}
     return fitted
 

@@ -61,9 +61,7 @@ def device_map(processes: PartialState | None, device: str) -> str | None:
     """`device_map` of `from_pretrained` for the option `device`, "cpu" or "cuda"."""
     if device == "cpu":
         return None
-    if processes is None:
-        return device
-    return str(processes.device)
+    return device if processes is None else str(processes.device)
 
 
 def is_main(processes: PartialState | None) -> bool:
@@ -84,9 +82,7 @@ def rounds(processes: PartialState | None, items: Sequence[T]) -> Iterator[tuple
     Yields:
         The items of this process, one or none in the last round, and how many all processes have together.
     """
-    index, count = 0, 1
-    if processes is not None:
-        index, count = processes.process_index, processes.num_processes
+    index, count = (0, 1) if processes is None else (processes.process_index, processes.num_processes)
     # Item i of a round is that of process i.
     for first in range(0, len(items), count):
         some = items[first : first + count]
@@ -95,9 +91,7 @@ def rounds(processes: PartialState | None, items: Sequence[T]) -> Iterator[tuple
 
 def gather(processes: PartialState | None, items: list[T]) -> list[T]:
     """All processes' items, concatenated in rank order."""
-    if processes is None:
-        return items
-    return gather_object(items)
+    return items if processes is None else gather_object(items)
 
 
 def sum_tensors(processes: PartialState | None, tensors: dict[str, torch.Tensor]) -> None:

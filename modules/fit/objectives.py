@@ -63,28 +63,28 @@ def _input(model: PreTrainedModel, layer_idx: int, stats: LayerStatistics) -> di
 
 
 def _query_output(model: PreTrainedModel, layer_idx: int, stats: LayerStatistics) -> dict[str, dict]:
-    how, heads = _input(model, layer_idx, stats), model.config.num_key_value_heads
+    arguments, heads = _input(model, layer_idx, stats), model.config.num_key_value_heads
     o_weight = model.model.layers[layer_idx].self_attn.o_proj.weight.detach().cpu()
-    how["k_proj"]["metric"] = query_key_metric(stats.query_energy, heads)
-    how["v_proj"]["metric"] = value_output_metric(o_weight, model.config.num_attention_heads, heads)
-    return how
+    arguments["k_proj"]["metric"] = query_key_metric(stats.query_energy, heads)
+    arguments["v_proj"]["metric"] = value_output_metric(o_weight, model.config.num_attention_heads, heads)
+    return arguments
 
 
 def _query_output_rope(model: PreTrainedModel, layer_idx: int, stats: LayerStatistics) -> dict[str, dict]:
-    how, config = _query_output(model, layer_idx, stats), model.config
-    inv_freq, longest = model.model.rotary_emb.inv_freq, min(config.max_position_embeddings, 8192)
-    how["k_proj"]["metric"] = rope_key_metric(stats.query_covariance, config.num_key_value_heads, inv_freq, longest)
-    return how
+    arguments, heads = _query_output(model, layer_idx, stats), model.config.num_key_value_heads
+    inv_freq, longest = model.model.rotary_emb.inv_freq, min(model.config.max_position_embeddings, 8192)
+    arguments["k_proj"]["metric"] = rope_key_metric(stats.query_covariance, heads, inv_freq, longest)
+    return arguments
 
 
 def _fisher(model: PreTrainedModel, layer_idx: int, stats: LayerStatistics) -> dict[str, dict]:
-    how = _input(model, layer_idx, stats)
-    for name in how:
+    arguments = _input(model, layer_idx, stats)
+    for name in arguments:
         fisher = getattr(stats, name).fisher
         if fisher is None:
             raise ValueError("objective='fisher': needs statistics that were collected with fisher=True")
-        how[name]["metric"] = fisher / 2
-    return how
+        arguments[name]["metric"] = fisher / 2
+    return arguments
 
 
 #: Objectives by name: functions of the model, a layer's index and its statistics that give, for each projection,
@@ -125,14 +125,13 @@ def projection_factors(
         raise ValueError("k_mean_split, v_mean_split: need the statistics of a text")
     factors, ranks = {}, (config.full_group_rank,) * config.num_head_groups
     for layer in range(config.num_hidden_layers):
-        how = OBJECTIVES[objective](model, layer, statistics[layer] if statistics else None)
+        arguments = OBJECTIVES[objective](model, layer, statistics[layer] if statistics else None)
         for side in SIDES:
             projection = Projection(layer, side)
-            arguments = how[projection.attribute]
             if getattr(config, f"{side}_mean_split"):
-                arguments["mean"] = getattr(statistics[layer], projection.attribute).mean
+                arguments[projection.attribute]["mean"] = getattr(statistics[layer], projection.attribute).mean
             weight = model.get_submodule(projection.name).weight.detach().cpu()
-            factors[projection.name] = factor_groups(weight, ranks, **arguments)
+            factors[projection.name] = factor_groups(weight, ranks, **arguments[projection.attribute])
     return factors
 
 
@@ -204,8 +203,8 @@ def probe_rates(
             return 0.0
         return max(divergence / len(tokens), 0.0) / error
 
-    for mine, _ in rounds(processes, missing):
-        for name, rate in gather(processes, [(name, probe(name)) for name in mine]):
+    for names, _ in rounds(processes, missing):
+        for name, rate in gather(processes, [(name, probe(name)) for name in names]):
             rates[name] = rate
             if on_result is not None and is_main(processes):
                 on_result(rates)
