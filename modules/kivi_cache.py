@@ -387,11 +387,11 @@ def config_schemes(config: ALRDLlamaConfig, **settings) -> tuple[CacheScheme, di
 
 
 def create_kivi_cache(
-    k_bits: float = 2,
-    v_bits: float = 2,
-    group_size: int = 128,
-    residual_length: int = 32,
-    sink_length: int = 4,
+    k_bits: float = CacheScheme.k_bits,
+    v_bits: float = CacheScheme.v_bits,
+    group_size: int = CacheScheme.group_size,
+    residual_length: int = CacheScheme.residual_length,
+    sink_length: int = CacheScheme.sink_length,
     config: ALRDLlamaConfig | None = None,
     *,
     k_scheme: dict | None = None,

@@ -67,11 +67,11 @@ class CacheScheme:
     `keys` and `values` are the `QuantScheme` of each side, `block_length` the tokens per block, G.
     """
 
-    k_bits: float = 2
-    v_bits: float = 2
-    group_size: int = 128
-    residual_length: int = 32
-    sink_length: int = 4
+    k_bits: float = ALRDLlamaConfig.k_bits
+    v_bits: float = ALRDLlamaConfig.v_bits
+    group_size: int = ALRDLlamaConfig.group_size
+    residual_length: int = ALRDLlamaConfig.residual_length
+    sink_length: int = ALRDLlamaConfig.sink_length
     k_scheme: dict = field(default_factory=dict)
     v_scheme: dict = field(default_factory=dict)
 
