@@ -593,7 +593,7 @@ class ALRDLlamaConfig(LlamaConfig):
     def check_latent_cache(self) -> None:
         """Check the fields of this class; see the class docstring for the rules."""
         check_dense_model_type("dense_model_type", self.dense_model_type)
-        self._check_full_attention()
+        _check_full_attention(self)
         for side in SIDES:
             scheme = side_scheme(side, getattr(self, f"{side}_bits"), self.group_size, getattr(self, f"{side}_scheme"))
             # The simple scheme rounds each token as it comes: it knows no block, no tier and no other field.
@@ -616,7 +616,7 @@ class ALRDLlamaConfig(LlamaConfig):
         if not isinstance(self.truncation_ranks, dict):
             raise ValueError(f"truncation_ranks={self.truncation_ranks!r}: must map projection names to ranks")
         for name, rank in self.truncation_ranks.items():
-            self._check_rank(name, rank)
+            _check_rank(self, name, rank)
         if not isinstance(self.width_tiers, dict):
             raise ValueError(f"width_tiers={self.width_tiers!r}: must map projection names to tiers")
         if self.width_tiers and not self.use_kivi:
@@ -639,51 +639,55 @@ class ALRDLlamaConfig(LlamaConfig):
         if channels != list(ranks):
             raise ValueError(f"{field}: tiers of {channels} channels must fill the group ranks {list(ranks)}")
 
-    def _check_full_attention(self) -> None:
-        for field, right in (("is_causal", True), ("attention_chunk_size", None), ("is_heterogeneous", False)):
-            if getattr(self, field, right) != right:
-                raise ValueError(
-                    f"{field}={getattr(self, field)!r}: must be {right!r}; every token attends to all tokens up to it, "
-                    "in all layers alike"
-                )
-        if getattr(self, "use_sliding_window", False):
-            raise ValueError("use_sliding_window=True: must be False; attention over a sliding window is not supported")
-        # A Mistral may have a window that no text of the model exceeds.
-        window, longest = getattr(self, "sliding_window", None), self.max_position_embeddings
-        if window is not None and window < longest:
-            raise ValueError(
-                f"sliding_window={window!r}: must be None or at least max_position_embeddings={longest}; attention "
-                "over a sliding window is not supported"
-            )
-        others = sorted(set(getattr(self, "layer_types", None) or ()) - {"full_attention"})
-        if others:
-            raise ValueError(f"layer_types: must all be 'full_attention'; not supported: {', '.join(others)}")
 
-    def _check_rank(self, name: str, rank: int | list[int]) -> None:
-        field = f"truncation_ranks[{name!r}]"
-        try:
-            exists = Projection.parse(str(name)).layer < self.num_hidden_layers
-        except ValueError:
-            exists = False
-        if not exists:
+def _check_full_attention(config: ALRDLlamaConfig) -> None:
+    """Refuse a model in which a token does not attend to all tokens up to it."""
+    for field, right in (("is_causal", True), ("attention_chunk_size", None), ("is_heterogeneous", False)):
+        if getattr(config, field, right) != right:
             raise ValueError(
-                f"{field}: no such projection; names are 'model.layers.{{i}}.self_attn.k_proj' and '….v_proj' with i "
-                f"from 0 to {self.num_hidden_layers - 1}"
+                f"{field}={getattr(config, field)!r}: must be {right!r}; every token attends to all tokens up to it, "
+                "in all layers alike"
             )
-        # A list has one rank for each head group, an int is the total of all of them.
-        groups, full = self.num_head_groups, self.full_group_rank
-        per_group = isinstance(rank, (list, tuple))
-        if per_group:
-            ranks, least, most, note = rank, 1, full, " per head group"
-        else:
-            ranks, least, most, note = [rank], groups, groups * full, f" ({groups} head groups of at most {full})"
-        if not all(map(_is_int, ranks)):
-            raise ValueError(f"{field}={rank!r}: must be an int or a list of ints")
-        if per_group and len(rank) != groups:
-            raise ValueError(f"{field}={rank!r}: must have one rank for each of {groups} head groups")
-        for one in ranks:
-            if not least <= one <= most:
-                raise ValueError(f"{field}={rank!r}: must be from {least} to the full rank {most}{note}")
+    if getattr(config, "use_sliding_window", False):
+        raise ValueError("use_sliding_window=True: must be False; attention over a sliding window is not supported")
+    # A Mistral may have a window that no text of the model exceeds.
+    window, longest = getattr(config, "sliding_window", None), config.max_position_embeddings
+    if window is not None and window < longest:
+        raise ValueError(
+            f"sliding_window={window!r}: must be None or at least max_position_embeddings={longest}; attention "
+            "over a sliding window is not supported"
+        )
+    others = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})
+    if others:
+        raise ValueError(f"layer_types: must all be 'full_attention'; not supported: {', '.join(others)}")
+
+
+def _check_rank(config: ALRDLlamaConfig, name: str, rank: int | list[int]) -> None:
+    """Refuse a rank that a projection cannot have."""
+    field = f"truncation_ranks[{name!r}]"
+    try:
+        exists = Projection.parse(str(name)).layer < config.num_hidden_layers
+    except ValueError:
+        exists = False
+    if not exists:
+        raise ValueError(
+            f"{field}: no such projection; names are 'model.layers.{{i}}.self_attn.k_proj' and '….v_proj' with i "
+            f"from 0 to {config.num_hidden_layers - 1}"
+        )
+    # A list has one rank for each head group, an int is the total of all of them.
+    groups, full = config.num_head_groups, config.full_group_rank
+    per_group = isinstance(rank, (list, tuple))
+    if per_group:
+        ranks, least, most, note = rank, 1, full, " per head group"
+    else:
+        ranks, least, most, note = [rank], groups, groups * full, f" ({groups} head groups of at most {full})"
+    if not all(map(_is_int, ranks)):
+        raise ValueError(f"{field}={rank!r}: must be an int or a list of ints")
+    if per_group and len(rank) != groups:
+        raise ValueError(f"{field}={rank!r}: must have one rank for each of {groups} head groups")
+    for one in ranks:
+        if not least <= one <= most:
+            raise ValueError(f"{field}={rank!r}: must be from {least} to the full rank {most}{note}")
 
 
 AutoConfig.register(ALRDLlamaConfig.model_type, ALRDLlamaConfig, exist_ok=True)

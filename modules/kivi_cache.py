@@ -18,6 +18,7 @@ from modules.cache.fixed import FixedLatentLayer
 from modules.cache.growing import KIVILatentLayer
 from modules.cache.layer import LatentLayer, TokenScore, in_any_mode, storage_nbytes
 from modules.cache.quantization_config import parse_quantization_config
+from modules.cache.rows import column
 from modules.cache.scheme import SIDES, CacheScheme, LayerScales, LayerWidths
 from modules.cache.transactions import TransactionalCache
 from modules.kernels import BACKENDS
@@ -61,6 +62,7 @@ class KIVILatentCache(TransactionalCache):
         self.backend, self.token_score = backend, token_score
         if token_score is not None and token_score != "attention" and not callable(token_score):
             raise ValueError(f"token_score={token_score!r}: must be a function, 'attention' or None")
+        # Layers of one cache pack the same tokens at the same step, or a table of one would not do for another.
         for i, other in self.layer_schemes.items():
             check_count("layer_schemes: index of a layer", i)
             if widths is not None and i >= len(widths):
@@ -78,6 +80,7 @@ class KIVILatentCache(TransactionalCache):
 
     def layer(self, layer_idx: int, widths: LayerWidths | None = None) -> LatentLayer:
         """The cache of a layer, added if need be; `widths` are those of the model that asks."""
+        # A drop-in cache does not know how many layers the model has.
         while len(self.layers) <= layer_idx:
             self.layers.append(self._new_layer(len(self.layers)))
         layer = self.layers[layer_idx]
@@ -125,6 +128,7 @@ class KIVILatentCache(TransactionalCache):
         grown = copy.copy(self)
         grown.capacity, grown.made_by_generate = None, False
         grown.layers = [grown._new_layer(i, layer.given_widths) for i, layer in enumerate(self.layers)]
+        # As through a file: one way of copying between the two kinds of layers, and the one that is tested most.
         for layer, own in zip(grown.layers, self.layers, strict=True):
             tensors, record = export_layer(own)
             record = json.loads(json.dumps(record))  # as it is read from a file
@@ -262,17 +266,18 @@ class KIVILatentCache(TransactionalCache):
     def bits_per_element(self) -> dict[str, float]:
         """True bits per element of the packed keys and values: all that a block takes, over all layers started."""
         bits, elements = dict.fromkeys(SIDES, 0), dict.fromkeys(SIDES, 0)
-        for layer in self._started():
+        for layer in _started(self):
             for side, codec in layer.pool.codecs.items():
                 bits[side] += 8 * block_nbytes(codec)
                 elements[side] += layer.scheme.block_length * layer.channels[side]
         return {side: bits[side] / elements[side] for side in SIDES if elements[side]}
 
-    def _started(self) -> list[LatentLayer]:
-        return [layer for layer in self.layers if layer.is_initialized]
-
     def __repr__(self) -> str:
         return _describe(self)
+
+
+def _started(cache: KIVILatentCache) -> list[LatentLayer]:
+    return [layer for layer in cache.layers if layer.is_initialized]
 
 
 def new_layer(scheme: CacheScheme, *arguments, capacity: int | None) -> LatentLayer:
@@ -297,7 +302,7 @@ def _describe(cache: KIVILatentCache) -> str:
     true_bits = " / ".join(map("{:.3g}".format, cache.bits_per_element.values()))
     if true_bits:
         settings += f"; {true_bits} true bits"
-    backends = " and ".join(sorted({layer.backend_note for layer in cache._started()}))
+    backends = " and ".join(sorted({layer.backend_note for layer in _started(cache)}))
     held = f"rows of {tokens} tokens" if tokens else "empty"
     used, slack = cache.nbytes_used, cache.nbytes - cache.nbytes_used
     return (
@@ -310,12 +315,14 @@ def _from_file(
     cls: type[KIVILatentCache], header: dict, tensors: dict, device, backend, token_score, model, scheme
 ) -> KIVILatentCache:
     """`KIVILatentCache.load` of what a file holds."""
+    # What a caller asks for is compared first, before anything is allocated.
     stored, found = CacheScheme(**header["scheme"]), header["model"]
     if scheme is not None and scheme != stored:
         raise ValueError(f"another scheme: {'; '.join(differences(asdict(stored), asdict(scheme)))}")
     expected = found if model is None or found is None else model_fingerprint(model, found.get("digest"))
     if differing := differences(found or {}, expected or {}):
         raise ValueError(f"of another model: {'; '.join(differing)}")
+    # A function cannot be stored; whoever goes on with other scores would protect other tokens.
     had_function = header["token_score"] == "function"
     if had_function and token_score is None:
         raise ValueError("token_score: must be given, the function by which the saved cache scored tokens")
@@ -331,6 +338,7 @@ def _from_file(
         i, _, field_name = name.partition(".")
         by_layer[int(i)][field_name] = tensor
     for i, own in by_layer.items():
+        # Beside the weights of the layer, if a model is given; a model may be spread over devices.
         place = device or "cpu"
         if device is None and model is not None and own:
             place = _layer_device(model, i)
@@ -342,12 +350,17 @@ def _from_file(
             raise ValueError(f"layer {i}: {error}") from error
         if layer.static_scales:
             cache.static_scales[i] = layer.static_scales
-    if len({layer.held_tokens for layer in cache.layers if layer.slots}) > 1:
+    if len({_held_tokens(layer) for layer in cache.layers if layer.slots}) > 1:
         raise ValueError("layers: must hold the same tokens")
     cache._binding = ModelBinding(fingerprint=found)
     if model is not None:
         cache.bind(model.get_decoder())
     return cache
+
+
+def _held_tokens(layer: LatentLayer) -> tuple:
+    """What all layers of a cache have in common: slots, and each row's tokens and pads."""
+    return layer.slots, column(layer.rows, "tokens"), column(layer.rows, "pads")
 
 
 def _layer_device(model: torch.nn.Module, layer_idx: int) -> torch.device:

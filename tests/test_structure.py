@@ -164,3 +164,60 @@ def test_elements_of_constant_tuples_reach_functions_as_known():
                 for node in within(call, lambda child: isinstance(child, ast.Call)):
                     bare = isinstance(node, ast.Subscript) and ast.unparse(node.value) in constants
                     assert not bare, f"{path}: {function.name} passes {ast.unparse(node)} to {call.func.id}"
+
+
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
+
+def library() -> list[Path]:
+    return [*ROOT.glob("*.py"), *(ROOT / "modules").rglob("*.py")]
+
+
+def test_an_expression_has_one_for_and_one_if():
+    """What needs more is easier to read as a loop."""
+    dense = []
+    for path in library():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, COMPREHENSIONS):
+                inside = list(within(node, lambda child: False))
+                loops = len(node.generators) + sum(isinstance(child, COMPREHENSIONS) for child in inside)
+                conditions = sum(len(generator.ifs) for generator in node.generators)
+                if loops > 1 or conditions > 1 or any(isinstance(child, ast.IfExp) for child in inside):
+                    dense.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert not dense
+
+
+def test_the_library_is_not_dense():
+    """Comprehensions and ternaries per 1,000 lines, share of comments, and the longest class."""
+    lines, comments, comprehensions, ternaries = 0, 0, 0, 0
+    for path in (ROOT / "modules").rglob("*.py"):
+        text = path.read_text()
+        lines += len(text.splitlines())
+        comments += sum(line.lstrip().startswith("#") for line in text.splitlines())
+        for node in ast.walk(ast.parse(text)):
+            comprehensions += isinstance(node, COMPREHENSIONS)
+            ternaries += isinstance(node, ast.IfExp)
+    assert comprehensions < 0.012 * lines and ternaries < 0.010 * lines
+    assert comments >= 0.04 * lines
+
+
+def test_no_class_is_long():
+    for path in library():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                assert node.end_lineno - node.lineno < 250, f"{path}: {node.name}"
+
+
+def test_no_banners():
+    for path in [*library(), *(ROOT / "scripts").rglob("*.py")]:
+        assert not any(line.startswith("# ---") for line in path.read_text().splitlines()), path
+
+
+def test_caches_do_not_ask_for_a_capacity():
+    """Layers know whether they have one; the cache treats them alike, once it has made them."""
+    for path in ROOT / "modules" / "kivi_cache.py", ROOT / "modules" / "cache" / "transactions.py":
+        classes = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)]
+        assert classes
+        for node in within(ast.Module(classes, []), lambda child: False):
+            if isinstance(node, (ast.If, ast.IfExp)):
+                assert "capacity" not in ast.unparse(node.test), f"{path}:{node.lineno}"

@@ -29,6 +29,7 @@ class ModelBinding:
         Args:
             digest: As for `model_fingerprint`, where it is taken now.
         """
+        # A model that is gone has left no fingerprint unless it was taken while the cache was saved or copied.
         decoder = self._decoder() if self._decoder is not None else None
         return self._fingerprint if decoder is None else model_fingerprint(decoder, digest)
 

@@ -30,6 +30,7 @@ class UpdateGuard:
         Raises:
             ValueError: It would, or it is fed twice in one step.
         """
+        # A model that shares a cache between layers, or feeds cross-attention, would mix the tokens of two sequences.
         held = layers[layer_idx].slots
         slots = held + new_slots
         below = next((i for i in reversed(range(layer_idx)) if layers[i].is_initialized), None)
@@ -62,6 +63,7 @@ def warn_of_turning_keys(layer_idx: int, keys: torch.Tensor, scheme: QuantScheme
     if keys.shape[3] % 2 or scheme.tiers is not None or scheme.bits >= 8:
         return False
     keys = keys[:, :, :128].detach().float()
+    # RoPE turns channel i with channel i + D/2.
     low, high = keys.chunk(2, dim=-1)
     length = (low.square() + high.square()).sqrt()
     spread = length.std(dim=(0, 2))

@@ -7,7 +7,7 @@ import torch
 
 from modules.cache.rows import Row, Step
 from modules.cache.scheme import SIDES
-from modules.kernels.packed import Tile
+from modules.kernels.packed import Tile, counts_of_rows
 
 
 @dataclass(eq=False)
@@ -27,6 +27,7 @@ class ExactTokens:
         cls, batch: int, lengths: tuple[int, int], channels: dict[str, int], dtype: torch.dtype, device: torch.device
     ) -> "ExactTokens":
         """Room for `lengths` tokens of sinks and of window."""
+        # Zeros, since attention may read beyond the tokens of a short row before it masks them.
         exact = cls({}, {})
         for side, width in channels.items():
             exact.sinks[side] = torch.zeros((batch, lengths[0], width), dtype=dtype, device=device)
@@ -71,6 +72,7 @@ class ExactTokens:
         """
         leaving = {}
         for name, x in new.items():
+            # A score belongs to tokens of the window only: sinks are never packed.
             if name in self.sinks:
                 self.sinks[name][index, row.sinks : row.sinks + step.to_sinks] = x[: step.to_sinks]
             stream = torch.cat([self.window[name][index, : row.window], x[step.to_sinks :]])
@@ -79,6 +81,16 @@ class ExactTokens:
             # Without a block due there is no block length to be found out.
             leaving[name] = due.unflatten(0, (step.blocks, len(due) // max(step.blocks, 1)))
         return leaving
+
+    def tiles(self, place: str, starts: tuple[int, ...], counts: tuple[int, ...]) -> tuple[Tile, ...]:
+        """`tile` of rows that are counted on the host; none if no row has a token."""
+        longest = max(counts)
+        if not longest:
+            return ()
+        device = self.window["keys"].device
+        tile = self.tile(place, counts_of_rows(starts, device), counts_of_rows(counts, device), longest)
+        # Shorter rows end in what an earlier token left there, which attention must not read.
+        return (tile if min(counts) == longest else tile.masked(),)
 
     def tile(self, place: str, starts: torch.Tensor, counts: torch.Tensor, longest: int) -> Tile:
         """The first `longest` tokens of the sinks or of the window, as attention reads them.

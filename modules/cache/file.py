@@ -92,6 +92,7 @@ def export_layer(layer: LatentLayer) -> tuple[dict[str, torch.Tensor], dict]:
         for side, fields in layer.pool.storage.items():
             for name, tensor in fields.items():
                 tensors[f"{side}.{name}"] = tensor[live]
+    # A layer of fixed capacity has a longer window; a file has that of a layer that grows.
     lengths = exact_lengths(layer.scheme)
     for name, tensor in layer.exact.named().items():
         tensors[name] = tensor[:, : lengths[name.partition("_")[0]]]
@@ -123,6 +124,7 @@ def parse_layer(tensors: dict[str, torch.Tensor], record: dict, scheme: CacheSch
         raise ValueError(f"record: {sorted(record)} must be slots, and widths and rows unless nothing was fed")
     is_fed = "rows" in record
     _check_integers("slots", [record["slots"]], 0, 2**62 if is_fed else 0)
+    # Whatever is taken out of `tensors` is accounted for; what is left at the end does not belong to a layer.
     saved = SavedLayer({}, record["slots"])
     for side in _static_sides(tensors):
         channels = tuple(tensors[f"static.{side}.scale"].shape)
@@ -150,6 +152,7 @@ def _static_sides(tensors: dict[str, torch.Tensor]) -> list[str]:
 
 def _parse_tokens(saved: SavedLayer, tensors: dict, record: dict, scheme: CacheScheme, scored: bool) -> None:
     """Take what a layer that was fed holds."""
+    # The window says batch, type and channels; everything else is checked against it and the scheme.
     window, widths, rows = tensors.get("window_keys"), record["widths"], record["rows"]
     if window is None or window.dim() != 3 or not len(window) or window.dtype not in STATE_DTYPES:
         raise ValueError("window_keys: must be [rows, tokens, channels] floats")
@@ -175,6 +178,7 @@ def _parse_tokens(saved: SavedLayer, tensors: dict, record: dict, scheme: CacheS
     saved.exact = ExactTokens.from_named(exact)
 
     codecs = scheme.codecs(saved.widths, window.dtype, None, saved.static_scales)
+    # Blocks are counted by the first field of the keys, and all other fields must have as many.
     count = len(tensors.get(f"keys.{next(iter(codecs['keys'].fields()))}", ()))
     saved.rows = [parse_row(row, scheme, record["slots"], count) for row in rows]
     for side, codec in codecs.items():
@@ -199,6 +203,7 @@ def parse_row(record: dict, scheme: CacheScheme, slots: int, blocks: int) -> Row
         raise ValueError("row: pads must be a list")
     for pad in record["pads"]:
         _check_integers("row: pads", pad, 0, slots)
+    # Rising and disjoint ranges are those whose edges rise.
     edges = list(chain.from_iterable(record["pads"]))
     if edges != sorted(edges) or any(len(pad) != 2 for pad in record["pads"]):
         raise ValueError("row: pads must be rising ranges")

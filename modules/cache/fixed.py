@@ -31,6 +31,7 @@ class FixedLatentLayer(LatentLayer):
 
     def __init__(self, scheme: CacheScheme, *arguments, capacity: int):
         check_count("capacity", capacity)
+        # A step on the device cannot choose channels or tokens by their values.
         for side in SIDES:
             check_fixed(side, getattr(scheme, side))
         self.layout = RowLayout(scheme.residual_length, scheme.block_length, scheme.sink_length, capacity)
@@ -82,6 +83,7 @@ class FixedLatentLayer(LatentLayer):
             self.check_states(keys, values, real)
             if fresh and keys.device.type == "cpu":  # elsewhere it would wait for the device
                 warn_of_small_states(self.scheme, {"keys": keys, "values": values})
+            # Pads are counted on the host, before the store changes what the slots are counted from.
             pads = self._pads_after(real)
             self.store.append(keys, values, real)
         except Exception:
@@ -120,6 +122,7 @@ class FixedLatentLayer(LatentLayer):
     def selection(self, indices: torch.Tensor) -> Callable[[], None]:
         """As `LatentLayer.selection`; the edit copies packed bytes, of which a row here owns its own."""
 
+        # No room for copies is taken before: the store moves its rows through one buffer.
         def edit() -> None:
             if self.is_fed:
                 self.store.select(indices)

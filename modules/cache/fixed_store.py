@@ -178,12 +178,14 @@ def append_tokens(
         kept = (place(length) < count[:, None])[..., None]
         new = {side: x.gather(1, order.expand_as(x)).where(kept, 0) for side, x in new.items()}
 
+    # Each row counts for itself: what becomes sinks, what the window grows to, which blocks leave it.
     sinks, start, window, blocks = state
     to_sinks = torch.where((window == 0) & (blocks == 0), (layout.sink_length - sinks).minimum(count), 0)
     total = window + count - to_sinks
     flushed = (total - layout.residual_length).clamp(min=0) // block
     fits = (start + to_sinks + total <= layout.capacity) & (blocks + flushed <= layout.blocks)
     require(fits.all(), layout.full_message)
+    # Where the counts are known at no cost, a step without a block due only writes its tokens.
     if keys.device.type == "cpu" and real is None and not torch.logical_or(flushed, to_sinks).any():
         at = (window[:, None] + place(length)).long()[..., None]
         for side, x in new.items():
@@ -201,7 +203,9 @@ def append_tokens(
         streams[side] = stream.gather(1, source.expand(-1, -1, x.shape[2]))
     _flush(plan, tensors, streams, flushed, layout.due(length))
 
+    # What is left of the stream behind the flushed blocks moves to the front of the window.
     kept = (place(layout.window) + (flushed * block)[:, None]).clamp(max=layout.window + length - 1).long()[..., None]
+    # The i-th place of the sinks takes new token i minus the sinks held, if there is such a one.
     index = place(layout.sink_length) - sinks[:, None]
     taken = ((index >= 0) & (index < to_sinks[:, None]))[..., None]
     exact = {}
@@ -210,6 +214,7 @@ def append_tokens(
         sink = tensors[f"sink_{side}"]
         first = x.gather(1, index.clamp(0, length - 1).long()[..., None].expand_as(sink))
         exact[f"sink_{side}"] = torch.where(taken, first, sink)
+    # Table entries of the blocks that were written: a block's position follows from those before it.
     begin, nth = start + to_sinks, place(layout.blocks) - blocks[:, None]
     written = (nth >= 0) & (nth < flushed[:, None])
     starts = torch.where(written, begin[:, None] + nth * block, table[1])
@@ -226,15 +231,18 @@ def append_tokens(
 def _flush(plan: Plan, tensors, streams: dict[str, torch.Tensor], flushed: torch.Tensor, candidates: int) -> None:
     """Quantize the first blocks of the streams `[B, tokens, C]`, those that are due into the rows' next slots."""
     layout, table, blocks = plan.layout, tensors["table"], tensors["state"][3]
+    # As many blocks as can fall due at most, in every step, so that shapes do not depend on the counts.
     nth = torch.arange(candidates, dtype=torch.int32, device=flushed.device)
     due = nth < flushed[:, None]
     following = (blocks[:, None] + nth).clamp(max=layout.blocks - 1).long()
+    # What is not due goes to the spare slot at the end.
     slots = torch.where(due, table[0].gather(1, following), table[0].numel()).flatten().long()
     encoded = {}
     for side, x in streams.items():
         states = x[:, : candidates * layout.block_length].unflatten(1, (candidates, -1)).where(due[..., None, None], 0)
         fields = plan.codecs[side].encode(states.flatten(0, 1))
         encoded |= {f"{side}.{name}": tensor for name, tensor in fields.items()}
+    # All blocks are encoded before the first one is written: an error leaves the store as it was.
     for name, tensor in encoded.items():
         tensors[name].index_copy_(0, slots, tensor)
 

@@ -98,6 +98,7 @@ class KIVILatentLayer(LatentLayer):
     """A `LatentLayer` whose pool of blocks grows, which forks share, and which a failed append leaves as it was."""
 
     def clear(self) -> None:
+        # The pool may live on in forks; its blocks are free once no owner refers to them.
         if self.pool is not None:
             self.pool.owners.discard(self)
         self.is_initialized = False
@@ -108,6 +109,7 @@ class KIVILatentLayer(LatentLayer):
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
+        # A copied pool has no owners: each copied layer says so itself.
         if self.pool is not None:
             self.pool.owners.add(self)
 
@@ -119,6 +121,7 @@ class KIVILatentLayer(LatentLayer):
         # A token more than the longest window, so that a step can write before blocks leave.
         lengths = (self.scheme.sink_length, self.scheme.longest_window + 1)
         self.exact = ExactTokens.zeros(batch, lengths, self.channels, self.dtype, self.device)
+        # Scores of the window's tokens wait there until the tokens' block is packed.
         if self.score is not None:
             scores = torch.zeros((batch, lengths[1]), dtype=torch.float32, device=self.device)
             self.exact.window["score"] = scores
@@ -132,6 +135,7 @@ class KIVILatentLayer(LatentLayer):
 
     @in_any_mode
     def _append(self, keys, values, real, widths: LayerWidths, received=None) -> None:
+        # A cache keeps no graph: gradients do not flow through packed codes, nor through the window.
         savepoint, states = self.savepoint(), {"keys": keys.detach(), "values": values.detach()}
         try:
             if not self.is_initialized:
@@ -164,6 +168,7 @@ class KIVILatentLayer(LatentLayer):
         ends = column(self.rows, "window")
         for name, x in states.items():
             window = self.exact.window[name]
+            # Rows of equal length are the rule, and a copy of a slice is cheaper than a scatter.
             if len(set(ends)) == 1:
                 window.narrow(1, ends[0], 1).copy_(x)
                 continue
@@ -187,6 +192,7 @@ class KIVILatentLayer(LatentLayer):
             if step.blocks:
                 encoded.append(self.pool.encode(due, due.get("score")))
 
+        # Slots are this layer's from the moment that its rows name them; until then the lock keeps others away.
         with self.pool.lock:
             written, rows = iter(self.pool.write(*encoded)), []
             for index, (row, step) in enumerate(zip(self.rows, steps, strict=True)):
@@ -209,6 +215,7 @@ class KIVILatentLayer(LatentLayer):
         if received.dim() != 2 or len(received) != len(keys) or received.shape[1] < longest:
             raise ValueError(f"received: {list(received.shape)} must be [{len(keys)}, positions up to {longest}]")
 
+        # A copy, since a savepoint may hold the tensor that is there.
         scores = self.exact.window["score"].clone()
         self.exact = ExactTokens(self.exact.sinks, self.exact.window | {"score": scores})
         return add_received(self.rows, scores, received.detach().float(), real, counts)
@@ -218,6 +225,7 @@ class KIVILatentLayer(LatentLayer):
 
     @in_any_mode
     def rollback(self, savepoint: _Savepoint | None) -> bool:
+        # The layer held nothing.
         if savepoint is None:
             self.clear()
             return True
@@ -235,6 +243,7 @@ class KIVILatentLayer(LatentLayer):
     @in_any_mode
     def block_table(self) -> torch.Tensor:
         if self._table is None:
+            # Attention skips the counts of a table in which every row has as many blocks, all of them whole.
             rows = self.rows
             entries = block_table(rows, self.device)
             whole = (self.scheme.block_length,) * entries.shape[2]
@@ -247,19 +256,12 @@ class KIVILatentLayer(LatentLayer):
             return PackedCache(after=new)
         with self.pool.lock:  # all of the same state of the pool
             entries, sides, table = self.block_table(), self.pool.sides(), self._table
-        sinks = self._exact_tile("sinks", (0,) * len(table.sinks), table.sinks)
-        window = self._exact_tile("window", table.window_starts, column(self.rows, "window"))
+        sinks = self.exact.tiles("sinks", (0,) * len(table.sinks), table.sinks)
+        window = self.exact.tiles("window", table.window_starts, column(self.rows, "window"))
+        # Before the first block a kernel has nothing to unpack.
         if not entries.shape[2]:
             return PackedCache(sinks, window + new)
         return PackedCache(sinks, window + new, *sides, self.scheme.block_length, entries, table.full)
-
-    def _exact_tile(self, place: str, starts: tuple[int, ...], counts: tuple[int, ...]) -> tuple[Tile, ...]:
-        longest = max(counts)
-        if not longest:
-            return ()
-        device = self.device
-        tile = self.exact.tile(place, counts_of_rows(starts, device), counts_of_rows(counts, device), longest)
-        return (tile if min(counts) == longest else tile.masked(),)
 
     @in_any_mode
     def _edit(self, rows: list[Row], exact: ExactTokens, slots: int) -> None:
@@ -274,6 +276,7 @@ class KIVILatentLayer(LatentLayer):
             return lambda: None
         if isinstance(indices, torch.Tensor):
             indices = indices.tolist()
+        # Sinks and windows are copied now, since that takes memory; tables are edited when the edit is called.
         index = torch.tensor(indices, dtype=torch.long, device=self.device)
         exact = self.exact.map(lambda tensor: tensor.index_select(0, index))
 

@@ -230,6 +230,7 @@ class LatentLayer(LayerStorage, CacheLayerMixin):
 
     def _settle(self, widths: LayerWidths, like: torch.Tensor) -> dict[str, BlockCodec]:
         """Settle widths, type, device and back end; returns the quantizers."""
+        # All of it is known with the first states only: a drop-in cache has not seen the model before.
         scheme, self.widths, self.dtype, self.device = self.scheme, widths, like.dtype, like.device
         self.channels = dict(zip(SIDES, map(sum, widths), strict=True))
         for side in SIDES:
@@ -286,6 +287,7 @@ class LatentLayer(LayerStorage, CacheLayerMixin):
         old enough are packed before the call returns. Every token counts: a model that passes no mask has its pads
         treated as tokens.
         """
+        # What is seen is read before the append, so that new tokens are seen as they came, not as they are packed.
         new = seen = (flat_states(key_states), flat_states(value_states))
         if self.is_initialized:
             self.check_states(*new)
@@ -305,12 +307,13 @@ class LatentLayer(LayerStorage, CacheLayerMixin):
             ValueError: The rows hold different numbers of tokens, or hold them in different blocks.
         """
         rows = self.rows
+        # Rows of equal length may still hold their tokens in blocks of other lengths, after a crop of one of them.
         counts = column(rows, "counts")
         if len(set(zip(column(rows, "sinks"), counts, column(rows, "window")))) > 1:
             raise ValueError(
                 f"rows of {list(column(rows, 'tokens'))} tokens, blocks of {list(counts)}, cannot be read as one tensor"
             )
-        # Of no tokens, so that an empty layer has states too.
+        # Pieces of no tokens come first, so that an empty layer has states too.
         keys, values = [self.exact.window["keys"][:, :0]], [self.exact.window["values"][:, :0]]
         for tile in self.tiles():
             for run, count in enumerate(tile.count[0].tolist()):
@@ -389,6 +392,7 @@ class LatentLayer(LayerStorage, CacheLayerMixin):
     @property
     def backend_note(self) -> str:
         """The back end, and whether the reference attends to the blocks in its place."""
+        # A quantizer of a user's own, or float64 states, are read by plain PyTorch whatever the back end.
         fused = self.backend.attends_to(*self.pool.sides()) and self.dtype in FUSED_DTYPES
         if fused or self.backend.fused_attention is None:
             return self.backend.name
@@ -418,6 +422,7 @@ class LatentLayer(LayerStorage, CacheLayerMixin):
             return 0
         exact = entries = 0
         token = sum(self.channels.values()) * self.dtype.itemsize
+        # Rows of one prompt share the blocks of its prefix.
         blocks: set[int] = set()
         for row in self.rows:
             exact += (row.sinks + row.window) * token
@@ -427,8 +432,3 @@ class LatentLayer(LayerStorage, CacheLayerMixin):
             blocks.update(row.blocks)
         packed = len(blocks) * self.pool.slot_nbytes + entries * TABLE_ENTRY_NBYTES
         return packed + exact + self.scheme.static_nbytes(self.widths)
-
-    @property
-    def held_tokens(self) -> tuple:
-        """What layers of one cache have in common: slots, and each row's tokens and pads."""
-        return self.slots, column(self.rows, "tokens"), column(self.rows, "pads")

@@ -60,6 +60,7 @@ class BlockPool:
 
     def __getstate__(self) -> dict:
         """A copy has no owners; those that are copied with it say so themselves."""
+        # A lock cannot be copied, and owners are known by identity.
         state = dict(vars(self))
         del state["owners"], state["lock"]
         return state
@@ -145,6 +146,7 @@ class BlockPool:
 
     def trim(self) -> None:
         """Give back slack beyond a quarter of what is used; the owners learn where each block has moved."""
+        # Copying costs as much as is kept, so that a pool is not compacted for a little.
         live = sorted(self._sweep())
         if self.capacity <= len(live) + len(live) // 4:
             return
@@ -155,6 +157,7 @@ class BlockPool:
 
     def _grow(self, capacity: int) -> None:
         """Reallocate for more slots, field by field, so that no more than one is there twice."""
+        # Views of the old storages are of the old size.
         self._sides = None
         for side, name, old in self._fields():
             new = torch.empty((capacity, *old.shape[1:]), dtype=old.dtype, device=old.device)

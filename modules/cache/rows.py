@@ -90,6 +90,7 @@ class Row(NamedTuple):
 
     def cropped(self, slots: int) -> "Row":
         """The first `slots` slots of the row."""
+        # Slots count pads, tokens do not.
         pads = crop_pads(self.pads, slots)
         return self.shortened(slots - count_pads(pads), pads)
 
@@ -141,6 +142,7 @@ def crop_pads(pads: Pads, slots: int) -> Pads:
 def block_table(rows: list[Row], device: torch.device) -> torch.Tensor:
     """`[3, B, blocks]` int32: slot in the pool, first position, valid tokens; rows with fewer blocks end in zeros."""
     widest = max(map(len, column(rows, "blocks")), default=0)
+    # Made on the host and sent in one copy.
     table = torch.zeros((3, len(rows), widest), dtype=torch.int32, device="cpu")
     for i, row in enumerate(rows):
         columns = (row.blocks, row.starts, row.counts)

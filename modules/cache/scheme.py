@@ -149,6 +149,7 @@ class CacheScheme:
 
     def static_nbytes(self, widths: LayerWidths) -> int:
         """Bytes of the calibrated scales of a layer, two float32 per channel of a static side; once for all rows."""
+        # `static` is true or false: sides without calibrated scales count nothing.
         channels = 0
         for side, width in zip(SIDES, widths, strict=True):
             channels += sum(width) * getattr(self, side).static

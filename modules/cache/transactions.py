@@ -70,6 +70,7 @@ class TransactionalCache(Cache):
     def _edit(self, prepare: Callable[[LatentLayer], Callable[[], None]]) -> None:
         """Edit the layers that hold tokens. What may fail is prepared for all of them first, where it can be."""
         self.check_consistent()
+        # An empty cache still refuses what its layers refuse.
         layers = [layer for layer in self.layers if layer.is_initialized] or self.layers
         edits = [prepare(layer) for layer in layers]
         for i, edit in enumerate(edits):
@@ -107,6 +108,7 @@ class TransactionalCache(Cache):
         Raises:
             ValueError: The mask has another shape, calls a pad a token, or a token that others follow a pad.
         """
+        # A mask may only take back tokens: those at the end of a row, which no other one has seen.
         held = self.held_slots()
         if attention_mask.dim() != 2 or len(attention_mask) != len(held) or attention_mask.shape[1] < held.shape[1]:
             raise ValueError(f"attention_mask: {list(attention_mask.shape)} must be {list(held.shape)} or longer")
