@@ -51,6 +51,7 @@ def _check_side(side: str, stored: PackedSide, block_length: int, heads: int) ->
     parts = stored.parts or ()
     if len(parts) != 1 or stored.channels is not None or parts[0].bits not in FASTER:
         raise ValueError(f"{side}: must be stored at one width of 1, 2 or 4 bits")
+    # Scales that all blocks share stand in one slot; the kernel looks for those of a block in its own.
     (part,) = parts
     if part.scale.shape[0] != part.packed.shape[0]:
         raise ValueError(f"{side}: must have scales of its own in every block, not calibrated ones")
@@ -114,6 +115,7 @@ def lookup_attention(
     """
     check_choice("method", method, (*METHODS, None))
     _check(query, cache, expand_keys, value_widths, rope)
+    # The error of "lookup" is below that of plain bfloat16, but not below that of finer types.
     methods = dict.fromkeys(FASTER, method or "dot")
     if method is None and query.dtype == torch.bfloat16:
         methods = FASTER

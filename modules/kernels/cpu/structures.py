@@ -100,6 +100,7 @@ def exact_structures(tiles: tuple[Tile, ...]) -> tuple[ctypes.Array, list[torch.
     """Tokens in full precision, tiles of one run per row, and the tensors that must outlive the structures."""
     # ctypes has no array of length 0 with an address.
     structures = (Exact * max(1, len(tiles)))()
+    # A copy of a tile whose channels are apart would be freed on return.
     kept = []
     for made, tile in zip(structures, tiles):
         keys, values = dense(tile.keys), dense(tile.values)
