@@ -1,4 +1,4 @@
-"""What each choice of the budget command contributes: objective, grouping, mean split, allocation, scales.
+"""Contribution of each choice of the budget command: objective, grouping, mean split, allocation, scales.
 
     python scripts/ablate_calibration.py --output build/ablation.json
 

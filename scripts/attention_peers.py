@@ -1,4 +1,4 @@
-"""What one step of our attention is measured against: dense caches, quantized ones, other engines.
+"""The peers of one step of our attention: dense caches, quantized ones, other engines.
 
 Each peer is made from the same dense states and takes the attention step of one layer; see `benchmark_attention.py`.
 """
@@ -342,7 +342,7 @@ def llama_cpp(states: DenseStates, ours, kind: int) -> Contender:
 
 @dataclass(frozen=True)
 class AttentionPeer:
-    """How a peer is made, and where.
+    """Recipe of a peer, and the devices where it runs.
 
     Attributes:
         make: From the dense states and our layer.
@@ -374,7 +374,7 @@ PEERS = {
 
 
 def unsupported_reason(peer: AttentionPeer, states: DenseStates, memory_gib: float) -> str | None:
-    """Why a peer is left out of a case; `None`: it is not."""
+    """Reason for leaving a peer out of a case; `None`: it is measured."""
     device = states.device.type
     if device not in peer.devices:
         return f"runs on {' and '.join(peer.devices)}, not on {device}"

@@ -609,7 +609,7 @@ def pivot(record: dict[str, Any], row: Callable[[dict], dict[str, str]], title: 
 
 
 def attention_table(record: dict[str, Any]) -> str:
-    """How many times faster than each peer the first scheme is, a column per size, as Markdown."""
+    """Speed of the first scheme over that of each peer, a column per size, as Markdown."""
 
     def row(case: dict[str, Any]) -> dict[str, str]:
         if len(case["peers"]) < 2:

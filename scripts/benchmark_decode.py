@@ -295,7 +295,7 @@ class Decoder:
 
 
 def dense_unsupported_reason(config, length: int, batch: int, dtype: torch.dtype, memory_gib: float) -> str | None:
-    """Why a dense cache is left out; `None`: it is not. An append holds one side of one layer twice."""
+    """Reason for leaving a dense cache out; `None`: it is measured. Its append holds one side of a layer twice."""
     need = dense_nbytes(config, length, dtype, batch) * (1 + 0.5 / config.num_hidden_layers)
     return f"would need {human_bytes(need)} of memory, above --memory_gib" if need > memory_gib * 2**30 else None
 

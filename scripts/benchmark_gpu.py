@@ -1,4 +1,4 @@
-r"""What a GPU is lent for, in minutes: attention, whole models in `generate`, appends, packing, each beside its peer.
+r"""Benchmark of a GPU lent for minutes: attention, whole models in `generate`, appends, packing, each beside its peer.
 
 Rows; each is written when it is done, so a short lease is enough:
 
@@ -286,7 +286,7 @@ class Row(NamedTuple):
 
 
 def rows(options: GpuBenchmarkConfig) -> Iterator[Row]:
-    """Every row: first the one that is to find nothing compiled, last those that take longest."""
+    """Every row: the first finds nothing compiled, the last ones take longest."""
     models = Models(options)
     of_models = []
     for context, way in itertools.product(options.contexts, WAYS):

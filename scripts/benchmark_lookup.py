@@ -129,7 +129,7 @@ def multiply(query, positions, cache: PackedCache, value_widths, scaling: float,
 
 
 def calls(query: torch.Tensor, cache: PackedCache, how: dict) -> dict[str, Callable[[], torch.Tensor]]:
-    """What is timed, by name."""
+    """The contenders by name, as calls."""
     fast = dequantizing(cache, quantize_cpu.unpack_and_dequantize, query.dtype)
     return {
         "lookup": lambda: lookup_attention(query, cache=cache, **how, method="lookup"),

@@ -1,4 +1,4 @@
-r"""A stored prefix: time to the first token against computing it, and the memory of many continuations of it.
+r"""A stored prefix: time to the first token against computing the prefix, and the memory of many continuations.
 
 For each model, in turns, after a gate: a cache that was saved and loaded, and a fork of it, must give the logits of the
 cache that never left the process, bit for bit.

@@ -188,7 +188,12 @@ def human_bytes(nbytes: float) -> str:
     while abs(nbytes) >= 1024 and len(units) > 1:
         nbytes /= 1024
         units.pop(0)
-    digits = 0 if nbytes == int(nbytes) or nbytes >= 100 else 1 if nbytes >= 10 else 2
+    if nbytes == int(nbytes) or nbytes >= 100:
+        digits = 0
+    elif nbytes >= 10:
+        digits = 1
+    else:
+        digits = 2
     return f"{nbytes:.{digits}f} {units[0]}"
 
 

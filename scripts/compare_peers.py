@@ -162,7 +162,7 @@ class CountedQuantizedCache(QuantizedCache):
         return layer
 
     def token_nbytes(self, length: int) -> float:
-        """Bytes per token of a row of `length` tokens: those of all tensors that a layer filled with them holds."""
+        """Bytes per token of a row of `length` tokens: all tensors that a layer filled with random tokens holds."""
         return len(self.layers) * stored_nbytes(vars(self.filled_layer(length))) / length
 
     @property
@@ -194,7 +194,7 @@ def stored_nbytes(stored) -> int:
 
 
 class Models:
-    """The dense model and splits of it as other projects make them; each statistic is measured when first asked for."""
+    """The dense model, and splits as other projects make them; each statistic is measured when first asked for."""
 
     def __init__(self, config: PeersConfig):
         self.config = config
@@ -275,7 +275,7 @@ class Peer:
 
 
 def peers(config: PeersConfig) -> dict[str, Peer]:
-    """All peers by name, those of parts that are not asked for included: the scored tokens depend on them."""
+    """All peers by name, also of parts that are not asked for: the scored tokens depend on every peer."""
     found, engine = {}, f"transformers {transformers.__version__} QuantizedCache"
     for backend, (package, axis) in BACKENDS.items():
         has = installed_version(package)
@@ -322,7 +322,12 @@ def memoized(make: Callable) -> Callable:
 
 
 def record_key(config: PeersConfig, schemes: list) -> dict:
-    """Everything that the results of two runs must share to stand in one file; `schemes` are those of all peers."""
+    """Settings that two runs must share for their results to stand in one file.
+
+    Args:
+        config: Options of the run.
+        schemes: Of all peers, measured or not.
+    """
     scored = scored_positions(config.length, config.prefill, config.chunk, schemes)
     options = asdict(config)
     for name in ("checkpoints", "parts", "statistics", "output"):  # which to measure and where, not how
@@ -387,7 +392,7 @@ def main(config: PeersConfig) -> dict:
 
 
 def increase(a: dict, b: dict) -> dict[str, float]:
-    """How much larger the perplexity of `a` is than that of `b`, `ratio` - 1, with its interval over documents."""
+    """Increase of the perplexity from `b` to `a`, `ratio` - 1, with its interval over documents."""
     return {name: ratio - 1 for name, ratio in paired_bootstrap(a["nll_by_window"], b["nll_by_window"]).items()}
 
 
@@ -398,7 +403,7 @@ def measured(record: dict, ours: bool | None = None) -> dict[str, dict]:
 
 
 def share(result: dict) -> float:
-    """Bytes at 4,096 tokens over those of the dense cache."""
+    """Bytes at 4,096 tokens, as a share of the dense cache's."""
     return 1 / result["ratio"]["4096"]
 
 

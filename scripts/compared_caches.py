@@ -26,7 +26,7 @@ STATED_LENGTHS = (4096, 32768)
 
 @dataclass
 class ComparedCaches:
-    """Which caches to compare with the dense model's; the base of the evaluations' configs."""
+    """The caches to compare with the dense model's; the base of the evaluations' configs."""
 
     dense: str = field(
         default=BUNDLED_MODEL, metadata={"help": "Dense model: a local folder or a hub name. Its scores stand first."}
@@ -100,7 +100,7 @@ class ComparedCaches:
         return model, partial(model.create_kivi_cache, **settings)
 
     def schemes(self) -> dict[str, CacheScheme]:
-        """Schemes of the packed caches by name; only window and blocks are those of every layer of a cache."""
+        """Schemes of the packed caches by name; all layers of a cache share window and blocks, not the other fields."""
         found = {}
         for path in self.checkpoints:
             scheme = CacheScheme.from_config(ALRDLlamaConfig.from_pretrained(find_model(path)))
@@ -140,12 +140,12 @@ def _load(path: str, rank: float | None, latent: bool, dtype: str, device_map, r
 
 
 def packed_tokens(scheme: CacheScheme, held: int) -> int:
-    """Tokens in packed blocks of a row that holds so many."""
+    """Tokens in packed blocks, of `held` tokens in a row."""
     return scheme.flushed_blocks(held - min(held, scheme.sink_length)) * scheme.block_length
 
 
 class PackedContext:
-    """How much of what scored tokens attended to was packed; `scheme` is `None` for a cache that packs nothing."""
+    """Packed share of the tokens to which scored tokens attended; `scheme` is `None` for a cache that packs nothing."""
 
     def __init__(self, scheme: CacheScheme | None):
         self.scheme = scheme
@@ -164,7 +164,7 @@ class PackedContext:
             self.share += sum(packed / context for context in contexts)
 
     def record(self) -> dict:
-        """Scored tokens, and of a packed cache those with a packed context and its mean share of their context."""
+        """Scored tokens; of a packed cache also how many had a packed context, and its mean share of their context."""
         found: dict = {"scored_tokens": self.scored_tokens}
         if self.scheme is not None:
             found["tokens_with_packed_context"] = self.with_packed

@@ -1,4 +1,4 @@
-"""What a KV cache will take, before anything is loaded: packed latents against dense keys and values.
+"""Bytes that a KV cache will take, before anything is loaded: packed latents against dense keys and values.
 
 Reads nothing but the model's config.json. Everything is counted: codes, scales and zero points, the full-precision
 window and sinks, the block table.

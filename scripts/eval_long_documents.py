@@ -28,7 +28,7 @@ from scripts.eval_perplexity import cache_bytes, paired_bootstrap
 
 @dataclass
 class LongDocumentsConfig(ComparedCaches):
-    """Which documents, for which caches, fed how."""
+    """The documents, the caches, and how the tokens are fed."""
 
     text: str = field(default="stdlib:test", metadata={"help": "Text to measure on: see scripts/corpus.py."})
     documents: int = field(default=15, metadata={"help": "Documents, the first ones that are long enough."})
@@ -113,7 +113,7 @@ def _bucket_means(losses: torch.Tensor, width: int) -> list[list[float]]:
 
 
 def _packed_share(scheme, start: int, stop: int, chunk: int) -> float:
-    """Mean share of their context that is packed, of the tokens that predict those from `start` to `stop`."""
+    """Mean packed share of the contexts from which the tokens `start` to `stop` are predicted."""
     fed = range(max(start - 1, 0), stop - 1)
     return sum(packed_tokens(scheme, i // chunk * chunk) / (i + 1) for i in fed) / len(fed)
 

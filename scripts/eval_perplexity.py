@@ -34,7 +34,7 @@ from scripts.corpus import describe, document_windows, evenly_spread, load_docum
 
 @dataclass
 class EvalConfig:
-    """Which caches to measure, on which text, fed how."""
+    """The caches to measure, the text, and how the tokens are fed."""
 
     model: str = field(
         metadata={"help": "Split checkpoint, or a dense one, whose full keys and values are then cached."}
@@ -75,7 +75,7 @@ class EvalConfig:
 
 @dataclass
 class Tally:
-    """Sums over scored tokens of one cache, and what its last cache takes.
+    """Sums over scored tokens of one cache, and the bytes of the last cache.
 
     Attributes:
         nll, kl, agree: Of each scored token, batch after batch.
@@ -102,7 +102,7 @@ class Tally:
         self.agree.append((logs.argmax(-1) == reference.argmax(-1)).float().cpu())
 
     def add(self, later: "Tally") -> None:
-        """Go on with what was found on later batches."""
+        """Add the tally of later batches."""
         for name in ("nll", "kl", "agree", "bytes_used", "tokens_held", "seconds"):
             setattr(self, name, getattr(self, name) + getattr(later, name))
         self.token_bytes, self.bits = later.token_bytes, later.bits
@@ -148,9 +148,12 @@ def scored_positions(length: int, prefill: int, chunk: int, schemes: list) -> to
 
 def parse_bits(text: str) -> tuple[float, float]:
     """'2' or '3:2' to (k_bits, v_bits)."""
+    sides = text.split(":")
     try:
-        k_bits, v_bits = (text.split(":") * 2)[:2] if text.count(":") < 1 else text.split(":")
-        return tuple(whole(float(bits)) for bits in (k_bits, v_bits))
+        if len(sides) == 1:
+            sides *= 2
+        k_bits, v_bits = map(float, sides)
+        return whole(k_bits), whole(v_bits)
     except ValueError:
         raise ValueError(f"bits={text!r}: must be a width, or two of them as keys:values") from None
 
@@ -321,7 +324,7 @@ def token_bytes(cache, length: int) -> float:
 def paired_bootstrap(
     a: list[float], b: list[float], resamples: int = 10_000, level: float = 0.95, seed: int = 0
 ) -> dict[str, float]:
-    """How far the perplexity of one cache is from that of another on the same documents, `exp(mean a - mean b)`.
+    """Ratio of the perplexities of two caches on the same documents, `exp(mean a - mean b)`.
 
     The percentile interval of the paired bootstrap: documents are drawn with replacement, the same ones for both.
 

@@ -40,7 +40,7 @@ QUESTION = "\n\nWhat is the secret number of {key}?\nThe secret number of {key} 
 
 @dataclass
 class RetrievalConfig(ComparedCaches):
-    """Which task, for which caches, at which distances."""
+    """The task, the caches, and the distances."""
 
     task: Literal["copying", "needle"] = field(default="copying", metadata={"help": "See above."})
     text: str = field(default="stdlib:test", metadata={"help": "Text to hide things in: see scripts/corpus.py."})
@@ -62,7 +62,7 @@ class RetrievalConfig(ComparedCaches):
     least_dense: float = field(
         default=0.8, metadata={"help": "Below this score of the dense model a cell shows nothing about a cache."}
     )
-    seed: int = field(default=0, metadata={"help": "Of words, numbers and places in the text."})
+    seed: int = field(default=0, metadata={"help": "Seed of words, numbers and places in the text."})
 
     def __post_init__(self):
         super().__post_init__()
@@ -88,7 +88,7 @@ class RetrievalConfig(ComparedCaches):
 
 @dataclass(frozen=True)
 class Question:
-    """A text to prefill and what is asked on top of it.
+    """A text to prefill, and the question on top.
 
     Attributes:
         prefilled: Tokens of the text.

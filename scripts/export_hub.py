@@ -41,7 +41,7 @@ COPIED_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model", ".png")
 
 @dataclass
 class ExportConfig:
-    """Which checkpoint to export, and what its card cannot know."""
+    """The checkpoint to export, and facts for the card that are not in it."""
 
     model: str = field(metadata={"help": "Folder of a split checkpoint, as calibrate_svd_ranks.py writes it."})
     output: str = field(metadata={"help": "Folder to write; it must not exist, or be empty."})
@@ -78,7 +78,7 @@ def imported_modules(node: ast.Import | ast.ImportFrom) -> set[str]:
 
 
 def import_statements(tree: ast.AST, at_once: bool = False) -> list[ast.Import | ast.ImportFrom]:
-    """The import statements in a tree; with `at_once` without those of functions, which run when they are called."""
+    """The import statements in a tree; `at_once`: only such as run on import, none inside functions."""
     found = []
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)):

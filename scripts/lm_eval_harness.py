@@ -31,7 +31,7 @@ TASKS = ROOT / "scripts" / "lm_eval_tasks"
 
 @dataclass
 class HarnessConfig(ComparedCaches):
-    """Which tasks, for which caches, fed how."""
+    """The tasks, the caches, and how the tokens are fed."""
 
     tasks: list[str] = field(
         default_factory=lambda: ["stdlib_next_lines"], metadata={"help": "Names of tasks or groups of the harness."}

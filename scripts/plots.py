@@ -21,7 +21,7 @@ def _save(figure, path: Path) -> None:
 
 
 def method(path: Path) -> None:
-    """How keys and values become packed latents, and how a step reads them: the picture of the README."""
+    """Picture of the README: keys and values become packed latents, and a step reads them."""
     shades = {8: "#08519c", 4: "#3182bd", 3: "#6baed6", 2: "#9ecae1", 1: "#deebf7", 0: "#ffffff"}  # by bits
     figure, axes = pyplot.subplots(figsize=(11, 4.6))
     axes.set(xlim=(0, 110), ylim=(0, 46))

@@ -34,7 +34,7 @@ _VOCABULARY = 1024  # of the small model
 
 @dataclass
 class ProjectionConfig:
-    """How much is really run, and how much it stands for."""
+    """Sizes that are really run, and the sizes that they stand for."""
 
     tokens: int = field(default=512, metadata={"help": "Tokens of the one window that is run."})
     windows: int = field(default=32, metadata={"help": "Windows of the calibration that is projected."})

@@ -27,7 +27,7 @@ class ResultsFile:
             self.record = json.loads(self.path.read_text())
 
     def require(self, section: str, settings: dict[str, Any]) -> None:
-        """Check that the record was made with these settings, which stand in one section of it.
+        """Check that the record was made with these settings, which stand in the section `section`.
 
         Raises:
             ValueError: A setting of the record differs, or is not in it.
@@ -38,7 +38,7 @@ class ResultsFile:
             self.refuse(f"other options ({', '.join(differing)})")
 
     def refuse(self, origin: str) -> NoReturn:
-        """Raise the `ValueError` of a file whose results are of another `origin` than those that are asked for."""
+        """Raise the `ValueError` of a file whose results have another origin than the run: options, a text, weights."""
         raise ValueError(f"output={str(self.path)!r}: holds {self.holds} of {origin}; name another file")
 
     def save(self) -> None:

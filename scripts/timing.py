@@ -1,4 +1,4 @@
-"""How every benchmark times: a warm-up, rounds in which the contenders take turns, the device's own clock, one spread.
+"""One way to time a benchmark: warm-up, rounds in which contenders take turns, the device's own clock, one spread.
 
 The spread of a time, and of a ratio of times, is its median with the 20th and the 80th percentile (`percentiles`).
 Records of before, which are not measured again, may hold the quartiles instead: `bounds` reads both, and `bounds_name`
@@ -32,7 +32,7 @@ def _larger_than_l2(device: torch.device) -> torch.Tensor:
 
 
 def timed(call: Callable[[], Any], device: torch.device = CPU, cold: bool = True) -> tuple[float, Any]:
-    """Seconds of a call, and what it returns; on CUDA by the device's own clock, with an L2 that holds nothing of it.
+    """Seconds of a call, and what it returns; on CUDA by the device's own clock, with a cold L2.
 
     Args:
         cold: On CUDA, whether the L2 is filled with other bytes first, as when the layers of a model take turns.
