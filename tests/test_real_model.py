@@ -55,7 +55,7 @@ def dense(folder):
 
 @pytest.fixture(scope="module")
 def split(folder):
-    """All ranks, so that nothing is lost but by rounding."""
+    """All ranks in 16 bits: nothing is lost but by rounding in float32."""
     config = ALRDLlamaConfig.from_pretrained(folder / "dense", k_bits=16, v_bits=16)
     set_ranks(config, 1.0)
     return ALRDLlamaForCausalLM.from_pretrained(folder / "dense", config=config, dtype=torch.float32).eval()
@@ -124,7 +124,7 @@ def test_all_ranks_in_16_bits_lose_nothing(dense, split, tokenizer, speech):
         expected = dense(ids).logits
         split(ids[:, :400], past_key_values=cache, logits_to_keep=1)
         found = split(ids[:, 400:], past_key_values=cache).logits
-    assert (found - expected[:, 400:]).abs().max() < 1e-4 * expected.abs().max()
+    assert (found - expected[:, 400:]).abs().max() < 1e-5 * expected.abs().max()
     question = "Write three sentences about the sea."
     answer = ask(split, tokenizer, split.create_kivi_cache(), question)
     assert answer == ask(dense, tokenizer, DynamicCache(config=dense.config), question)
