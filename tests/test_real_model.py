@@ -138,8 +138,9 @@ def test_a_cache_of_4_bits_costs_little(folder, dense, split, tokenizer):
     )
     caches = {bits: (split, lambda bits=bits: split.create_kivi_cache(k_bits=bits, v_bits=bits)) for bits in (4, 2)}
     results = measure(config, tokenizer, dense, caches)["results"]
-    assert abs(results[4]["perplexity_increase"]) < 0.03 and results[4]["kl_mean"] < 0.05
-    assert results[2]["kl_mean"] > 2 * results[4]["kl_mean"]
+    # Measured -0.1% and 0.0007 at 4 bits, +6.8% and 0.048 at 2.
+    assert abs(results[4]["perplexity_increase"]) < 0.01 and results[4]["kl_mean"] < 0.002
+    assert results[2]["kl_mean"] > 0.02
 
 
 @real
