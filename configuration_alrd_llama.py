@@ -194,8 +194,8 @@ class QuantScheme:
             `None`: "minmax", below two bits "mse".
         rotation: Rotate each head group by a Hadamard matrix before quantizing and back on reading. For the states of
             other models: the latents of a split model are rotated by their factors (`k_hadamard`, `v_hadamard`).
-        static: Scales per channel come from calibration (`modules/formats/calibrated_int8.py`) and are stored once per
-            layer.
+        static: Scales per channel come from calibration, by a budget (`modules/fit/budget.py`) or for keys and values
+            as they are (`modules/formats/calibrated_int8.py`), and are stored once per layer.
         protected: Share of the tokens of a block, in [0, 1), that is kept at `protected_bits`.
         protected_bits: Width of a protected token, above `bits`.
         quantizer: Name under which a quantizer of your own is registered (`modules/cache/codecs.py`); `None`: by

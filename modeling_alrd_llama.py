@@ -92,17 +92,17 @@ class ALRDLlamaAttention(LlamaAttention):
         step = latent_step.on(query.device)
 
         # The common step: the cache attends and appends at one go.
-        protects = layer.score == "attention"
-        if step.has_past and step.slots is None and not protects:
+        scores_attention = layer.score == "attention"
+        if step.has_past and step.slots is None and not scores_attention:
             new = step.new_tokens(key_latents, value_latents)
             summed = layer.attend_and_append(self._latent_query(query, step), new)
             return self.o_proj(self._expand_values(summed, query.dtype).flatten(2)), None
 
         # Attention over latents: for the output, or in a first chunk only to see which tokens receive most.
         arguments = received = None
-        if step.has_past or protects:
+        if step.has_past or scores_attention:
             arguments = self._attention_arguments(query, key_latents, value_latents, layer, step)
-        if protects:
+        if scores_attention:
             received = self._attention_received(*arguments, step)
         if step.has_past:
             output, weights = self._attend_cache(*arguments, layer.backend, step)

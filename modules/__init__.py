@@ -1,4 +1,4 @@
-"""Rooms of the project: quantization maths and packing, rotations, low-rank layers, the cache, attention over it."""
+"""Everything below the model: quantization and packing, rotations, low-rank layers, the cache, attention over it."""
 
 from modules.hadamard_utils import fuse_rotation, hadamard_matrix
 from modules.kivi_cache import CacheScheme, KIVILatentCache, KIVIQuantizer, create_kivi_cache

@@ -33,7 +33,7 @@ class KIVILatentCache(TransactionalCache):
         widths: Channels of the head groups, per layer; `None` adds layers as they come, one group per head.
         layer_schemes: What single layers store instead, by index; window and sinks must be those of `scheme`.
         static_scales: Calibrated scales of each layer, by index.
-        backend: "reference", "triton", or `None`: chosen by the device (`modules/kernels`).
+        backend: One of `BACKENDS` (`modules/kernels`); `None`: chosen by the device.
         token_score: For protected tokens: a function `(layer_idx, keys, values) -> [B, L]` of the flat `[B, L, C]`
             states of new tokens; "attention": what they receive in `ALRDLlamaForCausalLM`; `None`: the quantizer's own
             error.

@@ -19,7 +19,7 @@ from scripts.calibrate_svd_ranks import CalibrationConfig, calibrate_model
 from scripts.common import BUNDLED_MODEL, environment, parse_config
 from scripts.corpus import evenly_spread, load_documents, tokenize_windows
 
-#: DESIGN's figures for a unit Gaussian, by (bits, group size), for the default range method of the width.
+#: What theory and sampling give for a unit Gaussian, by (bits, group size), for the default range method of the width.
 EXPECTED = {
     (2, 32): 0.154,
     (2, 128): 0.251,
@@ -144,7 +144,7 @@ def main(config: DistortionConfig) -> dict:
 def distortion_table(record: dict, group_size: int | None = None) -> str:
     """The record as a Markdown table."""
     names = list(record["rows"][0]["distortion"])
-    lines = [f"| scheme | bits/element | DESIGN | {' | '.join(names)} |", "|---" * (len(names) + 3) + "|"]
+    lines = [f"| scheme | bits/element | theory | {' | '.join(names)} |", "|---" * (len(names) + 3) + "|"]
     for row in record["rows"]:
         if group_size is None or row["scheme"]["group_size"] == group_size:
             expected = "" if row["expected"] is None else f"{row['expected']:.4g}"

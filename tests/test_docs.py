@@ -22,7 +22,7 @@ def test_the_printed_code_runs(monkeypatch, capsys):
 
 
 def test_the_loop_of_the_source_document(monkeypatch):
-    """Document 002, section 5: the loop by hand, with a prompt long enough that blocks are packed."""
+    """The loop by hand, with a prompt long enough that blocks are packed."""
     monkeypatch.chdir(ROOT)
     names: dict = {}
     exec(python_blocks("KIVI_INTEGRATION.md")[0], names)

@@ -1,1 +1,1 @@
-"""The packed cache of one layer: codecs, pool of blocks, growth, files."""
+"""Below `KIVILatentCache`: layers that grow or have a capacity, blocks and their quantizers, files, model binding."""

@@ -56,9 +56,8 @@ class UpdateGuard:
 def warn_of_turning_keys(layer_idx: int, keys: torch.Tensor, scheme: QuantScheme) -> bool:
     """Warn, if need be, of keys `[B, H, T, D]` after RoPE with a large bias that turns; returns whether it did.
 
-    RoPE keeps the length of each pair of channels (i, i + D/2), so how much the lengths differ from token to token says
-    how much the keys do, whatever turns them; the range that codes must span, in units of that, is some 8 for keys
-    without a bias.
+    RoPE keeps the length of each pair of channels (i, i + D/2), so the spread of these lengths over the tokens measures
+    how much the keys differ, turned or not. Without a bias the range of the keys is some 8 times that spread.
     """
     if keys.shape[3] % 2 or scheme.tiers is not None or scheme.bits >= 8:
         return False

@@ -63,6 +63,7 @@ class ExactTokens:
         """Put new tokens of row `index` into its sinks and behind its window.
 
         Args:
+            index: Which row.
             row: The row before.
             step: `row.step` of the new tokens.
             new: `[L, C]` of each side, and the score `[L]`.

@@ -22,7 +22,7 @@ from modules.kernels.packed import LatentQuery, NewTokens, PackedCache, Tile, co
 
 
 class _Table(NamedTuple):
-    """The block table of a layer, and what else of its rows an append to the windows leaves as it is.
+    """The block table of a layer, with what else stays the same while tokens are only added to the windows.
 
     Attributes:
         entries: As `PackedCache.table`.
@@ -38,7 +38,7 @@ class _Table(NamedTuple):
 
 
 class _Savepoint(NamedTuple):
-    """What appends change, as it was; they make other lists and tensors, or write behind the tokens that they find."""
+    """The state before appends; they replace these objects, or write only behind the tokens counted here."""
 
     slots: int
     rows: list[Row]
@@ -47,7 +47,7 @@ class _Savepoint(NamedTuple):
 
 @dataclass
 class SavedLayer:
-    """The tokens of a layer as a file holds them.
+    """The tokens of a layer as a file (`file.py`) holds them.
 
     Attributes:
         static_scales: Calibrated scales by side.

@@ -32,7 +32,8 @@ from modules.kernels.packed import LatentQuery, NewTokens, PackedCache, Tile
 #: Worth of new tokens `[B, L]`, from the layer's index and their `[B, L, C]` keys and values.
 TokenScore = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
 
-#: Distance of two levels below which a float16 scale has less than three bits: eight times the smallest float16.
+#: Distance of two levels below which a float16 scale has less than three bits: eight times the smallest
+#: positive float16.
 LEAST_STEP = 2.0**-21
 
 
@@ -189,7 +190,7 @@ class LatentLayer(LayerStorage, CacheLayerMixin):
     """The cache of one layer. States enter as `[B, H, L, D]` through `update`, or flat as `[B, L, C]` by `append`.
 
     Args:
-        scheme: Widths, group size, window and sinks.
+        scheme: Bits, group sizes, window and sinks.
         widths: Channels of each head group of keys and values; `None` takes one group per head of the first states.
         static_scales: Calibrated scales of each side that the scheme calls static.
         backend: Name of the back end (`modules/kernels`); `None`: chosen by the device.
@@ -236,7 +237,8 @@ class LatentLayer(LayerStorage, CacheLayerMixin):
         for side in SIDES:
             if getattr(scheme, side).static and side not in self.static_scales:
                 raise ValueError(
-                    f"static=True of the {side}: needs calibrated scales (modules/formats/calibrated_int8.py)"
+                    f"static=True of the {side}: needs calibrated scales (of a budget, or "
+                    "modules/formats/calibrated_int8.py)"
                 )
         for side, (scale, zero_point) in self.static_scales.items():
             self.static_scales[side] = (scale.to(self.device), zero_point.to(self.device))

@@ -25,9 +25,8 @@ class BlockOwner(Protocol):
 class BlockPool:
     """Slots for blocks that are written once; one slot holds a block of both sides.
 
-    A block lives as long as an owner refers to it: nothing is counted, the owners are asked when room is needed.
-    Several threads may each have an owner of their own; what an owner does with slots it does while it holds the
-    `lock`.
+    A block lives as long as an owner refers to it. There are no reference counts: when slots are needed, the owners are
+    asked. Owners may live in several threads, and hold the `lock` while they deal with slots.
 
     The storages grow by copying, to an eighth more than is needed, so that an append is amortised O(1); blocks that
     nobody refers to leave slack of at most a quarter (`trim`).

@@ -1,6 +1,8 @@
 """Bookkeeping of the rows of a batch, on the host: counts of tokens, slots of blocks, ranges of pads.
 
 All functions are pure: an edit of a cache makes other rows and then takes them in place of the old ones.
+
+A slot of a row is a place in its text, of a token or a pad; a slot of the pool is where a block is stored.
 """
 
 from itertools import accumulate, groupby

@@ -10,6 +10,7 @@ from configuration_alrd_llama import ALRDLlamaConfig, QuantScheme, check_count, 
 from modules.cache.codecs import BlockCodec, StaticScales, block_length, block_nbytes, check_codec, make_codec
 from modules.kernels import Backend
 
+#: The two sides as the cache names them; projections and settings say "k" and "v" (`SIDES` of the configuration).
 SIDES = ("keys", "values")
 
 #: Channels of each head group of the keys and of the values of one layer.
@@ -87,7 +88,7 @@ class CacheScheme:
 
     @classmethod
     def from_config(cls, config: ALRDLlamaConfig) -> "CacheScheme":
-        """The settings of a model's configuration."""
+        """The settings of a model's configuration, without its width tiers (`config_schemes`)."""
         return cls(**{f.name: getattr(config, f.name) for f in fields(cls)})
 
     @classmethod

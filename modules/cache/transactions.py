@@ -27,7 +27,7 @@ class TransactionalCache(Cache):
         return list(column(self.layers[self.first_layer].rows, "tokens")) if self.layers else []
 
     def row_lengths(self) -> list[int] | torch.Tensor:
-        """As `row_tokens`; with a fixed capacity `[B]` int32 on the device, which nothing has waited for."""
+        """As `row_tokens`; with a fixed capacity `[B]` int32 on the device, without waiting for it."""
         return self.layers[self.first_layer].row_lengths() if self.layers else []
 
     def held_slots(self) -> torch.Tensor:

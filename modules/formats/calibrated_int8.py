@@ -541,7 +541,7 @@ class CalibratedScales:
 
         Args:
             group_size: Tokens per block: up to `group_size - 1` of the newest ones wait in full precision.
-            residual_length, sink_length: As for `create_kivi_cache`; the document's cache keeps no token exact.
+            residual_length, sink_length: As for `create_kivi_cache`; msModelSlim's cache keeps no token exact.
             options: `backend` of `KIVILatentCache`.
         """
         # A model without a configuration does not tell its layers; those above the last calibrated one are not needed.

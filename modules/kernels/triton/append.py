@@ -362,24 +362,24 @@ class FusedAppend:
     `require` does, after the fact: the rows are then not usable until they are cleared.
 
     Args:
-        room: `Room` of a row.
+        layout: Sizes of a row, a `RowLayout`.
         records: Of each side, how its blocks are packed.
         tensors: Tensors of the store, by name.
     """
 
-    def __init__(self, room, records: dict[str, tuple[PackRecord, ...]], tensors: dict[str, torch.Tensor]):
-        self.room, self.records, self.tensors = room, records, tensors
+    def __init__(self, layout, records: dict[str, tuple[PackRecord, ...]], tensors: dict[str, torch.Tensor]):
+        self.layout, self.records, self.tensors = layout, records, tensors
         exact = {name: _raw(tensors[name]) for name in ("sink_keys", "sink_values", "window_keys", "window_values")}
         self.batch, self.device = len(tensors["window_keys"]), tensors["state"].device
         # Arguments of every kernel: the bookkeeping, and the sizes of a row.
         self.row = {
             "state": tensors["state"],
             "batch": self.batch,
-            "RESIDUAL": room.residual_length,
-            "BLOCK": room.block_length,
-            "SINKS": room.sink_length,
-            "CAPACITY": room.capacity,
-            "BLOCKS": room.blocks,
+            "RESIDUAL": layout.residual_length,
+            "BLOCK": layout.block_length,
+            "SINKS": layout.sink_length,
+            "CAPACITY": layout.capacity,
+            "BLOCKS": layout.blocks,
         }
         # Arguments of the kernels that move tokens in full precision.
         self.whole = self.row | {
@@ -414,7 +414,7 @@ class FusedAppend:
                 self._start(flush)
             advance.start()
         require(self.finite, "x: values to quantize must be finite and fit their scales; see check_scale")
-        require(self.fits, self.room.full_message)
+        require(self.fits, self.layout.full_message)
 
     def _start(self, flush: _Flush) -> None:
         copied = {}
@@ -437,7 +437,7 @@ class FusedAppend:
             "ok": self.tensors["ok"].view(torch.uint8),
             "length": length,
             # A power of two that is no higher than a block, by which tokens move up.
-            "HEIGHT": 1 << min(self.room.block_length.bit_length() - 1, 4),
+            "HEIGHT": 1 << min(self.layout.block_length.bit_length() - 1, 4),
             "num_warps": 8,
         }
         # Blocks of each side that are due, one record of channels after the other.
@@ -453,8 +453,8 @@ class FusedAppend:
 
     def _take(self, window: torch.Tensor, channels: tuple[int, ...], length: int, to_slots: bool) -> _Launch:
         """Copying channels of the blocks that are due; the call adds where to, `taken`."""
-        due = self.room.due(length)
-        grid = (self.batch * due, -(-self.room.block_length // _HEIGHT), -(-len(channels) // _WIDTH))
+        due = self.layout.due(length)
+        grid = (self.batch * due, -(-self.layout.block_length // _HEIGHT), -(-len(channels) // _WIDTH))
         arguments = self.row | {
             "slots": self.tensors["table"],
             "window": _raw(window),
@@ -472,7 +472,7 @@ class FusedAppend:
         return _Launch(_take_kernel[grid], arguments)
 
     def _flush(self, side: str, record: PackRecord, new_tokens: int) -> _Flush:
-        window, due, prefix = self.tensors[f"window_{side}"], self.room.due(new_tokens), f"{side}.{record.prefix}"
+        window, due, prefix = self.tensors[f"window_{side}"], self.layout.due(new_tokens), f"{side}.{record.prefix}"
         channels, static = record.channels, record.scales is not None
         # At 16 bits there is nothing to quantize: the states go to their slots.
         if record.bits == 16:
@@ -482,7 +482,7 @@ class FusedAppend:
         # The kernel reads a range of channels of the window itself, and other channels from a copy.
         x, take, scratch = window[..., channels[0] : channels[0] + len(channels)], None, None
         if channels[-1] - channels[0] >= len(channels):
-            scratch = (self.batch, due * self.room.block_length, len(channels))
+            scratch = (self.batch, due * self.layout.block_length, len(channels))
             x = torch.empty(scratch, dtype=window.dtype, device="meta")  # for its strides
             take = self._take(window, channels, new_tokens, False)
         # Where blocks go; calibrated scales are read, others written.
