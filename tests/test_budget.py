@@ -353,6 +353,51 @@ def test_a_seed_decides_every_byte(place, tmp_path):
     assert torch.equal(first["model.embed_tokens.weight"], other["model.embed_tokens.weight"])
 
 
+def with_large_sinks(register):
+    """`register_forward_hook` whose hooks see the first four tokens' outputs of linear layers times 1,024.
+
+    A power of two, so that what flows on is divided by it again and has the bits that it had.
+    """
+
+    def register_magnified(module, hook, **how):
+        def magnified(module, inputs, output):
+            scale = torch.ones(output.shape[1], 1)
+            scale[:4] = 1024
+            seen = output * scale
+            changed = hook(module, inputs, seen)
+            return (seen if changed is None else changed) / scale
+
+        return register(module, magnified if isinstance(module, torch.nn.Linear) else hook, **how)
+
+    return register_magnified
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"k_mean_split": True, "probe": True},
+        {"objective": "query_output_rope", "probe": True},
+        {"allocation": "water_filling", "budget": 0.4},
+    ],
+    ids=["tiers", "queries", "ranks"],
+)
+def test_sinks_take_no_part(place, tmp_path, monkeypatch, fields):
+    """The observed outputs of the first tokens are a thousand times as large, and nothing that is written changes."""
+    written = []
+    for name in ("plain", "large"):
+        if name == "large":
+            register = with_large_sinks(torch.nn.Module.register_forward_hook)
+            monkeypatch.setattr(torch.nn.Module, "register_forward_hook", register)
+        config = settings(place, tmp_path / name, statistics=str(tmp_path / f"{name} statistics"), **fields)
+        report = main(config)
+        del report["config"], report["seconds"]
+        files = [*(tmp_path / f"{name} statistics").iterdir(), *(tmp_path / name).glob("model*")]
+        written.append((report, {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}))
+    assert written[0][0] == written[1][0]
+    # Statistics and their record, rates and costs where there are some, the model.
+    assert written[0][1] == written[1][1] and len(written[0][1]) >= 3
+
+
 class Clock:
     """`time` in which a minute and a half passes between two looks at it."""
 

@@ -289,8 +289,9 @@ def _probe(config: FitConfig, calibration: Calibration, tokens: torch.Tensor) ->
         write_json(path, {"statistics": record_key(calibration.record), "rates": rates})
         progress.update()
 
-    settings = {"seed": config.seed, "known": known, "on_result": keep, "processes": processes}
-    rates = probe_rates(calibration.dense, calibration.factors, variances, tokens, **settings)
+    settings = {"seed": config.seed, "sinks": config.sink_length, "known": known, "on_result": keep}
+    inputs = (calibration.dense, calibration.factors, variances, tokens)
+    rates = probe_rates(*inputs, **settings, processes=processes)
     progress.close()
     calibration.seconds["probe"] = time.perf_counter() - started
     return rates

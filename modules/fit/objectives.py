@@ -16,7 +16,7 @@ from modules.fit.statistics import LayerStatistics
 from modules.svd_linear import Factors, factor_groups, query_key_metric, value_output_metric
 
 #: Version of the rates of `probe_rates` that are kept; part of their key.
-RATES_VERSION = 1
+RATES_VERSION = 2
 
 #: Offsets between a query and a key over which `rope_key_metric` averages, spread evenly over their logarithms.
 _OFFSETS = 256
@@ -143,6 +143,7 @@ def probe_rates(
     tokens: torch.Tensor,
     level: float = 0.05,
     seed: int = 0,
+    sinks: int = 4,
     known: dict[str, float] | None = None,
     on_result: Callable[[dict[str, float]], None] | None = None,
     processes: PartialState | None = None,
@@ -150,7 +151,7 @@ def probe_rates(
     """Cost of a unit of error in each projection: KL divergence of the next-token distribution, measured.
 
     Noise is added to the latents of one projection at a time, as an optimal quantizer would: the same to every channel,
-    but to none more than its variance.
+    but to none more than its variance. The first tokens of a window, which the cache keeps exact, get none.
 
     Args:
         model: The dense model.
@@ -159,6 +160,7 @@ def probe_rates(
         tokens: `[windows, T]` token ids; the last three quarters of each window are scored.
         level: Noise, as a share of all variance.
         seed: Of the noise.
+        sinks: First tokens of a window that get no noise.
         known, on_result: Rates that an interrupted probe has found, and what is called with all that are known, in the
             main process only.
         processes: Of `distributed`, over which the projections are divided; the rates do not depend on them.
@@ -190,7 +192,9 @@ def probe_rates(
             for shape in shapes:
                 size = (*output.shape[:-1], len(shape))
                 parts.append(torch.randn(size, generator=generator, dtype=torch.float32, device="cpu") @ shape)
-            return output + torch.cat(parts, dim=-1).to(output)
+            noise = torch.cat(parts, dim=-1)
+            noise[:, :sinks] = 0
+            return output + noise.to(output)
 
         handle = model.get_submodule(name).register_forward_hook(add_noise)
         try:
