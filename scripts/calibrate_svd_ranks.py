@@ -27,6 +27,7 @@ from modeling_alrd_llama import ALRDLlamaForCausalLM
 from modules.files import write_json
 from modules.fit.budget import Calibration, FitConfig, cache_nbytes, calibrate, dense_nbytes, fit_budget, split_config
 from modules.fit.distributed import device_map, is_main, join_processes, on_main
+from modules.loading import execution_device
 from scripts import plots
 from scripts.common import BUNDLED_MODEL, DTYPES, environment, find_model, git_commit, load_model, parse_config
 from scripts.compare_peers import series
@@ -62,7 +63,10 @@ class SourceOptions:
     dtype: str = field(
         default="float32", metadata={"help": f"Type in which the dense model runs: {', '.join(DTYPES)}."}
     )
-    device: str = field(default="cpu", metadata={"help": "Where it runs: cpu or cuda."})
+    device: str = field(
+        default="cpu",
+        metadata={"help": "Where it runs: cpu, cuda, or auto: what a GPU does not hold waits in memory or on disk."},
+    )
 
 
 @dataclass
@@ -75,7 +79,7 @@ class CalibrationConfig(FitConfig, SourceOptions):  # options of the last base c
             raise ValueError(f"budget, share, sweep: exactly one must be given, got {', '.join(given) or 'none'}")
         super().__post_init__()
         check_choice("dtype", self.dtype, DTYPES)
-        check_choice("device", self.device, ("cpu", "cuda"))
+        check_choice("device", self.device, ("cpu", "cuda", "auto"))
         for name in ("windows", "length"):
             check_positive(name, getattr(self, name))
         for budget in self.budgets:
@@ -94,8 +98,6 @@ def calibrate_model(config: CalibrationConfig, processes: PartialState | None = 
         raise ValueError(f"model={config.model!r}: must be a dense checkpoint, is split already")
     split_config(config, source)  # refuses settings before a large model is loaded
     dense, tokenizer = load_model(config.model, getattr(torch, config.dtype), device_map(processes, config.device))
-    if any(parameter.is_meta for parameter in dense.parameters()):
-        raise ValueError(f"device={config.device!r}: must hold the whole model; none of it may be offloaded")
     if len(tokenizer) > dense.get_input_embeddings().num_embeddings:
         raise ValueError(
             f"model={config.model!r}: its tokenizer has {len(tokenizer)} tokens, its embedding only "
@@ -126,7 +128,7 @@ def write_checkpoint(config: CalibrationConfig, calibration: Calibration, budget
     nbytes = cache_nbytes(target, config.tokens, calibration.stored_dtype)
     report = {
         "config": asdict(config),
-        "environment": environment(calibration.dense.device, calibration.processes),
+        "environment": environment(execution_device(calibration.dense), calibration.processes),
         "text": calibration.text,
         "budget": budget,
         "nbytes": nbytes,

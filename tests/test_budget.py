@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from configuration_alrd_llama import ALRDLlamaConfig
 from modeling_alrd_llama import ALRDLlamaForCausalLM
@@ -296,9 +297,9 @@ def own_config(place: Path, **fields) -> fit.FitConfig:
     return fit.FitConfig(**how | fields)
 
 
-def calibrate_loaded(config: fit.FitConfig, place: Path, *tokens) -> fit.Calibration:
+def calibrate_loaded(config: fit.FitConfig, place: Path, *tokens, **how) -> fit.Calibration:
     """The calibration of a model that is loaded already, on windows that are tokens already."""
-    dense = load_model(str(place / "bfloat16"), torch.float32)[0]
+    dense = AutoModelForCausalLM.from_pretrained(place / "bfloat16", dtype=torch.float32, **how)
     return fit.calibrate(config, dense, ALRDLlamaConfig.from_pretrained(place / "bfloat16"), *tokens)
 
 
@@ -329,6 +330,36 @@ def test_a_loaded_model_needs_tokens_of_a_text(place):
             calibrate_loaded(own_config(place, **fields), place, given)
     needs_none = own_config(place, share=0.5, objective="weight")
     assert calibrate_loaded(needs_none, place).target.truncation_ranks
+
+
+@pytest.mark.parametrize("objective", ["fisher", "query_output"])
+def test_an_offloaded_model(place, tmp_path, objective):
+    """Weights on disk and in memory give the bytes of a model that is all there, layer by layer."""
+    windows = torch.randint(1, 257, (4, 140), generator=torch.Generator().manual_seed(0))
+    places = dict.fromkeys(("model.embed_tokens", "model.layers.1", "lm_head"), "disk")
+    places |= dict.fromkeys(("model.layers.0", "model.norm", "model.rotary_emb"), "cpu")
+    states = []
+    for name, how in (("whole", {}), ("offloaded", {"device_map": places, "offload_folder": str(tmp_path)})):
+        config = own_config(place, statistics=str(tmp_path / name), objective=objective)
+        calibration = calibrate_loaded(config, place, windows, windows[:2], **how)
+        on_disk = {parameter.is_meta for parameter in calibration.dense.parameters()}
+        assert on_disk == ({True, False} if how else {False})
+        assert calibration.dense.model.layers[1].self_attn.k_proj.weight.is_meta == bool(how)
+        states.append(fit.fit_budget(config, calibration, 0.2).split().state_dict())
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[1][name], tensor) for name, tensor in states[0].items())
+    names = [sorted(file.name for file in (tmp_path / name).iterdir()) for name in ("whole", "offloaded")]
+    assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("allocation", ["fisher", "sensitivity"])
+def test_searches_that_change_weights_need_them_in_memory(place, tmp_path, allocation):
+    places = {"model": "cpu", "lm_head": "disk"}
+    config = own_config(place, allocation=allocation)
+    how = {"device_map": places, "offload_folder": str(tmp_path)}
+    calibration = calibrate_loaded(config, place, torch.ones(2, 140, dtype=torch.int64), **how)
+    with pytest.raises(ValueError, match=f"allocation='{allocation}': must have the whole model in memory"):
+        fit.fit_budget(config, calibration, 0.3)
 
 
 def test_the_configuration_of_a_split_model_is_refused(place):

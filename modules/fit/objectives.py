@@ -11,8 +11,10 @@ from accelerate import PartialState
 from transformers import PreTrainedModel
 
 from configuration_alrd_llama import SIDES, ALRDLlamaConfig, Projection, check_choice
+from modules.cache.fingerprint import weights_at_hand
 from modules.fit.distributed import gather, is_main, rounds
 from modules.fit.statistics import LayerStatistics
+from modules.loading import execution_device
 from modules.svd_linear import Factors, factor_groups, query_key_metric, value_output_metric
 
 #: Version of the rates of `probe_rates` that are kept; part of their key.
@@ -54,6 +56,12 @@ def rope_key_metric(
     return torch.block_diag(*(total / _OFFSETS))
 
 
+def _weight_of(linear: torch.nn.Linear) -> torch.Tensor:
+    """The weight of a layer on the CPU, offloaded or not."""
+    with weights_at_hand(linear):
+        return linear.weight.detach().cpu()
+
+
 def _weight(model: PreTrainedModel, layer_idx: int, stats: LayerStatistics | None) -> dict[str, dict]:
     return {"k_proj": {}, "v_proj": {}}
 
@@ -64,7 +72,7 @@ def _input(model: PreTrainedModel, layer_idx: int, stats: LayerStatistics) -> di
 
 def _query_output(model: PreTrainedModel, layer_idx: int, stats: LayerStatistics) -> dict[str, dict]:
     arguments, heads = _input(model, layer_idx, stats), model.config.num_key_value_heads
-    o_weight = model.model.layers[layer_idx].self_attn.o_proj.weight.detach().cpu()
+    o_weight = _weight_of(model.model.layers[layer_idx].self_attn.o_proj)
     arguments["k_proj"]["metric"] = query_key_metric(stats.query_energy, heads)
     arguments["v_proj"]["metric"] = value_output_metric(o_weight, model.config.num_attention_heads, heads)
     return arguments
@@ -130,7 +138,7 @@ def projection_factors(
             projection = Projection(layer, side)
             if getattr(config, f"{side}_mean_split"):
                 arguments[projection.attribute]["mean"] = getattr(statistics[layer], projection.attribute).mean
-            weight = model.get_submodule(projection.name).weight.detach().cpu()
+            weight = _weight_of(model.get_submodule(projection.name))
             factors[projection.name] = factor_groups(weight, ranks, **arguments[projection.attribute])
     return factors
 
@@ -168,10 +176,11 @@ def probe_rates(
     Returns:
         By projection the rate, per unit of `Factors.energy`; zero where nothing varies.
     """
-    first, rates = tokens.shape[1] // 4, dict(known or {})
+    first, rates, device = tokens.shape[1] // 4, dict(known or {}), execution_device(model)
 
     def log_probabilities(window: torch.Tensor) -> torch.Tensor:
-        return model(window[None].to(model.device), use_cache=False).logits[0, first:].float().log_softmax(-1)
+        logits = model(window[None].to(device), use_cache=False).logits[0, first:]
+        return logits.float().log_softmax(-1)
 
     # The model's own predictions, without noise, are made once for all projections.
     missing = [name for name in factors if name not in rates]

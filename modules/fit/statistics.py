@@ -27,8 +27,10 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from configuration_alrd_llama import SIDES
+from modules.cache.fingerprint import weights_at_hand
 from modules.files import save_tensors
 from modules.fit.distributed import is_main, on_main, rounds, sum_tensors
+from modules.loading import execution_device, state_tensors
 
 #: Version of the files; part of their key.
 FILE_VERSION = 2
@@ -83,9 +85,9 @@ def model_digest(model: nn.Module) -> str:
     """SHA-256 of the names, types and bytes of a model's parameters and buffers."""
     digest = hashlib.sha256()
     # In the order of their names, which does not depend on how the model was built.
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in state_tensors(model):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -104,7 +106,7 @@ def statistics_record(
         "tokens": hashlib.sha256(tokens.cpu().contiguous().numpy()).hexdigest(),
         "shape": list(tokens.shape),
         "dtype": str(model.dtype),
-        "device": model.device.type,
+        "device": execution_device(model).type,
         "fisher": fisher,
         "sample": sample,
         "sinks": sinks,
@@ -139,7 +141,7 @@ def collect_statistics(
     of a batch and one layer's activations are held; the sums live on the CPU.
 
     Args:
-        model: The dense model, on any device.
+        model: The dense model, on any device, or some of it offloaded by accelerate.
         tokens: `[windows, T]` token ids without pads.
         fisher: Collect the Fisher information too, at about three times the cost of the forward pass.
         sample: Consecutive tokens of each window that are kept as they are, from `sample_start` on.
@@ -191,7 +193,7 @@ def collect_statistics(
                     next_batch(i * batch_size)
                     # The draw of a batch depends on its index alone, so that a pass can be divided and gone on with.
                     generator = torch.Generator().manual_seed(seed * 1_000_003 + i)
-                    _run(model, batches[i].to(model.device), fisher, generator)
+                    _run(model, batches[i].to(execution_device(model)), fisher, generator)
                 done += count
                 progress.update(count)
                 if path is not None and done < len(batches) and on_main(processes, due):
@@ -270,7 +272,8 @@ def _observed(
                 sums[name.replace("q_proj", "query")] += (heads.transpose(1, 2) @ heads).cpu()
                 return
             if module.bias is not None:
-                y = y - module.bias.detach()
+                with weights_at_hand(module):  # after its forward an offloaded one is away again
+                    y = y - module.bias.detach()
             for i, outputs in enumerate(y, start=window):
                 start = sample_start(i, len(outputs), sample, sinks)
                 sums[f"{name}.sample"][i] = outputs[start : start + sample].cpu()
