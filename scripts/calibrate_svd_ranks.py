@@ -54,8 +54,12 @@ class SourceOptions:
     peers: str | None = field(
         default=None, metadata={"help": "JSON of scripts/compare_peers.py whose peers a sweep's curve shows too."}
     )
-    probe: bool = field(
-        default=True, metadata={"help": "Measure what an error costs in each layer; else all errors cost the same."}
+    probe: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Measure what an error costs in each layer; else all errors cost the same. None: measure it where "
+            "the objective is not 'fisher', whose errors have one unit in all layers."
+        },
     )
     text: str = field(default="stdlib:calibration", metadata={"help": "Text for statistics: see scripts/corpus.py."})
     windows: int = field(default=32, metadata={"help": "Windows of text to run the model on."})
@@ -87,6 +91,11 @@ class CalibrationConfig(FitConfig, SourceOptions):  # options of the last base c
                 raise ValueError(f"budget={budget}: must be above 0 and at most 1, a share of the dense cache")
 
     @property
+    def probed(self) -> bool:
+        """Whether what an error costs is measured."""
+        return self.tiered and (self.objective != "fisher" if self.probe is None else self.probe)
+
+    @property
     def budgets(self) -> list[float]:
         return self.sweep or ([self.budget] if self.budget is not None else [])
 
@@ -106,7 +115,7 @@ def calibrate_model(config: CalibrationConfig, processes: PartialState | None = 
     documents = load_documents(config.text)
     about = {"model": config.model, "text": config.text, **describe(documents), "commit": git_commit()}
     tokens = _windows(config, documents, tokenizer, config.windows) if config.needs_text else None
-    probe_tokens = _windows(config, documents, tokenizer, 2) if config.tiered and config.probe else None
+    probe_tokens = _windows(config, documents, tokenizer, 2) if config.probed else None
     calibration = calibrate(config, dense, source, tokens, probe_tokens, about, processes)
     calibration.tokenizer, calibration.text = tokenizer, describe(documents)
     return calibration

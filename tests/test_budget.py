@@ -75,6 +75,7 @@ def settings(place: Path, output: Path, **fields) -> CalibrationConfig:
         "batch_size": 2,
         "group_size": 32,
         "statistics": str(place / "statistics"),
+        "probe": True,
     }
     if not {"budget", "share", "sweep"} & set(fields):
         how["budget"] = 0.15
@@ -239,6 +240,14 @@ def test_variants(place, tmp_path, fields):
     if config.group_size is not None:
         assert c.group_size == config.group_size
     assert (set(report["rates"]) == set(PROJECTIONS)) == (config.tiered and config.probe)
+
+
+@pytest.mark.parametrize(("objective", "probed"), [("fisher", False), ("input", True)])
+def test_the_probe_is_for_errors_without_a_unit(place, tmp_path, objective, probed):
+    """By default it runs unless the objective is in the unit of the divergence already."""
+    report = main(settings(place, tmp_path, probe=None, objective=objective))
+    assert set(report["rates"]) == (set(PROJECTIONS) if probed else set())
+    assert set(report["seconds"]) >= {"statistics", "allocation"} and ("probe" in report["seconds"]) == probed
 
 
 def test_the_mean_is_in_one_channel(place, tmp_path):
@@ -406,8 +415,8 @@ def with_large_sinks(register):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"k_mean_split": True, "probe": True},
-        {"objective": "query_output_rope", "probe": True},
+        {"k_mean_split": True},
+        {"objective": "query_output_rope"},
         {"allocation": "water_filling", "budget": 0.4},
     ],
     ids=["tiers", "queries", "ranks"],
