@@ -16,6 +16,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 
 from configuration_alrd_llama import ALRDLlamaConfig, Projection, check_tiers, check_width_beside_tiers
+from modules.cache.fingerprint import weights_at_hand
 from modules.svd_linear import SVDLinear, factor_groups, join_factors
 
 #: Held while a model is loaded: the library keeps conversions per model type, ours differ per configuration.
@@ -77,6 +78,22 @@ def register_dense_conversion(config: ALRDLlamaConfig) -> None:
     register_checkpoint_conversion_mapping(config.model_type, conversions, overwrite=True)
 
 
+def state_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and values of a model's `state_dict`, by name; what is offloaded is there for its turn."""
+    for name in sorted(model.state_dict()):
+        prefix, _, leaf = name.rpartition(".")
+        module = model.get_submodule(prefix)
+        with weights_at_hand(module):
+            yield name, module.state_dict()[leaf].detach()
+
+
+def execution_device(model: PreTrainedModel) -> torch.device:
+    """Where a model takes its tokens. Weights that accelerate has offloaded are on no device; its hook knows theirs."""
+    hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
+    found = getattr(hook, "execution_device", None)
+    return model.device if found is None else torch.device(found)
+
+
 def factored_state(
     dense: PreTrainedModel,
     config: ALRDLlamaConfig,
@@ -91,8 +108,8 @@ def factored_state(
         dtype, device: Of the weights that are not factored.
     """
     state = {}
-    for name, tensor in dense.state_dict().items():
-        state[name] = tensor.detach().to(device, dtype, copy=True)
+    for name, tensor in state_tensors(dense):
+        state[name] = tensor.to(device, dtype, copy=True)
     for projection, ranks, rotate in split_projections(config):
         layer, name = projection.layer, projection.name
         arguments = splits[layer][projection.attribute] if splits else {}
@@ -101,7 +118,8 @@ def factored_state(
             # A rotation must not spread the mean, the first channel of a group, over the other channels.
             tiers = list(map(_mean_and_rest, ranks))
         linear = dense.get_submodule(name)
-        split = SVDLinear.from_linear(linear, ranks, config.num_key_value_heads, rotate, tiers, **arguments)
+        with weights_at_hand(linear):
+            split = SVDLinear.from_linear(linear, ranks, config.num_key_value_heads, rotate, tiers, **arguments)
         _replace_module(state, name, split.state_dict())
     return state
 

@@ -33,7 +33,7 @@ VARIANTS: dict[str, dict] = {
     "grouping: per head": {"head_group_size": 1},
     "mean split: keys": {"k_mean_split": True},
     "mean split: keys and values": {"k_mean_split": True, "v_mean_split": True},
-    "allocation: tiers, all errors cost the same": {"probe": False},
+    "allocation: tiers, cost of errors measured": {"probe": True},
     "allocation: tiers, objective input, all errors cost the same": {"probe": False, "objective": "input"},
     "scales: measured per block of 128, not calibrated": _DYNAMIC,
     "allocation: 2 bits, water-filling": {"allocation": "water_filling", **_TWO},

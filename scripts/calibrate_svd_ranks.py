@@ -27,6 +27,7 @@ from modeling_alrd_llama import ALRDLlamaForCausalLM
 from modules.files import write_json
 from modules.fit.budget import Calibration, FitConfig, cache_nbytes, calibrate, dense_nbytes, fit_budget, split_config
 from modules.fit.distributed import device_map, is_main, join_processes, on_main
+from modules.loading import execution_device
 from scripts import plots
 from scripts.common import BUNDLED_MODEL, DTYPES, environment, find_model, git_commit, load_model, parse_config
 from scripts.compare_peers import series
@@ -53,8 +54,12 @@ class SourceOptions:
     peers: str | None = field(
         default=None, metadata={"help": "JSON of scripts/compare_peers.py whose peers a sweep's curve shows too."}
     )
-    probe: bool = field(
-        default=True, metadata={"help": "Measure what an error costs in each layer; else all errors cost the same."}
+    probe: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Measure what an error costs in each layer; else all errors cost the same. None: measure it where "
+            "the objective is not 'fisher', whose errors have one unit in all layers."
+        },
     )
     text: str = field(default="stdlib:calibration", metadata={"help": "Text for statistics: see scripts/corpus.py."})
     windows: int = field(default=32, metadata={"help": "Windows of text to run the model on."})
@@ -62,7 +67,10 @@ class SourceOptions:
     dtype: str = field(
         default="float32", metadata={"help": f"Type in which the dense model runs: {', '.join(DTYPES)}."}
     )
-    device: str = field(default="cpu", metadata={"help": "Where it runs: cpu or cuda."})
+    device: str = field(
+        default="cpu",
+        metadata={"help": "Where it runs: cpu, cuda, or auto: what a GPU does not hold waits in memory or on disk."},
+    )
 
 
 @dataclass
@@ -75,12 +83,17 @@ class CalibrationConfig(FitConfig, SourceOptions):  # options of the last base c
             raise ValueError(f"budget, share, sweep: exactly one must be given, got {', '.join(given) or 'none'}")
         super().__post_init__()
         check_choice("dtype", self.dtype, DTYPES)
-        check_choice("device", self.device, ("cpu", "cuda"))
+        check_choice("device", self.device, ("cpu", "cuda", "auto"))
         for name in ("windows", "length"):
             check_positive(name, getattr(self, name))
         for budget in self.budgets:
             if not 0 < budget <= 1:
                 raise ValueError(f"budget={budget}: must be above 0 and at most 1, a share of the dense cache")
+
+    @property
+    def probed(self) -> bool:
+        """Whether what an error costs is measured."""
+        return self.tiered and (self.objective != "fisher" if self.probe is None else self.probe)
 
     @property
     def budgets(self) -> list[float]:
@@ -94,8 +107,6 @@ def calibrate_model(config: CalibrationConfig, processes: PartialState | None = 
         raise ValueError(f"model={config.model!r}: must be a dense checkpoint, is split already")
     split_config(config, source)  # refuses settings before a large model is loaded
     dense, tokenizer = load_model(config.model, getattr(torch, config.dtype), device_map(processes, config.device))
-    if any(parameter.is_meta for parameter in dense.parameters()):
-        raise ValueError(f"device={config.device!r}: must hold the whole model; none of it may be offloaded")
     if len(tokenizer) > dense.get_input_embeddings().num_embeddings:
         raise ValueError(
             f"model={config.model!r}: its tokenizer has {len(tokenizer)} tokens, its embedding only "
@@ -104,7 +115,7 @@ def calibrate_model(config: CalibrationConfig, processes: PartialState | None = 
     documents = load_documents(config.text)
     about = {"model": config.model, "text": config.text, **describe(documents), "commit": git_commit()}
     tokens = _windows(config, documents, tokenizer, config.windows) if config.needs_text else None
-    probe_tokens = _windows(config, documents, tokenizer, 2) if config.tiered and config.probe else None
+    probe_tokens = _windows(config, documents, tokenizer, 2) if config.probed else None
     calibration = calibrate(config, dense, source, tokens, probe_tokens, about, processes)
     calibration.tokenizer, calibration.text = tokenizer, describe(documents)
     return calibration
@@ -126,7 +137,7 @@ def write_checkpoint(config: CalibrationConfig, calibration: Calibration, budget
     nbytes = cache_nbytes(target, config.tokens, calibration.stored_dtype)
     report = {
         "config": asdict(config),
-        "environment": environment(calibration.dense.device, calibration.processes),
+        "environment": environment(execution_device(calibration.dense), calibration.processes),
         "text": calibration.text,
         "budget": budget,
         "nbytes": nbytes,

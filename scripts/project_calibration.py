@@ -4,8 +4,7 @@
 
 A model of one layer with random weights goes through the parts of the budget command that take time: statistics,
 factors, distortion. What is measured is scaled to all layers and to the windows of the default calibration; the head,
-which the small model lacks, and the forward passes of the sensitivity probe are added by their multiply-adds at the
-rate of the layer's forward pass.
+which the small model lacks, is added by its multiply-adds at the rate of the layer's forward pass.
 """
 
 import time
@@ -93,8 +92,6 @@ def project(config: ProjectionConfig, shape: dict) -> dict:
         # Forwards and backwards through the head; the layers run once more to be differentiated.
         "statistics": layers * (windows * ratio * run["statistics"] + run["digest"]) + 2 * all_tokens * head / rate,
         "factors": layers * run["factors"],
-        # Two windows for each projection of each layer, through the whole model each time.
-        "sensitivity probe": (2 * layers + 1) * 2 * config.length * (layers * weights + head) / rate,
         "distortion": layers * windows * run["distortion"],
     }
     n = shape["num_key_value_heads"] * 128
@@ -103,7 +100,8 @@ def project(config: ProjectionConfig, shape: dict) -> dict:
     nbytes = {
         "weights in bfloat16": 2 * parameters,
         "hidden states of a batch of 4, in bfloat16": hidden * (layers + 1),
-        "logits of a batch of 4 and what is made of them, float32": 4 * 4 * 4 * config.length * shape["vocab_size"],
+        # Logits, their gradients, probabilities and logarithms, and the cumulative sums in float64.
+        "logits of 256 tokens and what is made of them": (4 * 4 + 8) * 256 * shape["vocab_size"],
         "sums on the CPU, float64": layers * 8 * (4 * n * n + 32 * 128 * 128),
         "samples on the CPU": layers * 2 * windows * 256 * n * 2,
         "factors on the CPU, float64": layers * 2 * 8 * (2 * n * n // target.num_head_groups + n * 4096),

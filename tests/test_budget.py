@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from configuration_alrd_llama import ALRDLlamaConfig
 from modeling_alrd_llama import ALRDLlamaForCausalLM
@@ -74,6 +75,7 @@ def settings(place: Path, output: Path, **fields) -> CalibrationConfig:
         "batch_size": 2,
         "group_size": 32,
         "statistics": str(place / "statistics"),
+        "probe": True,
     }
     if not {"budget", "share", "sweep"} & set(fields):
         how["budget"] = 0.15
@@ -240,6 +242,14 @@ def test_variants(place, tmp_path, fields):
     assert (set(report["rates"]) == set(PROJECTIONS)) == (config.tiered and config.probe)
 
 
+@pytest.mark.parametrize(("objective", "probed"), [("fisher", False), ("input", True)])
+def test_the_probe_is_for_errors_without_a_unit(place, tmp_path, objective, probed):
+    """By default it runs unless the objective is in the unit of the divergence already."""
+    report = main(settings(place, tmp_path, probe=None, objective=objective))
+    assert set(report["rates"]) == (set(PROJECTIONS) if probed else set())
+    assert set(report["seconds"]) >= {"statistics", "allocation"} and ("probe" in report["seconds"]) == probed
+
+
 def test_the_mean_is_in_one_channel(place, tmp_path):
     """Of the channels that are kept, one carries the mean over the text; the others average to nothing."""
     main(settings(place, tmp_path, budget=0.4, k_mean_split=True))
@@ -296,9 +306,9 @@ def own_config(place: Path, **fields) -> fit.FitConfig:
     return fit.FitConfig(**how | fields)
 
 
-def calibrate_loaded(config: fit.FitConfig, place: Path, *tokens) -> fit.Calibration:
+def calibrate_loaded(config: fit.FitConfig, place: Path, *tokens, **how) -> fit.Calibration:
     """The calibration of a model that is loaded already, on windows that are tokens already."""
-    dense = load_model(str(place / "bfloat16"), torch.float32)[0]
+    dense = AutoModelForCausalLM.from_pretrained(place / "bfloat16", dtype=torch.float32, **how)
     return fit.calibrate(config, dense, ALRDLlamaConfig.from_pretrained(place / "bfloat16"), *tokens)
 
 
@@ -331,6 +341,36 @@ def test_a_loaded_model_needs_tokens_of_a_text(place):
     assert calibrate_loaded(needs_none, place).target.truncation_ranks
 
 
+@pytest.mark.parametrize("objective", ["fisher", "query_output"])
+def test_an_offloaded_model(place, tmp_path, objective):
+    """Weights on disk and in memory give the bytes of a model that is all there, layer by layer."""
+    windows = torch.randint(1, 257, (4, 140), generator=torch.Generator().manual_seed(0))
+    places = dict.fromkeys(("model.embed_tokens", "model.layers.1", "lm_head"), "disk")
+    places |= dict.fromkeys(("model.layers.0", "model.norm", "model.rotary_emb"), "cpu")
+    states = []
+    for name, how in (("whole", {}), ("offloaded", {"device_map": places, "offload_folder": str(tmp_path)})):
+        config = own_config(place, statistics=str(tmp_path / name), objective=objective)
+        calibration = calibrate_loaded(config, place, windows, windows[:2], **how)
+        on_disk = {parameter.is_meta for parameter in calibration.dense.parameters()}
+        assert on_disk == ({True, False} if how else {False})
+        assert calibration.dense.model.layers[1].self_attn.k_proj.weight.is_meta == bool(how)
+        states.append(fit.fit_budget(config, calibration, 0.2).split().state_dict())
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[1][name], tensor) for name, tensor in states[0].items())
+    names = [sorted(file.name for file in (tmp_path / name).iterdir()) for name in ("whole", "offloaded")]
+    assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("allocation", ["fisher", "sensitivity"])
+def test_searches_that_change_weights_need_them_in_memory(place, tmp_path, allocation):
+    places = {"model": "cpu", "lm_head": "disk"}
+    config = own_config(place, allocation=allocation)
+    how = {"device_map": places, "offload_folder": str(tmp_path)}
+    calibration = calibrate_loaded(config, place, torch.ones(2, 140, dtype=torch.int64), **how)
+    with pytest.raises(ValueError, match=f"allocation='{allocation}': must have the whole model in memory"):
+        fit.fit_budget(config, calibration, 0.3)
+
+
 def test_the_configuration_of_a_split_model_is_refused(place):
     split = ALRDLlamaConfig.from_pretrained(place / "dense", truncation_ranks={PROJECTIONS[0]: 4})
     with pytest.raises(ValueError, match="source: must be the configuration of a dense model, is split already"):
@@ -351,6 +391,51 @@ def test_a_seed_decides_every_byte(place, tmp_path):
     assert digests[0] == digests[1] != digests[2]
     first, other = (load_file(tmp_path / i / "model.safetensors") for i in "02")
     assert torch.equal(first["model.embed_tokens.weight"], other["model.embed_tokens.weight"])
+
+
+def with_large_sinks(register):
+    """`register_forward_hook` whose hooks see the first four tokens' outputs of linear layers times 1,024.
+
+    A power of two, so that what flows on is divided by it again and has the bits that it had.
+    """
+
+    def register_magnified(module, hook, **how):
+        def magnified(module, inputs, output):
+            scale = torch.ones(output.shape[1], 1)
+            scale[:4] = 1024
+            seen = output * scale
+            changed = hook(module, inputs, seen)
+            return (seen if changed is None else changed) / scale
+
+        return register(module, magnified if isinstance(module, torch.nn.Linear) else hook, **how)
+
+    return register_magnified
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"k_mean_split": True},
+        {"objective": "query_output_rope"},
+        {"allocation": "water_filling", "budget": 0.4},
+    ],
+    ids=["tiers", "queries", "ranks"],
+)
+def test_sinks_take_no_part(place, tmp_path, monkeypatch, fields):
+    """The observed outputs of the first tokens are a thousand times as large, and nothing that is written changes."""
+    written = []
+    for name in ("plain", "large"):
+        if name == "large":
+            register = with_large_sinks(torch.nn.Module.register_forward_hook)
+            monkeypatch.setattr(torch.nn.Module, "register_forward_hook", register)
+        config = settings(place, tmp_path / name, statistics=str(tmp_path / f"{name} statistics"), **fields)
+        report = main(config)
+        del report["config"], report["seconds"]
+        files = [*(tmp_path / f"{name} statistics").iterdir(), *(tmp_path / name).glob("model*")]
+        written.append((report, {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}))
+    assert written[0][0] == written[1][0]
+    # Statistics and their record, rates and costs where there are some, the model.
+    assert written[0][1] == written[1][1] and len(written[0][1]) >= 3
 
 
 class Clock:

@@ -26,7 +26,15 @@ from tests.helpers import save_byte_tokenizer, tiny_dense
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {"vocab_size": 300, "num_hidden_layers": 2, "num_key_value_heads": 4, "head_dim": 8, "hidden_size": 64}
 #: Nine windows in batches of two: five batches, the last of one window, over two processes.
-CALIBRATION = {"tokens": 512, "windows": 9, "length": 140, "batch_size": 2, "group_size": 32, "budget": 0.2}
+CALIBRATION = {
+    "tokens": 512,
+    "windows": 9,
+    "length": 140,
+    "batch_size": 2,
+    "group_size": 32,
+    "budget": 0.2,
+    "probe": True,
+}
 #: Five windows in batches of two, fed so far that blocks of 32 hold nine tenths of the context of the last tokens.
 EVALUATION = {"windows": 5, "length": 330, "prefill": 290, "batch_size": 2}
 #: Seconds that a launch may take on a busy machine; a process that hangs takes longer.

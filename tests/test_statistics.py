@@ -108,19 +108,21 @@ class TestMoments:
         for i, p, linear in projections(model):
             stats = getattr(found[i], p)
             y = x[i] @ linear.weight.double().T
-            flat = y.flatten(0, 1)
-            assert close(stats.covariance, flat.T @ flat / 100)
+            flat = y[:, 3:].flatten(0, 1)
+            assert close(stats.covariance, flat.T @ flat / 85)
             assert close(stats.mean, flat.mean(0))
-            assert close(stats.sample.double(), y[:, 3:9])
+            # Of the twelve places that a run of six has behind three sinks: 0, 0.618, 0.236, 0.854, 0.472 of the way.
+            for window, start in enumerate((3, 10, 5, 13, 8)):
+                assert close(stats.sample[window].double(), y[window, start : start + 6])
             assert stats.covariance.dtype == stats.mean.dtype == torch.float64 and stats.sample.dtype == torch.float32
         assert len(found) == 2
 
     def test_of_queries_with_bias(self, collected, text):
         model, found = collected
         for attention, x, stats in zip(attentions(model), inputs_of(model, text), found, strict=True):
-            q = attention.q_proj.double()(x).flatten(0, 1).unflatten(-1, (4, -1))
+            q = attention.q_proj.double()(x)[:, 3:].flatten(0, 1).unflatten(-1, (4, -1))
             attention.q_proj.float()
-            assert close(stats.query_covariance, torch.einsum("thi,thj->hij", q, q) / 100)
+            assert close(stats.query_covariance, torch.einsum("thi,thj->hij", q, q) / 85)
             half = attention.head_dim // 2
             energy = (q[..., :half] ** 2 + q[..., half:] ** 2).mean(0)
             assert close(stats.query_energy, energy)
@@ -161,14 +163,15 @@ class TestFisher:
                 hooks.append(linear.register_forward_hook(lambda module, inputs, output, zero=zero: output + zero))
             logits = model(batch).logits.flatten(0, 1)
             generator = torch.Generator().manual_seed(HOW["seed"] * 1_000_003 + i)
-            drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
+            shares = torch.rand(batch.numel(), 1, dtype=torch.float64, generator=generator)
+            drawn = (logits.detach().double().softmax(-1).cumsum(-1) <= shares).sum(-1, keepdim=True)
             loss = -logits.log_softmax(-1).gather(1, drawn).sum()
             for key, g in zip(added, torch.autograd.grad(loss, list(added.values())), strict=True):
                 g = g[:, sinks:].flatten(0, 1).double()
                 sums[key] = sums.get(key, 0) + g.T @ g
             for hook in hooks:
                 hook.remove()
-        return {key: total / text.numel() for key, total in sums.items()}
+        return {key: total / text[:, sinks:].numel() for key, total in sums.items()}
 
     def test_against_gradients(self, collected, text):
         model, found = collected
@@ -177,6 +180,19 @@ class TestFisher:
         for (i, p), fisher in expected.items():
             assert close(getattr(found[i], p).fisher, fisher, 1e-4)
             assert not close(other[i, p], fisher, 0.01)
+
+    def test_logits_of_a_few_tokens_at_a_time(self, whole, text, monkeypatch):
+        model, found, _ = whole
+        monkeypatch.setattr(statistics, "_LOGITS_TOKENS", 7)
+        for mine, other in zip(tensors(collect_statistics(model, text, **HOW)), tensors(found), strict=True):
+            assert close(mine, other, 1e-5)
+
+    def test_draws_follow_the_distribution(self):
+        """Each token gets its share of a million evenly spread numbers; one without probability is never drawn."""
+        logits = torch.tensor([[1.0, -torch.inf, 0.5, -3.0, 2.0, -torch.inf]])
+        shares = torch.arange(1_000_000, dtype=torch.float64) / 1_000_000
+        drawn = statistics._drawn(logits.expand(len(shares), -1), shares).bincount(minlength=6)
+        assert close(drawn / 1e6, logits.softmax(-1)[0], 1e-5) and drawn[1] == drawn[5] == 0
 
     def test_without_sinks(self, whole, text):
         model, _, _ = whole
@@ -492,6 +508,8 @@ class TestRefusals:
         with pytest.raises(ValueError, match="windows of 19 must hold 4 sinks and 16 sampled tokens"):
             collect_statistics(model, short, sample=16, folder=tmp_path)
         assert list(tmp_path.iterdir()) == []
+        with pytest.raises(ValueError, match="windows of 19 must hold 19 sinks and 1 sampled tokens"):
+            collect_statistics(model, short, sample=0, sinks=19, folder=tmp_path)
         assert collect_statistics(model, short, fisher=False, sample=15)[0].k_proj.sample.shape == (2, 15, 16)
 
     @pytest.mark.parametrize("damage", ["truncated", "header", "empty", "not one"])

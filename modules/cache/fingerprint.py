@@ -77,7 +77,7 @@ def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
     return words
 
 
-def _weights_at_hand(module: nn.Module):
+def weights_at_hand(module: nn.Module):
     """Context in which weights that accelerate has offloaded are there."""
     if not hasattr(module, "_hf_hook"):
         return nullcontext()
@@ -96,7 +96,7 @@ def _digest(decoder: nn.Module, sample: bool) -> str:
     digest = hashlib.sha256()
     with ThreadPoolExecutor() as pool:
         for prefix, module in decoder.named_modules():
-            with _weights_at_hand(module):
+            with weights_at_hand(module):
                 for name, value in _state(module).items():
                     digest.update(f"{prefix}.{name}".encode())
                     for content in _contents(value, sample):

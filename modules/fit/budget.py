@@ -176,7 +176,7 @@ def calibrate(
 
     Args:
         config: Settings; `config.statistics` names the folder that keeps what is measured.
-        dense: The dense model, on any device, none of it offloaded.
+        dense: The dense model, on any device; accelerate may have offloaded some of it.
         source: Its configuration. Its `dtype` is that of the split model, whatever type `dense` runs in.
         tokens: `[windows, T]` token ids of the text, without pads; `None` if not `config.needs_text`.
         probe_tokens: `[windows, T]` token ids on which is measured what an error costs in each layer, for widths by
@@ -289,8 +289,9 @@ def _probe(config: FitConfig, calibration: Calibration, tokens: torch.Tensor) ->
         write_json(path, {"statistics": record_key(calibration.record), "rates": rates})
         progress.update()
 
-    settings = {"seed": config.seed, "known": known, "on_result": keep, "processes": processes}
-    rates = probe_rates(calibration.dense, calibration.factors, variances, tokens, **settings)
+    settings = {"seed": config.seed, "sinks": config.sink_length, "known": known, "on_result": keep}
+    inputs = (calibration.dense, calibration.factors, variances, tokens)
+    rates = probe_rates(*inputs, **settings, processes=processes)
     progress.close()
     calibration.seconds["probe"] = time.perf_counter() - started
     return rates
@@ -438,6 +439,8 @@ def _rank_search(config: FitConfig, calibration: Calibration) -> Callable[[float
         return partial(water_fill, _energies(calibration.factors), multiple=multiple)
     if config.allocation == "uniform":
         return partial(uniform_ranks, target, multiple=multiple)
+    if any(parameter.is_meta for parameter in calibration.dense.parameters()):
+        raise ValueError(f"allocation={config.allocation!r}: must have the whole model in memory, none offloaded")
     # The other searches look at the text once more.
     batches = calibration.tokens.split(1)
     if config.allocation == "fisher":

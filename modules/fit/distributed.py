@@ -58,7 +58,7 @@ def join_processes(device: str) -> PartialState | None:
 
 
 def device_map(processes: PartialState | None, device: str) -> str | None:
-    """`device_map` of `from_pretrained` for the option `device`, "cpu" or "cuda"."""
+    """`device_map` of `from_pretrained` for the option `device`: "cpu", "cuda" or "auto"."""
     if device == "cpu":
         return None
     return device if processes is None else str(processes.device)

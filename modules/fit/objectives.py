@@ -11,12 +11,14 @@ from accelerate import PartialState
 from transformers import PreTrainedModel
 
 from configuration_alrd_llama import SIDES, ALRDLlamaConfig, Projection, check_choice
+from modules.cache.fingerprint import weights_at_hand
 from modules.fit.distributed import gather, is_main, rounds
 from modules.fit.statistics import LayerStatistics
+from modules.loading import execution_device
 from modules.svd_linear import Factors, factor_groups, query_key_metric, value_output_metric
 
 #: Version of the rates of `probe_rates` that are kept; part of their key.
-RATES_VERSION = 1
+RATES_VERSION = 2
 
 #: Offsets between a query and a key over which `rope_key_metric` averages, spread evenly over their logarithms.
 _OFFSETS = 256
@@ -54,6 +56,12 @@ def rope_key_metric(
     return torch.block_diag(*(total / _OFFSETS))
 
 
+def _weight_of(linear: torch.nn.Linear) -> torch.Tensor:
+    """The weight of a layer on the CPU, offloaded or not."""
+    with weights_at_hand(linear):
+        return linear.weight.detach().cpu()
+
+
 def _weight(model: PreTrainedModel, layer_idx: int, stats: LayerStatistics | None) -> dict[str, dict]:
     return {"k_proj": {}, "v_proj": {}}
 
@@ -64,7 +72,7 @@ def _input(model: PreTrainedModel, layer_idx: int, stats: LayerStatistics) -> di
 
 def _query_output(model: PreTrainedModel, layer_idx: int, stats: LayerStatistics) -> dict[str, dict]:
     arguments, heads = _input(model, layer_idx, stats), model.config.num_key_value_heads
-    o_weight = model.model.layers[layer_idx].self_attn.o_proj.weight.detach().cpu()
+    o_weight = _weight_of(model.model.layers[layer_idx].self_attn.o_proj)
     arguments["k_proj"]["metric"] = query_key_metric(stats.query_energy, heads)
     arguments["v_proj"]["metric"] = value_output_metric(o_weight, model.config.num_attention_heads, heads)
     return arguments
@@ -130,7 +138,7 @@ def projection_factors(
             projection = Projection(layer, side)
             if getattr(config, f"{side}_mean_split"):
                 arguments[projection.attribute]["mean"] = getattr(statistics[layer], projection.attribute).mean
-            weight = model.get_submodule(projection.name).weight.detach().cpu()
+            weight = _weight_of(model.get_submodule(projection.name))
             factors[projection.name] = factor_groups(weight, ranks, **arguments[projection.attribute])
     return factors
 
@@ -143,6 +151,7 @@ def probe_rates(
     tokens: torch.Tensor,
     level: float = 0.05,
     seed: int = 0,
+    sinks: int = 4,
     known: dict[str, float] | None = None,
     on_result: Callable[[dict[str, float]], None] | None = None,
     processes: PartialState | None = None,
@@ -150,7 +159,7 @@ def probe_rates(
     """Cost of a unit of error in each projection: KL divergence of the next-token distribution, measured.
 
     Noise is added to the latents of one projection at a time, as an optimal quantizer would: the same to every channel,
-    but to none more than its variance.
+    but to none more than its variance. The first tokens of a window, which the cache keeps exact, get none.
 
     Args:
         model: The dense model.
@@ -159,6 +168,7 @@ def probe_rates(
         tokens: `[windows, T]` token ids; the last three quarters of each window are scored.
         level: Noise, as a share of all variance.
         seed: Of the noise.
+        sinks: First tokens of a window that get no noise.
         known, on_result: Rates that an interrupted probe has found, and what is called with all that are known, in the
             main process only.
         processes: Of `distributed`, over which the projections are divided; the rates do not depend on them.
@@ -166,10 +176,11 @@ def probe_rates(
     Returns:
         By projection the rate, per unit of `Factors.energy`; zero where nothing varies.
     """
-    first, rates = tokens.shape[1] // 4, dict(known or {})
+    first, rates, device = tokens.shape[1] // 4, dict(known or {}), execution_device(model)
 
     def log_probabilities(window: torch.Tensor) -> torch.Tensor:
-        return model(window[None].to(model.device), use_cache=False).logits[0, first:].float().log_softmax(-1)
+        logits = model(window[None].to(device), use_cache=False).logits[0, first:]
+        return logits.float().log_softmax(-1)
 
     # The model's own predictions, without noise, are made once for all projections.
     missing = [name for name in factors if name not in rates]
@@ -190,7 +201,9 @@ def probe_rates(
             for shape in shapes:
                 size = (*output.shape[:-1], len(shape))
                 parts.append(torch.randn(size, generator=generator, dtype=torch.float32, device="cpu") @ shape)
-            return output + torch.cat(parts, dim=-1).to(output)
+            noise = torch.cat(parts, dim=-1)
+            noise[:, :sinks] = 0
+            return output + noise.to(output)
 
         handle = model.get_submodule(name).register_forward_hook(add_noise)
         try:

@@ -1,13 +1,15 @@
 """Statistics of a dense model on text: all that the choice of factors, ranks and widths needs, in one pass.
 
 For every key and value projection the moments of its outputs, the Fisher information of the model with respect to them,
-and a sample of them in runs of consecutive tokens. Sums are kept in float64. The pass is written to a file as it goes
-and goes on from there, with the same bits, when it is started again.
+and a sample of them in runs of consecutive tokens. The first tokens of a text are attention sinks, whose keys and
+values are outliers; the cache keeps them exact, and they take no part in any of it. Sums are kept in float64. The pass
+is written to a file as it goes and goes on from there, with the same bits, when it is started again.
 """
 
 import contextlib
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -25,27 +27,33 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from configuration_alrd_llama import SIDES
+from modules.cache.fingerprint import weights_at_hand
 from modules.files import save_tensors
 from modules.fit.distributed import is_main, on_main, rounds, sum_tensors
+from modules.loading import execution_device, state_tensors
 
 #: Version of the files; part of their key.
-FILE_VERSION = 1
+FILE_VERSION = 2
 
 #: Fields of a configuration that change no number.
 _UNRELATED = ("_name_or_path", "architectures", "dtype", "transformers_version")
+
+#: Tokens whose logits are held at once.
+_LOGITS_TOKENS = 256
 
 
 @dataclass
 class ProjectionStatistics:
     """Moments of the outputs y = W x (bias left out) of one key or value projection, n = H_kv * d.
 
+    Means are over the tokens behind the first `sinks` of each window.
+
     Attributes:
         covariance: `[n, n]` float64, `E[y yᵀ]`, uncentred.
         mean: `[n]` float64, `E[y]`.
         fisher: `[n, n]` float64, `E[g gᵀ]` of the gradients g of `-log p(token)` with respect to the y of one token,
-            the next tokens drawn from the model itself; the first `sinks` tokens of a window count as zero. `None` if
-            it was not asked for.
-        sample: `[windows, S, n]`, outputs of consecutive tokens, in the type of the model.
+            the next tokens drawn from the model itself. `None` if it was not asked for.
+        sample: `[windows, S, n]`, outputs of consecutive tokens from `sample_start` on, in the type of the model.
     """
 
     covariance: torch.Tensor
@@ -77,9 +85,9 @@ def model_digest(model: nn.Module) -> str:
     """SHA-256 of the names, types and bytes of a model's parameters and buffers."""
     digest = hashlib.sha256()
     # In the order of their names, which does not depend on how the model was built.
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in state_tensors(model):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -98,7 +106,7 @@ def statistics_record(
         "tokens": hashlib.sha256(tokens.cpu().contiguous().numpy()).hexdigest(),
         "shape": list(tokens.shape),
         "dtype": str(model.dtype),
-        "device": model.device.type,
+        "device": execution_device(model).type,
         "fisher": fisher,
         "sample": sample,
         "sinks": sinks,
@@ -133,11 +141,11 @@ def collect_statistics(
     of a batch and one layer's activations are held; the sums live on the CPU.
 
     Args:
-        model: The dense model, on any device.
+        model: The dense model, on any device, or some of it offloaded by accelerate.
         tokens: `[windows, T]` token ids without pads.
         fisher: Collect the Fisher information too, at about three times the cost of the forward pass.
-        sample: Tokens of each window that are kept as they are, after the `sinks`.
-        sinks: First tokens of a window that the cache will keep exact.
+        sample: Consecutive tokens of each window that are kept as they are, from `sample_start` on.
+        sinks: First tokens of a window that the cache will keep exact, left out of every statistic.
         batch_size: Windows at a time.
         seed: Of the tokens that the model draws for the Fisher information.
         folder: Where the statistics are kept, in a file named by a key that contains everything they depend on; a
@@ -151,12 +159,13 @@ def collect_statistics(
         One `LayerStatistics` per layer, the same bits in all processes.
 
     Raises:
-        ValueError: The text is too short: no token, or windows shorter than `sinks` and `sample`.
+        ValueError: The text is too short: no token, or windows shorter than `sinks` and `sample`, one token at least.
     """
     if tokens.dim() != 2 or tokens.numel() == 0:
         raise ValueError(f"tokens: {list(tokens.shape)} must be [windows, T] with at least one token")
-    if tokens.shape[1] < sinks + sample:
-        raise ValueError(f"tokens: windows of {tokens.shape[1]} must hold {sinks} sinks and {sample} sampled tokens")
+    behind = max(sample, 1)
+    if tokens.shape[1] < sinks + behind:
+        raise ValueError(f"tokens: windows of {tokens.shape[1]} must hold {sinks} sinks and {behind} sampled tokens")
     record = statistics_record(model, tokens, fisher, sample, sinks, batch_size, seed)
     path = None if folder is None else Path(folder) / f"{record_key(record)}.safetensors"
     sums, batches = _empty_sums(model, fisher, sample, len(tokens)), tokens.split(batch_size)
@@ -184,7 +193,7 @@ def collect_statistics(
                     next_batch(i * batch_size)
                     # The draw of a batch depends on its index alone, so that a pass can be divided and gone on with.
                     generator = torch.Generator().manual_seed(seed * 1_000_003 + i)
-                    _run(model, batches[i].to(model.device), fisher, generator)
+                    _run(model, batches[i].to(execution_device(model)), fisher, generator)
                 done += count
                 progress.update(count)
                 if path is not None and done < len(batches) and on_main(processes, due):
@@ -198,7 +207,17 @@ def collect_statistics(
     sum_tensors(processes, sums)
     if path is not None and kept < len(batches):
         on_main(processes, save)
-    return _to_layers(model, sums, tokens.numel())
+    return _to_layers(model, sums, tokens[:, sinks:].numel())
+
+
+def sample_start(window: int, length: int, sample: int, sinks: int) -> int:
+    """First token that is sampled of a window of `length` tokens.
+
+    Starts are spread evenly over the windows, by multiples of the golden section: of windows that follow each other,
+    often of one document, any few are sampled at places far apart.
+    """
+    share = window * (math.sqrt(5) - 1) / 2 % 1
+    return sinks + int(share * (length - sinks - sample + 1))
 
 
 def _empty_sums(model: PreTrainedModel, fisher: bool, sample: int, windows: int) -> dict[str, torch.Tensor]:
@@ -235,6 +254,10 @@ def _observed(
         seen.clear()
         window = first
 
+    def behind_sinks(x: torch.Tensor) -> torch.Tensor:
+        # `[tokens, n]`, where the model is: only sums go to the CPU.
+        return x[:, sinks:].flatten(0, 1).double()
+
     def watch(name: str):
         def forward(module, inputs, output):
             if output.requires_grad and not name.endswith("q_proj"):
@@ -245,23 +268,23 @@ def _observed(
             y = output.detach()
             if name.endswith("q_proj"):
                 # `[H_q, tokens, d]`: each head has a second moment of its own.
-                heads = y.flatten(0, 1).double().cpu().unflatten(-1, (model.config.num_attention_heads, -1))
-                heads = heads.transpose(0, 1)
-                sums[name.replace("q_proj", "query")] += heads.transpose(1, 2) @ heads
+                heads = behind_sinks(y).unflatten(-1, (model.config.num_attention_heads, -1)).transpose(0, 1)
+                sums[name.replace("q_proj", "query")] += (heads.transpose(1, 2) @ heads).cpu()
                 return
             if module.bias is not None:
-                y = y - module.bias.detach()
-            sums[f"{name}.sample"][window : window + len(y)] = y[:, sinks : sinks + sample].cpu()
-            y = y.flatten(0, 1).double().cpu()
-            sums[f"{name}.covariance"] += y.T @ y
-            sums[f"{name}.mean"] += y.sum(0)
+                with weights_at_hand(module):  # after its forward an offloaded one is away again
+                    y = y - module.bias.detach()
+            for i, outputs in enumerate(y, start=window):
+                start = sample_start(i, len(outputs), sample, sinks)
+                sums[f"{name}.sample"][i] = outputs[start : start + sample].cpu()
+            y = behind_sinks(y)
+            sums[f"{name}.covariance"] += (y.T @ y).cpu()
+            sums[f"{name}.mean"] += y.sum(0).cpu()
 
         def backward(gradient):
-            # The cache keeps the sinks exact, so an error of theirs costs nothing.
-            g = gradient.detach().clone()
-            g[:, :sinks] = 0
-            g = g.flatten(0, 1).double().cpu()
-            sums[f"{name}.fisher"] += g.T @ g
+            # An error of the sinks costs nothing, for there is none.
+            g = behind_sinks(gradient.detach())
+            sums[f"{name}.fisher"] += (g.T @ g).cpu()
 
         return forward
 
@@ -299,10 +322,22 @@ def _run(model: PreTrainedModel, batch: torch.Tensor, fisher: bool, generator: t
     # With frozen weights a gradient reaches the layers through the embeddings.
     embeds = model.get_input_embeddings()(batch).detach().requires_grad_()
     with torch.enable_grad():
-        logits = model(inputs_embeds=embeds, use_cache=False).logits.flatten(0, 1).float()
-        with torch.no_grad():
-            drawn = torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator).to(logits.device)
-        nn.functional.cross_entropy(logits, drawn[:, 0], reduction="sum").backward()
+        hidden = model.model(inputs_embeds=embeds, use_cache=False).last_hidden_state.flatten(0, 1)
+        shares = torch.rand(len(hidden), dtype=torch.float64, generator=generator, device="cpu").to(hidden.device)
+        gradients = []
+        # The logits of a whole batch would be larger than all else: a few tokens have theirs at a time.
+        for piece, some in zip(hidden.detach().split(_LOGITS_TOKENS), shares.split(_LOGITS_TOKENS)):
+            logits = model.lm_head(piece.requires_grad_()).float()
+            loss = nn.functional.cross_entropy(logits, _drawn(logits.detach(), some), reduction="sum")
+            gradients += torch.autograd.grad(loss, piece)
+        hidden.backward(torch.cat(gradients))
+
+
+def _drawn(logits: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    """`[tokens]`, those at which the cumulative probabilities of `[tokens, V]` logits pass `shares` in [0, 1)."""
+    cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
+    passed = torch.searchsorted(cumulative, shares[:, None] * cumulative[:, -1:], right=True)
+    return passed[:, 0].clamp(max=logits.shape[-1] - 1)
 
 
 def _to_layers(model: PreTrainedModel, sums: dict[str, torch.Tensor], tokens: int) -> list[LayerStatistics]:
