@@ -33,7 +33,7 @@ BUDGETS := 0.25 0.125 0.0625 0.05 0.04 0.03
 results: .venv/installed
 	.venv/bin/pip install --quiet --no-deps optimum-quanto==0.2.7 hqq==0.2.8.post1 einops termcolor
 	.venv/bin/pip install --quiet --no-deps llama-cpp-python==0.3.36
-	$(RUN) scripts/calibrate_svd_ranks.py --sweep $(BUDGETS) --output build/sweep
+	$(RUN) scripts/calibrate_svd_ranks.py --text stdlib:calibration --sweep $(BUDGETS) --output build/sweep
 	OMP_NUM_THREADS=1 $(RUN) scripts/compare_peers.py --parts transformers KIVI Palu ASVD checkpoints \
 		--checkpoints $(BUDGETS:%=build/sweep/%) --output build/peers.json
 	$(RUN) scripts/ablate_calibration.py --output build/ablation.json

@@ -91,7 +91,9 @@ def main(config: AblationConfig) -> dict:
         if not missing:
             continue
         print(f"\n{name}")
-        calibration_config = CalibrationConfig(model=config.model, sweep=missing, **VARIANTS[name])
+        calibration_config = CalibrationConfig(
+            model=config.model, sweep=missing, text=["stdlib:calibration"], **VARIANTS[name]
+        )
         calibration, caches, fitted = calibrate_model(calibration_config), {}, {}
         for budget in missing:
             try:

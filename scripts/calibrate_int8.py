@@ -17,7 +17,7 @@ from configuration_alrd_llama import check_positive
 from modules.files import write_json
 from modules.formats.calibrated_int8 import calibrate, load_process_config
 from scripts.common import BUNDLED_MODEL, ROOT, environment, find_model, format_table, parse_config
-from scripts.corpus import describe, evenly_spread, load_documents, tokenize_windows
+from scripts.sources import TEXT_HELP, describe_sources, draw_windows, list_texts, load_sources
 
 EXAMPLE_CONFIG = os.path.relpath(ROOT / "scripts" / "int8_cache.yaml")
 
@@ -31,7 +31,7 @@ class Int8Config:
     )
     config: str = field(default=EXAMPLE_CONFIG, metadata={"help": "YAML with the dynamic_cache process."})
     output: str = field(default="build/int8", metadata={"help": "Folder of the scales."})
-    text: str = field(default="stdlib:calibration", metadata={"help": "Text for statistics: see scripts/corpus.py."})
+    text: list[str] = field(default_factory=lambda: ["mixture"], metadata={"help": TEXT_HELP})
     windows: int = field(default=32, metadata={"help": "Windows of text to run the model on."})
     length: int = field(default=1024, metadata={"help": "Tokens per window."})
     batch_size: int = field(default=4, metadata={"help": "Windows per forward."})
@@ -44,6 +44,7 @@ class Int8Config:
         check_positive("windows", self.windows)
         check_positive("length", self.length)
         check_positive("batch_size", self.batch_size)
+        self.text = list_texts(self.text)
 
 
 def main(config: Int8Config) -> dict:
@@ -54,8 +55,8 @@ def main(config: Int8Config) -> dict:
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
 
-    documents = load_documents(config.text)
-    windows = evenly_spread(tokenize_windows(documents, tokenizer, config.length), config.windows, config.text)
+    sources = load_sources(config.text)
+    windows = draw_windows(sources, tokenizer, config.length, config.windows)
     pieces = tqdm(windows.split(config.batch_size), desc="Calibration")
     # The logits are of no use; one of them has to be computed.
     batches = ({"input_ids": piece, "logits_to_keep": 1} for piece in pieces)
@@ -65,7 +66,7 @@ def main(config: Int8Config) -> dict:
     report = {
         "config": asdict(config),
         "environment": environment(model.device),
-        "text": describe(documents),
+        "text": describe_sources(sources, config.length, config.windows),
         "tokens": scales.tokens,
         "scales": {name: describe_scales(module) for name, module in scales.modules.items()},
         "seconds": round(time.perf_counter() - started, 1),

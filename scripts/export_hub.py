@@ -344,7 +344,7 @@ def _requirements() -> str:
 def _size(report: dict | None) -> str:
     if report is None:
         return "Not stated: the checkpoint has no `report.json`."
-    settings, text = report["config"], _public(report["config"]["text"])
+    settings = report["config"]
     ranks = []
     for rank in report["truncation_ranks"].values():
         ranks.append(sum(rank) if isinstance(rank, list) else rank)  # of head groups, or of a joint latent
@@ -358,10 +358,19 @@ def _size(report: dict | None) -> str:
         kept = list(itertools.chain.from_iterable(report["energy_kept"].values()))
         card += f", which keep {min(kept):.2%} to {max(kept):.2%} of the energy"
     return card + (
-        f". Calibrated on {settings['windows']} windows of {settings['length']} tokens of `{text}` "
-        f"(SHA-256 `{report['text']['sha256'][:16]}…`), objective `{settings['objective']}`, allocation "
-        f"`{settings['allocation']}`. Everything is in `report.json`."
+        f". Calibrated on {settings['windows']} windows of {settings['length']} tokens, {_texts(report)}; "
+        f"objective `{settings['objective']}`, allocation `{settings['allocation']}`. Everything is in `report.json`."
     )
+
+
+def _texts(report: dict) -> str:
+    """What was calibrated on: each text with its windows and the beginning of its SHA-256."""
+    # Reports of before know one text only, which got all windows.
+    one = {"text": report["config"]["text"], "windows": report["config"]["windows"], **report["text"]}
+    named = []
+    for source in report["text"].get("sources", [one]):
+        named.append(f"{source['windows']} of `{_public(source['text'])}` (SHA-256 `{source['sha256'][:16]}…`)")
+    return ", ".join(named)
 
 
 def _quality(evaluation: dict | None) -> str:

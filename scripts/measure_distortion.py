@@ -80,7 +80,8 @@ def synthetic(tokens: int, channels: int) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def latents(config: DistortionConfig) -> dict[str, list[torch.Tensor]]:
     """Latents `[1, T, r]` of every layer, by side and rotation; attention sinks left out."""
-    calibration = calibrate_model(CalibrationConfig(model=config.model, share=config.share, objective="query_output"))
+    how = {"share": config.share, "objective": "query_output", "text": ["stdlib:calibration"]}
+    calibration = calibrate_model(CalibrationConfig(model=config.model, **how))
     windows = tokenize_windows(load_documents(config.text), calibration.tokenizer, 1024)
     windows = evenly_spread(windows, config.windows, config.text)
     found = {}

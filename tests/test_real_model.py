@@ -199,7 +199,8 @@ def small_wheels(tmp_path, monkeypatch):
 
 def test_the_steps_that_are_done_are_skipped(small_wheels, monkeypatch, capsys):
     output = small_wheels / "output"
-    config = RealConfig([0.25], calibration_windows=2, windows=1, chunk=64, output=str(output))
+    text = str(output / "text" / "calibration")
+    config = RealConfig([0.25], text, calibration_windows=2, windows=1, chunk=64, output=str(output))
     record = real_model.main(config)
     assert list(record["results"]) == ["dense", "0.25 of the bytes"]
     assert [file.name for file in (output / "text" / "test").iterdir()] == ["1797-H-1.txt"]

@@ -51,7 +51,14 @@ def compared(tmp_path_factory):
     torch.set_num_threads(1)
     statistics = str(tmp_path_factory.mktemp("statistics"))
     calibration = calibrate_model(
-        CalibrationConfig(share=0.5, objective="query_output", windows=2, length=256, statistics=statistics)
+        CalibrationConfig(
+            share=0.5,
+            objective="query_output",
+            windows=2,
+            length=256,
+            statistics=statistics,
+            text="stdlib:calibration",
+        )
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compare_schemes, "calibrate_model", lambda config: calibration)

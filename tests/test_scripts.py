@@ -27,7 +27,7 @@ def half(tmp_path_factory):
     # The `seeded` fixture of a test comes later: two threads on a busy core wait for each other.
     torch.set_num_threads(1)
     where = {"output": str(folder), "statistics": str(tmp_path_factory.mktemp("statistics"))}
-    return folder, calibrate(CalibrationConfig(**where, share=0.5, windows=8, length=512))
+    return folder, calibrate(CalibrationConfig(**where, share=0.5, windows=8, length=512, text="stdlib:calibration"))
 
 
 def test_calibration_writes_an_ordinary_checkpoint(half):
@@ -42,7 +42,9 @@ def test_calibration_writes_an_ordinary_checkpoint(half):
 
 
 def test_statistics_beat_the_plain_svd_through_the_cache(half, tmp_path):
-    calibrate(CalibrationConfig(output=str(tmp_path / "plain"), share=0.5, objective="weight"))
+    calibrate(
+        CalibrationConfig(output=str(tmp_path / "plain"), share=0.5, objective="weight", text="stdlib:calibration")
+    )
     found = {
         name: evaluate(EvalConfig(model=str(path), bits=["16"], **SMALL))["results"]["16"]
         for name, path in (("weighted", half[0]), ("plain", tmp_path / "plain"))
