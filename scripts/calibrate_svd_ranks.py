@@ -39,7 +39,8 @@ class SourceOptions:
     """The model to split, the text for its statistics, and the folder to write."""
 
     model: str = field(
-        default=BUNDLED_MODEL, metadata={"help": "Dense Llama, Mistral or Qwen2: a local folder or a hub name."}
+        default=BUNDLED_MODEL,
+        metadata={"help": "Dense Llama, Mistral or Qwen2: a local folder, a GGUF file or a hub name."},
     )
     output: str = field(default="build/calibrated", metadata={"help": "Folder of the split checkpoint, or of several."})
     budget: float | None = field(

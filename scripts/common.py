@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, 
 import modeling_alrd_llama  # noqa: F401  (makes the auto classes know the model)
 from configuration_alrd_llama import ALRDLlamaConfig, parse_json
 from modules.kivi_cache import CacheScheme
+from scripts.gguf_file import converted_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -88,19 +89,25 @@ def parse_config(config_class: type[Config], description: str | None) -> Config:
 
 
 def find_model(name_or_path: str) -> str:
-    """The folder of a model, or else the name of one on the hub.
+    """The folder of a model, or else the name of one on the hub; a GGUF file is converted to a folder first.
 
     Raises:
-        ValueError: It can be neither, or the folder holds no model.
+        ImportError: A GGUF file is given, and the package that reads it is not installed.
+        ValueError: It can be none of these, or the folder or file holds no model that fits.
     """
     path = Path(name_or_path).expanduser()
+    if path.is_file():
+        return str(converted_folder(path))
     if path.is_dir():
         # The library takes a folder without this file for a model with the default configuration.
         if not (path / "config.json").is_file():
             raise ValueError(f"model={name_or_path!r}: must be a checkpoint folder, with a config.json")
         return str(path)
-    if name_or_path == BUNDLED_MODEL or name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")):
-        raise ValueError(f"model={name_or_path!r}: must be an existing folder or a hub name like 'owner/name'")
+    is_path = name_or_path.startswith((".", "/", "~")) or name_or_path.endswith(".gguf")
+    if name_or_path == BUNDLED_MODEL or name_or_path.count("/") != 1 or is_path:
+        raise ValueError(
+            f"model={name_or_path!r}: must be an existing folder, a GGUF file, or a hub name like 'owner/name'"
+        )
     return name_or_path
 
 
@@ -113,7 +120,7 @@ def load_model(
     """Load a dense Llama, Mistral or Qwen2, or an `alrd_llama` checkpoint with its tokenizer.
 
     Args:
-        name_or_path: Folder or hub name.
+        name_or_path: Folder, GGUF file or hub name.
         dtype: Type of the weights; "auto": the checkpoint's.
         device_map: As for `from_pretrained`.
         config: Splits a dense checkpoint while it is loaded; `None` loads what is stored.
@@ -131,7 +138,7 @@ def latent_config(name_or_path: str, rank: float, head_group_size: int | None = 
     """Configuration of the latent model that a checkpoint is, or that a dense one is to become.
 
     Args:
-        name_or_path: Folder or hub name; only its `config.json` is read.
+        name_or_path: Folder, GGUF file or hub name; only its `config.json` is read.
         rank: For a dense checkpoint, the rank of every projection: a share of the full rank up to 1, or the total
             rank itself, a whole number above 1. A split checkpoint keeps its ranks.
         head_group_size: Key/value heads that share a latent; `None`: all, or the split checkpoint's.

@@ -48,7 +48,9 @@ PARTS = ("transformers", "KIVI", "Palu", "ASVD", "checkpoints")
 class PeersConfig:
     """The model, the text, and which peers to measure."""
 
-    model: str = field(default=BUNDLED_MODEL, metadata={"help": "Dense Llama: a local folder or a hub name."})
+    model: str = field(
+        default=BUNDLED_MODEL, metadata={"help": "Dense Llama: a local folder, a GGUF file or a hub name."}
+    )
     checkpoints: list[str] = field(
         default_factory=list, metadata={"help": "Split checkpoints of ours, each with the cache that its config says."}
     )

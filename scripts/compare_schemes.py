@@ -27,7 +27,9 @@ from scripts.records import ResultsFile
 class CompareConfig:
     """The model, how much of its rank to keep, and how much text to measure on."""
 
-    model: str = field(default=BUNDLED_MODEL, metadata={"help": "Dense Llama: a local folder or a hub name."})
+    model: str = field(
+        default=BUNDLED_MODEL, metadata={"help": "Dense Llama: a local folder, a GGUF file or a hub name."}
+    )
     share: float = field(default=0.5, metadata={"help": "Share of the latent channels to keep."})
     text: str = field(default="stdlib:selection", metadata={"help": "Text to measure on: see scripts/corpus.py."})
     windows: int = field(default=8, metadata={"help": "Windows of text."})

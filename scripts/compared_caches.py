@@ -29,7 +29,8 @@ class ComparedCaches:
     """Which caches to compare with the dense model's; the base of the evaluations' configs."""
 
     dense: str = field(
-        default=BUNDLED_MODEL, metadata={"help": "Dense model: a local folder or a hub name. Its scores stand first."}
+        default=BUNDLED_MODEL,
+        metadata={"help": "Dense model: a local folder, a GGUF file or a hub name. Its scores stand first."},
     )
     checkpoints: list[str] = field(
         default_factory=list, metadata={"help": "Split checkpoints of it, each with the cache that it asks for."}

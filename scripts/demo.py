@@ -24,7 +24,9 @@ from scripts.corpus import load_documents
 class DemoConfig:
     """The model to show, and how much work to spend on it."""
 
-    model: str = field(default=BUNDLED_MODEL, metadata={"help": "Dense model: a local folder or a hub name."})
+    model: str = field(
+        default=BUNDLED_MODEL, metadata={"help": "Dense model: a local folder, a GGUF file or a hub name."}
+    )
     budgets: list[float] = field(
         default_factory=lambda: [0.125, 0.0625, 0.04], metadata={"help": "Sizes of the cache, shares of the dense one."}
     )

@@ -35,7 +35,7 @@ class EstimateConfig(CacheOptions):
 
     model: str = field(
         default=BUNDLED_MODEL,
-        metadata={"help": "Folder or hub name of a model, dense or split; only its config.json is read."},
+        metadata={"help": "Folder, GGUF file or hub name of a model, dense or split; only its config.json is read."},
     )
     length: list[int] = field(
         default_factory=lambda: [4096, 32768, 131072], metadata={"help": "Tokens per sequence, one or more."}

@@ -35,7 +35,9 @@ DEFAULT_PROMPT = 'def read_lines(path):\n    """Return the lines of a text file.
 class GenerateConfig(CacheOptions):
     """Options of the generation."""
 
-    model: str = field(default=BUNDLED_MODEL, metadata={"help": "Folder or hub name of a model, dense or split."})
+    model: str = field(
+        default=BUNDLED_MODEL, metadata={"help": "Folder, GGUF file or hub name of a model, dense or split."}
+    )
     prompt: str | None = field(default=None, metadata={"help": "Text to go on from. None: a line of Python."})
     prompt_file: str | None = field(default=None, metadata={"help": "UTF-8 file with the prompt, in place of it."})
     max_new_tokens: int = field(default=128, metadata={"help": "Tokens to generate at most."})

