@@ -34,7 +34,8 @@ results: .venv/installed
 	.venv/bin/pip install --quiet --no-deps optimum-quanto==0.2.7 hqq==0.2.8.post1 einops termcolor
 	.venv/bin/pip install --quiet --no-deps llama-cpp-python==0.3.36
 	$(RUN) scripts/calibrate_svd_ranks.py --sweep $(BUDGETS) --output build/sweep
-	OMP_NUM_THREADS=1 $(RUN) scripts/compare_peers.py --parts transformers KIVI Palu ASVD checkpoints \
+	OMP_NUM_THREADS=1 $(RUN) scripts/compare_peers.py --model models/tiny-python-llama --text stdlib:test \
+		--calibration_text stdlib:calibration --parts transformers KIVI Palu ASVD checkpoints \
 		--checkpoints $(BUDGETS:%=build/sweep/%) --output build/peers.json
 	$(RUN) scripts/ablate_calibration.py --output build/ablation.json
 	$(RUN) scripts/project_calibration.py --output scripts/results/projection.json

@@ -24,7 +24,7 @@ from modules.fit.budget import fit_budget
 from scripts.calibrate_svd_ranks import CalibrationConfig, calibrate_model, measure_sweep, write_checkpoint
 from scripts.common import load_model, parse_config
 from scripts.corpus import load_documents
-from scripts.eval_perplexity import EvalConfig, table
+from scripts.eval_perplexity import EvalConfig, perplexity_table
 from scripts.gguf_file import convert
 
 #: Packages that are only read, with the versions that were tried: their own requirements are of no use here.
@@ -167,7 +167,7 @@ def main(config: RealConfig) -> dict:
     how = {"text": str(texts / "test"), "windows": config.windows, "prefill": config.prefill, "chunk": config.chunk}
     if is_done(sweep, EvalConfig(model=str(dense), **how)):
         record = json.loads(sweep.read_text(encoding="utf-8"))
-        print(table(record["results"]))
+        print(perplexity_table(record["results"]))
     else:
         record = measure_sweep(calibration_config, **how)
 
