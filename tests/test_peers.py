@@ -13,7 +13,7 @@ import torch
 from transformers import cache_utils
 
 from modules.kivi_cache import CacheScheme, create_kivi_cache
-from scripts import compare_peers
+from scripts import compare_peers, results_tables
 from scripts.common import BUNDLED_MODEL, load_model
 from scripts.compare_peers import CountedQuantizedCache, FlushScheme, PeersConfig, peers, stored_nbytes
 from scripts.corpus import Document, document_windows, load_documents, tokenize_windows
@@ -29,6 +29,7 @@ from scripts.eval_perplexity import (
     scored_positions,
     worst_domain,
 )
+from scripts.published import PUBLISHED
 from scripts.results_tables import RESULTS
 from tests.helpers import tiny_dense, tiny_split
 
@@ -395,6 +396,36 @@ class TestEqualBytes:
         )
         alone = compare_peers.equal_bytes_table(peer_record(ours=(0.1, 0.2, 2.0)))
         assert "no peer measured" in alone
+
+    def test_the_documents_tables(self):
+        """Those of a frontier as `main` writes it, with two texts."""
+        record = peer_record(ours=(0.125, 0.05, 2.02), a=(0.25, 0.04, 2.0), b=(0.0625, 0.36, 2.2))
+        for result in record["results"].values():
+            part = {name: result[name] for name in ("perplexity_increase", "kl_mean")}
+            worse = {name: 2 * figure for name, figure in part.items()}
+            exact = {"residual_length": 32, "sink_length": 4}
+            result |= {"domains": {"speech": part, "manual": worse}, "settings": exact}
+            for name in ("nll_by_window", "kl_by_window"):
+                result[name] = 2 * result[name]
+        record["key"] = {"windows": 2, "length": 2048, "prefill": 1792, "chunk": 1, "text": ["speech", "manual"]}
+        record |= {"text": {"python": "3.11.7", "sha256": "0123456789abcdef"}, "dtype": "torch.bfloat16"}
+        record["environment"] = {"cpu": "EPYC", "threads": 1, "torch": "2.13", "transformers": "5.23"}
+        shown = results_tables.real_frontier(record)
+        assert "| manual: +4.04%, KL 0.1000 | b – a | +10.52% | 0.1200 | 2.4 |" in shown
+        assert "510 scored tokens, 2 windows of 2,048 tokens of each text (prefill 1,792, then steps of 1). " in shown
+        assert "Text: `speech`; `manual`, sha256 0123456789ab. bfloat16 on EPYC" in shown
+        assert "in our caches a window of 32 or more and 4 sinks stay exact" in shown
+        front = results_tables.real_summary(record).splitlines()
+        assert front[0].count("|") == 9 and front[2].endswith("| manual: +4.04%, KL 0.1000 | b – a | 0.1200 | 2.4 |")
+        peers_shown = results_tables.real_peers(record)
+        assert "| **ours, ours** | 125 | 12.5% |" in peers_shown and peers_shown.count("manual: ") == 2
+
+    def test_published_figures(self):
+        shown = results_tables.published().splitlines()
+        sizes = [float(line.split("|")[1].strip(" %")) for line in shown if line.startswith("| ") and "%" in line[:9]]
+        assert sizes == sorted(sizes, reverse=True) and len(sizes) == len(PUBLISHED)
+        assert all(0.05 < row.share < 0.5 for row in PUBLISHED)
+        assert "none of them measured here" in shown[-1]
 
     def test_old_records_have_no_interval_of_the_divergence(self):
         record = json.loads((RESULTS / "peers.json").read_text())
