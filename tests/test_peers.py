@@ -13,12 +13,28 @@ import torch
 from transformers import cache_utils
 
 from modules.kivi_cache import CacheScheme, create_kivi_cache
-from scripts import compare_peers
+from scripts import compare_peers, results_tables
 from scripts.common import BUNDLED_MODEL, load_model
 from scripts.compare_peers import CountedQuantizedCache, FlushScheme, PeersConfig, peers, stored_nbytes
 from scripts.corpus import Document, document_windows, load_documents, tokenize_windows
-from scripts.eval_perplexity import EvalConfig, has_packed, measure, paired_bootstrap, scored_positions
+from scripts.eval_perplexity import (
+    EvalConfig,
+    bootstrap_mean,
+    divergence,
+    has_packed,
+    increase,
+    measure,
+    paired_bootstrap,
+    perplexity_table,
+    scored_positions,
+    worst_domain,
+)
+from scripts.published import PUBLISHED
+from scripts.results_tables import RESULTS
 from tests.helpers import tiny_dense, tiny_split
+
+#: What `PeersConfig` must be told.
+BUNDLED = {"model": BUNDLED_MODEL, "text": "stdlib:test", "calibration_text": "stdlib:calibration"}
 
 
 class WrappedCodes(torch.Tensor):
@@ -163,6 +179,39 @@ class TestMeasure:
         ]
         assert found[0] == pytest.approx(found[1], rel=2e-3) and len(set(found[0])) == 3
 
+    def test_several_texts(self, bundled, tmp_path):
+        """Each text is measured as if it were alone, and all together by the tokens of all."""
+        dense, tokenizer = bundled
+        (tmp_path / "letters.txt").write_text("the cat sat on the mat and the dog lay under the old tree\n" * 200)
+        texts = ["stdlib:test", str(tmp_path / "letters.txt")]
+        how = {**self.SMALL, "per_document": False}
+        caches = {"2": (dense, partial(create_kivi_cache, group_size=16, residual_length=0))}
+
+        def of(text):
+            return measure(EvalConfig(model=BUNDLED_MODEL, text=text, **how), tokenizer, dense, caches)
+
+        both, alone = of(texts), {text: of(text)["results"] for text in texts}
+        for name, result in both["results"].items():
+            assert list(result["domains"]) == texts
+            for text in texts:
+                for figure in ("nll_by_window", "kl_by_window", "kl_mean", "kl_p99", "perplexity_increase", "tokens"):
+                    assert result["domains"][text][figure] == alone[text][name][figure], (name, text, figure)
+                assert "domains" not in alone[text][name]
+            first, second = (alone[text][name] for text in texts)
+            assert result["tokens"] == first["tokens"] + second["tokens"]
+            assert result["nll"] == pytest.approx((first["nll"] + second["nll"]) / 2)
+            assert result["kl_by_window"] == first["kl_by_window"] + second["kl_by_window"]
+            assert sum(result["kl_by_window"]) / 4 == pytest.approx(result["kl_mean"])
+        two = both["results"]["2"]
+        worst = max(texts, key=lambda text: alone[text]["2"]["perplexity_increase"])
+        assert worst_domain(two)[0] == worst and both["config"]["text"] == texts
+        assert both["text"]["documents"] == of(texts[0])["text"]["documents"] + 1
+        table = perplexity_table(both["results"])
+        assert table.count("| – stdlib:test |") == 2 and f"Worst text: latent, 2 bit: {worst}, " in table
+        found = divergence(two)
+        assert f"{two['kl_mean']:.4f} [{found['low']:.4f}, {found['high']:.4f}]" in table
+        assert found["low"] < two["kl_mean"] < found["high"]
+
     def test_a_cache_that_packs_nothing(self, four_bit, bundled, monkeypatch):
         dense, tokenizer = bundled
         monkeypatch.setattr(CountedQuantizedCache, "has_packed", False)
@@ -211,6 +260,27 @@ class TestBootstrap:
         a, b = torch.rand(2, 9).tolist()
         assert paired_bootstrap(a, b) == paired_bootstrap(a, b) != paired_bootstrap(a, b, seed=1)
 
+    def test_of_several_texts(self):
+        """Documents are drawn within each text: what differs between the texts makes no interval."""
+        values = [1.0, 1.0, 9.0, 9.0]
+        assert bootstrap_mean(values, strata=2) == {"mean": 5.0, "low": 5.0, "high": 5.0}
+        assert bootstrap_mean(values) == {"mean": 5.0, "low": 1.0, "high": 9.0}
+        found = bootstrap_mean([0.0, 2.0, 8.0, 8.0], strata=2)
+        assert found == {"mean": 4.5, "low": 4.0, "high": 5.0}
+        with pytest.raises(ValueError, match="3 documents; must be two or more, in 2 equal parts"):
+            bootstrap_mean(values[:3], strata=2)
+
+    def test_no_interval_without_windows(self):
+        one = {"perplexity": 2.0, "nll_by_window": [0.7], "kl_by_window": [0.1], "kl_mean": 0.1}
+        assert increase(one, one) is None and divergence(one) is None
+        # One window of each of two texts: none could be drawn in place of another.
+        two = {"nll_by_window": [0.7, 0.9], "kl_by_window": [0.1, 0.2], "domains": {"a": {}, "b": {}}}
+        assert increase(two, two) is None and divergence(two) is None
+        old = {"perplexity": 2.0, "perplexity_increase": 0.0, "kl_mean": 0.1, "kl_p99": 1.0, "top1_agreement": 0.9}
+        old |= {"bytes_per_token": {"4096": 100}, "ratio": {"4096": 8.0, "32768": 9.0}}
+        table = perplexity_table({"dense": old, "2": {**old, "perplexity_increase": 0.031}})
+        assert "| latent, 2 bit | 2.000 | +3.10% | 0.1000 | 1.000 |" in table and "[" not in table
+
     def test_refusals(self):
         with pytest.raises(ValueError, match="2 and 1 documents"):
             paired_bootstrap([1.0, 2.0], [1.0])
@@ -220,7 +290,7 @@ class TestBootstrap:
 
 class TestPeers:
     def test_all_are_there_and_ours_are_named(self):
-        found = peers(PeersConfig())
+        found = peers(PeersConfig(**BUNDLED))
         by_part = {part: [n for n, p in found.items() if p.part == part] for part in compare_peers.PARTS}
         assert {part: len(names) for part, names in by_part.items()} == {
             "transformers": 4, "KIVI": 4, "Palu": 8, "ASVD": 2, "checkpoints": 0
@@ -232,7 +302,7 @@ class TestPeers:
         assert not palu.keys.per_channel and not palu.values.per_channel and palu.keys.group_size == 0
 
     def test_default_feeding_scores_tokens_of_every_peer(self):
-        config = PeersConfig()
+        config = PeersConfig(**BUNDLED)
         schemes = [peer.scheme for peer in peers(config).values()]
         assert scored_positions(config.length, config.prefill, config.chunk, schemes).all()
 
@@ -240,7 +310,7 @@ class TestPeers:
         """Palu in groups of four heads, ASVD joint; shares met."""
         models = object.__new__(compare_peers.Models)
         models.config, models.exact = (
-            PeersConfig(rank_multiple=4, sensitivity_windows=1, statistics=str(tmp_path)),
+            PeersConfig(**BUNDLED, rank_multiple=4, sensitivity_windows=1, statistics=str(tmp_path)),
             tiny_dense(num_key_value_heads=8),
         )
         models.dense = models.exact
@@ -256,9 +326,113 @@ class TestPeers:
 
     def test_refusals(self):
         with pytest.raises(ValueError, match="parts="):
-            PeersConfig(parts=["Palu", "palu"])
+            PeersConfig(**BUNDLED, parts=["Palu", "palu"])
         with pytest.raises(ValueError, match="must differ in the names"):
-            PeersConfig(checkpoints=["a/half", "b/half"])
+            PeersConfig(**BUNDLED, checkpoints=["a/half", "b/half"])
+        with pytest.raises(ValueError, match="windows=1: must be 2 or more"):
+            PeersConfig(**BUNDLED, windows=1)
+        with pytest.raises(ValueError, match=r"text=\['a', 'a'\]: must be one or more different texts"):
+            PeersConfig(**BUNDLED | {"text": ["a", "a"]})
+
+    def test_nothing_of_the_bundled_model_is_a_default(self):
+        for name in BUNDLED:
+            with pytest.raises(TypeError, match=name):
+                PeersConfig(**{key: value for key, value in BUNDLED.items() if key != name})
+
+
+def peer_record(**peers_found) -> dict:
+    """A record of peers and checkpoints by name, each given as its share of the bytes, KL divergence and loss."""
+    results = {"dense": (1.0, 0.0, 2.0), **peers_found}
+    for name, (size, kl, nll) in results.items():
+        results[name] = {
+            "part": "checkpoints" if name.startswith("ours") else "peers",
+            "engine": "ours",
+            "perplexity": math.exp(nll),
+            "perplexity_increase": math.exp(nll - 2.0) - 1,
+            "nll": nll,
+            "nll_by_window": [nll - 0.1, nll + 0.1],
+            "kl_mean": kl,
+            "kl_by_window": [kl / 2, 3 * kl / 2],
+            "kl_p99": 9 * kl,
+            "top1_agreement": 0.9,
+            "tokens": 510,
+            "bytes_per_token": {"4096": 1000 * size},
+            "ratio": {"4096": 1 / size},
+        }
+    return {"results": results}
+
+
+class TestEqualBytes:
+    RECORD = peer_record(
+        ours=(0.125, 0.05, 2.02), ours_small=(0.04, 0.5, 2.5), a=(0.25, 0.04, 2.0), b=(0.0625, 0.36, 2.2)
+    )
+
+    def test_between_two_peers(self):
+        # An eighth is half way between a quarter and a sixteenth, and 0.12 between 0.04 and 0.36.
+        found = compare_peers.at_equal_bytes(self.RECORD, 0.125)
+        assert found["peers"] == ["b", "a"] and found["kl"] == pytest.approx(0.12)
+        assert found["increase"] == pytest.approx(math.exp(0.1) - 1)
+
+    def test_the_best_of_all_pairs(self):
+        # A third peer off the line of the other two counts by itself, not when it is worse than the line.
+        better = {"results": self.RECORD["results"] | peer_record(c=(0.12, 0.1, 2.1))["results"]}
+        found = compare_peers.at_equal_bytes(better, 0.125)
+        assert found["peers"] == ["c", "a"] and 0.09 < found["kl"] < 0.1
+        worse = {"results": self.RECORD["results"] | peer_record(c=(0.12, 0.2, 2.1))["results"]}
+        assert compare_peers.at_equal_bytes(worse, 0.125) == compare_peers.at_equal_bytes(self.RECORD, 0.125)
+        # A smaller peer that is better than all larger ones stands for itself.
+        small = {"results": self.RECORD["results"] | peer_record(c=(0.05, 0.01, 2.0))["results"]}
+        assert compare_peers.at_equal_bytes(small, 0.125)["peers"] == ["c"]
+
+    def test_no_peer_is_as_small(self):
+        assert compare_peers.at_equal_bytes(self.RECORD, 0.04) is None
+        table = compare_peers.equal_bytes_table(self.RECORD).splitlines()
+        assert table[2].startswith(
+            "| 12.50% | 8.0× | +2.02% [+2.02%, +2.02%] | 0.0500 [0.0250, 0.0750] | 0.450 | one text"
+        )
+        assert table[2].endswith("| b – a | +10.52% | 0.1200 | 2.4 |")
+        assert (
+            "| none as small; b, 6.2% | +22.14% [+22.14%, +22.14%] | 0.3600 [0.1800, 0.5400] | over 0.7 |" in table[3]
+        )
+        alone = compare_peers.equal_bytes_table(peer_record(ours=(0.1, 0.2, 2.0)))
+        assert "no peer measured" in alone
+
+    def test_the_documents_tables(self):
+        """Those of a frontier as `main` writes it, with two texts."""
+        record = peer_record(ours=(0.125, 0.05, 2.02), a=(0.25, 0.04, 2.0), b=(0.0625, 0.36, 2.2))
+        for result in record["results"].values():
+            part = {name: result[name] for name in ("perplexity_increase", "kl_mean")}
+            worse = {name: 2 * figure for name, figure in part.items()}
+            exact = {"residual_length": 32, "sink_length": 4}
+            result |= {"domains": {"speech": part, "manual": worse}, "settings": exact}
+            for name in ("nll_by_window", "kl_by_window"):
+                result[name] = 2 * result[name]
+        record["key"] = {"windows": 2, "length": 2048, "prefill": 1792, "chunk": 1, "text": ["speech", "manual"]}
+        record |= {"text": {"python": "3.11.7", "sha256": "0123456789abcdef"}, "dtype": "torch.bfloat16"}
+        record["environment"] = {"cpu": "EPYC", "threads": 1, "torch": "2.13", "transformers": "5.23"}
+        shown = results_tables.real_frontier(record)
+        assert "| manual: +4.04%, KL 0.1000 | b – a | +10.52% | 0.1200 | 2.4 |" in shown
+        assert "510 scored tokens, 2 windows of 2,048 tokens of each text (prefill 1,792, then steps of 1). " in shown
+        assert "Text: `speech`; `manual`, sha256 0123456789ab. bfloat16 on EPYC" in shown
+        assert "in our caches a window of 32 or more and 4 sinks stay exact" in shown
+        front = results_tables.real_summary(record).splitlines()
+        assert front[0].count("|") == 9 and front[2].endswith("| manual: +4.04%, KL 0.1000 | b – a | 0.1200 | 2.4 |")
+        peers_shown = results_tables.real_peers(record)
+        assert "| **ours, ours** | 125 | 12.5% |" in peers_shown and peers_shown.count("manual: ") == 2
+
+    def test_published_figures(self):
+        shown = results_tables.published().splitlines()
+        sizes = [float(line.split("|")[1].strip(" %")) for line in shown if line.startswith("| ") and "%" in line[:9]]
+        assert sizes == sorted(sizes, reverse=True) and len(sizes) == len(PUBLISHED)
+        assert all(0.05 < row.share < 0.5 for row in PUBLISHED)
+        assert "none of them measured here" in shown[-1]
+
+    def test_old_records_have_no_interval_of_the_divergence(self):
+        record = json.loads((RESULTS / "peers.json").read_text())
+        assert "kl_by_window" not in json.dumps(record)
+        shown = compare_peers.peers_table(record).splitlines()
+        assert shown[0].startswith("| cache | bytes/token at 4k | of dense | increase [95%] | KL mean | KL p99 |")
+        assert all(line.count("[") <= 1 for line in shown[1:])
 
 
 class TestMain:
@@ -279,7 +453,7 @@ class TestMain:
     def test_resumes(self, few, monkeypatch, tmp_path, capsys):
         output = tmp_path / "peers.json"
         tiny_split(tmp_path, 64, dense=load_model(BUNDLED_MODEL)[0]).save_pretrained(tmp_path / "ours")
-        config = {**self.SMALL, "output": str(output)}
+        config = {**BUNDLED, **self.SMALL, "output": str(output)}
         record = compare_peers.main(PeersConfig(**config, parts=["KIVI", "transformers"]))
         assert json.loads(output.read_text()) == record
         two, four = (record["results"][f"KIVI, {bits} bit (our engine)"] for bits in (2, 4))

@@ -18,7 +18,8 @@ CODE = re.compile(r"```.*?```", flags=re.DOTALL)
 def test_tables_are_those_of_the_results():
     texts = [path.read_text() for path in DOCUMENTS]
     measured = [name for name, (files, _) in RENDERERS.items() if all((RESULTS / f"{f}.json").exists() for f in files)]
-    assert set(RENDERERS) - set(measured) <= {"gpu"}  # which needs a machine that is not always there
+    # A GPU is not always there; the language model's tables are made once `make real-results` has run.
+    assert set(RENDERERS) - set(measured) <= {"gpu", "real_summary", "real_frontier", "real_peers", "real_ruler"}
     assert all(any(f"<!-- table: {name} -->" in text for text in texts) for name in measured)
     for text in texts:
         assert with_tables(text) == text

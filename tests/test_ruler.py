@@ -1,0 +1,90 @@
+"""RULER's generator: run from its wheel, `make test-real`, and a stand-in of it that needs no wheel."""
+
+import sys
+
+import pytest
+from transformers import AutoTokenizer
+
+from scripts import ruler
+from scripts.common import BUNDLED_MODEL, find_model
+from scripts.results_tables import ROOT
+
+#: A generator with the options and the imports of the real one.
+STAND_IN = """
+import argparse
+import tenacity
+from nltk.tokenize import sent_tokenize
+
+parser = argparse.ArgumentParser()
+for name in ("save_dir", "save_name", "tokenizer_path", "tokenizer_type", "template", "type_haystack"):
+    parser.add_argument(f"--{name}")
+for name in ("max_seq_length", "tokens_to_generate", "num_samples", "random_seed", "num_needle_k"):
+    parser.add_argument(f"--{name}", type=int)
+args = parser.parse_args()
+
+
+def generate_samples(num_samples, max_seq_length, save_dir):
+    print("noise")
+    context = "|".join(sent_tokenize("Grass grows. Is it? Yes! It is 3.5 high."))
+    text = args.template.format(type_needle_v="number", context=context, query=args.type_haystack)
+    return [{"index": i, "input": text, "outputs": [str(args.random_seed + i)]} for i in range(num_samples)]
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    folder = tmp_path / "long_context_eval"
+    synthetic = folder / "data" / "synthetic"
+    synthetic.mkdir(parents=True)
+    for package in (folder, folder / "data", synthetic):
+        (package / "__init__.py").touch()
+    (tmp_path / "wonderwords.py").touch()
+    (synthetic / "niah.py").write_text(STAND_IN)
+    template = "Memorize.\\n{context}\\nWhat is the {type_needle_v} for {query}?"
+    wording = {"template": template.replace("\\n", "\n"), "answer_prefix": " The special magic {type_needle_v} is"}
+    (synthetic / "constants.py").write_text(f"TASKS = {{'niah': {wording!r}}}")
+    task = "niah_single_1:\n  task: niah\n  args:\n    type_haystack: repeat\n    num_needle_k: 1\n"
+    (folder / "synthetic.yaml").write_text(task)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    for name in [name for name in sys.modules if name.startswith("long_context_eval")]:
+        del sys.modules[name]
+
+
+def test_samples_of_the_generator(stand_in, capsys):
+    arguments, modules = sys.argv, dict(sys.modules)
+    found = ruler.samples("niah_single_1", 300, 2, "nowhere", seed=7)
+    context = "Memorize.\nGrass grows.|Is it?|Yes!|It is 3.5 high."
+    assert [sample.answers for sample in found] == [["7"], ["8"]]
+    assert {(sample.context, sample.question, sample.prefix) for sample in found} == {
+        (context, "\nWhat is the number for repeat?", " The special magic number is")
+    }
+    assert capsys.readouterr().out == "" and sys.argv is arguments
+    assert all(sys.modules.get(name) is modules.get(name) for name in ("nltk", "nltk.tokenize", "tenacity"))
+
+
+def test_a_missing_package_is_named(stand_in, monkeypatch):
+    real = ruler.find_spec
+    monkeypatch.setattr(ruler, "find_spec", lambda name: None if name == "wonderwords" else real(name))
+    with pytest.raises(ImportError, match=r"wonderwords: must be installed for RULER: pip install --no-deps nvidia"):
+        ruler.samples("niah_single_1", 300, 1, "nowhere")
+
+
+def test_the_makefile_installs_the_same_packages():
+    assert f"RULER := {' '.join(ruler.WHEELS.values())}\n" in (ROOT / "Makefile").read_text()
+
+
+@pytest.mark.real
+# The generator takes long to begin with: it makes all pairs of its adjectives and nouns.
+@pytest.mark.parametrize("variant", ["niah_single_1", "niah_multiquery"])
+def test_samples_out_of_the_wheel(variant):
+    path = find_model(BUNDLED_MODEL)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    found = ruler.samples(variant, 1536, 3, path)
+    assert len(found) == 3 and len({tuple(sample.answers) for sample in found}) == 3
+    for sample in found:
+        assert all(sample.context.count(answer) == 1 for answer in sample.answers)
+        assert not any(answer in sample.question + sample.prefix for answer in sample.answers)
+        assert len(sample.answers) == (4 if variant == "niah_multiquery" else 1)
+        whole = sample.context + sample.question + sample.prefix
+        assert 300 < len(tokenizer(whole).input_ids) <= 1536 - ruler.ANSWER_TOKENS
