@@ -32,7 +32,7 @@ from scripts import plots
 from scripts.common import BUNDLED_MODEL, DTYPES, environment, find_model, git_commit, load_model, parse_config
 from scripts.compare_peers import series
 from scripts.eval_perplexity import EvalConfig, measure, perplexity_table
-from scripts.sources import TEXT_HELP, describe_sources, draw_windows, list_texts, load_sources
+from scripts.sources import TEXT_HELP, calibration_table, describe_sources, draw_windows, list_texts, load_sources
 
 
 @dataclass
@@ -108,8 +108,10 @@ def calibrate_model(config: CalibrationConfig, processes: PartialState | None = 
         raise ValueError(f"model={config.model!r}: must be a dense checkpoint, is split already")
     # Settings and texts are refused before a large model is loaded.
     split_config(config, source)
-    sources = load_sources(config.text)
-    text = describe_sources(sources, config.length, config.windows)
+    sources, text = [], None
+    if config.needs_text:
+        sources = load_sources(config.text)
+        text = describe_sources(sources, config.length, config.windows)
     dense, tokenizer = load_model(config.model, getattr(torch, config.dtype), device_map(processes, config.device))
     if len(tokenizer) > dense.get_input_embeddings().num_embeddings:
         raise ValueError(
@@ -152,6 +154,7 @@ def write_checkpoint(config: CalibrationConfig, calibration: Calibration, budget
         | {"checkpoint": round(time.perf_counter() - started, 1)},
     }
     write_json(folder / "report.json", report)
+    _write_card(report, folder)
     plots.spectra(report, folder / "spectra.png")
     plots.widths(report, folder / "widths.png")
     ranks = [sum(r) for r in target.truncation_ranks.values()]
@@ -160,6 +163,14 @@ def write_checkpoint(config: CalibrationConfig, calibration: Calibration, budget
         f"({dense / nbytes:.1f}× smaller); ranks {min(ranks)}–{max(ranks)}, {sum(report['seconds'].values()):.0f} s"
     )
     return report
+
+
+def _write_card(report: dict, folder: Path) -> None:
+    """Say in the checkpoint's README what it was calibrated on."""
+    readme = folder / "README.md"
+    # A folder that is written again keeps what stands before this section.
+    text = readme.read_text(encoding="utf-8").partition("\n## Calibration\n")[0]
+    readme.write_text(f"{text.rstrip()}\n\n## Calibration\n\n{calibration_table(report)}\n", encoding="utf-8")
 
 
 def _rounded(energies: torch.Tensor) -> list[float]:

@@ -42,7 +42,7 @@ from modules.fit.statistics import collect_statistics
 from modules.kivi_cache import CacheScheme, KIVILatentCache, config_widths
 from scripts import plots
 from scripts.common import find_model, folder_sha256, installed_version, load_model, parse_config
-from scripts.corpus import describe, evenly_spread, load_documents, tokenize_windows
+from scripts.corpus import describe, load_documents
 from scripts.eval_perplexity import (
     EvalConfig,
     divergence_cell,
@@ -54,6 +54,7 @@ from scripts.eval_perplexity import (
     worst_domain,
 )
 from scripts.records import ResultsFile
+from scripts.sources import draw_windows, load_sources
 
 PARTS = ("transformers", "KIVI", "Palu", "ASVD", "checkpoints")
 
@@ -227,8 +228,8 @@ class Models:
     def calibration(self) -> torch.Tensor:
         """`[windows, length]` token ids, spread over the calibration text."""
         c = self.config
-        windows = tokenize_windows(load_documents(c.calibration_text), self.tokenizer, c.calibration_length)
-        return evenly_spread(windows, c.calibration_windows, c.calibration_text, "calibration_windows")
+        sources = load_sources([c.calibration_text])
+        return draw_windows(sources, self.tokenizer, c.calibration_length, c.calibration_windows, "calibration_windows")
 
     def batches(self, of: str) -> tqdm:
         return tqdm(self.calibration.split(1), desc=of)
@@ -354,13 +355,16 @@ def record_key(config: PeersConfig, schemes: list) -> dict:
     options, documents = asdict(config), []
     for text in config.text:
         documents += load_documents(text)
+    calibration = []
+    for source in load_sources([config.calibration_text]):
+        calibration += source.documents
     for name in ("checkpoints", "parts", "statistics", "output"):  # which to measure and where, not how
         del options[name]
     return {
         **options,
         "model_sha256": folder_sha256(find_model(config.model)),
         "text_sha256": describe(documents)["sha256"],
-        "calibration_sha256": describe(load_documents(config.calibration_text))["sha256"],
+        "calibration_sha256": describe(calibration)["sha256"],
         "scored_sha256": hashlib.sha256(bytes(scored.tolist())).hexdigest(),
         "threads": torch.get_num_threads(),  # moves the rounding of bfloat16 products
         "versions": {p: installed_version(p) for p in ("torch", "transformers", "optimum-quanto", "hqq")},

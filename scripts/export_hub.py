@@ -30,6 +30,7 @@ from modeling_alrd_llama import ALRDLlamaForCausalLM, ALRDLlamaModel
 from modules.kernels.cpu import sources as cpp_sources
 from scripts.common import ROOT, git_commit, human_bytes, parse_config
 from scripts.eval_perplexity import perplexity_table, text_names
+from scripts.sources import calibration_table
 
 #: The module of the model's classes, whose imports are followed.
 ENTRY = ALRDLlamaForCausalLM.__module__
@@ -358,19 +359,9 @@ def _size(report: dict | None) -> str:
         kept = list(itertools.chain.from_iterable(report["energy_kept"].values()))
         card += f", which keep {min(kept):.2%} to {max(kept):.2%} of the energy"
     return card + (
-        f". Calibrated on {settings['windows']} windows of {settings['length']} tokens, {_texts(report)}; "
-        f"objective `{settings['objective']}`, allocation `{settings['allocation']}`. Everything is in `report.json`."
+        f". Objective `{settings['objective']}`, allocation `{settings['allocation']}`. Everything is in "
+        f"`report.json`.\n\n{calibration_table(report, _public)}"
     )
-
-
-def _texts(report: dict) -> str:
-    """What was calibrated on: each text with its windows and the beginning of its SHA-256."""
-    # Reports of before know one text only, which got all windows.
-    one = {"text": report["config"]["text"], "windows": report["config"]["windows"], **report["text"]}
-    named = []
-    for source in report["text"].get("sources", [one]):
-        named.append(f"{source['windows']} of `{_public(source['text'])}` (SHA-256 `{source['sha256'][:16]}…`)")
-    return ", ".join(named)
 
 
 def _quality(evaluation: dict | None) -> str:

@@ -5,7 +5,7 @@ texts of `MIXTURE` in equal parts. How many windows of text there are in a sourc
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,3 +145,25 @@ def describe_sources(sources: Sequence[Source], length: int, count: int, field: 
         drawn = {"text": source.spec, "share": source.share, "windows": windows, "tokens": windows * length}
         each.append(drawn | describe(source.documents))
     return describe(documents) | {"sources": each}
+
+
+def calibration_table(report: dict[str, Any], shown: Callable[[str], str] = str) -> str:
+    """What a checkpoint was calibrated on, in Markdown for its card.
+
+    Args:
+        report: Of scripts/calibrate_svd_ranks.py.
+        shown: Turns the name of a text into what a reader may see of it.
+    """
+    settings, text = report["config"], report["text"]
+    if text is None:
+        return f"Calibrated on no text: the objective `{settings['objective']}` needs none."
+    tokens = settings["windows"] * settings["length"]
+    # A report of before knows one text, which got all windows.
+    one = {"text": settings["text"], "share": 1.0, "windows": settings["windows"], "tokens": tokens, **text}
+    lines = ["| calibrated on | share | windows | tokens | SHA-256 |", "|---|---|---|---|---|"]
+    for source in text.get("sources", [one]):
+        lines.append(
+            f"| `{shown(source['text'])}` | {source['share']:.1%} | {source['windows']} | {source['tokens']:,} | "
+            f"`{source['sha256']}` |"
+        )
+    return "\n".join(lines)

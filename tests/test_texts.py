@@ -21,7 +21,15 @@ from scripts.demo import DemoConfig
 from scripts.export_hub import ExportConfig
 from scripts.make_texts import TextsConfig
 from scripts.real_model import RealConfig
-from scripts.sources import Source, describe_sources, divide_windows, draw_windows, load_sources, parse_texts
+from scripts.sources import (
+    Source,
+    calibration_table,
+    describe_sources,
+    divide_windows,
+    draw_windows,
+    load_sources,
+    parse_texts,
+)
 
 LICENCE_WORDS = re.compile(r"licen[cs]|warranty|warranties|copyright", re.IGNORECASE)
 CYRILLIC = re.compile(r"[\u0400-\u052f]")
@@ -297,12 +305,28 @@ def test_the_report_and_the_card_name_the_sources(tmp_path):
 
     export_hub.main(ExportConfig(model=str(tmp_path / "split"), output=str(tmp_path / "hub")))
     card = (tmp_path / "hub" / "README.md").read_text()
-    assert f"4 windows of 140 tokens, 3 of `prose.txt` (SHA-256 `{prose['sha256'][:16]}…`), 1 of `languages:cal" in card
+    assert f"| `prose.txt` | 75.0% | 3 | 420 | `{prose['sha256']}` |" in card
+    assert f"| `languages:calibration` | 25.0% | 1 | 140 | `{shipped['sha256']}` |" in card
+    # So does the checkpoint's own, once, however often it is written.
+    calibrate(config)
+    readme = (tmp_path / "split" / "README.md").read_text()
+    assert readme.startswith("# A model with low-rank keys") and readme.count("## Calibration") == 1
+    assert f"prose.txt` | 75.0% | 3 | 420 | `{prose['sha256']}` |" in readme
+
+
+def test_without_statistics_no_text_is_named(tmp_path):
+    tiny_dense(vocab_size=257, bos_token_id=0).save_pretrained(tmp_path / "dense")
+    save_byte_tokenizer(tmp_path / "dense")
+    where = {"model": str(tmp_path / "dense"), "output": str(tmp_path / "split"), "text": "nowhere"}
+    report = calibrate(CalibrationConfig(share=0.5, objective="weight", **where))
+    assert report["text"] is None
+    assert "Calibrated on no text: the objective `weight`" in (tmp_path / "split" / "README.md").read_text()
 
 
 def test_the_card_of_an_older_report_names_its_text():
-    report = {"config": {"text": "stdlib:calibration", "windows": 32}, "text": {"sha256": "ab" * 32}}
-    assert export_hub._texts(report) == f"32 of `stdlib:calibration` (SHA-256 `{'ab' * 8}…`)"
+    settings = {"text": "stdlib:calibration", "windows": 32, "length": 1024}
+    table = calibration_table({"config": settings, "text": {"sha256": "ab" * 32}})
+    assert table.endswith(f"| `stdlib:calibration` | 100.0% | 32 | 32,768 | `{'ab' * 32}` |")
 
 
 def test_one_text_is_described_as_before(tmp_path):
