@@ -368,14 +368,18 @@ def _quality(evaluation: dict | None) -> str:
     if evaluation is None:
         return "Not measured: no evaluation was given when this folder was written."
     how, machine = evaluation["config"], evaluation["environment"]
-    text = "`, `".join(map(_public, text_names(how["text"])))
+    shown, texts = perplexity_table(evaluation["results"]), text_names(how["text"])
+    # Several texts are named in the table, too.
+    for text in texts:
+        shown = shown.replace(text, _public(text))
+    text = "`, `".join(map(_public, texts))
     return (
         f"Perplexity through the cache: {how['windows']} windows of {how['length']} tokens of `{text}`, "
         f"{how['prefill']} fed at once, then {how['chunk']} at a time; only tokens nine tenths of whose context is "
         f"packed are scored ({evaluation['scored_tokens_per_window']} per window). {evaluation['dtype']}, "
         f"{machine['device']}, torch {machine['torch']}, transformers {machine['transformers']}, commit "
         f"`{machine['commit']}`. A width in bits replaces the checkpoint's own; `config` is what the checkpoint "
-        f"asks for.\n\n{perplexity_table(evaluation['results'])}"
+        f"asks for.\n\n{shown}"
     )
 
 

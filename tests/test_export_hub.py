@@ -24,7 +24,7 @@ from modules.kivi_cache import KIVILatentCache
 from scripts import calibrate_svd_ranks, export_hub
 from scripts.calibrate_svd_ranks import CalibrationConfig
 from scripts.common import git_commit
-from scripts.eval_perplexity import EvalConfig
+from scripts.eval_perplexity import EvalConfig, increase_cell
 from scripts.eval_perplexity import main as evaluate
 from scripts.export_hub import ENTRY, ExportConfig, flat_name, import_lines, main, module_closure
 from tests.helpers import save_byte_tokenizer, tiny_dense
@@ -341,9 +341,8 @@ def test_card_has_the_measured_figures(place, tmp_path):
     results = json.loads((place / "evaluation.json").read_text())["results"]
     assert f"At 512 tokens the cache of one sequence takes {report['nbytes']:,} bytes" in card
     assert f"{report['share_of_dense']:.2%} of a dense one" in card
-    assert all(
-        f"| {result['perplexity']:.3f} | {result['perplexity_increase']:+.2%} |" in card for result in results.values()
-    )
+    for result in results.values():
+        assert f"| {result['perplexity']:.3f} | {increase_cell(result, results['dense'])} |" in card
     assert f"commit `{git_commit()}`" in card and str(place) not in card
     data = metadata_load(place / "hub-1.5" / "README.md")
     assert data["library_name"] == "transformers" and data["pipeline_tag"] == "text-generation"
@@ -358,6 +357,16 @@ def test_card_has_the_measured_figures(place, tmp_path):
     assert "Not stated: the checkpoint has no `report.json`" in card and "Not measured: no evaluation" in card
     data = metadata_load(tmp_path / "bare" / "README.md")
     assert data["base_model"] == "someone/llama" and "license" not in data
+
+
+def test_card_names_several_texts_without_their_folders(place, tmp_path):
+    record = json.loads((place / "evaluation.json").read_text())
+    record["config"]["text"] = [str(tmp_path / "speeches.txt"), "manual"]
+    for result in record["results"].values():
+        result["domains"] = {text: dict(result) for text in record["config"]["text"]}
+    quality = export_hub._quality(record)
+    assert "tokens of `speeches.txt`, `manual`, " in quality and str(tmp_path) not in quality
+    assert quality.count("| – speeches.txt |") == 3 and "Worst text: " in quality
 
 
 def test_nothing_is_left_of_a_broken_export(place, tmp_path, monkeypatch):
