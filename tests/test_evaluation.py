@@ -10,7 +10,7 @@ import yaml
 from transformers import AutoTokenizer, DynamicCache
 
 from modules.kivi_cache import CacheScheme
-from scripts import eval_long_documents, eval_retrieval, ruler
+from scripts import eval_long_documents, eval_retrieval, results_tables, ruler
 from scripts.common import BUNDLED_MODEL, load_model
 from scripts.compared_caches import ComparedCaches, PackedContext, packed_tokens
 from scripts.eval_long_documents import LongDocumentsConfig
@@ -391,6 +391,9 @@ class TestRetrieval:
         assert record["results"]["split"]["cells"]["700 niah_multivalue"]["packed"] == 2
         assert record["text"] == {"generator": "nvidia-long-context-eval==26.3"} and len(asked) == 1
         assert (tmp_path / "ruler.png").stat().st_size > 5_000
+        shown = results_tables.real_retrieval(record)
+        assert "(nvidia-long-context-eval==26.3), 2 samples each, answers of 8 tokens at most. " in shown
+        assert " Of 2 samples all needles were packed in split: 2. " in shown
         late = RetrievalConfig(**options, sink_length=0, residual_length=300)
         assert eval_retrieval.main(late)["results"]["split"]["cells"]["700 niah_multivalue"]["packed"] == 0
 
