@@ -38,7 +38,7 @@ real-results: .venv/wheels
 	.venv/bin/pip install --quiet --no-deps optimum-quanto==0.2.7 hqq==0.2.8.post1 einops termcolor
 	$(RUN) scripts/real_model.py --budgets $(REAL_BUDGETS)
 	$(RUN) scripts/compare_peers.py --model build/real/dense --checkpoints $(REAL_BUDGETS:%=build/real/%) \
-		--text $(REAL_TEXTS) --calibration_text build/real/text/calibration --no_per_document --windows 4 --batch_size 4 \
+		--text $(REAL_TEXTS) --calibration_text mixture --no_per_document --windows 4 --batch_size 4 \
 		--parts transformers KIVI Palu checkpoints --output build/real_frontier.json
 	$(RUN) scripts/eval_retrieval.py --task ruler --dense build/real/dense --checkpoints $(REAL_BUDGETS:%=build/real/%) \
 		--chat --lengths 1024 2048 4096 8192 --trials 10 --new_tokens 32 --output build/real_ruler.json
