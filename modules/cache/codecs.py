@@ -18,7 +18,18 @@ from configuration_alrd_llama import QuantScheme
 from modules.hadamard_utils import rotate, rotate_back
 from modules.kernels import Backend, get_backend
 from modules.kernels.packed import PackedPart, PackRecord
-from modules.quant_utils import DEFAULT_BLOCK_LENGTH, group_widths, packed_words, parameter_dtype, to_finite
+from modules.quant_utils import (
+    DEFAULT_BLOCK_LENGTH,
+    GAUSSIAN_STEPS,
+    decode_token_scale,
+    encode_token_scale,
+    expand_groups,
+    grid,
+    group_widths,
+    packed_words,
+    parameter_dtype,
+    to_finite,
+)
 
 Fields = dict[str, torch.Tensor]
 
@@ -80,9 +91,11 @@ class BlockCodec(ABC):
     def _record(self, **fields) -> PackRecord:
         return PackRecord("", tuple(range(self.channels)), self.scheme.bits, **fields)
 
-    def _with(self, scheme: QuantScheme, length: int, widths: tuple[int, ...], dtype: torch.dtype) -> "BlockCodec":
+    def _with(
+        self, scheme: QuantScheme, length: int, widths: tuple[int, ...], dtype: torch.dtype, static_scales=None
+    ) -> "BlockCodec":
         """The quantizer of a part of the states."""
-        return make_codec(scheme, length, widths, dtype, self.backend, scale_dtype=self.scale_dtype)
+        return make_codec(scheme, length, widths, dtype, self.backend, static_scales, self.scale_dtype)
 
 
 #: Quantizers of users, by the name that `QuantScheme.quantizer` gives. Built-in ones have no name: several fields of
@@ -258,6 +271,72 @@ class RotatedCodec(BlockCodec):
     def decode(self, fields: Fields) -> torch.Tensor:
         groups = _map_groups(rotate_back, self.inner.decode(fields), self.widths)
         return to_finite(torch.cat(groups, dim=-1), self.dtype)
+
+
+class TokenScaledCodec(BlockCodec):
+    """Calibrated scales times one scale per token and head group.
+
+    With the step of a channel and the middle of its range from calibration, and the scale `s` of the token,
+
+        x̂ = middle + s * step * (code - (L - 1) / 2)
+
+    The middle stands for the channel's mean, which a token's scale must not touch. The scale is the root mean square
+    over the head group's channels of `(x - middle) / σ`, rounded to a byte (`encode_token_scale`); σ, the spread of a
+    channel, is its step over that of a Gaussian of unit spread. A block holds `token_scale` `[T, head groups]` uint8
+    beside the fields of its codes, and all widths of a head group share it.
+    """
+
+    def __init__(self, *args, static_scales: StaticScales | None):
+        super().__init__(*args)
+        plain = replace(self.scheme, token_scale=False)
+        self.inner = self._with(plain, self.length, self.widths, torch.float32, static_scales)
+        self.stored_channels = self.inner.stored_channels
+        if static_scales is None:  # the codec only tells the size
+            return
+        # Of each channel: levels to the middle of its range, step of a unit Gaussian, and steps per scale.
+        table = []
+        for bits in channel_bits(self.scheme, self.channels):
+            levels, spacing, _ = grid(bits)
+            table.append(((levels - 1) / 2, GAUSSIAN_STEPS[bits], spacing))
+        scale, zero_point = static_scales
+        half, gaussian, spacing = torch.tensor(table, dtype=torch.float32, device=scale.device).T
+        step = scale * spacing
+        #: Middle of each channel's range, and one over its spread; a constant channel says nothing of a token.
+        self.middle = zero_point + half * step
+        self.inverse_spread = torch.where(step > 0, gaussian / step, 0)
+
+    def fields(self):
+        return self.inner.fields() | {"token_scale": ((self.length, len(self.widths)), torch.uint8)}
+
+    def _expanded(self, codes: torch.Tensor) -> torch.Tensor:
+        """The scale of each token and channel."""
+        return expand_groups(decode_token_scale(codes), self.widths)
+
+    def encode(self, states: torch.Tensor, score=None) -> Fields:
+        centred = states.float() - self.middle
+        # In float64, so that all back ends and batch sizes round to the same byte.
+        energy = (centred * self.inverse_spread).double().square()
+        means = [group.mean(dim=-1) for group in energy.split(self.widths, dim=-1)]
+        codes = encode_token_scale(torch.stack(means, dim=-1).sqrt())
+        return self.inner.encode(centred / self._expanded(codes) + self.middle) | {"token_scale": codes}
+
+    def decode(self, fields: Fields) -> torch.Tensor:
+        centred = self.inner.decode(fields) - self.middle
+        return to_finite(centred * self._expanded(fields["token_scale"]) + self.middle, self.dtype)
+
+    def parts(self, fields: Fields) -> tuple[PackedPart, ...] | None:
+        return self.inner.parts(fields)
+
+
+def channel_bits(scheme: QuantScheme, channels: int) -> list[float]:
+    """Width of each channel."""
+    if scheme.tiers is None:
+        return [scheme.bits] * channels
+    bits: list[float] = []
+    for group in scheme.tiers:
+        for count, width in group:
+            bits += [width] * count
+    return bits
 
 
 def _channel_ranges(states: torch.Tensor) -> torch.Tensor:
@@ -535,6 +614,8 @@ def check_codec(scheme: QuantScheme, length: int) -> None:
 
 def _codec_class(scheme: QuantScheme) -> type[BlockCodec]:
     """The quantizer of a scheme; the one that wraps others comes first."""
+    if scheme.token_scale:
+        return TokenScaledCodec
     if scheme.tiers is not None:
         return TieredCodec
     if scheme.static:
@@ -579,7 +660,7 @@ def make_codec(
     backend = backend or get_backend("reference", torch.device("cpu"))
     arguments = (scheme, length, widths, dtype, backend, scale_dtype or parameter_dtype(dtype))
     codec_class = _codec_class(scheme)
-    if codec_class in (TieredCodec, StaticCodec):
+    if codec_class in (TokenScaledCodec, TieredCodec, StaticCodec):
         return codec_class(*arguments, static_scales=static_scales)
     return codec_class(*arguments)
 
