@@ -87,7 +87,7 @@ def noise(*shape: int, dtype: torch.dtype, shape_of_channels=None) -> torch.Tens
     return (torch.randn(shape) * size + 0.3 * torch.randn(channels)).to(dtype)
 
 
-def make_layer(keys, values, widths, dtype, tokens, sinks=4, residual=16, channels=None, token_sizes=False) -> KIVILatentLayer:
+def make_layer(keys, values, widths, dtype, tokens, sinks=4, residual=16, channels=None, token_sizes=False):
     """A layer with `tokens[i]` tokens in row i, the shorter rows padded on the left."""
     static = {}
     for name, scheme, width in (("keys", keys, widths[0]), ("values", values, widths[1])):
