@@ -144,7 +144,7 @@ def grid(n_bits: float) -> Grid:
 
 
 #: Step of least squared error for a Gaussian of unit spread, by width (Max, IRE Trans. Inf. Theory 6, 1960): a
-#: calibrated step over it says how far a channel spreads.
+#: calibrated step over it is about the spread of a channel.
 GAUSSIAN_STEPS = {1: 1.5958, 2: 0.9957, 3: 0.5860, 4: 0.3352, 8: 0.0308}
 
 #: A token's scale is 2^((byte - 128) / 16): from 2^-8 to 2^7.94 in steps of 4.4%.

@@ -12,7 +12,7 @@ from modules.cache.codecs import block_nbytes, make_codec
 from modules.fit.allocation import refit_scales, static_scales, token_gains
 from modules.kernels import get_backend
 from modules.kivi_cache import CacheScheme, KIVILatentCache
-from modules.quant_utils import GAUSSIAN_STEPS, decode_token_scale, encode_token_scale, grid, unpack_codes
+from modules.quant_utils import decode_token_scale, encode_token_scale, grid, unpack_codes
 from tests.helpers import tiny_dense
 from tests.test_allocation import identity_factors
 from tests.test_tiers import IDS, check_cache_of, static_model
@@ -52,18 +52,21 @@ def test_a_byte_is_a_power_of_two_in_sixteenths():
 
 
 def test_one_token_by_hand():
-    """Two head groups of two channels at 2 bits; steps of a unit Gaussian, so that the spread of every channel is 1."""
-    step = GAUSSIAN_STEPS[2]
+    """Two head groups of two channels at 2 bits, steps 1; what is stored are whole levels times a power of two."""
     middle = torch.tensor([10.0, -10.0, 0.0, 3.0])
-    codec = make_codec(SCALED, 1, (2, 2), torch.float32, static_scales=(torch.full((4,), step), middle - 1.5 * step))
-    # The first group lies (4, -4) off the middles: its scale is 4, its codes those of (1, -1). Then (0.25, 0.01).
-    fields = codec.encode(torch.tensor([[[14.0, -14.0, 0.25, 3.01]]]))
-    second = round(16 * math.log2(math.sqrt((0.25**2 + 0.01**2) / 2)))
-    assert fields["token_scale"].tolist() == [[[128 + 32, 128 + second]]]
-    # Levels at ±0.5 and ±1.5 steps: 1 is nearer to 1.5 steps than to 0.5.
-    assert unpack_codes(fields["packed"], 2, 1).tolist() == [[[3, 0, 3, 2]]]
-    off = torch.tensor([4 * 1.5, -4 * 1.5, 2 ** (second / 16) * 1.5, 2 ** (second / 16) * 0.5]) * step
-    assert torch.allclose(codec.decode(fields)[0, 0], middle + off)
+    codec = make_codec(SCALED, 1, (2, 2), torch.float32, static_scales=(torch.ones(4), middle - 1.5))
+    # Levels are ±0.5 and ±1.5. The first group lies (6, -2) off its middles, four times (1.5, -0.5).
+    x = middle + torch.tensor([6.0, -2.0, 0.125, -0.125])
+    fields = codec.encode(x[None, None])
+    assert fields["token_scale"].dtype == torch.uint8
+    # The second lies (⅛, -⅛) off. Its guess is ⅛ of a Gaussian's step of 0.9957: byte 128 - 48. From there the even
+    # bytes from 68 to 92 are tried, and byte 70, 2^-3.63, times (1.5, -1.5) is the nearest of them.
+    first, second = fields["token_scale"][0, 0].tolist()
+    assert first == 128 + 32
+    assert second == 70
+    assert unpack_codes(fields["packed"], 2, 1).tolist() == [[[3, 1, 3, 0]]]
+    scale = 2 ** ((second - 128) / 16)
+    assert torch.allclose(codec.decode(fields)[0, 0], middle + torch.tensor([6, -2, 1.5 * scale, -1.5 * scale]))
 
 
 @pytest.mark.parametrize("tiers", [None, TIERS], ids=["one width", "tiers"])
@@ -86,12 +89,7 @@ def test_the_formula(tiers):
     bits = [b for g in tiers or (((7, 2),), ((5, 2),)) for n, b in g for _ in range(n)]
     step = scale * torch.tensor([grid(b).spacing for b in bits])
     middle = zero + step * (torch.tensor([grid(b).levels for b in bits]) - 1) / 2
-    spread = step / torch.tensor([GAUSSIAN_STEPS[b] for b in bits])
-    ratios = ((x - middle) / spread).square()
-    own = torch.stack([ratios[..., :7].mean(-1), ratios[..., 7:].mean(-1)], -1).sqrt()
-    rounded = decode_token_scale(fields["token_scale"])
-    assert ((rounded / own).log2().abs() <= 0.5 / 16 + 1e-4).all()
-    by_channel = rounded.repeat_interleave(torch.tensor(WIDTHS), -1)
+    by_channel = decode_token_scale(fields["token_scale"]).repeat_interleave(torch.tensor(WIDTHS), -1)
     plain = make_codec(replace(scheme, token_scale=False), 45, WIDTHS, torch.float32, static_scales=(scale, zero))
     codes = (plain.decode({n: t for n, t in fields.items() if n != "token_scale"}) - middle) / step
     assert torch.allclose(codec.decode(fields), middle + by_channel * step * codes, atol=1e-4)
@@ -99,6 +97,27 @@ def test_the_formula(tiers):
     inside = ((x - middle) / by_channel / step).abs() <= (torch.tensor([grid(b).levels for b in bits]) - 1) / 2
     error = (codec.decode(fields) - x).abs() / (by_channel * step)
     assert inside.any() and error[inside].max() <= 0.501
+
+
+@pytest.mark.parametrize("tiers", [None, TIERS], ids=["one width", "tiers"])
+def test_the_scale_is_the_one_of_least_error(tiers):
+    """All 256 bytes by hand: at most an eighth more error than the best one, and the best of those that are tried."""
+    scheme, x = replace(SCALED, tiers=tiers), heavy_tailed(2, 30, 12)
+    codec = make_codec(scheme, 30, WIDTHS, torch.float32, static_scales=calibrated(x, scheme))
+    chosen = codec.encode(x)["token_scale"]
+    errors = []
+    for byte in range(256):
+        codes = torch.full_like(chosen, byte)
+        by_channel = decode_token_scale(codes).repeat_interleave(torch.tensor(WIDTHS), -1)
+        packed = codec.inner.encode((x - codec.middle) / by_channel + codec.middle)
+        error = (codec.decode(packed | {"token_scale": codes}) - x).square()
+        errors.append(torch.stack([group.sum(-1) for group in error.split(WIDTHS, -1)], -1))
+    errors = torch.stack(errors)
+    found = errors.gather(0, chosen[None].long())[0]
+    assert found.sum() <= 1.125 * errors.amin(0).sum()
+    for away in (-4, -2, 2, 4):
+        others = errors.gather(0, (chosen.long() + away).clamp(0, 255)[None])[0]
+        assert (found <= others * (1 + 1e-4)).float().mean() > 0.85
 
 
 # ---- what it is for
@@ -228,11 +247,12 @@ def test_a_model_generates_and_continues_from_a_file(tmp_path, heads, group):
 # ---- calibration
 
 
-def test_gains_are_those_of_the_codec():
+def test_gains_are_the_sizes_of_the_tokens():
     x = heavy_tailed(1, 500, 12)[0]
-    assert torch.equal(token_gains(x), decode_token_scale(encode_token_scale(token_gains(x).double())))
-    z = (x - x.mean(0)) / x.std(0)
-    assert torch.allclose(token_gains(x)[:, 0], z.square().mean(1).sqrt(), rtol=2 ** (1 / 32) - 1 + 1e-4)
+    norm = (x - x.mean(0)).norm(dim=1)
+    expected = norm / norm.square().mean().sqrt()
+    assert torch.allclose(token_gains(x)[:, 0], expected, rtol=2 ** (1 / 32) - 1 + 1e-4)
+    assert torch.equal(token_gains(torch.ones(5, 3)), torch.full((5, 1), 2.0**-8))
 
 
 def test_steps_are_fitted_to_what_the_codes_hold():

@@ -34,6 +34,9 @@ COSTS_VERSION = 3
 _MOVES = [(0, 1), (0, -1), (1, 0), (-1, 0)]
 _GROWTHS = _MOVES[:2]
 
+#: Times that the steps of kept channels are fitted to the scales of the tokens.
+_REFITS = 2
+
 
 @dataclass
 class ChannelCosts:
@@ -100,15 +103,18 @@ def refit_scales(
     """
     latents = (sample.double() @ factors.project.T).flatten(0, 1)
     kept = latents[:, channels]
-    gains, pieces = token_gains(kept), []
-    for (_, bits), piece in zip(tiers, kept.split([count for count, _ in tiers], dim=1)):
-        pieces.append(torch.stack(static_scales(piece, bits, gains)))
-    scale, zero_point = torch.cat(pieces, dim=1)
-    codec = make_codec(
-        replace(scheme, tiers=(tiers,)), len(kept), (len(channels),), torch.float32, static_scales=(scale, zero_point)
-    )
+    scheme, gains = replace(scheme, tiers=(tiers,)), token_gains(kept)
+    # Steps for the scales of the tokens, then scales by these steps, in turn: each lowers the squared error.
+    for _ in range(_REFITS):
+        pieces = []
+        for (_, bits), piece in zip(tiers, kept.split([count for count, _ in tiers], dim=1)):
+            pieces.append(torch.stack(static_scales(piece, bits, gains)))
+        scale, zero_point = torch.cat(pieces, dim=1)
+        codec = make_codec(scheme, len(kept), (len(channels),), torch.float32, static_scales=(scale, zero_point))
+        fields = codec.encode(kept[None])
+        gains = decode_token_scale(fields["token_scale"][0])
     restored = torch.zeros_like(latents)
-    restored[:, channels] = codec.decode(codec.encode(kept[None]))[0].double()
+    restored[:, channels] = codec.decode(fields)[0].double()
     return (scale, zero_point), factors.unit * (restored - latents).square().mean(0).sum().item()
 
 
@@ -148,10 +154,9 @@ def _rotated_error(codec, blocks: torch.Tensor) -> torch.Tensor:
 
 
 def token_gains(latents: torch.Tensor) -> torch.Tensor:
-    """Scale `[N, 1]` of each token of latents `[N, n]` of a head group, as `TokenScaledCodec` stores it."""
-    spread, middle = torch.std_mean(latents.double(), dim=0)
-    ratios = torch.where(spread > 0, (latents - middle) / spread, 0)
-    return decode_token_scale(encode_token_scale(ratios.square().mean(dim=1, keepdim=True).sqrt()))
+    """Scale `[N, 1]` of each token of latents `[N, n]` of a head group: its size relative to the others'."""
+    energy = (latents.double() - latents.double().mean(0)).square().sum(1, keepdim=True)
+    return decode_token_scale(encode_token_scale((energy / energy.mean().clamp(min=1e-300)).sqrt()))
 
 
 def static_scales(
