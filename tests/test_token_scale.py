@@ -139,6 +139,17 @@ def test_an_outlier_survives(tiers, dtype):
     assert errors[0] > 0.9 and errors[1] < 0.6
 
 
+def test_a_mean_is_not_scaled():
+    """A channel that carries a mean keeps it in a token of any size, as `k_mean_split` asks for."""
+    x = heavy_tailed(8, 128, 12)
+    x[..., 0] = 1000 + 0.1 * torch.randn(8, 128)
+    x[0, 5, 1:] *= 100
+    codec = make_codec(SCALED, 128, WIDTHS, torch.float32, static_scales=calibrated(x, SCALED))
+    fields = codec.encode(x)
+    assert len(fields["token_scale"][..., 0].unique()) > 10
+    assert (codec.decode(fields)[..., 0] - 1000).abs().median() < 1
+
+
 def test_tokens_of_different_size_lose_less():
     fit, x = heavy_tailed(16, 128, 12), heavy_tailed(4, 128, 12)
     errors = []
