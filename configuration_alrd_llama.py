@@ -196,6 +196,9 @@ class QuantScheme:
             other models: the latents of a split model are rotated by their factors (`k_hadamard`, `v_hadamard`).
         static: Scales per channel come from calibration, by a budget (`modules/fit/budget.py`) or for keys and values
             as they are (`modules/formats/calibrated_int8.py`), and are stored once per layer.
+        token_scale: With static scales, each token has a scale of its own, an 8-bit power of 2 in sixteenths for each
+            head group: the calibrated steps are multiplied by it, the middle of their range is not
+            (`modules/cache/codecs.py`). For texts in which tokens, not channels, differ from what was calibrated.
         protected: Share of the tokens of a block, in [0, 1), that is kept at `protected_bits`.
         protected_bits: Width of a protected token, above `bits`.
         quantizer: Name under which a quantizer of your own is registered (`modules/cache/codecs.py`); `None`: by
@@ -214,6 +217,7 @@ class QuantScheme:
     range_method: str | None = None
     rotation: bool = False
     static: bool = False
+    token_scale: bool = False
     protected: float = 0.0
     protected_bits: float = 4
     quantizer: str | None = None
@@ -227,6 +231,7 @@ class QuantScheme:
         check_choice("range_method", self.range_method, ("minmax", "mse", None))
         check_choice("rotation", self.rotation, (True, False))
         check_choice("static", self.static, (True, False))
+        check_choice("token_scale", self.token_scale, (True, False))
         is_number = _is_int(self.protected) or isinstance(self.protected, float)
         if not is_number or not 0 <= self.protected < 1:
             raise ValueError(f"protected={self.protected!r}: must be a share in [0, 1)")
@@ -253,7 +258,7 @@ class QuantScheme:
         """The scheme of one width tier."""
         # What a scheme leaves to the width is chosen again for the tier's; 16 bits are the states themselves.
         if bits == 16:
-            by_width = {"symmetric": None, "range_method": None, "static": False}
+            by_width = {"symmetric": None, "range_method": None, "static": False, "token_scale": False}
         elif self.static:
             by_width = {"symmetric": False}
         else:
@@ -269,11 +274,15 @@ class QuantScheme:
                 "tiers: give each channel its width, so rotation, protected and quantizer must not be set; got "
                 f"rotation={self.rotation}, protected={self.protected}, quantizer={self.quantizer!r}"
             )
+        if self.token_scale and 16 in self._tier_bits:
+            raise ValueError("token_scale=True: multiplies calibrated steps, which a tier of 16 bits does not have")
         # The scheme of each tier checks itself.
         for bits in self._tier_bits:
             self.at_width(bits)
 
     def _check_combinations(self) -> None:
+        if self.token_scale and not self.static:
+            raise ValueError("token_scale=True: must go with static=True, whose calibrated steps it multiplies")
         if self.tiers is not None:
             # Each width is checked by a scheme of its own.
             return self._check_tiers()
@@ -323,7 +332,8 @@ class QuantScheme:
         orientation = self.orientation.replace("_", " ")
         if self.tiers:
             text = f"{'/'.join(map(str, self._tier_bits))}-bit tiers {orientation}"
-            return f"{text} (static)" if self.static else text
+            calibrated = "static, token scale" if self.token_scale else "static"
+            return f"{text} ({calibrated})" if self.static else text
         text, notes = f"{self.bits}-bit {orientation}", self._notes()
         if self.group_size:
             text += f" in groups of {self.group_size}"
@@ -336,6 +346,7 @@ class QuantScheme:
             ("symmetric", self.symmetric and self.bits >= 2),
             ("asymmetric", self.bits == 1 and not self.symmetric),
             ("static", self.static),
+            ("token scale", self.token_scale),
             ("rotation", self.rotation),
             (f"{self.protected:.0%} of tokens at {self.protected_bits} bits", self.protected),
             (self.quantizer, self.quantizer),

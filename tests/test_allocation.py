@@ -40,7 +40,8 @@ def random_tiers(turns: random.Random, widths: list[int], bits=TIER_BITS) -> lis
 
 def price_of(tiers, price: Prices, bits=TIER_BITS) -> int:
     """What a projection with these tiers costs, but for its layer."""
-    return sum(n * price.channel[bits.index(b)] + price.tier[bits.index(b)] for group in tiers for n, b in group)
+    tiers_of_groups = sum(n * price.channel[bits.index(b)] + price.tier[bits.index(b)] for g in tiers for n, b in g)
+    return tiers_of_groups + len(tiers) * price.head_group
 
 
 PRICED = {
@@ -51,6 +52,8 @@ PRICED = {
     "static": (STATIC, STATIC, 32),
     "static, longer blocks": (STATIC, STATIC, 0),
     "static keys, values per token": (STATIC, PER_TOKEN, 128),
+    "scales of tokens": ({**STATIC, "token_scale": True}, {**STATIC, "token_scale": True}, 32),
+    "keys with scales of tokens": ({**STATIC, "token_scale": True}, STATIC, 20),
     "odd blocks": ({}, PER_TOKEN, 37),
 }
 

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from configuration_alrd_llama import QuantScheme
 from modeling_alrd_llama import LatentStep
+from modules.cache.codecs import channel_bits
 from modules.kernels.attention import latent_attention as reference_attention
 from modules.kernels.cpu.attention import latent_attention
 from modules.kernels.cpu.library import MARCH_VARIABLE, library
@@ -86,18 +87,21 @@ def noise(*shape: int, dtype: torch.dtype, shape_of_channels=None) -> torch.Tens
     return (torch.randn(shape) * size + 0.3 * torch.randn(channels)).to(dtype)
 
 
-def make_layer(keys, values, widths, dtype, tokens, sinks=4, residual=16, channels=None) -> KIVILatentLayer:
+def make_layer(keys, values, widths, dtype, tokens, sinks=4, residual=16, channels=None, token_sizes=False):
     """A layer with `tokens[i]` tokens in row i, the shorter rows padded on the left."""
     static = {}
     for name, scheme, width in (("keys", keys, widths[0]), ("values", values, widths[1])):
         if scheme.static:
-            levels = {1: 2}.get(scheme.bits, 2**scheme.bits - 1) if scheme.tiers is None else 15
+            bits = torch.tensor(channel_bits(scheme, sum(width)))
+            levels = torch.where(bits == 1, 2, 2**bits - 1)
             static[name] = (4 * (0.5 + torch.rand(sum(width))) / levels, -2 + 0.2 * torch.randn(sum(width)))
     scheme = CacheScheme.of(keys, values, sink_length=sinks, residual_length=residual)
     layer = KIVILatentLayer(scheme, widths, static or None, backend="reference")
     slots = max(tokens)
     real = torch.arange(slots) >= slots - torch.tensor(tokens)[:, None]
     states = [noise(len(tokens), slots, sum(width), dtype=dtype, shape_of_channels=channels) for width in widths]
+    if token_sizes:
+        states = [x * torch.exp(torch.randn(x.shape[:2]))[..., None].to(dtype) for x in states]
     layer.append(*states, None if real.all() else real)
     return layer
 
@@ -163,6 +167,9 @@ def make_step(
 
 def codecs_of(layer: KIVILatentLayer):
     for codec in layer.pool.codecs.values():
+        if codec.scheme.token_scale:
+            yield codec
+            codec = codec.inner
         yield codec
         yield from getattr(codec, "codecs", {}).values()
 
@@ -297,6 +304,32 @@ def test_static_scales(bits, dtype):
         check(make_step(static, static, dtype, tokens=(500,)))
     check(make_step(static, side(2, group_size=20), dtype, tokens=(500,), heads=(8, 2), ranks=((30,), (9, 15))))
     check(make_step(side(2, group_size=20), static, dtype, tokens=(500,)))
+
+
+def scaled(bits=2, **fields) -> QuantScheme:
+    return side(bits, group_size=128, static=True, symmetric=False, token_scale=True, **fields)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", (1, 2, 3, 4, 8))
+def test_token_scales(bits, dtype):
+    """Tokens of very different size, in head groups of their own, in blocks that end early, beside an unscaled side."""
+
+    def step(*args, **kwargs):
+        return make_step(*args, dtype, tokens=(500, 263), token_sizes=True, bias=True, **kwargs)
+
+    check(step(scaled(bits), scaled(bits)))
+    check(step(scaled(bits), side(2, group_size=20), heads=(8, 2), ranks=((30,), (9, 15))))
+    check(step(side(2, "per_token", 20), scaled(bits), heads=(6, 2), ranks=((9, 15), (37,)), new=3))
+    check(step(scaled(bits), scaled(bits), dense=True, edit=crop_and_grow))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ("missing", "repeated", "one"))
+def test_token_scales_of_tiers(name, dtype):
+    scheme = scaled(tiers=TIERS[name])
+    ranks = tuple(sum(count for count, _ in group) for group in TIERS[name])
+    check(make_step(scheme, scheme, dtype, tokens=(500, 263), ranks=(ranks, ranks), token_sizes=True))
 
 
 #: Tiers of two head groups.
@@ -797,6 +830,7 @@ FENCED = {
     "exact": (side(16), side(16), {}),
     "joint": (side(3, "per_token", 0), side(4, group_size=128), {"ranks": ((21,), (23,))}),
     "static": (side(2, static=True), side(4, static=True), {}),
+    "token scales": (scaled(2), scaled(tiers=(((9, 4), (10, 1)), ((19, 2),))), {}),
     "tiers": (
         side(tiers=TIERS["sorted"]),
         side(orientation="per_token", tiers=TIERS["sorted"]),
@@ -848,9 +882,10 @@ def test_nothing_is_read_beyond_a_tensor(name, at_the_end):
 @st.composite
 def schemes(draw, groups: tuple[int, ...]):
     orientation, group_size = draw(st.sampled_from(ORIENTATIONS)), draw(st.sampled_from((0, 7, 20, 32, 96, 128, 160)))
-    kind = draw(st.sampled_from(("uniform", "uniform", "tiers", "static")))
-    if kind == "static":
-        return side(draw(st.sampled_from((1, 2, 3, 4, 8))), "per_channel", group_size, static=True, symmetric=False)
+    kind = draw(st.sampled_from(("uniform", "uniform", "tiers", "static", "token scales")))
+    if kind in ("static", "token scales"):
+        calibrated = {"static": True, "symmetric": False, "token_scale": kind != "static"}
+        return side(draw(st.sampled_from((1, 2, 3, 4, 8))), "per_channel", group_size, **calibrated)
     if kind == "uniform":
         bits = draw(st.sampled_from(WIDTHS))
         symmetric = None if bits in (1.58, 16) else draw(st.booleans())

@@ -139,6 +139,15 @@ def test_a_budget_gives_a_checkpoint_report_and_pictures(place, tmp_path, capsys
     assert f"{report['nbytes']:,} bytes at {TOKENS} tokens" in capsys.readouterr().out
 
 
+def test_a_scale_for_each_token(place, tmp_path):
+    """The byte of a token is paid for, and the cache has it."""
+    report = main(settings(place, tmp_path, budget=0.2, group_size=None, token_scale=True, head_group_size=2))
+    model = check_checkpoint(tmp_path, report, 0.2)
+    assert model.config.k_scheme == {"orientation": "per_channel", "static": True, "token_scale": True}
+    assert model.config.v_scheme == model.config.k_scheme
+    assert report["predicted_divergence"] > 0
+
+
 def test_a_larger_budget_is_better(place, tmp_path):
     reports = [main(settings(place, tmp_path / str(b), budget=b)) for b in (0.1, 0.3)]
     divergences = [r["predicted_divergence"] for r in reports]
@@ -589,6 +598,10 @@ def test_blocks_that_a_budget_cannot_pay_are_left_out(place, tmp_path):
 
 
 BAD_OPTIONS = {
+    "scales of tokens at one width": (
+        {"budget": 0.1, "allocation": "uniform", "token_scale": True},
+        r"token_scale=True: must go with allocation='tiers'",
+    ),
     "no size": ({}, r"budget, share, sweep: exactly one must be given, got none"),
     "two sizes": ({"budget": 0.1, "share": 0.5}, r"exactly one must be given, got budget, share"),
     "budget and sweep": ({"budget": 0.1, "sweep": [0.1]}, r"exactly one must be given, got budget, sweep"),
@@ -631,6 +644,14 @@ REFUSALS = {
     "static scales without tiers": (
         {"allocation": "water_filling", "k_scheme": '{"orientation": "per_channel", "static": true}'},
         r"k_scheme.*static",
+    ),
+    "scales of tokens without static ones": (
+        {"token_scale": True, "v_scheme": '{"orientation": "per_token"}'},
+        r"v_scheme.*token_scale=True: must go with static=True",
+    ),
+    "scales of tokens of one side": (
+        {"k_scheme": '{"orientation": "per_channel", "static": true, "token_scale": true}'},
+        r"k_scheme, v_scheme: token_scale=True must be given as token_scale=True of the fit",
     ),
     "static scales for a share": (
         {"share": 0.5, "v_scheme": '{"orientation": "per_channel", "static": true}'},

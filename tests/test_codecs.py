@@ -155,7 +155,7 @@ def expected_nbytes(scheme: QuantScheme, length: int, widths, itemsize: int) -> 
     if scheme.quantizer:
         return length * channels
     if scheme.static:
-        return 4 * words_of(length, scheme.bits) * channels
+        return 4 * words_of(length, scheme.bits) * channels + length * len(widths) * scheme.token_scale
     if scheme.protected:
         count, high, low = protected_parts(scheme, length)
         parts = ((high, count), (low, length - count))
@@ -686,6 +686,8 @@ def every_case() -> list[Case]:
             scored = schemes is protected and i // 2 % 2 == 0
             cases.append(Case(schemes[i], others[i], *window, widths, dtypes[i // 2 % 3], scored))
     cases.append(Case(QuantScheme(8, static=True, group_size=20), QuantScheme(4, static=True, group_size=8)))
+    scaled = QuantScheme(8, static=True, group_size=20, token_scale=True)
+    cases.append(Case(scaled, replace(scaled, bits=2, group_size=8), dtype=torch.bfloat16))
     # VidKV's own: one side protected by a score, the other of two widths; groups of three sizes in blocks of 144.
     high = QuantScheme(1.58, "per_channel", 48, protected=0.2, protected_bits=2)
     cases.append(Case(QuantScheme(1.5, group_size=32, rotation=True), high, scored=True))

@@ -24,6 +24,7 @@ FIELDS = {
     "range_method": (None, "minmax", "mse"),
     "rotation": (False, True),
     "static": (False, True),
+    "token_scale": (False, True),
     "protected": (0.0, 0.2),
     "protected_bits": (2, 4, 16),
     "quantizer": (None, "mine"),
@@ -31,9 +32,12 @@ FIELDS = {
 
 
 def allowed(
-    bits, orientation, group_size, symmetric, range_method, rotation, static, protected, protected_bits, quantizer
-):
+    bits, orientation, group_size, symmetric, range_method, rotation, static, token_scale, protected, protected_bits,
+    quantizer,
+):  # fmt: skip
     """The rules of the documentation, told a second time."""
+    if token_scale and not static:
+        return False
     if bits == 1.58 and symmetric is False:
         return False
     if bits == 1.5 and (symmetric or orientation == "per_token"):
@@ -97,6 +101,7 @@ def test_defaults():
         "range_method": "minmax",
         "rotation": False,
         "static": False,
+        "token_scale": False,
         "protected": 0.0,
         "protected_bits": 4,
         "quantizer": None,
@@ -154,6 +159,7 @@ def test_bad_fields_are_refused(field, value):
         ({"static": True, "bits": 1}, "static=True: .*got per_channel, 1 bits"),
         ({"static": True, "rotation": True}, "static=True: .*rotation=True"),
         ({"static": True, "protected": 0.5}, "static=True: .*protected=0.5"),
+        ({"token_scale": True}, "token_scale=True: must go with static=True"),
         ({"bits": 4, "protected": 0.5}, "protected_bits=4: must be above bits=4"),
         ({"bits": 8, "protected": 0.5}, "protected_bits=4: must be above bits=8"),
         ({"bits": 16, "protected": 0.5, "protected_bits": 16}, "protected_bits=16: must be above bits=16"),
@@ -178,7 +184,8 @@ def test_bad_combinations_are_refused(fields, message):
         ({"bits": 1.58}, ["1.58-bit"], ["symmetric", "mse"]),
         ({"bits": 1.5, "range_method": "minmax"}, ["1.5-bit", "minmax"], []),
         ({"bits": 4, "symmetric": True, "rotation": True}, ["4-bit", "symmetric", "rotation"], ["asymmetric"]),
-        ({"bits": 8, "static": True}, ["8-bit", "static"], []),
+        ({"bits": 8, "static": True}, ["8-bit", "static"], ["token scale"]),
+        ({"bits": 8, "static": True, "token_scale": True}, ["8-bit", "static", "token scale"], []),
         ({"bits": 1, "protected": 0.2, "protected_bits": 2}, ["1-bit", "20% of tokens at 2 bits"], []),
         ({"quantizer": "mine"}, ["mine"], []),
     ],

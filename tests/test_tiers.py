@@ -79,6 +79,10 @@ BAD_TOGETHER = {
     "quantizer": ({"quantizer": "mine"}, r"tiers: .*must not be set; got .*quantizer='mine'"),
     "per-token mixture": ({"orientation": "per_token", "tiers": [[[2, 1.5]]]}, r"bits=1\.5: .*must be per_channel"),
     "static per token": ({"orientation": "per_token", "static": True}, r"static=True: .*per_channel"),
+    "token scale of 16 bits": (
+        {"static": True, "token_scale": True},
+        r"token_scale=True: multiplies calibrated steps, which a tier of 16 bits",
+    ),
     "static ternary": ({"static": True, "tiers": [[[2, 1.58]]]}, r"ternary codes \(bits=1\.58\) are symmetric"),
     "static mixture": ({"static": True, "tiers": [[[2, 1.5]]]}, r"static=True: calibrated scales are .* 1\.5 bits"),
 }
@@ -311,6 +315,7 @@ class TieredCase(Case):
             for bits in {bits for bits, _ in tiers}:
                 mine = [len(channels) for b, channels in tiers if b == bits]
                 packed += expected_nbytes(plain_scheme(scheme, bits), block, mine, self.dtype.itemsize)
+            packed += block * len(widths) * scheme.token_scale
         exact = tokens - blocks * block
         return blocks * (packed + 12) + exact * sum(map(sum, self.widths)) * self.dtype.itemsize
 
@@ -337,6 +342,12 @@ CASES = {
         scheme_of(static=True, group_size=32),
         scheme_of((((9, 1),), ((2, 4), (7, 2)), ((2, 3),)), static=True, group_size=32),
         dtype=torch.bfloat16,
+    ),
+    "scales of tokens": TieredCase(
+        scheme_of((((9, 1),), ((2, 4), (7, 2)), ((2, 3),)), static=True, group_size=32, token_scale=True),
+        scheme_of((((9, 8),), ((2, 4), (7, 1)), ((2, 3),)), static=True, group_size=32, token_scale=True),
+        dtype=torch.float16,
+        widths=((9, 9, 2),) * 2,
     ),
 }
 by_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)

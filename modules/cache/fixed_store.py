@@ -355,7 +355,7 @@ class FixedStore:
         """
         if torch.compiler.is_compiling():
             _append_in_graph(list(self.tensors.values()), keys, values, real, self.plan_name)
-        elif self._backend.fused_append is not None and real is None and keys.shape[1] <= MAX_QUERY_LENGTH:
+        elif self._takes_fused_append and real is None and keys.shape[1] <= MAX_QUERY_LENGTH:
             self._fused = self._fused or self._fused_append()
             self._fused(keys, values)
         else:
@@ -364,6 +364,12 @@ class FixedStore:
     @property
     def _backend(self) -> Backend:
         return self.plan.codecs["keys"].backend
+
+    @property
+    def _takes_fused_append(self) -> bool:
+        """Whether the back end has a kernel that writes such blocks; none writes a token's own scale."""
+        scaled = any(codec.scheme.token_scale for codec in self.plan.codecs.values())
+        return self._backend.fused_append is not None and not scaled
 
     def _fused_append(self) -> Callable:
         records = {side: codec.records() for side, codec in self.plan.codecs.items()}

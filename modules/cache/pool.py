@@ -135,7 +135,7 @@ class BlockPool:
     def _side(codec: BlockCodec, storage: Fields) -> PackedSide:
         storage = dict(storage)  # whoever reads keeps what there was, even if the pool is resized meanwhile
         read = partial(_read, codec, storage)
-        return PackedSide(read, codec.parts(storage), codec.stored_channels)
+        return PackedSide(read, codec.parts(storage), codec.stored_channels, storage.get("token_scale"))
 
     def _sweep(self) -> set[int]:
         """Find the free slots, the lowest last; returns the others."""

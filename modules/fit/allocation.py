@@ -9,7 +9,7 @@ water-filling).
 import itertools
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from modules.cache.codecs import block_nbytes, make_codec
 from modules.cache.scheme import TABLE_ENTRY_NBYTES, CacheScheme
 from modules.files import save_tensors
 from modules.hadamard_utils import rotate
-from modules.quant_utils import grid
+from modules.quant_utils import decode_token_scale, encode_token_scale, grid
 from modules.svd_linear import Factors
 
 #: Widths of the tiers that are offered, beside 0.
@@ -32,6 +32,10 @@ COSTS_VERSION = 3
 
 #: Shift of the middle of a static range and growth of it, in turn.
 _MOVES = [(0, 1), (0, -1), (1, 0), (-1, 0)]
+_GROWTHS = _MOVES[:2]
+
+#: Times that the steps of kept channels are fitted to the scales of the tokens.
+_REFITS = 2
 
 
 @dataclass
@@ -62,6 +66,7 @@ def measure_costs(
         bits: Widths to measure.
     """
     latents = sample.double() @ factors.project.T
+    gains = token_gains(latents.flatten(0, 1)) if scheme.token_scale else None
     dropped = factors.unit * latents.square().mean((0, 1))
     blocks = latents.float().reshape(-1, length, latents.shape[-1])
     channels, kept, scales = blocks.shape[-1], [], []
@@ -69,7 +74,7 @@ def measure_costs(
         at_width = scheme.at_width(width)
         static = None
         if at_width.static:
-            static = static_scales(blocks.flatten(0, 1), width)
+            static = static_scales(blocks.flatten(0, 1), width, gains)
             scales.append(static)
         codec = make_codec(at_width, length, (channels,), torch.float32, static_scales=static)
         if scheme.per_channel:
@@ -80,6 +85,37 @@ def measure_costs(
         # A channel that is worse kept than dropped costs what dropping it costs.
         kept.append(torch.minimum(factors.unit * error, dropped))
     return ChannelCosts(dropped, torch.stack(kept, dim=1), scales)
+
+
+def refit_scales(
+    factors: Factors, sample: torch.Tensor, scheme: QuantScheme, channels: torch.Tensor, tiers: list[tuple[int, float]]
+) -> tuple[tuple[torch.Tensor, torch.Tensor], float]:
+    """Calibrate the kept channels of a head group anew, for tokens whose scale is taken over these channels alone.
+
+    Args:
+        factors, sample: As for `measure_costs`.
+        scheme: Of the side.
+        channels: `[r]`, those that are kept, tier after tier.
+        tiers: (channels, bits) of each tier.
+
+    Returns:
+        Scale and zero point `[r]`, and the measured cost of the head group, dropped channels included.
+    """
+    latents = (sample.double() @ factors.project.T).flatten(0, 1)
+    kept = latents[:, channels]
+    scheme, gains = replace(scheme, tiers=(tiers,)), token_gains(kept)
+    # Steps for the scales of the tokens, then scales by these steps, in turn: each lowers the squared error.
+    for _ in range(_REFITS):
+        pieces = []
+        for (_, bits), piece in zip(tiers, kept.split([count for count, _ in tiers], dim=1)):
+            pieces.append(torch.stack(static_scales(piece, bits, gains)))
+        scale, zero_point = torch.cat(pieces, dim=1)
+        codec = make_codec(scheme, len(kept), (len(channels),), torch.float32, static_scales=(scale, zero_point))
+        fields = codec.encode(kept[None])
+        gains = decode_token_scale(fields["token_scale"][0])
+    restored = torch.zeros_like(latents)
+    restored[:, channels] = codec.decode(fields)[0].double()
+    return (scale, zero_point), factors.unit * (restored - latents).square().mean(0).sum().item()
 
 
 def save_costs(path: Path, costs: dict[str, list[ChannelCosts]]) -> None:
@@ -117,19 +153,44 @@ def _rotated_error(codec, blocks: torch.Tensor) -> torch.Tensor:
     return relative.double() * blocks.double().square().mean((0, 1))
 
 
-def static_scales(latents: torch.Tensor, bits: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and zero point `[n]`, float32, of least squared error for latents `[N, n]`; a constant channel gets its own
-    value as zero point."""
-    x, (levels, spacing, _) = latents.float().T.contiguous(), grid(bits)
+def token_gains(latents: torch.Tensor) -> torch.Tensor:
+    """Scale `[N, 1]` of each token of latents `[N, n]` of a head group: its size relative to the others'."""
+    energy = (latents.double() - latents.double().mean(0)).square().sum(1, keepdim=True)
+    return decode_token_scale(encode_token_scale((energy / energy.mean().clamp(min=1e-300)).sqrt()))
+
+
+def static_scales(
+    latents: torch.Tensor, bits: float, gains: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point of least squared error.
+
+    Args:
+        latents: `[N, n]`.
+        bits: Width.
+        gains: `[N, 1]`, scale of each token, by which its distance from the channels' means is divided; `None`: none.
+
+    Returns:
+        `[n]` float32 each; a constant channel gets its own value as zero point.
+    """
+    x, (levels, spacing, _) = latents.float(), grid(bits)
+    offset, weight, moves = 0.0, 1.0, _MOVES
+    if gains is not None:
+        # An error is multiplied by the token's scale again. The middle of the range is the mean, which has no scale.
+        offset, weight, moves = x.mean(0), gains.T.square(), _GROWTHS
+        x = (x - offset) / gains
+    x = x.T.contiguous()
     low, high = x.aminmax(dim=1)
+    if gains is not None:
+        high = torch.maximum(high, -low)
+        low = -high
     # From the range that holds all values, narrower ones are tried: outliers are few.
-    mean = x.mean(1)
+    mean = x.mean(1) if gains is None else torch.zeros_like(high)
     centre, half = low + (high - low) / 2, (high - low) / 2
 
     def error(centre: torch.Tensor, half: torch.Tensor) -> torch.Tensor:
         zero, step = (centre - half)[:, None], (2 * half / (levels - 1)).clamp(min=1e-38)[:, None]
         codes = ((x - zero) / step).add_(0.5).floor_().clamp_(0, levels - 1)
-        return codes.mul_(step).add_(zero).sub_(x).square_().mean(1)
+        return codes.mul_(step).add_(zero).sub_(x).square_().mul_(weight).mean(1)
 
     best = error(centre, half)
 
@@ -145,9 +206,9 @@ def static_scales(latents: torch.Tensor, bits: float) -> tuple[torch.Tensor, tor
     for i in range(24):
         offer(mean, widest * 2 ** (-i / 4))
     # Then ever smaller moves of the range's size and middle.
-    for size, (shift, growth) in itertools.product((0.08, 0.04, 0.02, 0.01), _MOVES * 2):
+    for size, (shift, growth) in itertools.product((0.08, 0.04, 0.02, 0.01), moves * 2):
         offer(centre + shift * size * half, half * (1 + growth * size))
-    return 2 * half / (levels - 1) / spacing, centre - half
+    return 2 * half / (levels - 1) / spacing, centre - half + offset
 
 
 @dataclass(frozen=True)
@@ -159,12 +220,14 @@ class Prices:
         tier: For a tier at each width, beside its channels: the scales that a token has per tier.
         layer: For a layer whatever it stores.
         group: Channels of a tier that share a token's scale: a larger tier pays `tier` for each group. 0: no bound.
+        head_group: For a head group whatever it stores: the scales that a token has for all its tiers.
     """
 
     channel: tuple[int, ...]
     tier: tuple[int, ...]
     layer: int
     group: int = 0
+    head_group: int = 0
 
     @property
     def smallest(self) -> int:
@@ -193,6 +256,9 @@ def tier_prices(scheme: QuantScheme, cache: CacheScheme, bits: tuple, length: in
     held = cache.held(length)
     calibrated = 2 * 4 if scheme.static else 0  # scale and zero point of a channel, once a layer
     channel, tier = [], []
+    # The scale of a token is shared by all tiers of a head group: one byte.
+    head_group = held.blocks * cache.block_length * scheme.token_scale
+    scheme = replace(scheme, token_scale=False)
     for width in bits:
         # A block of one channel and one of two say what a channel takes, and what a tier takes beside its channels.
         at_width = scheme.at_width(width)
@@ -201,7 +267,7 @@ def tier_prices(scheme: QuantScheme, cache: CacheScheme, bits: tuple, length: in
         channel.append(held.blocks * (two - one) + held.exact * dtype.itemsize + calibrated)
         tier.append(held.blocks * (2 * one - two))
     group = 0 if scheme.per_channel else scheme.group_size
-    return Prices(tuple(channel), tuple(tier), held.blocks * TABLE_ENTRY_NBYTES, group)
+    return Prices(tuple(channel), tuple(tier), held.blocks * TABLE_ENTRY_NBYTES, group, head_group)
 
 
 @dataclass
@@ -245,6 +311,8 @@ def allocate(
     price_of = {name: prices[Projection.parse(name).side] for name in costs}
     layers = {Projection.parse(name).layer for name in costs}
     fixed = len(layers) * prices["k"].layer
+    for name, groups in costs.items():
+        fixed += len(groups) * price_of[name].head_group
     smallest = fixed
     for name, groups in costs.items():
         smallest += len(groups) * price_of[name].smallest

@@ -43,6 +43,7 @@ from modules.fit.allocation import (
     largest_share,
     load_costs,
     measure_costs,
+    refit_scales,
     save_costs,
     tier_prices,
 )
@@ -97,6 +98,7 @@ class FitConfig:
     )
     residual_length: int | None = _option(None, "Newest tokens kept in full precision; 16 with tiers, else 32.")
     sink_length: int = _option(4, "First tokens kept in full precision.")
+    token_scale: bool = _option(False, "With tiers: a scale for each token beside the calibrated ones (static sides).")
     k_scheme: str | None = _option(
         None, f"Other fields of QuantScheme for keys, as JSON; with tiers {STATIC} by default."
     )
@@ -107,6 +109,8 @@ class FitConfig:
         check_choice("objective", self.objective, tuple(OBJECTIVES))
         for name in ("tokens", "batch_size", "rank_multiple"):
             check_positive(name, getattr(self, name))
+        if self.token_scale and not self.tiered:
+            raise ValueError("token_scale=True: must go with allocation='tiers', which calibrates the scales")
 
     @property
     def tiered(self) -> bool:
@@ -251,6 +255,10 @@ def split_config(config: FitConfig, source: ALRDLlamaConfig) -> ALRDLlamaConfig:
     # A setting that is not given is the best measured one for tiers, or the cache's default.
     default = STATIC if config.tiered else None
     schemes = {name: parse_json(name, getattr(config, name) or default) for name in ("k_scheme", "v_scheme")}
+    if config.token_scale:
+        schemes = {name: {**(scheme or {}), "token_scale": True} for name, scheme in schemes.items()}
+    elif any((scheme or {}).get("token_scale") for scheme in schemes.values()):
+        raise ValueError("k_scheme, v_scheme: token_scale=True must be given as token_scale=True of the fit, for both")
     names = ("k_bits", "v_bits", "sink_length", "head_group_size", "k_mean_split", "v_mean_split")
     fields = {name: getattr(config, name) for name in names}
     fields["group_size"] = 128 if config.group_size is None else config.group_size
@@ -369,6 +377,8 @@ def _fit_tiers(config: FitConfig, calibration: Calibration, limit: int) -> Calib
     if best is None:
         raise refused
     target, plan = best
+    if config.token_scale:
+        _refit(calibration, target, plan, rates)
     # The configuration is JSON, which has lists.
     target.truncation_ranks, target.width_tiers = {}, {}
     for name, groups in plan.tiers.items():
@@ -376,6 +386,18 @@ def _fit_tiers(config: FitConfig, calibration: Calibration, limit: int) -> Calib
         target.width_tiers[name] = [list(map(list, tiers)) for tiers in groups]
     target.check_latent_cache()
     return replace(calibration, target=target, plan=plan)
+
+
+def _refit(calibration: Calibration, target: ALRDLlamaConfig, plan: BudgetPlan, rates: dict[str, float]) -> None:
+    """Put the scales of the channels that are kept, and what they cost, into a plan (`refit_scales`)."""
+    sides, plan.divergence = _side_schemes(target), 0.0
+    for name, groups in calibration.factors.items():
+        scheme, plan.scales[name] = sides[Projection.parse(name).side], []
+        kept = zip(groups, _samples(calibration, name), plan.channels[name], plan.tiers[name], strict=True)
+        for factors, sample, channels, tiers in kept:
+            scales, cost = refit_scales(factors, sample, scheme, channels, tiers)
+            plan.scales[name].append(scales)
+            plan.divergence += rates[name] * cost
 
 
 def _measured_costs(

@@ -46,6 +46,7 @@ class Backend:
         fused_attention: As `latent_attention` without `weights_length`, returning the sums only; `None`: there is none.
         fused_append: `FusedAppend` of `modules/kernels/triton/append.py`, for caches of fixed capacity; `None`: there
             is none.
+        takes_token_scale: Whether the fused kernel reads tokens with scales of their own (`PackedSide.token_scale`).
     """
 
     name: str
@@ -53,13 +54,16 @@ class Backend:
     unpack_and_dequantize: Callable
     fused_attention: Callable | None = None
     fused_append: Callable | None = None
+    takes_token_scale: bool = False
 
     def __repr__(self) -> str:
         return self.name
 
     def attends_to(self, *sides: PackedSide) -> bool:
         """Whether the fused kernel of this back end reads such blocks."""
-        return self.fused_attention is not None and all([side.parts is not None for side in sides])
+        if self.fused_attention is None or any([side.parts is None for side in sides]):
+            return False
+        return self.takes_token_scale or all([side.token_scale is None for side in sides])
 
     def attend(
         self, query: LatentQuery, cache: PackedCache, weights_length: int | None = None
@@ -122,7 +126,8 @@ def _cpu(field: str, device: torch.device) -> Backend:
     from modules.kernels.cpu.library import library
 
     library()
-    return Backend("cpu", kernels.quantize_and_pack, kernels.unpack_and_dequantize, fused_attention)
+    functions = (kernels.quantize_and_pack, kernels.unpack_and_dequantize, fused_attention)
+    return Backend("cpu", *functions, takes_token_scale=True)
 
 
 _MAKERS = {"reference": _reference, "triton": _triton, "cpu": _cpu}

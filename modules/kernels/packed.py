@@ -166,11 +166,14 @@ class PackedSide:
         parts: The storage itself, for kernels; `None`: a quantizer that kernels do not know.
         channels: `[C]` int64 on the CPU, the channel of each stored channel, the parts side by side; `None`: in
             order. Within a part the channels of a head group are consecutive, and the head groups in order.
+        token_scale: `[slots, T, head groups]` uint8 (`decode_token_scale`): the scale of each token, by which the
+            distance of its states from the middles of the calibrated ranges is multiplied; `None`: there is none.
     """
 
     read: Callable[[torch.Tensor], torch.Tensor]
     parts: tuple[PackedPart, ...] | None = None
     channels: torch.Tensor | None = None
+    token_scale: torch.Tensor | None = None
 
 
 @dataclass(eq=False)

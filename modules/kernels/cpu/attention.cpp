@@ -38,6 +38,7 @@ struct Side {
   const int32_t* first_segment;  // [groups + 1]
   const int32_t* integers;       // [groups] segments that are multiplied as codes
   const int32_t* columns;        // [groups] columns in use
+  const uint8_t* token_scale;    // [slots, block_length, groups], powers of 2^(1/16) from 128 on; null: 1
   int32_t groups, width;         // columns of the widest group
   int32_t run;                   // tokens of a block that share scales per channel
   int32_t by_block;              // whether scales per channel belong to blocks
@@ -71,11 +72,21 @@ struct Chunk {
   int64_t position;
 };
 
+// The scales of tokens by their bytes (`decode_token_scale` of modules/quant_utils.py).
+struct TokenScales {
+  float of[256];
+  TokenScales() {
+    for (int i = 0; i < 256; i++) of[i] = (float)std::exp2((i - 128) / 16.0);
+  }
+};
+
+const TokenScales TOKEN_SCALES;
+
 struct Worker {
   const Arguments& a;
   const Division &division, &exact_division;
   std::vector<uint8_t> codes;
-  std::vector<float> column_numbers, scores, span_scores, scales;
+  std::vector<float> column_numbers, scores, span_scores, scales, key_scales;
   std::vector<float> weight, exact_weight;  // of this head's expansion
   ExpansionRows expansion, exact_expansion;
   Rounded fast, nodes;
@@ -83,7 +94,7 @@ struct Worker {
   std::vector<float> sums, exact_sums, highest, total;  // values [query][column], [query][channel]; softmax
   std::vector<int32_t> integers;                        // probabilities, rounded
   std::vector<uint32_t> packed_high, packed_low;        // four to a lane, in the order of a layout
-  std::vector<float> steps, plain, value_numbers;
+  std::vector<float> steps, plain, scaled, value_numbers;
   int row = 0, head = 0, group = 0, value_group = 0, queries = 0;
   bool fast_is_rounded = false, nodes_are_rounded = false;
   int64_t rounded_anchor = 0;
@@ -264,10 +275,18 @@ struct Worker {
     return {start, std::min(part.run, a.block_length - start), (const int32_t*)part.packed + offset};
   }
 
+  // Scales of n tokens of a block from `first` on in a head group.
+  void token_scales(const Side& side, int of, int slot, int first, int n, float* to) const {
+    const uint8_t* codes_ = side.token_scale + ((int64_t)slot * a.block_length + first) * side.groups + of;
+    for (int t = 0; t < n; t++) to[t] = TOKEN_SCALES.of[codes_[(int64_t)t * side.groups]];
+  }
+
   // Fill the buffers with tokens of a block, from buffer token `to` on; `scales_too`: with scales per channel.
   void load_keys(const Chunk& chunk, int first, int n, int to, bool scales_too) {
     const Side& side = a.keys;
     const int s0 = side.first_segment[group], s1 = side.first_segment[group + 1];
+    if (side.token_scale) token_scales(side, group, chunk.slot, first, n, &key_scales[to]);
+    const float* scale_of = side.token_scale ? &key_scales[to] : nullptr;
     for (int i = s0; i < s1; i++) {
       const Segment& segment = side.segments[i];
       const Part& part = side.parts[segment.part];
@@ -285,7 +304,7 @@ struct Worker {
                    &columns.scale[segment.position], &columns.centre[segment.position]);
       if (as_codes && segment.column >= 0) load_token_scales(part, chunk.slot, first, n, segment, i - s0, to);
       if (!as_codes)
-        dequantize(part, chunk.slot, first, n, segment, to_codes, [&](int t, int c) -> float& {
+        dequantize(part, chunk.slot, first, n, segment, scale_of, to_codes, [&](int t, int c) -> float& {
           return column_numbers[(size_t)(segment.position - columns.first_float + c) * STRIDE + to + t];
         });
     }
@@ -299,12 +318,15 @@ struct Worker {
     token_parameters(part, slot, first, n, segment.column, true, scale, centre);
   }
 
-  // Numbers of n tokens from `first` on of a block, from their unpacked codes; `to(t, c)`: where a channel's goes.
+  // Numbers of n tokens from `first` on of a block, from their unpacked codes and, if `scale_of` is not null, their own
+  // scales; `to(t, c)`: where a channel's goes.
   template <class To>
-  void dequantize(const Part& part, int slot, int first, int n, const Segment& segment, const uint8_t* from, To to) {
+  void dequantize(const Part& part, int slot, int first, int n, const Segment& segment, const float* scale_of,
+                  const uint8_t* from, To to) {
     std::vector<float> scale(round_up(segment.count, 16)), zero(scale.size());
+    const float middle = scale_of ? (part.levels - 1) * 0.5f : 0;
     if (segment.column < 0)
-      parameters(part, slot, first / part.run, segment.channel, segment.count, false, scale.data(), zero.data());
+      parameters(part, slot, first / part.run, segment.channel, segment.count, scale_of, scale.data(), zero.data());
     for (int t = 0; t < n; t++) {
       if (segment.column >= 0) {
         parameters(part, slot, first + t, segment.column, 1, false, scale.data(), zero.data());
@@ -312,7 +334,8 @@ struct Worker {
         std::fill(zero.begin(), zero.end(), zero[0]);
       }
       for (int c = 0; c < segment.count; c++)
-        to(t, c) = from[((int64_t)(c / 4) * STRIDE + t) * 4 + c % 4] * scale[c] + zero[c];
+        to(t, c) = (from[((int64_t)(c / 4) * STRIDE + t) * 4 + c % 4] - middle) * (scale_of ? scale_of[t] : 1) * scale[c] +
+                   zero[c];
     }
   }
 
@@ -345,6 +368,8 @@ struct Worker {
     columns.middle.assign(used, 0);
     columns.variance.assign(used, 0);
     scales.assign((size_t)std::max(1, n) * 2 * STRIDE, 0);
+    key_scales.assign(STRIDE, 1);
+    columns.token_scale = side.token_scale ? key_scales.data() : nullptr;
     for (int i = 0; i < n; i++) {
       const Segment& segment = side.segments[s0 + i];
       const Part& part = side.parts[segment.part];
@@ -445,11 +470,12 @@ struct Worker {
   static int rounded_end(int n) { return std::min(ROUNDED, round_up(n, 16) + 32); }
 
   // Round the probabilities times `scale` (null: 1) of tokens [from, from + n) to integers, in `steps` of each query;
-  // `plain`: the sum of the probabilities times `zero` (null: 1).
+  // `plain`: the sum of the probabilities times `zero` (null: 1); `scaled`: that of the probabilities times `scale`.
   void round_probabilities(int from, int n, const float* scale, const float* zero) {
     integers.resize((size_t)queries * ROUNDED);
     steps.resize(queries);
     plain.resize(queries);
+    scaled.resize(queries);
     packed_high.resize((size_t)queries * PACKED);
     packed_low.resize((size_t)queries * PACKED);
     const int end = rounded_end(n);
@@ -460,11 +486,13 @@ struct Worker {
       std::fill(z + n, z + end, 0.0f);
       for (int t = 0; t < n; t++) x[t] = scale ? p[t] * scale[t] : p[t];
       for (int t = 0; t < n; t++) z[t] = zero ? p[t] * zero[t] : p[t];
-      vf high = set1(1e-37f), total_ = set1(0);
+      vf high = set1(1e-37f), total_ = set1(0), scaled_ = set1(0);
       for (int t = 0; t < n; t += 16) {
         high = max(high, load(x + t));
         total_ = add(total_, load(z + t));
+        scaled_ = add(scaled_, load(x + t));
       }
+      scaled[j] = sum(scaled_);
       steps[j] = maximum(high) / 32512;
       plain[j] = sum(total_);
       const vf inverse = set1(1 / steps[j]);
@@ -532,11 +560,12 @@ struct Worker {
 
   template <int BITS>
   void add_codes(const Part& part, const int32_t* words, int n, int channel, int count, float weight,
-                 const float* scale, const float* zero, float* out, int stride) {
+                 const float* scale, const float* zero, const float* first_level, float* out, int stride) {
     auto finish = [&](vi total_, int j) INLINE {
       float* to = out + (size_t)j * stride;
       vf y = fma(mul(to_float(total_), set1(steps[j] * weight)), load(scale), load(to));
       if (zero) y = fma(load(zero), set1(plain[j]), y);
+      if (first_level) y = fma(load(first_level), set1(scaled[j]), y);
       store(to, y);
     };
     int j = 0;
@@ -559,13 +588,16 @@ struct Worker {
     for (int first = chunk.first; first < chunk.first + chunk.count;) {
       const int last = std::min(chunk.first + chunk.count, (first / side.run + 1) * side.run);
       const int n = last - first, at = from + first - chunk.first;
+      alignas(64) float own_scale[SPAN];
+      const float* scale_of = side.token_scale ? own_scale : nullptr;
+      if (scale_of) token_scales(side, value_group, chunk.slot, first, n, own_scale);
       bool rounded = false;
       int arranged = 0;
       for (int i = s0; i < s1; i++) {
         const Segment& segment = side.segments[i];
         const Part& part = side.parts[segment.part];
         if (i - s0 >= side.integers[value_group]) {
-          add_numbers(part, chunk.slot, first, n, at, segment, stride);
+          add_numbers(part, chunk.slot, first, n, at, segment, scale_of, stride);
           continue;
         }
         const Run run = run_of(part, chunk.slot, first);
@@ -576,7 +608,7 @@ struct Worker {
           rounded = false;
           arranged = 0;
         } else if (!rounded) {
-          round_probabilities(at, n, nullptr, nullptr);
+          round_probabilities(at, n, scale_of, nullptr);
           rounded = true;
           arranged = 0;
         }
@@ -593,14 +625,17 @@ struct Worker {
           const int32_t* words = run.words + (int64_t)first_word * part.token_stride;
           for (int c = 0; c < segment.count; c += 16) {
             const int left = std::min(16, segment.count - c);
-            alignas(64) float scale[16], zero[16];
+            alignas(64) float scale[16], zero[16], first_level[16];
             for (int k = 0; k < 16; k++) scale[k] = zero[k] = 1;
             if (segment.column < 0)
-              parameters(part, chunk.slot, first / part.run, segment.channel + c, left, false, scale, zero);
+              parameters(part, chunk.slot, first / part.run, segment.channel + c, left, scale_of, scale, zero);
             for (int k = left; k < 16; k++) scale[k] = zero[k] = 0;
+            // Beside the middles, which have the probabilities themselves, stand the levels relative to them.
+            for (int k = 0; k < 16; k++) first_level[k] = -0.5f * (part.levels - 1) * scale[k];
             with_bits(layout.bits, [&](auto bits) {
               add_codes<bits>(part, words, lead + n, segment.channel + c, left, 1 << planes[p].shift, scale,
-                              p ? nullptr : zero, &sums[segment.position + c], stride);
+                              p ? nullptr : zero, p || !scale_of ? nullptr : first_level,
+                              &sums[segment.position + c], stride);
             });
           }
         }
@@ -610,7 +645,8 @@ struct Worker {
   }
 
   // Values that are not multiplied as codes.
-  void add_numbers(const Part& part, int slot, int first, int n, int at, const Segment& segment, int stride) {
+  void add_numbers(const Part& part, int slot, int first, int n, int at, const Segment& segment, const float* scale_of,
+                   int stride) {
     const int width = round_up(segment.count, 16);
     value_numbers.resize((size_t)n * width);
     if (part.bits == 16) {
@@ -621,7 +657,7 @@ struct Worker {
       const Run run = run_of(part, slot, first);
       std::vector<uint8_t> bytes((size_t)width * STRIDE);
       unpack(part, run.words, run.length, first - run.start, n, segment.channel, segment.count, bytes.data(), STRIDE);
-      dequantize(part, slot, first, n, segment, bytes.data(),
+      dequantize(part, slot, first, n, segment, scale_of, bytes.data(),
                  [&](int t, int c) -> float& { return value_numbers[(size_t)t * width + c]; });
     }
     accumulate(n, at, width, &sums[segment.position], stride);

@@ -20,7 +20,7 @@ _PRECISION = {torch.float32: (0.0, 0), torch.float16: (1e-4, 2), torch.bfloat16:
 # attention.cpp says what the fields mean.
 _Segment = structure("int32 part channel count column position")
 _Side = structure("""
-    pointer parts segments first_segment integers columns
+    pointer parts segments first_segment integers columns token_scale
     int32 groups width run by_block
 """)
 _Arguments = structure(
@@ -122,12 +122,13 @@ def _make_columns(side: PackedSide, block_length: int, as_codes: frozenset, alig
     # Pointers to the storage in the order of the first fields.
     made = _Side(
         *map(ctypes.addressof, kept),
+        token_scale=address(side.token_scale),
         groups=len(columns),
         width=width,
         run=min(runs, default=block_length),
         by_block=bool(runs),
     )
-    return _Columns(made, ints(flat), (*kept, side.parts))
+    return _Columns(made, ints(flat), (*kept, side.parts, side.token_scale))
 
 
 _made: WeakKeyDictionary = WeakKeyDictionary()

@@ -25,6 +25,7 @@ struct Rounded {
   int lanes = 0, planes = 1;
   std::vector<int32_t> weights;       // [plane][quad][lane], four columns each
   std::vector<float> step, constant;  // [lane]: score = step * product + constant
+  std::vector<float> shift;           // with scales of tokens: score = scale * (step * product + shift) + constant
   std::vector<float> totals, sums;    // per token, [scale group][lane]: sum of the integers, and of the weights
 
   void reserve(int n_lanes, int quads, int groups) {
@@ -32,6 +33,7 @@ struct Rounded {
     weights.resize((size_t)2 * quads * lanes);
     step.resize(lanes);
     constant.resize(lanes);
+    shift.resize(lanes);
     totals.resize((size_t)groups * lanes);
     sums.resize((size_t)groups * lanes);
   }
@@ -49,6 +51,7 @@ struct Columns {
     float middle;
   };  // per token: quads; [token]
   std::vector<Group> groups;
+  const float* token_scale = nullptr;  // [token], of the distances from the centres; null: 1
   int64_t code_sum = 0;  // the largest sum of codes
 };
 
@@ -138,7 +141,10 @@ void round_weights(const float* weights, int lanes, const Columns& columns, int 
           ori(ori(andi(lows[0], low), shl(andi(lows[1], low), 8)), ori(shl(andi(lows[2], low), 16), shl(lows[3], 24))));
     }
     store(&out.step[l], step);
-    store(&out.constant[l], per_token ? constant : fnma(step, shift, constant));
+    // The scale of a token multiplies what its codes are beside their middle, not the bias and the centres.
+    const bool apart = per_token || columns.token_scale;
+    store(&out.constant[l], apart ? constant : fnma(step, shift, constant));
+    store(&out.shift[l], fnma(step, shift, set1(0)));
   }
 }
 
@@ -190,6 +196,14 @@ INLINE inline void multiply(const Rounded& rounded, const float* weights, const 
     multiply_rounded<M, V>(rounded, columns, tokens, lane, token, 0, columns.quads, sum);
     each<M>([&](auto m) INLINE {
       const vf step = set1(rounded.step[lane + m]), constant = set1(rounded.constant[lane + m]);
+      if (columns.token_scale) {
+        const vf shift = set1(rounded.shift[lane + m]);
+        each<V>([&](auto v) INLINE {
+          const vf scale = load(columns.token_scale + token + 16 * v);
+          out[m][v] = fma(fma(to_float(sum[m][v]), step, shift), scale, constant);
+        });
+        return;
+      }
       each<V>([&](auto v) INLINE { out[m][v] = fma(to_float(sum[m][v]), step, constant); });
     });
   } else {
