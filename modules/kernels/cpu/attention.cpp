@@ -334,8 +334,9 @@ struct Worker {
         std::fill(zero.begin(), zero.end(), zero[0]);
       }
       for (int c = 0; c < segment.count; c++)
-        to(t, c) = (from[((int64_t)(c / 4) * STRIDE + t) * 4 + c % 4] - middle) * (scale_of ? scale_of[t] : 1) * scale[c] +
-                   zero[c];
+        to(t, c) =
+            (from[((int64_t)(c / 4) * STRIDE + t) * 4 + c % 4] - middle) * (scale_of ? scale_of[t] : 1) * scale[c] +
+            zero[c];
     }
   }
 
@@ -634,8 +635,8 @@ struct Worker {
             for (int k = 0; k < 16; k++) first_level[k] = -0.5f * (part.levels - 1) * scale[k];
             with_bits(layout.bits, [&](auto bits) {
               add_codes<bits>(part, words, lead + n, segment.channel + c, left, 1 << planes[p].shift, scale,
-                              p ? nullptr : zero, p || !scale_of ? nullptr : first_level,
-                              &sums[segment.position + c], stride);
+                              p ? nullptr : zero, p || !scale_of ? nullptr : first_level, &sums[segment.position + c],
+                              stride);
             });
           }
         }

@@ -52,7 +52,7 @@ struct Columns {
   };  // per token: quads; [token]
   std::vector<Group> groups;
   const float* token_scale = nullptr;  // [token], of the distances from the centres; null: 1
-  int64_t code_sum = 0;  // the largest sum of codes
+  int64_t code_sum = 0;                // the largest sum of codes
 };
 
 // Largest magnitude and constant of 16 expansion rows, and whether 8 bits lose more than LIMIT of one.
