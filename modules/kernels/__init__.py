@@ -8,6 +8,7 @@ Packing gives the same bits everywhere. Attention agrees to the rounding of the 
 to the packed blocks themselves. Every back end uses the reference instead for
 
 * more than 16 new tokens (a prompt in pieces),
+* states of other types than `FUSED_DTYPES` (float64),
 * a quantizer that the kernels do not know (`Backend.attends_to`),
 * attention weights,
 * a layer whose weights are offloaded.

@@ -388,7 +388,7 @@ def _attend(
     KEYS: tl.constexpr,
     VALUES: tl.constexpr,
     TILES: tl.constexpr,  # of a block; 0: as many as its valid tokens fill
-    LISTED: tl.constexpr,  # whether `blocks` are numbers of slots; else they are the slots themselves
+    LISTED: tl.constexpr,  # whether `slots` names the slot of each block; else block j stands in slot j
     HALF: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_M: tl.constexpr,
