@@ -81,6 +81,15 @@ class Projection(NamedTuple):
         """Name of the module in its attention, e.g. "k_proj"."""
         return f"{self.side}_proj"
 
+    @property
+    def settings_side(self) -> str:
+        """Whose settings the cache stores it by, one of `SIDES`."""
+        return self.side
+
+    def members(self) -> list["Projection"]:
+        """The projections that share the latent: itself."""
+        return [self]
+
     @classmethod
     def parse(cls, name: str) -> "Projection":
         """The projection of a name; a `ValueError` if there is none."""
@@ -88,6 +97,42 @@ class Projection(NamedTuple):
         if match is None:
             raise ValueError(f"{name!r}: must be the name of a projection, such as {cls(0, 'k').name!r}")
         return cls(int(match[1]), match[2])
+
+
+class Block(NamedTuple):
+    """The projections that share a latent which is made of their outputs; files and configurations hold its `name`.
+
+    Attributes:
+        first, last: Its layers, both ends included.
+        side: "k", "v", or "kv" for keys and values together.
+    """
+
+    first: int
+    last: int
+    side: str
+
+    @property
+    def name(self) -> str:
+        """Its name in `truncation_ranks` and `width_tiers`, e.g. "model.layers.3.self_attn.kv_latent"."""
+        return f"model.layers.{self.first}.self_attn.{self.attribute}"
+
+    @property
+    def attribute(self) -> str:
+        """The end of the name, e.g. "kv_latent"."""
+        return f"{self.side}_latent"
+
+    @property
+    def settings_side(self) -> str:
+        """Whose settings the cache stores it by, one of `SIDES`: those of the keys for keys and values together."""
+        return self.side[0]
+
+    def members(self) -> list[Projection]:
+        """The projections that share the latent, layer by layer."""
+        members = []
+        for layer in range(self.first, self.last + 1):
+            for side in self.side:
+                members.append(Projection(layer, side))
+        return members
 
 
 def _is_int(value: Any) -> bool:
@@ -402,8 +447,8 @@ def _check_given_widths(stored: dict, given: dict) -> None:
     if "width_tiers" in given:
         return
     for side in SIDES:
-        field = f"{side}_bits"
-        if field in given and any(name.endswith(f"{side}_proj") for name in tiers):
+        field, endings = f"{side}_bits", (f"{side}_proj", f".{side}_latent", f".{side}v_latent")
+        if field in given and any(name.endswith(endings) for name in tiers):
             check_width_beside_tiers(side, given[field], stored.get(field, getattr(ALRDLlamaConfig, field)))
 
 
@@ -452,6 +497,15 @@ class ALRDLlamaConfig(LlamaConfig):
         k_hadamard, v_hadamard (`bool`, default to `True`):
             Whether the latent is rotated by an orthogonal Hadamard matrix, folded into the factors when a dense
             weight is split. Stored factors are never rotated again.
+        keep_dense (`bool`, defaults to `False`):
+            Whether the dense projections stay beside the factors, and latents are made of their outputs, by *blocks*
+            of projections (`Block`). `truncation_ranks` and `width_tiers` then name blocks,
+            `"model.layers.{first}.self_attn.{k,v,kv}_latent"`, all of them or none yet.
+        layer_group_size (`int`, defaults to 1):
+            Layers whose projections share a block; the last group may be shorter. Above 1 with `keep_dense` only.
+        joint_kv (`bool`, defaults to `False`):
+            Whether the keys and the values of a block share one latent, with `keep_dense` only. It is stored as keys
+            are, by `k_bits`, `k_scheme` and `k_hadamard`; `v_bits` and `v_hadamard` say nothing then.
 
     Raises:
         ValueError: A field, or a combination, is out of range. The message names field, value and rule. Fields that
@@ -479,6 +533,10 @@ class ALRDLlamaConfig(LlamaConfig):
     v_mean_split: bool = False
     k_hadamard: bool = True
     v_hadamard: bool = True
+    # Which projections share a latent.
+    keep_dense: bool = False
+    layer_group_size: int = 1
+    joint_kv: bool = False
 
     def __post_init__(self, **kwargs):
         if set(kwargs.get("layer_types") or ()) == {LATENT_LAYER_TYPE}:
@@ -553,19 +611,50 @@ class ALRDLlamaConfig(LlamaConfig):
             for side in SIDES:
                 yield Projection(layer, side)
 
+    def blocks(self) -> list[Block]:
+        """All blocks of projections of a model with `keep_dense`, group of layers by group of layers."""
+        blocks, sides = [], ("kv",) if self.joint_kv else SIDES
+        for first in range(0, self.num_hidden_layers, self.layer_group_size):
+            last = min(first + self.layer_group_size, self.num_hidden_layers) - 1
+            for side in sides:
+                blocks.append(Block(first, last, side))
+        return blocks
+
+    def parts(self) -> "list[Projection] | list[Block]":
+        """What has a latent of its own, and so a name in `truncation_ranks`: the blocks, or the projections."""
+        return self.blocks() if self.keep_dense else list(self.projections())
+
+    def cache_layer(self, layer: int) -> int:
+        """Index of the layer of a cache that holds the latents of a model's layer: one for each group of layers."""
+        return layer // self.layer_group_size
+
+    @property
+    def num_cache_layers(self) -> int:
+        """Layers of a cache of this model."""
+        return self.cache_layer(self.num_hidden_layers - 1) + 1
+
     @property
     def num_head_groups(self) -> int:
         """Groups of key/value heads that share one latent."""
         return self.num_key_value_heads // (self.head_group_size or self.num_key_value_heads)
 
     @property
-    def full_group_rank(self) -> int:
-        """Largest rank of one head group: the smaller side of its part of the weight."""
-        # A group's part of the weight is [outputs of its heads, hidden_size].
-        return min(self.num_key_value_heads * self.head_dim // self.num_head_groups, self.hidden_size)
+    def group_outputs(self) -> int:
+        """Outputs of a projection for one head group."""
+        return self.num_key_value_heads * self.head_dim // self.num_head_groups
 
-    def group_ranks(self, projection: Projection) -> tuple[int, ...] | None:
-        """Ranks of a projection's head groups; `None` if it stays dense."""
+    @property
+    def full_group_rank(self) -> int:
+        """Largest rank of one head group of a projection: the smaller side of its part of the weight."""
+        # A group's part of the weight is [outputs of its heads, hidden_size].
+        return min(self.group_outputs, self.hidden_size)
+
+    def full_rank(self, part: Projection | Block) -> int:
+        """Largest rank of one head group: `full_group_rank`, of a block the outputs of all its members."""
+        return len(part.members()) * self.group_outputs if self.keep_dense else self.full_group_rank
+
+    def group_ranks(self, projection: Projection | Block) -> tuple[int, ...] | None:
+        """Ranks of the head groups of a projection or a block; `None` if it stays dense."""
         rank = self.truncation_ranks.get(projection.name)
         if rank is None:
             return None
@@ -576,26 +665,32 @@ class ALRDLlamaConfig(LlamaConfig):
         share, remainder = divmod(rank, groups)
         return (share + 1,) * remainder + (share,) * (groups - remainder)
 
-    def group_tiers(self, projection: Projection) -> list | None:
-        """Width tiers of a projection's head groups; `None` if its channels have one width."""
+    def group_tiers(self, projection: Projection | Block) -> list | None:
+        """Width tiers of the head groups of a projection or a block; `None` if its channels have one width."""
         return self.width_tiers.get(projection.name)
 
-    def cached_widths(self, projection: Projection) -> tuple[int, ...]:
+    def cached_widths(self, projection: Projection | Block) -> tuple[int, ...]:
         """Channels that the cache stores per token, by group: the latent's ranks, or one head size per dense head."""
         return self.group_ranks(projection) or (self.head_dim,) * self.num_key_value_heads
 
-    def layer_widths(self, layer: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """`cached_widths` of the keys and the values of a layer."""
-        return self.cached_widths(Projection(layer, "k")), self.cached_widths(Projection(layer, "v"))
+    def layer_parts(self, layer: int) -> list[Projection] | list[Block]:
+        """What stores the keys and the values of a layer in the cache, one for each side of the cache's layer."""
+        if not self.keep_dense:
+            return [Projection(layer, side) for side in SIDES]
+        return [block for block in self.blocks() if block.first <= layer <= block.last]
+
+    def layer_widths(self, layer: int) -> tuple[tuple[int, ...], ...]:
+        """`cached_widths` of the keys and the values of a layer, or those of the one latent of both."""
+        return tuple(map(self.cached_widths, self.layer_parts(layer)))
 
     def is_static(self, side: str) -> bool:
         """Whether the cache quantizes a side by calibrated scales."""
         fields = getattr(self, f"{side}_scheme") or {}
         return bool(fields.get("static"))
 
-    def tiered_scheme(self, projection: Projection) -> QuantScheme | None:
-        """The scheme by which the cache stores a projection that has width tiers; `None` if it has none."""
-        tiers, side = self.group_tiers(projection), projection.side
+    def tiered_scheme(self, projection: Projection | Block) -> QuantScheme | None:
+        """The scheme by which the cache stores what has width tiers; `None` if it has none."""
+        tiers, side = self.group_tiers(projection), projection.settings_side
         if tiers is None:
             return None
         fields = {**(getattr(self, f"{side}_scheme") or {}), "tiers": tiers}
@@ -616,7 +711,8 @@ class ALRDLlamaConfig(LlamaConfig):
                 raise ValueError(f"{side}_bits=1.5: the simple scheme (use_kivi=False) rounds each token by itself")
         for field in ("residual_length", "sink_length"):
             check_count(field, getattr(self, field))
-        for field in ("use_kivi", "k_hadamard", "v_hadamard", "k_mean_split", "v_mean_split"):
+        switches = ("use_kivi", "k_hadamard", "v_hadamard", "k_mean_split", "v_mean_split", "keep_dense", "joint_kv")
+        for field in switches:
             if not isinstance(getattr(self, field), bool):
                 raise ValueError(f"{field}={getattr(self, field)!r}: must be True or False")
 
@@ -624,22 +720,27 @@ class ALRDLlamaConfig(LlamaConfig):
         size, heads = self.head_group_size, self.num_key_value_heads
         if size is not None and (not _is_int(size) or size < 1 or heads % size):
             raise ValueError(f"head_group_size={size!r}: must divide num_key_value_heads={heads}")
+        _check_blocks(self)
         if not isinstance(self.truncation_ranks, dict):
             raise ValueError(f"truncation_ranks={self.truncation_ranks!r}: must map projection names to ranks")
+        parts = {part.name: part for part in self.parts()}
         for name, rank in self.truncation_ranks.items():
-            _check_rank(self, name, rank)
+            _check_rank(self, name, rank, parts)
+        missing = sorted(set(parts) - set(self.truncation_ranks))
+        if self.keep_dense and self.truncation_ranks and missing:
+            raise ValueError(f"truncation_ranks: must name all blocks with keep_dense=True; missing {missing[0]!r}")
         if not isinstance(self.width_tiers, dict):
             raise ValueError(f"width_tiers={self.width_tiers!r}: must map projection names to tiers")
         if self.width_tiers and not self.use_kivi:
             raise ValueError("width_tiers: the simple scheme (use_kivi=False) has one width for all channels")
         for name in self.width_tiers:
-            self._check_tiers(name)
+            self._check_tiers(name, parts)
 
-    def _check_tiers(self, name: str) -> None:
+    def _check_tiers(self, name: str, parts: dict[str, Projection | Block]) -> None:
         field = f"width_tiers[{name!r}]"
         if name not in self.truncation_ranks:
             raise ValueError(f"{field}: must be a projection that truncation_ranks names")
-        projection = Projection.parse(name)
+        projection = parts[name]
         ranks = self.group_ranks(projection)
         try:
             check_tiers(self.width_tiers[name])
@@ -673,20 +774,46 @@ def _check_full_attention(config: ALRDLlamaConfig) -> None:
         raise ValueError(f"layer_types: must all be 'full_attention'; not supported: {', '.join(others)}")
 
 
-def _check_rank(config: ALRDLlamaConfig, name: str, rank: int | list[int]) -> None:
-    """Refuse a rank that a projection cannot have."""
+def _check_blocks(config: ALRDLlamaConfig) -> None:
+    """Refuse fields that do not go with blocks, or that need them."""
+    size = config.layer_group_size
+    if not _is_int(size) or not 1 <= size <= config.num_hidden_layers:
+        raise ValueError(
+            f"layer_group_size={size!r}: must be an integer from 1 to num_hidden_layers={config.num_hidden_layers}"
+        )
+    if not config.keep_dense:
+        for field, value in (("layer_group_size", 1), ("joint_kv", False)):
+            if getattr(config, field) != value:
+                raise ValueError(
+                    f"{field}={getattr(config, field)}: must be {value} without keep_dense=True, for a latent of "
+                    "several projections is made of their outputs"
+                )
+        return
+    for field, value, reason in (
+        ("use_kivi", True, "without a packed cache the dense projections serve, and there is no latent to round"),
+        ("k_mean_split", False, "the mean stands in the biases of the factors"),
+        ("v_mean_split", False, "the mean stands in the biases of the factors"),
+    ):
+        if getattr(config, field) != value:
+            raise ValueError(f"{field}={getattr(config, field)}: must be {value} with keep_dense=True; {reason}")
+    if config.joint_kv and config.v_scheme:
+        raise ValueError("v_scheme: must be None with joint_kv=True, whose latents are stored by k_bits and k_scheme")
+
+
+def _check_rank(
+    config: ALRDLlamaConfig, name: str, rank: int | list[int], parts: dict[str, Projection | Block]
+) -> None:
+    """Refuse a rank that a projection or a block cannot have."""
     field = f"truncation_ranks[{name!r}]"
-    try:
-        exists = Projection.parse(str(name)).layer < config.num_hidden_layers
-    except ValueError:
-        exists = False
-    if not exists:
+    if name not in parts:
+        if config.keep_dense:
+            raise ValueError(f"{field}: no such block with keep_dense=True; names are {', '.join(map(repr, parts))}")
         raise ValueError(
             f"{field}: no such projection; names are 'model.layers.{{i}}.self_attn.k_proj' and '….v_proj' with i "
             f"from 0 to {config.num_hidden_layers - 1}"
         )
     # A list has one rank for each head group, an int is the total of all of them.
-    groups, full = config.num_head_groups, config.full_group_rank
+    groups, full = config.num_head_groups, config.full_rank(parts[name])
     per_group = isinstance(rank, (list, tuple))
     if per_group:
         ranks, least, most, note = rank, 1, full, " per head group"
