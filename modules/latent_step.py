@@ -1,6 +1,6 @@
 """The new tokens of a forward pass over a `KIVILatentCache`: which are real, and where they stand in their rows."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -8,6 +8,50 @@ from modules.kernels import MAX_QUERY_LENGTH
 from modules.kernels.packed import NewTokens, Rope, counts_of_rows
 from modules.kivi_cache import KIVILatentCache
 from modules.quant_utils import require
+
+
+class LatentSums:
+    """Latents of a step's new tokens while the members of a block add to them, and the members' own states.
+
+    `begin` at the first layer of a block, `add` at each of them; the cache is given the sums at the last one.
+
+    Attributes:
+        latents: By side of the cache `[B, L, Σ r]` float32.
+        dense: By "keys" and "values", of each layer so far `[B, n, H_kv * d]`: the first n slots, which may be sinks.
+    """
+
+    def begin(self, layer: int, sink_slots: int) -> None:
+        """Start with no tokens; of the layers' own states keep those of the first `sink_slots` slots."""
+        self.latents, self.dense = {}, {"keys": [], "values": []}
+        self._next, self._sink_slots = layer, sink_slots
+
+    def add(self, layer: int, sides: tuple[str, str], parts: tuple, states: tuple) -> None:
+        """Add what a layer gives.
+
+        Args:
+            layer: Its index.
+            sides: Side of the cache that holds the latents of its keys, and of its values.
+            parts: Its parts of the two latents, float32.
+            states: Its keys and values `[B, L, H_kv * d]`.
+
+        Raises:
+            ValueError: A layer of the block before this one is missing.
+        """
+        if getattr(self, "_next", None) != layer:
+            raise ValueError(
+                f"layer_group_size: layer {layer} shares its latents with the layers before it, which are not computed "
+                "in the same forward pass; a pipeline's stage must have whole blocks"
+            )
+        self._next += 1
+        for side, part in zip(sides, parts, strict=True):
+            self.latents[side] = self.latents[side] + part if side in self.latents else part
+        for kept, state in zip(self.dense.values(), states, strict=True):
+            # A copy, so that the tokens of a long prompt are not held till the block is complete.
+            kept.append(state[:, : self._sink_slots].clone())
+
+    def members(self) -> dict[str, torch.Tensor]:
+        """The layers' own keys and values side by side, `[B, n, layers * H_kv * d]`."""
+        return {side: torch.cat(states, dim=-1) for side, states in self.dense.items()}
 
 
 @dataclass(eq=False)
@@ -24,6 +68,7 @@ class LatentStep:
         rope: Frequencies for the cached keys.
         slots: `[B, past slots + L]`, position of the token in each slot, -1 for pads, if attention weights are to be
             returned; else `None`.
+        sums: Latents that the layers of a block add to.
     """
 
     positions: torch.Tensor
@@ -35,6 +80,7 @@ class LatentStep:
     has_past: bool
     rope: Rope | None = None
     slots: torch.Tensor | None = None
+    sums: LatentSums = field(default_factory=LatentSums)
 
     @classmethod
     def after(

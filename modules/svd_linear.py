@@ -3,6 +3,9 @@ r"""Low-rank linear layers `W ≈ A·B` and the factorizations that make them.
 `k = W x` is split into a latent `c = B x` (`BLinear`), which is what a cache stores, and its expansion `A c`
 (`ALinear`, which carries the bias). The heads are cut into groups with a decomposition of their own; then `A` is
 block-diagonal and the groups' latents lie side by side.
+
+Several projections, the members of a block, can share a latent that is made of their outputs: `z = Σ_m B_m (y_m - ȳ_m)`
+(`MemberBLinear`), and every member has an `ALinear` of its own, `y_m ≈ ȳ_m + A_m z` (`LatentFactors`).
 """
 
 from collections.abc import Sequence
@@ -494,3 +497,139 @@ def dense_product(a: torch.Tensor, b: torch.Tensor, ranks: tuple[int, ...]) -> t
     # Beyond its own rank a group's columns of A are zeros.
     groups = zip(a.float().chunk(len(ranks)), b.float().split(ranks), ranks, strict=True)
     return torch.cat([ai[:, :r] @ bi for ai, bi, r in groups]).to(a.dtype)
+
+
+class BlockFactors(NamedTuple):
+    """How one head group of the members of a block shares a latent of r channels.
+
+    Attributes:
+        a: Of each member `[out_m, r]`: its outputs from the latent.
+        project: Of each member `[r, out_m]`: its part of the latent from its outputs.
+        mean: Of each member `[out_m]`: mean of its outputs without bias, which the latent leaves out.
+    """
+
+    a: list[torch.Tensor]
+    project: list[torch.Tensor]
+    mean: list[torch.Tensor]
+
+
+class MemberBLinear(nn.Module):
+    """A member's part of the latent of its block, `[..., Σ r]` float32, from its outputs `[..., H_kv * d]`.
+
+    `weight` is `[Σ r, H_kv * d / n]`: the rows of head group i of n act on the outputs of that group. `bias` `[Σ r]` is
+    minus what the member's mean and bias would give, so that the parts of all members are to be summed up.
+    """
+
+    def __init__(self, ranks: tuple[int, ...], out_features: int):
+        super().__init__()
+        self.ranks = tuple(ranks)
+        self.weight = nn.Parameter(torch.empty(sum(ranks), out_features // len(ranks)))
+        self.bias = nn.Parameter(torch.zeros(sum(ranks)))
+        nn.init.kaiming_uniform_(self.weight, a=5**0.5)
+
+    def extra_repr(self) -> str:
+        return f"ranks={list(self.ranks)}, group_outputs={self.weight.shape[1]}"
+
+    def forward(self, outputs: torch.Tensor) -> torch.Tensor:
+        dtype = torch.promote_types(outputs.dtype, torch.float32)
+        groups = outputs.to(dtype).chunk(len(self.ranks), dim=-1)
+        weights, biases = self.weight.to(dtype).split(self.ranks), self.bias.to(dtype).split(self.ranks)
+        return torch.cat(list(map(nn.functional.linear, groups, weights, biases)), dim=-1)
+
+
+class LatentFactors(nn.Module):
+    """Factors of one member of a block: `BLinear` to its part of the latent, `ALinear` from the whole latent.
+
+    Args:
+        out_features: `H_kv * d` outputs of the member.
+        ranks: Rank of each head group; all members of a block have the same.
+        num_heads: H_kv.
+        static: Whether the cache quantizes the block's latent by calibrated scales, which are then stored here, in
+            `latent_scale` and `latent_zero_point` `[Σ r]`: with the block's first member.
+    """
+
+    def __init__(self, out_features: int, ranks: tuple[int, ...], num_heads: int, static: bool = False):
+        super().__init__()
+        self.BLinear = MemberBLinear(ranks, out_features)
+        self.ALinear = ALinear(ranks, out_features, num_heads, bias=True)
+        for name in ("latent_scale", "latent_zero_point"):
+            self.register_buffer(name, torch.zeros(sum(ranks)) if static else None)
+
+
+def factor_block(weights: list[torch.Tensor], ranks: tuple[int, ...]) -> list[BlockFactors]:
+    """Factors of the members of a block by plain SVD, one for each head group.
+
+    The members' weights are stacked as if all had the same input of covariance one. Those of several layers have not;
+    but what their hidden states have in common cannot be known from the weights.
+
+    Args:
+        weights: Of each member `[out, C]`.
+        ranks: Rank of each head group, up to the outputs of all members for the group.
+    """
+    factors = []
+    for parts, rank in zip(zip(*(weight.chunk(len(ranks)) for weight in weights)), ranks, strict=True):
+        rows = list(map(len, parts))
+        _, vectors = torch.linalg.eigh(output_covariance(torch.cat(parts)))
+        # `eigh` gives the largest eigenvalue last.
+        a = vectors.flip(1)[:, :rank]
+        largest = a.gather(0, a.abs().argmax(0, keepdim=True))
+        a = torch.where(largest < 0, -a, a)
+        means = [a.new_zeros(count) for count in rows]
+        factors.append(BlockFactors(list(a.split(rows)), list(a.T.split(rows, dim=1)), means))
+    return factors
+
+
+def member_states(
+    factors: list[BlockFactors],
+    linears: list[nn.Linear],
+    rotate: bool = True,
+    tiers: list | None = None,
+    static_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> list[dict[str, torch.Tensor]]:
+    """The `state_dict` of the `LatentFactors` of each member of a block, in the type of the dense layers.
+
+    Args:
+        factors: Of each head group.
+        linears: The members' dense layers.
+        rotate, tiers: As for `join_factors`.
+        static_scales: Scale and zero point `[Σ r]` of the latent channels, for a cache with calibrated scales.
+
+    Raises:
+        ValueError: A factor does not fit the type of the dense layers.
+    """
+    # One rotation of the latent for all members: it acts on the rows of the stacked A, the columns of the stacked B.
+    stacked = []
+    for group in factors:
+        a, project = torch.cat(list(group.a)).double(), torch.cat(list(group.project), dim=1).double()
+        stacked.append(Factors(a, project, a.new_empty(0), project, 1.0))
+    rows, means, states = list(map(len, factors[0].a)), zip(*(group.mean for group in factors)), []
+    joined = [
+        join_factors([group], rotate, linears[0].weight.dtype, tiers and [tiers[i]]) for i, group in enumerate(stacked)
+    ]
+    for member, (linear, mean) in enumerate(zip(linears, means, strict=True)):
+        centre = torch.cat(list(mean)).double()
+        if linear.bias is not None:
+            centre = centre + linear.bias.detach().double()
+        state = _member_state(joined, rows, member, centre.to(linear.weight.dtype))
+        if member == 0 and static_scales is not None:
+            state["latent_scale"], state["latent_zero_point"] = static_scales
+        states.append(state)
+    return states
+
+
+def _member_state(joined: list[tuple], rows: list[int], member: int, centre: torch.Tensor) -> dict[str, torch.Tensor]:
+    """State of one member; `centre` `[out]`: mean and bias of its outputs."""
+    weights_a, weights_b, biases = [], [], []
+    widest = max(a.shape[1] for a, _ in joined)
+    for (a, b), group_centre in zip(joined, centre.chunk(len(joined)), strict=True):
+        own = b.split(rows, dim=1)[member]
+        weights_a.append(_widened(a.split(rows)[member], widest))
+        weights_b.append(own)
+        # Of the weight as it is stored, so that a member at its mean gives a latent of zeros.
+        biases.append(-(own.double() @ group_centre.double()))
+    return {
+        "ALinear.weight": torch.cat(weights_a),
+        "ALinear.bias": centre,
+        "BLinear.weight": torch.cat(weights_b),
+        "BLinear.bias": torch.cat(biases).to(centre.dtype),
+    }

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from modules.cache.rows import Row, Step
-from modules.cache.scheme import SIDES
+from modules.cache.scheme import SIDES, SinkChannels
 from modules.kernels.packed import Tile, counts_of_rows
 
 
@@ -15,8 +15,10 @@ class ExactTokens:
     """Sinks and windows of all rows; how many of their tokens are valid stands elsewhere (`Row`, `FixedStore.state`).
 
     Attributes:
-        sinks: By side `[B, sink_length, C]`.
-        window: By side `[B, N, C]`; where tokens are scored for protection, under "score" `[B, N]` float32.
+        sinks: By side `[B, sink_length, C]`. Of a block, whose latents stand in the window: the keys (before RoPE) and
+            the values of its layers as they are, side by side.
+        window: By side `[B, N, C]`, "keys" alone where they hold the values too; where tokens are scored for
+            protection, under "score" `[B, N]` float32.
     """
 
     sinks: dict[str, torch.Tensor]
@@ -24,13 +26,20 @@ class ExactTokens:
 
     @classmethod
     def zeros(
-        cls, batch: int, lengths: tuple[int, int], channels: dict[str, int], dtype: torch.dtype, device: torch.device
+        cls,
+        batch: int,
+        lengths: tuple[int, int],
+        channels: dict[str, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        sink_channels: SinkChannels | None = None,
     ) -> "ExactTokens":
-        """Room for `lengths` tokens of sinks and of window."""
+        """Room for `lengths` tokens of sinks and of window; `sink_channels` default to the window's `channels`."""
         # Zeros, since attention may read beyond the tokens of a short row before it masks them.
         exact = cls({}, {})
-        for side, width in channels.items():
+        for side, width in (sink_channels or channels).items():
             exact.sinks[side] = torch.zeros((batch, lengths[0], width), dtype=dtype, device=device)
+        for side, width in channels.items():
             exact.window[side] = torch.zeros((batch, lengths[1], width), dtype=dtype, device=device)
         return exact
 
@@ -59,23 +68,25 @@ class ExactTokens:
     def clone(self) -> "ExactTokens":
         return self.map(torch.Tensor.clone)
 
-    def push(self, index: int, row: Row, step: Step, new: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def push(
+        self, index: int, row: Row, step: Step, new: dict[str, torch.Tensor], first: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
         """Put new tokens of row `index` into its sinks and behind its window.
 
         Args:
             index: Which row.
             row: The row before.
             step: `row.step` of the new tokens.
-            new: `[L, C]` of each side, and the score `[L]`.
+            new: `[L, C]` of each side of the window, and the score `[L]`.
+            first: `[n, C]` of each side of the sinks: at least the tokens that become sinks.
 
         Returns:
             The tokens that leave the window, `[blocks, G, C]` of each side.
         """
+        for side, sinks in self.sinks.items():
+            sinks[index, row.sinks : row.sinks + step.to_sinks] = first[side][: step.to_sinks]
         leaving = {}
         for name, x in new.items():
-            # A score belongs to tokens of the window only: sinks are never packed.
-            if name in self.sinks:
-                self.sinks[name][index, row.sinks : row.sinks + step.to_sinks] = x[: step.to_sinks]
             stream = torch.cat([self.window[name][index, : row.window], x[step.to_sinks :]])
             due, kept = stream.tensor_split([len(stream) - step.window])
             self.window[name][index, : step.window] = kept
@@ -101,7 +112,8 @@ class ExactTokens:
             starts, counts: `[B, 1]` int32, position of the first token of each row and valid tokens.
         """
         states = getattr(self, place)
-        keys, values = states["keys"], states["values"]
+        keys = states["keys"]
+        values = states.get("values", keys)
         if longest < keys.shape[1]:
             keys, values = keys.narrow(1, 0, longest), values.narrow(1, 0, longest)
         return Tile(keys.unsqueeze(1), values.unsqueeze(1), starts, counts)

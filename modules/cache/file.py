@@ -98,7 +98,10 @@ def export_layer(layer: LatentLayer) -> tuple[dict[str, torch.Tensor], dict]:
         tensors[name] = tensor[:, : lengths[name.partition("_")[0]]]
     places = {slot: i for i, slot in enumerate(live)}
     records = [row.moved(places)._asdict() for row in rows]
-    return tensors, {"slots": layer.slots, "widths": layer.widths, "rows": records}
+    record = {"slots": layer.slots, "widths": layer.widths, "rows": records}
+    # Named only where sinks are not as wide as the window, so that other files stay as they were.
+    sink_channels = getattr(layer, "sink_channels", None)
+    return tensors, record | ({"sink_channels": sink_channels} if sink_channels else {})
 
 
 def exact_lengths(scheme: CacheScheme) -> dict[str, int]:
@@ -120,7 +123,7 @@ def parse_layer(tensors: dict[str, torch.Tensor], record: dict, scheme: CacheSch
         ValueError: Tensors and record are not those of a layer of this scheme.
     """
     tensors = dict(tensors)
-    if set(record) not in ({"slots"}, {"slots", "widths", "rows"}):
+    if set(record) - {"sink_channels"} not in ({"slots"}, {"slots", "widths", "rows"}):
         raise ValueError(f"record: {sorted(record)} must be slots, and widths and rows unless nothing was fed")
     is_fed = "rows" in record
     _check_integers("slots", [record["slots"]], 0, 2**62 if is_fed else 0)
@@ -156,23 +159,28 @@ def _parse_tokens(saved: SavedLayer, tensors: dict, record: dict, scheme: CacheS
     window, widths, rows = tensors.get("window_keys"), record["widths"], record["rows"]
     if window is None or window.dim() != 3 or not len(window) or window.dtype not in STATE_DTYPES:
         raise ValueError("window_keys: must be [rows, tokens, channels] floats")
-    if not isinstance(widths, list) or len(widths) != 2:
+    if not isinstance(widths, list) or len(widths) not in (1, 2):
         raise ValueError("widths: must be those of keys and values")
     for side in widths:
         _check_integers("widths", side, 1, 2**31)
     if not isinstance(rows, list) or len(rows) != len(window):
         raise ValueError(f"rows: must be the {len(window)} of window_keys")
     saved.widths = tuple(map(tuple, widths))
-    channels = dict(zip(SIDES, map(sum, widths), strict=True))
+    channels = dict(zip(SIDES, map(sum, widths)))
+    saved.sink_channels = record.get("sink_channels")
+    if saved.sink_channels is not None:
+        if set(saved.sink_channels) != set(SIDES):
+            raise ValueError("sink_channels: must be those of keys and values")
+        _check_integers("sink_channels", list(saved.sink_channels.values()), 1, 2**31)
     for side, (scale, _) in saved.static_scales.items():
         if scale.shape != (channels.get(side),):
             raise ValueError(f"static.{side}.scale: {list(scale.shape)} must be one for each channel")
 
     exact, lengths = {}, exact_lengths(scheme)
-    for place, length in lengths.items():
-        for side in SIDES:
+    for place, by_side in (("sink", saved.sink_channels or channels), ("window", channels)):
+        for side, count in by_side.items():
             name = f"{place}_{side}"
-            exact[name] = _take(tensors, name, (len(window), length, channels[side]), window.dtype)
+            exact[name] = _take(tensors, name, (len(window), lengths[place], count), window.dtype)
     if scored:
         exact["window_score"] = _take(tensors, "window_score", tuple(window.shape[:2]), torch.float32)
     saved.exact = ExactTokens.from_named(exact)

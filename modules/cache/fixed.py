@@ -68,14 +68,14 @@ class FixedLatentLayer(LatentLayer):
     def row_lengths(self) -> list[int] | torch.Tensor:
         return self.store.lengths if self.is_fed else []
 
-    def start(self, batch: int, widths: LayerWidths, like: torch.Tensor) -> None:
+    def start(self, batch: int, widths: LayerWidths, like: torch.Tensor, sink_channels=None) -> None:
         codecs = self._settle(widths, like)
         self.store = FixedStore(codecs, self.layout, batch, self.dtype, self.device)
         self.pool, self.exact, self.pads = self.store.pool, self.store.exact, [()] * batch
         self.is_initialized = True
 
     @in_any_mode
-    def _append(self, keys, values, real, widths: LayerWidths, received=None) -> None:
+    def _append(self, keys, values, real, widths: LayerWidths, received=None, dense=None) -> None:
         keys, values, fresh = keys.detach(), values.detach(), not self.is_initialized
         try:
             if fresh:

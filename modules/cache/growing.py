@@ -6,7 +6,7 @@ Beam search, crops and shared prefixes edit the rows' block tables and copy no p
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import add
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from modules.cache.exact import ExactTokens
 from modules.cache.layer import LatentLayer, in_any_mode, warn_of_small_states
 from modules.cache.pool import BlockPool
 from modules.cache.rows import Row, block_table, column, pad_ranges
-from modules.cache.scheme import LayerScales, LayerWidths
+from modules.cache.scheme import LayerScales, LayerWidths, SinkChannels
 from modules.kernels.packed import LatentQuery, NewTokens, PackedCache, Tile, counts_of_rows
 
 
@@ -56,6 +56,7 @@ class SavedLayer:
         rows: Bookkeeping, with the places of blocks in `blocks` for their slots.
         exact: Sinks and windows.
         blocks: Fields of the packed blocks by side.
+        sink_channels: As `KIVILatentLayer.sink_channels`.
     """
 
     static_scales: LayerScales
@@ -64,6 +65,7 @@ class SavedLayer:
     rows: list[Row] = field(default_factory=list)
     exact: ExactTokens | None = None
     blocks: dict[str, Fields] = field(default_factory=dict)
+    sink_channels: SinkChannels | None = None
 
 
 def add_received(
@@ -90,12 +92,50 @@ def add_received(
     return new
 
 
-def _choose(states: dict[str, torch.Tensor], index: int | torch.Tensor) -> dict[str, torch.Tensor]:
-    return {name: x[index] for name, x in states.items()}
+def _channels(states: dict[str, torch.Tensor] | None) -> SinkChannels | None:
+    """Channels of the states of a block's members, by side."""
+    return states and {side: x.shape[2] for side, x in states.items()}
+
+
+def _choose(
+    states: dict[str, torch.Tensor], index: int, real: torch.Tensor | None, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """The tokens of a row; states may be of the first slots only."""
+    if real is None:
+        return {name: x[index] for name, x in states.items()}
+    kept = real[index].to(device)
+    return {name: x[index][kept[: x.shape[1]]] for name, x in states.items()}
+
+
+def score_tokens(
+    layer: "KIVILatentLayer", states: dict[str, torch.Tensor], real: torch.Tensor | None, received: torch.Tensor | None
+) -> torch.Tensor:
+    """Score `[B, L]` of new tokens of a layer; attention that the window has received is added to its scores."""
+    keys, values = states["keys"], states["values"]
+    if layer.score != "attention":
+        score = layer.score(keys, values)
+        if tuple(score.shape) != tuple(keys.shape[:2]):
+            raise ValueError(f"token_score: returned {list(score.shape)}, must be {list(keys.shape[:2])}")
+        return score.detach().float()
+    if received is None:
+        raise ValueError("token_score='attention': only ALRDLlamaForCausalLM tells the cache; give a function")
+    counts = [keys.shape[1]] * len(keys) if real is None else real.sum(1).tolist()
+    longest = max(map(add, layer.row_lengths(), counts))
+    if received.dim() != 2 or len(received) != len(keys) or received.shape[1] < longest:
+        raise ValueError(f"received: {list(received.shape)} must be [{len(keys)}, positions up to {longest}]")
+
+    # A copy, since a savepoint may hold the tensor that is there.
+    scores = layer.exact.window["score"].clone()
+    layer.exact = ExactTokens(layer.exact.sinks, layer.exact.window | {"score": scores})
+    return add_received(layer.rows, scores, received.detach().float(), real, counts)
 
 
 class KIVILatentLayer(LatentLayer):
-    """A `LatentLayer` whose pool of blocks grows, which forks share, and which a failed append leaves as it was."""
+    """A `LatentLayer` whose pool of blocks grows, which forks share, and which a failed append leaves as it was.
+
+    Attributes:
+        sink_channels: Of the layer of a block: channels of its sinks, by side. `None`: those of the window.
+    """
 
     def clear(self) -> None:
         # The pool may live on in forks; its blocks are free once no owner refers to them.
@@ -104,7 +144,7 @@ class KIVILatentLayer(LatentLayer):
         self.is_initialized = False
         self.slots = 0
         self.rows: list[Row] = []
-        self.pool, self.exact = None, ExactTokens({}, {})
+        self.pool, self.exact, self.sink_channels = None, ExactTokens({}, {}), None
         self._table: _Table | None = None
 
     def __setstate__(self, state: dict) -> None:
@@ -114,13 +154,18 @@ class KIVILatentLayer(LatentLayer):
             self.pool.owners.add(self)
 
     @in_any_mode
-    def start(self, batch: int, widths: LayerWidths, like: torch.Tensor) -> None:
+    def start(
+        self, batch: int, widths: LayerWidths, like: torch.Tensor, sink_channels: SinkChannels | None = None
+    ) -> None:
+        if sink_channels is not None and self.score is not None:
+            raise ValueError("token_score: must be None for the latents of a block, which are those of several layers")
         self.pool = BlockPool(self._settle(widths, like), self.device)
         self.pool.owners.add(self)
         self.rows = [Row()] * batch
         # A token more than the longest window, so that a step can write before blocks leave.
         lengths = (self.scheme.sink_length, self.scheme.longest_window + 1)
-        self.exact = ExactTokens.zeros(batch, lengths, self.channels, self.dtype, self.device)
+        self.sink_channels = sink_channels
+        self.exact = ExactTokens.zeros(batch, lengths, self.channels, self.dtype, self.device, sink_channels)
         # Scores of the window's tokens wait there until the tokens' block is packed.
         if self.score is not None:
             scores = torch.zeros((batch, lengths[1]), dtype=torch.float32, device=self.device)
@@ -134,29 +179,33 @@ class KIVILatentLayer(LatentLayer):
         return summed
 
     @in_any_mode
-    def _append(self, keys, values, real, widths: LayerWidths, received=None) -> None:
+    def _append(self, keys, values, real, widths: LayerWidths, received=None, dense=None) -> None:
         # A cache keeps no graph: gradients do not flow through packed codes, nor through the window.
-        savepoint, states = self.savepoint(), {"keys": keys.detach(), "values": values.detach()}
+        savepoint, states = self.savepoint(), {"keys": keys.detach()}
+        if values is not None:
+            states["values"] = values.detach()
         try:
             if not self.is_initialized:
-                self.start(len(keys), widths, keys)
+                self.start(len(keys), widths, keys, _channels(dense))
             self.check_states(keys, values, real)
+            if _channels(dense) != self.sink_channels:
+                raise ValueError(f"dense: states of {_channels(dense)} channels must be of {self.sink_channels}")
             if savepoint is None:
                 warn_of_small_states(self.scheme, states)
             if self.score is not None:
-                states["score"] = self._scores(states["keys"], states["values"], real, received)
-            self._store(states, real)
+                states["score"] = score_tokens(self, states, real, received)
+            self._store(states, real, dense)
         except BaseException:
             self.rollback(savepoint)
             raise
 
     @in_any_mode
-    def _store(self, states: dict[str, torch.Tensor], real: torch.Tensor | None) -> None:
+    def _store(self, states: dict[str, torch.Tensor], real: torch.Tensor | None, dense=None) -> None:
         """Append states that have been checked; after an error the cache is as it was before."""
         if real is None and states["keys"].shape[1] == 1 and self._has_room_for_one():
             self._append_one(states)
         else:
-            self._append_many(states, real)
+            self._append_many(states, states if dense is None else dense, real)
         self.slots += states["keys"].shape[1]
 
     def _has_room_for_one(self) -> bool:
@@ -178,16 +227,14 @@ class KIVILatentLayer(LatentLayer):
             window.scatter_(1, index, x)
         self.rows = [row._replace(window=row.window + 1) for row in self.rows]
 
-    def _append_many(self, states: dict[str, torch.Tensor], real: torch.Tensor | None) -> None:
-        """Append any number of tokens, pads among them, and pack the blocks that are due."""
+    def _append_many(self, states: dict[str, torch.Tensor], first: dict, real: torch.Tensor | None) -> None:
+        """Append any number of tokens, pads among them, and pack the blocks that are due; `first` has the sinks."""
         # Everything that can fail comes first, on copies, so that a refused append leaves the cache as it was.
         exact, steps, encoded = self.exact.clone(), [], []
         for index, row in enumerate(self.rows):
-            new = _choose(states, index)
-            if real is not None:
-                new = _choose(new, real[index].to(self.device))
+            new = _choose(states, index, real, self.device)
             step = row.step(len(new["keys"]), self.scheme)
-            due = exact.push(index, row, step, new)
+            due = exact.push(index, row, step, new, _choose(first, index, real, self.device))
             steps.append(step)
             if step.blocks:
                 encoded.append(self.pool.encode(due, due.get("score")))
@@ -200,25 +247,6 @@ class KIVILatentLayer(LatentLayer):
                 pads = () if real is None else pad_ranges(real[index].tolist(), self.slots)
                 rows.append(row.after(step, slots, self.scheme.block_length, pads))
             self.rows, self.exact, self._table = rows, exact, None
-
-    def _scores(self, keys, values, real: torch.Tensor | None, received: torch.Tensor | None) -> torch.Tensor:
-        """Score `[B, L]` of the new tokens; attention that the window has received is added to its scores."""
-        if self.score != "attention":
-            score = self.score(keys, values)
-            if tuple(score.shape) != tuple(keys.shape[:2]):
-                raise ValueError(f"token_score: returned {list(score.shape)}, must be {list(keys.shape[:2])}")
-            return score.detach().float()
-        if received is None:
-            raise ValueError("token_score='attention': only ALRDLlamaForCausalLM tells the cache; give a function")
-        counts = [keys.shape[1]] * len(keys) if real is None else real.sum(1).tolist()
-        longest = max(map(add, self.row_lengths(), counts))
-        if received.dim() != 2 or len(received) != len(keys) or received.shape[1] < longest:
-            raise ValueError(f"received: {list(received.shape)} must be [{len(keys)}, positions up to {longest}]")
-
-        # A copy, since a savepoint may hold the tensor that is there.
-        scores = self.exact.window["score"].clone()
-        self.exact = ExactTokens(self.exact.sinks, self.exact.window | {"score": scores})
-        return add_received(self.rows, scores, received.detach().float(), real, counts)
 
     def savepoint(self) -> _Savepoint | None:
         return _Savepoint(self.slots, self.rows, self.exact) if self.is_initialized else None
@@ -256,12 +284,31 @@ class KIVILatentLayer(LatentLayer):
             return PackedCache(after=new)
         with self.pool.lock:  # all of the same state of the pool
             entries, sides, table = self.block_table(), self.pool.sides(), self._table
-        sinks = self.exact.tiles("sinks", (0,) * len(table.sinks), table.sinks)
+        # Those of a block are no latents: each of its layers has its own.
+        sinks = () if self.sink_channels else self.sinks()
         window = self.exact.tiles("window", table.window_starts, column(self.rows, "window"))
         # Before the first block a kernel has nothing to unpack.
         if not entries.shape[2]:
             return PackedCache(sinks, window + new)
-        return PackedCache(sinks, window + new, *sides, self.scheme.block_length, entries, table.full)
+        # One latent of keys and values is read as both.
+        keys, values = sides[0], sides[-1]
+        return PackedCache(sinks, window + new, keys, values, self.scheme.block_length, entries, table.full)
+
+    def sinks(self, channels: slice = slice(None)) -> tuple[Tile, ...]:
+        """The sinks as attention reads them, of some of their channels; none if there are none."""
+        counts = column(self.rows, "sinks")
+        tiles = self.exact.tiles("sinks", (0,) * len(counts), counts)
+        return tuple(replace(t, keys=t.keys[..., channels], values=t.values[..., channels]) for t in tiles)
+
+    def sink_slots(self, real: torch.Tensor | None, new_slots: int) -> int:
+        """Of the new slots, so many at the front hold all new tokens that become sinks; arguments as for `append`."""
+        rows, needed = self.rows or [Row()], 0
+        if real is None:
+            return min(new_slots, max(row.step(new_slots, self.scheme).to_sinks for row in rows))
+        for row, is_real in zip(self.rows or [Row()] * len(real), real, strict=True):
+            to_sinks = row.step(int(is_real.sum()), self.scheme).to_sinks
+            needed = max(needed, int((is_real.cumsum(0) < to_sinks).sum()) + 1 if to_sinks else 0)
+        return needed
 
     @in_any_mode
     def _edit(self, rows: list[Row], exact: ExactTokens, slots: int) -> None:
@@ -335,7 +382,7 @@ class KIVILatentLayer(LatentLayer):
         if saved.widths is None:
             return
         try:
-            self.start(len(saved.rows), saved.widths, saved.exact.window["keys"])
+            self.start(len(saved.rows), saved.widths, saved.exact.window["keys"], saved.sink_channels)
             with self.pool.lock:
                 (slots,) = self.pool.write(saved.blocks)
                 self.rows = [row.moved(dict(enumerate(slots))) for row in saved.rows]

@@ -25,7 +25,7 @@ from modules.cache.codecs import BlockCodec
 from modules.cache.exact import ExactTokens
 from modules.cache.pool import BlockPool
 from modules.cache.rows import Row, chosen_rows, column, repeated_rows
-from modules.cache.scheme import SIDES, TABLE_ENTRY_NBYTES, CacheScheme, LayerScales, LayerWidths
+from modules.cache.scheme import SIDES, TABLE_ENTRY_NBYTES, CacheScheme, LayerScales, LayerWidths, SinkChannels
 from modules.kernels import FUSED_DTYPES, get_backend
 from modules.kernels.packed import LatentQuery, NewTokens, PackedCache, Tile
 
@@ -69,8 +69,8 @@ def flat_states(states: torch.Tensor) -> torch.Tensor:
 
 def warn_of_small_states(scheme: CacheScheme, states: dict[str, torch.Tensor]) -> None:
     """Warn of first states `[B, L, C]` of each side, so small that their scales have few digits in float16."""
-    for side in SIDES:
-        x, side_scheme = states[side], getattr(scheme, side)
+    for side, x in states.items():
+        side_scheme = getattr(scheme, side)
         bits = _widest_codes(side_scheme)
         # Scales of other types of states are bfloat16 or of the states' own type.
         has_float16_scales = x.dtype in (torch.float32, torch.float64) and not side_scheme.static
@@ -116,17 +116,20 @@ class LayerStorage(ABC):
         """Forget every token and free the memory."""
 
     @abstractmethod
-    def start(self, batch: int, widths: LayerWidths, like: torch.Tensor) -> None:
-        """Allocate for the batch, for `widths`, and for the type and device of `like`."""
+    def start(
+        self, batch: int, widths: LayerWidths, like: torch.Tensor, sink_channels: SinkChannels | None = None
+    ) -> None:
+        """Allocate for the batch, for `widths` and `sink_channels`, and for the type and device of `like`."""
 
     @abstractmethod
     def _append(
         self,
         keys: torch.Tensor,
-        values: torch.Tensor,
+        values: torch.Tensor | None,
         real: torch.Tensor | None,
         widths: LayerWidths,
         received: torch.Tensor | None = None,
+        dense: dict[str, torch.Tensor] | None = None,
     ) -> None:
         """`append` to a layer that may have to be started first, with `widths`."""
 
@@ -186,7 +189,42 @@ class LayerStorage(ABC):
         """
 
 
-class LatentLayer(LayerStorage, CacheLayerMixin):
+class RowEdits(LayerStorage):
+    """Edits of the rows of a layer by the names of the library, from those that the storage prepares."""
+
+    def repeated_rows(self, repeats: int) -> list[int]:
+        """Indices, for `selection`, of `repeats` copies of each row side by side."""
+        return repeated_rows(len(self.rows), repeats)
+
+    def chosen_rows(self, indices: torch.Tensor) -> list[int]:
+        """Indices, for `selection`, of the rows that a tensor of indices or a mask `[B]` names."""
+        return chosen_rows(len(self.rows), indices)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Make row i a copy of row `beam_idx[i]`."""
+        self.selection(beam_idx)()
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Put `repeats` copies of each row side by side."""
+        self.selection(self.repeated_rows(repeats))()
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows of these indices, or those where a mask is true."""
+        self.selection(self.chosen_rows(indices))()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last slots; `tokens_to_remove` is 0 or negative, as for `DynamicCache`.
+
+        A cut inside a packed block lowers the block's count of valid tokens: nothing is quantized again, and the next
+        block starts after it.
+
+        Raises:
+            ValueError: `tokens_to_remove` is positive or exceeds the slots held.
+        """
+        self.cropping(tokens_to_remove)()
+
+
+class LatentLayer(RowEdits, CacheLayerMixin):
     """The cache of one layer. States enter as `[B, H, L, D]` through `update`, or flat as `[B, L, C]` by `append`.
 
     Args:
@@ -233,8 +271,8 @@ class LatentLayer(LayerStorage, CacheLayerMixin):
         """Settle widths, type, device and back end; returns the quantizers."""
         # All of it is known with the first states only: a drop-in cache has not seen the model before.
         scheme, self.widths, self.dtype, self.device = self.scheme, widths, like.dtype, like.device
-        self.channels = dict(zip(SIDES, map(sum, widths), strict=True))
-        for side in SIDES:
+        self.channels = dict(zip(SIDES, map(sum, widths)))
+        for side in self.channels:
             if getattr(scheme, side).static and side not in self.static_scales:
                 raise ValueError(
                     f"static=True of the {side}: needs calibrated scales (of a budget, or "
@@ -248,29 +286,38 @@ class LatentLayer(LayerStorage, CacheLayerMixin):
     def append(
         self,
         keys: torch.Tensor,
-        values: torch.Tensor,
+        values: torch.Tensor | None = None,
         real: torch.Tensor | None = None,
         received: torch.Tensor | None = None,
+        dense: dict[str, torch.Tensor] | None = None,
     ) -> None:
         """Store new tokens, then pack every block that has become old enough.
 
         Args:
-            keys, values: `[B, L, C_k]` and `[B, L, C_v]` states in full precision.
+            keys, values: `[B, L, C_k]` and `[B, L, C_v]` states in full precision; `values` is `None` where one latent
+                of both stands in `keys`.
             real: `[B, L]` bool on the CPU, false for the pads, which are not stored; `None`: no pads.
             received: `[B, P]`, attention that the tokens at positions 0 … P - 1 of each row, the new ones included,
                 have received in this step; for `score="attention"`.
+            dense: Of the layer of a block, by "keys" and "values": the members' own states `[B, n, C]` of the first n
+                slots, among them all that become sinks (`sink_slots`).
 
         Raises:
             ValueError: The states do not fit the cache, or a block that is due holds NaN, Inf or values beyond the
                 range of its scales; the cache is then as it was before.
         """
         widths = self.given_widths or ((keys.shape[2],), (values.shape[2],))
-        self._append(keys, values, real, widths, received)
+        self._append(keys, values, real, widths, received, dense)
 
-    def check_states(self, keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor | None = None) -> None:
+    def check_states(
+        self, keys: torch.Tensor, values: torch.Tensor | None = None, real: torch.Tensor | None = None
+    ) -> None:
         """Raise a `ValueError` unless states `[B, L, C]` are of the rows, channels and type of those held."""
         batch = self.exact.window["keys"].shape[0]
-        for side, states in (("keys", keys), ("values", values)):
+        given = {"keys": keys} if values is None else {"keys": keys, "values": values}
+        if set(given) != set(self.channels):
+            raise ValueError(f"values: the layer holds {' and '.join(self.channels)}, got {' and '.join(given)}")
+        for side, states in given.items():
             expected = (batch, keys.shape[1], self.channels[side])
             if states.shape != expected or states.dtype != self.dtype:
                 raise ValueError(
@@ -303,7 +350,8 @@ class LatentLayer(LayerStorage, CacheLayerMixin):
         return self.packed().tiles(tokens)
 
     def states(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """All cached states, dequantized: `[B, T, C_k]` and `[B, T, C_v]`.
+        """All cached states, dequantized: `[B, T, C_k]` and `[B, T, C_v]`; of a block, whose sinks have no latents,
+        those of the tokens behind the sinks, the same twice where one latent holds both.
 
         Raises:
             ValueError: The rows hold different numbers of tokens, or hold them in different blocks.
@@ -316,7 +364,8 @@ class LatentLayer(LayerStorage, CacheLayerMixin):
                 f"rows of {list(column(rows, 'tokens'))} tokens, blocks of {list(counts)}, cannot be read as one tensor"
             )
         # Pieces of no tokens come first, so that an empty layer has states too.
-        keys, values = [self.exact.window["keys"][:, :0]], [self.exact.window["values"][:, :0]]
+        keys = [self.exact.window["keys"][:, :0]]
+        values = [self.exact.window.get("values", keys[0])[:, :0]]
         for tile in self.tiles():
             for run, count in enumerate(tile.count[0].tolist()):
                 keys.append(tile.keys[:, run, :count])
@@ -360,37 +409,6 @@ class LatentLayer(LayerStorage, CacheLayerMixin):
         """Forget every token."""
         self.clear()
 
-    def repeated_rows(self, repeats: int) -> list[int]:
-        """Indices, for `selection`, of `repeats` copies of each row side by side."""
-        return repeated_rows(len(self.rows), repeats)
-
-    def chosen_rows(self, indices: torch.Tensor) -> list[int]:
-        """Indices, for `selection`, of the rows that a tensor of indices or a mask `[B]` names."""
-        return chosen_rows(len(self.rows), indices)
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Make row i a copy of row `beam_idx[i]`."""
-        self.selection(beam_idx)()
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Put `repeats` copies of each row side by side."""
-        self.selection(self.repeated_rows(repeats))()
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the rows of these indices, or those where a mask is true."""
-        self.selection(self.chosen_rows(indices))()
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last slots; `tokens_to_remove` is 0 or negative, as for `DynamicCache`.
-
-        A cut inside a packed block lowers the block's count of valid tokens: nothing is quantized again, and the next
-        block starts after it.
-
-        Raises:
-            ValueError: `tokens_to_remove` is positive or exceeds the slots held.
-        """
-        self.cropping(tokens_to_remove)()
-
     @property
     def backend_note(self) -> str:
         """The back end, and whether the reference attends to the blocks in its place."""
@@ -424,10 +442,11 @@ class LatentLayer(LayerStorage, CacheLayerMixin):
             return 0
         exact = entries = 0
         token = sum(self.channels.values()) * self.dtype.itemsize
+        sink = sum(x.shape[2] for x in self.exact.sinks.values()) * self.dtype.itemsize
         # Rows of one prompt share the blocks of its prefix.
         blocks: set[int] = set()
         for row in self.rows:
-            exact += (row.sinks + row.window) * token
+            exact += row.sinks * sink + row.window * token
             if self.score is not None:
                 exact += row.window * 4
             entries += len(row.blocks)

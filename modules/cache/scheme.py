@@ -13,8 +13,13 @@ from modules.kernels import Backend
 #: The two sides as the cache names them; projections and settings say "k" and "v" (`SIDES` of the configuration).
 SIDES = ("keys", "values")
 
-#: Channels of each head group of the keys and of the values of one layer.
-LayerWidths = tuple[tuple[int, ...], tuple[int, ...]]
+#: Channels of each head group of the keys and of the values of one layer; one entry alone is of a latent of both, which
+#: a layer holds as its keys.
+LayerWidths = tuple[tuple[int, ...], ...]
+
+#: Channels of the sinks of each side, where they are not those of `LayerWidths`: the layers of a block hold their own
+#: keys and values there, side by side.
+SinkChannels = dict[str, int]
 
 #: Calibrated scales of a layer by side, "keys" and "values".
 LayerScales = dict[str, StaticScales]
@@ -117,9 +122,9 @@ class CacheScheme:
         backend: Backend | None = None,
         static_scales: LayerScales | None = None,
     ) -> dict[str, BlockCodec]:
-        """Quantizer of each side, `{"keys": …, "values": …}`; the arguments are those of `make_codec`."""
+        """Quantizer of each side that has widths, `{"keys": …, "values": …}`; arguments as for `make_codec`."""
         codecs, scales = {}, static_scales or {}
-        for side, width in zip(SIDES, widths, strict=True):
+        for side, width in zip(SIDES, widths):
             scheme = getattr(self, side)
             codecs[side] = make_codec(scheme, self.block_length, width, dtype, backend, scales.get(side))
         return codecs
@@ -152,7 +157,7 @@ class CacheScheme:
         """Bytes of the calibrated scales of a layer, two float32 per channel of a static side; once for all rows."""
         # `static` is true or false: sides without calibrated scales count nothing.
         channels = 0
-        for side, width in zip(SIDES, widths, strict=True):
+        for side, width in zip(SIDES, widths):
             channels += sum(width) * getattr(self, side).static
         return 2 * 4 * channels
 
@@ -160,8 +165,16 @@ class CacheScheme:
         """Bytes of a packed block of a layer, keys and values."""
         return sum(map(block_nbytes, self.codecs(widths, dtype).values()))
 
-    def layer_nbytes(self, length: int, widths: LayerWidths, dtype: torch.dtype) -> int:
-        """Bytes that one row of `length` tokens takes in a layer: `nbytes_used` without `static_nbytes`."""
-        held = self.held(length)
+    def layer_nbytes(
+        self, length: int, widths: LayerWidths, dtype: torch.dtype, sink_channels: SinkChannels | None = None
+    ) -> int:
+        """Bytes that one row of `length` tokens takes in a layer: `nbytes_used` without `static_nbytes`.
+
+        Args:
+            length, widths, dtype: Tokens, and what the layer stores of each.
+            sink_channels: Of the layer of a block; `None`: sinks are as wide as the window.
+        """
+        held, channels = self.held(length), sum(map(sum, widths))
+        of_sink = channels if sink_channels is None else sum(sink_channels.values())
         packed = held.blocks * (self.slot_nbytes(widths, dtype) + TABLE_ENTRY_NBYTES)
-        return packed + held.exact * sum(map(sum, widths)) * dtype.itemsize
+        return packed + (held.window * channels + held.sinks * of_sink) * dtype.itemsize
