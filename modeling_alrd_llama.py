@@ -152,9 +152,8 @@ class ALRDLlamaAttention(LlamaAttention):
         """Attention of new tokens, which are not appended, over the packed cache; `[B, L, H_q, d]` and weights."""
         dtype = query.states.dtype
         if step.slots is None:
-            summed, _ = backend.attend(query, cache)
-            return self._expand_values(summed, dtype), None
-        summed, weights = backend.attend(query, cache, step.slots.shape[1])
+            return self._expand_values(backend.attend(query, cache).summed, dtype), None
+        summed, _, weights = backend.attend(query, cache, step.slots.shape[1])
         # The weights come by position of the key, and are given by slot, as the library gives them.
         slots = step.slots[:, None, None].expand_as(weights)
         weights = weights.gather(3, slots.clamp(min=0)).masked_fill(slots < 0, 0.0)

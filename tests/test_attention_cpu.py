@@ -1,7 +1,7 @@
 """The C++ attention against the reference in float64 on the very same packed bits, and its reach in memory.
 
-Errors are relative root mean squares over all results: float32 at most 1e-5, float16 and bfloat16 at most twice the
-error of plain PyTorch in that type.
+Errors are root mean squares over all results, of sums relative to theirs, of logarithms of the softmax's denominator
+as they are: float32 at most 1e-5, float16 and bfloat16 at most twice the error of plain PyTorch in that type.
 """
 
 import copy
@@ -11,6 +11,7 @@ import mmap
 import os
 import subprocess
 import sys
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from hypothesis import strategies as st
 from configuration_alrd_llama import QuantScheme
 from modeling_alrd_llama import LatentStep
 from modules.cache.codecs import channel_bits
+from modules.kernels.attention import Attended
 from modules.kernels.attention import latent_attention as reference_attention
 from modules.kernels.cpu.attention import latent_attention
 from modules.kernels.cpu.library import MARCH_VARIABLE, library
@@ -68,8 +70,11 @@ class Step:
         """The step on an altered cache."""
         return self.but(cache=replace(self.cache, **parts))
 
-    def __call__(self) -> torch.Tensor:
+    def attend(self) -> Attended:
         return attend(latent_attention, **self.arguments)
+
+    def __call__(self) -> torch.Tensor:
+        return self.attend().summed
 
 
 def side(bits=2, orientation="per_channel", group_size=32, **fields) -> QuantScheme:
@@ -174,7 +179,7 @@ def codecs_of(layer: KIVILatentLayer):
         yield from getattr(codec, "codecs", {}).values()
 
 
-def exact(step: Step) -> torch.Tensor:
+def exact(step: Step) -> Attended:
     """The reference in float64, on dequantized states that are not rounded to the type of the model."""
     arguments, expand = step.arguments, copy.deepcopy(step.arguments["expand_keys"])
     kept = [(codec, codec.dtype) for codec in codecs_of(step.layer)]
@@ -195,13 +200,13 @@ def exact(step: Step) -> torch.Tensor:
                 "cache": cache,
                 "expand_keys": None if expand is None else lambda latents: expand(latents.double()),
             },
-        )[0]
+        )
     finally:
         for codec, dtype in kept:
             codec.dtype = dtype
 
 
-def plain(step: Step) -> torch.Tensor:
+def plain(step: Step) -> Attended:
     """What a Llama does in the type of the model: rebuild the keys, rotate them, `scaled_dot_product_attention`."""
     arguments, cache = step.arguments, step.cache
     query, positions, expand, rope = (arguments[n] for n in ("query", "positions", "expand_keys", "rope"))
@@ -228,11 +233,19 @@ def plain(step: Step) -> torch.Tensor:
     seen = valid[:, None, None] & (at[:, None, None] <= positions[:, None, :, None])
     attend = torch.nn.functional.scaled_dot_product_attention
     result = attend(query, keys, values, attn_mask=seen, scale=arguments["scaling"])
-    return result.where(seen.any(-1, keepdim=True), 0)
+    scores = (query @ keys.transpose(2, 3) * arguments["scaling"]).masked_fill(~seen, -torch.inf)
+    return Attended(result.where(seen.any(-1, keepdim=True), 0), scores.float().logsumexp(-1))
 
 
 def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
+def log_distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Of logarithms, -inf in the same places: about the relative error of what they are logarithms of."""
+    seen = expected > -torch.inf
+    assert torch.equal(actual > -torch.inf, seen)
+    return (actual.double() - expected)[seen].square().mean().nan_to_num(0.0).sqrt().item()
 
 
 def check(*steps: Step) -> torch.Tensor:
@@ -240,23 +253,27 @@ def check(*steps: Step) -> torch.Tensor:
 
     A few peaked rows of weights are too few to compare two errors by, so errors are pooled over all of them.
     """
-    first, errors = None, []
+    first, errors = None, defaultdict(list)
     for step in steps:
         query = step.arguments["query"]
         draws = 1 if query.dtype == torch.float32 else DRAWS
         for draw in range(draws):
             drawn = step.but(query=query[..., torch.randperm(query.shape[3])]) if draw else step
-            result, expected = drawn(), exact(drawn)
-            first = result if first is None else first
-            assert (result.dtype, result.shape) == (torch.float32, expected.shape)
-            assert torch.isfinite(result).all()
-            errors.append((distance(result, expected), 0 if draws == 1 else distance(plain(drawn), expected)))
-    ours, others = (sum(e**2 for e in column) for column in zip(*errors))
-    if query.dtype == torch.float32:
-        assert max(e for e, _ in errors) <= 1e-5
-    else:
+            found, expected = drawn.attend(), exact(drawn)
+            first = found.summed if first is None else first
+            for mine, other in zip(found[:2], expected[:2]):
+                assert (mine.dtype, mine.shape) == (torch.float32, other.shape)
+            assert torch.isfinite(found.summed).all()
+            for of_plain, those in enumerate([found] if draws == 1 else [found, plain(drawn)]):
+                errors["sums", of_plain].append(distance(those.summed, expected.summed))
+                errors["logarithms", of_plain].append(log_distance(those.log_sum, expected.log_sum))
+    for name in ("sums", "logarithms"):
+        if query.dtype == torch.float32:
+            assert max(errors[name, 0]) <= 1e-5, name
+            continue
+        ours, others = (sum(e**2 for e in errors[name, of_plain]) for of_plain in (0, 1))
         assert ours <= 4 * others, (
-            f"{(ours / len(errors)) ** 0.5:.2e}, {(ours / others) ** 0.5:.2f} times that of PyTorch"
+            f"{name}: {(ours / len(errors[name, 0])) ** 0.5:.2e}, {(ours / others) ** 0.5:.2f} times that of PyTorch"
         )
     return first
 
@@ -640,7 +657,7 @@ def test_one_token_takes_all(place, dtype):
     assert (logits.argmax(-1) == at).all()
     query = rope.rotate(query * (8 / (best - second))[..., None], torch.tensor(-300))
     step = step.but(query=query.repeat_interleave(2, 0)[None].to(dtype))
-    weights = attend(reference_attention, 301, **step.arguments)[1]
+    weights = attend(reference_attention, 301, **step.arguments).weights
     assert (weights[..., at] > 0.9).all()
     check(step)
 
@@ -714,7 +731,7 @@ def test_a_changed_expansion_is_noticed():
     for i, change in enumerate(changes):
         change()
         result = step()
-        assert distance(result, exact(step)) <= 1e-5, f"change {i} was not noticed"
+        assert distance(result, exact(step).summed) <= 1e-5, f"change {i} was not noticed"
         assert distance(result, before.double()) > 1e-3
         before = result
 

@@ -119,18 +119,18 @@ def moved(arguments: dict, device) -> dict:
     }
 
 
-def exact_result(arguments: dict) -> torch.Tensor:
-    """The reference in float64, of the states that the cache gives back."""
+def exact_result(arguments: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """The reference in float64, of the states that the cache gives back: the sums, and the logarithms of the totals."""
     expand = arguments["expand_keys"]
     if expand is not None:
         expand = copy.deepcopy(expand).double()
     cache = PackedCache(before=tuple(to(tile, torch.float64) for tile in arguments["cache"].tiles()))
     query = arguments["query"].double()
     with torch.no_grad():
-        return attend(reference, **arguments | {"query": query, "cache": cache, "expand_keys": expand})[0]
+        return attend(reference, **arguments | {"query": query, "cache": cache, "expand_keys": expand})[:2]
 
 
-def plain_result(arguments: dict) -> torch.Tensor:
+def plain_result(arguments: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """The same steps in the queries' type: all keys rebuilt, rotated, scored, weighted."""
     query, cache, widths = arguments["query"], arguments["cache"], arguments["value_widths"]
     dtype, size, rope, expand = query.dtype, query.shape[-1], arguments["rope"], arguments["expand_keys"]
@@ -155,22 +155,22 @@ def plain_result(arguments: dict) -> torch.Tensor:
     seen = valid[:, None] & (positions[:, None] <= arguments["positions"][..., None])
     scores = (query @ keys.transpose(2, 3) * arguments["scaling"]).masked_fill(~seen[:, None], -torch.inf)
     groups = split_groups(values, widths).transpose(1, 2).repeat_interleave(query.shape[1] // len(widths), 1)
-    return scores.softmax(-1, dtype=torch.float32).to(dtype) @ groups
+    return scores.softmax(-1, dtype=torch.float32).to(dtype) @ groups, scores.float().logsumexp(-1)
 
 
 def check(device, **case) -> None:
     """The kernels' error is at most twice that of `plain_result`, and what they return is whole."""
     arguments = step(**case)
     with torch.no_grad():
-        actual = attend(kernels.latent_attention, **moved(arguments, device)).cpu()
-    exact = exact_result(arguments)
+        actual = to(attend(kernels.latent_attention, **moved(arguments, device))[:2], torch.device("cpu"))
     batch, heads, length, _ = arguments["query"].shape
-    assert actual.shape == (batch, heads, length, max(arguments["value_widths"]))
-    assert actual.dtype == FP32
-    error, plain = ((x.double() - exact).abs() for x in (actual, plain_result(arguments)))
-    # A few units of float32 for results that the plain steps happen to get exactly.
-    assert error.max() <= 2 * plain.max() + 1e-6
-    assert error.mean() <= 2 * plain.mean() + 1e-7
+    assert actual[0].shape == (batch, heads, length, max(arguments["value_widths"]))
+    for mine, exact, others in zip(actual, exact_result(arguments), plain_result(arguments)):
+        assert (mine.shape, mine.dtype) == (exact.shape, FP32)
+        error, plain = ((x.double() - exact).abs() for x in (mine, others))
+        # A few units of float32 for results that the plain steps happen to get exactly.
+        assert error.max() <= 2 * plain.max() + 1e-6
+        assert error.mean() <= 2 * plain.mean() + 1e-7
 
 
 def some(cases, *chosen: str) -> list:
@@ -273,22 +273,22 @@ def test_sums_of_several_launches(device, monkeypatch):
 def test_a_query_that_sees_nothing_gets_zeros(device):
     arguments = step(tokens=(45,))
     arguments["positions"] = torch.full_like(arguments["positions"], -1)
-    assert not attend(kernels.latent_attention, **moved(arguments, device)).any()
+    assert not attend(kernels.latent_attention, **moved(arguments, device)).summed.any()
     empty = arguments | {"cache": PackedCache()}
-    assert not attend(kernels.latent_attention, **moved(empty, device)).any()
+    assert not attend(kernels.latent_attention, **moved(empty, device)).summed.any()
 
 
 def test_pads_and_cut_tokens_are_not_read(device):
     """Whatever stands behind the counts: another row's, or what a crop has left."""
     arguments = step(tokens=(110, 90), crop=30, length=2)
-    before = attend(kernels.latent_attention, **moved(arguments, device))
+    before = attend(kernels.latent_attention, **moved(arguments, device)).summed
     cache = arguments["cache"]
     tiles = [replace(t, keys=t.keys.clone(), values=t.values.clone()) for t in (*cache.before, *cache.after)]
     for tile in tiles:
         behind = torch.arange(tile.keys.shape[2]) >= tile.count[..., None]
         tile.keys[behind], tile.values[behind] = torch.nan, torch.inf
     arguments["cache"] = replace(cache, before=tuple(tiles[:1]), after=tuple(tiles[1:]))
-    assert torch.equal(attend(kernels.latent_attention, **moved(arguments, device)), before)
+    assert torch.equal(attend(kernels.latent_attention, **moved(arguments, device)).summed, before)
 
 
 # ---- launches

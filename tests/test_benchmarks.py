@@ -61,8 +61,8 @@ def broken(monkeypatch, factor: float) -> None:
     attend = Backend.attend
 
     def wrong(self, *arguments):
-        summed, weights = attend(self, *arguments)
-        return summed * factor, weights
+        attended = attend(self, *arguments)
+        return attended._replace(summed=attended.summed * factor)
 
     monkeypatch.setattr(Backend, "attend", wrong)
 
@@ -340,8 +340,8 @@ def test_the_gate_stops_wrong_models(wrong, tmp_path, monkeypatch):
     def wrong_attend(self, query, *arguments):
         factors = wrong if self.name == "another" else {}
         query = replace(query, states=query.states * factors.get("query", 1.0))
-        summed, weights = attend(self, query, *arguments)
-        return summed * factors.get("summed", 1.0), weights
+        attended = attend(self, query, *arguments)
+        return attended._replace(summed=attended.summed * factors.get("summed", 1.0))
 
     caches: list = []
     monkeypatch.setattr(Subject, "latent_cache", of_another_name)

@@ -378,7 +378,7 @@ class FixedStore:
     def attend_and_append(self, query: LatentQuery, new: NewTokens) -> torch.Tensor:
         """`KIVILatentLayer.attend_and_append`, which in a graph is one node."""
         if not torch.compiler.is_compiling():
-            summed, _ = self._backend.attend(query, self.packed(new.tile()))
+            summed = self._backend.attend(query, self.packed(new.tile())).summed
             self.append(new.keys.detach(), new.values.detach(), new.real)
             return summed
         rope, expand_keys, expansion = query.rope, query.expand_keys, (None, None, [], 0)

@@ -174,7 +174,7 @@ class KIVILatentLayer(LatentLayer):
 
     def attend_and_append(self, query: LatentQuery, new: NewTokens) -> torch.Tensor:
         self.check_states(new.keys, new.values)  # before a kernel takes them at their word
-        summed, _ = self.backend.attend(query, self.packed(new.tile()))
+        summed = self.backend.attend(query, self.packed(new.tile())).summed
         self._store({"keys": new.keys.detach(), "values": new.values.detach()}, new.real)
         return summed
 

@@ -23,7 +23,7 @@ import torch
 
 from configuration_alrd_llama import check_choice
 from modules import quant_utils
-from modules.kernels.attention import latent_attention
+from modules.kernels.attention import Attended, latent_attention
 from modules.kernels.packed import LatentQuery, PackedCache, PackedSide
 
 BACKENDS = ("reference", "triton", "cpu")
@@ -44,7 +44,7 @@ class Backend:
 
     Attributes:
         quantize_and_pack, unpack_and_dequantize: With the signatures, results and errors of `modules/quant_utils.py`.
-        fused_attention: As `latent_attention` without `weights_length`, returning the sums only; `None`: there is none.
+        fused_attention: As `latent_attention` without `weights_length`; `None`: there is none.
         fused_append: `FusedAppend` of `modules/kernels/triton/append.py`, for caches of fixed capacity; `None`: there
             is none.
         takes_token_scale: Whether the fused kernel reads tokens with scales of their own (`PackedSide.token_scale`).
@@ -66,9 +66,7 @@ class Backend:
             return False
         return self.takes_token_scale or all([side.token_scale is None for side in sides])
 
-    def attend(
-        self, query: LatentQuery, cache: PackedCache, weights_length: int | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def attend(self, query: LatentQuery, cache: PackedCache, weights_length: int | None = None) -> Attended:
         """As `latent_attention`: by the fused kernel where there is one for what is asked, else by the reference."""
         states, expansion, sides = query.states, query.expand_keys, ()
         if cache.keys is not None:
@@ -80,18 +78,19 @@ class Backend:
             fused = False
         if not fused:
             return latent_attention(query, cache, weights_length)
-        summed = self.fused_attention(query, cache)
+        attended = self.fused_attention(query, cache)
         if states.requires_grad:
-            summed = _WithoutGradient.apply(states, summed)
-        return summed, None
+            summed, log_sum = _WithoutGradient.apply(states, attended.summed, attended.log_sum)
+            attended = Attended(summed, log_sum)
+        return attended
 
 
 class _WithoutGradient(torch.autograd.Function):
-    """The output of a fused kernel, for a query that requires a gradient: asking for it raises instead of giving 0."""
+    """The outputs of a fused kernel, for a query that requires a gradient: asking for it raises instead of giving 0."""
 
     @staticmethod
-    def forward(ctx, query: torch.Tensor, summed: torch.Tensor) -> torch.Tensor:
-        return summed.view_as(summed)
+    def forward(ctx, query: torch.Tensor, *outputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple([output.view_as(output) for output in outputs])
 
     @staticmethod
     def backward(ctx, *gradients):

@@ -9,6 +9,7 @@ their distance from each run's first token.
 """
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
@@ -19,9 +20,43 @@ from modules.svd_linear import split_groups
 _QUERIES = 64
 
 
-def latent_attention(
-    query: LatentQuery, cache: PackedCache, weights_length: int | None = None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+class Attended(NamedTuple):
+    """What queries get from the keys that they attend to, be they all keys or a part of them.
+
+    Attributes:
+        summed: `[B, H_q, L, C]` float, sums of the values weighted by the softmax over these keys; zero where a query
+            sees none.
+        log_sum: `[B, H_q, L]` float, the natural logarithm of `Σ_j exp(score_j · scaling)` over the keys that a query
+            sees; -inf where it sees none.
+        weights: `[B, H_q, L, positions]` float, the softmax by position of the key; `None`: they were not asked for.
+    """
+
+    summed: torch.Tensor
+    log_sum: torch.Tensor
+    weights: torch.Tensor | None = None
+
+
+def merge_attended(first: Attended, second: Attended) -> Attended:
+    """Attention to two sets of keys, from the attention to each of them (arXiv:2205.14135, section 3.1).
+
+    Args:
+        first, second: Of the same queries, both with `log_sum`, and both with `weights` or none. `summed` may be what
+            an affine map has made of it: the softmaxes' weights sum to one, so biases come out right.
+
+    Returns:
+        In the wider of the two types and that of `log_sum`. Zeros, and -inf, where a query sees no key of either.
+    """
+    log_sum = torch.logaddexp(first.log_sum, second.log_sum)
+    # A query that sees nothing at all: any finite number makes its two shares exp(-inf).
+    reference = log_sum.masked_fill(log_sum == -torch.inf, 0.0)
+    shares = [(part.log_sum - reference).exp()[..., None] for part in (first, second)]
+    summed, weights = first.summed * shares[0] + second.summed * shares[1], None
+    if first.weights is not None:
+        weights = first.weights * shares[0] + second.weights * shares[1]
+    return Attended(summed, log_sum, weights)
+
+
+def latent_attention(query: LatentQuery, cache: PackedCache, weights_length: int | None = None) -> Attended:
     r"""Softmax attention of queries over tiles of latents, all arithmetic in float32 (float64 for float64 queries).
 
     Args:
@@ -30,9 +65,8 @@ def latent_attention(
         weights_length: Return the attention weights over positions 0 … weights_length - 1 too.
 
     Returns:
-        `[B, H_q, L, max(value_widths)]`: for every query head the weighted sum of its group's value latents,
-        shorter groups filled with zeros; zero where a query sees nothing. And the weights `[B, H_q, L,
-        weights_length]`, or `None`.
+        `summed` `[B, H_q, L, max(value_widths)]`: for every query head the weighted sum of its group's value latents,
+        shorter groups filled with zeros. `log_sum` `[B, H_q, L]`. `weights` `[B, H_q, L, weights_length]`, or `None`.
     """
     positions, rope, value_widths = query.positions, query.rope, query.value_widths
     batch, heads, length, size = query.states.shape
@@ -77,17 +111,18 @@ def latent_attention(
         total = total * decay + weights.sum(dim=-1, keepdim=True)
         highest = higher
 
+    log_sum = (highest + total.log()).squeeze(-1)
     # A query that sees nothing gets zeros, not NaN.
     total = total.masked_fill(total == 0, 1.0)
     if weights_length is None:
-        return summed / total, None
+        return Attended(summed / total, log_sum)
     # The weights follow once the highest score and the total are known: each goes to its key's position.
     result = states.new_zeros((batch, heads, length, weights_length))
     for scores, key_positions in scored:
         weights = (scores - highest.masked_fill(highest == -torch.inf, 0.0)).exp() / total
         index = key_positions.clamp(max=weights_length - 1).long()[:, None, None].expand_as(weights)
         result.scatter_add_(3, index, weights)
-    return summed / total, result
+    return Attended(summed / total, log_sum, result)
 
 
 @torch.no_grad()
@@ -103,7 +138,7 @@ def attention_received(query: LatentQuery, cache: PackedCache, real: torch.Tenso
         piece = slice(start, start + _QUERIES)
         # Weights of a few queries at a time: `length` of them for each query and head.
         some = replace(query, states=query.states[:, :, piece], positions=query.positions[:, piece])
-        weights = latent_attention(some, cache, length)[1]
+        weights = latent_attention(some, cache, length).weights
         if real is not None:
             weights = weights * real[:, None, piece, None].to(weights)
         received += weights.sum((1, 2)).float()

@@ -56,6 +56,7 @@ struct Arguments {
   const int32_t *key_start, *key_count, *value_start, *value_count;  // channels of each head group
   const int32_t* value_channel;  // [groups, values.width] channel of the group in a column, -1: none
   float* output;                 // [B, H_q, L, output_width]
+  float* log_sum;                // [B, H_q, L]
   Side keys, values;
   int32_t batch, query_heads, heads, length, half, blocks, block_length, exact_width, output_width, n_exact;
   int32_t state_type, weight_type, weight_stride, planes, threads;
@@ -789,9 +790,10 @@ extern "C" int alrd_attention(const Arguments* arguments) {
     const int b = head / a.heads, h = head % a.heads;
     for (int j = 0; j < queries; j++) {
       const int q_head = h * shared + j / a.length, l = j % a.length;
-      float* out = a.output + (((int64_t)b * a.query_heads + q_head) * a.length + l) * a.output_width;
+      const int64_t to = ((int64_t)b * a.query_heads + q_head) * a.length + l;
       const float* parts = &partial[(size_t)head * splits * share + j * width];
-      merge_splits(parts, splits, share, a.output_width, [](float x) { return std::exp(x); }, out);
+      float* out = a.output + to * a.output_width;
+      a.log_sum[to] = merge_splits(parts, splits, share, a.output_width, [](float x) { return std::exp(x); }, out);
     }
   }
   return 0;

@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from modules.kernels.attention import Attended
 from modules.kernels.cpu import structures
 from modules.kernels.cpu.library import library
 from modules.kernels.cpu.structures import TYPES, address, ints, starts, structure
@@ -26,7 +27,7 @@ _Side = structure("""
 _Arguments = structure(
     """
     pointer query positions frequency order weight bias key_channel table exact
-    pointer key_start key_count value_start value_count value_channel output
+    pointer key_start key_count value_start value_count value_channel output log_sum
     Side keys values
     int32 batch query_heads heads length half blocks block_length exact_width output_width n_exact
     int32 state_type weight_type weight_stride planes threads
@@ -165,8 +166,8 @@ def _as_codes() -> frozenset:
     return frozenset(widths)
 
 
-def latent_attention(query: LatentQuery, cache: PackedCache) -> torch.Tensor:
-    """`modules.kernels.attention.latent_attention`, the sums only: `[B, H_q, L, max(value_widths)]` float32."""
+def latent_attention(query: LatentQuery, cache: PackedCache) -> Attended:
+    """`modules.kernels.attention.latent_attention`, all in float32, without weights."""
     expand_keys, value_widths, rope = query.expand_keys, query.value_widths, query.rope
     batch, query_heads, length, size = query.states.shape
     tolerance, planes = _PRECISION[query.states.dtype]
@@ -177,6 +178,7 @@ def latent_attention(query: LatentQuery, cache: PackedCache) -> torch.Tensor:
     frequency, order = _pairs(frequencies)
     states, positions = query.states.detach().float().contiguous(), query.positions.to(torch.int64).contiguous()
     output = torch.empty((batch, query_heads, length, max(value_widths)), dtype=torch.float32, device="cpu")
+    log_sum = torch.empty(output.shape[:3], dtype=torch.float32, device="cpu")
     heads, key_widths = query.key_layout(cache)
     # Everything that the arguments point to has a name here, and so lives until the kernel is done.
     exact = (*cache.before, *cache.after)
@@ -187,9 +189,9 @@ def latent_attention(query: LatentQuery, cache: PackedCache) -> torch.Tensor:
         query=address(states), positions=address(positions), frequency=address(frequency), order=address(order),
         exact=ctypes.addressof(exact_tiles), key_start=key_start, key_count=key_start + 4 * len(key_widths),
         value_start=value_start, value_count=value_start + 4 * len(value_widths), output=address(output),
-        batch=batch, query_heads=query_heads, heads=heads, length=length, half=len(order), exact_width=max(key_widths),
-        output_width=max(value_widths), n_exact=len(exact), planes=max(1, planes), threads=torch.get_num_threads(),
-        scaling=scaling, tolerance=tolerance,
+        log_sum=address(log_sum), batch=batch, query_heads=query_heads, heads=heads, length=length, half=len(order),
+        exact_width=max(key_widths), output_width=max(value_widths), n_exact=len(exact), planes=max(1, planes),
+        threads=torch.get_num_threads(), scaling=scaling, tolerance=tolerance,
     )  # fmt: skip
     if expand_keys is not None:
         weight, bias = structures.dense(expand_keys.weight), expand_keys.bias
@@ -214,4 +216,4 @@ def latent_attention(query: LatentQuery, cache: PackedCache) -> torch.Tensor:
             if part.bits == 16:
                 arguments.state_type = TYPES[part.packed.dtype]
     library().alrd_attention(ctypes.byref(arguments))
-    return output
+    return Attended(output, log_sum)

@@ -38,8 +38,9 @@ inline float exp_negative(float x) {
 
 // The attention of a query to its sequence, from the records of the sequence's splits, `stride` apart: `width` sums of
 // weighted values, the highest score, the sum of the weights relative to it. A query that sees nothing gets zeros.
+// Returns the logarithm of the sum of all exp(score); -inf for a query that sees nothing.
 template <class Exp>
-inline void merge_splits(const float* records, int64_t splits, int64_t stride, int64_t width, Exp exp, float* out) {
+inline float merge_splits(const float* records, int64_t splits, int64_t stride, int64_t width, Exp exp, float* out) {
   float highest = -INFINITE;
   float total = 0;
   for (int64_t s = 0; s < splits; s++) highest = std::max(highest, records[s * stride + width]);
@@ -52,6 +53,7 @@ inline void merge_splits(const float* records, int64_t splits, int64_t stride, i
     for (int64_t c = 0; c < width; c++) out[c] += weight * record[c];
   }
   for (int64_t c = 0; c < width && total > 0; c++) out[c] /= total;
+  return highest + std::log(total);
 }
 
 }  // namespace

@@ -32,6 +32,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+from modules.kernels.attention import Attended
 from modules.kernels.packed import LatentQuery, PackedCache, PackedPart, PackedSide, Tile
 from modules.kernels.triton.common import INTERPRETED, as_bits, bits_of, power_of_three, power_of_two, stand_in, widen
 from modules.quant_utils import grid, group_starts, packed_words
@@ -640,6 +641,7 @@ def _choose(condition, chosen, other):
 def _merge_kernel(
     sums,
     output,
+    log_sum,
     spans,
     shares,
     rows,
@@ -650,7 +652,7 @@ def _merge_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """The sums of all shares of a row of queries on one scale, over their total."""
+    """The sums of all shares of a row of queries on one scale, over their total, and the logarithm of the total."""
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     width = tl.load(spans + row // length % heads // SHARED_HEADS * 3 + 1)
     stats = sums + shares.to(tl.int64) * rows * WIDTH
@@ -670,7 +672,10 @@ def _merge_kernel(
         tile = tl.load(sums + offs[:, None] * WIDTH + column[None, :], mask[:, None] & (column < width)[None, :], 0)
         summed = summed * decay + tl.sum(tile * factor[:, None], 0)
         highest = higher
-    tl.store(output + row * WIDTH + column, summed / tl.where(total == 0, 1.0, total), column < WIDTH)
+    total = tl.where(total == 0, 1.0, total)
+    tl.store(output + row * WIDTH + column, summed / total, column < WIDTH)
+    # Scores are exponents of two; log(2) makes a natural logarithm of theirs.
+    tl.store(log_sum + row, (highest + tl.log2(total)) * 0.6931471805599453, tl.program_id(1) == 0)
 
 
 #: Types that the kernels take; others pass through float32.
@@ -1007,8 +1012,8 @@ def _record(cache: PackedCache, shape: _Shape) -> _LaunchRecord:
     return records[shape]
 
 
-def latent_attention(query: LatentQuery, cache: PackedCache) -> torch.Tensor:
-    """As `latent_attention` in `modules/kernels/attention.py`, the sums only: `[B, H_q, L, max(value_widths)]` float32.
+def latent_attention(query: LatentQuery, cache: PackedCache) -> Attended:
+    """As `latent_attention` in `modules/kernels/attention.py`, all in float32, without weights.
 
     Matrix products are in the type of the query, sums in float32. The device is not waited for: how the work is cut
     follows from the shapes alone.
@@ -1045,6 +1050,7 @@ def latent_attention(query: LatentQuery, cache: PackedCache) -> torch.Tensor:
     shares, programs = record.shares(blocks, len(exact))
     total = shares + len(exact)
     output = torch.empty((*states.shape[:3], record.width), dtype=torch.float32, device=states.device)
+    log_sum = torch.empty(states.shape[:3], dtype=torch.float32, device=states.device)
     # Sums and, behind those of all shares, the highest score and the total of each.
     sums = torch.empty(total * record.rows * (record.width + 2), dtype=torch.float32, device=states.device)
     step = {
@@ -1069,5 +1075,5 @@ def latent_attention(query: LatentQuery, cache: PackedCache) -> torch.Tensor:
         if programs:
             for launch in record.launches:
                 _attention_kernel[(record.grid[0], programs, record.grid[1])](**step, **launch)
-        _merge_kernel[record.merge_grid](sums=sums, output=output, shares=total, **record.merge)
-    return output
+        _merge_kernel[record.merge_grid](sums=sums, output=output, log_sum=log_sum, shares=total, **record.merge)
+    return Attended(output, log_sum)
