@@ -452,7 +452,102 @@ def _check_given_widths(stored: dict, given: dict) -> None:
             check_width_beside_tiers(side, given[field], stored.get(field, getattr(ALRDLlamaConfig, field)))
 
 
-class ALRDLlamaConfig(LlamaConfig):
+class LatentParts:
+    """What has a latent of its own by the fields of an `ALRDLlamaConfig`: projections or blocks, ranks and widths."""
+
+    def projections(self) -> Iterator[Projection]:
+        """All key and value projections, layer by layer."""
+        for layer in range(self.num_hidden_layers):
+            for side in SIDES:
+                yield Projection(layer, side)
+
+    def blocks(self) -> list[Block]:
+        """All blocks of projections of a model with `keep_dense`, group of layers by group of layers."""
+        blocks, sides = [], ("kv",) if self.joint_kv else SIDES
+        for first in range(0, self.num_hidden_layers, self.layer_group_size):
+            last = min(first + self.layer_group_size, self.num_hidden_layers) - 1
+            for side in sides:
+                blocks.append(Block(first, last, side))
+        return blocks
+
+    def parts(self) -> "list[Projection] | list[Block]":
+        """What has a latent of its own, and so a name in `truncation_ranks`: the blocks, or the projections."""
+        return self.blocks() if self.keep_dense else list(self.projections())
+
+    def cache_layer(self, layer: int) -> int:
+        """Index of the layer of a cache that holds the latents of a model's layer: one for each group of layers."""
+        return layer // self.layer_group_size
+
+    @property
+    def num_cache_layers(self) -> int:
+        """Layers of a cache of this model."""
+        return self.cache_layer(self.num_hidden_layers - 1) + 1
+
+    @property
+    def num_head_groups(self) -> int:
+        """Groups of key/value heads that share one latent."""
+        return self.num_key_value_heads // (self.head_group_size or self.num_key_value_heads)
+
+    @property
+    def group_outputs(self) -> int:
+        """Outputs of a projection for one head group."""
+        return self.num_key_value_heads * self.head_dim // self.num_head_groups
+
+    @property
+    def full_group_rank(self) -> int:
+        """Largest rank of one head group of a projection: the smaller side of its part of the weight."""
+        # A group's part of the weight is [outputs of its heads, hidden_size].
+        return min(self.group_outputs, self.hidden_size)
+
+    def full_rank(self, part: Projection | Block) -> int:
+        """Largest rank of one head group: `full_group_rank`, of a block the outputs of all its members."""
+        return len(part.members()) * self.group_outputs if self.keep_dense else self.full_group_rank
+
+    def group_ranks(self, projection: Projection | Block) -> tuple[int, ...] | None:
+        """Ranks of the head groups of a projection or a block; `None` if it stays dense."""
+        rank = self.truncation_ranks.get(projection.name)
+        if rank is None:
+            return None
+        if not isinstance(rank, int):
+            return tuple(rank)
+        # A total rank is spread evenly; the first groups take the remainder.
+        groups = self.num_head_groups
+        share, remainder = divmod(rank, groups)
+        return (share + 1,) * remainder + (share,) * (groups - remainder)
+
+    def group_tiers(self, projection: Projection | Block) -> list | None:
+        """Width tiers of the head groups of a projection or a block; `None` if its channels have one width."""
+        return self.width_tiers.get(projection.name)
+
+    def cached_widths(self, projection: Projection | Block) -> tuple[int, ...]:
+        """Channels that the cache stores per token, by group: the latent's ranks, or one head size per dense head."""
+        return self.group_ranks(projection) or (self.head_dim,) * self.num_key_value_heads
+
+    def layer_parts(self, layer: int) -> list[Projection] | list[Block]:
+        """What stores the keys and the values of a layer in the cache, one for each side of the cache's layer."""
+        if not self.keep_dense:
+            return [Projection(layer, side) for side in SIDES]
+        return [block for block in self.blocks() if block.first <= layer <= block.last]
+
+    def layer_widths(self, layer: int) -> tuple[tuple[int, ...], ...]:
+        """`cached_widths` of the keys and the values of a layer, or those of the one latent of both."""
+        return tuple(map(self.cached_widths, self.layer_parts(layer)))
+
+    def is_static(self, side: str) -> bool:
+        """Whether the cache quantizes a side by calibrated scales."""
+        fields = getattr(self, f"{side}_scheme") or {}
+        return bool(fields.get("static"))
+
+    def tiered_scheme(self, projection: Projection | Block) -> QuantScheme | None:
+        """The scheme by which the cache stores what has width tiers; `None` if it has none."""
+        tiers, side = self.group_tiers(projection), projection.settings_side
+        if tiers is None:
+            return None
+        fields = {**(getattr(self, f"{side}_scheme") or {}), "tiers": tiers}
+        return side_scheme(side, getattr(self, f"{side}_bits"), self.group_size, fields)
+
+
+class ALRDLlamaConfig(LatentParts, LlamaConfig):
     r"""A `LlamaConfig` plus the ranks of the split projections and the settings of their KV cache.
 
     ALRD stands for adaptive low-rank decomposition: each projection is split at a rank of its own.
@@ -604,97 +699,6 @@ class ALRDLlamaConfig(LlamaConfig):
         """Differences of the dense architecture from a Llama; a `ValueError` for a model type that cannot be split."""
         check_dense_model_type("dense_model_type", self.dense_model_type)
         return ARCHITECTURES[self.dense_model_type]
-
-    def projections(self) -> Iterator[Projection]:
-        """All key and value projections, layer by layer."""
-        for layer in range(self.num_hidden_layers):
-            for side in SIDES:
-                yield Projection(layer, side)
-
-    def blocks(self) -> list[Block]:
-        """All blocks of projections of a model with `keep_dense`, group of layers by group of layers."""
-        blocks, sides = [], ("kv",) if self.joint_kv else SIDES
-        for first in range(0, self.num_hidden_layers, self.layer_group_size):
-            last = min(first + self.layer_group_size, self.num_hidden_layers) - 1
-            for side in sides:
-                blocks.append(Block(first, last, side))
-        return blocks
-
-    def parts(self) -> "list[Projection] | list[Block]":
-        """What has a latent of its own, and so a name in `truncation_ranks`: the blocks, or the projections."""
-        return self.blocks() if self.keep_dense else list(self.projections())
-
-    def cache_layer(self, layer: int) -> int:
-        """Index of the layer of a cache that holds the latents of a model's layer: one for each group of layers."""
-        return layer // self.layer_group_size
-
-    @property
-    def num_cache_layers(self) -> int:
-        """Layers of a cache of this model."""
-        return self.cache_layer(self.num_hidden_layers - 1) + 1
-
-    @property
-    def num_head_groups(self) -> int:
-        """Groups of key/value heads that share one latent."""
-        return self.num_key_value_heads // (self.head_group_size or self.num_key_value_heads)
-
-    @property
-    def group_outputs(self) -> int:
-        """Outputs of a projection for one head group."""
-        return self.num_key_value_heads * self.head_dim // self.num_head_groups
-
-    @property
-    def full_group_rank(self) -> int:
-        """Largest rank of one head group of a projection: the smaller side of its part of the weight."""
-        # A group's part of the weight is [outputs of its heads, hidden_size].
-        return min(self.group_outputs, self.hidden_size)
-
-    def full_rank(self, part: Projection | Block) -> int:
-        """Largest rank of one head group: `full_group_rank`, of a block the outputs of all its members."""
-        return len(part.members()) * self.group_outputs if self.keep_dense else self.full_group_rank
-
-    def group_ranks(self, projection: Projection | Block) -> tuple[int, ...] | None:
-        """Ranks of the head groups of a projection or a block; `None` if it stays dense."""
-        rank = self.truncation_ranks.get(projection.name)
-        if rank is None:
-            return None
-        if not isinstance(rank, int):
-            return tuple(rank)
-        # A total rank is spread evenly; the first groups take the remainder.
-        groups = self.num_head_groups
-        share, remainder = divmod(rank, groups)
-        return (share + 1,) * remainder + (share,) * (groups - remainder)
-
-    def group_tiers(self, projection: Projection | Block) -> list | None:
-        """Width tiers of the head groups of a projection or a block; `None` if its channels have one width."""
-        return self.width_tiers.get(projection.name)
-
-    def cached_widths(self, projection: Projection | Block) -> tuple[int, ...]:
-        """Channels that the cache stores per token, by group: the latent's ranks, or one head size per dense head."""
-        return self.group_ranks(projection) or (self.head_dim,) * self.num_key_value_heads
-
-    def layer_parts(self, layer: int) -> list[Projection] | list[Block]:
-        """What stores the keys and the values of a layer in the cache, one for each side of the cache's layer."""
-        if not self.keep_dense:
-            return [Projection(layer, side) for side in SIDES]
-        return [block for block in self.blocks() if block.first <= layer <= block.last]
-
-    def layer_widths(self, layer: int) -> tuple[tuple[int, ...], ...]:
-        """`cached_widths` of the keys and the values of a layer, or those of the one latent of both."""
-        return tuple(map(self.cached_widths, self.layer_parts(layer)))
-
-    def is_static(self, side: str) -> bool:
-        """Whether the cache quantizes a side by calibrated scales."""
-        fields = getattr(self, f"{side}_scheme") or {}
-        return bool(fields.get("static"))
-
-    def tiered_scheme(self, projection: Projection | Block) -> QuantScheme | None:
-        """The scheme by which the cache stores what has width tiers; `None` if it has none."""
-        tiers, side = self.group_tiers(projection), projection.settings_side
-        if tiers is None:
-            return None
-        fields = {**(getattr(self, f"{side}_scheme") or {}), "tiers": tiers}
-        return side_scheme(side, getattr(self, f"{side}_bits"), self.group_size, fields)
 
     def check_latent_cache(self) -> None:
         """Check the fields of this class; see the class docstring for the rules."""

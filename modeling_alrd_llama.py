@@ -40,12 +40,12 @@ from configuration_alrd_llama import SIDES, ALRDLlamaConfig, Projection
 from modules import loading
 from modules.decode_graph import DecodeGraph
 from modules.kernels import Backend
-from modules.kernels.attention import attention_received
+from modules.kernels.attention import attention_received, merge_attended
 from modules.kernels.packed import LatentQuery, PackedCache, Rope
 from modules.kivi_cache import CacheScheme, KIVILatentCache, config_schemes, config_widths, create_kivi_cache
 from modules.latent_step import LatentStep
 from modules.quant_utils import quantize_latent
-from modules.svd_linear import ALinear, SVDLinear, shard_groups
+from modules.svd_linear import ALinear, LatentFactors, MemberBLinear, SVDLinear, shard_groups
 
 #: The capacity that `generate` gives a cache is a multiple of it, in tokens.
 CAPACITY_STEP = 512
@@ -154,10 +154,7 @@ class ALRDLlamaAttention(LlamaAttention):
         if step.slots is None:
             return self._expand_values(backend.attend(query, cache).summed, dtype), None
         summed, _, weights = backend.attend(query, cache, step.slots.shape[1])
-        # The weights come by position of the key, and are given by slot, as the library gives them.
-        slots = step.slots[:, None, None].expand_as(weights)
-        weights = weights.gather(3, slots.clamp(min=0)).masked_fill(slots < 0, 0.0)
-        return self._expand_values(summed, dtype), weights.to(dtype)
+        return self._expand_values(summed, dtype), step.weights_by_slot(weights).to(dtype)
 
     def _attend_dense(self, query, key_latents, value_latents, position_embeddings, attention_mask, **kwargs):
         """Attention of the first tokens to themselves, by the library's functions; `[B, L, H_q, d]` and weights."""
@@ -185,8 +182,8 @@ class ALRDLlamaAttention(LlamaAttention):
 
     def _config_widths(self) -> tuple[tuple[int, ...], ...]:
         """Channels by head group of keys and values that this rank caches by the config as it is now."""
-        keys, values = self.config.layer_widths(self.layer_idx)
-        return shard_groups(keys, self.tp_rank, self.tp_size), shard_groups(values, self.tp_rank, self.tp_size)
+        widths = self.config.layer_widths(self.layer_idx)
+        return tuple(shard_groups(groups, self.tp_rank, self.tp_size) for groups in widths)
 
     def check_config(self) -> None:
         """Reject a config whose ranks or head groups have been assigned since the layer was built."""
@@ -209,6 +206,88 @@ class ALRDLlamaAttention(LlamaAttention):
         return replace(scheme, **shards)
 
 
+class ALRDLlamaBlockAttention(ALRDLlamaAttention):
+    """Attention of a layer whose keys and values are cached in the latents of blocks (`Block`).
+
+    The dense projections serve new tokens and sinks as they are; `k_latent` and `v_latent` have the factors of this
+    layer. Without a `KIVILatentCache` it is the dense model's attention.
+    """
+
+    def __init__(self, config: ALRDLlamaConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        heads, blocks = config.num_key_value_heads, config.layer_parts(layer_idx)
+        self.block = blocks[0]
+        # A latent of both sides is that of the keys, to the cache as to the settings.
+        for side, block in zip(SIDES, (blocks[0], blocks[-1]), strict=True):
+            first = layer_idx == block.first and side == block.settings_side
+            static = first and config.is_static(side)
+            factors = LatentFactors(heads * self.head_dim, config.group_ranks(block), heads, static)
+            setattr(self, f"{side}_latent", factors)
+        #: Side of the cache that holds the latents of the keys, and of the values.
+        self.cache_sides = ("keys", "keys" if config.joint_kv else "values")
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values=None,
+        latent_step: LatentStep | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if latent_step is None:
+            return super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
+
+        # Project: keys before RoPE, as the dense model has them.
+        query = self._heads(self.q_proj(hidden_states))
+        keys, values = self.k_proj(hidden_states), self.v_proj(hidden_states)
+        layer = past_key_values.layer(self.config.cache_layer(self.layer_idx), self.widths)
+        step = latent_step.on(query.device)
+        if step.has_past:
+            output, weights = self._attend_block(query, keys, values, layer, step)
+        else:
+            output, weights = self._attend_dense(query, keys, values, position_embeddings, attention_mask, **kwargs)
+
+        # The latents of the new tokens are sums over the layers of the block: the last layer has them whole.
+        if self.layer_idx == self.block.first:
+            step.sums.begin(self.layer_idx, layer.sink_slots(step.real, keys.shape[1]))
+        parts = (self.k_latent.BLinear(keys), self.v_latent.BLinear(values))
+        step.sums.add(self.layer_idx, self.cache_sides, parts, (keys.detach(), values.detach()))
+        if self.layer_idx == self.block.last:
+            latents = {side: latent.to(keys.dtype) for side, latent in step.sums.latents.items()}
+            layer.append(**latents, real=step.real, dense=step.sums.members())
+        return self.o_proj(output.flatten(2)), weights
+
+    def _latent_query(self, query: torch.Tensor, step: LatentStep) -> LatentQuery:
+        return LatentQuery(query, step.positions, self.k_latent.ALinear, self.widths[-1], step.rope, self.scaling)
+
+    def _attend_block(self, query, keys, values, layer, step: LatentStep):
+        """Attention of new tokens to sinks and to themselves as they are, and to latents; `[B, L, H_q, d]` and weights.
+
+        The two parts are merged behind the expansion of the values, so that its bias counts for the latents only.
+        """
+        length = None if step.slots is None else step.slots.shape[1]
+        layer.check_type(keys)  # before a kernel takes it at its word
+        # Sinks lie side by side, layer by layer.
+        size, member = keys.shape[2], self.layer_idx - self.block.first
+        sinks = layer.sinks(slice(member * size, (member + 1) * size))
+        heads = (self.head_dim,) * (size // self.head_dim)
+        exact_query = LatentQuery(query, step.positions, None, heads, step.rope, self.scaling)
+        new = step.new_tokens(keys, values).tile()
+        attended = layer.backend.attend(exact_query, PackedCache(sinks, (new,)), length)
+
+        # A short text has no latents yet.
+        history = layer.packed()
+        if not history.is_empty:
+            latent = layer.backend.attend(self._latent_query(query, step), history, length)
+            summed = self.v_latent.ALinear(latent.summed.to(query.dtype), per_head=True)
+            attended = merge_attended(attended, latent._replace(summed=summed))
+        weights = attended.weights
+        if weights is not None:
+            weights = step.weights_by_slot(weights).to(query.dtype)
+        return attended.summed.to(query.dtype).transpose(1, 2), weights
+
+
 def to_latents(projection: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     """States that the cache stores: latents of a split projection, the output of a dense one."""
     return projection.BLinear(hidden_states) if isinstance(projection, SVDLinear) else projection(hidden_states)
@@ -224,7 +303,7 @@ def captures_graphs(model: PreTrainedModel) -> bool:
     return model.device.type == "cuda"
 
 
-def _static_buffer(split: SVDLinear, name: str) -> torch.Tensor:
+def _static_buffer(split: nn.Module, name: str) -> torch.Tensor:
     """A buffer in float32, from where accelerate keeps it if it is offloaded (`offload_buffers=True`)."""
     buffer = getattr(split, name)
     if buffer.is_meta:
@@ -270,7 +349,8 @@ class ALRDLlamaDecoderLayer(LlamaDecoderLayer):
         # Skips the library's own `__init__`, which would build a stock attention.
         super(LlamaDecoderLayer, self).__init__()
         self.hidden_size = config.hidden_size
-        self.self_attn = ALRDLlamaAttention(config, layer_idx)
+        attention = ALRDLlamaBlockAttention if config.keep_dense else ALRDLlamaAttention
+        self.self_attn = attention(config, layer_idx)
         self.mlp = LlamaMLP(config)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -285,7 +365,7 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
-        if isinstance(module, ALinear):
+        if isinstance(module, (ALinear, MemberBLinear)):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
             if module.bias is not None:
                 init.zeros_(module.bias)
@@ -301,7 +381,9 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
                 keyword, asks for another kind of model or other factors than the checkpoint stores.
         """
         if pretrained_model_name_or_path is not None:
-            loading.check_stored_model(pretrained_model_name_or_path, config, kwargs)
+            blocks = loading.check_stored_model(pretrained_model_name_or_path, config, kwargs)
+            if blocks is not None:
+                return cls._blocks_of_dense(pretrained_model_name_or_path, *args, config=blocks, **kwargs)
         # The library keeps conversions per model type, ours are for this configuration.
         with loading.lock:
             model, info = super().from_pretrained(
@@ -316,6 +398,20 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
             for attention in model.local_attentions().values():
                 attention.shard_heads(mesh.get_local_rank(), mesh.size(), mesh.get_group())
         return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _blocks_of_dense(cls, path, *args, config: ALRDLlamaConfig, **kwargs) -> "ALRDLlamaPreTrainedModel":
+        """A dense checkpoint in memory, split into blocks by plain SVD of its weights."""
+        for name in ("device_map", "tp_plan", "distributed_config", "quantization_config", "output_loading_info"):
+            if kwargs.pop(name, None):
+                raise ValueError(
+                    f"{name}: must not be given where a dense checkpoint is split into blocks (keep_dense=True); save "
+                    "the split model, and load that"
+                )
+        for name in ALRDLlamaConfig.__dataclass_fields__:
+            kwargs.pop(name, None)  # `config` has them
+        dense = AutoModelForCausalLM.from_pretrained(path, *args, **kwargs)
+        return ALRDLlamaForCausalLM.from_dense(dense, config)
 
     @classmethod
     def maybe_distribute_model(cls, model, distributed_config, *mesh):
@@ -385,10 +481,12 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
             layer_schemes = {}
         # A scheme that the caller gives for a layer takes the place of the layer's width tiers.
         layer_schemes |= settings.pop("layer_schemes", None) or {}
+        self.check_blocks(settings.get("capacity"))
         widths = config_widths(config)
         # A rank of tensor parallelism caches its own head groups.
-        for i, attention in self.local_attentions().items():
+        for layer, attention in self.local_attentions().items():
             attention.check_config()
+            i = config.cache_layer(layer)
             widths[i] = attention.widths
             whole = layer_schemes.get(i, scheme)
             shard = attention.shard_scheme(whole)
@@ -403,32 +501,57 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
         layers = enumerate(self.get_decoder().layers[: self.config.num_hidden_layers])
         return {i: layer.self_attn for i, layer in layers if hasattr(layer, "self_attn")}
 
+    def check_blocks(self, capacity: int | None) -> None:
+        """Raise a `ValueError` for a cache that the layers of blocks cannot fill: of fixed capacity, or in parts."""
+        if not self.config.keep_dense:
+            return
+        if capacity is not None:
+            raise ValueError(f"capacity={capacity}: must be None with keep_dense=True; the cache of blocks grows")
+        devices = {}
+        for i, attention in self.local_attentions().items():
+            weight = attention.k_proj.weight
+            devices[i] = attention._hf_hook.execution_device if weight.is_meta else weight.device
+        loading.check_whole_blocks(self.config, devices)
+
     def _config_of_active_layers(self) -> ALRDLlamaConfig:
         """The config without the projections of layers that an early exit of `generate` skips for a while."""
         active = self.config.num_hidden_layers
         if active >= len(self.get_decoder().layers):
             return self.config
         config = copy.copy(self.config)
+        if active % config.layer_group_size:
+            raise ValueError(
+                f"layer_group_size={config.layer_group_size}: an exit after {active} layers is inside a block, whose "
+                "latents its last layer completes; it must be at a multiple of it"
+            )
+        active_names = {part.name for part in config.parts()}
         for field in ("truncation_ranks", "width_tiers"):
             by_name = getattr(config, field)
-            left = {name: by_name[name] for name in by_name if Projection.parse(name).layer < active}
-            setattr(config, field, left)
+            setattr(config, field, {name: by_name[name] for name in by_name if name in active_names})
         return config
 
     def _static_scales(self) -> dict[int, dict]:
         """Calibrated scales that the checkpoint brings, by layer and side."""
         scales: dict[int, dict] = {}
-        for i, attention in self.local_attentions().items():
-            for states, projection in (("keys", attention.k_proj), ("values", attention.v_proj)):
-                if isinstance(projection, SVDLinear) and projection.latent_scale is not None:
-                    scale = _static_buffer(projection, "latent_scale")
-                    scales.setdefault(i, {})[states] = scale, _static_buffer(projection, "latent_zero_point")
+        for layer, attention in self.local_attentions().items():
+            sources = (attention.k_proj, attention.v_proj)
+            if self.config.keep_dense:
+                sources = (attention.k_latent, attention.v_latent)
+            for states, source in zip(("keys", "values"), sources, strict=True):
+                if getattr(source, "latent_scale", None) is not None:
+                    of_layer = scales.setdefault(self.config.cache_layer(layer), {})
+                    of_layer[states] = (
+                        _static_buffer(source, "latent_scale"),
+                        _static_buffer(source, "latent_zero_point"),
+                    )
         return scales
 
 
 class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):
     def __init__(self, config: ALRDLlamaConfig):
         config.check_latent_cache()
+        if config.keep_dense and not config.truncation_ranks:
+            raise ValueError("truncation_ranks: must name all blocks with keep_dense=True")
         loading.register_dense_conversion(config)
         # Skips the library's own `__init__`, which would build stock layers.
         super(LlamaModel, self).__init__(config)
@@ -524,6 +647,7 @@ class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):
         is_bound = past_key_values.is_bound_to(self)
         if not is_bound:
             past_key_values.check_model(self)
+            self.check_blocks(past_key_values.capacity)
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         step = LatentStep.after(past_key_values, hidden_states, attention_mask, position_ids)
         position_embeddings = self.rotary_emb(hidden_states, position_ids=step.positions)
@@ -646,6 +770,7 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
         """
         if (
             generation_mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+            or self.config.keep_dense
             or generation_config.is_assistant  # whose text goes on from call to call
             or generation_config.output_attentions
             or self._has_pads_after(generation_config.prefill_chunk_size, model_kwargs.get("attention_mask"))

@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from configuration_alrd_llama import ALRDLlamaConfig, Projection, check_choice, check_count
+from configuration_alrd_llama import ALRDLlamaConfig, check_choice, check_count
 from modules.cache.binding import ModelBinding
 from modules.cache.codecs import block_nbytes
 from modules.cache.drop_in import UpdateGuard
@@ -364,16 +364,17 @@ def _held_tokens(layer: LatentLayer) -> tuple:
 
 
 def _layer_device(model: torch.nn.Module, layer_idx: int) -> torch.device:
-    """Where the states of a layer are computed."""
-    layer = model.get_decoder().layers[layer_idx]
+    """Where the states that a layer of a cache holds are computed."""
+    decoder = model.get_decoder()
+    layer = decoder.layers[layer_idx * getattr(decoder.config, "layer_group_size", 1)]
     device = next(layer.parameters()).device
     return device if device.type != "meta" else torch.device(layer._hf_hook.execution_device)
 
 
 def config_widths(config: ALRDLlamaConfig) -> list[LayerWidths]:
-    """Channels that each layer of a model caches, by head group; checks the config."""
+    """Channels that each layer of a cache of a model holds, by head group; checks the config."""
     config.check_latent_cache()
-    return list(map(config.layer_widths, range(config.num_hidden_layers)))
+    return list(map(config.layer_widths, range(0, config.num_hidden_layers, config.layer_group_size)))
 
 
 def config_schemes(config: ALRDLlamaConfig, **settings) -> tuple[CacheScheme, dict[int, CacheScheme]]:
@@ -385,17 +386,20 @@ def config_schemes(config: ALRDLlamaConfig, **settings) -> tuple[CacheScheme, di
             for all channels: the config's tiers and scheme, calibrated for each other, are not used for it.
     """
     own = {f.name: getattr(config, f.name) for f in fields(CacheScheme)}
-    tiered = {Projection.parse(name).side for name in config.width_tiers}
+    tiered = {part.settings_side for part in config.parts() if part.name in config.width_tiers}
     for side in tuple(tiered):
         if {f"{side}_bits", f"{side}_scheme"} & set(settings):
             tiered.remove(side)
             own[f"{side}_scheme"] = None
     scheme, layers = CacheScheme(**(own | settings)), {}
-    for i in range(config.num_hidden_layers):
-        tiers = {side: config.group_tiers(Projection(i, side)) for side in tiered}
-        sides = {f"{side}_scheme": {**getattr(scheme, f"{side}_scheme"), "tiers": t} for side, t in tiers.items() if t}
-        if sides:
-            layers[i] = replace(scheme, **sides)
+    for part in config.parts():
+        tiers, side = config.group_tiers(part), part.settings_side
+        if not tiers or side not in tiered:
+            continue
+        # A layer of the cache holds what all layers of a model's group have in common.
+        i = config.cache_layer(part.members()[0].layer)
+        field = f"{side}_scheme"
+        layers[i] = replace(layers.get(i, scheme), **{field: {**getattr(scheme, field), "tiers": tiers}})
     return scheme, layers
 
 

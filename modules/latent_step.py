@@ -44,14 +44,17 @@ class LatentSums:
             )
         self._next += 1
         for side, part in zip(sides, parts, strict=True):
-            self.latents[side] = self.latents[side] + part if side in self.latents else part
+            if side in self.latents:
+                part = self.latents[side] + part
+            self.latents[side] = part
         for kept, state in zip(self.dense.values(), states, strict=True):
             # A copy, so that the tokens of a long prompt are not held till the block is complete.
             kept.append(state[:, : self._sink_slots].clone())
 
     def members(self) -> dict[str, torch.Tensor]:
         """The layers' own keys and values side by side, `[B, n, layers * H_kv * d]`."""
-        return {side: torch.cat(states, dim=-1) for side, states in self.dense.items()}
+        keys, values = self.dense.values()
+        return {"keys": torch.cat(keys, dim=-1), "values": torch.cat(values, dim=-1)}
 
 
 @dataclass(eq=False)
@@ -172,6 +175,11 @@ class LatentStep:
     def new_tokens(self, keys: torch.Tensor, values: torch.Tensor) -> NewTokens:
         """The new tokens' latents `[B, L, C]` with where they stand."""
         return NewTokens(keys, values, self.start, self.count, self.real, self.order)
+
+    def weights_by_slot(self, weights: torch.Tensor) -> torch.Tensor:
+        """Attention weights `[B, H, L, positions]` by slot, as the library gives them; zero for pads."""
+        slots = self.slots[:, None, None].expand_as(weights)
+        return weights.gather(3, slots.clamp(min=0)).masked_fill(slots < 0, 0.0)
 
     def slot_positions(self, cache: KIVILatentCache) -> torch.Tensor:
         """`[B, past slots + L]` position of the token in each slot of a cache and of the new tokens, -1 for pads."""

@@ -7,7 +7,7 @@
 import os
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 import torch
 from torch import nn
@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 
-from configuration_alrd_llama import ALRDLlamaConfig, Projection, check_tiers, check_width_beside_tiers
+from configuration_alrd_llama import ALRDLlamaConfig, Block, Projection, check_tiers, check_width_beside_tiers
 from modules.cache.fingerprint import weights_at_hand
-from modules.svd_linear import SVDLinear, factor_groups, join_factors
+from modules.svd_linear import LatentFactors, SVDLinear, factor_block, factor_groups, join_factors, member_states
 
 #: Held while a model is loaded: the library keeps conversions per model type, ours differ per configuration.
 lock = threading.Lock()
@@ -56,19 +56,21 @@ class SplitProjection(ConversionOps):
         return {target_patterns[0]: b, target_patterns[1]: a}
 
 
-def split_projections(config: ALRDLlamaConfig) -> Iterator[tuple[Projection, tuple[int, ...], bool]]:
-    """The projections that a configuration splits, layer by layer, with their group ranks and whether a Hadamard
-    rotation is folded into their factors."""
-    for projection in config.projections():
-        ranks = config.group_ranks(projection)
+def split_projections(config: ALRDLlamaConfig) -> Iterator[tuple[Projection | Block, tuple[int, ...], bool]]:
+    """The projections, or blocks of them, that a configuration splits, layer by layer, with their group ranks and
+    whether a Hadamard rotation is folded into their factors."""
+    for part in config.parts():
+        ranks = config.group_ranks(part)
         if ranks is not None:
-            yield projection, ranks, getattr(config, f"{projection.side}_hadamard")
+            yield part, ranks, getattr(config, f"{part.settings_side}_hadamard")
 
 
 def register_dense_conversion(config: ALRDLlamaConfig) -> None:
     """Tell the library how the dense weights of a checkpoint become those of a model with this configuration."""
     conversions = []
     for projection, ranks, rotate in split_projections(config):
+        if config.keep_dense:
+            break  # `from_pretrained` splits a model in memory, since the members of a block are several weights
         # The library's names of weights begin below the model that holds the layers.
         name = projection.name.removeprefix("model.")
         factors = [f"{name}.BLinear.weight", f"{name}.ALinear.weight"]
@@ -110,6 +112,8 @@ def factored_state(
     state = {}
     for name, tensor in state_tensors(dense):
         state[name] = tensor.to(device, dtype, copy=True)
+    if config.keep_dense:
+        return state | _block_states(dense, config, splits or [])
     for projection, ranks, rotate in split_projections(config):
         layer, name = projection.layer, projection.name
         arguments = splits[layer][projection.attribute] if splits else {}
@@ -121,6 +125,27 @@ def factored_state(
         with weights_at_hand(linear):
             split = SVDLinear.from_linear(linear, ranks, config.num_key_value_heads, rotate, tiers, **arguments)
         _replace_module(state, name, split.state_dict())
+    return state
+
+
+def _block_states(dense: PreTrainedModel, config: ALRDLlamaConfig, splits: list[dict[str, dict]]) -> dict:
+    """The tensors of all `LatentFactors`; `splits` have at a block's first layer arguments of `member_states`."""
+    state = {}
+    for block, ranks, rotate in split_projections(config):
+        arguments, members, linears = {}, block.members(), []
+        if splits:
+            arguments |= splits[block.first][block.attribute]
+        with ExitStack() as stack:
+            for member in members:
+                linears.append(dense.get_submodule(member.name))
+                stack.enter_context(weights_at_hand(linears[-1]))
+            if "factors" not in arguments:
+                weights = [linear.weight.detach() for linear in linears]
+                arguments["factors"] = factor_block(weights, ranks)
+            states = member_states(linears=linears, rotate=rotate, tiers=config.group_tiers(block), **arguments)
+        for member, tensors in zip(members, states, strict=True):
+            name = f"model.layers.{member.layer}.self_attn.{member.side}_latent"
+            _replace_module(state, name, tensors)
     return state
 
 
@@ -153,7 +178,9 @@ def dense_model(model: PreTrainedModel) -> PreTrainedModel:
         raise ValueError(f"to_dense: a rank of {model.tp_size} has some of the heads only; load the model on one")
     state = model.state_dict()
     for name, module in model.named_modules():
-        if isinstance(module, SVDLinear):
+        if isinstance(module, LatentFactors):
+            _replace_module(state, name, {})  # the dense layers beside them are the model's own
+        elif isinstance(module, SVDLinear):
             merged = {"weight": module.dense_weight()}
             if module.ALinear.bias is not None:
                 merged["bias"] = state[f"{name}.ALinear.bias"]
@@ -208,13 +235,17 @@ def check_plain(dense: nn.Module) -> None:
             raise ValueError(f"dense: {kind} must be a plain model, not wrapped, not quantized; {name}: {found}")
 
 
-def check_stored_model(path, config: PreTrainedConfig | str | None, arguments: dict) -> None:
+def check_stored_model(path, config: PreTrainedConfig | str | None, arguments: dict) -> ALRDLlamaConfig | None:
     """Reject a configuration whose model type or factors differ from those that a checkpoint stores.
 
     Args:
         path: The checkpoint.
         config: The configuration asked for, or where it is; `None`: the checkpoint's own.
         arguments: The other keyword arguments of `from_pretrained`, among them fields of the configuration.
+
+    Returns:
+        The configuration, if it makes blocks of a dense checkpoint, which the library's conversions cannot; else
+        `None`.
 
     Raises:
         ValueError: They differ; the message names the field.
@@ -230,8 +261,12 @@ def check_stored_model(path, config: PreTrainedConfig | str | None, arguments: d
         for field in ("k_mean_split", "v_mean_split"):
             if getattr(config, field):
                 raise ValueError(f"{field}=True: the mean is known to calibrated factors only; {path!r} is dense")
-        return
-    for projection in config.projections():
+        return config if config.keep_dense else None
+    for field in ("keep_dense", "layer_group_size", "joint_kv"):
+        asked, has = getattr(config, field), getattr(stored, field)
+        if asked != has:
+            raise ValueError(f"{field}={asked}: must be {has} as stored; split the dense checkpoint again to change it")
+    for projection in config.parts():
         _check_stored_ranks(stored, config, projection)
         _check_stored_tiers(stored, config, projection)
 
@@ -241,15 +276,15 @@ def _chosen(arguments: dict, names: Iterable[str]) -> dict:
     return {name: arguments[name] for name in names if name in arguments}
 
 
-def _check_stored_ranks(stored: ALRDLlamaConfig, config: ALRDLlamaConfig, projection: Projection) -> None:
+def _check_stored_ranks(stored: ALRDLlamaConfig, config: ALRDLlamaConfig, projection: Projection | Block) -> None:
     # Factors cannot be given other ranks, nor another rotation, without the dense weight.
     ranks, asked = stored.group_ranks(projection), config.group_ranks(projection)
     if ranks != asked:
         raise ValueError(
-            f"truncation_ranks: {projection.attribute} of layer {projection.layer} is stored with group ranks {ranks}, "
-            f"the given config asks for {asked}; split the dense checkpoint again to change them"
+            f"truncation_ranks: {projection.attribute} of layer {projection.members()[0].layer} is stored with group "
+            f"ranks {ranks}, the given config asks for {asked}; split the dense checkpoint again to change them"
         )
-    rotation = f"{projection.side}_hadamard"
+    rotation = f"{projection.settings_side}_hadamard"
     if ranks is not None and getattr(stored, rotation) != getattr(config, rotation):
         raise ValueError(
             f"{rotation}={getattr(config, rotation)}: the checkpoint's factors are stored with "
@@ -257,9 +292,9 @@ def _check_stored_ranks(stored: ALRDLlamaConfig, config: ALRDLlamaConfig, projec
         )
 
 
-def _check_stored_tiers(stored: ALRDLlamaConfig, config: ALRDLlamaConfig, projection: Projection) -> None:
+def _check_stored_tiers(stored: ALRDLlamaConfig, config: ALRDLlamaConfig, projection: Projection | Block) -> None:
     """Reject other width tiers than the factors are calibrated for, or none where calibrated scales need them."""
-    side, tiers, asked = projection.side, stored.group_tiers(projection), config.group_tiers(projection)
+    side, tiers, asked = projection.settings_side, stored.group_tiers(projection), config.group_tiers(projection)
     if tiers is None:
         return
     if asked is not None:
@@ -285,7 +320,9 @@ def check_all_loaded(path, info: dict) -> None:
 
 
 def check_tensor_parallel(config: ALRDLlamaConfig, size: int, other_sizes: int) -> None:
-    """Reject a number of ranks over which the heads, or their groups, cannot be dealt out whole."""
+    """Reject a number of ranks over which the heads, or their groups, cannot be dealt out whole; and blocks."""
+    if config.keep_dense:
+        raise ValueError(f"tp_size={size}: must be 1 with keep_dense=True; blocks are not dealt out to several ranks")
     counts = {"num_key_value_heads": config.num_key_value_heads}
     if config.num_head_groups > 1 and config.truncation_ranks:
         counts[f"the head groups of head_group_size={config.head_group_size}"] = config.num_head_groups
@@ -316,6 +353,26 @@ def check_all_layers(model: PreTrainedModel, what: str) -> None:
     """Reject the operation `what` on a stage of a pipeline."""
     if getattr(model, "_pp_stage", None) is not None:
         raise ValueError(f"{what}: a stage of a pipeline has some of the layers only; load the model without it")
+
+
+def check_whole_blocks(config: ALRDLlamaConfig, devices: dict[int, torch.device]) -> None:
+    """Reject a model that has some layers of a block only, or has them on several devices.
+
+    Args:
+        config: Of the model.
+        devices: Of each layer that this process has, by index.
+    """
+    size = config.layer_group_size
+    for first in range(0, config.num_hidden_layers, size):
+        layers = range(first, min(first + size, config.num_hidden_layers))
+        held = sorted(set(layers) & set(devices))
+        places = sorted({str(devices[layer]) for layer in held})
+        if held and (len(held) < len(layers) or len(places) > 1):
+            raise ValueError(
+                f"layer_group_size={size}: layers {first} to {layers[-1]} share their latents and must be on one "
+                f"device, in one stage of a pipeline; here are layers {held} on {', '.join(places)}; place them by a "
+                f"device_map, or a plan, that cuts at multiples of {size}"
+            )
 
 
 def gathered_factors(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -9,6 +9,7 @@ Several projections, the members of a block, can share a latent that is made of 
 """
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -566,16 +567,16 @@ def factor_block(weights: list[torch.Tensor], ranks: tuple[int, ...]) -> list[Bl
         weights: Of each member `[out, C]`.
         ranks: Rank of each head group, up to the outputs of all members for the group.
     """
-    factors = []
-    for parts, rank in zip(zip(*(weight.chunk(len(ranks)) for weight in weights)), ranks, strict=True):
+    factors, split = [], [weight.chunk(len(ranks)) for weight in weights]
+    for parts, rank in zip(zip(*split), ranks, strict=True):
         rows = list(map(len, parts))
         _, vectors = torch.linalg.eigh(output_covariance(torch.cat(parts)))
         # `eigh` gives the largest eigenvalue last.
         a = vectors.flip(1)[:, :rank]
         largest = a.gather(0, a.abs().argmax(0, keepdim=True))
         a = torch.where(largest < 0, -a, a)
-        means = [a.new_zeros(count) for count in rows]
-        factors.append(BlockFactors(list(a.split(rows)), list(a.T.split(rows, dim=1)), means))
+        means = a.new_zeros(len(a)).split(rows)
+        factors.append(BlockFactors(list(a.split(rows)), list(a.T.split(rows, dim=1)), list(means)))
     return factors
 
 
@@ -597,36 +598,34 @@ def member_states(
     Raises:
         ValueError: A factor does not fit the type of the dense layers.
     """
-    # One rotation of the latent for all members: it acts on the rows of the stacked A, the columns of the stacked B.
-    stacked = []
-    for group in factors:
+    dtype, rows, joined, states = linears[0].weight.dtype, list(map(len, factors[0].a)), [], []
+    widest = max(len(group.project[0]) for group in factors)
+    for i, group in enumerate(factors):
+        # One rotation of the latent for all members: of the columns of the stacked A, of the rows of the stacked B.
         a, project = torch.cat(list(group.a)).double(), torch.cat(list(group.project), dim=1).double()
-        stacked.append(Factors(a, project, a.new_empty(0), project, 1.0))
-    rows, means, states = list(map(len, factors[0].a)), zip(*(group.mean for group in factors)), []
-    joined = [
-        join_factors([group], rotate, linears[0].weight.dtype, tiers and [tiers[i]]) for i, group in enumerate(stacked)
-    ]
+        stacked = Factors(a, project, a.new_empty(0), project, 1.0)
+        a, b = join_factors([stacked], rotate, dtype, tiers and [tiers[i]])
+        joined.append((_widened(a, widest).split(rows), b.split(rows, dim=1)))
+    means = zip(*map(attrgetter("mean"), factors))
     for member, (linear, mean) in enumerate(zip(linears, means, strict=True)):
         centre = torch.cat(list(mean)).double()
         if linear.bias is not None:
             centre = centre + linear.bias.detach().double()
-        state = _member_state(joined, rows, member, centre.to(linear.weight.dtype))
+        state = _member_state(joined, member, centre.to(dtype))
         if member == 0 and static_scales is not None:
             state["latent_scale"], state["latent_zero_point"] = static_scales
         states.append(state)
     return states
 
 
-def _member_state(joined: list[tuple], rows: list[int], member: int, centre: torch.Tensor) -> dict[str, torch.Tensor]:
-    """State of one member; `centre` `[out]`: mean and bias of its outputs."""
+def _member_state(joined: list[tuple], member: int, centre: torch.Tensor) -> dict[str, torch.Tensor]:
+    """State of one member, from (A, B) by member of each head group; `centre` `[out]`: mean and bias of its outputs."""
     weights_a, weights_b, biases = [], [], []
-    widest = max(a.shape[1] for a, _ in joined)
     for (a, b), group_centre in zip(joined, centre.chunk(len(joined)), strict=True):
-        own = b.split(rows, dim=1)[member]
-        weights_a.append(_widened(a.split(rows)[member], widest))
-        weights_b.append(own)
+        weights_a.append(a[member])
+        weights_b.append(b[member])
         # Of the weight as it is stored, so that a member at its mean gives a latent of zeros.
-        biases.append(-(own.double() @ group_centre.double()))
+        biases.append(-(b[member].double() @ group_centre.double()))
     return {
         "ALinear.weight": torch.cat(weights_a),
         "ALinear.bias": centre,

@@ -15,7 +15,7 @@ from test_quant_utils import check_constant_groups, check_error_bound, check_pac
 import modeling_alrd_llama
 from configuration_alrd_llama import QuantScheme
 from modules import hadamard_utils, quant_utils
-from modules.cache import codecs
+from modules.cache import codecs, growing
 from modules.cache import pool as block_pool
 from modules.formats import vidkv
 from modules.kivi_cache import CacheScheme, KIVILatentLayer
@@ -340,25 +340,25 @@ def queries_of_pads_count(monkeypatch):
 
 
 def attention_is_not_added_up(monkeypatch):
-    scores = KIVILatentLayer._scores
+    scores = growing.score_tokens
 
-    def broken(self, *args):
-        self.exact.window["score"] = torch.zeros_like(self.exact.window["score"])
-        return scores(self, *args)
+    def broken(layer, *args):
+        layer.exact.window["score"] = torch.zeros_like(layer.exact.window["score"])
+        return scores(layer, *args)
 
-    monkeypatch.setattr(KIVILatentLayer, "_scores", broken)
+    monkeypatch.setattr(growing, "score_tokens", broken)
 
 
 def a_refused_append_keeps_its_scores(monkeypatch):
-    scores = KIVILatentLayer._scores
+    scores = growing.score_tokens
 
-    def broken(self, keys, values, real, received):
-        kept = self.exact.window["score"]
-        new = scores(self, keys, values, real, received)
-        kept.copy_(self.exact.window["score"])
+    def broken(layer, states, real, received):
+        kept = layer.exact.window["score"]
+        new = scores(layer, states, real, received)
+        kept.copy_(layer.exact.window["score"])
         return new
 
-    monkeypatch.setattr(KIVILatentLayer, "_scores", broken)
+    monkeypatch.setattr(growing, "score_tokens", broken)
 
 
 def check_attention() -> None:

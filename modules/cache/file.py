@@ -100,8 +100,9 @@ def export_layer(layer: LatentLayer) -> tuple[dict[str, torch.Tensor], dict]:
     records = [row.moved(places)._asdict() for row in rows]
     record = {"slots": layer.slots, "widths": layer.widths, "rows": records}
     # Named only where sinks are not as wide as the window, so that other files stay as they were.
-    sink_channels = getattr(layer, "sink_channels", None)
-    return tensors, record | ({"sink_channels": sink_channels} if sink_channels else {})
+    if layer.sink_channels is not None:
+        record["sink_channels"] = layer.sink_channels
+    return tensors, record
 
 
 def exact_lengths(scheme: CacheScheme) -> dict[str, int]:

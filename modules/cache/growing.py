@@ -6,7 +6,7 @@ Beam search, crops and shared prefixes edit the rows' block tables and copy no p
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from operator import add
 from typing import NamedTuple
 
@@ -14,9 +14,9 @@ import torch
 
 from modules.cache.codecs import Fields
 from modules.cache.exact import ExactTokens
-from modules.cache.layer import LatentLayer, in_any_mode, warn_of_small_states
+from modules.cache.layer import LatentLayer, dense_channels, in_any_mode, warn_of_small_states
 from modules.cache.pool import BlockPool
-from modules.cache.rows import Row, block_table, column, pad_ranges
+from modules.cache.rows import Row, block_table, column, pad_ranges, sink_slots
 from modules.cache.scheme import LayerScales, LayerWidths, SinkChannels
 from modules.kernels.packed import LatentQuery, NewTokens, PackedCache, Tile, counts_of_rows
 
@@ -92,19 +92,16 @@ def add_received(
     return new
 
 
-def _channels(states: dict[str, torch.Tensor] | None) -> SinkChannels | None:
-    """Channels of the states of a block's members, by side."""
-    return states and {side: x.shape[2] for side, x in states.items()}
-
-
 def _choose(
     states: dict[str, torch.Tensor], index: int, real: torch.Tensor | None, device: torch.device
 ) -> dict[str, torch.Tensor]:
     """The tokens of a row; states may be of the first slots only."""
-    if real is None:
-        return {name: x[index] for name, x in states.items()}
-    kept = real[index].to(device)
-    return {name: x[index][kept[: x.shape[1]]] for name, x in states.items()}
+    chosen = {}
+    for name, x in states.items():
+        chosen[name] = x[index]
+        if real is not None:
+            chosen[name] = x[index][real[index, : x.shape[1]].to(device)]
+    return chosen
 
 
 def score_tokens(
@@ -131,11 +128,7 @@ def score_tokens(
 
 
 class KIVILatentLayer(LatentLayer):
-    """A `LatentLayer` whose pool of blocks grows, which forks share, and which a failed append leaves as it was.
-
-    Attributes:
-        sink_channels: Of the layer of a block: channels of its sinks, by side. `None`: those of the window.
-    """
+    """A `LatentLayer` whose pool of blocks grows, which forks share, and which a failed append leaves as it was."""
 
     def clear(self) -> None:
         # The pool may live on in forks; its blocks are free once no owner refers to them.
@@ -157,8 +150,6 @@ class KIVILatentLayer(LatentLayer):
     def start(
         self, batch: int, widths: LayerWidths, like: torch.Tensor, sink_channels: SinkChannels | None = None
     ) -> None:
-        if sink_channels is not None and self.score is not None:
-            raise ValueError("token_score: must be None for the latents of a block, which are those of several layers")
         self.pool = BlockPool(self._settle(widths, like), self.device)
         self.pool.owners.add(self)
         self.rows = [Row()] * batch
@@ -186,10 +177,8 @@ class KIVILatentLayer(LatentLayer):
             states["values"] = values.detach()
         try:
             if not self.is_initialized:
-                self.start(len(keys), widths, keys, _channels(dense))
-            self.check_states(keys, values, real)
-            if _channels(dense) != self.sink_channels:
-                raise ValueError(f"dense: states of {_channels(dense)} channels must be of {self.sink_channels}")
+                self.start(len(keys), widths, keys, dense_channels(dense))
+            self.check_states(keys, values, real, dense)
             if savepoint is None:
                 warn_of_small_states(self.scheme, states)
             if self.score is not None:
@@ -285,7 +274,9 @@ class KIVILatentLayer(LatentLayer):
         with self.pool.lock:  # all of the same state of the pool
             entries, sides, table = self.block_table(), self.pool.sides(), self._table
         # Those of a block are no latents: each of its layers has its own.
-        sinks = () if self.sink_channels else self.sinks()
+        sinks = ()
+        if self.sink_channels is None:
+            sinks = self.sinks()
         window = self.exact.tiles("window", table.window_starts, column(self.rows, "window"))
         # Before the first block a kernel has nothing to unpack.
         if not entries.shape[2]:
@@ -298,17 +289,11 @@ class KIVILatentLayer(LatentLayer):
         """The sinks as attention reads them, of some of their channels; none if there are none."""
         counts = column(self.rows, "sinks")
         tiles = self.exact.tiles("sinks", (0,) * len(counts), counts)
-        return tuple(replace(t, keys=t.keys[..., channels], values=t.values[..., channels]) for t in tiles)
+        return tuple(tile.of_channels(channels) for tile in tiles)
 
     def sink_slots(self, real: torch.Tensor | None, new_slots: int) -> int:
-        """Of the new slots, so many at the front hold all new tokens that become sinks; arguments as for `append`."""
-        rows, needed = self.rows or [Row()], 0
-        if real is None:
-            return min(new_slots, max(row.step(new_slots, self.scheme).to_sinks for row in rows))
-        for row, is_real in zip(self.rows or [Row()] * len(real), real, strict=True):
-            to_sinks = row.step(int(is_real.sum()), self.scheme).to_sinks
-            needed = max(needed, int((is_real.cumsum(0) < to_sinks).sum()) + 1 if to_sinks else 0)
-        return needed
+        """Of the new slots, so many at the front hold all new tokens that become sinks; `real` as for `append`."""
+        return sink_slots(self.rows, self.scheme, real, new_slots)
 
     @in_any_mode
     def _edit(self, rows: list[Row], exact: ExactTokens, slots: int) -> None:

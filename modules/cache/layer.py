@@ -67,6 +67,11 @@ def flat_states(states: torch.Tensor) -> torch.Tensor:
     return states.transpose(1, 2).flatten(2)
 
 
+def dense_channels(states: dict[str, torch.Tensor] | None) -> SinkChannels | None:
+    """Channels of the states of a block's members, by side."""
+    return states and {side: x.shape[2] for side, x in states.items()}
+
+
 def warn_of_small_states(scheme: CacheScheme, states: dict[str, torch.Tensor]) -> None:
     """Warn of first states `[B, L, C]` of each side, so small that their scales have few digits in float16."""
     for side, x in states.items():
@@ -227,6 +232,9 @@ class RowEdits(LayerStorage):
 class LatentLayer(RowEdits, CacheLayerMixin):
     """The cache of one layer. States enter as `[B, H, L, D]` through `update`, or flat as `[B, L, C]` by `append`.
 
+    Attributes:
+        sink_channels: Of the layer of a block: channels of its sinks, by side. `None`: those of the window.
+
     Args:
         scheme: Bits, group sizes, window and sinks.
         widths: Channels of each head group of keys and values; `None` takes one group per head of the first states.
@@ -239,6 +247,7 @@ class LatentLayer(RowEdits, CacheLayerMixin):
     is_sliding = False
     is_compileable = False
     is_croppable = True
+    sink_channels: SinkChannels | None = None
 
     def __init__(
         self,
@@ -310,11 +319,17 @@ class LatentLayer(RowEdits, CacheLayerMixin):
         self._append(keys, values, real, widths, received, dense)
 
     def check_states(
-        self, keys: torch.Tensor, values: torch.Tensor | None = None, real: torch.Tensor | None = None
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor | None = None,
+        real: torch.Tensor | None = None,
+        dense: dict[str, torch.Tensor] | None = None,
     ) -> None:
         """Raise a `ValueError` unless states `[B, L, C]` are of the rows, channels and type of those held."""
         batch = self.exact.window["keys"].shape[0]
-        given = {"keys": keys} if values is None else {"keys": keys, "values": values}
+        given = {"keys": keys}
+        if values is not None:
+            given["values"] = values
         if set(given) != set(self.channels):
             raise ValueError(f"values: the layer holds {' and '.join(self.channels)}, got {' and '.join(given)}")
         for side, states in given.items():
@@ -324,10 +339,19 @@ class LatentLayer(RowEdits, CacheLayerMixin):
                     f"{side}: [batch, tokens, channels] of {list(states.shape)} in {states.dtype} must be "
                     f"{list(expected)} in {self.dtype}, as the cache was started"
                 )
+        if dense_channels(dense) != self.sink_channels:
+            raise ValueError(f"dense: states of {dense_channels(dense)} channels must be of {self.sink_channels}")
+        if dense is not None and self.score is not None:
+            raise ValueError("token_score: must be None for the latents of a block, which are those of several layers")
         if real is not None and (real.dtype != torch.bool or real.shape != keys.shape[:2]):
             raise ValueError(
                 f"real: {list(real.shape)} of {real.dtype} must be a bool for each of {list(keys.shape[:2])}"
             )
+
+    def check_type(self, states: torch.Tensor) -> None:
+        """Raise a `ValueError` unless states are of the type of those held."""
+        if states.dtype != self.dtype:
+            raise ValueError(f"states in {states.dtype}: must be in {self.dtype}, as the cache was started")
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Append `[B, H, L, D]` states; returns what their attention sees, `[B, H, T, D]` keys and values.
@@ -442,7 +466,7 @@ class LatentLayer(RowEdits, CacheLayerMixin):
             return 0
         exact = entries = 0
         token = sum(self.channels.values()) * self.dtype.itemsize
-        sink = sum(x.shape[2] for x in self.exact.sinks.values()) * self.dtype.itemsize
+        sink = sum((self.sink_channels or self.channels).values()) * self.dtype.itemsize
         # Rows of one prompt share the blocks of its prefix.
         blocks: set[int] = set()
         for row in self.rows:

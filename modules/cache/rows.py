@@ -113,6 +113,26 @@ class Row(NamedTuple):
         return self._replace(blocks=tuple(map(slots.__getitem__, self.blocks)))
 
 
+def sink_slots(rows: list[Row], scheme: CacheScheme, real: torch.Tensor | None, new_slots: int) -> int:
+    """Of the new slots of rows, so many at the front hold all new tokens that become sinks.
+
+    Args:
+        rows: Before the new tokens; none if they are the first.
+        scheme: Of the cache.
+        real: `[B, L]` bool on the CPU, false for pads; `None`: no pads.
+        new_slots: L.
+    """
+    if real is None:
+        real = torch.ones((max(1, len(rows)), new_slots), dtype=torch.bool, device="cpu")
+    needed = 0
+    for row, is_real in zip(rows or [Row()] * len(real), real, strict=True):
+        to_sinks = row.step(int(is_real.sum()), scheme).to_sinks
+        if to_sinks:
+            # As far as the last token that becomes one.
+            needed = max(needed, int((is_real.cumsum(0) < to_sinks).sum()) + 1)
+    return needed
+
+
 def column(rows: list[Row], name: str) -> tuple:
     """An attribute of all rows."""
     return tuple(map(attrgetter(name), rows))

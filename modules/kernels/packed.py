@@ -76,6 +76,10 @@ class Tile:
         valid = (offsets < self.count[..., None])[..., None]
         return replace(self, keys=self.keys.where(valid, 0), values=self.values.where(valid, 0))
 
+    def of_channels(self, channels: slice) -> "Tile":
+        """The tile of some channels of the keys, and of the values."""
+        return replace(self, keys=self.keys[..., channels], values=self.values[..., channels])
+
 
 class NewTokens(NamedTuple):
     """The new tokens of a step in one layer, not cached yet.
@@ -196,6 +200,11 @@ class PackedCache:
     block_length: int = 0
     table: torch.Tensor | None = None
     full: bool = False
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no tile and no packed block."""
+        return not self.before and not self.after and self.keys is None
 
     @property
     def key_channels(self) -> int:
