@@ -519,11 +519,7 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
         if active >= len(self.get_decoder().layers):
             return self.config
         config = copy.copy(self.config)
-        if active % config.layer_group_size:
-            raise ValueError(
-                f"layer_group_size={config.layer_group_size}: an exit after {active} layers is inside a block, whose "
-                "latents its last layer completes; it must be at a multiple of it"
-            )
+        loading.check_exit(config, active)
         active_names = {part.name for part in config.parts()}
         for field in ("truncation_ranks", "width_tiers"):
             by_name = getattr(config, field)
@@ -748,6 +744,9 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
     ):
         """Give `generate` a packed cache of our own where it would make a `DynamicCache`."""
         self._check_assisted(model_kwargs.get("past_key_values"), generation_mode)
+        exit_layer = generation_config.assistant_early_exit
+        if exit_layer is not None and exit_layer < self.config.num_hidden_layers:
+            loading.check_exit(self.config, exit_layer)
         given = model_kwargs.get("past_key_values") is not None
         # A cache that the caller names is the library's to make.
         stock = generation_config.use_cache is False or generation_config.cache_implementation is not None

@@ -355,6 +355,15 @@ def check_all_layers(model: PreTrainedModel, what: str) -> None:
         raise ValueError(f"{what}: a stage of a pipeline has some of the layers only; load the model without it")
 
 
+def check_exit(config: ALRDLlamaConfig, layers: int) -> None:
+    """Reject an early exit after so many layers that it is inside a block."""
+    if layers % config.layer_group_size:
+        raise ValueError(
+            f"layer_group_size={config.layer_group_size}: an exit after {layers} layers is inside a block, whose last "
+            "layer completes the latents; it must be at a multiple of it"
+        )
+
+
 def check_whole_blocks(config: ALRDLlamaConfig, devices: dict[int, torch.device]) -> None:
     """Reject a model that has some layers of a block only, or has them on several devices.
 

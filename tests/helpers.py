@@ -109,6 +109,25 @@ def tiny_split(
     return ALRDLlamaForCausalLM.from_pretrained(tmp_path / "dense", config=config, dtype=dense.dtype).eval()
 
 
+def tiny_blocks(
+    dense: LlamaForCausalLM | None = None, share: float = 1.0, splits: list[dict] | None = None, **config_fields
+) -> ALRDLlamaForCausalLM:
+    """Split a dense model into blocks of projections.
+
+    Args:
+        dense: The model to split; default: `tiny_dense()`.
+        share: Of the full rank, kept in every head group.
+        splits: As for `ALRDLlamaForCausalLM.from_dense`.
+        config_fields: Fields of `ALRDLlamaConfig`, e.g. `layer_group_size=2`, `joint_kv=True`.
+    """
+    dense = tiny_dense() if dense is None else dense
+    config = ALRDLlamaConfig.from_llama(dense.config, keep_dense=True, **config_fields)
+    for block in config.blocks():
+        rank = max(1, round(share * config.full_rank(block)))
+        config.truncation_ranks.setdefault(block.name, [rank] * config.num_head_groups)
+    return ALRDLlamaForCausalLM.from_dense(dense, config, splits)
+
+
 def magnitudes(length: int, channels: int, dtype: torch.dtype) -> torch.Tensor:
     """Blocks `[8, length, channels]` of the largest, smallest, constant and mixed values that `dtype` allows."""
     limit, tiny = torch.finfo(dtype).max, torch.finfo(dtype).tiny
