@@ -254,9 +254,20 @@ class ALRDLlamaBlockAttention(ALRDLlamaAttention):
         parts = (self.k_latent.BLinear(keys), self.v_latent.BLinear(values))
         step.sums.add(self.layer_idx, self.cache_sides, parts, (keys.detach(), values.detach()))
         if self.layer_idx == self.block.last:
-            latents = {side: latent.to(keys.dtype) for side, latent in step.sums.latents.items()}
+            latents = {}
+            for side, latent in step.sums.latents.items():
+                if self.k_latent.is_joint:
+                    dist.all_reduce(latent, group=self.tp_group)  # each rank has added its own heads
+                latents[side] = latent.to(keys.dtype)
             layer.append(**latents, real=step.real, dense=step.sums.members())
         return self.o_proj(output.flatten(2)), weights
+
+    def shard_heads(self, rank: int, size: int, process_group=None) -> None:
+        """As `ALRDLlamaAttention.shard_heads`, of the factors beside the dense projections."""
+        super().shard_heads(rank, size, process_group)
+        if size > 1:
+            self.k_latent.keep_shard(rank, size, process_group)
+            self.v_latent.keep_shard(rank, size, process_group)
 
     def _latent_query(self, query: torch.Tensor, step: LatentStep) -> LatentQuery:
         return LatentQuery(query, step.positions, self.k_latent.ALinear, self.widths[-1], step.rope, self.scaling)

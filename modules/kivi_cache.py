@@ -19,7 +19,7 @@ from modules.cache.growing import KIVILatentLayer
 from modules.cache.layer import LatentLayer, TokenScore, in_any_mode, storage_nbytes
 from modules.cache.quantization_config import parse_quantization_config
 from modules.cache.rows import column
-from modules.cache.scheme import SIDES, CacheScheme, LayerScales, LayerWidths
+from modules.cache.scheme import SIDES, CacheScheme, LayerScales, LayerWidths, SinkChannels
 from modules.cache.transactions import TransactionalCache
 from modules.kernels import BACKENDS
 from modules.quant_utils import KIVIQuantizer as KIVIQuantizer
@@ -375,6 +375,17 @@ def config_widths(config: ALRDLlamaConfig) -> list[LayerWidths]:
     """Channels that each layer of a cache of a model holds, by head group; checks the config."""
     config.check_latent_cache()
     return list(map(config.layer_widths, range(0, config.num_hidden_layers, config.layer_group_size)))
+
+
+def config_sink_channels(config: ALRDLlamaConfig) -> list[SinkChannels | None]:
+    """Channels of the sinks of each layer of a cache of a model; `None` where they are those of `config_widths`."""
+    if not config.keep_dense:
+        return [None] * config.num_cache_layers
+    counts = []
+    for first in range(0, config.num_hidden_layers, config.layer_group_size):
+        layers = min(config.layer_group_size, config.num_hidden_layers - first)
+        counts.append(dict.fromkeys(SIDES, layers * config.num_key_value_heads * config.head_dim))
+    return counts
 
 
 def config_schemes(config: ALRDLlamaConfig, **settings) -> tuple[CacheScheme, dict[int, CacheScheme]]:

@@ -320,9 +320,7 @@ def check_all_loaded(path, info: dict) -> None:
 
 
 def check_tensor_parallel(config: ALRDLlamaConfig, size: int, other_sizes: int) -> None:
-    """Reject a number of ranks over which the heads, or their groups, cannot be dealt out whole; and blocks."""
-    if config.keep_dense:
-        raise ValueError(f"tp_size={size}: must be 1 with keep_dense=True; blocks are not dealt out to several ranks")
+    """Reject a number of ranks over which the heads, or their groups, cannot be dealt out whole."""
     counts = {"num_key_value_heads": config.num_key_value_heads}
     if config.num_head_groups > 1 and config.truncation_ranks:
         counts[f"the head groups of head_group_size={config.head_group_size}"] = config.num_head_groups
@@ -388,7 +386,11 @@ def gathered_factors(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> 
     """Whole factors, on the CPU, for the entries of `state` of which a rank holds a shard; every rank must call it."""
     whole = {}
     for module_name, module in model.named_modules():
-        if not isinstance(module, SVDLinear) or module.BLinear.process_group is None:
+        if isinstance(module, SVDLinear):
+            process_group = module.BLinear.process_group
+        else:
+            process_group = isinstance(module, LatentFactors) and module.process_group
+        if not process_group:
             continue
         for name, tensor in module.gathered_state().items():
             # `state` has some of the weights only if the caller asked for these.

@@ -439,51 +439,63 @@ class SVDLinear(nn.Module):
             rank, size: Of this process and how many; `size` divides the heads, and the groups if there are several.
             process_group: Of the ranks; gradients are summed over it.
         """
-        expand, ranks = self.ALinear, self.ALinear.ranks
-        own, rows = shard_groups(ranks, rank, size), self.ALinear.weight.shape[0] // size
-        #: Latents of each rank.
-        self.shares = [sum(shard_groups(ranks, i, size)) for i in range(size)]
-        self.full_ranks, self.BLinear.process_group = ranks, process_group
-        if len(ranks) == 1:
-            self.BLinear.shared, latents = "latents", slice(None)
-        else:
-            first = sum(self.shares[:rank])
-            self.BLinear.shared, latents = "input", slice(first, first + self.shares[rank])
-        # A keeps the rows of this rank's heads, and the columns that its own groups use; B keeps their latents.
-        heads = slice(rank * rows, (rank + 1) * rows)
-        expand.ranks, expand.num_heads = own, expand.num_heads // size
-        expand.weight = _shard(expand.weight, heads, slice(max(own)))
-        expand.bias = _shard(expand.bias, heads)
-        self.BLinear.weight, self.BLinear.out_features = _shard(self.BLinear.weight, latents), sum(own)
-        self.out_features = rows
-        for name in ("latent_scale", "latent_zero_point"):
-            if getattr(self, name) is not None:
-                setattr(self, name, getattr(self, name)[latents].clone())
+        self.BLinear.process_group, self.BLinear.shared = process_group, "input"
+        if len(self.ALinear.ranks) == 1:
+            self.BLinear.shared = "latents"
+        latents = _keep_heads(self, rank, size)
+        self.BLinear.weight = _shard(self.BLinear.weight, latents)
+        self.BLinear.out_features, self.out_features = sum(self.ALinear.ranks), self.ALinear.weight.shape[0]
 
     @torch.no_grad()
     def gathered_state(self) -> dict[str, torch.Tensor]:
         """The `state_dict` of the whole layer, after `keep_shard`; every rank must call it."""
-        state, size = dict(self.state_dict()), len(self.shares)
+        state = dict(self.state_dict())
         for name, tensor in state.items():
-            counts = self.shares
-            if name.startswith("ALinear."):
-                counts = [len(tensor)] * size
-            elif self.BLinear.shared == "latents":
-                continue  # every rank has all of them
-            if name == "ALinear.weight":
-                tensor = _widened(tensor, max(self.full_ranks))
-            # Ranks exchange tensors of one shape, so shorter shards are padded.
-            padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
-            padded[: len(tensor)] = tensor
-            shards = [torch.empty_like(padded) for _ in counts]
-            dist.all_gather(shards, padded, group=self.BLinear.process_group)
-            state[name] = torch.cat([shard[:n] for shard, n in zip(shards, counts, strict=True)])
+            if self.BLinear.shared == "input" or name.startswith("ALinear."):
+                state[name] = _gathered(self, name, tensor, self.BLinear.process_group)
         return state
 
     @torch.no_grad()
     def dense_weight(self) -> torch.Tensor:
         """The product `A·B`, `[out, in]`, multiplied in float32 and returned in the layer's type."""
         return dense_product(self.ALinear.weight, self.BLinear.weight, self.ALinear.ranks)
+
+
+def _keep_heads(factors: nn.Module, rank: int, size: int) -> slice:
+    """Drop from `ALinear`, and from calibrated scales, what other ranks hold; returns the latents that are left."""
+    expand = factors.ALinear
+    #: Ranks of the head groups of all ranks, and latents that each rank has.
+    factors.full_ranks = expand.ranks
+    factors.shares = [sum(shard_groups(expand.ranks, i, size)) for i in range(size)]
+    latents = slice(None)
+    if len(expand.ranks) > 1:
+        first = sum(factors.shares[:rank])
+        latents = slice(first, first + factors.shares[rank])
+    # The rows of this rank's heads, and the columns that its own groups use.
+    own, rows = shard_groups(expand.ranks, rank, size), expand.weight.shape[0] // size
+    heads = slice(rank * rows, (rank + 1) * rows)
+    expand.ranks, expand.num_heads = own, expand.num_heads // size
+    expand.weight = _shard(expand.weight, heads, slice(max(own)))
+    expand.bias = _shard(expand.bias, heads)
+    for name in ("latent_scale", "latent_zero_point"):
+        if getattr(factors, name) is not None:
+            setattr(factors, name, getattr(factors, name)[latents].clone())
+    return latents
+
+
+def _gathered(factors: nn.Module, name: str, tensor: torch.Tensor, process_group) -> torch.Tensor:
+    """The whole of a tensor of factors whose first dimension the ranks have parts of, after `_keep_heads`."""
+    counts = factors.shares
+    if name.startswith("ALinear."):
+        counts = [len(tensor)] * len(counts)
+    if name == "ALinear.weight":
+        tensor = _widened(tensor, max(factors.full_ranks))
+    # Ranks exchange tensors of one shape, so shorter shards are padded.
+    padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
+    padded[: len(tensor)] = tensor
+    shards = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(shards, padded, group=process_group)
+    return torch.cat([shard[:n] for shard, n in zip(shards, counts, strict=True)])
 
 
 def _shard(parameter: nn.Parameter | None, *index: slice) -> nn.Parameter | None:
@@ -553,8 +565,45 @@ class LatentFactors(nn.Module):
         super().__init__()
         self.BLinear = MemberBLinear(ranks, out_features)
         self.ALinear = ALinear(ranks, out_features, num_heads, bias=True)
+        self.process_group = None
         for name in ("latent_scale", "latent_zero_point"):
             self.register_buffer(name, torch.zeros(sum(ranks)) if static else None)
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether the ranks of a process group have parts of one latent, which are to be summed up."""
+        return self.process_group is not None and len(self.full_ranks) == 1
+
+    @torch.no_grad()
+    def keep_shard(self, rank: int, size: int, process_group) -> None:
+        """Drop what other ranks of tensor parallelism hold; arguments as for `SVDLinear.keep_shard`.
+
+        Head groups are dealt out. A latent of all heads is the sum of what the ranks make of their own outputs.
+        """
+        self.process_group, b = process_group, self.BLinear
+        latents = _keep_heads(self, rank, size)
+        if self.is_joint:
+            outputs = b.weight.shape[1] // size
+            b.weight = _shard(b.weight, slice(None), slice(rank * outputs, (rank + 1) * outputs))
+            if rank > 0:
+                b.bias.zero_()  # counted once
+            return
+        b.ranks, b.weight, b.bias = self.ALinear.ranks, _shard(b.weight, latents), _shard(b.bias, latents)
+
+    @torch.no_grad()
+    def gathered_state(self) -> dict[str, torch.Tensor]:
+        """The `state_dict` of the whole factors, after `keep_shard`; every rank must call it."""
+        state = dict(self.state_dict())
+        for name, tensor in state.items():
+            if not self.is_joint or name.startswith("ALinear."):
+                state[name] = _gathered(self, name, tensor, self.process_group)
+        if self.is_joint:
+            columns = [torch.empty_like(self.BLinear.weight) for _ in self.shares]
+            dist.all_gather(columns, self.BLinear.weight.contiguous(), group=self.process_group)
+            state["BLinear.weight"] = torch.cat(columns, dim=1)
+            state["BLinear.bias"] = state["BLinear.bias"].clone()
+            dist.all_reduce(state["BLinear.bias"], group=self.process_group)
+        return state
 
 
 def factor_block(weights: list[torch.Tensor], ranks: tuple[int, ...]) -> list[BlockFactors]:

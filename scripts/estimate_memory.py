@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 import torch
 
-from configuration_alrd_llama import check_positive
-from modules.cache.scheme import CacheScheme, LayerWidths
+from configuration_alrd_llama import SIDES, check_positive
+from modules.cache.scheme import TABLE_ENTRY_NBYTES, CacheScheme, LayerWidths, SinkChannels
 from modules.files import write_json
 from modules.fit.budget import dense_nbytes
-from modules.kivi_cache import config_schemes, config_widths
+from modules.kivi_cache import config_schemes, config_sink_channels, config_widths
 from scripts.common import (
     BUNDLED_MODEL,
     DTYPES,
@@ -63,7 +63,12 @@ class EstimateConfig(CacheOptions):
 
 
 def layer_breakdown(
-    scheme: CacheScheme, length: int, widths: LayerWidths, dtype: torch.dtype, batch_size: int = 1
+    scheme: CacheScheme,
+    length: int,
+    widths: LayerWidths,
+    dtype: torch.dtype,
+    batch_size: int = 1,
+    sink_channels: SinkChannels | None = None,
 ) -> dict[str, int]:
     """Bytes of rows of `length` tokens in one layer by what they hold; the sum is all that the layer takes."""
     held = scheme.held(length)
@@ -75,21 +80,30 @@ def layer_breakdown(
                 parameters += nbytes
             else:
                 codes += nbytes
-    exact = held.exact * sum(map(sum, widths)) * dtype.itemsize
-    table = scheme.layer_nbytes(length, widths, dtype) - codes - parameters - exact
+    table = held.blocks * TABLE_ENTRY_NBYTES
+    exact = scheme.layer_nbytes(length, widths, dtype, sink_channels) - codes - parameters - table
     parts = {"codes": codes, "parameters": parameters, "exact": exact, "table": table}
     parts = {name: batch_size * nbytes for name, nbytes in parts.items()}
     return parts | {"parameters": parts["parameters"] + scheme.static_nbytes(widths)}
 
 
-def layer_room(scheme: CacheScheme, length: int, widths: LayerWidths, dtype: torch.dtype, batch_size: int) -> int:
+def layer_room(
+    scheme: CacheScheme,
+    length: int,
+    widths: LayerWidths,
+    dtype: torch.dtype,
+    batch_size: int,
+    sink_channels: SinkChannels | None = None,
+) -> int:
     """Bytes that a layer of `batch_size` rows allocates at most: the pool has a quarter of slack, the window room."""
-    used = layer_breakdown(scheme, length, widths, dtype)
+    table = scheme.held(length).blocks * TABLE_ENTRY_NBYTES
     blocks = batch_size * scheme.held(length).blocks
     slot = scheme.slot_nbytes(widths, dtype)
-    tokens = scheme.sink_length + scheme.residual_length + scheme.block_length
-    exact = tokens * sum(map(sum, widths)) * dtype.itemsize
-    return (blocks + blocks // 4) * slot + batch_size * (used["table"] + exact) + scheme.static_nbytes(widths)
+    channels = sum(map(sum, widths))
+    of_sink = sum(sink_channels.values()) if sink_channels else channels
+    window = scheme.residual_length + scheme.block_length
+    exact = (window * channels + scheme.sink_length * of_sink) * dtype.itemsize
+    return (blocks + blocks // 4) * slot + batch_size * (table + exact) + scheme.static_nbytes(widths)
 
 
 def _range(values: tuple[int, ...]) -> str:
@@ -103,11 +117,17 @@ def main(config: EstimateConfig) -> dict[str, Any]:
     model, is_split = latent_config(config.model, config.rank, config.head_group_size)
     dtype = getattr(torch, config.dtype) if config.dtype else model.dtype or torch.float16
     scheme, tiered = config_schemes(model, **config.cache_settings())
-    layers = [(tiered.get(i, scheme), widths) for i, widths in enumerate(config_widths(model))]
+    layers = [
+        (tiered.get(i, scheme), widths, sinks)
+        for i, (widths, sinks) in enumerate(zip(config_widths(model), config_sink_channels(model), strict=True))
+    ]
 
     estimates = []
     for length in config.length:
-        parts = [layer_breakdown(scheme, length, widths, dtype, config.batch_size) for scheme, widths in layers]
+        parts = [
+            layer_breakdown(its_scheme, length, widths, dtype, config.batch_size, sinks)
+            for its_scheme, widths, sinks in layers
+        ]
         breakdown = dict.fromkeys(parts[0], 0)
         for part in parts:
             for name, nbytes in part.items():
@@ -123,18 +143,19 @@ def main(config: EstimateConfig) -> dict[str, Any]:
                 "packed_per_token": packed / (length * config.batch_size),
                 "breakdown": breakdown,
                 "allocated_at_most": sum(
-                    layer_room(its_scheme, length, widths, dtype, config.batch_size) for its_scheme, widths in layers
+                    layer_room(its_scheme, length, widths, dtype, config.batch_size, sinks)
+                    for its_scheme, widths, sinks in layers
                 ),
             }
         )
 
-    channels = [list(map(sum, widths)) for _, widths in layers]
+    channels = [list(map(sum, widths)) for _, widths, _ in layers]
     full = model.num_key_value_heads * model.head_dim
     print(f"{config.model}: {model.num_hidden_layers} layers, {full} key and value channels, {dtype}, ", end="")
     print(f"batch {config.batch_size}")
     print("ranks of the split checkpoint, --rank is not used" if is_split else f"--rank {config.rank:g}", end=": ")
-    k_ranks, v_ranks = zip(*channels)
-    print(f"k {_range(k_ranks)}, v {_range(v_ranks)}")
+    sides = ("kv",) if model.joint_kv else SIDES
+    print(", ".join(f"{side} {_range(ranks)}" for side, ranks in zip(sides, zip(*channels), strict=True)))
     print(f"keys {layers[0][0].keys}, values {layers[0][0].values}", end=", ")
     print(
         ", ".join(f"{name} {getattr(scheme, name)}" for name in ("residual_length", "sink_length")),

@@ -354,11 +354,11 @@ def token_bytes(cache, length: int) -> float:
     """Bytes per token of the cache if it held one row of `length` tokens, by our formula or as another cache tells."""
     if not isinstance(cache, KIVILatentCache):
         return cache.token_nbytes(length)
-    of_layers = (
-        layer.scheme.layer_nbytes(length, layer.widths, layer.dtype) + layer.scheme.static_nbytes(layer.widths)
-        for layer in cache.layers
-    )
-    return sum(of_layers) / length
+    nbytes = 0
+    for layer in cache.layers:
+        nbytes += layer.scheme.layer_nbytes(length, layer.widths, layer.dtype, layer.sink_channels)
+        nbytes += layer.scheme.static_nbytes(layer.widths)
+    return nbytes / length
 
 
 def bootstrap_mean(

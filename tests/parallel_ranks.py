@@ -27,7 +27,7 @@ from configuration_alrd_llama import ALRDLlamaConfig
 from modeling_alrd_llama import ALRDLlamaForCausalLM
 from modules.kivi_cache import KIVILatentCache, create_kivi_cache
 from modules.svd_linear import SVDLinear
-from tests.helpers import TINY_LLAMA, all_ranks, randomize_vectors, tiny_dense
+from tests.helpers import TINY_LLAMA, all_ranks, randomize_vectors, tiny_blocks, tiny_dense
 
 CHECKS: dict[str, Callable] = {}
 
@@ -65,6 +65,12 @@ CASES = {
     "three heads": ({"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 96}, 40, {}),
 }
 SPLITS = tuple(CASES)[:5]
+
+#: Blocks of projections of a model of four layers.
+BLOCKS = {
+    "blocks of all heads": {"layer_group_size": 3, "joint_kv": True},
+    "blocks of two heads": {"layer_group_size": 2, "head_group_size": 2},
+}
 
 
 def check(function: Callable) -> Callable:
@@ -214,6 +220,16 @@ def assert_cache_is_sharded(model, cache: KIVILatentCache, whole: KIVILatentCach
         assert total(cache.nbytes_used) < 1.05 * whole.nbytes_used
 
 
+def load_blocks(folder: Path, name: str, sizes: dict | None = None, dtype=torch.float64) -> ALRDLlamaForCausalLM:
+    """The model of a case of `BLOCKS`, this rank's part of it or, without `sizes`, all; the first rank saves it."""
+    path = folder / name.replace(" ", "_")
+    if dist.get_rank() == 0 and not path.exists():
+        dense = tiny_dense(dtype=torch.float64, num_hidden_layers=4, attention_bias=True, vocab_size=98)
+        tiny_blocks(dense, 0.5, **BLOCKS[name]).save_pretrained(path)
+    dist.barrier()
+    return ALRDLlamaForCausalLM.from_pretrained(path, dtype=dtype, **where(sizes)).eval()
+
+
 def side_nbytes(layer, side: str) -> int:
     """Bytes of one side of a layer, without the table."""
     blocks = {slot for row in layer.rows for slot in row.blocks}
@@ -273,6 +289,23 @@ def tensor_calibrated(folder: Path) -> None:
         assert getattr(mine.scheme, side).tiers == (getattr(whole.scheme, side).tiers[group],)
     for mine_too, of_all in zip(mine.static_scales["keys"], whole.static_scales["keys"]):
         assert torch.equal(mine_too, of_all[channels])
+
+
+@check
+def tensor_blocks(folder: Path) -> None:
+    """Head groups are dealt out; a latent of all heads is the sum over the ranks, which each hold it."""
+    for name in BLOCKS:
+        model, reference = load_blocks(folder, name, TENSOR), load_blocks(folder, name)
+        for settings in (LOSSLESS, TWO_BITS):
+            cache, whole = assert_same(model, reference, settings)
+            for mine, all_of in zip(cache.layers, whole.layers, strict=True):
+                assert mine.widths == tuple(map(shard_widths, all_of.widths))
+                assert mine.sink_channels["keys"] == all_of.sink_channels["keys"] // 2
+        model.save_pretrained(folder / "saved" / name)
+        dist.barrier()
+        saved = ALRDLlamaForCausalLM.from_pretrained(folder / "saved" / name, dtype=torch.float64).state_dict()
+        for key, tensor in reference.state_dict().items():
+            assert torch.equal(saved[key], tensor.cpu()), key
 
 
 @check
@@ -421,6 +454,18 @@ def pipeline(folder: Path) -> None:
             assert layer.nbytes_used == (whole.layers[i].nbytes_used if i in own else 0)
             assert i in own or layer.nbytes == 0
         assert cache.nbytes_used < whole.nbytes_used == total(cache.nbytes_used)
+
+
+@check
+def pipeline_blocks(folder: Path) -> None:
+    model, reference = (load_blocks(folder, "blocks of two heads", sizes) for sizes in (PIPELINE, None))
+    cache, whole = assert_same(model, reference, TWO_BITS)
+    own = dist.get_rank()
+    assert [layer.is_initialized for layer in cache.layers] == [own == 0, own == 1]
+    assert cache.nbytes_used == whole.layers[own].nbytes_used
+    # Stages of two layers cut a block of three.
+    model = load_blocks(folder, "blocks of all heads", PIPELINE)
+    assert_refused("layers 0 to 2 share their latents and must be on one device, in one stage", model.create_kivi_cache)
 
 
 @check

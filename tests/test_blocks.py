@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from configuration_alrd_llama import ALRDLlamaConfig, Block
 from modeling_alrd_llama import ALRDLlamaForCausalLM
 from modules.cache.scheme import TABLE_ENTRY_NBYTES, CacheScheme
-from modules.kivi_cache import KIVILatentCache, KIVILatentLayer, create_kivi_cache
+from modules.kivi_cache import KIVILatentCache, KIVILatentLayer, config_sink_channels, create_kivi_cache
 from modules.loading import check_whole_blocks
 from modules.svd_linear import BlockFactors, factor_block
 from tests.helpers import TINY_LLAMA, randomize_vectors, tiny_blocks, tiny_dense
@@ -468,6 +468,7 @@ def test_size_of_a_model_s_cache(dense):
         for i, layer in enumerate(cache.layers):
             members = min(shape[0], 4 - i * shape[0])
             assert layer.sink_channels == {"keys": 64 * members, "values": 64 * members}
+            assert layer.sink_channels == config_sink_channels(model.config)[i]
             size = layer.scheme.layer_nbytes(57, layer.widths, torch.float32, layer.sink_channels)
             expected += 2 * size + layer.scheme.static_nbytes(layer.widths)
         assert cache.nbytes_used == expected <= cache.nbytes
