@@ -28,14 +28,14 @@ class Factors(NamedTuple):
         energy: `[out]`, the error that each latent direction removes, descending; if the mean is split off, its
             direction comes first.
         project: `[r, out]`, latents from outputs of the dense layer. An error of a latent, squared, counts `unit`.
-        unit: Unit of the energies.
+        unit: Unit of the energies; `[r]` where every latent has one of its own.
     """
 
     a: torch.Tensor
     b: torch.Tensor
     energy: torch.Tensor
     project: torch.Tensor
-    unit: float
+    unit: float | torch.Tensor
 
     def select(self, channels: torch.Tensor) -> "Factors":
         """Factors with some of the latent channels `[n]`, in the given order."""
@@ -94,7 +94,7 @@ def value_output_metric(
     return metric.reshape(size, size)
 
 
-def _root_and_inverse(metric: torch.Tensor | None, size: int, device: torch.device, floor: float = 1e-4):
+def metric_root(metric: torch.Tensor | None, size: int, device: torch.device, floor: float = 1e-4):
     """Symmetric root of a metric (`None`, `[n]` diagonal or `[n, n]`), its inverse, and the metric's unit.
 
     The metric is divided by its largest eigenvalue, the unit, and smaller eigenvalues than `floor` are raised to it:
@@ -159,7 +159,7 @@ def factor_weight(
         if not torch.isfinite(statistic).all():
             raise ValueError(f"{name}: must be finite, found NaN or Inf")
 
-    root, inverse_root, unit = _root_and_inverse(metric, out, weight.device)
+    root, inverse_root, unit = metric_root(metric, out, weight.device)
     own = output_covariance(weight)
     if covariance is not None:
         # A trace of the weight's own covariance orders the directions that the text never excites, so that the

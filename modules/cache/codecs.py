@@ -285,7 +285,8 @@ class TokenScaledCodec(BlockCodec):
     beside the fields of its codes.
 
     The scale is chosen by least squared error over the head group, among 13 within 0.75 octaves of a first guess: the
-    size of the token relative to what its channels would have if they were Gaussian.
+    size of the token. Both are in units of the channels' spreads, which follow from their steps if they are Gaussian:
+    a token is an outlier in all channels, and those of small spread count for the model as the others do.
     """
 
     #: Bytes beside the guess that are tried, and as which distance from it.
@@ -307,8 +308,10 @@ class TokenScaledCodec(BlockCodec):
         self.levels, spacing, gaussian = torch.tensor(table, dtype=torch.float32, device=scale.device).T
         self.step = scale * spacing
         self.middle = zero_point + (self.levels - 1) / 2 * self.step
+        #: One over the variance of each channel; constant channels take no part.
+        self.weight = torch.where(self.step > 0, (gaussian / self.step).square(), 0)
         #: Energy of a token of scale 1 in each head group; a group of constant channels has none.
-        self.energy = self._by_group((self.step / gaussian).square()).clamp(min=torch.finfo(torch.float32).tiny)
+        self.energy = self._by_group((self.step > 0).float()).clamp(min=1)
 
     def fields(self):
         return self.inner.fields() | {"token_scale": ((self.length, len(self.widths)), torch.uint8)}
@@ -328,11 +331,11 @@ class TokenScaledCodec(BlockCodec):
         half = (self.levels - 1) / 2
         nearest = torch.where(step > 0, centred / step, 0).add_(half + 0.5).floor_()
         nearest = torch.minimum(nearest.clamp_(min=0), self.levels - 1).sub_(half)
-        return self._by_group(nearest.mul_(step).sub_(centred).square_())
+        return self._by_group(nearest.mul_(step).sub_(centred).square_().mul_(self.weight))
 
     def encode(self, states: torch.Tensor, score=None) -> Fields:
         centred = states.float() - self.middle
-        guess = encode_token_scale((self._by_group(centred.square()) / self.energy).sqrt()).int()
+        guess = encode_token_scale((self._by_group(centred.square() * self.weight) / self.energy).sqrt()).int()
         best = codes = None
         for offset in self._OFFSETS:
             tried = (guess + offset).clamp_(0, 255).to(torch.uint8)

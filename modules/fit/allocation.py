@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from configuration_alrd_llama import Projection, QuantScheme
+from configuration_alrd_llama import QuantScheme
 from modules.cache.codecs import block_nbytes, make_codec
 from modules.cache.scheme import TABLE_ENTRY_NBYTES, CacheScheme
 from modules.files import save_tensors
@@ -28,7 +28,7 @@ from modules.svd_linear import Factors
 TIER_BITS = (1, 2, 3, 4, 8)
 
 #: Version of the measurements that `save_costs` keeps; part of their key.
-COSTS_VERSION = 3
+COSTS_VERSION = 4
 
 #: Shift of the middle of a static range and growth of it, in turn.
 _MOVES = [(0, 1), (0, -1), (1, 0), (-1, 0)]
@@ -154,9 +154,12 @@ def _rotated_error(codec, blocks: torch.Tensor) -> torch.Tensor:
 
 
 def token_gains(latents: torch.Tensor) -> torch.Tensor:
-    """Scale `[N, 1]` of each token of latents `[N, n]` of a head group: its size relative to the others'."""
-    energy = (latents.double() - latents.double().mean(0)).square().sum(1, keepdim=True)
-    return decode_token_scale(encode_token_scale((energy / energy.mean().clamp(min=1e-300)).sqrt()))
+    """Scale `[N, 1]` of each token of latents `[N, n]` of a head group: its size relative to the others', in units of
+    the channels' standard deviations."""
+    centred = latents.double() - latents.double().mean(0)
+    spread = centred.square().mean(0)
+    sizes = (centred.square() / spread.clamp(min=1e-300)).mean(1, keepdim=True).sqrt()
+    return decode_token_scale(encode_token_scale(sizes))
 
 
 def static_scales(
@@ -243,7 +246,9 @@ class Prices:
         return nbytes
 
 
-def tier_prices(scheme: QuantScheme, cache: CacheScheme, bits: tuple, length: int, dtype: torch.dtype) -> Prices:
+def tier_prices(
+    scheme: QuantScheme, cache: CacheScheme, bits: tuple, length: int, dtype: torch.dtype, sinks: bool = True
+) -> Prices:
     """Prices of one side of a cache of `length` tokens.
 
     Args:
@@ -252,8 +257,10 @@ def tier_prices(scheme: QuantScheme, cache: CacheScheme, bits: tuple, length: in
         bits: Widths.
         length: Tokens.
         dtype: Of the model, and so of window and sinks.
+        sinks: Whether the sinks are held by these channels; those of blocks are not.
     """
     held = cache.held(length)
+    exact = held.exact if sinks else held.window
     calibrated = 2 * 4 if scheme.static else 0  # scale and zero point of a channel, once a layer
     channel, tier = [], []
     # The scale of a token is shared by all tiers of a head group: one byte.
@@ -264,7 +271,7 @@ def tier_prices(scheme: QuantScheme, cache: CacheScheme, bits: tuple, length: in
         at_width = scheme.at_width(width)
         one = block_nbytes(make_codec(at_width, cache.block_length, (1,), dtype))
         two = block_nbytes(make_codec(at_width, cache.block_length, (2,), dtype))
-        channel.append(held.blocks * (two - one) + held.exact * dtype.itemsize + calibrated)
+        channel.append(held.blocks * (two - one) + exact * dtype.itemsize + calibrated)
         tier.append(held.blocks * (2 * one - two))
     group = 0 if scheme.per_channel else scheme.group_size
     return Prices(tuple(channel), tuple(tier), held.blocks * TABLE_ENTRY_NBYTES, group, head_group)
@@ -295,22 +302,28 @@ def allocate(
     prices: dict[str, Prices],
     bits: tuple,
     budget: int,
+    fixed: int = 0,
 ) -> BudgetPlan:
     """Choose the width of every channel, 0 included, at the least total cost within a budget.
 
     Args:
-        costs: Of each head group of each projection, by name.
-        rates: Factor on the costs of each projection.
-        prices: Of each side of a layer, "k" and "v".
+        costs: Of each head group of each projection, or block of them, by name.
+        rates: Factor on the costs of each.
+        prices: Of each side of a layer, "k" and "v"; keys and values together are stored as keys.
         bits: Widths that costs and prices are for.
         budget: Bytes of one row, all layers together.
+        fixed: Bytes that no choice changes, beside those of the `prices`.
 
     Raises:
         ValueError: One channel of the smallest width in each head group is beyond the budget.
     """
-    price_of = {name: prices[Projection.parse(name).side] for name in costs}
-    layers = {Projection.parse(name).layer for name in costs}
-    fixed = len(layers) * prices["k"].layer
+    price_of, layers = {}, set()
+    for name in costs:
+        # The last part of a name begins with its side, what stands before it is the layer's.
+        layer, _, attribute = name.rpartition(".")
+        price_of[name] = prices[attribute[0]]
+        layers.add(layer)
+    fixed += len(layers) * prices["k"].layer
     for name, groups in costs.items():
         fixed += len(groups) * price_of[name].head_group
     smallest = fixed

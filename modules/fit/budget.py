@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from configuration_alrd_llama import (
     SIDES,
     ALRDLlamaConfig,
+    Block,
     Projection,
     QuantScheme,
     check_choice,
@@ -48,7 +49,14 @@ from modules.fit.allocation import (
     tier_prices,
 )
 from modules.fit.distributed import is_main, on_main
-from modules.fit.objectives import OBJECTIVES, RATES_VERSION, probe_rates, projection_factors
+from modules.fit.objectives import (
+    OBJECTIVES,
+    RATES_VERSION,
+    block_factors,
+    block_outputs,
+    probe_rates,
+    projection_factors,
+)
 from modules.fit.rank_search import (
     asvd_ranks,
     asvd_sensitivity,
@@ -58,8 +66,8 @@ from modules.fit.rank_search import (
     water_fill,
 )
 from modules.fit.statistics import LayerStatistics, collect_statistics, record_key, statistics_record
-from modules.kivi_cache import CacheScheme, config_schemes, config_widths
-from modules.svd_linear import Factors
+from modules.kivi_cache import CacheScheme, config_schemes, config_sink_channels, config_widths
+from modules.svd_linear import BlockFactors, Factors
 
 #: How channels are chosen for a budget: widths by channel; or one width for all and ranks by a search of
 #: `rank_search`, "fisher" being Palu's and "sensitivity" ASVD's.
@@ -84,6 +92,14 @@ class FitConfig:
     objective: str = _option("fisher", f"Error that is minimised: {', '.join(OBJECTIVES)}.")
     head_group_size: int | None = _option(
         None, "Key/value heads that share a latent; all of them (joint) if not given."
+    )
+    keep_dense: bool = _option(False, "Keep the dense projections, and make latents of their outputs, by blocks.")
+    layer_group_size: int = _option(1, "Layers that share a latent (with keep_dense).")
+    joint_kv: bool = _option(False, "Keys and values share a latent (with keep_dense).")
+    max_rebuild: int | None = _option(
+        None,
+        "With keep_dense: most multiply-adds per cached token and layer to rebuild keys and to sum values; none if not "
+        "given.",
     )
     k_mean_split: bool = _option(False, "Keep the mean of the keys in a channel of its own.")
     v_mean_split: bool = _option(False, "The same for values.")
@@ -111,6 +127,12 @@ class FitConfig:
             check_positive(name, getattr(self, name))
         if self.token_scale and not self.tiered:
             raise ValueError("token_scale=True: must go with allocation='tiers', which calibrates the scales")
+        if self.keep_dense and not (self.tiered and self.objective == "fisher"):
+            raise ValueError("keep_dense=True: must go with allocation='tiers', objective='fisher' and no share")
+        if self.max_rebuild is not None:
+            check_positive("max_rebuild", self.max_rebuild)
+            if not self.keep_dense:
+                raise ValueError(f"max_rebuild={self.max_rebuild}: must go with keep_dense=True")
 
     @property
     def tiered(self) -> bool:
@@ -148,10 +170,12 @@ class Calibration:
         """The split model, on the CPU in the type of the dense checkpoint, with other `fields` of its configuration."""
         target = ALRDLlamaConfig.from_llama(self.target, **fields)
         splits: list[dict[str, dict]] = [{} for _ in range(target.num_hidden_layers)]
-        for projection in target.projections():
-            # `from_dense` takes the factors by layer and name of the projection.
-            ranks = target.group_ranks(projection)
-            splits[projection.layer][projection.attribute] = self._split(projection.name, ranks)
+        for part in target.parts():
+            # `from_dense` takes the factors by layer and name of the projection, or at the first layer of the block.
+            split = self._split(part.name, target.group_ranks(part))
+            if isinstance(part, Block):
+                split["factors"] = self._block_factors(part, split["factors"])
+            splits[part.members()[0].layer][part.attribute] = split
         return ALRDLlamaForCausalLM.from_dense(self.dense, target, splits, self.stored_dtype, "cpu")
 
     def _split(self, name: str, ranks: tuple[int, ...]) -> dict:
@@ -165,6 +189,18 @@ class Calibration:
         if self.plan is not None and self.plan.scales[name]:
             split["static_scales"] = tuple(map(torch.cat, zip(*self.plan.scales[name])))
         return split
+
+    def _block_factors(self, block: Block, groups: list[Factors]) -> list[BlockFactors]:
+        """Factors of the members' outputs side by side, member by member."""
+        found, means = [], []
+        for projection in block.members():
+            mean = getattr(self.statistics[projection.layer], projection.attribute).mean
+            means.append(mean.chunk(len(groups)))
+        for group, group_means in zip(groups, zip(*means, strict=True), strict=True):
+            outputs = len(group_means[0])
+            parts = group.a.split(outputs), group.project.split(outputs, dim=1)
+            found.append(BlockFactors(*parts, list(group_means)))
+        return found
 
 
 def calibrate(
@@ -211,7 +247,10 @@ def calibrate(
         where = {"folder": config.statistics, "about": about, "processes": processes}
         statistics = collect_statistics(dense, tokens, **settings, **where)
     seconds["statistics"], started = time.perf_counter() - started, time.perf_counter()
-    factors = projection_factors(dense, target, statistics, config.objective)
+    if config.keep_dense:
+        factors = block_factors(target, statistics)
+    else:
+        factors = projection_factors(dense, target, statistics, config.objective)
     seconds["factors"] = time.perf_counter() - started
     # The split model has the type of the checkpoint, whatever type `dense` runs in.
     stored_dtype = source.dtype or torch.float32
@@ -225,8 +264,12 @@ def calibrate(
 
 
 def _sampled_tokens(config: FitConfig, length: int, block_length: int) -> int:
-    """Consecutive tokens of a window of `length` that are sampled: whole blocks of 128, at most two."""
-    sample = max(0, min(256, (length - config.sink_length) // 128 * 128))
+    """Consecutive tokens of a window of `length` that are sampled: whole blocks of 128, at most two.
+
+    The covariance of a block of projections comes from the sample: it is twice as long.
+    """
+    most = 512 if config.keep_dense else 256
+    sample = max(0, min(most, (length - config.sink_length) // 128 * 128))
     if config.tiered and sample == 0:
         raise ValueError(f"length={length}: windows must hold the sinks and 128 tokens to sample")
     if config.tiered and block_length > sample:
@@ -254,12 +297,18 @@ def split_config(config: FitConfig, source: ALRDLlamaConfig) -> ALRDLlamaConfig:
         raise ValueError("source: must be the configuration of a dense model, is split already")
     # A setting that is not given is the best measured one for tiers, or the cache's default.
     default = STATIC if config.tiered else None
-    schemes = {name: parse_json(name, getattr(config, name) or default) for name in ("k_scheme", "v_scheme")}
+    schemes = {}
+    for side in SIDES:
+        name = f"{side}_scheme"
+        schemes[name] = parse_json(name, getattr(config, name) or default)
+    if config.joint_kv and not config.v_scheme:
+        del schemes["v_scheme"]  # keys and values together are stored as keys
     if config.token_scale:
         schemes = {name: {**(scheme or {}), "token_scale": True} for name, scheme in schemes.items()}
     elif any((scheme or {}).get("token_scale") for scheme in schemes.values()):
         raise ValueError("k_scheme, v_scheme: token_scale=True must be given as token_scale=True of the fit, for both")
-    names = ("k_bits", "v_bits", "sink_length", "head_group_size", "k_mean_split", "v_mean_split")
+    names = ["k_bits", "v_bits", "sink_length", "head_group_size", "k_mean_split", "v_mean_split"]
+    names += ["keep_dense", "layer_group_size", "joint_kv"]
     fields = {name: getattr(config, name) for name in names}
     fields["group_size"] = 128 if config.group_size is None else config.group_size
     fields["residual_length"] = config.residual_length
@@ -267,8 +316,9 @@ def split_config(config: FitConfig, source: ALRDLlamaConfig) -> ALRDLlamaConfig:
         fields["residual_length"] = 16 if config.tiered else 32
     if config.tiered:
         # A width by channel leaves nothing for a rotation to even out, but where a token's channels share a scale.
-        for side in SIDES:
-            scheme = side_scheme(side, fields[f"{side}_bits"], fields["group_size"], schemes[f"{side}_scheme"])
+        for name in schemes:
+            side = name[0]
+            scheme = side_scheme(side, fields[f"{side}_bits"], fields["group_size"], schemes[name])
             fields[f"{side}_hadamard"] = not scheme.per_channel
     target = ALRDLlamaConfig.from_llama(source, **fields, **schemes)
     for side, scheme in _side_schemes(target).items():
@@ -310,11 +360,16 @@ def _measurement_path(config: FitConfig, calibration: Calibration, suffix: str, 
     record = {"statistics": calibration.record} | settings
     for name in ("objective", "head_group_size", "k_mean_split", "v_mean_split"):
         record[name] = getattr(config, name)
+    if config.keep_dense:
+        record |= {name: getattr(config, name) for name in ("layer_group_size", "joint_kv")}
     return Path(config.statistics) / f"{record_key(record)}.{suffix}"
 
 
 def _samples(calibration: Calibration, name: str) -> tuple[torch.Tensor, ...]:
-    """Sampled outputs of each head group of a projection."""
+    """Sampled outputs of each head group of a projection; of a block those of all members, less their mean."""
+    for block in calibration.target.blocks() if calibration.target.keep_dense else ():
+        if block.name == name:
+            return tuple(block_outputs(calibration.statistics, block, len(calibration.factors[name])))
     projection = Projection.parse(name)
     sample = getattr(calibration.statistics[projection.layer], projection.attribute).sample
     return sample.chunk(len(calibration.factors[name]), dim=-1)
@@ -364,11 +419,16 @@ def _fit_tiers(config: FitConfig, calibration: Calibration, limit: int) -> Calib
     for group_size in group_sizes:
         target = ALRDLlamaConfig.from_llama(calibration.target, group_size=group_size)
         cache, sides, prices = CacheScheme.from_config(target), _side_schemes(target), {}
+        # The sinks of blocks are the members' own keys and values.
+        sinks = 0
+        if target.keep_dense:
+            sinks = dense_nbytes(target, cache.held(config.tokens).sinks, calibration.stored_dtype)
         for side, scheme in sides.items():
-            prices[side] = tier_prices(scheme, cache, TIER_BITS, config.tokens, calibration.stored_dtype)
+            how = (TIER_BITS, config.tokens, calibration.stored_dtype, not target.keep_dense)
+            prices[side] = tier_prices(scheme, cache, *how)
         costs = _measured_costs(config, calibration, sides, cache.block_length)
         try:
-            plan = allocate(costs, rates, prices, TIER_BITS, limit)
+            plan = allocate(costs, rates, prices, TIER_BITS, limit, sinks)
         except ValueError as error:  # shorter blocks leave a shorter window
             refused = refused or error
             continue
@@ -392,7 +452,7 @@ def _refit(calibration: Calibration, target: ALRDLlamaConfig, plan: BudgetPlan, 
     """Put the scales of the channels that are kept, and what they cost, into a plan (`refit_scales`)."""
     sides, plan.divergence = _side_schemes(target), 0.0
     for name, groups in calibration.factors.items():
-        scheme, plan.scales[name] = sides[Projection.parse(name).side], []
+        scheme, plan.scales[name] = sides[_side(name)], []
         kept = zip(groups, _samples(calibration, name), plan.channels[name], plan.tiers[name], strict=True)
         for factors, sample, channels, tiers in kept:
             scales, cost = refit_scales(factors, sample, scheme, channels, tiers)
@@ -420,7 +480,7 @@ def _measured_costs(
         for name, groups in tqdm(calibration.factors.items(), desc="Distortion"):
             if name in costs:
                 continue
-            costs[name], scheme = [], sides[Projection.parse(name).side]
+            costs[name], scheme = [], sides[_side(name)]
             for factors, sample in zip(groups, _samples(calibration, name), strict=True):
                 # Blocks are quantized whole.
                 whole_blocks = sample[:, : sampled // length * length]
@@ -432,9 +492,14 @@ def _measured_costs(
 
 
 def _side_schemes(target: ALRDLlamaConfig) -> dict[str, QuantScheme]:
-    """The scheme of each side of a cache, by the name of the side."""
+    """The scheme of each side of a cache, by the name of the side; that of the keys is of a latent of both."""
     scheme = CacheScheme.from_config(target)
-    return {"k": scheme.keys, "v": scheme.values}
+    return {"k": scheme.keys} if target.joint_kv else {"k": scheme.keys, "v": scheme.values}
+
+
+def _side(name: str) -> str:
+    """The side whose scheme stores the latent of a projection or a block."""
+    return name.rpartition(".")[2][0]
 
 
 def _all_static(sides: dict[str, QuantScheme]) -> bool:
@@ -478,9 +543,9 @@ def cache_nbytes(config: ALRDLlamaConfig, tokens: int, dtype: torch.dtype) -> in
     """Bytes of one row of the cache that a configuration makes, everything counted, calibrated scales too."""
     scheme, tiered = config_schemes(config)
     nbytes = 0
-    for layer, widths in enumerate(config_widths(config)):
+    for layer, (widths, sinks) in enumerate(zip(config_widths(config), config_sink_channels(config), strict=True)):
         layer_scheme = tiered.get(layer, scheme)
-        nbytes += layer_scheme.layer_nbytes(tokens, widths, dtype) + layer_scheme.static_nbytes(widths)
+        nbytes += layer_scheme.layer_nbytes(tokens, widths, dtype, sinks) + layer_scheme.static_nbytes(widths)
     return nbytes
 
 

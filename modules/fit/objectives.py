@@ -5,20 +5,27 @@ what an error of each projection costs.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel
 
-from configuration_alrd_llama import SIDES, ALRDLlamaConfig, Projection, check_choice
+from configuration_alrd_llama import SIDES, ALRDLlamaConfig, Block, Projection, check_choice
 from modules.cache.fingerprint import weights_at_hand
 from modules.fit.distributed import gather, is_main, rounds
 from modules.fit.statistics import LayerStatistics
 from modules.loading import execution_device
-from modules.svd_linear import Factors, factor_groups, query_key_metric, value_output_metric
+from modules.svd_linear import Factors, factor_groups, metric_root, query_key_metric, value_output_metric
 
 #: Version of the rates of `probe_rates` that are kept; part of their key.
 RATES_VERSION = 2
+
+#: Smallest eigenvalue of the Fisher information of a member of a block, as a share of the largest.
+_FISHER_FLOOR = 1e-7
+
+#: Smallest energy of a latent of a block that is scaled to one, as a share of the largest.
+_SMALLEST_ENERGY = 1e-8
 
 #: Offsets between a query and a key over which `rope_key_metric` averages, spread evenly over their logarithms.
 _OFFSETS = 256
@@ -141,6 +148,71 @@ def projection_factors(
             weight = _weight_of(model.get_submodule(projection.name))
             factors[projection.name] = factor_groups(weight, ranks, **arguments[projection.attribute])
     return factors
+
+
+def block_outputs(statistics: list[LayerStatistics], block: Block, groups: int) -> list[torch.Tensor]:
+    """Sampled outputs of the members of a block, of each of `groups` head groups, side by side.
+
+    Returns:
+        For each head group `[windows, S, members * out]` float32, less the mean of each output.
+    """
+    members = []
+    for projection in block.members():
+        of_member = getattr(statistics[projection.layer], projection.attribute)
+        members.append((of_member.sample.float() - of_member.mean.float()).chunk(groups, dim=-1))
+    return list(map(partial(torch.cat, dim=-1), zip(*members, strict=True)))
+
+
+def block_factors(config: ALRDLlamaConfig, statistics: list[LayerStatistics]) -> dict[str, list[Factors]]:
+    r"""Factors of full rank for every head group of every block, by its name; channels by falling energy.
+
+    With `u_m = F_m^{1/2} (y_m - ȳ_m)`, where `F_m` is half of the Fisher information of the member m, an error of u
+    counts its square, in nats. The latent's directions are the eigenvectors of the covariance of all members' u: those
+    of one layer and of its neighbours are functions of nearly the same hidden state, so that few of them have energy.
+    Channels are scaled to variance one, so that none overflows in half precision. DESIGN section 7.
+
+    Args:
+        config: Which projections make a block.
+        statistics: Of every layer, with the Fisher information.
+
+    Returns:
+        `Factors` of the members' outputs side by side, without bias and less their mean: `b` is `project`, and each
+        latent has a `unit` of its own.
+    """
+    factors = {}
+    for block in config.blocks():
+        groups, outputs = [], block_outputs(statistics, block, config.num_head_groups)
+        for i, sample in enumerate(outputs):
+            roots, inverses = _member_roots(statistics, block, i, config.group_outputs)
+            root, inverse = torch.block_diag(*roots), torch.block_diag(*inverses)
+            u = sample.flatten(0, 1).double() @ root
+            energy, vectors = torch.linalg.eigh(u.T @ u / len(u))
+            energy, vectors = energy.flip(0).clamp(min=0), vectors.flip(1)
+            # Signs are fixed by the largest entry of each direction.
+            largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+            vectors = torch.where(largest < 0, -vectors, vectors)
+            spread = energy.clamp(min=_SMALLEST_ENERGY * energy[0]).sqrt()
+            project = (vectors / spread).T @ root
+            groups.append(Factors(inverse @ (vectors * spread), project, energy, project, spread.square()))
+        factors[block.name] = groups
+    return factors
+
+
+def _member_roots(statistics: list[LayerStatistics], block: Block, group: int, outputs: int) -> tuple[list, list]:
+    """Root of half the Fisher information of one head group of each member of a block, and its inverse."""
+    roots, inverses, units = [], [], []
+    rows = slice(group * outputs, (group + 1) * outputs)
+    for projection in block.members():
+        metric = getattr(statistics[projection.layer], projection.attribute).fisher[rows, rows] / 2
+        root, inverse, unit = metric_root(metric, outputs, metric.device, _FISHER_FLOOR)
+        roots.append(root)
+        inverses.append(inverse)
+        units.append(unit)
+    # All members' errors are in one unit; one that costs nothing (a pruned head) gets next to none.
+    for i, unit in enumerate(units):
+        scale = max(unit, _FISHER_FLOOR * max(units)) or 1.0
+        roots[i], inverses[i] = roots[i] * scale**0.5, inverses[i] / scale**0.5
+    return roots, inverses
 
 
 @torch.no_grad()

@@ -33,10 +33,13 @@ from modules.fit.distributed import is_main, on_main, rounds, sum_tensors
 from modules.loading import execution_device, state_tensors
 
 #: Version of the files; part of their key.
-FILE_VERSION = 2
+FILE_VERSION = 3
 
 #: Fields of a configuration that change no number.
 _UNRELATED = ("_name_or_path", "architectures", "dtype", "transformers_version")
+
+#: Ends of the names of what is kept by window and token; all else is summed up.
+_BY_WINDOW = (".sample", ".gradient")
 
 #: Tokens whose logits are held at once.
 _LOGITS_TOKENS = 256
@@ -54,12 +57,14 @@ class ProjectionStatistics:
         fisher: `[n, n]` float64, `E[g gᵀ]` of the gradients g of `-log p(token)` with respect to the y of one token,
             the next tokens drawn from the model itself. `None` if it was not asked for.
         sample: `[windows, S, n]`, outputs of consecutive tokens from `sample_start` on, in the type of the model.
+        gradient: `[windows, S, n]` bfloat16, g of the same tokens. `None` without the Fisher information.
     """
 
     covariance: torch.Tensor
     mean: torch.Tensor
     fisher: torch.Tensor | None
     sample: torch.Tensor
+    gradient: torch.Tensor | None
 
 
 @dataclass
@@ -177,7 +182,7 @@ def collect_statistics(
         # Samples are kept by window: those of batches to come are not there yet.
         held, windows = dict(sums), min(done * batch_size, len(tokens))
         for name, tensor in sums.items():
-            if name.endswith(".sample"):
+            if name.endswith(_BY_WINDOW):
                 held[name] = tensor[:windows]
         save_tensors(path, held, {"batches": str(done)})
         text = json.dumps(record | {"about": about or {}}, indent=2) + "\n"
@@ -234,6 +239,7 @@ def _empty_sums(model: PreTrainedModel, fisher: bool, sample: int, windows: int)
             sums[f"{prefix}.sample"] = torch.zeros(windows, sample, n, dtype=model.dtype, device="cpu")
             if fisher:
                 sums[f"{prefix}.fisher"] = torch.zeros(n, n, **float64)
+                sums[f"{prefix}.gradient"] = torch.zeros(windows, sample, n, dtype=torch.bfloat16, device="cpu")
     return sums
 
 
@@ -259,6 +265,11 @@ def _observed(
         return x[:, sinks:].flatten(0, 1).double()
 
     def watch(name: str):
+        def keep_sample(field: str, states: torch.Tensor) -> None:
+            for i, of_window in enumerate(states, start=window):
+                start = sample_start(i, len(of_window), sample, sinks)
+                sums[f"{name}.{field}"][i] = of_window[start : start + sample].cpu()
+
         def forward(module, inputs, output):
             if output.requires_grad and not name.endswith("q_proj"):
                 output.register_hook(backward)
@@ -274,15 +285,14 @@ def _observed(
             if module.bias is not None:
                 with weights_at_hand(module):  # after its forward an offloaded one is away again
                     y = y - module.bias.detach()
-            for i, outputs in enumerate(y, start=window):
-                start = sample_start(i, len(outputs), sample, sinks)
-                sums[f"{name}.sample"][i] = outputs[start : start + sample].cpu()
+            keep_sample("sample", y)
             y = behind_sinks(y)
             sums[f"{name}.covariance"] += (y.T @ y).cpu()
             sums[f"{name}.mean"] += y.sum(0).cpu()
 
         def backward(gradient):
             # An error of the sinks costs nothing, for there is none.
+            keep_sample("gradient", gradient.detach())
             g = behind_sinks(gradient.detach())
             sums[f"{name}.fisher"] += (g.T @ g).cpu()
 
@@ -349,7 +359,7 @@ def _to_layers(model: PreTrainedModel, sums: dict[str, torch.Tensor], tokens: in
             found = {}
             for field in fields(ProjectionStatistics):
                 found[field.name] = sums.get(f"{i}.{side}_proj.{field.name}")
-                if field.name != "sample" and found[field.name] is not None:
+                if f".{field.name}" not in _BY_WINDOW and found[field.name] is not None:
                     found[field.name].div_(tokens)
             sides.append(ProjectionStatistics(**found))
         layers.append(LayerStatistics(*sides, sums[f"{i}.query"].div_(tokens)))
