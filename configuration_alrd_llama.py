@@ -474,6 +474,13 @@ class LatentParts:
         """What has a latent of its own, and so a name in `truncation_ranks`: the blocks, or the projections."""
         return self.blocks() if self.keep_dense else list(self.projections())
 
+    def part(self, name: str) -> "Projection | Block":
+        """The projection or the block of a name in `truncation_ranks`; a `ValueError` if there is none."""
+        for part in self.parts():
+            if part.name == name:
+                return part
+        raise ValueError(f"{name!r}: no such projection or block")
+
     def cache_layer(self, layer: int) -> int:
         """Index of the layer of a cache that holds the latents of a model's layer: one for each group of layers."""
         return layer // self.layer_group_size

@@ -115,7 +115,7 @@ def refit_scales(
         gains = decode_token_scale(fields["token_scale"][0])
     restored = torch.zeros_like(latents)
     restored[:, channels] = codec.decode(fields)[0].double()
-    return (scale, zero_point), factors.unit * (restored - latents).square().mean(0).sum().item()
+    return (scale, zero_point), (factors.unit * (restored - latents).square().mean(0)).sum().item()
 
 
 def save_costs(path: Path, costs: dict[str, list[ChannelCosts]]) -> None:
@@ -285,8 +285,11 @@ class BudgetPlan:
         channels: Channels of the full-rank factors that are kept, tier after tier.
         tiers: (channels, bits) of each tier, the widest first.
         scales: Scale and zero point of the kept channels, for static scales; else empty.
+        gains: Factors on the columns of A of each member (`expansion_gains`), `[out, r]`; empty: none.
         nbytes: Bytes of one row of the length that was planned for, everything counted.
-        divergence: What the costs add up to: the predicted KL divergence if the rates are those of `probe_rates`.
+        divergence: What the costs add up to: the predicted KL divergence if the rates are those of `probe_rates`,
+            errors taken as independent of each other and of the gradients.
+        predicted: KL divergence that `predicted_divergence` makes of the gradients of single tokens; `None`: unknown.
     """
 
     channels: dict[str, list[torch.Tensor]]
@@ -294,6 +297,8 @@ class BudgetPlan:
     scales: dict[str, list[tuple[torch.Tensor, torch.Tensor]]]
     nbytes: int
     divergence: float
+    gains: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    predicted: float | None = None
 
 
 def allocate(
@@ -303,6 +308,8 @@ def allocate(
     bits: tuple,
     budget: int,
     fixed: int = 0,
+    rebuild: dict[str, float] | None = None,
+    max_rebuild: float | None = None,
 ) -> BudgetPlan:
     """Choose the width of every channel, 0 included, at the least total cost within a budget.
 
@@ -313,6 +320,8 @@ def allocate(
         bits: Widths that costs and prices are for.
         budget: Bytes of one row, all layers together.
         fixed: Bytes that no choice changes, beside those of the `prices`.
+        rebuild: Multiply-adds per cached token that a channel of each costs attention.
+        max_rebuild: Most multiply-adds of all channels; `None`: no bound.
 
     Raises:
         ValueError: One channel of the smallest width in each head group is beyond the budget.
@@ -335,29 +344,53 @@ def allocate(
             "with one channel per projection and head group"
         )
 
-    def choose(multiplier: float) -> tuple[dict, int, float]:
+    def choose(multiplier: float, toll: float) -> tuple[dict, int, float]:
         chosen, nbytes, cost = {}, fixed, 0.0
         for name, groups in costs.items():
             chosen[name] = []
             for group in groups:
                 # Column 0 is the cost of dropping a channel.
                 table = rates[name] * torch.cat([group.dropped[:, None], group.kept], dim=1)
-                columns, group_nbytes = _choose_group(table, price_of[name], multiplier)
+                tolled = table
+                if toll:
+                    tolled = table.clone()
+                    tolled[:, 1:] += toll * rebuild[name]
+                columns, group_nbytes = _choose_group(tolled, price_of[name], multiplier)
                 chosen[name].append(columns)
                 nbytes += group_nbytes
                 cost += table.gather(1, columns[:, None]).sum().item()
         return chosen, nbytes, cost
 
-    # Between a multiplier at which every byte pays and one at which none does, by halving of the logarithm.
-    low, high = -100.0, 50.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        if choose(2.0**middle)[1] > budget:
-            low = middle
-        else:
-            high = middle
-    chosen, nbytes, cost = choose(2.0**high)
+    def within_budget(toll: float) -> tuple[dict, int, float]:
+        """The choice of least cost and toll within the bytes."""
+        return choose(_halved(lambda multiplier: choose(multiplier, toll)[1] <= budget), toll)
+
+    def rebuilt(chosen: dict) -> float:
+        """Multiply-adds of the channels that are kept."""
+        total = 0.0
+        for name, groups in chosen.items():
+            total += rebuild[name] * sum(map(torch.count_nonzero, groups)).item()
+        return total
+
+    chosen, nbytes, cost = within_budget(0.0)
+    if max_rebuild is not None and rebuilt(chosen) > max_rebuild:
+        # A second multiplier is the price of a multiply-add.
+        chosen, nbytes, cost = within_budget(_halved(lambda toll: rebuilt(within_budget(toll)[0]) <= max_rebuild, 30))
+        if rebuilt(chosen) > max_rebuild:
+            raise ValueError(f"max_rebuild={max_rebuild:,.0f}: must be at least {rebuilt(chosen):,.0f} multiply-adds")
     return _to_plan(chosen, costs, bits, nbytes, cost)
+
+
+def _halved(suffices: Callable[[float], bool], steps: int = 60) -> float:
+    """The least multiplier that suffices, between one at which all pays and one at which nothing does."""
+    low, high = -100.0, 50.0
+    for _ in range(steps):
+        middle = (low + high) / 2
+        if suffices(2.0**middle):
+            high = middle
+        else:
+            low = middle
+    return 2.0**high
 
 
 def _choose_group(table: torch.Tensor, price: Prices, multiplier: float) -> tuple[torch.Tensor, int]:

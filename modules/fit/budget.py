@@ -26,7 +26,6 @@ from configuration_alrd_llama import (
     SIDES,
     ALRDLlamaConfig,
     Block,
-    Projection,
     QuantScheme,
     check_choice,
     check_positive,
@@ -49,11 +48,11 @@ from modules.fit.allocation import (
     tier_prices,
 )
 from modules.fit.distributed import is_main, on_main
+from modules.fit.expansion import expansion_gains, predicted_divergence, restored_latents
 from modules.fit.objectives import (
     OBJECTIVES,
     RATES_VERSION,
     block_factors,
-    block_outputs,
     probe_rates,
     projection_factors,
 )
@@ -65,7 +64,7 @@ from modules.fit.rank_search import (
     uniform_ranks,
     water_fill,
 )
-from modules.fit.statistics import LayerStatistics, collect_statistics, record_key, statistics_record
+from modules.fit.statistics import LayerStatistics, collect_statistics, member_samples, record_key, statistics_record
 from modules.kivi_cache import CacheScheme, config_schemes, config_sink_channels, config_widths
 from modules.svd_linear import BlockFactors, Factors
 
@@ -185,7 +184,11 @@ class Calibration:
             chosen = [torch.arange(rank, dtype=torch.int64, device="cpu") for rank in ranks]
         else:
             chosen = self.plan.channels[name]
-        split: dict = {"factors": list(map(Factors.select, self.factors[name], chosen))}
+        factors = list(map(Factors.select, self.factors[name], chosen))
+        if self.plan is not None and self.plan.gains:
+            for i, gains in enumerate(self.plan.gains[name]):
+                factors[i] = factors[i]._replace(a=factors[i].a * gains)
+        split: dict = {"factors": factors}
         if self.plan is not None and self.plan.scales[name]:
             split["static_scales"] = tuple(map(torch.cat, zip(*self.plan.scales[name])))
         return split
@@ -365,14 +368,15 @@ def _measurement_path(config: FitConfig, calibration: Calibration, suffix: str, 
     return Path(config.statistics) / f"{record_key(record)}.{suffix}"
 
 
-def _samples(calibration: Calibration, name: str) -> tuple[torch.Tensor, ...]:
+def _samples(calibration: Calibration, name: str) -> list[torch.Tensor]:
     """Sampled outputs of each head group of a projection; of a block those of all members, less their mean."""
-    for block in calibration.target.blocks() if calibration.target.keep_dense else ():
-        if block.name == name:
-            return tuple(block_outputs(calibration.statistics, block, len(calibration.factors[name])))
-    projection = Projection.parse(name)
-    sample = getattr(calibration.statistics[projection.layer], projection.attribute).sample
-    return sample.chunk(len(calibration.factors[name]), dim=-1)
+    return member_samples(calibration.statistics, calibration.target.part(name), calibration.target.num_head_groups)
+
+
+def _gradients(calibration: Calibration, name: str) -> list[torch.Tensor]:
+    """Gradients with respect to `_samples`."""
+    part, groups = calibration.target.part(name), calibration.target.num_head_groups
+    return member_samples(calibration.statistics, part, groups, "gradient")
 
 
 def _variance(factors: Factors, sample: torch.Tensor) -> torch.Tensor:
@@ -428,7 +432,8 @@ def _fit_tiers(config: FitConfig, calibration: Calibration, limit: int) -> Calib
             prices[side] = tier_prices(scheme, cache, *how)
         costs = _measured_costs(config, calibration, sides, cache.block_length)
         try:
-            plan = allocate(costs, rates, prices, TIER_BITS, limit, sinks)
+            how = {"rebuild": rebuild_costs(target), "max_rebuild": config.max_rebuild}
+            plan = allocate(costs, rates, prices, TIER_BITS, limit, sinks, **how)
         except ValueError as error:  # shorter blocks leave a shorter window
             refused = refused or error
             continue
@@ -439,6 +444,8 @@ def _fit_tiers(config: FitConfig, calibration: Calibration, limit: int) -> Calib
     target, plan = best
     if config.token_scale:
         _refit(calibration, target, plan, rates)
+    if _all_static(_side_schemes(target)) and config.objective == "fisher":
+        _fit_expansion(calibration, target, plan)
     # The configuration is JSON, which has lists.
     target.truncation_ranks, target.width_tiers = {}, {}
     for name, groups in plan.tiers.items():
@@ -458,6 +465,27 @@ def _refit(calibration: Calibration, target: ALRDLlamaConfig, plan: BudgetPlan, 
             scales, cost = refit_scales(factors, sample, scheme, channels, tiers)
             plan.scales[name].append(scales)
             plan.divergence += rates[name] * cost
+
+
+def _fit_expansion(calibration: Calibration, target: ALRDLlamaConfig, plan: BudgetPlan) -> None:
+    """Put factors on the columns of A, and the divergence that they leave, into a plan (`expansion_gains`)."""
+    sides, changes = _side_schemes(target), 0.0
+    for name, groups in calibration.factors.items():
+        plan.gains[name] = []
+        samples, gradients = _samples(calibration, name), _gradients(calibration, name)
+        for i, (factors, sample, gradient) in enumerate(zip(groups, samples, gradients, strict=True)):
+            kept, tiers = factors.select(plan.channels[name][i]), plan.tiers[name][i]
+            restored = restored_latents(kept, sample, sides[_side(name)], tiers, plan.scales[name][i])
+            outputs, gradient = sample.flatten(0, 1).float(), gradient.flatten(0, 1).float()
+            # Every member of a block expands the latent for itself.
+            rows, pieces = target.group_outputs, []
+            for a, y, g in zip(kept.a.float().split(rows), outputs.split(rows, dim=1), gradient.split(rows, dim=1)):
+                gains = expansion_gains(a, restored, y, g)
+                error = restored @ (a * gains.float()).T - y
+                changes = changes + (g * error).sum(1)
+                pieces.append(gains.expand(rows, -1))
+            plan.gains[name].append(torch.cat(pieces))
+    plan.predicted = predicted_divergence(changes.view(sample.shape[:2]))
 
 
 def _measured_costs(
@@ -537,6 +565,19 @@ def _rank_search(config: FitConfig, calibration: Calibration) -> Callable[[float
         weightings.append(objective(calibration.dense, layer, statistics))
     sensitivity = asvd_sensitivity(calibration.dense, batches[:8], target, weightings, multiple=multiple)
     return partial(asvd_ranks, sensitivity, target)
+
+
+def rebuild_costs(config: ALRDLlamaConfig) -> dict[str, float]:
+    """Multiply-adds per cached token and layer of attention, for each channel of what has a latent, by its name.
+
+    A channel is expanded to the keys of its head group in every layer that reads it, and summed up for every query
+    head that reads it as a value.
+    """
+    of_member = {"k": config.group_outputs, "v": config.num_attention_heads // config.num_head_groups}
+    costs = {}
+    for part in config.parts():
+        costs[part.name] = sum(of_member[member.side] for member in part.members()) / config.num_hidden_layers
+    return costs
 
 
 def cache_nbytes(config: ALRDLlamaConfig, tokens: int, dtype: torch.dtype) -> int:

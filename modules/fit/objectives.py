@@ -5,7 +5,6 @@ what an error of each projection costs.
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from accelerate import PartialState
@@ -14,7 +13,7 @@ from transformers import PreTrainedModel
 from configuration_alrd_llama import SIDES, ALRDLlamaConfig, Block, Projection, check_choice
 from modules.cache.fingerprint import weights_at_hand
 from modules.fit.distributed import gather, is_main, rounds
-from modules.fit.statistics import LayerStatistics
+from modules.fit.statistics import LayerStatistics, member_samples
 from modules.loading import execution_device
 from modules.svd_linear import Factors, factor_groups, metric_root, query_key_metric, value_output_metric
 
@@ -150,19 +149,6 @@ def projection_factors(
     return factors
 
 
-def block_outputs(statistics: list[LayerStatistics], block: Block, groups: int) -> list[torch.Tensor]:
-    """Sampled outputs of the members of a block, of each of `groups` head groups, side by side.
-
-    Returns:
-        For each head group `[windows, S, members * out]` float32, less the mean of each output.
-    """
-    members = []
-    for projection in block.members():
-        of_member = getattr(statistics[projection.layer], projection.attribute)
-        members.append((of_member.sample.float() - of_member.mean.float()).chunk(groups, dim=-1))
-    return list(map(partial(torch.cat, dim=-1), zip(*members, strict=True)))
-
-
 def block_factors(config: ALRDLlamaConfig, statistics: list[LayerStatistics]) -> dict[str, list[Factors]]:
     r"""Factors of full rank for every head group of every block, by its name; channels by falling energy.
 
@@ -181,8 +167,8 @@ def block_factors(config: ALRDLlamaConfig, statistics: list[LayerStatistics]) ->
     """
     factors = {}
     for block in config.blocks():
-        groups, outputs = [], block_outputs(statistics, block, config.num_head_groups)
-        for i, sample in enumerate(outputs):
+        groups = []
+        for i, sample in enumerate(member_samples(statistics, block, config.num_head_groups)):
             roots, inverses = _member_roots(statistics, block, i, config.group_outputs)
             root, inverse = torch.block_diag(*roots), torch.block_diag(*inverses)
             u = sample.flatten(0, 1).double() @ root

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from configuration_alrd_llama import SIDES
+from configuration_alrd_llama import SIDES, Block, Projection
 from modules.cache.fingerprint import weights_at_hand
 from modules.files import save_tensors
 from modules.fit.distributed import is_main, on_main, rounds, sum_tensors
@@ -223,6 +223,30 @@ def sample_start(window: int, length: int, sample: int, sinks: int) -> int:
     """
     share = window * (math.sqrt(5) - 1) / 2 % 1
     return sinks + int(share * (length - sinks - sample + 1))
+
+
+def member_samples(
+    statistics: list[LayerStatistics], part: Projection | Block, groups: int, field: str = "sample"
+) -> list[torch.Tensor]:
+    """Outputs of the sampled tokens, for each of `groups` head groups, those of the members of a block side by side.
+
+    Args:
+        statistics: Of every layer.
+        part: A projection, or a block, whose outputs are returned less their mean.
+        groups: Head groups.
+        field: "sample"; or "gradient".
+
+    Returns:
+        For each head group `[windows, S, members * out]`.
+    """
+    members = []
+    for projection in part.members():
+        of_member = getattr(statistics[projection.layer], projection.attribute)
+        states = getattr(of_member, field)
+        if field == "sample" and isinstance(part, Block):
+            states = states.float() - of_member.mean.float()
+        members.append(states.chunk(groups, dim=-1))
+    return list(map(partial(torch.cat, dim=-1), zip(*members, strict=True)))
 
 
 def _empty_sums(model: PreTrainedModel, fisher: bool, sample: int, windows: int) -> dict[str, torch.Tensor]:
