@@ -339,6 +339,40 @@ def scaled(bits=2, **fields) -> QuantScheme:
     return side(bits, group_size=128, static=True, symmetric=False, token_scale=True, **fields)
 
 
+def joint(step: Step) -> Step:
+    """The step with one latent for keys and values, in the blocks and in full precision."""
+    before, after = (
+        tuple(replace(tile, values=tile.keys) for tile in tiles) for tiles in (step.cache.before, step.cache.after)
+    )
+    step = step.on(values=step.cache.keys, before=before, after=after)
+    return step.but(value_widths=step.arguments["expand_keys"].ranks)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("ranks", ((21,), (14, 9), (40, 1, 17)), ids=str)
+@pytest.mark.parametrize("scheme", ("scaled", "static", "measured", "per token", "ternary", "tiers", "exact"))
+def test_one_latent_for_keys_and_values(scheme, ranks, dtype):
+    """Of one head, a head of several, or all of them; blocks that end early, rows of their own length, GQA and MHA."""
+    tiers = tuple(((rank // 3, 4), (rank - rank // 3, 2)) if rank > 3 else ((rank, 3),) for rank in ranks)
+    keys = {
+        "scaled": scaled(2),
+        "static": side(3, group_size=128, static=True),
+        "measured": side(4),
+        "per token": side(2, "per_token", 20),
+        "ternary": side(1.58, group_size=20),
+        "tiers": scaled(tiers=tiers),
+        "exact": side(16),
+    }[scheme]
+    n_heads = 2 * len(ranks)
+    steps = []
+    for query_heads, new, edit in ((3 * n_heads, 1, None), (n_heads, 3, crop_and_grow)):
+        made = make_step(keys, side(16), dtype, (query_heads, n_heads), 16, (ranks, (1,)), (300, 211), new, bias=True,
+                         edit=edit, token_sizes=scheme in ("scaled", "tiers"))  # fmt: skip
+        steps.append(joint(made))
+    # Large tokens that are keys and values at once are few: errors are pooled over both shapes.
+    check(*steps)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bits", (1, 2, 3, 4, 8))
 def test_token_scales(bits, dtype):

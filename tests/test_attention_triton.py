@@ -165,12 +165,12 @@ def check(device, **case) -> None:
         actual = to(attend(kernels.latent_attention, **moved(arguments, device))[:2], torch.device("cpu"))
     batch, heads, length, _ = arguments["query"].shape
     assert actual[0].shape == (batch, heads, length, max(arguments["value_widths"]))
-    for mine, exact, others in zip(actual, exact_result(arguments), plain_result(arguments)):
+    for mine, exact, others, size in zip(actual, exact_result(arguments), plain_result(arguments), (1, 8)):
         assert (mine.shape, mine.dtype) == (exact.shape, FP32)
         error, plain = ((x.double() - exact).abs() for x in (mine, others))
-        # A few units of float32 for results that the plain steps happen to get exactly.
-        assert error.max() <= 2 * plain.max() + 1e-6
-        assert error.mean() <= 2 * plain.mean() + 1e-7
+        # A few units of float32 for results that the plain steps happen to get exactly; logarithms go up to 8.
+        assert error.max() <= 2 * plain.max() + size * 1e-6
+        assert error.mean() <= 2 * plain.mean() + size * 1e-7
 
 
 def some(cases, *chosen: str) -> list:
