@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from configuration_alrd_llama import ALRDLlamaConfig, Block
 from modeling_alrd_llama import ALRDLlamaForCausalLM
 from modules.cache.scheme import TABLE_ENTRY_NBYTES, CacheScheme
-from modules.kivi_cache import KIVILatentCache, KIVILatentLayer, config_sink_channels, create_kivi_cache
+from modules.kivi_cache import KIVILatentCache, KIVILatentLayer, config_sink_channels
 from modules.loading import check_whole_blocks
 from modules.svd_linear import BlockFactors, factor_block
 from tests.helpers import TINY_LLAMA, randomize_vectors, tiny_blocks, tiny_dense
@@ -175,6 +175,14 @@ def pair(dense):
 def test_all_modes_are_the_dense_model(pair, mode):
     dense, model = pair
     assert torch.equal(generated(model, mode), generated(dense, mode))
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+def test_all_modes_with_a_fixed_capacity(pair, mode):
+    dense, model = pair
+    cache = model.create_kivi_cache(capacity=200)
+    assert torch.equal(generated(model, mode, past_key_values=cache), generated(dense, mode))
+    assert all(len(row.blocks) >= 2 for layer in cache.layers for row in layer.rows)
 
 
 @pytest.mark.parametrize("ours", ["target", "assistant", "both"])
@@ -599,10 +607,6 @@ def test_bfloat16_is_near_the_dense_model(dense):
 
 def test_what_is_refused(dense):
     model = lossless(dense, (3, True, None))
-    with pytest.raises(ValueError, match="capacity=64: must be None with keep_dense=True"):
-        model.create_kivi_cache(capacity=64)
-    with pytest.raises(ValueError, match="capacity=64: must be None with keep_dense=True"):
-        logits(model, text(), create_kivi_cache(config=model.config, capacity=64))
     with pytest.raises(ValueError, match="an exit after 2 layers is inside a block"):
         generated(model, {"assistant_early_exit": 2}, looking_up())
     protected = {"k_scheme": {"protected": 0.1}, "token_score": lambda layer, keys, values: keys.sum(-1)}

@@ -158,6 +158,14 @@ class LayerStorage(ABC):
         """What new tokens attend to: all that is cached, and the `new` tokens themselves."""
 
     @abstractmethod
+    def sinks(self, channels: slice = slice(None)) -> tuple[Tile, ...]:
+        """The sinks as attention reads them, of some of their channels; none if there are none."""
+
+    @abstractmethod
+    def sink_slots(self, real: torch.Tensor | None, new_slots: int) -> int:
+        """Of the new slots, so many at the front hold all new tokens that become sinks; `real` as for `append`."""
+
+    @abstractmethod
     def block_table(self) -> torch.Tensor:
         """`[3, B, blocks]` int32: slot in the pool, first position, valid tokens; rows with fewer blocks end in 0."""
 
