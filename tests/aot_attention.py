@@ -35,7 +35,7 @@ from tests.helpers import attend
 #: Shared memory that a program may have, in bytes, by architecture.
 SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
-TYPES = TYPES | {torch.bfloat16: "*bf16", torch.int64: "*i64"}
+TYPES = TYPES | {torch.bfloat16: "*bf16", torch.int64: "*i64", torch.uint8: "*u8"}
 
 
 def describe(value, constant: bool, path: tuple, constants: dict, attributes: dict):
@@ -91,7 +91,7 @@ def layer(
         scales = (torch.zeros(sum(ranks)), torch.zeros(sum(ranks))) if its_scheme.static else None
         codec = make_codec(its_scheme, block, ranks, dtype, static_scales=scales)
         fields = {n: torch.empty((8, *shape), dtype=t) for n, (shape, t) in codec.fields().items()}
-        sides.append(PackedSide(None, codec.parts(fields), codec.stored_channels))
+        sides.append(PackedSide(None, codec.parts(fields), codec.stored_channels, fields.get("token_scale")))
     block = own.get("group_size", 128) or 128
     start = torch.zeros(batch, 1, dtype=torch.int32)
     window = [torch.empty(batch, 256, sum(ranks), dtype=dtype)[:, None, :40] for ranks in (key_ranks, value_ranks)]
@@ -120,6 +120,10 @@ TINY = {
 }
 
 
+#: Calibrated scales times a scale of each token.
+SCALED = {"static": True, "orientation": "per_channel", "symmetric": False, "token_scale": True}
+
+
 def tiny(length: int, dtype=torch.bfloat16):
     """A layer of the bundled tiny model: 8 query heads on 4 key/value heads of 64, joint latents."""
     return layer(8, 4, 64, (112,), (112,), length, dtype, 2, **TINY)
@@ -128,6 +132,7 @@ def tiny(length: int, dtype=torch.bfloat16):
 def cases(everything: bool):
     """Functions that make the arguments of `latent_attention`, by name."""
     yield "llama3 rank 64 2-bit", lambda: llama3(2)
+    yield "llama3 joint 512 2-bit token scale", lambda: llama3(2, (512,), **SCALED)
     if not everything:
         return
     for length in (1, 16):

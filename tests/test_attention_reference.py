@@ -1,10 +1,12 @@
 """The reference attention against PyTorch's softmax in float64, and attention to parts of the keys, merged."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from modules.kernels.attention import Attended, latent_attention, merge_attended
-from modules.kernels.packed import LatentQuery, PackedCache, Rope, Tile
+from modules.kernels.packed import LatentQuery, PackedCache, PackedSide, Rope, Tile
 from modules.svd_linear import ALinear, split_groups
 
 #: Head size, and channels of the head groups of keys and values.
@@ -95,6 +97,29 @@ def test_what_no_part_sees_stays_zero():
     merged_large = merge_attended(*large)
     assert torch.isfinite(merged_large.summed).all()
     torch.testing.assert_close(merged_large.summed, merged.summed, rtol=0.1, atol=0.1)
+
+
+def test_one_latent_for_keys_and_values_is_read_once():
+    """Blocks and tiles whose values are their keys: the results of two copies, from one reading for each tile."""
+    query, tiles = case(torch.float64, 6, 2)
+    query.value_widths = KEY_RANKS
+    pool, slots = torch.randn(9, 16, sum(KEY_RANKS), dtype=torch.float64), []
+
+    def read(some: torch.Tensor) -> torch.Tensor:
+        slots.append(some)
+        return pool[some.long()]
+
+    table = torch.tensor([[[8, 2, 5], [1, 0, 0]], [[4, 20, 36], [4, 0, 0]], [[16, 16, 16], [11, 0, 0]]]).int()
+    joint, other = PackedSide(read), PackedSide(lambda some: pool[some.long()])
+    window = replace(tiles[2], values=tiles[2].keys)
+    cache = PackedCache(after=(window,), keys=joint, values=joint, block_length=16, table=table)
+    for tile in cache.tiles(16):
+        assert tile.values is tile.keys
+    assert len(slots) == 3
+    found = latent_attention(query, cache)
+    copied = replace(cache, after=(replace(window, values=window.keys.clone()),), values=other)
+    for mine, expected in zip(found[:2], latent_attention(query, copied)[:2], strict=True):
+        assert torch.equal(mine, expected)
 
 
 def test_an_affine_map_may_come_before_the_merge():

@@ -10,7 +10,6 @@ import torch
 from configuration_alrd_llama import QuantScheme, side_scheme
 from modules.cache.codecs import block_nbytes, make_codec
 from modules.fit.allocation import refit_scales, static_scales, token_gains
-from modules.kernels import get_backend
 from modules.kivi_cache import CacheScheme, KIVILatentCache
 from modules.quant_utils import decode_token_scale, encode_token_scale, grid, unpack_codes
 from tests.helpers import tiny_dense
@@ -213,13 +212,16 @@ def test_back_ends_hold_the_same_bits_and_say_who_attends():
             assert torch.equal(tensor, found["cpu"][side][name]), name
 
 
-def test_a_kernel_that_does_not_know_it_leaves_it_to_the_reference():
-    cache, states = scaled_cache("cpu")
-    layer = cache.layers[0]
-    layer.append(*states)
-    layer.backend = replace(layer.backend, takes_token_scale=False)
-    assert layer.backend_note == "cpu (attention: reference)"
-    assert not replace(get_backend("cpu", torch.device("cpu")), takes_token_scale=False).attends_to(*layer.pool.sides())
+@pytest.mark.interpreter
+def test_triton_holds_the_same_bits_and_attends_itself():
+    stored = []
+    for name in ("reference", "triton"):
+        cache, states = scaled_cache(name)
+        cache.layers[0].append(*states)
+        assert cache.layers[0].backend_note == name
+        stored.append(cache.layers[0].pool.tensors())
+    for reference, triton in zip(*stored, strict=True):
+        assert torch.equal(reference, triton)
 
 
 # ---- models

@@ -47,7 +47,6 @@ class Backend:
         fused_attention: As `latent_attention` without `weights_length`; `None`: there is none.
         fused_append: `FusedAppend` of `modules/kernels/triton/append.py`, for caches of fixed capacity; `None`: there
             is none.
-        takes_token_scale: Whether the fused kernel reads tokens with scales of their own (`PackedSide.token_scale`).
     """
 
     name: str
@@ -55,16 +54,13 @@ class Backend:
     unpack_and_dequantize: Callable
     fused_attention: Callable | None = None
     fused_append: Callable | None = None
-    takes_token_scale: bool = False
 
     def __repr__(self) -> str:
         return self.name
 
     def attends_to(self, *sides: PackedSide) -> bool:
         """Whether the fused kernel of this back end reads such blocks."""
-        if self.fused_attention is None or any([side.parts is None for side in sides]):
-            return False
-        return self.takes_token_scale or all([side.token_scale is None for side in sides])
+        return self.fused_attention is not None and all([side.parts is not None for side in sides])
 
     def attend(self, query: LatentQuery, cache: PackedCache, weights_length: int | None = None) -> Attended:
         """As `latent_attention`: by the fused kernel where there is one for what is asked, else by the reference."""
@@ -127,7 +123,7 @@ def _cpu(field: str, device: torch.device) -> Backend:
 
     library()
     functions = (kernels.quantize_and_pack, kernels.unpack_and_dequantize, fused_attention)
-    return Backend("cpu", *functions, takes_token_scale=True)
+    return Backend("cpu", *functions)
 
 
 _MAKERS = {"reference": _reference, "triton": _triton, "cpu": _cpu}

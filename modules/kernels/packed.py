@@ -60,7 +60,7 @@ class Tile:
     """A piece of the cache as attention reads it: m runs of t tokens per row, dequantized.
 
     Attributes:
-        keys, values: `[B, m, t, C_k]` and `[B, m, t, C_v]`.
+        keys, values: `[B, m, t, C_k]` and `[B, m, t, C_v]`; one tensor where a latent is both.
         start: `[B, m]` int32, position of the first token of each run.
         count: `[B, m]` int32, how many of its t tokens are valid.
     """
@@ -74,7 +74,10 @@ class Tile:
         """The tile with zeros beyond the counts, where tokens of another row, NaN or Inf may lie."""
         offsets = torch.arange(self.keys.shape[2], dtype=torch.int32, device=self.keys.device)
         valid = (offsets < self.count[..., None])[..., None]
-        return replace(self, keys=self.keys.where(valid, 0), values=self.values.where(valid, 0))
+        keys = values = self.keys.where(valid, 0)
+        if self.values is not self.keys:
+            values = self.values.where(valid, 0)
+        return replace(self, keys=keys, values=values)
 
     def of_channels(self, channels: slice) -> "Tile":
         """The tile of some channels of the keys, and of the values."""
@@ -186,7 +189,7 @@ class PackedCache:
 
     Attributes:
         before, after: Tokens in full precision, of one run each (m = 1): the sinks; the window and the new tokens.
-        keys, values: The packed blocks; `None`: there are none.
+        keys, values: The packed blocks, one object where a latent is both; `None`: there are none.
         block_length: Tokens of a block, T.
         table: `[3, B, blocks]` int32: slot in the pool, position of the first token, valid tokens; rows with fewer
             blocks end in zeros.
@@ -223,7 +226,10 @@ class PackedCache:
             # As many blocks at a time as have that many tokens, so that little is dequantized at once.
             step = max(1, tokens // self.block_length)
             for slots, start, count in self.table.split(step, dim=2):
-                tile = Tile(self.keys.read(slots), self.values.read(slots), start, count)
+                keys = values = self.keys.read(slots)
+                if self.values is not self.keys:
+                    values = self.values.read(slots)
+                tile = Tile(keys, values, start, count)
                 # Rows with fewer blocks, and blocks that a crop has cut, end before the tile does.
                 if not self.full:
                     tile = tile.masked()

@@ -54,6 +54,7 @@ class _Spec:
         one_run: Whether a tile lies in one run.
         whole, filled: Whether tiles never overrun a block, and chunks never a group's channels.
         by_channel: Whether a chunk of channels lies in more than one scale group of a token.
+        token_scaled: Whether tokens have scales of their own.
         block, chunks, first: Channels of a chunk, how many chunks, and the first one.
         held: Whether the weight of its keys is kept from tile to tile.
         identity: Whether it holds the keys themselves, which no weight expands.
@@ -73,6 +74,7 @@ class _Spec:
     whole: bool = False
     filled: bool = False
     by_channel: bool = False
+    token_scaled: bool = False
     block: int = 64
     chunks: int = 1
     first: int = 0
@@ -154,8 +156,8 @@ def _latents(part, span, chunk, tile, DTYPE: tl.constexpr, SPEC: tl.constexpr, B
 
     `tile`: slot of the block, the tile's first token in it, and valid tokens of the block.
     """
-    packed, scale, zero_point, _, groups, stride_slot, stride, scale_slot, scale_stride = part
-    start, width, _ = span
+    packed, scale, zero_point, _, groups, stride_slot, stride, scale_slot, scale_stride, own_scale, own_strides = part
+    start, width, _, head_group = span
     slot, first, count = tile
     channel = chunk * SPEC.block + tl.arange(0, SPEC.block)
     exists, columns = channel < width, start + channel
@@ -208,28 +210,38 @@ def _latents(part, span, chunk, tile, DTYPE: tl.constexpr, SPEC: tl.constexpr, B
             step = tl.minimum(step, (65504.0 - zero) * (1 / (SPEC.levels - 1)))
         # A code or-ed into the mantissa of 2^23 is a float: a conversion takes four times as long on some devices.
         x = (codes | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
-        return _operand(x * step + zero, DTYPE)
+        if SPEC.token_scaled:
+            # The scale of a token multiplies how far its codes are from the middle of their range, not that middle.
+            byte = tl.load(own_scale + slot * own_strides[0] + token * own_strides[1] + head_group, valid, 0)
+            middle = (SPEC.levels - 1) * 0.5
+            x = (x - middle) * tl.exp2((byte.to(tl.float32) - 128) / 16)[:, None]
+            zero += middle * step
+        x = x * step + zero
+        if SPEC.token_scaled and DTYPE.is_fp16():
+            x = tl.clamp(x, -65504.0, 65504.0)
+        return _operand(x, DTYPE)
 
 
 @triton.jit
 def _spans(parts, group, SPECS: tl.constexpr):
-    """First stored channel, width and first column in its group of every piece."""
+    """First stored channel, width and first column in its group of every piece, and the group."""
     spans = ()
     for i in tl.static_range(len(SPECS)):
-        spans += (_span(parts[i][3] + 3 * group, _known(SPECS[i].align)),)
+        spans += (_span(parts[i][3], group, _known(SPECS[i].align)),)
     return spans
 
 
 @triton.jit
-def _span(ptr, ALIGN: tl.constexpr):
+def _span(ptr, group, ALIGN: tl.constexpr):
+    ptr += 3 * group
     start, width, column = tl.load(ptr), tl.load(ptr + 1), tl.load(ptr + 2)
-    return tl.multiple_of(start, ALIGN), tl.multiple_of(width, ALIGN), tl.multiple_of(column, ALIGN)
+    return tl.multiple_of(start, ALIGN), tl.multiple_of(width, ALIGN), tl.multiple_of(column, ALIGN), group
 
 
 @triton.jit
 def _expander(weight, stride, span, chunk, row, f, half, DTYPE: tl.constexpr, SPEC: tl.constexpr):
     """The weight of channels of a chunk for rows `row + f`, zero from row `row + half` on: `[SPEC.block, len(f)]`."""
-    _, width, column = span
+    _, width, column, _ = span
     channel = chunk * SPEC.block + tl.arange(0, SPEC.block)
     mask = (channel < width)[:, None] & (f < half)[None, :]
     if SPEC.identity:
@@ -362,7 +374,7 @@ def _add_values(sums, part, span, weights, decay, tile, DTYPE: tl.constexpr, SPE
 @triton.jit
 def _store_values(sums, ptr, visible, span, SPEC: tl.constexpr):
     CHUNKS: tl.constexpr = SPEC.chunks
-    _, width, column = span
+    _, width, column, _ = span
     for i in tl.static_range(CHUNKS):
         channel = (SPEC.first + i) * SPEC.block + tl.arange(0, SPEC.block)
         mask = (channel < width)[:, None] & visible[None, :]
@@ -506,7 +518,7 @@ def _attention_kernel(
     bias,
     sums,
     total,  # shares and tiles; behind the sums of all of them are the statistics
-    keys,  # for each piece: packed, scale, zero point, spans, scale groups, four strides
+    keys,  # for each piece: packed, scale, zero point, spans, scale groups, four strides, scales of tokens, strides
     values,
     table,
     exact,  # for each tile: keys, values, start, count, and strides of their rows, and of the tokens of the first two
@@ -566,8 +578,9 @@ def _attention_kernel(
             for i in tl.static_range(1, len(exact)):
                 tile = _choose(nth == i, exact[i], tile)
             key, value, start, count, key_row, key_stride, value_row, value_stride, start_row, count_row = tile
-            key_part = ((key, key, key, exact_spans[0], exact_spans[0], key_row, key_stride, 0, 0),)
-            value_part = ((value, value, value, exact_spans[1], exact_spans[1], value_row, value_stride, 0, 0),)
+            key_spans, value_spans = exact_spans
+            key_part = ((key, key, key, key_spans, key_spans, key_row, key_stride, 0, 0, key, (0, 0)),)
+            value_part = ((value, value, value, value_spans, value_spans, value_row, value_stride, 0, 0, key, (0, 0)),)
             start += batch * start_row - batch
             count += batch * count_row - batch
             # Its sums stand behind those of the packed blocks' shares.
@@ -754,13 +767,20 @@ def _straddles(spans: tuple[_Span, ...], group_of: list[int], block: int) -> boo
 
 @lru_cache
 def _side_layout(
-    parts: tuple, channels: tuple[int, ...] | None, widths: tuple[int, ...], length: int, block_t: int, device
+    parts: tuple,
+    channels: tuple[int, ...] | None,
+    token_scaled: bool,
+    widths: tuple[int, ...],
+    length: int,
+    block_t: int,
+    device,
 ) -> tuple[_Piece, ...]:
     """The pieces of a side.
 
     Args:
         parts: For each part bits, channels, run, groups and whether it is symmetric.
         channels: As in `PackedSide`.
+        token_scaled: Whether tokens have scales of their own.
         widths: Channels of each head group.
         length, block_t: Tokens of a block and of a tile.
     """
@@ -780,6 +800,7 @@ def _side_layout(
             run=run,
             length=length,
             one_run=run >= length or run % block_t == 0,
+            token_scaled=token_scaled,
         )
         if bits != 16:
             levels, spacing, offset = grid(bits)
@@ -815,19 +836,24 @@ def _bits(x: torch.Tensor | None) -> torch.Tensor | None:
     return as_bits(x)
 
 
-def _storage(part: PackedPart, spans: torch.Tensor, groups: torch.Tensor | None) -> tuple:
+def _storage(
+    part: PackedPart, spans: torch.Tensor, groups: torch.Tensor | None, token_scale: torch.Tensor | None
+) -> tuple:
     """The runtime arguments of a piece; where it has no such tensor, another stands in that is not read."""
     packed = _bits(part.packed)
     scale = stand_in(_bits(part.scale), packed)
     zero_point = stand_in(_bits(part.zero_point), scale)
-    slot_stride = stride = 0
+    slot_stride, stride, own_strides = 0, 0, (0, 0)
     if part.scale is not None:
         assert zero_point.stride() == scale.stride()
         stride = scale.stride(1)
         if scale.shape[0] > 1:  # else one scale for all slots
             slot_stride = scale.stride(0)
+    if token_scale is not None:
+        own_strides = token_scale.stride()[:2]
     strides = (packed.stride(0), packed.stride(1), slot_stride, stride)
-    return (packed, scale, zero_point, spans, stand_in(groups, spans), *strides)
+    own = (stand_in(token_scale, packed), own_strides)
+    return (packed, scale, zero_point, spans, stand_in(groups, spans), *strides, *own)
 
 
 def _side(side: PackedSide | None, widths: tuple[int, ...], length: int, block_t: int, device) -> tuple[list, list]:
@@ -842,8 +868,9 @@ def _side(side: PackedSide | None, widths: tuple[int, ...], length: int, block_t
     if side.channels is not None:
         channels = tuple(side.channels.tolist())
     arguments, specs = [], []
-    for piece in _side_layout(tuple(parts), channels, tuple(widths), length, block_t, device):
-        arguments.append(_storage(side.parts[piece.part], piece.spans, piece.groups))
+    token_scaled = side.token_scale is not None
+    for piece in _side_layout(tuple(parts), channels, token_scaled, tuple(widths), length, block_t, device):
+        arguments.append(_storage(side.parts[piece.part], piece.spans, piece.groups, side.token_scale))
         specs.append(piece.spec)
     return arguments, specs
 
