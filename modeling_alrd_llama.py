@@ -520,8 +520,7 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
             return
         devices = {}
         for i, attention in self.local_attentions().items():
-            weight = attention.k_proj.weight
-            devices[i] = attention._hf_hook.execution_device if weight.is_meta else weight.device
+            devices[i] = loading.execution_device(attention.k_proj)
         loading.check_whole_blocks(self.config, devices)
 
     def _config_of_active_layers(self) -> ALRDLlamaConfig:

@@ -319,6 +319,19 @@ def member_attention(attention, query, keys, values, positions, new: int) -> tor
 @pytest.mark.parametrize("kind", QUANTIZED.values(), ids=QUANTIZED)
 @pytest.mark.parametrize("shape", [(3, True, None), (2, True, 1), (2, False, 2), (1, False, None)], ids=str)
 def test_attention_is_that_over_expanded_latents_and_exact_sinks(shape, kind, backend):
+    check_attention(shape, kind, backend)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    ("shape", "kind"), [((2, True, 1), "token scale and tiers"), ((2, False, 2), "two bits")], ids=str
+)
+def test_triton_attends_to_blocks(shape, kind):
+    check_attention(shape, QUANTIZED[kind], "triton")
+
+
+def check_attention(shape, kind: dict, backend: str) -> None:
+    """The outputs of all layers are those of plain attention over sinks, expanded latents and new tokens."""
     dense, new = four_layers(attention_bias=True), 3
     model, ids = quantized_model(dense, shape_fields(shape), kind), text(2, 53)
     cache = model.create_kivi_cache(backend=backend)
@@ -592,6 +605,28 @@ def test_weights_on_disk(dense, tmp_path):
     offloaded = ALRDLlamaForCausalLM.from_pretrained(tmp_path / "split", **how)
     assert offloaded.model.layers[0].self_attn.k_latent.ALinear.weight.is_meta
     assert torch.equal(generated(offloaded, {}), generated(dense, {}))
+
+
+@torch.no_grad()
+def test_a_step_of_fixed_capacity_waits_for_nothing(dense):
+    """On a device without data every read by the host is an error."""
+    model = tiny_blocks(dense, 0.3, layer_group_size=3, joint_kv=True, **TWO_BITS).to("meta")
+    cache = model.create_kivi_cache(capacity=300)
+    for length in (50, 1, 16, 2):
+        ids = torch.zeros((3, length), dtype=torch.long, device="meta")
+        assert model(ids, past_key_values=cache).logits.device.type == "meta"
+    with pytest.raises(RuntimeError, match="meta"):
+        cache.row_tokens()
+
+
+@pytest.mark.parametrize("capacity", [None, 128])
+def test_a_compiled_model_runs_its_steps_as_they_are(dense, capacity):
+    model = lossless(dense, (2, True, None))
+    cache, step = model.create_kivi_cache(capacity=capacity), torch.compile(model, backend="eager")
+    ids = text(2, 40)
+    with torch.no_grad():
+        found = torch.cat([step(ids[:, i : i + 10], past_key_values=cache).logits for i in range(0, 40, 10)], dim=1)
+    assert torch.allclose(found, logits(dense, ids), atol=1e-4)
 
 
 def test_bfloat16_is_near_the_dense_model(dense):
