@@ -232,8 +232,10 @@ def append_tokens(
         exact[f"window_{side}"] = streams[side].gather(1, kept.expand(-1, -1, x.shape[2]))
     for side, x in first.items():
         sink = tensors[f"sink_{side}"]
-        chosen = index.clamp(0, max(x.shape[1] - 1, 0)).long()[..., None]
-        exact[f"sink_{side}"] = torch.where(taken, x.gather(1, chosen.expand_as(sink)), sink)
+        # Of pads alone there is no slot to take a sink from.
+        if x.shape[1]:
+            chosen = index.clamp(0, x.shape[1] - 1).long()[..., None].expand_as(sink)
+            exact[f"sink_{side}"] = torch.where(taken, x.gather(1, chosen), sink)
     # Table entries of the blocks that were written: a block's position follows from those before it.
     begin, nth = start + to_sinks, place(layout.blocks) - blocks[:, None]
     written = (nth >= 0) & (nth < flushed[:, None])

@@ -323,7 +323,9 @@ class LatentLayer(RowEdits, CacheLayerMixin):
             ValueError: The states do not fit the cache, or a block that is due holds NaN, Inf or values beyond the
                 range of its scales; the cache is then as it was before.
         """
-        widths = self.given_widths or ((keys.shape[2],), (values.shape[2],))
+        widths = self.given_widths
+        if widths is None:
+            widths = tuple((x.shape[2],) for x in (keys, values) if x is not None)
         self._append(keys, values, real, widths, received, dense)
 
     def check_states(
