@@ -43,7 +43,7 @@ from modules.kernels import Backend
 from modules.kernels.attention import attention_received, merge_attended
 from modules.kernels.packed import LatentQuery, PackedCache, Rope
 from modules.kivi_cache import CacheScheme, KIVILatentCache, config_schemes, config_widths, create_kivi_cache
-from modules.latent_step import LatentStep
+from modules.latent_step import LatentStep, LatentSums
 from modules.quant_utils import quantize_latent
 from modules.svd_linear import ALinear, LatentFactors, MemberBLinear, SVDLinear, shard_groups
 
@@ -327,9 +327,11 @@ def _untraced(function: Callable, *args, **kwargs):
     return function(*args, **kwargs)
 
 
-def _is_traced_in_vain(cache) -> bool:
-    """Whether `torch.compile` is about to trace a step of a cache that grows: it would trace each block anew."""
-    return torch.compiler.is_compiling() and isinstance(cache, KIVILatentCache) and cache.capacity is None
+def _is_traced_in_vain(cache, config: ALRDLlamaConfig) -> bool:
+    """Whether `torch.compile` is about to trace a step of a cache that grows, which it would trace for each block anew,
+    or of blocks of projections, whose attention is no node of a graph."""
+    latent = torch.compiler.is_compiling() and isinstance(cache, KIVILatentCache)
+    return latent and (cache.capacity is None or config.keep_dense)
 
 
 class SimpleRounding(nn.Module):
@@ -492,7 +494,7 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
             layer_schemes = {}
         # A scheme that the caller gives for a layer takes the place of the layer's width tiers.
         layer_schemes |= settings.pop("layer_schemes", None) or {}
-        self.check_blocks(settings.get("capacity"))
+        self.check_blocks()
         widths = config_widths(config)
         # A rank of tensor parallelism caches its own head groups.
         for layer, attention in self.local_attentions().items():
@@ -512,16 +514,13 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
         layers = enumerate(self.get_decoder().layers[: self.config.num_hidden_layers])
         return {i: layer.self_attn for i, layer in layers if hasattr(layer, "self_attn")}
 
-    def check_blocks(self, capacity: int | None) -> None:
-        """Raise a `ValueError` for a cache that the layers of blocks cannot fill: of fixed capacity, or in parts."""
+    def check_blocks(self) -> None:
+        """Raise a `ValueError` unless the layers of each block are together, on one device."""
         if not self.config.keep_dense:
             return
-        if capacity is not None:
-            raise ValueError(f"capacity={capacity}: must be None with keep_dense=True; the cache of blocks grows")
         devices = {}
         for i, attention in self.local_attentions().items():
-            weight = attention.k_proj.weight
-            devices[i] = attention._hf_hook.execution_device if weight.is_meta else weight.device
+            devices[i] = loading.execution_device(attention.k_proj)
         loading.check_whole_blocks(self.config, devices)
 
     def _config_of_active_layers(self) -> ALRDLlamaConfig:
@@ -598,7 +597,7 @@ class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):
         forward = super().forward
         if latent:
             forward = self._forward_latent
-        if _is_traced_in_vain(past_key_values):
+        if _is_traced_in_vain(past_key_values, self.config):
             forward = partial(_untraced, forward)
         return forward(
             input_ids=input_ids,
@@ -654,12 +653,14 @@ class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):
         is_bound = past_key_values.is_bound_to(self)
         if not is_bound:
             past_key_values.check_model(self)
-            self.check_blocks(past_key_values.capacity)
+            self.check_blocks()
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         step = LatentStep.after(past_key_values, hidden_states, attention_mask, position_ids)
         position_embeddings = self.rotary_emb(hidden_states, position_ids=step.positions)
         # Dynamic NTK changes the frequencies with the length, so they are read after the embedding has seen it.
         step = replace(step, rope=Rope(self.rotary_emb.inv_freq, self.rotary_emb.attention_scaling))
+        if self.config.keep_dense:
+            step = replace(step, sums=LatentSums())
         if kwargs.get("output_attentions", self.config.output_attentions):
             step = replace(step, slots=step.slot_positions(past_key_values))
         # The first chunk attends to itself by the library's functions; later ones read the cache by its own lengths.
@@ -697,7 +698,7 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
     @wraps(LlamaForCausalLM.forward)
     def forward(self, *args, **kwargs):
         cache = args[3] if len(args) > 3 else kwargs.get("past_key_values")
-        if _is_traced_in_vain(cache):
+        if _is_traced_in_vain(cache, self.config):
             return _untraced(super().forward, *args, **kwargs)
         grows = isinstance(cache, KIVILatentCache) and cache.capacity is None
         # The logits are what takes most memory in a step.
@@ -780,7 +781,6 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
         """
         if (
             generation_mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
-            or self.config.keep_dense
             or generation_config.is_assistant  # whose text goes on from call to call
             or generation_config.output_attentions
             or self._has_pads_after(generation_config.prefill_chunk_size, model_kwargs.get("attention_mask"))
@@ -807,12 +807,16 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
         return chunk is not None and attention_mask is not None and not bool(attention_mask[:, chunk:].all())
 
     def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
-        """Like the parent; a step over several devices is no graph, nor one whose RoPE waits for the longest row."""
+        """Like the parent; a step over several devices is no graph, nor one whose RoPE waits for the longest row.
+
+        A step of blocks is captured as a CUDA graph, but not compiled.
+        """
         rope_type = (self.config.rope_parameters or {}).get("rope_type", "default")
         refused = isinstance(model_kwargs.get("past_key_values"), KIVILatentCache) and (
             (self.tp_size or 1) > 1
             or getattr(self, "_pp_stage", None) is not None
             or len(set(getattr(self, "hf_device_map", {}).values())) > 1
+            or (self.config.keep_dense and (generation_config.compile_config or not captures_graphs(self)))
             or "dynamic" in rope_type
             or rope_type == "longrope"
         )

@@ -1,6 +1,6 @@
 """The new tokens of a forward pass over a `KIVILatentCache`: which are real, and where they stand in their rows."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -71,7 +71,7 @@ class LatentStep:
         rope: Frequencies for the cached keys.
         slots: `[B, past slots + L]`, position of the token in each slot, -1 for pads, if attention weights are to be
             returned; else `None`.
-        sums: Latents that the layers of a block add to.
+        sums: Latents that the layers of a block add to; `None`: the model has no blocks.
     """
 
     positions: torch.Tensor
@@ -83,7 +83,7 @@ class LatentStep:
     has_past: bool
     rope: Rope | None = None
     slots: torch.Tensor | None = None
-    sums: LatentSums = field(default_factory=LatentSums)
+    sums: LatentSums | None = None
 
     @classmethod
     def after(

@@ -89,11 +89,13 @@ def state_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, module.state_dict()[leaf].detach()
 
 
-def execution_device(model: PreTrainedModel) -> torch.device:
-    """Where a model takes its tokens. Weights that accelerate has offloaded are on no device; its hook knows theirs."""
-    hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
-    found = getattr(hook, "execution_device", None)
-    return model.device if found is None else torch.device(found)
+def execution_device(module: nn.Module) -> torch.device:
+    """Where a module, or a model its tokens, is computed. Weights that accelerate has offloaded are on no device; its
+    hook knows theirs."""
+    if isinstance(module, PreTrainedModel):
+        module = module.get_input_embeddings()
+    found = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return next(module.parameters()).device if found is None else torch.device(found)
 
 
 def factored_state(

@@ -82,8 +82,10 @@ class SimulatedCache:
         self.block_length = group_size or 128
         self.rows: list[SimulatedRow] = []
 
-    def append(self, keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor | None = None) -> None:
-        """Store `[B, L, C]` states, then round what has become old enough."""
+    def append(
+        self, keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor | None = None, sinks: tuple | None = None
+    ) -> None:
+        """Store `[B, L, C]` states, then round what has become old enough; `sinks`: what becomes sinks instead."""
         if not self.rows:
             self.rows = [SimulatedRow() for _ in keys]
         for i, row in enumerate(self.rows):
@@ -91,7 +93,8 @@ class SimulatedCache:
                 row.slots.append(real is None or bool(real[i, j]))
                 if row.slots[-1]:
                     growing = len(row.sinks) < self.sink_length and not row.packed and not row.window
-                    (row.sinks if growing else row.window).append((keys[i, j], values[i, j]))
+                    token = (sinks or (keys, values)) if growing else (keys, values)
+                    (row.sinks if growing else row.window).append((token[0][i, j], token[1][i, j]))
             while len(row.window) >= self.residual_length + self.block_length:
                 block, row.window = row.window[: self.block_length], row.window[self.block_length :]
                 row.starts.append(len(row.sinks) + len(row.packed))
@@ -123,9 +126,9 @@ class SimulatedCache:
         """Make row i a copy of row `indices[i]`."""
         self.rows = [self.rows[i].copy() for i in indices]
 
-    def row_states(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """`[T, C]` keys and values of a row that is not empty."""
-        return tuple(torch.stack([token[side] for token in self.rows[i].tokens]) for side in (0, 1))
+    def row_states(self, i: int, first: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """`[T, C]` keys and values of the tokens of a row from the `first` on, of which there are some."""
+        return tuple(torch.stack([token[side] for token in self.rows[i].tokens[first:]]) for side in (0, 1))
 
     def states(self) -> tuple[torch.Tensor, torch.Tensor]:
         """`[B, T, C]` keys and values; the rows hold the same number of tokens."""

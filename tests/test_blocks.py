@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from configuration_alrd_llama import ALRDLlamaConfig, Block
 from modeling_alrd_llama import ALRDLlamaForCausalLM
 from modules.cache.scheme import TABLE_ENTRY_NBYTES, CacheScheme
-from modules.kivi_cache import KIVILatentCache, KIVILatentLayer, config_sink_channels, create_kivi_cache
+from modules.kivi_cache import KIVILatentCache, KIVILatentLayer, config_sink_channels
 from modules.loading import check_whole_blocks
 from modules.svd_linear import BlockFactors, factor_block
 from tests.helpers import TINY_LLAMA, randomize_vectors, tiny_blocks, tiny_dense
@@ -177,6 +177,14 @@ def test_all_modes_are_the_dense_model(pair, mode):
     assert torch.equal(generated(model, mode), generated(dense, mode))
 
 
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+def test_all_modes_with_a_fixed_capacity(pair, mode):
+    dense, model = pair
+    cache = model.create_kivi_cache(capacity=200)
+    assert torch.equal(generated(model, mode, past_key_values=cache), generated(dense, mode))
+    assert all(len(row.blocks) >= 2 for layer in cache.layers for row in layer.rows)
+
+
 @pytest.mark.parametrize("ours", ["target", "assistant", "both"])
 @pytest.mark.parametrize("sampling", [{}, {"do_sample": True}], ids=str)
 def test_assisted_decoding(dense, sampling, ours, monkeypatch):
@@ -311,6 +319,19 @@ def member_attention(attention, query, keys, values, positions, new: int) -> tor
 @pytest.mark.parametrize("kind", QUANTIZED.values(), ids=QUANTIZED)
 @pytest.mark.parametrize("shape", [(3, True, None), (2, True, 1), (2, False, 2), (1, False, None)], ids=str)
 def test_attention_is_that_over_expanded_latents_and_exact_sinks(shape, kind, backend):
+    check_attention(shape, kind, backend)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    ("shape", "kind"), [((2, True, 1), "token scale and tiers"), ((2, False, 2), "two bits")], ids=str
+)
+def test_triton_attends_to_blocks(shape, kind):
+    check_attention(shape, QUANTIZED[kind], "triton")
+
+
+def check_attention(shape, kind: dict, backend: str) -> None:
+    """The outputs of all layers are those of plain attention over sinks, expanded latents and new tokens."""
     dense, new = four_layers(attention_bias=True), 3
     model, ids = quantized_model(dense, shape_fields(shape), kind), text(2, 53)
     cache = model.create_kivi_cache(backend=backend)
@@ -586,6 +607,28 @@ def test_weights_on_disk(dense, tmp_path):
     assert torch.equal(generated(offloaded, {}), generated(dense, {}))
 
 
+@torch.no_grad()
+def test_a_step_of_fixed_capacity_waits_for_nothing(dense):
+    """On a device without data every read by the host is an error."""
+    model = tiny_blocks(dense, 0.3, layer_group_size=3, joint_kv=True, **TWO_BITS).to("meta")
+    cache = model.create_kivi_cache(capacity=300)
+    for length in (50, 1, 16, 2):
+        ids = torch.zeros((3, length), dtype=torch.long, device="meta")
+        assert model(ids, past_key_values=cache).logits.device.type == "meta"
+    with pytest.raises(RuntimeError, match="meta"):
+        cache.row_tokens()
+
+
+@pytest.mark.parametrize("capacity", [None, 128])
+def test_a_compiled_model_runs_its_steps_as_they_are(dense, capacity):
+    model = lossless(dense, (2, True, None))
+    cache, step = model.create_kivi_cache(capacity=capacity), torch.compile(model, backend="eager")
+    ids = text(2, 40)
+    with torch.no_grad():
+        found = torch.cat([step(ids[:, i : i + 10], past_key_values=cache).logits for i in range(0, 40, 10)], dim=1)
+    assert torch.allclose(found, logits(dense, ids), atol=1e-4)
+
+
 def test_bfloat16_is_near_the_dense_model(dense):
     model = tiny_blocks(copy.deepcopy(dense).bfloat16(), layer_group_size=2, joint_kv=True, **LOSSLESS)
     cache, ids = model.create_kivi_cache(), text(2, 60)
@@ -599,10 +642,6 @@ def test_bfloat16_is_near_the_dense_model(dense):
 
 def test_what_is_refused(dense):
     model = lossless(dense, (3, True, None))
-    with pytest.raises(ValueError, match="capacity=64: must be None with keep_dense=True"):
-        model.create_kivi_cache(capacity=64)
-    with pytest.raises(ValueError, match="capacity=64: must be None with keep_dense=True"):
-        logits(model, text(), create_kivi_cache(config=model.config, capacity=64))
     with pytest.raises(ValueError, match="an exit after 2 layers is inside a block"):
         generated(model, {"assistant_early_exit": 2}, looking_up())
     protected = {"k_scheme": {"protected": 0.1}, "token_score": lambda layer, keys, values: keys.sum(-1)}

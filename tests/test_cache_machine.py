@@ -38,13 +38,15 @@ MOST_CACHES, MOST_ROWS, MOST_TOKENS = 4, 5, 90
 
 @dataclass(frozen=True)
 class Kind:
-    """What one layer stores: widths of codes, channels, and tiers of the keys or calibrated scales of the values."""
+    """What one layer stores: widths of codes, channels, and tiers of the keys or calibrated scales of the values; of a
+    block the channels of its sinks, and one side alone where a latent is both."""
 
     k_bits: int
     v_bits: int
-    widths: tuple[tuple[int, ...], tuple[int, ...]]
+    widths: tuple[tuple[int, ...], ...]
     tiers: tuple | None = None
     static: bool = False
+    sinks: tuple[int, int] | None = None
 
     @property
     def k_scheme(self) -> dict:
@@ -70,6 +72,8 @@ KINDS = (
     Kind(8, 3, ((1, 1, 2), (6,))),
     Kind(2, 2, ((5, 3), (6,)), tiers=(((2, 16), (3, 4)), ((3, 2),))),
     Kind(4, 4, ((4,), (3, 2)), static=True),
+    Kind(2, 3, ((5, 3), (4, 2)), sinks=(9, 7)),
+    Kind(3, 16, ((5, 4),), sinks=(6, 6)),
 )
 
 
@@ -102,16 +106,28 @@ class Setting:
             capacity=capacity,
         )
 
-    def states(self, kind: Kind, batch: int, length: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Random `[B, L, C]` states: channels of unequal size and offset, now and then a constant or a huge token."""
+    def states(self, kind: Kind, batch: int, length: int, seed: int) -> list[torch.Tensor]:
+        """Random `[B, L, C]` states: channels of unequal size and offset, now and then a constant or a huge token.
+
+        Those of the keys, of the values, and of a block what becomes sinks.
+        """
         rng = np.random.default_rng(seed)
         sides = []
-        for widths in kind.widths:
-            shape = (batch, length, sum(widths))
+        for channels in (*map(sum, kind.widths), *(kind.sinks or ())):
+            shape = (batch, length, channels)
             x = rng.standard_normal(shape) * 3.0 ** rng.standard_normal(shape[2]) + rng.integers(-4, 5, shape[2])
             x[rng.random(shape[:2]) < 0.05] = rng.choice((0.0, -7.3, 6e-8, 3e4))
             sides.append(torch.from_numpy(x).to(self.dtype))
-        return tuple(sides)
+        return sides
+
+
+def append_to(layer: KIVILatentLayer, kind: Kind, states: list[torch.Tensor], real: torch.Tensor | None = None) -> None:
+    """Append `states` as a setting makes them; of the sinks those that the layer asks for."""
+    sides, dense = states[: len(kind.widths)], None
+    if kind.sinks:
+        slots = layer.sink_slots(real, states[0].shape[1])
+        dense = dict(zip(("keys", "values"), (x[:, :slots] for x in states[-2:]), strict=True))
+    layer.append(**dict(zip(("keys", "values"), sides)), real=real, dense=dense)
 
 
 settings_of_caches = st.builds(
@@ -140,6 +156,8 @@ class SimulatedLayer(SimulatedCache):
         self.setting, self.kind = setting, kind
 
     def rounded(self, states: torch.Tensor, side: int) -> torch.Tensor:
+        if len(self.kind.widths) == 1:
+            side = 0
         if side == 0 and self.kind.tiers:
             bits = [b for group in self.kind.tiers for n, b in group for _ in range(n)]
             return torch.stack([self._channel(states[:, i], b) for i, b in enumerate(bits)], dim=1)
@@ -170,6 +188,8 @@ class SimulatedLayer(SimulatedCache):
         if kind.tiers:
             groups = [(b, (n,)) for group in kind.tiers for n, b in group]
         bits = sum(block_bits(b, length, widths, self.group_size, "keys", size) for b, widths in groups)
+        if len(kind.widths) == 1:
+            return bits // 8
         if kind.static:  # per channel, and no parameters
             parameters = 32 * sum(kind.widths[1])
             return (bits + block_bits(kind.v_bits, length, kind.widths[1], 0, "keys", size) - parameters) // 8
@@ -207,12 +227,13 @@ class Pair:
         for i, model in enumerate(self.layers):
             states = self.setting.states(model.kind, batch, length, seed + i)
             after.append(model.copy())
-            after[i].append(*states, real)
+            sides = len(model.kind.widths)
+            after[i].append(states[0], states[sides - 1], real, states[-2:] if model.kind.sinks else None)
             if self.fits(after[i]):
-                self.cache.layer(i).append(*states, real)
+                append_to(self.cache.layer(i), model.kind, states, real)
             else:
                 with pytest.raises(ValueError, match=f"capacity={self.cache.capacity}"):
-                    self.cache.layer(i).append(*states, real)
+                    append_to(self.cache.layer(i), model.kind, states, real)
                 return
         self.layers = after
         self.slots += length
@@ -239,10 +260,12 @@ class Pair:
 def check_rows(layer: KIVILatentLayer, model: SimulatedLayer) -> None:
     """Bookkeeping and states of every row."""
     tokens = [[] for _ in model.rows]
+    # The sinks of a block have other channels, and are no tiles of the layer.
+    first = [len(row.sinks) if model.kind.sinks else 0 for row in model.rows]
     for tile in layer.tiles():
         for i, row in enumerate(tokens):
             for run, (start, count) in enumerate(zip(tile.start[i].tolist(), tile.count[i].tolist(), strict=True)):
-                assert count == 0 or start == len(row)
+                assert count == 0 or start == len(row) + first[i]
                 row.extend((tile.keys[i, run, j], tile.values[i, run, j]) for j in range(count))
     table = layer.block_table().tolist()
     for i, (row, expected) in enumerate(zip(layer.rows, model.rows, strict=True)):
@@ -256,19 +279,23 @@ def check_rows(layer: KIVILatentLayer, model: SimulatedLayer) -> None:
         assert [slot for a, b in row.pads for slot in range(a, b)] == [
             slot for slot, held in enumerate(expected.slots) if not held
         ]
-        assert len(tokens[i]) == len(expected.tokens) == row.tokens
+        assert len(tokens[i]) + first[i] == len(expected.tokens) == row.tokens
         if tokens[i]:
-            for side, states in enumerate(model.row_states(i)):
+            for side, states in enumerate(model.row_states(i, first[i])):
                 assert same_bits(torch.stack([token[side] for token in tokens[i]]), states)
+        for side, name in enumerate(("keys", "values")):
+            for j, token in enumerate(expected.sinks):
+                assert same_bits(layer.exact.sinks[name][i, j], token[side])
 
 
 def check_bytes(layer: KIVILatentLayer, model: SimulatedLayer) -> None:
     """The bytes of the tokens held, by the formula; a block that rows share counts once."""
-    exact = sum(len(row.sinks) + len(row.window) for row in model.rows)
     channels, itemsize = sum(map(sum, model.widths)), model.setting.dtype.itemsize
+    of_sink = sum(model.kind.sinks or (channels,))
+    exact = sum(len(row.sinks) * of_sink + len(row.window) * channels for row in model.rows)
     references = [slot for row in layer.rows for slot in row.blocks]
     static = 8 * sum(model.widths[1]) if model.kind.static else 0
-    expected = len(set(references)) * model.block_nbytes() + 12 * len(references) + exact * channels * itemsize + static
+    expected = len(set(references)) * model.block_nbytes() + 12 * len(references) + exact * itemsize + static
     assert layer.nbytes_used == expected
     assert layer.nbytes >= layer.nbytes_used
 
@@ -358,6 +385,7 @@ class Machine(RuleBasedStateMachine):
         """A block that falls due holds what cannot be quantized: the error comes before anything is stored."""
         pair = self.fed(number)
         model, layer = pair.layers[0], pair.cache.layers[0]
+        assume(side < len(model.kind.widths))
         bits = 16 if model.kind.tiers and side == 0 else model.bits[side]
         assume(bits != 16)
         length = model.sink_length + model.residual_length + 2 * model.block_length
@@ -365,7 +393,7 @@ class Machine(RuleBasedStateMachine):
         states[side][seed % pair.rows, model.sink_length, 0] = bad
         before = [raw_row(layer, i) for i in range(pair.rows)]
         with pytest.raises(ValueError, match=r"finite|capacity"):
-            layer.append(*states)
+            append_to(layer, model.kind, states)
         after = [raw_row(layer, i) for i in range(pair.rows)]
         assert all(same_bits(x, b[name]) for a, b in zip(after, before, strict=True) for name, x in a.items())
 

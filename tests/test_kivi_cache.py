@@ -124,7 +124,7 @@ def raw_row(layer: KIVILatentLayer, i: int) -> dict[str, torch.Tensor]:
     """Everything stored of a row, as it lies in memory: sinks, window, the fields of its blocks in order."""
     row = layer.rows[i]
     stored = {f"sink_{side}": layer.exact.sinks[side][i, : row.sinks].clone() for side in ("keys", "values")}
-    stored |= {f"window_{side}": layer.exact.window[side][i, : row.window].clone() for side in ("keys", "values")}
+    stored |= {f"window_{side}": layer.exact.window[side][i, : row.window].clone() for side in layer.channels}
     table = layer.block_table()[:, i, : len(row.blocks)].long()
     stored |= {"starts": table[1], "counts": table[2]}
     for side, fields in layer.pool.storage.items():

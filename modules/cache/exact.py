@@ -112,8 +112,9 @@ class ExactTokens:
             starts, counts: `[B, 1]` int32, position of the first token of each row and valid tokens.
         """
         states = getattr(self, place)
-        keys = states["keys"]
-        values = states.get("values", keys)
-        if longest < keys.shape[1]:
-            keys, values = keys.narrow(1, 0, longest), values.narrow(1, 0, longest)
-        return Tile(keys.unsqueeze(1), values.unsqueeze(1), starts, counts)
+        keys = states["keys"][:, None, :longest]
+        # One latent of keys and values stays one tensor, which attention then reads once.
+        values = keys
+        if "values" in states:
+            values = states["values"][:, None, :longest]
+        return Tile(keys, values, starts, counts)

@@ -124,7 +124,7 @@ def parse_layer(tensors: dict[str, torch.Tensor], record: dict, scheme: CacheSch
         ValueError: Tensors and record are not those of a layer of this scheme.
     """
     tensors = dict(tensors)
-    if set(record) - {"sink_channels"} not in ({"slots"}, {"slots", "widths", "rows"}):
+    if set(record) - {"sink_channels"} not in ({"slots"}, {"slots", "widths", "rows"}) or len(record) == 2:
         raise ValueError(f"record: {sorted(record)} must be slots, and widths and rows unless nothing was fed")
     is_fed = "rows" in record
     _check_integers("slots", [record["slots"]], 0, 2**62 if is_fed else 0)

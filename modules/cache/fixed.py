@@ -7,9 +7,9 @@ import torch
 from configuration_alrd_llama import check_count
 from modules.cache.exact import ExactTokens
 from modules.cache.fixed_store import FixedStore, RowLayout
-from modules.cache.layer import LatentLayer, in_any_mode, warn_of_small_states
-from modules.cache.rows import Pads, Row, column, count_pads, crop_pads, pad_ranges
-from modules.cache.scheme import SIDES, CacheScheme, LayerWidths, check_fixed
+from modules.cache.layer import LatentLayer, dense_channels, in_any_mode, warn_of_small_states
+from modules.cache.rows import Pads, Row, column, count_pads, crop_pads, pad_ranges, sink_slots
+from modules.cache.scheme import SIDES, CacheScheme, LayerWidths, SinkChannels, check_fixed
 from modules.kernels.packed import LatentQuery, NewTokens, PackedCache, Tile
 
 
@@ -40,6 +40,7 @@ class FixedLatentLayer(LatentLayer):
     def clear(self) -> None:
         self.is_initialized = self.is_fed = False
         self.store: FixedStore | None = None
+        self.sink_channels = None
         self.exact = ExactTokens({}, {})
         self.pads: list[Pads] = []
 
@@ -68,24 +69,29 @@ class FixedLatentLayer(LatentLayer):
     def row_lengths(self) -> list[int] | torch.Tensor:
         return self.store.lengths if self.is_fed else []
 
-    def start(self, batch: int, widths: LayerWidths, like: torch.Tensor, sink_channels=None) -> None:
+    def start(
+        self, batch: int, widths: LayerWidths, like: torch.Tensor, sink_channels: SinkChannels | None = None
+    ) -> None:
         codecs = self._settle(widths, like)
-        self.store = FixedStore(codecs, self.layout, batch, self.dtype, self.device)
+        self.sink_channels = sink_channels
+        self.store = FixedStore(codecs, self.layout, batch, self.dtype, self.device, sink_channels)
         self.pool, self.exact, self.pads = self.store.pool, self.store.exact, [()] * batch
         self.is_initialized = True
 
     @in_any_mode
     def _append(self, keys, values, real, widths: LayerWidths, received=None, dense=None) -> None:
-        keys, values, fresh = keys.detach(), values.detach(), not self.is_initialized
+        states, fresh = {"keys": keys.detach()}, not self.is_initialized
+        if values is not None:
+            states["values"] = values.detach()
         try:
             if fresh:
-                self.start(len(keys), widths, keys)
-            self.check_states(keys, values, real)
+                self.start(len(keys), widths, keys, dense_channels(dense))
+            self.check_states(keys, values, real, dense)
             if fresh and keys.device.type == "cpu":  # elsewhere it would wait for the device
-                warn_of_small_states(self.scheme, {"keys": keys, "values": values})
+                warn_of_small_states(self.scheme, states)
             # Pads are counted on the host, before the store changes what the slots are counted from.
             pads = self._pads_after(real)
-            self.store.append(keys, values, real)
+            self.store.append(states["keys"], states.get("values"), real, dense)
         except Exception:
             if fresh:
                 self.clear()
@@ -118,6 +124,15 @@ class FixedLatentLayer(LatentLayer):
 
     def packed(self, *new: Tile) -> PackedCache:
         return self.store.packed(*new) if self.is_fed else PackedCache(after=new)
+
+    def sinks(self, channels: slice = slice(None)) -> tuple[Tile, ...]:
+        if not self.is_fed:
+            return ()
+        return tuple(tile.of_channels(channels) for tile in self.store.sink_tiles)
+
+    def sink_slots(self, real: torch.Tensor | None, new_slots: int) -> int:
+        # The device alone knows the sinks that there are: as many as if there were none.
+        return sink_slots([], self.scheme, real, new_slots)
 
     def selection(self, indices: torch.Tensor) -> Callable[[], None]:
         """As `LatentLayer.selection`; the edit copies packed bytes, of which a row here owns its own."""

@@ -28,6 +28,7 @@ from modules.cache.codecs import BlockCodec
 from modules.cache.exact import ExactTokens
 from modules.cache.pool import BlockPool
 from modules.cache.rows import Row
+from modules.cache.scheme import SinkChannels
 from modules.kernels import MAX_QUERY_LENGTH, Backend
 from modules.kernels.packed import LatentQuery, NewTokens, PackedCache, Rope, Tile
 from modules.quant_utils import require
@@ -162,21 +163,39 @@ def _beyond(count: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return (place >= count[:, None])[..., None]
 
 
+def _tokens_first(states: dict[str, torch.Tensor], real: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """States `[B, L, C]` by side with the pads, false in `real`, behind the tokens of each row, and zero."""
+    if real is None:
+        return states
+    ordered = {}
+    for side, x in states.items():
+        # Pads may be NaN, and nothing that is not finite stays beyond a count.
+        own = real[:, : x.shape[1]].to(x.device)
+        order = (~own).to(torch.int8).argsort(dim=1, stable=True)[..., None]
+        kept = torch.arange(x.shape[1], device=x.device) < own.sum(1, keepdim=True)
+        ordered[side] = x.gather(1, order.expand_as(x)).where(kept[..., None], 0)
+    return ordered
+
+
 def append_tokens(
-    plan: Plan, tensors: dict[str, torch.Tensor], keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor | None
+    plan: Plan,
+    tensors: dict[str, torch.Tensor],
+    keys: torch.Tensor,
+    values: torch.Tensor | None,
+    real: torch.Tensor | None,
+    dense: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """`FixedStore.append` in plain PyTorch, on the tensors of a store."""
     layout, length, block = plan.layout, keys.shape[1], plan.layout.block_length
     state, table = tensors["state"], tensors["table"]
     place = partial(torch.arange, dtype=torch.int32, device=keys.device)
-    new, count = {"keys": keys, "values": values}, torch.full_like(state[0], length)
+    new, count = {"keys": keys}, torch.full_like(state[0], length)
+    if values is not None:
+        new["values"] = values
     if real is not None:
-        # Pads go behind the row's tokens; they may be NaN, and nothing that is not finite stays beyond a count.
-        real = real.to(keys.device)
-        count = real.sum(1, dtype=torch.int32)
-        order = (~real).to(torch.int8).argsort(dim=1, stable=True)[..., None]
-        kept = (place(length) < count[:, None])[..., None]
-        new = {side: x.gather(1, order.expand_as(x)).where(kept, 0) for side, x in new.items()}
+        count = real.to(keys.device).sum(1, dtype=torch.int32)
+    new = _tokens_first(new, real)
+    first = new if dense is None else _tokens_first(dense, real)
 
     # Each row counts for itself: what becomes sinks, what the window grows to, which blocks leave it.
     sinks, start, window, blocks = state
@@ -211,9 +230,12 @@ def append_tokens(
     exact = {}
     for side, x in new.items():
         exact[f"window_{side}"] = streams[side].gather(1, kept.expand(-1, -1, x.shape[2]))
+    for side, x in first.items():
         sink = tensors[f"sink_{side}"]
-        first = x.gather(1, index.clamp(0, length - 1).long()[..., None].expand_as(sink))
-        exact[f"sink_{side}"] = torch.where(taken, first, sink)
+        # Of pads alone there is no slot to take a sink from.
+        if x.shape[1]:
+            chosen = index.clamp(0, x.shape[1] - 1).long()[..., None].expand_as(sink)
+            exact[f"sink_{side}"] = torch.where(taken, x.gather(1, chosen), sink)
     # Table entries of the blocks that were written: a block's position follows from those before it.
     begin, nth = start + to_sinks, place(layout.blocks) - blocks[:, None]
     written = (nth >= 0) & (nth < flushed[:, None])
@@ -262,12 +284,19 @@ class FixedStore:
         layout: Sizes of a row.
         batch: Rows, B.
         dtype, device: Of the states.
+        sink_channels: As `LatentLayer.sink_channels`.
     """
 
     def __init__(
-        self, codecs: dict[str, BlockCodec], layout: RowLayout, batch: int, dtype: torch.dtype, device: torch.device
+        self,
+        codecs: dict[str, BlockCodec],
+        layout: RowLayout,
+        batch: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        sink_channels: SinkChannels | None = None,
     ):
-        self.layout, self.batch = layout, batch
+        self.layout, self.batch, self.has_dense_sinks = layout, batch, sink_channels is not None
         self.pool = BlockPool(codecs, device, batch * layout.blocks + 1)
         self.state = torch.zeros((4, batch), dtype=torch.int32, device=device)
         self.table = torch.zeros((3, batch, layout.blocks), dtype=torch.int32, device=device)
@@ -276,7 +305,7 @@ class FixedStore:
         # The kernels put the new tokens of a step behind the window before they take blocks from its front.
         lengths = (layout.sink_length, layout.window + MAX_QUERY_LENGTH)
         channels = {side: sum(codec.widths) for side, codec in codecs.items()}
-        self.exact = ExactTokens.zeros(batch, lengths, channels, dtype, device)
+        self.exact = ExactTokens.zeros(batch, lengths, channels, dtype, device, sink_channels)
         #: For the kernels: whether all values could be quantized, and no row has exceeded its capacity.
         self.ok = torch.ones(2, dtype=torch.bool, device=device)
         self.plan_name, self.plan = _shared_plan(codecs, layout, device)
@@ -291,9 +320,9 @@ class FixedStore:
         self.tensors = {"state": self.state, "table": self.table, "ok": self.ok} | exact | self.stored
         sinks, start, held, _ = self.state.unsqueeze(-1)
         #: Sinks and window as attention reads them: views, which every step changes.
-        self._sink_tiles: tuple[Tile, ...] = ()
+        self.sink_tiles: tuple[Tile, ...] = ()
         if self.layout.sink_length:
-            self._sink_tiles = (self.exact.tile("sinks", self._origin, sinks, self.layout.sink_length),)
+            self.sink_tiles = (self.exact.tile("sinks", self._origin, sinks, self.layout.sink_length),)
         self._window_tiles: tuple[Tile, ...] = ()
         if self.layout.window:
             self._window_tiles = (self.exact.tile("window", start, held, self.layout.window),)
@@ -308,7 +337,7 @@ class FixedStore:
                 torch._dynamo.mark_static_address(tensor)
 
     def __getstate__(self) -> dict:
-        made = ("stored", "tensors", "_sink_tiles", "_window_tiles", "_fused")
+        made = ("stored", "tensors", "sink_tiles", "_window_tiles", "_fused")
         return {name: value for name, value in vars(self).items() if name not in made}
 
     def __setstate__(self, state: dict) -> None:
@@ -329,6 +358,7 @@ class FixedStore:
             return known
         plan, store = _PLANS[plan_name], cls.__new__(cls)
         store.plan_name, store.plan, store.layout, store.batch = plan_name, plan, plan.layout, tensors[0].shape[1]
+        store.has_dense_sinks = False  # no graph has a step of blocks
         store.state, store.table, store.ok, *rest = tensors
         store._origin = torch.zeros((store.batch, 1), dtype=torch.int32, device=store.state.device)
         storage = {}
@@ -345,8 +375,14 @@ class FixedStore:
         """`[B]` int32, tokens of each row."""
         return _lengths_in_graph(self.state) if torch.compiler.is_compiling() else _lengths(self.state)
 
-    def append(self, keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor | None = None) -> None:
-        """Store new tokens `[B, L, C]` and pack the blocks that fall due; `real` `[B, L]` bool: false for pads.
+    def append(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor | None,
+        real: torch.Tensor | None = None,
+        dense: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Store new tokens and pack the blocks that fall due; arguments as for `LatentLayer.append`.
 
         Raises:
             ValueError: A row would exceed the capacity, or a block that is due holds what cannot be quantized (see
@@ -355,11 +391,11 @@ class FixedStore:
         """
         if torch.compiler.is_compiling():
             _append_in_graph(list(self.tensors.values()), keys, values, real, self.plan_name)
-        elif self._takes_fused_append and real is None and keys.shape[1] <= MAX_QUERY_LENGTH:
+        elif self._takes_fused_append and real is None and dense is None and keys.shape[1] <= MAX_QUERY_LENGTH:
             self._fused = self._fused or self._fused_append()
             self._fused(keys, values)
         else:
-            append_tokens(self.plan, self.tensors, keys, values, real)
+            append_tokens(self.plan, self.tensors, keys, values, real, dense)
 
     @property
     def _backend(self) -> Backend:
@@ -399,8 +435,9 @@ class FixedStore:
 
     def packed(self, *new: Tile) -> PackedCache:
         """As `KIVILatentLayer.packed`. Tokens beyond the counts are finite in the tiles, and anything in the blocks."""
-        sides, layout = self.pool.sides(), self.layout
-        return PackedCache(self._sink_tiles, self._window_tiles + new, *sides, layout.block_length, self.table)
+        sides, length = self.pool.sides(), self.layout.block_length
+        sinks = () if self.has_dense_sinks else self.sink_tiles
+        return PackedCache(sinks, self._window_tiles + new, sides[0], sides[-1], length, self.table)
 
     def read_rows(self) -> list[Row]:
         """The rows without their pads, read from the device; waits."""

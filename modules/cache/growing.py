@@ -286,13 +286,11 @@ class KIVILatentLayer(LatentLayer):
         return PackedCache(sinks, window + new, keys, values, self.scheme.block_length, entries, table.full)
 
     def sinks(self, channels: slice = slice(None)) -> tuple[Tile, ...]:
-        """The sinks as attention reads them, of some of their channels; none if there are none."""
         counts = column(self.rows, "sinks")
         tiles = self.exact.tiles("sinks", (0,) * len(counts), counts)
         return tuple(tile.of_channels(channels) for tile in tiles)
 
     def sink_slots(self, real: torch.Tensor | None, new_slots: int) -> int:
-        """Of the new slots, so many at the front hold all new tokens that become sinks; `real` as for `append`."""
         return sink_slots(self.rows, self.scheme, real, new_slots)
 
     @in_any_mode

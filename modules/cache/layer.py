@@ -158,6 +158,14 @@ class LayerStorage(ABC):
         """What new tokens attend to: all that is cached, and the `new` tokens themselves."""
 
     @abstractmethod
+    def sinks(self, channels: slice = slice(None)) -> tuple[Tile, ...]:
+        """The sinks as attention reads them, of some of their channels; none if there are none."""
+
+    @abstractmethod
+    def sink_slots(self, real: torch.Tensor | None, new_slots: int) -> int:
+        """Of the new slots, so many at the front hold all new tokens that become sinks; `real` as for `append`."""
+
+    @abstractmethod
     def block_table(self) -> torch.Tensor:
         """`[3, B, blocks]` int32: slot in the pool, first position, valid tokens; rows with fewer blocks end in 0."""
 
@@ -315,7 +323,9 @@ class LatentLayer(RowEdits, CacheLayerMixin):
             ValueError: The states do not fit the cache, or a block that is due holds NaN, Inf or values beyond the
                 range of its scales; the cache is then as it was before.
         """
-        widths = self.given_widths or ((keys.shape[2],), (values.shape[2],))
+        widths = self.given_widths
+        if widths is None:
+            widths = tuple((x.shape[2],) for x in (keys, values) if x is not None)
         self._append(keys, values, real, widths, received, dense)
 
     def check_states(
