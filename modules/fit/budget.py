@@ -480,7 +480,7 @@ def _fit_expansion(calibration: Calibration, target: ALRDLlamaConfig, plan: Budg
             # Every member of a block expands the latent for itself.
             rows, pieces = target.group_outputs, []
             for a, y, g in zip(kept.a.float().split(rows), outputs.split(rows, dim=1), gradient.split(rows, dim=1)):
-                gains = expansion_gains(a, restored, y, g)
+                gains = expansion_gains(a, restored, y, g, [channels for channels, _ in tiers])
                 error = restored @ (a * gains.float()).T - y
                 changes = changes + (g * error).sum(1)
                 pieces.append(gains.expand(rows, -1))
