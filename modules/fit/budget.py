@@ -72,6 +72,9 @@ from modules.svd_linear import BlockFactors, Factors
 #: `rank_search`, "fisher" being Palu's and "sensitivity" ASVD's.
 ALLOCATIONS = ("tiers", "water_filling", "uniform", "fisher", "sensitivity")
 
+#: Tokens on which the error of calibrated scales is measured, at least.
+_COST_TOKENS = 4096
+
 #: Static scales leave nothing to store per block; measured best at small budgets (LOG.md).
 STATIC = '{"orientation": "per_channel", "static": true}'
 
@@ -498,10 +501,13 @@ def _measured_costs(
         schemes[f"{side}_proj"] = scheme.to_dict()
         if scheme.static:
             schemes[f"{side}_proj"]["group_size"] = None
-    length = sampled = calibration.statistics[0].k_proj.sample.shape[1]
-    if not _all_static(sides):
-        length = block_length
-    settings = {"version": COSTS_VERSION, "schemes": schemes, "length": length}
+    windows, sampled = calibration.statistics[0].k_proj.sample.shape[:2]
+    length, every = block_length, 1
+    if _all_static(sides):
+        # Scales that all tokens share are measured on a few thousand.
+        every = max(1, windows * sampled // _COST_TOKENS)
+        length = len(range(0, sampled, every))
+    settings = {"version": COSTS_VERSION, "schemes": schemes, "length": length, "every": every}
     path = _measurement_path(config, calibration, "costs.safetensors", **settings)
     if path not in calibration.costs:
         costs = load_costs(path) if path.exists() else {}
@@ -511,7 +517,8 @@ def _measured_costs(
             costs[name], scheme = [], sides[_side(name)]
             for factors, sample in zip(groups, _samples(calibration, name), strict=True):
                 # Blocks are quantized whole.
-                whole_blocks = sample[:, : sampled // length * length]
+                whole_blocks = sample[:, ::every]
+                whole_blocks = whole_blocks[:, : whole_blocks.shape[1] // length * length]
                 costs[name].append(measure_costs(factors, whole_blocks, scheme, length))
             # An interrupted measurement goes on from here.
             save_costs(path, costs)
