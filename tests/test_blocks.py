@@ -162,6 +162,7 @@ def test_lossless_is_the_dense_model(dense, shape):
     assert torch.equal(found.sequences, generated(dense, {}))
     cache = found.past_key_values
     assert isinstance(cache, KIVILatentCache) and len(cache.layers) == -(-4 // shape[0])
+    assert ("keys and values 16-bit" if shape[1] else "keys 16-bit, values 16-bit") in repr(cache)
     assert all(len(row.blocks) >= 2 for layer in cache.layers for row in layer.rows)
     assert torch.equal(generated(model, {"prefill_chunk_size": 9}), found.sequences)
 
