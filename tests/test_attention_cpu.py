@@ -641,7 +641,9 @@ def test_queries_that_see_nothing(dtype):
     assert not result[0, :, 0].any() and not result[1].any() and result[0, :, 1].all()
     empty = torch.zeros(2, 1, dtype=torch.int32)
     tile = Tile(*(torch.randn(2, 1, 3, 24).to(dtype) for _ in range(2)), empty, empty)
-    assert not step.but(cache=PackedCache(after=(tile,)))().any()
+    for cache in (PackedCache(after=(tile,)), PackedCache()):
+        nothing = step.but(cache=cache).attend()
+        assert not nothing.summed.any() and (nothing.log_sum == -torch.inf).all()
 
 
 def test_rubbish_that_belongs_to_no_token():

@@ -369,7 +369,7 @@ def test_the_cache_holds_the_quantized_sums_of_all_members(dense, shape):
     parts = {}
     for i, layer in enumerate(model.model.layers):
         for side in "kv":
-            hook = lambda module, _, output, key=(i, side): parts.__setitem__(key, output)  # noqa: E731
+            hook = lambda module, _, output, key=(i, side): parts.__setitem__(key, output.clone())  # noqa: E731
             getattr(layer.self_attn, f"{side}_latent").BLinear.register_forward_hook(hook)
     cache = model.create_kivi_cache()
     logits(model, text(2, 50), cache)
