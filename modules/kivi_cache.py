@@ -293,6 +293,8 @@ def _describe(cache: KIVILatentCache) -> str:
     # With width tiers every layer has a scheme of its own, and the shared one does not say what is stored.
     shown = first if first.keys.tiers or first.values.tiers else cache.scheme
     parts = [f"keys {shown.keys}", f"values {shown.values}"]
+    if cache.layers and len(cache.layers[0].given_widths or SIDES) == 1:
+        parts = [f"keys and values {shown.keys}"]
     if cache.layer_schemes:
         parts.append(f"{len(cache.layer_schemes)} layers of their own")
     window = {"residual_length": shown.residual_length, "sink_length": shown.sink_length, "capacity": cache.capacity}

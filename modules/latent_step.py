@@ -45,8 +45,9 @@ class LatentSums:
         self._next += 1
         for side, part in zip(sides, parts, strict=True):
             if side in self.latents:
-                part = self.latents[side] + part
-            self.latents[side] = part
+                self.latents[side] += part
+            else:
+                self.latents[side] = part
         for kept, state in zip(self.dense.values(), states, strict=True):
             # A copy, so that the tokens of a long prompt are not held till the block is complete.
             kept.append(state[:, : self._sink_slots].clone())

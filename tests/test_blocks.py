@@ -162,6 +162,7 @@ def test_lossless_is_the_dense_model(dense, shape):
     assert torch.equal(found.sequences, generated(dense, {}))
     cache = found.past_key_values
     assert isinstance(cache, KIVILatentCache) and len(cache.layers) == -(-4 // shape[0])
+    assert ("keys and values 16-bit" if shape[1] else "keys 16-bit, values 16-bit") in repr(cache)
     assert all(len(row.blocks) >= 2 for layer in cache.layers for row in layer.rows)
     assert torch.equal(generated(model, {"prefill_chunk_size": 9}), found.sequences)
 
@@ -368,7 +369,7 @@ def test_the_cache_holds_the_quantized_sums_of_all_members(dense, shape):
     parts = {}
     for i, layer in enumerate(model.model.layers):
         for side in "kv":
-            hook = lambda module, _, output, key=(i, side): parts.__setitem__(key, output)  # noqa: E731
+            hook = lambda module, _, output, key=(i, side): parts.__setitem__(key, output.clone())  # noqa: E731
             getattr(layer.self_attn, f"{side}_latent").BLinear.register_forward_hook(hook)
     cache = model.create_kivi_cache()
     logits(model, text(2, 50), cache)

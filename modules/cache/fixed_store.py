@@ -172,7 +172,7 @@ def _tokens_first(states: dict[str, torch.Tensor], real: torch.Tensor | None) ->
         # Pads may be NaN, and nothing that is not finite stays beyond a count.
         own = real[:, : x.shape[1]].to(x.device)
         order = (~own).to(torch.int8).argsort(dim=1, stable=True)[..., None]
-        kept = torch.arange(x.shape[1], device=x.device) < own.sum(1, keepdim=True)
+        kept = torch.arange(x.shape[1], dtype=torch.int64, device=x.device) < own.sum(1, keepdim=True)
         ordered[side] = x.gather(1, order.expand_as(x)).where(kept[..., None], 0)
     return ordered
 
