@@ -17,7 +17,7 @@ texts 2.5, RULER's needles up to 8,192 tokens 4.
 
 import json
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -112,16 +112,18 @@ def is_done(record: Path, config: Any) -> bool:
 
 def write_checkpoints(config: CalibrationConfig, sweep: Path) -> None:
     """Calibrate for the budgets that have no checkpoint of these options; measurements of older ones are removed."""
-    output, missing = Path(config.output), []
+    output, missing = Path(config.output), {}
     for budget in config.budgets:
-        if not is_done(output / f"{budget:g}" / "report.json", config):
-            missing.append(budget)
+        # A checkpoint does not depend on the budgets that are asked for beside its own.
+        alone = replace(config, sweep=[budget])
+        if not is_done(output / f"{budget:g}" / "report.json", alone):
+            missing[budget] = alone
     if not missing:
         return
     sweep.unlink(missing_ok=True)
     calibration = calibrate_model(config)
-    for budget in missing:
-        write_checkpoint(config, fit_budget(config, calibration, budget), budget, output / f"{budget:g}")
+    for budget, alone in missing.items():
+        write_checkpoint(alone, fit_budget(alone, calibration, budget), budget, output / f"{budget:g}")
 
 
 def hide_number(tokenizer: PreTrainedTokenizerBase, speech: str, tokens: int = 1200) -> str:

@@ -223,8 +223,13 @@ def test_the_steps_that_are_done_are_skipped(small_wheels, monkeypatch, capsys):
     assert done == ["measure_sweep"]
     real_model.main(replace(config, chunk=128, calibration_windows=3))
     assert done == ["measure_sweep", "calibrate_model", "measure_sweep"]
+    # Another budget beside it makes no older one again.
+    made, write = [], real_model.write_checkpoint
+    monkeypatch.setattr(real_model, "write_checkpoint", lambda *a: made.append(a[2]) or write(*a))
+    real_model.main(replace(config, calibration_windows=3, chunk=128, budgets=[0.25, 0.5], measure=False))
+    assert made == [0.5] and done[3:] == ["calibrate_model"]
     # Other blocks are another calibration.
     each = replace(config, keep_dense=False, joint_kv=False, layer_group_size=1, measure=False)
     real_model.main(each)
-    assert done[3:] == ["calibrate_model"]
+    assert done[4:] == ["calibrate_model"]
     assert "model.layers.0.self_attn.k_proj" in (output / "0.25" / "config.json").read_text()
