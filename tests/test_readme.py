@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts import results_tables
 from scripts.results_tables import DOCUMENTS, MADE_BY, RENDERERS, RESULTS, ROOT, with_tables
 
 CODE = re.compile(r"```.*?```", flags=re.DOTALL)
@@ -23,6 +24,14 @@ def test_tables_are_those_of_the_results():
     assert all(any(f"<!-- table: {name} -->" in text for text in texts) for name in measured)
     for text in texts:
         assert with_tables(text) == text
+
+
+def test_what_is_not_measured_says_how(monkeypatch, tmp_path):
+    monkeypatch.setattr(results_tables, "RESULTS", tmp_path)
+    shown = with_tables("<!-- table: real_summary -->\nold\n<!-- end -->\n")
+    assert shown == (
+        "<!-- table: real_summary -->\n*Not measured yet: `make real-results` measures it.*\n<!-- end -->\n"
+    )
 
 
 def test_the_named_commands_make_the_results():

@@ -3,6 +3,7 @@
 `make test-real` installs the wheels and runs what is marked `real`; without the wheels those tests fail.
 """
 
+import json
 import math
 from dataclasses import replace
 from importlib.util import find_spec
@@ -200,8 +201,13 @@ def small_wheels(tmp_path, monkeypatch):
 def test_the_steps_that_are_done_are_skipped(small_wheels, monkeypatch, capsys):
     output = small_wheels / "output"
     text = str(output / "text" / "calibration")
-    config = RealConfig([0.25], text, calibration_windows=2, windows=1, chunk=64, output=str(output))
+    config = RealConfig([0.25], calibration_text=text, calibration_windows=2, windows=1, chunk=64, output=str(output))
+    assert real_model.main(replace(config, measure=False)) is None and not (output / "sweep.json").exists()
     record = real_model.main(config)
+    # As the language model's: one latent for the keys and values of (up to) three layers.
+    assert list(json.loads((output / "0.25" / "config.json").read_text())["truncation_ranks"]) == [
+        "model.layers.0.self_attn.kv_latent"
+    ]
     assert list(record["results"]) == ["dense", "0.25 of the bytes"]
     assert [file.name for file in (output / "text" / "test").iterdir()] == ["1797-H-1.txt"]
     # Only what the options ask for anew is done again.
@@ -217,3 +223,13 @@ def test_the_steps_that_are_done_are_skipped(small_wheels, monkeypatch, capsys):
     assert done == ["measure_sweep"]
     real_model.main(replace(config, chunk=128, calibration_windows=3))
     assert done == ["measure_sweep", "calibrate_model", "measure_sweep"]
+    # Another budget beside it makes no older one again.
+    made, write = [], real_model.write_checkpoint
+    monkeypatch.setattr(real_model, "write_checkpoint", lambda *a: made.append(a[2]) or write(*a))
+    real_model.main(replace(config, calibration_windows=3, chunk=128, budgets=[0.25, 0.5], measure=False))
+    assert made == [0.5] and done[3:] == ["calibrate_model"]
+    # Other blocks are another calibration.
+    each = replace(config, keep_dense=False, joint_kv=False, layer_group_size=1, measure=False)
+    real_model.main(each)
+    assert done[4:] == ["calibrate_model"]
+    assert "model.layers.0.self_attn.k_proj" in (output / "0.25" / "config.json").read_text()
