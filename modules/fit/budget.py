@@ -116,7 +116,9 @@ class FitConfig:
     )
     residual_length: int | None = _option(None, "Newest tokens kept in full precision; 16 with tiers, else 32.")
     sink_length: int = _option(4, "First tokens kept in full precision.")
-    token_scale: bool = _option(False, "With tiers: a scale for each token beside the calibrated ones (static sides).")
+    token_scale: bool | None = _option(
+        None, "With tiers: a scale for each token beside the calibrated ones (static sides). None: with keep_dense."
+    )
     k_scheme: str | None = _option(
         None, f"Other fields of QuantScheme for keys, as JSON; with tiers {STATIC} by default."
     )
@@ -127,6 +129,8 @@ class FitConfig:
         check_choice("objective", self.objective, tuple(OBJECTIVES))
         for name in ("tokens", "batch_size", "rank_multiple"):
             check_positive(name, getattr(self, name))
+        if self.token_scale is None:
+            self.token_scale = self.keep_dense
         if self.token_scale and not self.tiered:
             raise ValueError("token_scale=True: must go with allocation='tiers', which calibrates the scales")
         if self.keep_dense and not (self.tiered and self.objective == "fisher"):
