@@ -4,6 +4,7 @@ import itertools
 import json
 import random
 import re
+import string
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from modules.fit.statistics import LayerStatistics, ProjectionStatistics, member
 from scripts import calibrate_svd_ranks as script
 from scripts.calibrate_svd_ranks import CalibrationConfig, main
 from scripts.common import load_model
+from scripts.sources import draw_windows, load_sources
 from tests.helpers import save_byte_tokenizer, tiny_dense
 from tests.test_budget import with_large_sinks
 
@@ -114,7 +116,8 @@ def test_factors_of_full_rank_rebuild_any_outputs(shape):
             # No channel is a function of the others.
             moments = latents.T @ latents / len(latents)
             assert torch.allclose(moments, torch.eye(len(moments), dtype=torch.float64), atol=1e-6)
-            assert (group.energy.diff() <= 0).all() and torch.equal(group.unit, group.energy)
+            # An error of one standard deviation costs what dropping the channel does.
+            assert (group.energy.diff() <= 0).all() and torch.allclose(group.unit, group.energy)
 
 
 def test_the_error_of_a_latent_counts_what_the_metrics_of_the_members_say():
@@ -191,6 +194,7 @@ def test_no_information_at_all():
     (group,) = block_factors(config, found)["model.layers.0.self_attn.kv_latent"]
     y = torch.randn(5, 2 * OUTPUTS).double()
     assert torch.allclose(y @ group.project.T @ group.a.T, y, atol=1e-9)
+    assert (group.energy == 0).all() and (group.unit == 0).all()
 
 
 def test_selected_channels_take_their_units_along():
@@ -347,7 +351,7 @@ def test_gains_of_a_quantizer_of_least_squared_error(coherent):
     held_out = [part[1] for part in parts]
     fitted, plain = change(a * gains, *held_out), change(a, *held_out)
     if coherent:
-        assert (gains > 1.05).any() and gains.max() < 2 and fitted < 0.7 * plain
+        assert (gains[:3] > 1.05).all() and fitted < 0.7 * plain
     else:
         # Least squared error is what independent gradients ask for.
         assert (gains - 1).abs().max() < 0.1 and fitted < 1.03 * plain
@@ -436,15 +440,13 @@ def place(tmp_path_factory):
     path = tmp_path_factory.mktemp("blocks")
     tiny_dense(**TINY | {"vocab_size": 300, "bos_token_id": 0}).save_pretrained(path / "dense")
     save_byte_tokenizer(path / "dense")
-    words = random.Random(0)
-    text = " ".join("".join(words.choices("etaoinshrdlu", k=words.randint(2, 9))) for _ in range(1500))
-    (path / "text.txt").write_text(text)
+    (path / "text.txt").write_text("".join(random.Random(0).choices(string.printable[:94], k=64 * 390)))
     return path
 
 
 def command(place, output, shape, **fields) -> CalibrationConfig:
-    how = {"model": str(place / "dense"), "text": str(place / "text.txt"), "output": str(output), "windows": 6}
-    how |= {"length": 516, "tokens": 512, "group_size": 32, "statistics": str(place / "statistics"), "budget": 0.3}
+    how = {"model": str(place / "dense"), "text": str(place / "text.txt"), "output": str(output), "windows": 4}
+    how |= {"length": 388, "tokens": 512, "group_size": 32, "statistics": str(place / "statistics"), "budget": 0.3}
     return CalibrationConfig(**how | {"keep_dense": True} | shape_fields(shape) | fields)
 
 
@@ -459,16 +461,17 @@ def divergence_through_the_cache(model, dense, windows: torch.Tensor) -> float:
     return (reference.exp() * (reference - found)).sum(-1)[:, 4:].mean().item()
 
 
-@pytest.mark.parametrize("fields", [{}, {"token_scale": True}], ids=["steps", "token scale"])
-@pytest.mark.parametrize("shape", [(3, True, None), (1, True, 1), (2, False, None)], ids=str)
-def test_the_checkpoint_diverges_as_predicted(place, tmp_path, shape, fields):
-    report = main(command(place, tmp_path, shape, residual_length=0, **fields))
+@pytest.mark.parametrize(
+    ("shape", "token_scale"), [((3, True, None), False), ((1, True, 1), True), ((2, False, None), False)], ids=str
+)
+def test_the_checkpoint_diverges_as_predicted(place, tmp_path, shape, token_scale):
+    """From 384 runs of 64 tokens: 0.92, 0.69 and 0.93 times as much, 1.5 to 1.6 times that of independent errors."""
+    report = main(command(place, tmp_path, shape, windows=64, residual_length=0, token_scale=token_scale))
     model, (dense, tokenizer) = ALRDLlamaForCausalLM.from_pretrained(tmp_path).eval(), load_model(place / "dense")
-    text = (place / "text.txt").read_text()
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"][: 3 * 516]).view(3, 516)
-    found = divergence_through_the_cache(model, dense, ids)
-    print("KL", shape, fields, found, report["predicted_divergence"], report["independent_divergence"])
+    windows = draw_windows(load_sources([str(place / "text.txt")]), tokenizer, 388, 64)
+    found = divergence_through_the_cache(model, dense, windows[::8])
     assert 0.5 < found / report["predicted_divergence"] < 1.5
+    assert found > 1.3 * report["independent_divergence"]
 
 
 def test_the_report_of_blocks(place, tmp_path, capsys):
@@ -495,7 +498,7 @@ def test_the_report_of_blocks(place, tmp_path, capsys):
     for said in (
         f"{report['multiply_adds']:,.0f} multiply-adds per cached token and layer",
         "% more",
-        "smaller than the",
+        f"from {report['smaller_from']:,} tokens",
     ):
         assert said in printed and said in card
     for picture in ("spectra.png", "widths.png"):
@@ -507,7 +510,9 @@ def test_a_model_that_never_gets_smaller():
     config = config_of(k_bits=16, v_bits=16)
     config.truncation_ranks = {block.name: [OUTPUTS] for block in config.blocks()}
     assert fit.break_even(config, 1000, 0, torch.float32) is None
+    config.k_bits = config.v_bits = 2
     assert fit.break_even(config, 0, 10**9, torch.float32) == 0
+    assert fit.break_even(config, 10**12, 0, torch.float32) is None
 
 
 #: Options of the command, and what the message must say.
