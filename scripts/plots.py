@@ -161,7 +161,7 @@ def widths(report: dict, path: Path) -> None:
             rows[name] = sorted(bits_of_channels, reverse=True)
     levels = sorted({0}.union(*rows.values()))
     longest = max(map(len, rows.values()))
-    height = 1.6 + 0.32 * max(map(len, sides.values()))
+    height = max(3.4, 1.6 + 0.32 * max(map(len, sides.values())))
     figure, panels = pyplot.subplots(1, len(sides), figsize=(11, height), sharey=True, squeeze=False)
     panels = panels[0]
     colours = ListedColormap([(1, 1, 1, 1), *pyplot.get_cmap("magma_r")(np.linspace(0.15, 0.95, len(levels) - 1))])
