@@ -40,7 +40,8 @@ class Factors(NamedTuple):
     def select(self, channels: torch.Tensor) -> "Factors":
         """Factors with some of the latent channels `[n]`, in the given order."""
         chosen = {"a": self.a[:, channels], "b": self.b[channels], "project": self.project[channels]}
-        return self._replace(**chosen, energy=self.energy[channels])
+        unit = self.unit[channels] if isinstance(self.unit, torch.Tensor) else self.unit
+        return self._replace(**chosen, energy=self.energy[channels], unit=unit)
 
 
 def output_covariance(weight: torch.Tensor, input_covariance: torch.Tensor | None = None) -> torch.Tensor:

@@ -25,7 +25,17 @@ from accelerate import PartialState
 from configuration_alrd_llama import ALRDLlamaConfig, check_choice, check_positive
 from modeling_alrd_llama import ALRDLlamaForCausalLM
 from modules.files import write_json
-from modules.fit.budget import Calibration, FitConfig, cache_nbytes, calibrate, dense_nbytes, fit_budget, split_config
+from modules.fit.budget import (
+    Calibration,
+    FitConfig,
+    break_even,
+    cache_nbytes,
+    calibrate,
+    dense_nbytes,
+    fit_budget,
+    rebuild_costs,
+    split_config,
+)
 from modules.fit.distributed import device_map, is_main, join_processes, on_main
 from modules.loading import execution_device
 from scripts import plots
@@ -84,6 +94,8 @@ class CalibrationConfig(FitConfig, SourceOptions):  # options of the last base c
         super().__post_init__()
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("device", self.device, ("cpu", "cuda", "auto"))
+        if self.keep_dense and self.probe:
+            raise ValueError("probe=True: must not go with keep_dense=True, whose errors have one unit in all layers")
         for name in ("windows", "length"):
             check_positive(name, getattr(self, name))
         self.text = list_texts(self.text)
@@ -133,9 +145,13 @@ def calibrate_model(config: CalibrationConfig, processes: PartialState | None = 
 def write_checkpoint(config: CalibrationConfig, calibration: Calibration, budget: float | None, folder: Path) -> dict:
     """The checkpoint with report and plots; returns the report."""
     started = time.perf_counter()
-    calibration.split().save_pretrained(folder)
+    split = calibration.split()
+    split.save_pretrained(folder)
     calibration.tokenizer.save_pretrained(folder)
     target, dense = calibration.target, dense_nbytes(calibration.target, config.tokens, torch.float16)
+    # The dense model runs in any type; its weights are counted in that of the checkpoint.
+    weights = sum(map(torch.Tensor.numel, split.parameters())) * calibration.stored_dtype.itemsize
+    dense_weights = sum(map(torch.Tensor.numel, calibration.dense.parameters())) * calibration.stored_dtype.itemsize
     nbytes = cache_nbytes(target, config.tokens, calibration.stored_dtype)
     report = {
         "config": asdict(config),
@@ -144,7 +160,12 @@ def write_checkpoint(config: CalibrationConfig, calibration: Calibration, budget
         "budget": budget,
         "nbytes": nbytes,
         "share_of_dense": nbytes / dense,
-        "predicted_divergence": calibration.plan and calibration.plan.divergence,
+        "predicted_divergence": _predicted(calibration),
+        "independent_divergence": calibration.plan and calibration.plan.divergence,
+        "multiply_adds": sum(cost * sum(target.truncation_ranks[name]) for name, cost in rebuild_costs(target).items()),
+        "weights_nbytes": weights,
+        "dense_weights_nbytes": dense_weights,
+        "smaller_from": break_even(target, weights, dense_weights, calibration.stored_dtype),
         "truncation_ranks": target.truncation_ranks,
         "width_tiers": target.width_tiers,
         "rates": calibration.rates,
@@ -162,7 +183,30 @@ def write_checkpoint(config: CalibrationConfig, calibration: Calibration, budget
         f"{folder}: {nbytes:,} bytes at {config.tokens:,} tokens, {report['share_of_dense']:.2%} of the dense cache "
         f"({dense / nbytes:.1f}× smaller); ranks {min(ranks)}–{max(ranks)}, {sum(report['seconds'].values()):.0f} s"
     )
+    if target.keep_dense:
+        print(blocks_summary(report))
     return report
+
+
+def blocks_summary(report: dict) -> str:
+    """What blocks cost beside the bytes of the cache, in a sentence."""
+    weights = report["dense_weights_nbytes"]
+    more = report["weights_nbytes"] - weights
+    whole = "the model as a whole is not smaller within 2^24 tokens"
+    if report["smaller_from"] is not None:
+        whole = f"weights and cache together are smaller than the dense model's from {report['smaller_from']:,} tokens"
+    return (
+        f"{report['multiply_adds']:,.0f} multiply-adds per cached token and layer; {more:,} bytes of factors "
+        f"beside the dense model's {weights:,} ({more / weights:.1%} more); {whole}."
+    )
+
+
+def _predicted(calibration: Calibration) -> float | None:
+    """The predicted KL divergence: by gradients of single tokens if they are known, else of independent errors."""
+    plan = calibration.plan
+    if plan is None or plan.predicted is None:
+        return plan and plan.divergence
+    return plan.predicted
 
 
 def _write_card(report: dict, folder: Path) -> None:
@@ -170,7 +214,10 @@ def _write_card(report: dict, folder: Path) -> None:
     readme = folder / "README.md"
     # A folder that is written again keeps what stands before this section.
     text = readme.read_text(encoding="utf-8").partition("\n## Calibration\n")[0]
-    readme.write_text(f"{text.rstrip()}\n\n## Calibration\n\n{calibration_table(report)}\n", encoding="utf-8")
+    lines = [text.rstrip(), "## Calibration", calibration_table(report)]
+    if report["config"]["keep_dense"]:
+        lines.append(blocks_summary(report))
+    readme.write_text("\n\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _rounded(energies: torch.Tensor) -> list[float]:

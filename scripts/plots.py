@@ -11,8 +11,6 @@ from matplotlib import pyplot
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
-from configuration_alrd_llama import Projection
-
 
 def _save(figure, path: Path) -> None:
     figure.tight_layout()
@@ -112,51 +110,70 @@ def method(path: Path) -> None:
     _save(figure, path)
 
 
+#: Titles of what a latent holds, by the side in its name.
+_TITLES = {"k": "keys", "v": "values", "kv": "keys and values together"}
+
+
+def _by_side(names) -> dict[str, list[str]]:
+    """Names of projections or of blocks, by side."""
+    sides = {}
+    for name in names:
+        sides.setdefault(name.rpartition(".")[2].partition("_")[0], []).append(name)
+    return sides
+
+
+def _layer(name: str) -> str:
+    """Layer of a projection, or the first one of a block."""
+    return name.split(".")[2]
+
+
 def spectra(report: dict, path: Path) -> None:
     """Energy of the latent channels of every layer, in the unit of the objective times the layer's measured rate."""
-    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True)
-    names = list(report["energies"])
-    colours = pyplot.get_cmap("viridis")(np.linspace(0, 0.95, len(names) // 2))
-    for panel, side, title in zip(panels, ("k_proj", "v_proj"), ("keys", "values")):
-        mine = [name for name in names if name.endswith(side)]
-        for i, (name, colour) in enumerate(zip(mine, colours)):
+    sides = _by_side(report["energies"])
+    figure, panels = pyplot.subplots(1, len(sides), figsize=(11, 4.2), sharey=True, squeeze=False)
+    panels = panels[0]
+    colours = pyplot.get_cmap("viridis")(np.linspace(0, 0.95, max(map(len, sides.values()))))
+    for panel, (side, mine) in zip(panels, sides.items()):
+        for name, colour in zip(mine, colours):
             energy = np.sort(np.concatenate(report["energies"][name]))[::-1] * report["rates"].get(name, 1.0)
             rank = sum(report["truncation_ranks"][name])
             energy = np.maximum(energy, energy[0] * 1e-9)
-            panel.semilogy(np.arange(1, len(energy) + 1), energy, color=colour, label=f"layer {i}", linewidth=1)
+            panel.semilogy(np.arange(1, len(energy) + 1), energy, color=colour, label=_layer(name), linewidth=1)
             panel.plot(rank, energy[min(rank, len(energy)) - 1], "o", color=colour, markersize=4)
-        panel.set(title=f"{title}: energy by channel, the dot is the rank", xlabel="channel")
+        panel.set(title=f"{_TITLES[side]}: energy by channel, the dot is the rank", xlabel="channel")
         panel.grid(alpha=0.3)
     panels[0].set_ylabel(f"energy ({report['config']['objective']})")
     if len(colours) <= 12:
-        panels[1].legend(fontsize=7)
+        panels[-1].legend(fontsize=7, title="layer")
     _save(figure, path)
 
 
 def widths(report: dict, path: Path) -> None:
-    """Bits of each channel, a row per layer: a heat map of ranks and widths."""
-    c = report["config"]
-    uniform = {"k": c["k_bits"], "v": c["v_bits"]}
-    rows = {}
-    for name, ranks in report["truncation_ranks"].items():
-        bits_of_channels = []
-        for group in report["width_tiers"].get(name) or [[[r, uniform[Projection.parse(name).side]]] for r in ranks]:
-            for channels, bits in group:
-                bits_of_channels += [bits] * channels
-        rows[name] = sorted(bits_of_channels, reverse=True)
+    """Bits of each channel, a row per layer or block: a heat map of ranks and widths."""
+    sides, rows = _by_side(report["truncation_ranks"]), {}
+    for side, names in sides.items():
+        for name in names:
+            ranks, bits_of_channels = report["truncation_ranks"][name], []
+            uniform = report["config"][f"{side[0]}_bits"]  # a latent of both is stored as keys
+            for group in report["width_tiers"].get(name) or [[[r, uniform]] for r in ranks]:
+                for channels, bits in group:
+                    bits_of_channels += [bits] * channels
+            rows[name] = sorted(bits_of_channels, reverse=True)
     levels = sorted({0}.union(*rows.values()))
     longest = max(map(len, rows.values()))
-    figure, panels = pyplot.subplots(1, 2, figsize=(11, 1.6 + 0.16 * len(rows)), sharey=True)
+    height = max(3.4, 1.6 + 0.32 * max(map(len, sides.values())))
+    figure, panels = pyplot.subplots(1, len(sides), figsize=(11, height), sharey=True, squeeze=False)
+    panels = panels[0]
     colours = ListedColormap([(1, 1, 1, 1), *pyplot.get_cmap("magma_r")(np.linspace(0.15, 0.95, len(levels) - 1))])
-    for panel, side, title in zip(panels, ("k_proj", "v_proj"), ("keys", "values")):
-        mine = [row for name, row in rows.items() if name.endswith(side)]
+    for panel, (side, mine) in zip(panels, sides.items()):
         image = np.zeros((len(mine), longest), dtype=int)
-        for line, row in zip(image, mine):
-            line[: len(row)] = np.searchsorted(levels, row)
+        for line, name in zip(image, mine):
+            line[: len(rows[name])] = np.searchsorted(levels, rows[name])
         norm = BoundaryNorm(np.arange(len(levels) + 1) - 0.5, len(levels))
         drawn = panel.imshow(image, aspect="auto", interpolation="nearest", cmap=colours, norm=norm)
-        panel.set(title=title, xlabel="channel, widest first", yticks=range(len(mine)))
-    panels[0].set_ylabel("layer")
+        panel.set(title=_TITLES[side], xlabel="channel, widest first")
+        panel.set_yticks(range(len(mine)), list(map(_layer, mine)))
+    panels[0].set_ylabel("first layer" if report["config"].get("keep_dense") else "layer")
     bar = figure.colorbar(drawn, ax=panels, ticks=range(len(levels)), label="bits")
     bar.set_ticklabels([f"{b:g}" for b in levels])
     figure.suptitle(

@@ -136,13 +136,14 @@ def batches_of(path: Path) -> int:
 
 
 def check_sums(found: Path, expected: Path, batches: int = 5) -> None:
-    """Whole files of statistics: samples the same to the bit, sums to rounding."""
+    """Whole files of statistics: samples, and their gradients, the same to the bit, sums to rounding."""
     assert found.name == expected.name and batches_of(found) == batches_of(expected) == batches
     sums, others = load_file(found), load_file(expected)
-    assert sums.keys() == others.keys() and len(sums) == 18
+    assert sums.keys() == others.keys() and len(sums) == 22
     for name, x in sums.items():
         assert x.dtype == others[name].dtype and x.shape == others[name].shape
-        assert (x - others[name]).abs().max() <= (0 if name.endswith("sample") else 1e-13) * x.abs().max(), name
+        tolerance = 0 if name.endswith(("sample", "gradient")) else 1e-13
+        assert (x - others[name]).abs().max() <= tolerance * x.abs().max(), name
 
 
 def bars(process: subprocess.CompletedProcess, label: str) -> int:
@@ -161,7 +162,8 @@ def test_calibration_is_that_of_one_process(place, alone, together):
         assert report[name] == alone[name], name
     assert list(report["rates"]) == list(alone["rates"]) and len(report["rates"]) == 4
     assert report["rates"] == pytest.approx(alone["rates"], rel=1e-9)
-    assert report["predicted_divergence"] == pytest.approx(alone["predicted_divergence"], rel=1e-9)
+    for name in ("predicted_divergence", "independent_divergence"):
+        assert report[name] == pytest.approx(alone[name], rel=1e-9)
     found, expected = (load_file(place / name / "model.safetensors") for name in ("together", "alone"))
     assert found.keys() == expected.keys()
     for name, x in found.items():

@@ -11,6 +11,7 @@ another budget starts from there.
 
 import json
 import time
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -238,6 +239,8 @@ def calibrate(
         ValueError: As `split_config`; the text is missing, or its windows are too short.
     """
     target = split_config(config, source)
+    if config.keep_dense and probe_tokens is not None:
+        raise ValueError("probe_tokens: must be None with keep_dense=True, whose errors have one unit in all layers")
     if config.needs_text and tokens is None:
         raise ValueError("tokens=None: must be given, for the statistics of a text")
     sample = 0
@@ -605,3 +608,25 @@ def dense_nbytes(config: ALRDLlamaConfig, length: int, dtype: torch.dtype, batch
     """Bytes of a dense cache: 2 · layers · H_kv · d · bytes · batch · T."""
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
     return per_token * batch_size * length
+
+
+def break_even(config: ALRDLlamaConfig, weights: int, dense_weights: int, dtype: torch.dtype) -> int | None:
+    """Tokens, in blocks of 128, from which weights and cache of one row are smaller than those of the dense model.
+
+    Args:
+        config: Of the split model, with ranks and widths.
+        weights, dense_weights: Bytes of the weights of the split and of the dense model.
+        dtype: Of the split model. The dense cache has 16 bits.
+
+    Returns:
+        The tokens; `None`: more than 2^24.
+    """
+
+    def is_smaller(tokens: int) -> bool:
+        dense = dense_weights + dense_nbytes(config, tokens, torch.float16)
+        return weights + cache_nbytes(config, tokens, dtype) < dense
+
+    # Whole blocks save alike, so that the lengths at which the model is smaller follow those at which it is not.
+    lengths = range(0, 2**24, 128)
+    found = bisect_left(lengths, True, key=is_smaller)
+    return lengths[found] if found < len(lengths) else None

@@ -169,7 +169,7 @@ def block_factors(config: ALRDLlamaConfig, statistics: list[LayerStatistics]) ->
     for block in config.blocks():
         groups = []
         for i, sample in enumerate(member_samples(statistics, block, config.num_head_groups)):
-            roots, inverses = _member_roots(statistics, block, i, config.group_outputs)
+            roots, inverses, unit = _member_roots(statistics, block, i, config.group_outputs)
             root, inverse = torch.block_diag(*roots), torch.block_diag(*inverses)
             u = sample.flatten(0, 1).double() @ root
             energy, vectors = torch.linalg.eigh(u.T @ u / len(u))
@@ -179,13 +179,19 @@ def block_factors(config: ALRDLlamaConfig, statistics: list[LayerStatistics]) ->
             vectors = torch.where(largest < 0, -vectors, vectors)
             spread = energy.clamp(min=_SMALLEST_ENERGY * energy[0]).sqrt()
             project = (vectors / spread).T @ root
-            groups.append(Factors(inverse @ (vectors * spread), project, energy, project, spread.square()))
+            a = inverse @ (vectors * spread)
+            groups.append(Factors(a, project, unit * energy, project, unit * spread.square()))
         factors[block.name] = groups
     return factors
 
 
-def _member_roots(statistics: list[LayerStatistics], block: Block, group: int, outputs: int) -> tuple[list, list]:
-    """Root of half the Fisher information of one head group of each member of a block, and its inverse."""
+def _member_roots(
+    statistics: list[LayerStatistics], block: Block, group: int, outputs: int
+) -> tuple[list[torch.Tensor], list[torch.Tensor], float]:
+    """Root of half the Fisher information of one head group of each member of a block, and its inverse.
+
+    And the unit of squared errors: one; zero where no error of the head group costs anything.
+    """
     roots, inverses, units = [], [], []
     rows = slice(group * outputs, (group + 1) * outputs)
     for projection in block.members():
@@ -198,7 +204,7 @@ def _member_roots(statistics: list[LayerStatistics], block: Block, group: int, o
     for i, unit in enumerate(units):
         scale = max(unit, _FISHER_FLOOR * max(units)) or 1.0
         roots[i], inverses[i] = roots[i] * scale**0.5, inverses[i] / scale**0.5
-    return roots, inverses
+    return roots, inverses, float(max(units) > 0)
 
 
 @torch.no_grad()
