@@ -411,7 +411,7 @@ def test_a_plan_predicts_what_its_own_errors_do(folder, dense, tokens):
     config = fit_config(folder, (3, True, 1))
     fitted = fit.fit_budget(config, calibrated(config, dense, tokens), 0.3)
     states, changes = fitted.split().state_dict(), 0.0
-    scheme = QuantScheme(2, static=True, symmetric=False)
+    scheme = QuantScheme(2, static=True, symmetric=False, token_scale=True)
     for block in fitted.target.blocks():
         samples = member_samples(fitted.statistics, block, 2)
         for i, (group, sample) in enumerate(zip(fitted.factors[block.name], samples, strict=True)):
