@@ -208,6 +208,12 @@ def real_frontier(record: dict) -> str:
     return "\n\n".join([*parts, _real_note(record), _weights_note(record)])
 
 
+def real_figure(record: dict) -> str:
+    """The figure that `compare_peers.py` draws beside its record."""
+    text = ", ".join(f"`{name}`" for name in text_names(record["key"]["text"]))
+    return f"![SmolLM2-135M-Instruct: perplexity against bytes, on {text}](scripts/results/real_frontier.png)"
+
+
 def real_peers(record: dict) -> str:
     return f"{peers_table(record)}\n\n{_real_note(record)}"
 
@@ -466,6 +472,7 @@ RENDERERS = {
     "frontier": (["peers"], frontier),
     "peers": (["peers"], all_peers),
     "real_summary": (["real_frontier"], real_summary),
+    "real_figure": (["real_frontier"], real_figure),
     "real_frontier": (["real_frontier"], real_frontier),
     "real_peers": (["real_frontier"], real_peers),
     "real_ruler": (["real_ruler"], real_retrieval),

@@ -436,6 +436,7 @@ class TestEqualBytes:
         assert "12.50%: 97.7 KiB, from 115 tokens" in shown and "| 4.0 |" in shown
         front = results_tables.real_summary(record).splitlines()
         assert front[0].count("|") == 9 and front[2].endswith("| manual: +4.04%, KL 0.1000 | b – a | 0.1200 | 2.4 |")
+        assert "against bytes, on `speech`, `manual`](scripts/" in results_tables.real_figure(record)
         peers_shown = results_tables.real_peers(record)
         assert "| **ours, ours** | 125 | 12.5% |" in peers_shown and peers_shown.count("manual: ") == 3
 
