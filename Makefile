@@ -36,7 +36,7 @@ REAL_TEXTS := speech:test stdlib:test manual licence cyrillic
 # Budgets at which each projection by itself, without blocks, is measured too.
 PLAIN_BUDGETS := 0.25 0.125 0.0625
 
-# The language model's frontier beside the peers on the same tokens, and RULER's needles (some seven hours on one core;
+# The language model's frontier beside the peers on the same tokens, and RULER's needles (some five hours on one core;
 # goes on where it stopped).
 real-results: .venv/wheels
 	.venv/bin/pip install --quiet --no-deps optimum-quanto==0.2.7 hqq==0.2.8.post1 einops termcolor

@@ -274,8 +274,8 @@ def model_card(config: ExportConfig, stored: dict, report: dict | None, evaluati
     name = Path(config.output).name
     return f"""# {name}
 
-A {stored["dense_model_type"]} model whose key and value projections are factored, `W = A·B`, so that its KV cache holds
-the latents `B·x`, quantized and packed to the bit (`KIVILatentCache`).{_origin(config, report)}
+A {stored["dense_model_type"]} model {_split_as(stored)}, quantized and packed to the bit
+(`KIVILatentCache`).{_origin(config, report)}
 
 ## Use
 
@@ -320,6 +320,16 @@ written flat by `scripts/export_hub.py`. Their license is Apache-2.0 (`LICENSE.c
 """
 
 
+def _split_as(stored: dict) -> str:
+    """What the latents of a checkpoint are made of, as the card's first sentence goes on."""
+    if not stored.get("keep_dense"):
+        return "whose key and value projections are factored, `W = A·B`, so that its KV cache holds the latents `B·x`"
+    sides = "keys and values together" if stored["joint_kv"] else "keys, and of values,"
+    layers = stored["layer_group_size"]
+    of_layers = f"of each {layers} layers" if layers > 1 else "of each layer"
+    return f"whose KV cache holds low-rank latents of {sides} {of_layers} in place of these"
+
+
 def _origin(config: ExportConfig, report: dict | None) -> str:
     dense = config.base_model or (report and _public(report["config"]["model"]))
     return f" Made from `{dense}`." if dense else ""
@@ -353,7 +363,7 @@ def _size(report: dict | None) -> str:
         f"At {settings['tokens']:,} tokens the cache of one sequence takes {report['nbytes']:,} bytes "
         f"({human_bytes(report['nbytes'])}), {report['share_of_dense']:.2%} of a dense one in 16 bits, with codes, "
         "scales, zero points, window and sinks counted.\n\n"
-        f"Ranks {min(ranks)} to {max(ranks)} per projection"
+        f"Ranks {min(ranks)} to {max(ranks)} per {'latent' if settings.get('keep_dense') else 'projection'}"
     )
     if report.get("energy_kept"):
         kept = list(itertools.chain.from_iterable(report["energy_kept"].values()))

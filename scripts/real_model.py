@@ -11,8 +11,8 @@ The output folder gets the dense model, the texts, a checkpoint for each budget,
 `sweep.json` and `curve.png`. Each step is skipped where its results lie there already: a run that was stopped goes on.
 
 About 15 minutes on two quiet cores, added up from its parts: statistics 7, factors, costs and widths 4, measuring 3.5.
-`make real-results` takes some seven hours on one core: calibrations 0.7, the caches of all budgets and peers on five
-texts 2.5, RULER's needles up to 8,192 tokens 4.
+`make real-results` takes some five hours on one quiet core: calibrations 0.7, all budgets and peers on five texts 2.5,
+RULER's needles up to 8,192 tokens 2.
 """
 
 import json

@@ -177,15 +177,15 @@ def all_peers(record: dict) -> str:
 
 
 def _real_note(record: dict) -> str:
-    """Under the tables of the language model: what was measured, and how much of a cache stays exact."""
-    key, dense, exact = record["key"], record["results"]["dense"], set()
+    """Under the tables of the language model: what was measured, and how much of a cache is not quantized."""
+    key, dense, unpacked = record["key"], record["results"]["dense"], set()
     for result in measured(record, "ours").values():
         settings = result["settings"]
-        exact.add(f"a window of {settings['residual_length']} or more and {settings['sink_length']} sinks")
+        unpacked.add(f"a window of {settings['residual_length']} tokens or more and {settings['sink_length']} sinks")
     return (
         f"SmolLM2-135M-Instruct: dense perplexity {dense['perplexity']:.3f}; {dense['tokens']:,} scored tokens, "
-        f"{_measured_by(record, key)} All bytes at 4,096 tokens; in our caches {' or '.join(sorted(exact))} stay "
-        "exact. Intervals: paired bootstrap over windows, drawn within each text."
+        f"{_measured_by(record, key)} All bytes at 4,096 tokens; in our caches {' or '.join(sorted(unpacked))} are "
+        "kept in 16 bits. Intervals: paired bootstrap over windows, drawn within each text."
     )
 
 
@@ -206,6 +206,12 @@ def real_frontier(record: dict) -> str:
     if measured(record, "before"):
         parts.append(before_table(record))
     return "\n\n".join([*parts, _real_note(record), _weights_note(record)])
+
+
+def real_figure(record: dict) -> str:
+    """The figure that `compare_peers.py` draws beside its record."""
+    text = ", ".join(f"`{name}`" for name in text_names(record["key"]["text"]))
+    return f"![SmolLM2-135M-Instruct: perplexity against bytes, on {text}](scripts/results/real_frontier.png)"
 
 
 def real_peers(record: dict) -> str:
@@ -466,6 +472,7 @@ RENDERERS = {
     "frontier": (["peers"], frontier),
     "peers": (["peers"], all_peers),
     "real_summary": (["real_frontier"], real_summary),
+    "real_figure": (["real_frontier"], real_figure),
     "real_frontier": (["real_frontier"], real_frontier),
     "real_peers": (["real_frontier"], real_peers),
     "real_ruler": (["real_ruler"], real_retrieval),

@@ -359,6 +359,17 @@ def test_card_has_the_measured_figures(place, tmp_path):
     assert data["base_model"] == "someone/llama" and "license" not in data
 
 
+def test_card_says_what_shares_a_latent(place, tmp_path):
+    config = ExportConfig(model=str(place / "split"), output=str(tmp_path / "hub"))
+    stored = json.loads((place / "split" / "config.json").read_text())
+    assert "whose key and value projections are factored" in export_hub.model_card(config, stored, None, None)
+    stored |= {"keep_dense": True, "layer_group_size": 3, "joint_kv": True}
+    card = export_hub.model_card(config, stored, None, None)
+    assert "low-rank latents of keys and values together of each 3 layers in place of these, quantized" in card
+    stored |= {"layer_group_size": 1, "joint_kv": False}
+    assert "low-rank latents of keys, and of values, of each layer" in export_hub.model_card(config, stored, None, None)
+
+
 def test_card_names_several_texts_without_their_folders(place, tmp_path):
     record = json.loads((place / "evaluation.json").read_text())
     record["config"]["text"] = [str(tmp_path / "speeches.txt"), "manual"]

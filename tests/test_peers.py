@@ -431,11 +431,12 @@ class TestEqualBytes:
         assert "| manual: +4.04%, KL 0.1000 | b – a | +10.52% | 0.1200 | 2.4 |" in shown
         assert "510 scored tokens, 2 windows of 2,048 tokens of each text (prefill 1,792, then steps of 1). " in shown
         assert "Text: `speech`; `manual`, sha256 0123456789ab. bfloat16 on EPYC" in shown
-        assert "in our caches a window of 32 or more and 4 sinks stay exact" in shown
+        assert "in our caches a window of 32 tokens or more and 4 sinks are kept in 16 bits" in shown
         # 100,000 bytes more, and 875 fewer for each token.
         assert "12.50%: 97.7 KiB, from 115 tokens" in shown and "| 4.0 |" in shown
         front = results_tables.real_summary(record).splitlines()
         assert front[0].count("|") == 9 and front[2].endswith("| manual: +4.04%, KL 0.1000 | b – a | 0.1200 | 2.4 |")
+        assert "against bytes, on `speech`, `manual`](scripts/" in results_tables.real_figure(record)
         peers_shown = results_tables.real_peers(record)
         assert "| **ours, ours** | 125 | 12.5% |" in peers_shown and peers_shown.count("manual: ") == 3
 

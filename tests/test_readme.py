@@ -20,7 +20,8 @@ def test_tables_are_those_of_the_results():
     texts = [path.read_text() for path in DOCUMENTS]
     measured = [name for name, (files, _) in RENDERERS.items() if all((RESULTS / f"{f}.json").exists() for f in files)]
     # A GPU is not always there; the language model's tables are made once `make real-results` has run.
-    assert set(RENDERERS) - set(measured) <= {"gpu", "real_summary", "real_frontier", "real_peers", "real_ruler"}
+    of_real = {"real_summary", "real_figure", "real_frontier", "real_peers", "real_ruler"}
+    assert set(RENDERERS) - set(measured) <= {"gpu", *of_real}
     assert all(any(f"<!-- table: {name} -->" in text for text in texts) for name in measured)
     for text in texts:
         assert with_tables(text) == text
@@ -54,7 +55,7 @@ def test_the_translation_says_the_same():
     english, chinese = ((ROOT / name).read_text() for name in ("README.md", "README.zh-CN.md"))
     assert figures(english) == figures(chinese)
     tables = [re.findall(r"<!-- table: (\w+) -->", text) for text in (english, chinese)]
-    assert tables[0] == tables[1] == ["summary"]
+    assert tables[0] == tables[1] == ["real_summary", "real_figure", "published"]
     code = [[re.sub(r"  # .*", "", block) for block in CODE.findall(text)] for text in (english, chinese)]
     python = [[block for block in blocks if block.startswith("```python")] for blocks in code]
     assert python[0] == python[1] != []
@@ -123,7 +124,9 @@ def fresh_shell(tmp_path):
 def test_the_two_commands_of_the_readme_are_targets(fresh_shell):
     """In a fresh shell both targets of `make` exist and use the environment."""
     planned = fresh_shell(re.sub(r"^make", "make --dry-run", code_blocks("README.md")[0][1], flags=re.MULTILINE))
-    assert "scripts/demo.py" in planned and "pytest" in planned and "pip install" not in planned
+    assert "scripts/real_model.py" in planned and "pytest" in planned
+    # The language model is installed, the environment is there.
+    assert re.findall("pip install (.*)", planned) and "--requirement" not in planned
 
 
 def test_the_translation_prints_the_same_commands():
@@ -131,7 +134,7 @@ def test_the_translation_prints_the_same_commands():
     for name in ("README.md", "README.zh-CN.md"):
         lines = [line for language, block in code_blocks(name) if not language for line in block.splitlines()]
         commands.append([line.partition("  #")[0].strip() for line in lines])
-    assert commands[0] == commands[1] and len(commands[0]) == 7
+    assert commands[0] == commands[1] and len(commands[0]) == 16
 
 
 def quick_start() -> str:

@@ -133,6 +133,21 @@ def test_all_ranks_in_16_bits_lose_nothing(dense, split, tokenizer, speech):
 
 
 @real
+def test_blocks_of_all_ranks_in_16_bits_answer_as_the_dense_model(folder, dense, tokenizer, speech):
+    """Keys and values of three layers in one latent, as `make real` makes them, but nothing left out."""
+    shared = {"keep_dense": True, "layer_group_size": 3, "joint_kv": True}
+    config = ALRDLlamaConfig.from_pretrained(folder / "dense", k_bits=16, v_bits=16, **shared)
+    for block in config.blocks():
+        config.truncation_ranks[block.name] = [config.full_rank(block)]
+    model = ALRDLlamaForCausalLM.from_pretrained(folder / "dense", config=config, dtype=torch.float32).eval()
+    question = hide_number(tokenizer, speech, 300)
+    cache = model.create_kivi_cache()
+    answer = ask(model, tokenizer, cache, question)
+    assert answer == ask(dense, tokenizer, DynamicCache(config=dense.config), question)
+    assert "4817" in answer and len(cache.layers) == 10 and has_packed(cache)
+
+
+@real
 def test_a_cache_of_4_bits_costs_little(folder, dense, split, tokenizer):
     config = EvalConfig(
         model="", text=str(folder / "text" / "test"), windows=2, length=1024, prefill=896, chunk=16, batch_size=2

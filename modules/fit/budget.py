@@ -130,12 +130,12 @@ class FitConfig:
         check_choice("objective", self.objective, tuple(OBJECTIVES))
         for name in ("tokens", "batch_size", "rank_multiple"):
             check_positive(name, getattr(self, name))
+        if self.keep_dense and not (self.tiered and self.objective == "fisher"):
+            raise ValueError("keep_dense=True: must go with allocation='tiers', objective='fisher' and no share")
         if self.token_scale is None:
             self.token_scale = self.keep_dense
         if self.token_scale and not self.tiered:
             raise ValueError("token_scale=True: must go with allocation='tiers', which calibrates the scales")
-        if self.keep_dense and not (self.tiered and self.objective == "fisher"):
-            raise ValueError("keep_dense=True: must go with allocation='tiers', objective='fisher' and no share")
         if self.max_rebuild is not None:
             check_positive("max_rebuild", self.max_rebuild)
             if not self.keep_dense:
