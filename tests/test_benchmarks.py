@@ -446,7 +446,8 @@ def test_blocks_record_is_complete(blocks_run):
         assert case["rebuild_macs"] == keys + values
         factors = (2 * case["rank"] * 4 * 32 + case["rank"] * groups + 4 * 32) * 2 * 2 * layers
         assert case["factor_nbytes"] == factors
-        assert case["speedup"] == case["dense"]["p50"] / case["ours"]["p50"]
+        ends = [case["dense"][a] / case["ours"][b] for a, b in (("p20", "p80"), ("p80", "p20"))]
+        assert ends[0] <= case["speedup"]["p50"] <= ends[1]
         assert case["ours"]["p20"] <= case["ours"]["p50"] <= case["ours"]["p80"] and case["load"] >= 0
     table = results_tables.blocks(record)
     assert "small, a step of a layer:" in table and "| 2 layers, per head, keys + values |" in table
