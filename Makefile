@@ -68,6 +68,7 @@ results: .venv/installed
 	$(RUN) scripts/benchmark_attention.py --output build/benchmark_attention.json
 	$(RUN) scripts/benchmark_decode.py --checkpoints build/sweep/0.125 build/sweep/0.0625 \
 		--output build/benchmark_decode.json
+	$(RUN) scripts/benchmark_blocks.py --output build/benchmark_blocks.json
 	$(RUN) scripts/benchmark_lookup.py --threads 2 --output scripts/results/benchmark_lookup.json
 	$(RUN) scripts/benchmark_host.py --output scripts/results/benchmark_host.json
 	$(RUN) scripts/benchmark_prefix.py --checkpoints build/sweep/0.125 build/sweep/0.0625 \
@@ -82,7 +83,7 @@ results: .venv/installed
 	$(RUN) scripts/lm_eval_harness.py --tasks stdlib_next_lines --checkpoints build/sweep/0.0625 build/sweep/0.04 \
 		--bits 2 --limit 32 --batch_size 16 --chunk 8 --output build/lm_eval_harness.json
 	cp build/copying.* build/long_documents.* build/lm_eval_harness.json scripts/results/
-	cp build/benchmark_attention.json build/benchmark_decode.json scripts/results/
+	cp build/benchmark_attention.json build/benchmark_blocks.json build/benchmark_decode.json scripts/results/
 	cp build/peers.json build/peers.png build/ablation.json scripts/results/
 	cp build/sweep/0.0625/widths.png build/sweep/0.0625/spectra.png scripts/results/
 	$(RUN) scripts/results_tables.py

@@ -74,9 +74,6 @@ SMALL = RANDOM | {
     "initializer_range": 0.2,
 }
 
-#: Tokens and rows of the gate.
-GATE_SIZE = (1024, 2)
-
 
 @dataclass
 class DecodeBenchmarkConfig:
@@ -139,6 +136,9 @@ class Subject:
     checkpoint: str | None = None
     shape: dict[str, Any] | None = None
 
+    #: Tokens and rows of the gate.
+    gate_size = (1024, 2)
+
     @property
     def dtype(self) -> torch.dtype:
         return getattr(torch, self.options.dtype)
@@ -183,6 +183,15 @@ class Subject:
                 cache.layer(i, widths).append(*(self._states((*shape, sum(side))) for side in widths))
         return cache
 
+    def exact_cache(self, packed: KIVILatentCache) -> KIVILatentCache:
+        """What a packed cache holds, as float32 states, in a cache that keeps them as they are."""
+        exact = KIVILatentCache(
+            CacheScheme(k_bits=16, v_bits=16), config_widths(self.latent.config), backend="reference"
+        )
+        for layer, held in zip(exact.layers, packed.layers):
+            layer.append(*(x.float() for x in held.states()))
+        return exact
+
     def dense_cache(self, length: int, batch: int) -> DynamicCache:
         """A `DynamicCache` of random states."""
         config = self.dense.config
@@ -201,14 +210,14 @@ class Subject:
 
 
 @torch.no_grad()
-def attention_outputs(model: PreTrainedModel, cache: Cache) -> list[torch.Tensor]:
+def attention_outputs(model: PreTrainedModel, cache: KIVILatentCache) -> list[torch.Tensor]:
     """Inputs of every layer's output projection, `[B, 1, H_q * d]`, in a step of one token."""
     outputs: list[torch.Tensor] = []
     hooks = [
         layer.self_attn.o_proj.register_forward_pre_hook(lambda module, inputs: outputs.append(inputs[0]))
         for layer in model.model.layers
     ]
-    model(torch.arange(GATE_SIZE[1], device=model.device)[:, None], past_key_values=cache)
+    model(torch.arange(len(cache.row_tokens()), device=model.device)[:, None], past_key_values=cache)
     for hook in hooks:
         hook.remove()
     return outputs
@@ -220,14 +229,9 @@ def check(subject: Subject) -> dict[str, float]:
     Raises:
         RuntimeError: The chosen back end is wrong by more than `GATE` times as much as the reference.
     """
-    length, batch = GATE_SIZE
-    model, config = subject.latent, subject.latent.config
+    (length, batch), model = subject.gate_size, subject.latent
     caches = [subject.latent_cache(length, batch, name) for name in (subject.options.backend, "reference")]
-    # What the blocks hold, as float32 states, in a cache that keeps them as they are.
-    exact = KIVILatentCache(CacheScheme(k_bits=16, v_bits=16), config_widths(config), backend="reference")
-    for layer, held in zip(exact.layers, caches[1].layers):
-        layer.append(*(x.float() for x in held.states()))
-    expected = attention_outputs(deepcopy(model).float(), exact)
+    expected = attention_outputs(deepcopy(model).float(), subject.exact_cache(caches[1]))
     errors = [max(map(relative_error, attention_outputs(model, cache), expected)) for cache in caches]
     if not errors[0] <= GATE * errors[1]:
         raise RuntimeError(

@@ -15,6 +15,7 @@ from modules.formats.qlutattn import QLUTATTN
 from scripts import plots
 from scripts.ablate_calibration import ablation_table
 from scripts.benchmark_attention import attention_table, full_table, schemes_table
+from scripts.benchmark_blocks import blocks_tables
 from scripts.benchmark_decode import decode_table, first_token_table
 from scripts.benchmark_gpu import gpu_table
 from scripts.benchmark_lookup import lookup_table
@@ -300,6 +301,10 @@ def decode(record: dict) -> str:
     return f"{decode_table(record)}\n\n{first_token_table(record)}\n\n{_speed_note(record)}"
 
 
+def blocks(record: dict) -> str:
+    return f"{blocks_tables(record)} {_speed_note(record)}"
+
+
 def gpu(record: dict) -> str:
     c, e, (few, many) = record["config"], record["environment"], record["config"]["new_tokens"]
     return (
@@ -435,6 +440,7 @@ def lm_eval(record: dict) -> str:
 MADE_BY = {
     "ablation": ("ablate_calibration.py", "results"),
     "benchmark_attention": ("benchmark_attention.py", "results"),
+    "benchmark_blocks": ("benchmark_blocks.py", "results"),
     "benchmark_cache": ("benchmark_cache.py", "results"),
     "benchmark_decode": ("benchmark_decode.py", "results"),
     "benchmark_gpu": ("benchmark_gpu.py", "gpu"),
@@ -489,6 +495,7 @@ RENDERERS = {
     "attention_full": (["benchmark_attention"], attention_full),
     "decode": (["benchmark_decode"], decode),
     "decode_targets": (["benchmark_attention", "benchmark_decode"], decode_targets),
+    "blocks": (["benchmark_blocks"], blocks),
     "gpu": (["benchmark_gpu"], gpu),
     "lookup": (["benchmark_lookup"], lookup),
     "prefix": (["benchmark_prefix", "benchmark_prefix_32k"], prefix),

@@ -10,8 +10,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from modules.fit.budget import cache_nbytes
 from modules.kernels import Backend
-from scripts import attention_peers, benchmark_attention, benchmark_decode, benchmark_prefix, results_tables
+from scripts import (
+    attention_peers,
+    benchmark_attention,
+    benchmark_blocks,
+    benchmark_decode,
+    benchmark_prefix,
+    results_tables,
+)
 from scripts.attention_peers import PEERS, DenseStates, Ggml, relative_error
 from scripts.benchmark_attention import (
     AttentionBenchmarkConfig,
@@ -21,6 +29,7 @@ from scripts.benchmark_attention import (
     measure_case,
     seconds_in_turns,
 )
+from scripts.benchmark_blocks import BlocksBenchmarkConfig, BlockSubject
 from scripts.benchmark_decode import DecodeBenchmarkConfig, Subject
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -34,6 +43,10 @@ def attention_options(**fields) -> AttentionBenchmarkConfig:
 
 def decode_options(**fields) -> DecodeBenchmarkConfig:
     return DecodeBenchmarkConfig(**{"quick": True, "threads": 1, "backend": "reference", **fields})
+
+
+def blocks_options(**fields) -> BlocksBenchmarkConfig:
+    return BlocksBenchmarkConfig(**{"quick": True, "threads": 1, "backend": "reference", **fields})
 
 
 def layer(scheme=None, batch: int = 2, length: int = 517, **fields) -> LatentLayer:
@@ -54,6 +67,40 @@ def decode_run(tmp_path_factory) -> tuple[DecodeBenchmarkConfig, dict]:
     path = tmp_path_factory.mktemp("decode") / "record.json"
     options = decode_options(backend=None, output=str(path))
     return options, benchmark_decode.main(options)
+
+
+@pytest.fixture(scope="module")
+def blocks_run(tmp_path_factory) -> tuple[BlocksBenchmarkConfig, dict]:
+    path = tmp_path_factory.mktemp("blocks") / "record.json"
+    options = blocks_options(output=str(path))
+    return options, benchmark_blocks.main(options)
+
+
+def wrong_back_end(monkeypatch, subject: type[Subject], wrong: dict) -> list:
+    """Give the first cache that a subject makes a back end of another name, whose attention alone is wrong.
+
+    Returns:
+        The caches that are made; once they are taken out, the next one is the first again.
+    """
+    attend, new_cache, caches = Backend.attend, subject.latent_cache, []
+
+    def of_another_name(self, *size) -> object:
+        cache = new_cache(self, *size)
+        if not caches:
+            for layer in cache.layers:
+                layer.backend = replace(layer.backend, name="another")
+        caches.append(cache)
+        return cache
+
+    def wrong_attend(self, query, *arguments):
+        factors = wrong if self.name == "another" else {}
+        query = replace(query, states=query.states * factors.get("query", 1.0))
+        attended = attend(self, query, *arguments)
+        return attended._replace(summed=attended.summed * factors.get("summed", 1.0))
+
+    monkeypatch.setattr(subject, "latent_cache", of_another_name)
+    monkeypatch.setattr(Backend, "attend", wrong_attend)
+    return caches
 
 
 def broken(monkeypatch, factor: float) -> None:
@@ -327,27 +374,8 @@ def test_decode_goes_on_where_it_stopped(decode_run, tmp_path, monkeypatch):
 def test_the_gate_stops_wrong_models(wrong, tmp_path, monkeypatch):
     """The chosen back end is another than the one it is compared with; here only that one is wrong."""
     options = decode_options(output=str(tmp_path / "record.json"))
-    attend, new_cache = Backend.attend, Subject.latent_cache
-
-    def of_another_name(self, *size) -> object:
-        cache = new_cache(self, *size)
-        if not caches:
-            for layer in cache.layers:
-                layer.backend = replace(layer.backend, name="another")
-        caches.append(cache)
-        return cache
-
-    def wrong_attend(self, query, *arguments):
-        factors = wrong if self.name == "another" else {}
-        query = replace(query, states=query.states * factors.get("query", 1.0))
-        attended = attend(self, query, *arguments)
-        return attended._replace(summed=attended.summed * factors.get("summed", 1.0))
-
-    caches: list = []
-    monkeypatch.setattr(Subject, "latent_cache", of_another_name)
     assert benchmark_decode.check(Subject(options, "random"))["ratio"] == 1
-    caches.clear()
-    monkeypatch.setattr(Backend, "attend", wrong_attend)
+    wrong_back_end(monkeypatch, Subject, wrong)
     with pytest.raises(RuntimeError, match=r"correctness gate: error .* of another in random is more than 2 times"):
         benchmark_decode.main(options)
     assert not (tmp_path / "record.json").exists()
@@ -393,6 +421,87 @@ def test_peak_memory_sees_an_allocation():
 def test_decode_refuses(fields, message):
     with pytest.raises(ValueError, match=message):
         DecodeBenchmarkConfig(**fields)
+
+
+# ---- shapes of blocks
+
+
+def test_blocks_record_is_complete(blocks_run):
+    options, record = blocks_run
+    assert json.loads(Path(options.output).read_text()) == record
+    assert len(record["cases"]) == 2 * 2 * 2
+    for subject, (name, case) in zip(options.subjects(), record["cases"].items(), strict=True):
+        layers, heads, _ = subject.block
+        assert name == f"{subject.label}, 256" and case["geometry"] == "small" and not case["whole"]
+        assert case["gate"]["ratio"] == 1 and case["backend"] == "reference" and case["rounds"] == 2
+        # The cache is as large as it is said to be, and with one channel more in each latent it would be too large.
+        assert 0.11 < case["cache_share"] <= 0.125
+        assert case["cache_nbytes"] == cache_nbytes(subject.config, 256, torch.bfloat16)
+        more = {name: [rank + 1 for rank in ranks] for name, ranks in subject.config.truncation_ranks.items()}
+        subject.config.truncation_ranks = more
+        assert cache_nbytes(subject.config, 256, torch.bfloat16) > 0.125 * 2 * layers * 4 * 32 * 2 * 256
+        # 4 key/value heads of 32 in every layer of the block, 8 query heads.
+        groups = 4 if heads else 1
+        keys, values = case["rank"] * 4 * 32, case["rank"] * 8
+        assert case["rebuild_macs"] == keys + values
+        factors = (2 * case["rank"] * 4 * 32 + case["rank"] * groups + 4 * 32) * 2 * 2 * layers
+        assert case["factor_nbytes"] == factors
+        ends = [case["dense"][a] / case["ours"][b] for a, b in (("p20", "p80"), ("p80", "p20"))]
+        assert ends[0] <= case["speedup"]["p50"] <= ends[1]
+        assert case["ours"]["p20"] <= case["ours"]["p50"] <= case["ours"]["p80"] and case["load"] >= 0
+    table = results_tables.blocks(record)
+    assert "small, a step of a layer:" in table and "| 2 layers, per head, keys + values |" in table
+    assert len({line.count("|") for line in table.splitlines() if line.startswith("|")}) == 1
+
+
+def test_blocks_go_on_where_they_stopped(blocks_run, tmp_path, monkeypatch):
+    options, record = blocks_run
+    output = tmp_path / "all.json"
+    output.write_text(json.dumps(record))
+    monkeypatch.setattr(benchmark_blocks, "check", lambda subject: pytest.fail("nothing is left to measure"))
+    assert benchmark_blocks.main(replace(options, output=str(output))) == record
+    with pytest.raises(ValueError, match=r"holds cases of other options \(share\)"):
+        benchmark_blocks.main(replace(options, output=str(output), share=0.2))
+
+
+def test_the_times_of_a_whole_model_are_not_divided(blocks_run):
+    _, record = blocks_run
+    name = "small, 2 layers, all heads, keys and values, 256"
+    seconds = {"p20": 1.0, "p50": 2.0, "p80": 3.0}
+    case = record["cases"][name] | {"ours": seconds}
+    of_layer, of_model = (
+        benchmark_blocks.blocks_tables(record | {"cases": {name: case | {"whole": whole}}}) for whole in (False, True)
+    )
+    assert "a step of a layer" in of_layer and "| 1,000 [500–1,500] |" in of_layer
+    assert "a step of the whole model" in of_model and "| 2,000 [1,000–3,000] |" in of_model
+
+
+def test_copies_of_blocks_are_whole_caches():
+    """Copied blocks stand where packed ones would, and the gate's exact cache holds what the packed one does."""
+    subject = blocks_options(dtype="float32").subjects()[-1]
+    cache = subject.latent_cache(1000, 1, None)
+    (layer,) = cache.layers
+    assert cache.row_tokens() == [1000] and cache.nbytes_used == cache_nbytes(subject.config, 1000, torch.float32)
+    assert layer.pool.used == len(layer.rows[0].blocks) == 30
+    states, period = layer.states()[0][0], 16 * 32
+    assert torch.equal(states[: 14 * 32], states[period : 30 * 32])
+    assert not torch.equal(states[:32], states[32:64])
+    assert benchmark_blocks.check(subject)["ours"] < 1e-5
+
+
+@pytest.mark.parametrize("wrong", [{"query": 1.2}, {"summed": 1.05}, {"summed": float("nan")}])
+def test_the_gate_stops_wrong_blocks(wrong, tmp_path, monkeypatch):
+    wrong_back_end(monkeypatch, BlockSubject, wrong)
+    with pytest.raises(RuntimeError, match=r"correctness gate: error .* of another in small is more than 2 times"):
+        benchmark_blocks.main(blocks_options(output=str(tmp_path / "record.json")))
+    assert not (tmp_path / "record.json").exists()
+
+
+def test_a_share_without_room_for_a_channel_is_refused():
+    with pytest.raises(ValueError, match=r"share=0\.01: must hold one channel of each latent"):
+        benchmark_blocks.main(blocks_options(share=0.01))
+    with pytest.raises(ValueError, match="share=0: must be above 0"):
+        blocks_options(share=0)
 
 
 # ---- a stored prefix
