@@ -49,6 +49,8 @@ real-results: .venv/wheels
 		--parts transformers KIVI Palu before checkpoints --output build/real_frontier.json
 	$(RUN) scripts/eval_retrieval.py --task ruler --dense build/real/dense --checkpoints $(REAL_BUDGETS:%=build/real/%) \
 		--chat --lengths 1024 2048 4096 8192 --trials 10 --new_tokens 32 --output build/real_ruler.json
+	$(RUN) scripts/rate_distortion.py --model build/real/dense --statistics build/real/statistics \
+		--output scripts/results/rate_distortion.json
 	cp build/real_frontier.* build/real_ruler.* scripts/results/
 	$(RUN) scripts/results_tables.py
 

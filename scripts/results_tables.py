@@ -37,6 +37,7 @@ from scripts.eval_retrieval import retrieval_table
 from scripts.measure_distortion import distortion_table
 from scripts.project_calibration import projection_table
 from scripts.published import PUBLISHED
+from scripts.rate_distortion import rate_table
 from scripts.timing import bounds_note, milliseconds
 
 RESULTS = ROOT / "scripts" / "results"
@@ -262,6 +263,14 @@ def ablation(record: dict) -> str:
     return f"{ablation_table(record)}\n\n{tokens:,} scored tokens, {by}"
 
 
+def rate_distortion(record: dict) -> str:
+    c = record["config"]
+    return (
+        f"{rate_table(record)}\n\nThe energies are those of {c['windows']} windows of {c['length']:,} tokens of the "
+        f"default calibration text; {_machine(record['environment'])}."
+    )
+
+
 def projection(record: dict) -> str:
     c, e = record["config"], record["environment"]
     return (
@@ -455,6 +464,7 @@ MADE_BY = {
     "long_documents": ("eval_long_documents.py", "results"),
     "peers": ("compare_peers.py", "results"),
     "projection": ("project_calibration.py", "results"),
+    "rate_distortion": ("rate_distortion.py", "real-results"),
     "real_frontier": ("compare_peers.py", "real-results"),
     "real_ruler": ("eval_retrieval.py", "real-results"),
     "recommended": ("compare_schemes.py", "schemes"),
@@ -482,6 +492,7 @@ RENDERERS = {
     "real_frontier": (["real_frontier"], real_frontier),
     "real_peers": (["real_frontier"], real_peers),
     "real_ruler": (["real_ruler"], real_retrieval),
+    "rate_distortion": (["rate_distortion"], rate_distortion),
     "published": ([], published),
     "ablation": (["ablation"], ablation),
     "projection": (["projection"], projection),
