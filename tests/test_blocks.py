@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from configuration_alrd_llama import ALRDLlamaConfig, Block
-from modeling_alrd_llama import ALRDLlamaForCausalLM
+from modeling_alrd_llama import ALRDLlamaForCausalLM, ALRDLlamaModel
 from modules.cache.scheme import TABLE_ENTRY_NBYTES, CacheScheme
 from modules.kivi_cache import KIVILatentCache, KIVILatentLayer, config_sink_channels
 from modules.loading import check_whole_blocks
@@ -593,8 +593,25 @@ def test_a_dense_checkpoint_is_split_while_it_is_loaded(dense, tmp_path):
         assert torch.equal(loaded.state_dict()[name], tensor), name
     with pytest.raises(ValueError, match="device_map: must not be given where a dense checkpoint is split into blocks"):
         ALRDLlamaForCausalLM.from_pretrained(tmp_path / "dense", config=expected.config, device_map="auto")
+    with pytest.raises(ValueError, match="output_loading_info: must not be given"):
+        ALRDLlamaForCausalLM.from_pretrained(tmp_path / "dense", config=expected.config, output_loading_info=True)
+    with pytest.raises(ValueError, match="k_bits=4: must not be given beside config, whose field it is"):
+        ALRDLlamaForCausalLM.from_pretrained(tmp_path / "dense", config=expected.config, k_bits=4)
     with pytest.raises(ValueError, match="truncation_ranks: must name all blocks"):
         ALRDLlamaForCausalLM(ALRDLlamaConfig.from_llama(dense.config, keep_dense=True))
+
+
+def test_type_and_class_of_what_is_split_while_it_is_loaded(dense, tmp_path):
+    dense.save_pretrained(tmp_path)
+    config = tiny_blocks(dense, 0.3, layer_group_size=2).config
+    how = {"dtype": torch.bfloat16, "attn_implementation": "eager"}
+    fields = {"keep_dense": True, "layer_group_size": 2, "truncation_ranks": config.truncation_ranks, "k_bits": 4}
+    for blocks in ({"config": config}, fields):
+        loaded = ALRDLlamaForCausalLM.from_pretrained(tmp_path, **blocks, **how)
+        assert (loaded.dtype, loaded.config._attn_implementation) == (torch.bfloat16, "eager")
+        assert loaded.config.k_bits == blocks.get("k_bits", 2)
+    decoder = ALRDLlamaModel.from_pretrained(tmp_path, config=config)
+    assert type(decoder) is ALRDLlamaModel
 
 
 def test_weights_on_disk(dense, tmp_path):
