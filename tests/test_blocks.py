@@ -86,6 +86,7 @@ KV = "model.layers.0.self_attn.kv_latent"
         ({"use_kivi": False}, "use_kivi=False: must be True with keep_dense=True"),
         ({"k_mean_split": True}, "k_mean_split=True: must be False with keep_dense=True"),
         ({"joint_kv": True, "v_scheme": {"group_size": 64}}, "v_scheme: must be None with joint_kv=True"),
+        ({"joint_kv": True, "v_bits": 4}, "v_bits=4: must be k_bits or left out with joint_kv=True"),
         ({"truncation_ranks": {"model.layers.0.self_attn.k_proj": 4}}, "no such block with keep_dense=True"),
         ({"truncation_ranks": {"model.layers.0.self_attn.k_latent": 4}}, "must name all blocks .* 'model.layers.0"),
         ({"joint_kv": True, "layer_group_size": 2, "truncation_ranks": {KV: 257}}, "from 1 to the full rank 256"),
@@ -665,6 +666,11 @@ def test_what_is_refused(dense):
     protected = {"k_scheme": {"protected": 0.1}, "token_score": lambda layer, keys, values: keys.sum(-1)}
     with pytest.raises(ValueError, match="token_score: must be None for the latents of a block"):
         logits(model, text(), model.create_kivi_cache(**protected, k_bits=2))
+    # Those of the values would not be used.
+    for settings in ({"v_bits": 8}, {"k_bits": 4, "v_bits": 8}, {"v_scheme": {"group_size": 16}}):
+        with pytest.raises(ValueError, match=r"must be k_(bits|scheme) or left out with joint_kv=True"):
+            model.create_kivi_cache(**settings)
+    assert model.create_kivi_cache(k_bits=4, v_bits=4).scheme.keys.bits == 4
     places = dict.fromkeys(range(4), torch.device("cpu"))
     check_whole_blocks(model.config, places)
     check_whole_blocks(model.config, {3: torch.device("cpu")})
