@@ -897,7 +897,8 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
             dense: The model; it is not changed, and no weight is shared with it.
             config: Which projections to split, and into which ranks.
             splits: For each layer, keyword arguments of `SVDLinear.from_linear` by projection name, e.g.
-                `[{"k_proj": {"covariance": …, "metric": …}, "v_proj": {…}}, …]`; default: plain SVD.
+                `[{"k_proj": {"covariance": …, "metric": …}, "v_proj": {…}}, …]`; of blocks, those of `member_states`
+                at the first layer of each, e.g. `{"kv_latent": {"factors": …}}`; default: plain SVD.
             dtype, device: Type and place of the split model; default: those of `dense`.
 
         Raises:

@@ -615,6 +615,16 @@ def test_type_and_class_of_what_is_split_while_it_is_loaded(dense, tmp_path):
     assert type(decoder) is ALRDLlamaModel
 
 
+def test_a_model_of_blocks_is_split_anew(dense):
+    blocks = tiny_blocks(dense, 0.3, layer_group_size=2, joint_kv=True)
+    single = ALRDLlamaConfig.from_llama(dense.config, truncation_ranks={"model.layers.1.self_attn.k_proj": 16})
+    for config in (tiny_blocks(dense, 0.5, layer_group_size=3).config, single):
+        found, expected = (ALRDLlamaForCausalLM.from_dense(source, config).state_dict() for source in (blocks, dense))
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(found[name], tensor), name
+
+
 def test_weights_on_disk(dense, tmp_path):
     model = lossless(dense, (2, True, None))
     model.save_pretrained(tmp_path / "split")
