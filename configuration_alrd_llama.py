@@ -807,6 +807,9 @@ def _check_blocks(config: ALRDLlamaConfig) -> None:
     ):
         if getattr(config, field) != value:
             raise ValueError(f"{field}={getattr(config, field)}: must be {value} with keep_dense=True; {reason}")
+    # What is not given has the default of its field.
+    if config.joint_kv and config.v_bits not in (config.k_bits, ALRDLlamaConfig.v_bits):
+        raise ValueError(f"v_bits={config.v_bits!r}: must be k_bits or left out with joint_kv=True")
     if config.joint_kv and config.v_scheme:
         raise ValueError("v_scheme: must be None with joint_kv=True, whose latents are stored by k_bits and k_scheme")
 

@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     GenerationMixin,
     LlamaForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers import initialization as init
@@ -396,7 +397,9 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
         if pretrained_model_name_or_path is not None:
             blocks = loading.check_stored_model(pretrained_model_name_or_path, config, kwargs)
             if blocks is not None:
-                return cls._blocks_of_dense(pretrained_model_name_or_path, *args, config=blocks, **kwargs)
+                kwargs |= {"config": blocks, "output_loading_info": output_loading_info}
+                is_given = isinstance(config, PreTrainedConfig)
+                return cls._blocks_of_dense(pretrained_model_name_or_path, *args, is_given=is_given, **kwargs)
         # The library keeps conversions per model type, ours are for this configuration.
         with loading.lock:
             model, info = super().from_pretrained(
@@ -413,18 +416,32 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
         return (model, info) if output_loading_info else model
 
     @classmethod
-    def _blocks_of_dense(cls, path, *args, config: ALRDLlamaConfig, **kwargs) -> "ALRDLlamaPreTrainedModel":
-        """A dense checkpoint in memory, split into blocks by plain SVD of its weights."""
+    def _blocks_of_dense(
+        cls, path, *args, config: ALRDLlamaConfig, is_given: bool, **kwargs
+    ) -> "ALRDLlamaPreTrainedModel":
+        """A dense checkpoint in memory, split into blocks by plain SVD of its weights.
+
+        Args:
+            path: The checkpoint.
+            config: Of the blocks.
+            is_given: Whether the caller gave all of it, and no fields by keyword.
+            args, kwargs: The other arguments of `from_pretrained`.
+        """
         for name in ("device_map", "tp_plan", "distributed_config", "quantization_config", "output_loading_info"):
             if kwargs.pop(name, None):
                 raise ValueError(
                     f"{name}: must not be given where a dense checkpoint is split into blocks (keep_dense=True); save "
                     "the split model, and load that"
                 )
-        for name in ALRDLlamaConfig.__dataclass_fields__:
-            kwargs.pop(name, None)  # `config` has them
+        for name in set(kwargs) & set(ALRDLlamaConfig.__dataclass_fields__) - {"dtype"}:
+            if is_given:
+                raise ValueError(f"{name}={kwargs[name]!r}: must not be given beside config, whose field it is")
+            del kwargs[name]  # `config` has it
         dense = AutoModelForCausalLM.from_pretrained(path, *args, **kwargs)
-        return ALRDLlamaForCausalLM.from_dense(dense, config)
+        model = ALRDLlamaForCausalLM.from_dense(dense, config)
+        if "attn_implementation" in kwargs:
+            model.set_attn_implementation(kwargs["attn_implementation"])
+        return model if isinstance(model, cls) else model.get_decoder()
 
     @classmethod
     def maybe_distribute_model(cls, model, distributed_config, *mesh):
@@ -880,7 +897,8 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
             dense: The model; it is not changed, and no weight is shared with it.
             config: Which projections to split, and into which ranks.
             splits: For each layer, keyword arguments of `SVDLinear.from_linear` by projection name, e.g.
-                `[{"k_proj": {"covariance": …, "metric": …}, "v_proj": {…}}, …]`; default: plain SVD.
+                `[{"k_proj": {"covariance": …, "metric": …}, "v_proj": {…}}, …]`; of blocks, those of `member_states`
+                at the first layer of each, e.g. `{"kv_latent": {"factors": …}}`; default: plain SVD.
             dtype, device: Type and place of the split model; default: those of `dense`.
 
         Raises:

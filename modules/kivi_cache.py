@@ -397,7 +397,17 @@ def config_schemes(config: ALRDLlamaConfig, **settings) -> tuple[CacheScheme, di
         config: Of the model.
         settings: Fields of `CacheScheme` in place of the config's. A side whose bits or scheme are given has one width
             for all channels: the config's tiers and scheme, calibrated for each other, are not used for it.
+
+    Raises:
+        ValueError: A setting is out of range, or of values alone where they are stored with the keys.
     """
+    for name in ("bits", "scheme") if config.joint_kv else ():
+        value = settings.get(f"v_{name}")
+        if value is not None and value != settings.get(f"k_{name}"):
+            raise ValueError(
+                f"v_{name}={value!r}: must be k_{name} or left out with joint_kv=True, whose latents are stored by "
+                "k_bits and k_scheme"
+            )
     own = {f.name: getattr(config, f.name) for f in fields(CacheScheme)}
     tiered = {part.settings_side for part in config.parts() if part.name in config.width_tiers}
     for side in tuple(tiered):

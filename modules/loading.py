@@ -112,8 +112,11 @@ def factored_state(
         dtype, device: Of the weights that are not factored.
     """
     state = {}
+    # A model of blocks has dense projections, and beside them factors that others take the place of.
+    factors = tuple([f"{name}." for name, module in dense.named_modules() if isinstance(module, LatentFactors)])
     for name, tensor in state_tensors(dense):
-        state[name] = tensor.to(device, dtype, copy=True)
+        if not name.startswith(factors):
+            state[name] = tensor.to(device, dtype, copy=True)
     if config.keep_dense:
         return state | _block_states(dense, config, splits or [])
     for projection, ranks, rotate in split_projections(config):

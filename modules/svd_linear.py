@@ -674,7 +674,7 @@ def _member_state(joined: list[tuple], member: int, centre: torch.Tensor) -> dic
     for (a, b), group_centre in zip(joined, centre.chunk(len(joined)), strict=True):
         weights_a.append(a[member])
         weights_b.append(b[member])
-        # Of the weight as it is stored, so that a member at its mean gives a latent of zeros.
+        # Of the weight as it is stored, so that a member at its mean gives a latent of zeros, but for rounding.
         biases.append(-(b[member].double() @ group_centre.double()))
     return {
         "ALinear.weight": torch.cat(weights_a),

@@ -156,7 +156,9 @@ def main(config: EstimateConfig) -> dict[str, Any]:
     print("ranks of the split checkpoint, --rank is not used" if is_split else f"--rank {config.rank:g}", end=": ")
     sides = ("kv",) if model.joint_kv else SIDES
     print(", ".join(f"{side} {_range(ranks)}" for side, ranks in zip(sides, zip(*channels), strict=True)))
-    print(f"keys {layers[0][0].keys}, values {layers[0][0].values}", end=", ")
+    first = layers[0][0]
+    stored = f"keys and values {first.keys}" if model.joint_kv else f"keys {first.keys}, values {first.values}"
+    print(stored, end=", ")
     print(
         ", ".join(f"{name} {getattr(scheme, name)}" for name in ("residual_length", "sink_length")),
         end="\n\n",

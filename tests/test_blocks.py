@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from configuration_alrd_llama import ALRDLlamaConfig, Block
-from modeling_alrd_llama import ALRDLlamaForCausalLM
+from modeling_alrd_llama import ALRDLlamaForCausalLM, ALRDLlamaModel
 from modules.cache.scheme import TABLE_ENTRY_NBYTES, CacheScheme
 from modules.kivi_cache import KIVILatentCache, KIVILatentLayer, config_sink_channels
 from modules.loading import check_whole_blocks
@@ -86,6 +86,7 @@ KV = "model.layers.0.self_attn.kv_latent"
         ({"use_kivi": False}, "use_kivi=False: must be True with keep_dense=True"),
         ({"k_mean_split": True}, "k_mean_split=True: must be False with keep_dense=True"),
         ({"joint_kv": True, "v_scheme": {"group_size": 64}}, "v_scheme: must be None with joint_kv=True"),
+        ({"joint_kv": True, "v_bits": 4}, "v_bits=4: must be k_bits or left out with joint_kv=True"),
         ({"truncation_ranks": {"model.layers.0.self_attn.k_proj": 4}}, "no such block with keep_dense=True"),
         ({"truncation_ranks": {"model.layers.0.self_attn.k_latent": 4}}, "must name all blocks .* 'model.layers.0"),
         ({"joint_kv": True, "layer_group_size": 2, "truncation_ranks": {KV: 257}}, "from 1 to the full rank 256"),
@@ -593,8 +594,35 @@ def test_a_dense_checkpoint_is_split_while_it_is_loaded(dense, tmp_path):
         assert torch.equal(loaded.state_dict()[name], tensor), name
     with pytest.raises(ValueError, match="device_map: must not be given where a dense checkpoint is split into blocks"):
         ALRDLlamaForCausalLM.from_pretrained(tmp_path / "dense", config=expected.config, device_map="auto")
+    with pytest.raises(ValueError, match="output_loading_info: must not be given"):
+        ALRDLlamaForCausalLM.from_pretrained(tmp_path / "dense", config=expected.config, output_loading_info=True)
+    with pytest.raises(ValueError, match="k_bits=4: must not be given beside config, whose field it is"):
+        ALRDLlamaForCausalLM.from_pretrained(tmp_path / "dense", config=expected.config, k_bits=4)
     with pytest.raises(ValueError, match="truncation_ranks: must name all blocks"):
         ALRDLlamaForCausalLM(ALRDLlamaConfig.from_llama(dense.config, keep_dense=True))
+
+
+def test_type_and_class_of_what_is_split_while_it_is_loaded(dense, tmp_path):
+    dense.save_pretrained(tmp_path)
+    config = tiny_blocks(dense, 0.3, layer_group_size=2).config
+    how = {"dtype": torch.bfloat16, "attn_implementation": "eager"}
+    fields = {"keep_dense": True, "layer_group_size": 2, "truncation_ranks": config.truncation_ranks, "k_bits": 4}
+    for blocks in ({"config": config}, fields):
+        loaded = ALRDLlamaForCausalLM.from_pretrained(tmp_path, **blocks, **how)
+        assert (loaded.dtype, loaded.config._attn_implementation) == (torch.bfloat16, "eager")
+        assert loaded.config.k_bits == blocks.get("k_bits", 2)
+    decoder = ALRDLlamaModel.from_pretrained(tmp_path, config=config)
+    assert type(decoder) is ALRDLlamaModel
+
+
+def test_a_model_of_blocks_is_split_anew(dense):
+    blocks = tiny_blocks(dense, 0.3, layer_group_size=2, joint_kv=True)
+    single = ALRDLlamaConfig.from_llama(dense.config, truncation_ranks={"model.layers.1.self_attn.k_proj": 16})
+    for config in (tiny_blocks(dense, 0.5, layer_group_size=3).config, single):
+        found, expected = (ALRDLlamaForCausalLM.from_dense(source, config).state_dict() for source in (blocks, dense))
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(found[name], tensor), name
 
 
 def test_weights_on_disk(dense, tmp_path):
@@ -648,6 +676,11 @@ def test_what_is_refused(dense):
     protected = {"k_scheme": {"protected": 0.1}, "token_score": lambda layer, keys, values: keys.sum(-1)}
     with pytest.raises(ValueError, match="token_score: must be None for the latents of a block"):
         logits(model, text(), model.create_kivi_cache(**protected, k_bits=2))
+    # Those of the values would not be used.
+    for settings in ({"v_bits": 8}, {"k_bits": 4, "v_bits": 8}, {"v_scheme": {"group_size": 16}}):
+        with pytest.raises(ValueError, match=r"must be k_(bits|scheme) or left out with joint_kv=True"):
+            model.create_kivi_cache(**settings)
+    assert model.create_kivi_cache(k_bits=4, v_bits=4).scheme.keys.bits == 4
     places = dict.fromkeys(range(4), torch.device("cpu"))
     check_whole_blocks(model.config, places)
     check_whole_blocks(model.config, {3: torch.device("cpu")})

@@ -17,7 +17,7 @@ from scripts.benchmark_cache import CacheBenchmarkConfig, allocated_bytes
 from scripts.common import ROOT, human_bytes
 from scripts.estimate_memory import EstimateConfig, layer_breakdown, layer_room
 from scripts.generate import GenerateConfig
-from tests.helpers import save_byte_tokenizer
+from tests.helpers import save_byte_tokenizer, tiny_blocks
 
 TINY = {
     "vocab_size": 300,
@@ -104,6 +104,18 @@ def test_estimate_equals_a_filled_cache(split_path):
         assert estimate["packed"] == sum(estimate["breakdown"].values()) == cache.nbytes_used
         assert estimate["allocated_at_most"] >= cache.nbytes
         assert estimate["dense"] == 2 * 2 * 2 * 16 * 2 * 3 * estimate["length"]
+
+
+def test_estimate_of_one_latent_for_keys_and_values(tmp_path, capsys):
+    tiny_blocks(share=0.5, layer_group_size=2, joint_kv=True, group_size=8).save_pretrained(tmp_path)
+    (estimate,) = estimate_memory.main(EstimateConfig(model=str(tmp_path), length=[45]))["estimates"]
+    model = ALRDLlamaForCausalLM.from_pretrained(tmp_path)
+    cache = model.create_kivi_cache()
+    model(torch.ones(1, 45, dtype=torch.int64), past_key_values=cache)
+    assert estimate["packed"] == cache.nbytes_used
+    assert "keys and values 2-bit per channel in groups of 8, residual_length" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="v_bits=8: must be k_bits or left out with joint_kv=True"):
+        estimate_memory.main(EstimateConfig(model=str(tmp_path), v_bits=8))
 
 
 def test_estimate_output(dense_path, split_path, tmp_path, capsys):
