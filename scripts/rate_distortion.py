@@ -15,7 +15,7 @@ from configuration_alrd_llama import ALRDLlamaConfig
 from modules.files import write_json
 from modules.fit.budget import FitConfig, calibrate
 from modules.fit.objectives import block_factors
-from scripts.common import environment, find_model, format_table, load_model, parse_config
+from scripts.common import environment, find_model, load_model, parse_config
 from scripts.sources import TEXT_HELP, describe_sources, draw_windows, list_texts, load_sources
 
 #: Settings of blocks, by the name of a column.
@@ -64,11 +64,12 @@ def rate(energy: torch.Tensor, share: float) -> tuple[float, int]:
 
 def rate_table(record: dict) -> str:
     """Bits per element, by distortion and by what shares a latent."""
-    rows = []
+    names = list(record["results"])
+    lines = [f"| distortion | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for share in record["distortions"]:
-        cells = [f"{result['bits'][f'{share}']:.2f}" for result in record["results"].values()]
-        rows.append([f"{share:.1%} of the energy", *cells])
-    return format_table(["distortion", *record["results"]], rows)
+        cells = [f"{record['results'][name]['bits'][str(share)]:.2f}" for name in names]
+        lines.append(f"| {share:.1%} of the energy | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main(config: RateConfig) -> dict:
