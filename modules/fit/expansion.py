@@ -63,7 +63,7 @@ def expansion_gains(
     # Of a member without gradients nothing is known.
     gram.diagonal().add_(1e-3 * gram.diagonal().mean().clamp(min=1e-30))
     gains = 1 + torch.linalg.solve(gram, features.T @ missing)
-    return gains.repeat_interleave(torch.tensor(counts, device=gains.device))
+    return gains.repeat_interleave(torch.tensor(counts, dtype=torch.int64, device=gains.device))
 
 
 def predicted_divergence(changes: torch.Tensor) -> float:
