@@ -14,7 +14,7 @@ import torch
 from configuration_alrd_llama import ALRDLlamaConfig
 from modules.files import write_json
 from modules.fit.budget import FitConfig, calibrate
-from modules.fit.objectives import block_factors
+from modules.fit.objectives import block_factors, water_level
 from scripts.common import environment, find_model, load_model, parse_config
 from scripts.sources import TEXT_HELP, describe_sources, draw_windows, list_texts, load_sources
 
@@ -51,15 +51,9 @@ class RateConfig:
 
 def rate(energy: torch.Tensor, share: float) -> tuple[float, int]:
     """Bits of all channels together at a distortion of `share` of their energy `[n]`, and how many get any."""
-    low, high = 0.0, energy.max().item()
-    for _ in range(100):
-        level = (low + high) / 2
-        if energy.clamp(max=level).sum() < share * energy.sum():
-            low = level
-        else:
-            high = level
-    above = energy[energy > high]
-    return (above / high).log2().sum().item() / 2, len(above)
+    level = water_level(energy, share)
+    above = energy[energy > level]
+    return (above / level).log2().sum().item() / 2, len(above)
 
 
 def rate_table(record: dict) -> str:

@@ -301,6 +301,12 @@ class BudgetPlan:
     predicted: float | None = None
 
 
+def settings_side(name: str) -> str:
+    """The side, "k" or "v", by whose settings the latent of a projection or a block is stored: what the last part of
+    its name begins with."""
+    return name.rpartition(".")[2][0]
+
+
 def allocate(
     costs: dict[str, list[ChannelCosts]],
     rates: dict[str, float],
@@ -328,10 +334,8 @@ def allocate(
     """
     price_of, layers = {}, set()
     for name in costs:
-        # The last part of a name begins with its side, what stands before it is the layer's.
-        layer, _, attribute = name.rpartition(".")
-        price_of[name] = prices[attribute[0]]
-        layers.add(layer)
+        price_of[name] = prices[settings_side(name)]
+        layers.add(name.rpartition(".")[0])
     fixed += len(layers) * prices["k"].layer
     for name, groups in costs.items():
         fixed += len(groups) * price_of[name].head_group

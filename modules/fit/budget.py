@@ -46,6 +46,7 @@ from modules.fit.allocation import (
     measure_costs,
     refit_scales,
     save_costs,
+    settings_side,
     tier_prices,
 )
 from modules.fit.distributed import is_main, on_main
@@ -469,7 +470,7 @@ def _refit(calibration: Calibration, target: ALRDLlamaConfig, plan: BudgetPlan, 
     """Put the scales of the channels that are kept, and what they cost, into a plan (`refit_scales`)."""
     sides, plan.divergence = _side_schemes(target), 0.0
     for name, groups in calibration.factors.items():
-        scheme, plan.scales[name] = sides[_side(name)], []
+        scheme, plan.scales[name] = sides[settings_side(name)], []
         kept = zip(groups, _samples(calibration, name), plan.channels[name], plan.tiers[name], strict=True)
         for factors, sample, channels, tiers in kept:
             scales, cost = refit_scales(factors, sample, scheme, channels, tiers)
@@ -485,7 +486,7 @@ def _fit_expansion(calibration: Calibration, target: ALRDLlamaConfig, plan: Budg
         samples, gradients = _samples(calibration, name), _gradients(calibration, name)
         for i, (factors, sample, gradient) in enumerate(zip(groups, samples, gradients, strict=True)):
             kept, tiers = factors.select(plan.channels[name][i]), plan.tiers[name][i]
-            restored = restored_latents(kept, sample, sides[_side(name)], tiers, plan.scales[name][i])
+            restored = restored_latents(kept, sample, sides[settings_side(name)], tiers, plan.scales[name][i])
             outputs, gradient = sample.flatten(0, 1).float(), gradient.flatten(0, 1).float()
             # Every member of a block expands the latent for itself.
             rows, pieces = target.group_outputs, []
@@ -521,7 +522,7 @@ def _measured_costs(
         for name, groups in tqdm(calibration.factors.items(), desc="Distortion"):
             if name in costs:
                 continue
-            costs[name], scheme = [], sides[_side(name)]
+            costs[name], scheme = [], sides[settings_side(name)]
             for factors, sample in zip(groups, _samples(calibration, name), strict=True):
                 # Blocks are quantized whole.
                 whole_blocks = sample[:, ::every]
@@ -537,11 +538,6 @@ def _side_schemes(target: ALRDLlamaConfig) -> dict[str, QuantScheme]:
     """The scheme of each side of a cache, by the name of the side; that of the keys is of a latent of both."""
     scheme = CacheScheme.from_config(target)
     return {"k": scheme.keys} if target.joint_kv else {"k": scheme.keys, "v": scheme.values}
-
-
-def _side(name: str) -> str:
-    """The side whose scheme stores the latent of a projection or a block."""
-    return name.rpartition(".")[2][0]
 
 
 def _all_static(sides: dict[str, QuantScheme]) -> bool:

@@ -289,12 +289,17 @@ def probe_rates(
 
 
 def _noise(variance: torch.Tensor, level: float) -> torch.Tensor:
-    """Standard deviation of each channel's share of the noise: reverse water-filling (Cover and Thomas, 10.3.3)."""
-    low, high = 0.0, variance.max().item()
+    """Standard deviation of each channel's share of the noise, all together a share `level` of the variance."""
+    return variance.clamp(min=0, max=water_level(variance, level)).sqrt()
+
+
+def water_level(energy: torch.Tensor, share: float) -> float:
+    """Level w at which `Σ min(E, w)` is a share of all energy `[n]`: reverse water-filling (Cover and Thomas, 10.3.3)."""
+    low, high = 0.0, energy.max().item()
     for _ in range(60):
         middle = (low + high) / 2
-        if variance.clamp(max=middle).sum() < level * variance.sum():
+        if energy.clamp(max=middle).sum() < share * energy.sum():
             low = middle
         else:
             high = middle
-    return variance.clamp(min=0, max=high).sqrt()
+    return high
