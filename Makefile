@@ -43,9 +43,9 @@ real-results: .venv/wheels
 	$(RUN) scripts/real_model.py --no_measure --budgets $(REAL_BUDGETS)
 	$(RUN) scripts/real_model.py --no_measure --budgets $(PLAIN_BUDGETS) --no_keep_dense --layer_group_size 1 \
 		--no_joint_kv --output build/plain
-	OMP_NUM_THREADS=1 $(RUN) scripts/compare_peers.py --model build/real/dense \
+	$(RUN) scripts/compare_peers.py --model build/real/dense \
 		--checkpoints $(REAL_BUDGETS:%=build/real/%) --before $(PLAIN_BUDGETS:%=build/plain/%) \
-		--text $(REAL_TEXTS) --calibration_text mixture --no_per_document --windows 4 --batch_size 4 \
+		--text $(REAL_TEXTS) --calibration_text mixture --no_per_document --windows 3 --batch_size 3 --length 1920 --prefill 1792 \
 		--parts transformers KIVI Palu before checkpoints --output build/real_frontier.json
 	$(RUN) scripts/eval_retrieval.py --task ruler --dense build/real/dense --checkpoints $(REAL_BUDGETS:%=build/real/%) \
 		--chat --lengths 1024 2048 4096 8192 --trials 10 --new_tokens 32 --output build/real_ruler.json
