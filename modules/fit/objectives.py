@@ -294,7 +294,7 @@ def _noise(variance: torch.Tensor, level: float) -> torch.Tensor:
 
 
 def water_level(energy: torch.Tensor, share: float) -> float:
-    """Level w at which `Σ min(E, w)` is a share of all energy `[n]`: reverse water-filling (Cover and Thomas, 10.3.3)."""
+    """Level w at which `Σ min(E, w)` is a share of all energy `[n]`, reverse water-filling (Cover and Thomas)."""
     low, high = 0.0, energy.max().item()
     for _ in range(60):
         middle = (low + high) / 2
