@@ -29,9 +29,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from configuration_alrd_llama import ALRDLlamaConfig, check_positive
-from modules.cache.growing import KIVILatentLayer, SavedLayer
 from modules.fit.budget import cache_nbytes, dense_nbytes, rebuild_costs
-from modules.kivi_cache import CacheScheme, KIVILatentCache, config_sink_channels, config_widths
 from modules.svd_linear import ALinear, MemberBLinear
 from scripts.benchmark_cache import LLAMA_3_8B
 from scripts.benchmark_decode import Subject, check
@@ -63,9 +61,6 @@ SMALL = {"small": ATTENTION | {"hidden_size": 128, "num_attention_heads": 8, "nu
 #: Calibrated scales of channels and tokens, and what the budget command gives a cache beside them.
 STATIC = {"orientation": "per_channel", "static": True, "token_scale": True}
 CACHE = {"k_bits": 2, "v_bits": 2, "group_size": 32, "residual_length": 16, "k_hadamard": False, "v_hadamard": False}
-
-#: Blocks of a cache that are packed, and then copied: to search the scale of every token takes long.
-DIFFERENT_BLOCKS = 16
 
 
 @dataclass
@@ -172,44 +167,6 @@ class BlockSubject(Subject):
     @property
     def dense(self) -> PreTrainedModel:
         return self.latent
-
-    def latent_cache(self, length: int, batch: int, backend: str | None) -> KIVILatentCache:
-        """A packed cache of random latents; the same ones for the same size, in copies of the first blocks."""
-        cache, config = self.latent.create_kivi_cache(backend=backend), self.config
-        torch.manual_seed(self.options.seed)
-        blocks = cache.scheme.held(length).blocks
-        # As many tokens fewer as whole blocks are left out: sinks and window are those of the length.
-        first = length - max(0, blocks - DIFFERENT_BLOCKS) * cache.scheme.block_length
-        for layer, widths, sinks in zip(cache.layers, config_widths(config), config_sink_channels(config)):
-            latents = [self._states((batch, first, sum(side))) for side in widths]
-            dense = {side: self._states((batch, config.sink_length, count)) for side, count in sinks.items()}
-            layer.append(*latents, dense=dense)
-            if first < length:
-                layer.restore(lengthened(layer, length, blocks))
-        return cache
-
-    def exact_cache(self, packed: KIVILatentCache) -> KIVILatentCache:
-        scheme = CacheScheme(k_bits=16, v_bits=16, sink_length=self.config.sink_length)
-        exact = KIVILatentCache(scheme, config_widths(self.config), backend="reference")
-        for layer, held in zip(exact.layers, packed.layers):
-            # Sinks have no latents: room for them stands in front.
-            latents = [torch.nn.functional.pad(x.float(), (0, 0, scheme.sink_length, 0)) for x in held.states()]
-            dense = {side: states.float() for side, states in held.exact.sinks.items()}
-            layer.append(*latents[: len(held.channels)], dense=dense)
-        return exact
-
-
-def lengthened(layer: KIVILatentLayer, length: int, blocks: int) -> SavedLayer:
-    """What a layer of `length` tokens holds: its own blocks again and again, each copy in a slot of its own."""
-    slots, rows = [], []
-    for row in layer.rows:
-        copies = tuple(range(len(slots), len(slots) + blocks))
-        rows.append(row._replace(blocks=copies, counts=(layer.scheme.block_length,) * blocks))
-        slots += itertools.islice(itertools.cycle(row.blocks), blocks)
-    packed = {}
-    for side, fields in layer.pool.storage.items():
-        packed[side] = {name: tensor[slots] for name, tensor in fields.items()}
-    return SavedLayer(layer.static_scales, length, layer.widths, rows, layer.exact, packed, layer.sink_channels)
 
 
 @torch.no_grad()

@@ -34,8 +34,9 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, LlamaConfig, PreTrainedModel
 
 from configuration_alrd_llama import ALRDLlamaConfig, check_positive
+from modules.cache.growing import KIVILatentLayer, SavedLayer
 from modules.fit.budget import dense_nbytes
-from modules.kivi_cache import CacheScheme, KIVILatentCache, config_widths
+from modules.kivi_cache import CacheScheme, KIVILatentCache, config_sink_channels, config_widths
 from scripts.attention_peers import GATE, relative_error
 from scripts.common import (
     BUNDLED_MODEL,
@@ -73,6 +74,10 @@ SMALL = RANDOM | {
     "head_dim": 16,
     "initializer_range": 0.2,
 }
+
+
+#: Blocks of a cache that are packed, and then copied: to search the scale of every token takes long.
+DIFFERENT_BLOCKS = 16
 
 
 @dataclass
@@ -173,23 +178,36 @@ class Subject:
             return load_model(self.options.model, dtype=self.dtype)[0].to(self.options.device)
         return self._random_model(self._random_config())
 
-    def latent_cache(self, length: int, batch: int, backend: str | None, piece: int = 16384) -> KIVILatentCache:
-        """A packed cache of random latents; the same ones for the same size."""
-        cache = self.latent.create_kivi_cache(backend=backend)
+    def latent_cache(self, length: int, batch: int, backend: str | None) -> KIVILatentCache:
+        """A packed cache of random latents; the same ones for the same size, in copies of the first blocks."""
+        cache, config = self.latent.create_kivi_cache(backend=backend), self.latent.config
         torch.manual_seed(self.options.seed)
-        for i, widths in enumerate(config_widths(self.latent.config)):
-            for start in range(0, length, piece):
-                shape = (batch, min(piece, length - start))
-                cache.layer(i, widths).append(*(self._states((*shape, sum(side))) for side in widths))
+        blocks = cache.scheme.held(length).blocks
+        # As many tokens fewer as whole blocks are left out: sinks and window are those of the length.
+        first = length - max(0, blocks - DIFFERENT_BLOCKS) * cache.scheme.block_length
+        for i, (widths, sinks) in enumerate(zip(config_widths(config), config_sink_channels(config), strict=True)):
+            layer = cache.layer(i, widths)
+            latents = [self._states((batch, first, sum(side))) for side in widths]
+            dense = None
+            if sinks is not None:
+                dense = {side: self._states((batch, config.sink_length, count)) for side, count in sinks.items()}
+            layer.append(*latents, dense=dense)
+            if first < length:
+                layer.restore(lengthened(layer, length, blocks))
         return cache
 
     def exact_cache(self, packed: KIVILatentCache) -> KIVILatentCache:
         """What a packed cache holds, as float32 states, in a cache that keeps them as they are."""
-        exact = KIVILatentCache(
-            CacheScheme(k_bits=16, v_bits=16), config_widths(self.latent.config), backend="reference"
-        )
-        for layer, held in zip(exact.layers, packed.layers):
-            layer.append(*(x.float() for x in held.states()))
+        config = self.latent.config
+        scheme = CacheScheme(k_bits=16, v_bits=16, sink_length=packed.scheme.sink_length)
+        exact = KIVILatentCache(scheme, config_widths(config), backend="reference")
+        for layer, held in zip(exact.layers, packed.layers, strict=True):
+            latents, dense = [x.float() for x in held.states()], None
+            if config.keep_dense:
+                # The sinks of blocks have no latents: room for them stands in front.
+                latents = [torch.nn.functional.pad(x, (0, 0, scheme.sink_length, 0)) for x in latents]
+                dense = {side: states.float() for side, states in held.exact.sinks.items()}
+            layer.append(*latents[: len(held.channels)], dense=dense)
         return exact
 
     def dense_cache(self, length: int, batch: int) -> DynamicCache:
@@ -207,6 +225,19 @@ class Subject:
 
     def _states(self, shape: tuple[int, ...]) -> torch.Tensor:
         return torch.randn(shape, dtype=self.dtype, device=self.options.device)
+
+
+def lengthened(layer: KIVILatentLayer, length: int, blocks: int) -> SavedLayer:
+    """What a layer of `length` tokens holds: its own blocks again and again, each copy in a slot of its own."""
+    slots, rows = [], []
+    for row in layer.rows:
+        copies = tuple(range(len(slots), len(slots) + blocks))
+        rows.append(row._replace(blocks=copies, counts=(layer.scheme.block_length,) * blocks))
+        slots += itertools.islice(itertools.cycle(row.blocks), blocks)
+    packed = {}
+    for side, fields in layer.pool.storage.items():
+        packed[side] = {name: tensor[slots] for name, tensor in fields.items()}
+    return SavedLayer(layer.static_scales, length, layer.widths, rows, layer.exact, packed, layer.sink_channels)
 
 
 @torch.no_grad()

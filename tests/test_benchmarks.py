@@ -386,10 +386,10 @@ def test_the_models_of_a_subject():
     subject = Subject(decode_options(), "random")
     assert subject.latent.dtype == subject.dense.dtype == torch.bfloat16
     assert subject.latent.model.rotary_emb.inv_freq.dtype == torch.float32
-    packed, dense = subject.latent_cache(300, 2, "reference", piece=130), subject.dense_cache(300, 2)
+    packed, dense = subject.latent_cache(300, 2, "reference"), subject.dense_cache(300, 2)
     assert packed.row_tokens() == [300, 300] and dense.get_seq_length() == 300
     assert dense.layers[1].keys.shape == (2, 2, 300, 16)
-    same = subject.latent_cache(300, 2, "reference", piece=130)
+    same = subject.latent_cache(300, 2, "reference")
     assert all(torch.equal(a, b) for a, b in zip(packed.layers[1].states(), same.layers[1].states()))
 
 
