@@ -33,7 +33,7 @@ from modules.fit.budget import (
     calibrate,
     dense_nbytes,
     fit_budget,
-    rebuild_costs,
+    multiply_adds,
     split_config,
 )
 from modules.fit.distributed import device_map, is_main, join_processes, on_main
@@ -162,7 +162,7 @@ def write_checkpoint(config: CalibrationConfig, calibration: Calibration, budget
         "share_of_dense": nbytes / dense,
         "predicted_divergence": _predicted(calibration),
         "independent_divergence": calibration.plan and calibration.plan.divergence,
-        "multiply_adds": sum(cost * sum(target.truncation_ranks[name]) for name, cost in rebuild_costs(target).items()),
+        "multiply_adds": multiply_adds(target),
         "weights_nbytes": weights,
         "dense_weights_nbytes": dense_weights,
         "smaller_from": break_even(target, weights, dense_weights, calibration.stored_dtype),

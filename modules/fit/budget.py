@@ -590,6 +590,11 @@ def rebuild_costs(config: ALRDLlamaConfig) -> dict[str, float]:
     return costs
 
 
+def multiply_adds(config: ALRDLlamaConfig) -> float:
+    """Multiply-adds per cached token and layer of attention, all channels together."""
+    return sum(cost * sum(config.truncation_ranks[name]) for name, cost in rebuild_costs(config).items())
+
+
 def cache_nbytes(config: ALRDLlamaConfig, tokens: int, dtype: torch.dtype) -> int:
     """Bytes of one row of the cache that a configuration makes, everything counted, calibrated scales too."""
     scheme, tiered = config_schemes(config)
