@@ -11,7 +11,7 @@ from configuration_alrd_llama import QuantScheme, side_scheme
 from modules.cache.codecs import block_nbytes, make_codec
 from modules.fit.allocation import refit_scales, static_scales, token_gains
 from modules.kivi_cache import CacheScheme, KIVILatentCache
-from modules.quant_utils import GAUSSIAN_STEPS, decode_token_scale, encode_token_scale, grid, unpack_codes
+from modules.quant_utils import decode_token_scale, encode_token_scale, grid, unpack_codes
 from tests.helpers import tiny_dense
 from tests.test_allocation import identity_factors
 from tests.test_tiers import IDS, check_cache_of, static_model
@@ -58,14 +58,20 @@ def test_one_token_by_hand():
     x = middle + torch.tensor([6.0, -2.0, 0.125, -0.125])
     fields = codec.encode(x[None, None])
     assert fields["token_scale"].dtype == torch.uint8
-    # The second lies (⅛, -⅛) off. Its guess is ⅛ of a Gaussian's step of 0.9957: byte 128 - 48. From there the even
-    # bytes from 68 to 92 are tried, and byte 70, 2^-3.63, times (1.5, -1.5) is the nearest of them.
-    first, second = fields["token_scale"][0, 0].tolist()
-    assert first == 128 + 32
-    assert second == 70
-    assert unpack_codes(fields["packed"], 2, 1).tolist() == [[[3, 1, 3, 0]]]
-    scale = 2 ** ((second - 128) / 16)
-    assert torch.allclose(codec.decode(fields)[0, 0], middle + torch.tensor([6, -2, 1.5 * scale, -1.5 * scale]))
+    # The second lies (⅛, -⅛) off. Its guess is ⅛ of a Gaussian's step of 0.9957: byte 128 - 48. From there half octaves
+    # are tried, and the second one up, 2^-2, times (0.5, -0.5) is what there is.
+    assert fields["token_scale"][0, 0].tolist() == [128 + 32, 128 - 32]
+    assert unpack_codes(fields["packed"], 2, 1).tolist() == [[[3, 1, 2, 1]]]
+    assert torch.equal(codec.decode(fields)[0, 0], x)
+
+
+def test_a_token_with_its_size_in_one_channel():
+    """A channel of 8 bits far out of a token that is else near the mean is not clipped, as its step is small."""
+    scheme = replace(SCALED, tiers=(((1, 8), (30, 2)),))
+    scale, zero = torch.tensor([0.04, *[1.0] * 30]), torch.tensor([-5.1, *[-1.5] * 30])
+    codec = make_codec(scheme, 1, (31,), torch.float32, static_scales=(scale, zero))
+    x = torch.tensor([[[3.0, *[0.02] * 30]]])
+    assert codec.decode(codec.encode(x))[0, 0, 0].item() == pytest.approx(3.0, abs=0.03)
 
 
 @pytest.mark.parametrize("tiers", [None, TIERS], ids=["one width", "tiers"])
@@ -102,20 +108,20 @@ def test_the_formula(tiers):
 def test_the_scale_is_the_one_of_least_error(tiers):
     """All 256 bytes by hand: at most an eighth more error than the best one, and the best of those that are tried.
 
-    The error of a channel counts in units of its spread.
+    The error of a channel counts in units of its step.
     """
     scheme, x = replace(SCALED, tiers=tiers), heavy_tailed(2, 30, 12)
     scale, zero = calibrated(x, scheme)
     codec = make_codec(scheme, 30, WIDTHS, torch.float32, static_scales=(scale, zero))
     bits = [b for g in tiers or (((7, 2),), ((5, 2),)) for n, b in g for _ in range(n)]
-    spread = scale * torch.tensor([grid(b).spacing / GAUSSIAN_STEPS[b] for b in bits])
+    step = scale * torch.tensor([grid(b).spacing for b in bits])
     chosen = codec.encode(x)["token_scale"]
     errors = []
     for byte in range(256):
         codes = torch.full_like(chosen, byte)
         by_channel = decode_token_scale(codes).repeat_interleave(torch.tensor(WIDTHS), -1)
         packed = codec.inner.encode((x - codec.middle) / by_channel + codec.middle)
-        error = ((codec.decode(packed | {"token_scale": codes}) - x) / spread).square()
+        error = ((codec.decode(packed | {"token_scale": codes}) - x) / step).square()
         errors.append(torch.stack([group.sum(-1) for group in error.split(WIDTHS, -1)], -1))
     errors = torch.stack(errors)
     found = errors.gather(0, chosen[None].long())[0]

@@ -284,13 +284,15 @@ class TokenScaledCodec(BlockCodec):
     (`decode_token_scale`); all widths of a head group share it. A block holds `token_scale` `[T, head groups]` uint8
     beside the fields of its codes.
 
-    The scale is chosen by least squared error over the head group, among 13 within 0.75 octaves of a first guess: the
-    size of the token. Both are in units of the channels' spreads, which follow from their steps if they are Gaussian:
-    a token is an outlier in all channels, and those of small spread count for the model as the others do.
+    The scale is chosen by least squared error over the head group, from half an octave below a first guess to three and
+    a half above it. The guess is the size of the token in units of the channels' spreads, which follow from their steps
+    if they are Gaussian: most outliers are so in all channels. Errors are in units of the channels' steps: widths are
+    given so that one step costs the model the same in all channels. That holds the tokens whose size is in a few
+    channels of many bits, as of those that a model makes its sinks in the midst of a text (LOG.md).
     """
 
-    #: Bytes beside the guess that are tried, and as which distance from it.
-    _OFFSETS = range(-12, 13, 2)
+    #: Bytes beside the guess that are tried, half an octave apart; then beside the best of these.
+    _COARSE, _FINE = range(-8, 57, 8), (-6, -4, -2, 2, 4, 6)
 
     def __init__(self, *args, static_scales: StaticScales | None):
         super().__init__(*args)
@@ -308,8 +310,9 @@ class TokenScaledCodec(BlockCodec):
         self.levels, spacing, gaussian = torch.tensor(table, dtype=torch.float32, device=scale.device).T
         self.step = scale * spacing
         self.middle = zero_point + (self.levels - 1) / 2 * self.step
-        #: One over the variance of each channel; constant channels take no part.
+        #: One over the variance of each channel, and over the square of its step; constant channels take no part.
         self.weight = torch.where(self.step > 0, (gaussian / self.step).square(), 0)
+        self.error_weight = torch.where(self.step > 0, self.step.reciprocal().square(), 0)
         #: Energy of a token of scale 1 in each head group; a group of constant channels has none.
         self.energy = self._by_group((self.step > 0).float()).clamp(min=1)
 
@@ -331,20 +334,20 @@ class TokenScaledCodec(BlockCodec):
         half = (self.levels - 1) / 2
         nearest = torch.where(step > 0, centred / step, 0).add_(half + 0.5).floor_()
         nearest = torch.minimum(nearest.clamp_(min=0), self.levels - 1).sub_(half)
-        return self._by_group(nearest.mul_(step).sub_(centred).square_().mul_(self.weight))
+        return self._by_group(nearest.mul_(step).sub_(centred).square_().mul_(self.error_weight))
 
     def encode(self, states: torch.Tensor, score=None) -> Fields:
         centred = states.float() - self.middle
         guess = encode_token_scale((self._by_group(centred.square() * self.weight) / self.energy).sqrt()).int()
-        best = codes = None
-        for offset in self._OFFSETS:
-            tried = (guess + offset).clamp_(0, 255).to(torch.uint8)
-            error = self._error(centred, tried)
-            if best is None:
-                best, codes = error, tried
-                continue
-            codes = torch.where(error < best, tried, codes)
-            best = torch.minimum(error, best)
+        codes = guess.to(torch.uint8)
+        best = self._error(centred, codes)
+        for offsets in (self._COARSE, self._FINE):
+            around = codes.int()
+            for offset in offsets:
+                tried = (around + offset).clamp_(0, 255).to(torch.uint8)
+                error = self._error(centred, tried)
+                codes = torch.where(error < best, tried, codes)
+                best = torch.minimum(error, best)
         return self.inner.encode(centred / self._expanded(codes) + self.middle) | {"token_scale": codes}
 
     def decode(self, fields: Fields) -> torch.Tensor:
