@@ -337,6 +337,16 @@ class TokenScaledCodec(BlockCodec):
         return self._by_group(nearest.mul_(step).sub_(centred).square_().mul_(self.error_weight))
 
     def encode(self, states: torch.Tensor, score=None) -> Fields:
+        if self.backend.scale_tokens is None:
+            codes, scaled = self._scale_tokens(states)
+        else:
+            channels = (self.middle, self.step, self.levels, self.weight, self.error_weight)
+            rounds = (self._COARSE, self._FINE)
+            codes, scaled = self.backend.scale_tokens(states, self.widths, channels, self.energy, rounds)
+        return self.inner.encode(scaled) | {"token_scale": codes}
+
+    def _scale_tokens(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The bytes of the tokens' scales `[N, T, head groups]`, and the states by these scales `[N, T, C]`."""
         centred = states.float() - self.middle
         guess = encode_token_scale((self._by_group(centred.square() * self.weight) / self.energy).sqrt()).int()
         codes = guess.to(torch.uint8)
@@ -348,7 +358,7 @@ class TokenScaledCodec(BlockCodec):
                 error = self._error(centred, tried)
                 codes = torch.where(error < best, tried, codes)
                 best = torch.minimum(error, best)
-        return self.inner.encode(centred / self._expanded(codes) + self.middle) | {"token_scale": codes}
+        return codes, centred / self._expanded(codes) + self.middle
 
     def decode(self, fields: Fields) -> torch.Tensor:
         centred = self.inner.decode(fields) - self.middle

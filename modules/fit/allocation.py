@@ -8,6 +8,7 @@ water-filling).
 
 import itertools
 import operator
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from modules.cache.codecs import block_nbytes, make_codec
 from modules.cache.scheme import TABLE_ENTRY_NBYTES, CacheScheme
 from modules.files import save_tensors
 from modules.hadamard_utils import rotate
+from modules.kernels import BACKEND_VARIABLE, Backend, get_backend
 from modules.quant_utils import decode_token_scale, encode_token_scale, grid
 from modules.svd_linear import Factors
 
@@ -53,6 +55,14 @@ class ChannelCosts:
     scales: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
 
+def sample_backend(device: torch.device) -> Backend:
+    """Back end that quantizes a sample: the C++ kernels on CPUs if they can be built, else PyTorch; the same bits."""
+    # The variable is for a model's cache. A sample is on the CPU, and Triton may be asked for beside it.
+    if device.type == "cpu" and os.environ.get(BACKEND_VARIABLE) != "triton":
+        return get_backend(None, device)
+    return get_backend("reference", device)
+
+
 def measure_costs(
     factors: Factors, sample: torch.Tensor, scheme: QuantScheme, length: int, bits: tuple = TIER_BITS
 ) -> ChannelCosts:
@@ -76,7 +86,8 @@ def measure_costs(
         if at_width.static:
             static = static_scales(blocks.flatten(0, 1), width, gains)
             scales.append(static)
-        codec = make_codec(at_width, length, (channels,), torch.float32, static_scales=static)
+        backend = sample_backend(blocks.device)
+        codec = make_codec(at_width, length, (channels,), torch.float32, backend, static_scales=static)
         if scheme.per_channel:
             error = (codec.decode(codec.encode(blocks)) - blocks).double().square().mean((0, 1))
         else:
@@ -110,7 +121,8 @@ def refit_scales(
         for (_, bits), piece in zip(tiers, kept.split([count for count, _ in tiers], dim=1)):
             pieces.append(torch.stack(static_scales(piece, bits, gains)))
         scale, zero_point = torch.cat(pieces, dim=1)
-        codec = make_codec(scheme, len(kept), (len(channels),), torch.float32, static_scales=(scale, zero_point))
+        backend, static = sample_backend(kept.device), (scale, zero_point)
+        codec = make_codec(scheme, len(kept), (len(channels),), torch.float32, backend, static_scales=static)
         fields = codec.encode(kept[None])
         gains = decode_token_scale(fields["token_scale"][0])
     restored = torch.zeros_like(latents)

@@ -44,6 +44,7 @@ class Backend:
 
     Attributes:
         quantize_and_pack, unpack_and_dequantize: With the signatures, results and errors of `modules/quant_utils.py`.
+        scale_tokens: That of `modules/kernels/cpu/quantize.py`; `None`: PyTorch chooses the scales of tokens.
         fused_attention: As `latent_attention` without `weights_length`; `None`: there is none.
         fused_append: `FusedAppend` of `modules/kernels/triton/append.py`, for caches of fixed capacity; `None`: there
             is none.
@@ -54,6 +55,7 @@ class Backend:
     unpack_and_dequantize: Callable
     fused_attention: Callable | None = None
     fused_append: Callable | None = None
+    scale_tokens: Callable | None = None
 
     def __repr__(self) -> str:
         return self.name
@@ -123,7 +125,7 @@ def _cpu(field: str, device: torch.device) -> Backend:
 
     library()
     functions = (kernels.quantize_and_pack, kernels.unpack_and_dequantize, fused_attention)
-    return Backend("cpu", *functions)
+    return Backend("cpu", *functions, scale_tokens=kernels.scale_tokens)
 
 
 _MAKERS = {"reference": _reference, "triton": _triton, "cpu": _cpu}

@@ -1,13 +1,13 @@
 // Kernels of modules/quant_utils.py for CPUs; the same bits come out. Format and formulas are explained there, the
-// interface in quantize.py.
+// interface in quantize.py. The scales of tokens are those of `TokenScaledCodec` in modules/cache/codecs.py.
 //
 // What makes the bits equal: float32 throughout, IEEE divisions, no contraction of a product and a sum
 // (-ffp-contract=off), and sums over integers, whose order does not matter.
 //
 // A vector is one register, of 8 or 16 lanes, with GCC's operators: the formulas read as the reference's. vf: float32,
-// vi: int32, vu: uint32, vs: uint16, vl: int64. Vectors go along channels, where the states and the packed words lie
-// side by side. Only the search of a range turns groups of a token around, so that a lane is a group there in either
-// orientation.
+// vi: int32, vu: uint32, vs: uint16, vl: int64, vd: float64. Vectors go along channels, where the states and the packed
+// words lie side by side. Only the search of a range turns groups of a token around, so that a lane is a group there in
+// either orientation.
 
 #include <algorithm>
 #include <cmath>
@@ -28,6 +28,7 @@ using vi = int32_t __attribute__((vector_size(4 * V)));
 using vu = uint32_t __attribute__((vector_size(4 * V)));
 using vs = uint16_t __attribute__((vector_size(2 * V)));
 using vl = int64_t __attribute__((vector_size(8 * V)));
+using vd = double __attribute__((vector_size(4 * V)));  // half as many lanes
 
 // Vectors of channels that are packed together.
 constexpr int NV = 4, BLOCK = NV * V;
@@ -62,6 +63,8 @@ vf floor(vf x) { return (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEG_IN
 vf from_half(vs x) { return (vf)_mm512_cvtph_ps((__m256i)x); }
 vs to_half(vf x) { return (vs)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 bool any(vi mask) { return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask); }
+vd lower_half(vf x) { return (vd)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)x)); }
+vd upper_half(vf x) { return (vd)_mm512_cvtps_pd((__m256)_mm512_extractf64x4_pd((__m512d)x, 1)); }
 #else
 vf min(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
 vf max(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
@@ -70,6 +73,8 @@ vf floor(vf x) { return (vf)_mm256_floor_ps((__m256)x); }
 vf from_half(vs x) { return (vf)_mm256_cvtph_ps((__m128i)x); }
 vs to_half(vf x) { return (vs)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT); }
 bool any(vi mask) { return _mm256_movemask_ps((__m256)mask); }
+vd lower_half(vf x) { return (vd)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)x)); }
+vd upper_half(vf x) { return (vd)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)x, 1)); }
 #endif
 
 vi lanes_in_order() {
@@ -682,6 +687,119 @@ void dequantize(const Dequantizing& call) {
   }
 }
 
+// Sum in float64, whose rounding no choice depends on but by a rare chance, in whatever order it is taken.
+struct Sum {
+  vd low = {}, high = {};
+
+  void add(vf x) {
+    low += lower_half(x);
+    high += upper_half(x);
+  }
+  double total() const {
+    const vd both = low + high;
+    double sum = 0;
+    for (int i = 0; i < V / 2; i++) sum += both[i];
+    return sum;
+  }
+};
+
+// A vector of channels of `TokenScaledCodec`; lanes beyond the end of a head group are zeros, which count nothing.
+struct Channels {
+  vf middle, step, last, weight, error_weight;
+};
+
+// Squared error of a head group whose token has this scale.
+double scaled_error(const Channels* channels, const vf* centred, int64_t count, float scale) {
+  Sum sum;
+  for (int64_t i = 0; i < count; i++) {
+    const Channels& c = channels[i];
+    const vf step = c.step * scale, half = c.last * 0.5f, x = centred[i];
+    // Levels count from the middle of the range; a constant channel has its middle alone.
+    vf nearest = floor(select(step > 0, x / step, vf{}) + (half + 0.5f));
+    nearest = min(c.last, max(vf{}, nearest)) - half;
+    const vf error = nearest * step - x;
+    sum.add(error * error * c.error_weight);
+  }
+  return sum.total();
+}
+
+// Arguments of `alrd_scale_tokens` (quantize.py has the same structure); strides in elements.
+struct TokenScaling {
+  const void* x;                                                // [n, length, channels]
+  uint8_t* codes;                                               // [n, length, groups] bytes of the scales
+  float* scaled;                                                // [n, length, channels]
+  const float *middle, *step, *levels, *weight, *error_weight;  // [channels]
+  const double* energy;                                         // [groups]
+  const float* scale_of;                                        // [256] by byte
+  const int32_t* offsets;                                       // [coarse + fine] beside the best so far
+  const int64_t* table;                                         // [2, groups] as for `Quantizing`
+  int64_t n, length, channels, groups, stride_n, stride_t;
+  int32_t type, coarse, fine, threads;
+
+  // The byte of a token of a head group: the guess by its size, or one beside it of less error.
+  int choose(const Channels* channels, const vf* centred, int64_t count, double energy) const {
+    Sum sum;
+    for (int64_t i = 0; i < count; i++) sum.add(centred[i] * centred[i] * channels[i].weight);
+    const double guess = std::floor(std::log2(std::sqrt(sum.total() / energy)) * 16 + (128 + 0.5));
+    int byte = guess != guess ? 0 : std::min(std::max(guess, 0.0), 255.0);
+    double best = scaled_error(channels, centred, count, scale_of[byte]);
+    for (int i = 0, around = byte; i < coarse + fine; i++) {
+      if (i == coarse) around = byte;
+      const int tried = std::min(std::max(around + offsets[i], 0), 255);
+      if (tried == byte) continue;
+      const double error = scaled_error(channels, centred, count, scale_of[tried]);
+      if (error < best) byte = tried;
+      // A NaN stays, as it does in the reference.
+      if (!(error >= best)) best = error;
+    }
+    return byte;
+  }
+};
+
+// Vectors of channels of all head groups, each group from a vector of its own on.
+std::vector<Channels> channels_of(const TokenScaling& call) {
+  std::vector<Channels> channels;
+  for (int64_t group = 0; group < call.groups; group++) {
+    const int64_t first = call.table[group], width = call.table[call.groups + group];
+    for (int64_t c = 0; c < width; c += V) {
+      const vi valid = lanes_in_order() < (int)(width - c);
+      const int lanes = std::min<int64_t>(width - c, V);
+      auto read = [&](const float* p) { return select(valid, load(p + first + c, lanes), vf{}); };
+      const vf last = select(valid, read(call.levels) - 1, vf{});
+      channels.push_back({read(call.middle), read(call.step), last, read(call.weight), read(call.error_weight)});
+    }
+  }
+  return channels;
+}
+
+template <class T>
+void scale_tokens(const TokenScaling& call) {
+  const std::vector<Channels> all = channels_of(call);
+#pragma omp parallel num_threads(call.threads)
+  {
+    std::vector<vf> centred(all.size());
+#pragma omp for
+    for (int64_t token = 0; token < call.n * call.length; token++) {
+      const T* x = (const T*)call.x + token / call.length * call.stride_n + token % call.length * call.stride_t;
+      float* scaled = call.scaled + token * call.channels;
+      const Channels* channels = all.data();
+      for (int64_t group = 0; group < call.groups; group++) {
+        const int64_t first = call.table[group], width = call.table[call.groups + group], count = ceil_div(width, V);
+        for (int64_t i = 0, c = 0; c < width; i++, c += V) {
+          centred[i] = load(x + first + c, std::min<int64_t>(width - c, V)) - channels[i].middle;
+          if (width - c < V) centred[i] = select(lanes_in_order() < (int)(width - c), centred[i], vf{});
+        }
+        const int byte = call.choose(channels, centred.data(), count, call.energy[group]);
+        call.codes[token * call.groups + group] = byte;
+        const vf scale = set1(call.scale_of[byte]);
+        for (int64_t i = 0, c = 0; c < width; i++, c += V)
+          store(scaled + first + c, centred[i] / scale + channels[i].middle, std::min<int64_t>(width - c, V));
+        channels += count;
+      }
+    }
+  }
+}
+
 }  // namespace
 
 // Returns whether every group could be quantized; with static scales, whether all values are finite.
@@ -696,5 +814,11 @@ extern "C" void alrd_dequantize(const Dequantizing* call) {
   with_type(call->type, call->states, [&](auto* typed) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
     with_bits(call->grid.bits, [&](auto bits) { dequantize<T, bits>(*call); });
+  });
+}
+
+extern "C" void alrd_scale_tokens(const TokenScaling* call) {
+  with_type(call->type, call->x, [&](auto* typed) {
+    scale_tokens<std::remove_const_t<std::remove_pointer_t<decltype(typed)>>>(*call);
   });
 }

@@ -1,17 +1,19 @@
 """C++ kernels of `modules/quant_utils.py`: quantize-and-pack, unpack-and-dequantize; the same bits come out.
 
-Format, formulas and errors are those of the reference, whose functions have the same names here. The work is spread
-over `torch.get_num_threads()` threads. Source: `quantize.cpp`; how it is built: `library.py`.
+Format, formulas and errors are those of the reference, whose functions have the same names here. The scales of tokens
+are those that `TokenScaledCodec` in `modules/cache/codecs.py` chooses in PyTorch. The work is spread over
+`torch.get_num_threads()` threads. Source: `quantize.cpp`; how it is built: `library.py`.
 """
 
 import ctypes
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 
 from modules.kernels.cpu.library import library
-from modules.kernels.cpu.structures import TYPES, address, starts, structure, width_code
-from modules.quant_utils import RATIOS, check_scale, grid, packed_words, parameter_dtype
+from modules.kernels.cpu.structures import TYPES, address, ints, starts, structure, width_code
+from modules.quant_utils import RATIOS, check_scale, decode_token_scale, grid, packed_words, parameter_dtype
 
 #: Elements that are worth a second thread.
 _ELEMENTS_PER_THREAD = 1 << 13
@@ -42,6 +44,11 @@ _Dequantizing = structure(
     """,
     Grid=_Grid,
 )
+_TokenScaling = structure("""
+    pointer x codes scaled middle step levels weight error_weight energy scale_of offsets table
+    int64 n length channels groups stride_n stride_t
+    int32 type coarse fine threads
+""")
 
 
 def _threads(x: torch.Tensor) -> int:
@@ -161,3 +168,46 @@ def unpack_and_dequantize(
         arguments.stride_scale = 0
     library().alrd_dequantize(ctypes.byref(arguments))
     return states.to(dtype)
+
+
+@lru_cache
+def _token_scale_of() -> torch.Tensor:
+    """The scale of each byte, `[256]` float32."""
+    return decode_token_scale(torch.arange(256, dtype=torch.uint8, device="cpu"))
+
+
+def scale_tokens(
+    x: torch.Tensor,
+    widths: tuple[int, ...],
+    channels: tuple[torch.Tensor, ...],
+    energy: torch.Tensor,
+    rounds: tuple[Sequence[int], Sequence[int]],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose the scale of each token and head group, as `TokenScaledCodec` does.
+
+    Args:
+        x: `[N, T, C]` states, any floating type.
+        widths: Channels of each head group.
+        channels: Middle, step, levels, weight and error weight of each channel, `[C]` float32 each.
+        energy: `[head groups]` float64, of a token of scale 1.
+        rounds: Bytes beside the guess that are tried, then beside the best of these.
+
+    Returns:
+        `[N, T, head groups]` uint8, the bytes of the scales; `[N, T, C]` float32, the states with their distances from
+        the middles divided by the scales. Where `x` is not finite, neither is the second.
+    """
+    x, table, scale_of = _readable(x), _group_table(tuple(widths)), _token_scale_of()
+    n, length, count = x.shape
+    codes = torch.empty((n, length, len(widths)), dtype=torch.uint8, device="cpu")
+    scaled = torch.empty((n, length, count), dtype=torch.float32, device="cpu")
+    middle, step, levels, weight, error_weight = [channel.float().contiguous() for channel in channels]
+    offsets = ints([*rounds[0], *rounds[1]])
+    arguments = _TokenScaling(
+        x=address(x), codes=address(codes), scaled=address(scaled), middle=address(middle), step=address(step),
+        levels=address(levels), weight=address(weight), error_weight=address(error_weight), energy=address(energy),
+        scale_of=address(scale_of), offsets=ctypes.addressof(offsets), table=address(table), n=n, length=length,
+        channels=count, groups=len(widths), stride_n=x.stride(0), stride_t=x.stride(1), type=TYPES[x.dtype],
+        coarse=len(rounds[0]), fine=len(rounds[1]), threads=_threads(x),
+    )  # fmt: skip
+    library().alrd_scale_tokens(ctypes.byref(arguments))
+    return codes, scaled
