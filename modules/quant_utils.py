@@ -159,7 +159,8 @@ def encode_token_scale(scale: torch.Tensor) -> torch.Tensor:
 
 def decode_token_scale(codes: torch.Tensor) -> torch.Tensor:
     """Float32 scales of bytes."""
-    return torch.exp2((codes.float() - TOKEN_SCALE_ONE) / TOKEN_SCALES_PER_OCTAVE)
+    # In float64: of float32, PyTorch's vectors and their remainders give other bits, so that the place would count.
+    return torch.exp2((codes.double() - TOKEN_SCALE_ONE) / TOKEN_SCALES_PER_OCTAVE).float()
 
 
 def _by_group(reduce, x: torch.Tensor, widths: tuple[int, ...]) -> torch.Tensor:

@@ -9,8 +9,19 @@ import torch
 
 from configuration_alrd_llama import SIDES, Projection, QuantScheme, side_scheme
 from modules.cache.codecs import make_codec
-from modules.fit.allocation import TIER_BITS, ChannelCosts, Prices, allocate, largest_share, measure_costs, tier_prices
+from modules.fit.allocation import (
+    TIER_BITS,
+    ChannelCosts,
+    Prices,
+    allocate,
+    largest_share,
+    measure_costs,
+    refit_scales,
+    sample_backend,
+    tier_prices,
+)
 from modules.fit.allocation import static_scales as find_scales
+from modules.fit.expansion import restored_latents
 from modules.kivi_cache import CacheScheme, KIVILatentCache
 from modules.quant_utils import quantize
 from modules.svd_linear import Factors
@@ -454,6 +465,27 @@ def test_measuring_leaves_the_generator_alone():
         found.append(measure_costs(identity_factors(8), sample, QuantScheme(2, "per_token", 32), 32).kept)
         assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("fields", [STATIC, {**STATIC, "token_scale": True}, PER_TOKEN], ids=str)
+def test_the_kernels_measure_what_pytorch_does(monkeypatch, fields):
+    """On a CPU the C++ kernels quantize the sample, unless PyTorch is asked for; to the bit the same comes out."""
+    sample, factors = torch.randn(4, 64, 20) * torch.linspace(0.1, 2, 20), identity_factors(20)
+    scheme, tiers = side_scheme("k", 2, 32, fields), [(4, 4), (8, 2), (3, 1)]
+    found = []
+    for name, expected in ((None, "cpu"), ("reference", "reference"), ("triton", "reference")):
+        if name is not None:
+            monkeypatch.setenv("ALRD_BACKEND", name)
+        assert sample_backend(torch.device("cpu")).name == expected
+        costs = measure_costs(factors, sample, scheme, 32)
+        measured = [costs.kept, *itertools.chain(*costs.scales)]
+        if scheme.token_scale:
+            scales, cost = refit_scales(factors, sample, scheme, torch.arange(15), tiers)
+            restored = restored_latents(factors.select(torch.arange(15)), sample, scheme, tiers, scales)
+            measured += [*scales, torch.tensor(cost), restored]
+        found.append(measured)
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
 
 
 # ---- static scales

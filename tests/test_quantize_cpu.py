@@ -12,7 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from configuration_alrd_llama import QuantScheme
 from modules import quant_utils as reference
+from modules.cache.codecs import TokenScaledCodec, make_codec
+from modules.kernels import get_backend
 from modules.kernels.cpu import library as cpp_library
 from modules.kernels.cpu import quantize as kernels
 from tests.helpers import assert_same, magnitudes
@@ -203,6 +206,107 @@ def test_packed_views_and_no_blocks(n_bits):
         rest = [*(None if t is True else t for t in stored), n_bits, 45, torch.float16]
         assert_same([kernels.unpack_and_dequantize(*rest)], [reference.unpack_and_dequantize(*rest)])
     assert_same(kernels.quantize_and_pack(x[:0], 2), reference.quantize_and_pack(x[:0], 2))
+
+
+# ---- the scales of tokens
+
+CPU = torch.device("cpu")
+
+
+def scaled_codec(tiers, backend: str, constant: float = 0.0, spread: float = 1.0) -> TokenScaledCodec:
+    """A quantizer with steps of six octaves, and of 0 for a share of the channels."""
+    widths = tuple(sum(count for count, _ in group) for group in tiers)
+    torch.manual_seed(5)
+    scale = spread * torch.exp2(6 * torch.rand(sum(widths)) - 3) * (torch.rand(sum(widths)) >= constant)
+    scheme = QuantScheme(2, static=True, symmetric=False, token_scale=True, tiers=tiers)
+    static = (scale, spread * torch.randn(sum(widths)))
+    return make_codec(scheme, 8, widths, torch.float32, get_backend(backend, CPU), static)
+
+
+def compare_scales(x: torch.Tensor, tiers, **settings) -> torch.Tensor:
+    """The bytes of the scales of `x`, which both back ends choose, with the same states by them."""
+    codec = scaled_codec(tiers, "cpu", **settings)
+    channels = (codec.middle, codec.step, codec.levels, codec.weight, codec.error_weight)
+    rounds = (codec._COARSE, codec._FINE)
+    actual = kernels.scale_tokens(x, codec.widths, channels, codec.energy, rounds)
+    expected = scaled_codec(tiers, "reference", **settings)._scale_tokens(x)
+    # Where the states are not finite, so are both; NaN is not equal to itself.
+    assert_same([a.nan_to_num() for a in actual], [e.nan_to_num() for e in expected])
+    assert torch.equal(actual[1].isnan(), expected[1].isnan())
+    return actual[0]
+
+
+#: Head groups of fewer channels than a vector, of just one and of more, and of several widths.
+TIERS = [
+    (((1, 2),),),
+    (((16, 3),), ((32, 1),)),
+    (((3, 8), (4, 4)), ((1, 1),), ((60, 2), (73, 1))),
+    (((5, 4), (6, 3), (7, 2), (9, 1)), ((8, 8),)),
+]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    tiers=st.sampled_from(TIERS),
+    blocks=st.integers(0, 3),
+    length=st.integers(1, 40),
+    dtype=st.sampled_from([*DTYPES, torch.float64]),
+    constant=st.sampled_from([0.0, 0.3, 1.0]),
+    exponent=st.integers(-4, 4),
+    heavy=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_same_scales_of_tokens(tiers, blocks, length, dtype, constant, exponent, heavy, seed):
+    channels, generator = sum(count for group in tiers for count, _ in group), torch.Generator().manual_seed(seed)
+    x = torch.randn(blocks, length, channels, generator=generator) * 10.0**exponent
+    if heavy:
+        x = x.sign() * x.abs() ** 1.5 * torch.exp(2 * torch.randn(blocks, length, 1, generator=generator))
+    # One channel is far out, as in the sinks that a model makes in the midst of a text.
+    x[..., seed % channels] *= 30
+    compare_scales(x.clamp(-6e4, 6e4).to(dtype), tiers, constant=constant)
+
+
+@pytest.mark.parametrize("tiers", TIERS, ids=str)
+def test_tokens_at_the_ends_of_the_scales(tiers):
+    """Sizes beyond both ends, none at all, and steps whose squares float32 does not hold."""
+    channels = sum(count for group in tiers for count, _ in group)
+    sizes = torch.exp2(torch.linspace(-40, 40, 81))
+    x = torch.randn(1, 81, channels) * sizes[:, None]
+    x[0, 40] = scaled_codec(tiers, "cpu").middle
+    codes = compare_scales(x, tiers)
+    assert codes.min() < 3 and codes.max() == 255
+    for spread in (1e-30, 1e-22, 1e15, 1e22):
+        compare_scales(x * spread, tiers, spread=spread)
+        compare_scales(x * spread, tiers, spread=spread, constant=0.3)
+
+
+@pytest.mark.parametrize("tiers", TIERS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scales_of_magnitudes(tiers, dtype):
+    compare_scales(magnitudes(9, sum(count for group in tiers for count, _ in group), dtype), tiers, constant=0.2)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_scales_of_what_is_not_finite(value):
+    """Both choose the same byte, and both refuse the states."""
+    tiers, said = TIERS[2], []
+    for channel in (0, 7, 139):
+        x = torch.randn(2, 8, 141)
+        x[1, 3, channel] = value
+        compare_scales(x, tiers, constant=0.2)
+    for backend in ("reference", "cpu"):
+        with pytest.raises(ValueError, match="must be finite") as error:
+            scaled_codec(tiers, backend).encode(x)
+        said.append(str(error.value))
+    assert said[0] == said[1]
+
+
+def test_threads_and_views_of_scaled_tokens():
+    torch.set_num_threads(3)
+    x = torch.randn(6, 90, 3 * 141).to(torch.bfloat16)
+    for view in (x[..., 141:282], x[1::2, ::3, :141], x[..., ::3], x[:2, :1, :141].expand(2, 50, 141)):
+        compare_scales(view, TIERS[2])
+    assert kernels._threads(x[..., :141]) == 3
 
 
 # ---- errors

@@ -48,6 +48,8 @@ def test_a_byte_is_a_power_of_two_in_sixteenths():
     # Within half a step, and at the ends of the range beyond it.
     assert encode_token_scale(torch.tensor([2.0 ** (0.4 / 16), 2.0 ** (0.6 / 16)]).double()).tolist() == [128, 129]
     assert encode_token_scale(torch.tensor([0.0, 1e9, math.inf]).double()).tolist() == [0, 255, 255]
+    # Wherever a byte stands in a tensor, its scale has the same bits.
+    assert torch.equal(torch.cat(list(map(decode_token_scale, codes.split(1)))), scales)
 
 
 def test_one_token_by_hand():

@@ -748,9 +748,7 @@ struct TokenScaling {
       const int tried = std::min(std::max(around + offsets[i], 0), 255);
       if (tried == byte) continue;
       const double error = scaled_error(channels, centred, count, scale_of[tried]);
-      if (error < best) byte = tried;
-      // A NaN stays, as it does in the reference.
-      if (!(error >= best)) best = error;
+      if (error < best) byte = tried, best = error;
     }
     return byte;
   }
@@ -765,7 +763,7 @@ std::vector<Channels> channels_of(const TokenScaling& call) {
       const vi valid = lanes_in_order() < (int)(width - c);
       const int lanes = std::min<int64_t>(width - c, V);
       auto read = [&](const float* p) { return select(valid, load(p + first + c, lanes), vf{}); };
-      const vf last = select(valid, read(call.levels) - 1, vf{});
+      const vf last = read(call.levels) - 1;
       channels.push_back({read(call.middle), read(call.step), last, read(call.weight), read(call.error_weight)});
     }
   }
