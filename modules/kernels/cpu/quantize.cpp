@@ -748,7 +748,10 @@ struct TokenScaling {
       const int tried = std::min(std::max(around + offsets[i], 0), 255);
       if (tried == byte) continue;
       const double error = scaled_error(channels, centred, count, scale_of[tried]);
-      if (error < best) byte = tried, best = error;
+      if (error < best) {
+        byte = tried;
+        best = error;
+      }
     }
     return byte;
   }
