@@ -490,7 +490,7 @@ def test_static_scales_are_near_the_best(bits):
         assert error_of(x[:, c], scale[c], zero[c], bits) <= 1.03 * grid_search(x[:, c], bits)
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 8])
 def test_static_scales_of_heavy_tails_beat_the_whole_range(bits):
     x = torch.distributions.StudentT(3.0).sample((4000, 1))
     scale, zero = find_scales(x, bits)

@@ -217,10 +217,12 @@ STORAGE = {
     "4 bits symmetric": (uniform(4, symmetric=True), uniform(4, False, 4, symmetric=True)),
     "8 bits": (uniform(8), uniform(8, False)),
     "16 bits": (uniform(16), uniform(16)),
+    "5 bits": (uniform(5), uniform(6, False)),
+    "6 bits in runs": (uniform(6, group_size=13), uniform(5, False, 45)),
 }
 
 
-@pytest.mark.parametrize("name", some(STORAGE, "2 bits by token", "3 bits in runs", "16 bits"))
+@pytest.mark.parametrize("name", some(STORAGE, "2 bits by token", "3 bits in runs", "16 bits", "6 bits in runs"))
 def test_every_width(device, name):
     keys, values = STORAGE[name]
     case = list(STORAGE).index(name)
