@@ -113,7 +113,7 @@ def layer(
 
 #: Tiers of every width as the budget command stores them for the bundled tiny model: calibrated scales, blocks of 32.
 TINY = {
-    "tiers": [[(1, 16), (15, 8), (32, 4), (16, 3), (32, 2), (16, 1)]],
+    "tiers": [[(1, 16), (15, 8), (16, 6), (16, 5), (16, 4), (16, 3), (16, 2), (16, 1)]],
     "group_size": 32,
     "static": True,
     "orientation": "per_channel",

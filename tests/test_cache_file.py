@@ -23,7 +23,7 @@ SMALL = {"group_size": 16, "residual_length": 5}
 
 def filled() -> KIVILatentCache:
     """Two layers, rows of different blocks, a block that is cut, shared blocks and pads."""
-    cache = create_kivi_cache(k_bits=3, v_bits=2, **SMALL)
+    cache = create_kivi_cache(k_bits=3, v_bits=6, **SMALL)
     for i, (k, v) in enumerate([(8, 6), (5, 9)]):
         real = torch.ones(3, 90, dtype=torch.bool)
         real[1, :40] = False

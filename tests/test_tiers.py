@@ -244,6 +244,7 @@ CODEC_CASES = [
     ((((2, 4), (5, 1.5), (1, 1)), ((1, 1.5),)), {}, 40, torch.float32),
     ((((2, 1), (3, 2), (4, 8), (1, 16)), ((3, 8), (2, 1))), {"static": True}, 45, torch.float16),  # rising widths
     ((((2, 4), (3, 2), (4, 4)),), {}, 45, torch.float32),  # a width twice
+    ((((2, 6), (3, 5), (4, 3)), ((3, 6), (2, 1))), {"static": True}, 45, torch.bfloat16),
     ((((9, 16),), ((2, 16),)), {}, 20, torch.bfloat16),
     ((((1, 3),),), {"orientation": "per_token"}, 1, torch.float32),
 ]
