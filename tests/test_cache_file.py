@@ -163,7 +163,7 @@ def test_another_scheme_is_refused(tmp_path):
     cache = filled()
     cache.save(path)
     assert same_tiles(KIVILatentCache.load(path, scheme=cache.scheme), cache)
-    with pytest.raises(ValueError, match="another scheme: residual_length is 5, must be 7; v_bits is 2, must be 4"):
+    with pytest.raises(ValueError, match="another scheme: residual_length is 5, must be 7; v_bits is 6, must be 4"):
         KIVILatentCache.load(path, scheme=replace(cache.scheme, v_bits=4, residual_length=7))
 
 
