@@ -250,7 +250,7 @@ def test_assigned_fields_are_read_and_checked_by_a_loaded_model(tmp_path):
     with pytest.raises(ValueError, match="bits: no such setting"):
         model.create_kivi_cache(bits=4)
 
-    model.config.k_bits = 5
+    model.config.k_bits = 7
     ids = torch.arange(1, 9)[None]
     for build in (
         model.create_kivi_cache,

@@ -126,7 +126,7 @@ def test_a_whole_width_is_an_int(bits):
 
 
 BAD_FIELDS = [
-    *(("bits", value) for value in (0, 5, 1.6, 32, -2, True, "2", None, float("nan"), [2])),
+    *(("bits", value) for value in (0, 7, 1.6, 32, -2, True, "2", None, float("nan"), [2])),
     *(("orientation", value) for value in ("per_head", "", None, 0, True)),
     *(("group_size", value) for value in (-1, 2.0, True, "32", None)),
     *(("symmetric", value) for value in (1, 0, "yes")),
@@ -134,7 +134,7 @@ BAD_FIELDS = [
     *(("rotation", value) for value in (1, None, "hadamard")),
     *(("static", value) for value in (0, None, "int8")),
     *(("protected", value) for value in (-0.1, 1, 1.5, True, "0.2", None, float("nan"), float("inf"))),
-    *(("protected_bits", value) for value in (5, True, None, "4")),
+    *(("protected_bits", value) for value in (7, True, None, "4")),
     *(("quantizer", value) for value in (1, True, ["mine"])),
 ]
 
