@@ -447,12 +447,12 @@ def lm_eval(record: dict) -> str:
 
 
 def surface(record: dict) -> str:
-    c = record["config"]
+    c, points, texts = record["config"], record["points"].values(), ", ".join(record["config"]["text"])
     return (
-        f"{surface_table(record)}\n\n{c['windows']} windows of {c['length']:,} tokens of each of {', '.join(c['text'])}, "
-        f"a prefill of {c['prefill']:,} and steps of {c['chunk']} tokens; {next(iter(record['points'].values()))['tokens']} "
-        f"scored tokens. Multiply-adds per cached token and layer. A step of one token with {c['decode_tokens']:,} in the "
-        f"cache, medians of {c['steps']} in turns with the dense model's; other work ran on the machine."
+        f"{surface_table(record)}\n\n{c['windows']} windows of {c['length']:,} tokens of each of {texts}: "
+        f"a prefill of {c['prefill']:,}, then steps of {c['chunk']}, {next(iter(points))['tokens']:,} scored tokens. "
+        f"Multiply-adds per cached token and layer. A step of one token: with {c['decode_tokens']:,} in the cache, "
+        f"median of {c['steps']} in turns with the dense model's."
     )
 
 
