@@ -1,7 +1,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: install demo real real-results test test-real test-oldest check results schemes gpu
+.PHONY: install demo real real-results surface test test-real test-oldest check results schemes gpu
 
 # One installation, made again when the requirements change.
 .venv/installed: requirements.txt pyproject.toml
@@ -52,6 +52,14 @@ real-results: .venv/wheels
 	$(RUN) scripts/rate_distortion.py --model build/real/dense --statistics build/real/statistics \
 		--output scripts/results/rate_distortion.json
 	cp build/real_frontier.* build/real_ruler.* scripts/results/
+	$(RUN) scripts/results_tables.py
+
+# The surface of shapes of the same model, from which the default shape was chosen (hours; goes on where it stopped).
+surface: .venv/wheels
+	$(RUN) scripts/real_model.py --no_measure
+	$(RUN) scripts/frontier.py --model build/real/dense --statistics build/real/statistics --rebuild 1 0.6 \
+		--output build/surface.json
+	cp build/surface.json scripts/results/
 	$(RUN) scripts/results_tables.py
 
 BUDGETS := 0.25 0.125 0.0625 0.05 0.04 0.03

@@ -134,6 +134,7 @@ def measure_points(config: FrontierConfig, points: dict[str, dict[str, Any]], de
         steps=config.steps,
         dense_steps=config.steps,
         threads=config.threads,
+        dtype=str(dense.dtype).removeprefix("torch."),
     )
     subjects = dict(zip(points, decode.subjects(), strict=True))
     for name, subject in subjects.items():

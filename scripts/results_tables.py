@@ -34,6 +34,7 @@ from scripts.compare_schemes import drop_in_table, latent_table
 from scripts.eval_long_documents import long_documents_table
 from scripts.eval_perplexity import perplexity_table, text_names
 from scripts.eval_retrieval import retrieval_table
+from scripts.frontier import surface_table
 from scripts.measure_distortion import distortion_table
 from scripts.project_calibration import projection_table
 from scripts.published import PUBLISHED
@@ -445,6 +446,16 @@ def lm_eval(record: dict) -> str:
     )
 
 
+def surface(record: dict) -> str:
+    c, points, texts = record["config"], record["points"].values(), ", ".join(record["config"]["text"])
+    return (
+        f"{surface_table(record)}\n\n{c['windows']} windows of {c['length']:,} tokens of each of {texts}: "
+        f"a prefill of {c['prefill']:,}, then steps of {c['chunk']}, {next(iter(points))['tokens']:,} scored tokens. "
+        f"Multiply-adds per cached token and layer. A step of one token: with {c['decode_tokens']:,} in the cache, "
+        f"median of {c['steps']} in turns with the dense model's."
+    )
+
+
 #: The script and the `make` target that write each JSON file of scripts/results.
 MADE_BY = {
     "ablation": ("ablate_calibration.py", "results"),
@@ -468,6 +479,7 @@ MADE_BY = {
     "real_frontier": ("compare_peers.py", "real-results"),
     "real_ruler": ("eval_retrieval.py", "real-results"),
     "recommended": ("compare_schemes.py", "schemes"),
+    "surface": ("frontier.py", "surface"),
     "schemes": ("compare_schemes.py", "schemes"),
 }
 
@@ -509,6 +521,7 @@ RENDERERS = {
     "blocks": (["benchmark_blocks"], blocks),
     "gpu": (["benchmark_gpu"], gpu),
     "lookup": (["benchmark_lookup"], lookup),
+    "surface": (["surface"], surface),
     "prefix": (["benchmark_prefix", "benchmark_prefix_32k"], prefix),
     "copying": (["copying"], copying),
     "long_documents": (["long_documents"], long_documents),

@@ -98,7 +98,7 @@ inline vi shr(vi x, int n) { return {_mm256_srli_epi32(x.a, n), _mm256_srli_epi3
 inline vi sar(vi x, int n) { return {_mm256_srai_epi32(x.a, n), _mm256_srai_epi32(x.b, n)}; }
 inline vi mul16(vi x, vi y) { return {_mm256_mullo_epi16(x.a, y.a), _mm256_mullo_epi16(x.b, y.b)}; }
 inline vi shr16(vi x, int n) { return {_mm256_srli_epi16(x.a, n), _mm256_srli_epi16(x.b, n)}; }
-// As above, for codes of at most 4 bits: two products are summed up in 16 bits on the way.
+// As above, for codes of at most 7 bits: two products are summed up in 16 bits on the way.
 inline vi dot4(vi s, vi codes, vi weights) {
   const __m256i one = _mm256_set1_epi16(1);
   return {_mm256_add_epi32(s.a, _mm256_madd_epi16(_mm256_maddubs_epi16(codes.a, weights.a), one)),
