@@ -84,6 +84,7 @@ struct Words {
   int count, weights;
 };
 
+constexpr float LN2 = 0.693147181f;
 constexpr int MOST_HEADS = 8;  // whose expansion rows stay in the cache side by side
 
 // The scales of tokens by their bytes (`decode_token_scale` of modules/quant_utils.py).
@@ -127,6 +128,8 @@ struct Worker {
 
   void start(int row_, int first_head_, int n_heads) {
     if (row != row_ || first_head != first_head_) start_heads(row_, first_head_, n_heads);
+    for (Head& head : heads) head.expansion.restart(), head.exact_expansion.restart();
+    nodes_are_rounded = false;
     sums.assign((size_t)all_queries * round_up(a.values.width, 16), 0);
     exact_sums.assign((size_t)all_queries * round_up(a.output_width, 16), 0);
     highest.assign(all_queries, -INFINITE);
@@ -173,7 +176,7 @@ struct Worker {
     }
     scores.resize((size_t)all_queries * (SPAN + 16));
     span_scores.resize((size_t)all_queries * (SPAN + 16));
-    fast_is_rounded = nodes_are_rounded = false;
+    fast_is_rounded = false;
   }
 
   // Weights of a head's expansion, [half][2][width + 1], the last column the bias, for the channels of `channel`, or
@@ -524,7 +527,9 @@ struct Worker {
       for (int t = std::max<int64_t>(0, seen); t < round_up(n, 16); t++) score[t] = -INFINITE;
       vf high = set1(-INFINITE);
       for (int t = 0; t < n; t += 16) high = max(high, load(score + t));
-      const float higher = std::max(highest[j], maximum(high));
+      // Probabilities relative to two references differ by a power of two and are rounded alike, so that results depend
+      // little on where a sequence is split.
+      const float higher = std::max(highest[j], std::ceil(maximum(high) / LN2) * LN2);
       if (higher == -INFINITE) {
         std::fill(score, score + round_up(n, 16), 0.0f);
         continue;
@@ -872,14 +877,16 @@ struct Worker {
 extern "C" int alrd_attention(const Arguments* arguments) {
   const Arguments& a = *arguments;
   const int shared = a.query_heads / a.heads, queries = shared * a.length;
-  // Heads that share their latents are an item.
+  // Splits of the sequence, so that few heads keep all threads busy, of whole batches.
+  const int blocks_of_batch = std::max(1, SPAN / std::max(1, a.block_length));
+  const int batches = std::max<int>(1, ceil_div(a.blocks, blocks_of_batch));
+  // Heads that share their latents are an item, fewer of them where threads would have nothing to do.
   const int sharing = a.keys.groups == a.values.groups ? a.heads / a.keys.groups : 1;
   int of_item = std::min(sharing, MOST_HEADS);
-  while (sharing % of_item) of_item--;
-  // Splits of the sequence, so that few heads keep all threads busy.
+  while (sharing % of_item || (of_item > 1 && a.batch * a.heads / of_item * batches < a.threads)) of_item--;
   const int items = a.batch * a.heads / of_item;
   int splits = 1;
-  if (items % a.threads) splits = std::min<int>(ceil_div(4 * a.threads, items), std::max(1, a.blocks / 4));
+  if (items % a.threads) splits = std::min<int>(ceil_div(4 * a.threads, items), batches);
   const Division& division = division_of(a.frequency, a.half, a.tolerance, a.keys.width, queries);
   const Division& exact_division = division_of(a.frequency, a.half, a.tolerance, 8 * a.exact_width, queries);
   // [item][split][query of the item]
@@ -894,7 +901,9 @@ extern "C" int alrd_attention(const Arguments* arguments) {
       worker.start(head / a.heads, head % a.heads, of_item);
       if (split == 0)
         for (int e = 0; e < a.n_exact; e++) worker.attend_exact(a.exact[e]);
-      if (a.blocks) worker.attend_blocks((int64_t)a.blocks * split / splits, (int64_t)a.blocks * (split + 1) / splits);
+      const int first = (int64_t)batches * split / splits * blocks_of_batch,
+                last = (int64_t)batches * (split + 1) / splits * blocks_of_batch;
+      if (a.blocks) worker.attend_blocks(first, std::min(last, a.blocks));
       worker.finish(&partial[(size_t)i * share]);
     }
   }

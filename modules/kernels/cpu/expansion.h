@@ -498,6 +498,11 @@ struct ExpansionRows {
         to[2 * node_lanes] = d.node_cosine[f * MAX_NODES + k];
         to[3 * node_lanes] = d.node_sine[f * MAX_NODES + k];
       }
+    restart();
+  }
+
+  // Forget the batches so far, on which the next ones' errors would depend.
+  void restart() {
     for (int l = 0; l < LEVELS; l++) level[l].valid = level[l].turned = false;
   }
 
