@@ -2,8 +2,8 @@
 //
 // Work is divided into items: a row of the batch, key heads that share their latents (at most MOST_HEADS), a share of
 // the row's blocks. An item goes over its tokens in batches of at most SPAN, and for each
-//   1. unpacks the key codes to bytes, four channels of a token side by side;
-//   2. multiplies them with the expansion rows that the queries of each head ask for, and gets scores;
+//   1. unpacks the key codes of TILE tokens to bytes, four channels of a token side by side;
+//   2. multiplies them with the expansion rows that the queries of each head ask for, and gets scores; so tile by tile;
 //   3. updates the running softmax, and sums up the value codes weighted by the probabilities of all queries.
 //
 // The expansion rows. With RoPE relative to the batch's first token (offset o), the score of a latent c is
@@ -85,6 +85,7 @@ struct Words {
 };
 
 constexpr float LN2 = 0.693147181f;
+constexpr int TILE = 64;       // tokens that are unpacked together
 constexpr int MOST_HEADS = 8;  // whose expansion rows stay in the cache side by side
 
 // The scales of tokens by their bytes (`decode_token_scale` of modules/quant_utils.py).
@@ -109,7 +110,7 @@ struct Worker {
   const Division &division, &exact_division;
   std::vector<Head> heads;
   std::vector<uint8_t> codes;
-  std::vector<float> column_numbers, scores, span_scores, scales, key_scales;
+  std::vector<float> column_numbers, scores, tile_scores, scales, key_scales;
   Columns columns;
   std::vector<float> sums, exact_sums, highest, total;  // values [query][column], [query][channel]; softmax
   std::vector<uint8_t> high_bytes, low_bytes;           // of the probabilities, rounded [query][token]
@@ -119,6 +120,7 @@ struct Worker {
   std::vector<float> steps, plain, scaled, value_numbers;
   // Queries of a head, and of all heads of the item: [head][query].
   int row = -1, first_head = -1, group = 0, value_group = 0, queries = 0, all_queries = 0;
+  int next_block = 0, end_of_next = 0;  // of the next batch, not prefetched yet
   bool fast_is_rounded = false, nodes_are_rounded = false;
   int64_t rounded_anchor = 0;
   std::vector<int64_t> query_position;
@@ -175,7 +177,7 @@ struct Worker {
                                  reference, query);
     }
     scores.resize((size_t)all_queries * (SPAN + 16));
-    span_scores.resize((size_t)all_queries * (SPAN + 16));
+    tile_scores.resize((size_t)all_queries * TILE);
     fast_is_rounded = false;
   }
 
@@ -224,7 +226,7 @@ struct Worker {
     }
   }
 
-  static constexpr int STRIDE = SPAN + 64;  // tokens of the buffers
+  static constexpr int STRIDE = TILE + 32;  // tokens of the buffers, and what is unpacked behind them
 
   template <int V>
   void score_tokens(const ExpansionRows& rows, const Rounded& fast, const Rounded& nodes, const Tokens& tokens,
@@ -244,7 +246,7 @@ struct Worker {
         });
       });
       for (int j = 0; j < queries; j++) {
-        float* score = out + (size_t)j * (SPAN + 16);
+        float* score = out + (size_t)j * TILE;
         vf sum[V];
         each<V>([&](auto v) INLINE { sum[v] = load(score + 16 * v); });
         each<3>([&](auto p) INLINE {
@@ -261,7 +263,7 @@ struct Worker {
       multiply<4, V>(nodes, rows.nodes.data(), rows.node_lanes, columns, tokens, lane, token, y);
       each<4>([&](auto m) INLINE {
         if (lane + m >= n_lanes) return;
-        float* score = out + (size_t)((lane + m) % queries) * (SPAN + 16);
+        float* score = out + (size_t)((lane + m) % queries) * TILE;
         const float* weight = &d.lagrange[(size_t)((lane + m) / queries) * 2 * SPAN + offset];
         each<V>([&](auto v)
                     INLINE { store(score + 16 * v, fma(load(weight + 16 * v), y[m][v], load(score + 16 * v))); });
@@ -269,26 +271,23 @@ struct Worker {
     }
   }
 
-  // Scores of n tokens of the buffers, whose offsets from the anchor of the heads' `rows` start at `offset`.
-  void score_span(ExpansionRows Head::* rows, int n, int offset, float* out) {
+  // Scores of the n tokens of the buffers, at most TILE, whose offsets from the anchor of the heads' `rows` start at
+  // `offset`.
+  void score_tile(ExpansionRows Head::* rows, int n, int offset) {
     const Tokens tokens = {codes.data(), column_numbers.data(), STRIDE};
-    const size_t of_head = (size_t)queries * (SPAN + 16);
-    std::fill(span_scores.begin(), span_scores.end(), 0.0f);
-    // All heads meet a few tokens' codes while these are in the cache.
-    for (int t = 0; t < n;) {
-      const int step = n - t > 32 ? 64 : 16;
-      float* sum = span_scores.data() + t;
-      for (const Head& head : heads) {
-        if (step == 64)
-          score_tokens<4>(head.*rows, head.fast, head.nodes, tokens, t, offset + t, sum);
-        else
-          score_tokens<1>(head.*rows, head.fast, head.nodes, tokens, t, offset + t, sum);
-        sum += of_head;
-      }
-      t += step;
+    std::fill(tile_scores.begin(), tile_scores.end(), 0.0f);
+    float* out = tile_scores.data();
+    for (const Head& head : heads) {
+      if (n > 32)
+        score_tokens<4>(head.*rows, head.fast, head.nodes, tokens, 0, offset, out);
+      else
+        for (int t = 0; t < n; t += 16)
+          score_tokens<1>(head.*rows, head.fast, head.nodes, tokens, t, offset + t, out + t);
+      out += (size_t)queries * TILE;
+      prefetch_next();
     }
     for (int j = 0; j < all_queries; j++)
-      memcpy(out + (size_t)j * (SPAN + 16) + offset, span_scores.data() + (size_t)j * (SPAN + 16), 4 * n);
+      memcpy(&scores[(size_t)j * (SPAN + 16) + offset], &tile_scores[(size_t)j * TILE], 4 * n);
   }
 
   // Step of the codes and the value of their first level, or of their middle (`centred`), for n channels from `c` on.
@@ -374,7 +373,7 @@ struct Worker {
       if (as_codes && segment.column < 0 && side.by_block) load_scales(segment, slot, first);
       if (as_codes && segment.column >= 0) load_token_scales(part, slot, first, n, segment, i - s0, to);
       if (!as_codes)
-        dequantize(part, slot, first, n, segment, scale_of, to_codes, [&](int t, int c) -> float& {
+        dequantize(part, slot, first, n, segment, scale_of, to_codes, STRIDE, [&](int t, int c) -> float& {
           return column_numbers[(size_t)(segment.position - columns.first_float + c) * STRIDE + to + t];
         });
     }
@@ -393,7 +392,7 @@ struct Worker {
   // scales; `to(t, c)`: where a channel's goes.
   template <class To>
   void dequantize(const Part& part, int slot, int first, int n, const Segment& segment, const float* scale_of,
-                  const uint8_t* from, To to) {
+                  const uint8_t* from, int stride, To to) {
     std::vector<float> scale(round_up(segment.count, 16)), zero(scale.size());
     const float middle = scale_of ? (part.levels - 1) * 0.5f : 0;
     if (segment.column < 0)
@@ -406,7 +405,7 @@ struct Worker {
       }
       for (int c = 0; c < segment.count; c++)
         to(t, c) =
-            (from[((int64_t)(c / 4) * STRIDE + t) * 4 + c % 4] - middle) * (scale_of ? scale_of[t] : 1) * scale[c] +
+            (from[((int64_t)(c / 4) * stride + t) * 4 + c % 4] - middle) * (scale_of ? scale_of[t] : 1) * scale[c] +
             zero[c];
     }
   }
@@ -461,7 +460,7 @@ struct Worker {
                                   scale + STRIDE, largest * 0.5f});
     }
     codes.resize((size_t)(2 * code_columns() + 16) * STRIDE);
-    column_numbers.assign((size_t)std::max(1, std::max(columns.floats, a.exact_width)) * STRIDE, 0);
+    column_numbers.resize((size_t)std::max(1, std::max(columns.floats, a.exact_width)) * STRIDE);
   }
 
   void attend_batch(const std::vector<Chunk>& batch) {
@@ -483,19 +482,26 @@ struct Worker {
       rounded_anchor = anchor;
     };
     if (by_block) {
-      for (const Piece& piece : pieces_of(batch, a.keys.run)) {
-        load_keys(piece.slot, piece.first, piece.count, 0);
-        round();
-        score_span(&Head::expansion, piece.count, piece.at, scores.data());
-      }
+      for (const Piece& piece : pieces_of(batch, a.keys.run))
+        for (int done = 0; done < piece.count; done += TILE) {
+          const int count = std::min(TILE, piece.count - done);
+          load_keys(piece.slot, piece.first + done, count, 0);
+          if (!done) round();
+          score_tile(&Head::expansion, count, piece.at + done);
+        }
     } else {
-      int to = 0;
-      for (const Chunk& chunk : batch) {
-        load_keys(chunk.slot, chunk.first, chunk.count, to);
-        to += chunk.count;
-      }
       round();
-      score_span(&Head::expansion, n, 0, scores.data());
+      int in_tile = 0, first = 0;
+      for (const Piece& piece : pieces_of(batch, TILE)) {
+        if (in_tile + piece.count > TILE) {
+          score_tile(&Head::expansion, in_tile, first);
+          first += in_tile;
+          in_tile = 0;
+        }
+        load_keys(piece.slot, piece.first, piece.count, in_tile);
+        in_tile += piece.count;
+      }
+      score_tile(&Head::expansion, in_tile, first);
     }
     weigh(n, anchor);
     const std::vector<Piece> pieces = pieces_of(batch, a.values.run);
@@ -527,9 +533,10 @@ struct Worker {
       for (int t = std::max<int64_t>(0, seen); t < round_up(n, 16); t++) score[t] = -INFINITE;
       vf high = set1(-INFINITE);
       for (int t = 0; t < n; t += 16) high = max(high, load(score + t));
-      // Probabilities relative to two references differ by a power of two and are rounded alike, so that results depend
-      // little on where a sequence is split.
-      const float higher = std::max(highest[j], std::ceil(maximum(high) / LN2) * LN2);
+      // Probabilities relative to two such references differ by a power of two and are rounded alike, so that results
+      // depend little on where a sequence is split.
+      const float top = a.blocks ? std::ceil(maximum(high) / LN2) * LN2 : maximum(high);
+      const float higher = std::max(highest[j], top);
       if (higher == -INFINITE) {
         std::fill(score, score + round_up(n, 16), 0.0f);
         continue;
@@ -556,8 +563,8 @@ struct Worker {
   // Round the probabilities times `scale` (null: 1) of tokens [from, from + n) to integers, in `steps` of each query;
   // `plain`: the sum of the probabilities times `zero` (null: 1); `scaled`: that of the probabilities times `scale`.
   void round_probabilities(int from, int n, const float* scale, const float* zero) {
-    high_bytes.resize((size_t)all_queries * STRIDE);
-    low_bytes.resize((size_t)all_queries * STRIDE);
+    high_bytes.resize((size_t)all_queries * SPAN);
+    low_bytes.resize((size_t)all_queries * SPAN);
     steps.resize(all_queries);
     plain.resize(all_queries);
     scaled.resize(all_queries);
@@ -580,7 +587,7 @@ struct Worker {
       plain[j] = sum(total_);
       const vf inverse = set1(1 / steps[j]);
       for (int t = 0; t < n; t += 16) storei(integers + t, to_int(mul(load(x + t), inverse)));
-      uint8_t *to_high = &high_bytes[(size_t)j * STRIDE], *to_low = &low_bytes[(size_t)j * STRIDE];
+      uint8_t *to_high = &high_bytes[(size_t)j * SPAN], *to_low = &low_bytes[(size_t)j * SPAN];
       for (int t = 0; t < n; t++) {
         to_high[t] = (integers[t] + 128) >> 8;
         to_low[t] = integers[t];
@@ -604,7 +611,7 @@ struct Worker {
     packed_low.resize((size_t)all_queries * packed);
     for (int j = 0; j < all_queries; j++)
       for (size_t i = 0; i < n_pieces; i++) {
-        const size_t bytes = (size_t)j * STRIDE + pieces[i].at - from;
+        const size_t bytes = (size_t)j * SPAN + pieces[i].at - from;
         const size_t to = (size_t)j * packed + piece_words[i].weights;
         const int lead = pieces[i].first % a.values.run % tokens;
         arrange_words(layout, &high_bytes[bytes], lead, pieces[i].count, piece_words[i].count, &packed_high[to]);
@@ -769,9 +776,10 @@ struct Worker {
                 a.state_type, &value_numbers[(size_t)t * width]);
     } else {
       const Run run = run_of(part, slot, first);
-      std::vector<uint8_t> bytes((size_t)width * STRIDE);
-      unpack(part, run.words, run.length, first - run.start, n, segment.channel, segment.count, bytes.data(), STRIDE);
-      dequantize(part, slot, first, n, segment, scale_of, bytes.data(),
+      const int room = n + 32;  // what is unpacked goes on behind the tokens
+      std::vector<uint8_t> bytes((size_t)width * room);
+      unpack(part, run.words, run.length, first - run.start, n, segment.channel, segment.count, bytes.data(), room);
+      dequantize(part, slot, first, n, segment, scale_of, bytes.data(), room,
                  [&](int t, int c) -> float& { return value_numbers[(size_t)t * width + c]; });
     }
     accumulate(n, at, width, &sums[segment.position], stride);
@@ -795,17 +803,20 @@ struct Worker {
     columns = Columns();
     columns.last = a.exact_width;
     columns.floats = channels;
-    column_numbers.assign((size_t)std::max(1, a.exact_width) * STRIDE, 0);
+    column_numbers.resize((size_t)std::max(1, a.exact_width) * STRIDE);
     for (int first = 0; first < exact.count[row]; first += SPAN) {
       const int n = std::min(SPAN, exact.count[row] - first);
       const int64_t position = exact.start[row] + first;
       for (Head& head : heads) head.exact_expansion.move(position);
-      for (int t = 0; t < n; t++) {
-        const int64_t at = row * exact.key_row + (first + t) * exact.key_token + a.key_start[group];
-        for (int c = 0; c < channels; c++)
-          column_numbers[(size_t)c * STRIDE + t] = number(exact.keys, at + c, a.state_type);
+      for (int tile = 0; tile < n; tile += TILE) {
+        const int in_tile = std::min(TILE, n - tile);
+        for (int t = 0; t < in_tile; t++) {
+          const int64_t at = row * exact.key_row + (first + tile + t) * exact.key_token + a.key_start[group];
+          for (int c = 0; c < channels; c++)
+            column_numbers[(size_t)c * STRIDE + t] = number(exact.keys, at + c, a.state_type);
+        }
+        score_tile(&Head::exact_expansion, in_tile, tile);
       }
-      score_span(&Head::exact_expansion, n, 0, scores.data());
       weigh(n, position);
       const int width = round_up(value_channels, 16);
       value_numbers.resize((size_t)n * width);
@@ -817,7 +828,15 @@ struct Worker {
     columns = std::move(packed_columns);
   }
 
-  // Start to read the words of a head group in a block, while the block before it is computed.
+  // Start to read one block of the next batch; called again and again while this one is computed.
+  void prefetch_next() {
+    if (next_block >= end_of_next) return;
+    const int slot = a.table[(int64_t)row * a.blocks + next_block++];
+    prefetch_block(a.keys, group, slot);
+    if (a.values.parts[0].packed != a.keys.parts[0].packed) prefetch_block(a.values, value_group, slot);
+  }
+
+  // The words of a head group in a block.
   void prefetch_block(const Side& side, int of, int slot) const {
     for (int i = side.first_segment[of]; i < side.first_segment[of + 1]; i++) {
       const Segment& segment = side.segments[i];
@@ -836,26 +855,25 @@ struct Worker {
     const int32_t* table = a.table + (int64_t)row * a.blocks;
     std::vector<Chunk> batch;
     int tokens = 0;
-    auto flush = [&] {
+    // `next`: the first block that is not in the batch.
+    auto flush = [&](int next) {
+      next_block = next;
+      end_of_next = std::min(last, next + std::max(1, SPAN / a.block_length));
       if (!batch.empty()) attend_batch(batch);
       batch.clear();
       tokens = 0;
     };
     for (int i = first; i < last; i++) {
       const int count = table[2 * plane + i];
-      if (i + 1 < last) {
-        prefetch_block(a.keys, group, table[i + 1]);
-        prefetch_block(a.values, value_group, table[i + 1]);
-      }
       for (int t = 0; t < count; t += SPAN) {
         const Chunk chunk = {table[i], t, std::min(SPAN, count - t), (int64_t)table[plane + i] + t};
         // Tokens of a batch are at consecutive positions.
-        if (tokens && (tokens + chunk.count > SPAN || batch[0].position + tokens != chunk.position)) flush();
+        if (tokens && (tokens + chunk.count > SPAN || batch[0].position + tokens != chunk.position)) flush(i + (t > 0));
         batch.push_back(chunk);
         tokens += chunk.count;
       }
     }
-    flush();
+    flush(last);
   }
 
   // [query][output_width + 2]: sums of values by channel, highest score, sum of weights.

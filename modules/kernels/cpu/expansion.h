@@ -473,10 +473,9 @@ struct ExpansionRows {
     fast_lanes = round_up(2 * round_up(d.fast, 3), 16);
     node_lanes = round_up(d.nodes * queries, 16);
     fast.assign((size_t)(columns + 1) * fast_lanes, 0);
-    for (int f = 0; f < d.fast; f++)
-      for (int i = 0; i < 2; i++)
-        for (int c = 0; c <= columns; c++)
-          fast[(size_t)c * fast_lanes + 2 * f + i] = expansion[((int64_t)f * 2 + i) * (columns + 1) + c];
+    for (int c = 0; c <= columns; c++)
+      for (int lane = 0; lane < 2 * d.fast; lane++)
+        fast[(size_t)c * fast_lanes + lane] = expansion[(int64_t)lane * (columns + 1) + c];
     padded = round_up(d.fast + 2, 16);
     pair_query.assign((size_t)queries * 2 * padded, 0);
     fast_query.assign((size_t)queries * 4 * padded, 0);
