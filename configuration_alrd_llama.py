@@ -11,7 +11,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, LlamaConfig, PreTrainedConf
 
 #: Widths that the packed cache can store. 1.58 is ternary; 1.5 has half of the channels at 2 bits and half at 1; 16 is
 #: the lossless mode: the model's own dtype, untouched.
-SUPPORTED_BITS = (1, 1.5, 1.58, 2, 3, 4, 8, 16)
+SUPPORTED_BITS = (1, 1.5, 1.58, 2, 3, 4, 5, 6, 8, 16)
 
 #: The two sides of an attention that are split and cached, keys and values, as in `k_proj` and `v_bits`.
 SIDES = ("k", "v")
@@ -345,13 +345,13 @@ class QuantScheme:
             )
         if self.static and not (
             self.per_channel
-            and self.bits in (1, 2, 3, 4, 8)
+            and self.bits in (1, 2, 3, 4, 5, 6, 8)
             and not (self.symmetric and self.bits == 1)
             and not self.rotation
             and not self.protected
         ):
             raise ValueError(
-                "static=True: calibrated scales are per_channel, of 1 (not symmetric), 2, 3, 4 or 8 bits, without "
+                "static=True: calibrated scales are per_channel, of 1 (not symmetric) to 6 or 8 whole bits, without "
                 f"rotation or protected tokens; got {self.orientation}, {self.bits} bits, symmetric={self.symmetric}, "
                 f"rotation={self.rotation}, protected={self.protected}"
             )

@@ -32,8 +32,8 @@ Codes are packed along the tokens of a block. The block `[T, C]` (tokens, channe
 bit 0 the least significant. A decode kernel that walks the channels reads consecutive addresses. The last word of a
 plane is filled with zeros when the tokens do not fill it; with T a multiple of 32 nothing is lost at any whole width.
 
-Width 3 costs exactly 3.0 bits: a plane of the codes' low two bits, as for `b = 2`, is followed by a plane of their
-high bit, as for `b = 1`.
+Widths 3, 5 and 6 cost exactly 3.0, 5.0 and 6.0 bits: a plane of the codes' low bits, two of 3 and four of 5 and 6, as
+for `b = 2` and `b = 4`, is followed by a plane of the one or two above, as for `b = 1` and `b = 2`.
 
 Ternary codes (0, 1, 2) stand five to a byte, 20 to a word: 1.6 bits, 1.75 for the 7 words of 128 tokens. Element
 `i = 5j + k` of a word is digit `k`, the most significant first, of byte `j` (byte 0 the least significant of the
@@ -145,7 +145,7 @@ def grid(n_bits: float) -> Grid:
 
 #: Step of least squared error for a Gaussian of unit spread, by width (Max, IRE Trans. Inf. Theory 6, 1960): a
 #: calibrated step over it is about the spread of a channel.
-GAUSSIAN_STEPS = {1: 1.5958, 2: 0.9957, 3: 0.5860, 4: 0.3352, 8: 0.0308}
+GAUSSIAN_STEPS = {1: 1.5958, 2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.1041, 8: 0.0308}
 
 #: A token's scale is 2^((byte - 128) / 16): from 2^-8 to 2^7.94 in steps of 4.4%.
 TOKEN_SCALE_ONE, TOKEN_SCALES_PER_OCTAVE = 128, 16
@@ -261,7 +261,7 @@ def quantize(
 
     Args:
         x: `[..., sum(widths)]`, any floating type.
-        n_bits: 1, 1.58, or a whole width of at most 8.
+        n_bits: 1, 1.58, 2, 3, 4, 5, 6 or 8.
         widths: Elements of each group, in order.
         symmetric: Levels around 0; always so for 1.58 bits.
         range_method: "minmax" or "mse"; symmetric codes below two bits have only "mse".
@@ -368,12 +368,18 @@ class Plane(NamedTuple):
     per_word: int
 
 
+def low_bits(n_bits: int) -> int:
+    """Bits of a code in its low plane: the greatest power of two, so that no word ends within a code; of 0 none."""
+    return 1 << n_bits.bit_length() >> 1
+
+
 def _planes(n_bits: float) -> tuple[Plane, ...]:
     """The bit planes that a width is stored as."""
     if n_bits == 1.58:
         return (Plane(n_bits, 0, 20),)
-    if n_bits == 3:
-        return (Plane(2, 0, 16), Plane(1, 2, 32))
+    low = low_bits(int(n_bits))
+    if low < n_bits:
+        return (Plane(low, 0, 32 // low), Plane(n_bits - low, low, 32 // (n_bits - low)))
     return (Plane(n_bits, 0, 32 // n_bits),)
 
 
@@ -532,7 +538,7 @@ def kivi_quantize_per_channel(
 
     Args:
         x: `[B, L, r]` states.
-        n_bits: 1, 1.58, 2, 3, 4 or 8.
+        n_bits: 1, 1.58, 2, 3, 4, 5, 6 or 8.
         group_size: Tokens per group; the last group may be shorter. 0: all tokens in one.
         symmetric, range_method: As for `QuantScheme`.
 

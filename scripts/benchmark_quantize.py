@@ -78,8 +78,8 @@ class QuantizeBenchmarkConfig:
         self.bits = [whole(bits) for bits in self.bits]
         for b in self.bits:
             QuantScheme(b, group_size=self.group_size)
-            if b not in (1, 1.58, 2, 3, 4, 8):
-                raise ValueError(f"bits={b!r}: must be one of 1, 1.58, 2, 3, 4, 8")
+            if b not in (1, 1.58, 2, 3, 4, 5, 6, 8):
+                raise ValueError(f"bits={b!r}: must be one of 1, 1.58, 2, 3, 4, 5, 6, 8")
 
     def schemes(self) -> list[QuantScheme]:
         """Every width in every orientation by every method that it has."""

@@ -29,6 +29,7 @@ CASES = {
     "3-bit mse, 16 tokens": (CacheScheme(3, 4, 64, k_scheme=MSE), torch.bfloat16, 16),
     "2-bit mse, fp32": (CacheScheme(2, 2, 0, k_scheme=MSE, v_scheme=MSE), torch.float32, 1),
     "3-bit mse, long": (CacheScheme(3, 3, 512, k_scheme=MSE, v_scheme=MSE), torch.float16, 1),
+    "5 and 6 bits": (CacheScheme(5, 6), torch.bfloat16, 1),
     "ternary and 1 bit": (CacheScheme(1.58, 1, 32), torch.float32, 3),
     "tiers": (CacheScheme(k_scheme=TIERS, v_scheme=TIERS), torch.bfloat16, 1),
     "16 bits and static": (CacheScheme(8, 16, k_scheme={"static": True}), torch.bfloat16, 1),

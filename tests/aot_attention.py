@@ -113,7 +113,7 @@ def layer(
 
 #: Tiers of every width as the budget command stores them for the bundled tiny model: calibrated scales, blocks of 32.
 TINY = {
-    "tiers": [[(1, 16), (15, 8), (32, 4), (16, 3), (32, 2), (16, 1)]],
+    "tiers": [[(1, 16), (15, 8), (16, 6), (16, 5), (16, 4), (16, 3), (16, 2), (16, 1)]],
     "group_size": 32,
     "static": True,
     "orientation": "per_channel",
@@ -144,6 +144,7 @@ def cases(everything: bool):
         yield f"llama2 groups of four 2-bit{suffix}", lambda n=length: llama2(n)
         yield f"tiny tiers static{suffix}", lambda n=length: tiny(n)
     yield "llama3 rank 64 3-bit", lambda: llama3(3)
+    yield "llama3 rank 64 6-bit", lambda: llama3(6)
     yield "llama3 rank 64 1.58-bit", lambda: llama3(1.58, symmetric=True)
     yield "llama3 rank 64 8-bit fp16", lambda: llama3(8, dtype=torch.float16)
     yield "llama3 rank 64 2-bit fp32", lambda: llama3(2, dtype=torch.float32)

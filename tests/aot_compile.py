@@ -93,7 +93,7 @@ def cases(everything: bool):
     """Keyword arguments of `run_case`, by a name."""
     settings = [((1.58, True, "mse"), (128, 128)), ((3, False, "mse"), None)]
     if everything:
-        schemes = itertools.product((1, 1.58, 2, 3, 4, 8), (False, True), ("minmax", "mse"))
+        schemes = itertools.product((1, 1.58, 2, 3, 4, 5, 6, 8), (False, True), ("minmax", "mse"))
         valid = [(b, s, m) for b, s, m in schemes if (s or b != 1.58) and (m == "mse" or b >= 2 or not s)]
         settings = itertools.product(valid, (None, (128, 128)))
     for (b, symmetric, method), widths in settings:

@@ -257,14 +257,15 @@ def large_problem(seed: int = 0, channels: int = 64, layers: int = 3):
     costs = {}
     for i, p in itertools.product(range(layers), ("k_proj", "v_proj")):
         energy = (torch.randn(channels, generator=generator, dtype=torch.float64) * 2).exp().sort(descending=True)[0]
-        noise = 1 + 0.2 * torch.rand(channels, 5, generator=generator, dtype=torch.float64)
-        left = energy[:, None] * torch.tensor([0.36, 0.12, 0.035, 0.0095, 4e-5], dtype=torch.float64) * noise
-        scales = [(left[:, w].float(), energy.float() + w) for w in range(5)]
+        noise = 1 + 0.2 * torch.rand(channels, 7, generator=generator, dtype=torch.float64)
+        shares = torch.tensor([0.36, 0.12, 0.035, 0.0095, 0.0025, 6e-4, 4e-5], dtype=torch.float64)
+        left = energy[:, None] * shares * noise
+        scales = [(left[:, w].float(), energy.float() + w) for w in range(7)]
         costs[f"model.layers.{i}.self_attn.{p}"] = [ChannelCosts(energy, left, scales)]
     return costs, dict.fromkeys(costs, 1.0)
 
 
-STATIC_PRICE = Prices((580, 1088, 1596, 2104, 4136), (0, 0, 0, 0, 0), 1524)
+STATIC_PRICE = Prices((580, 1088, 1596, 2104, 2612, 3120, 4136), (0,) * 7, 1524)
 
 
 def test_never_above_the_budget_and_close_below_it():
@@ -333,7 +334,7 @@ def test_tiers_that_cost_bytes_are_fewer():
     costs, rates = large_problem(2)
     counts = []
     for tier in (0, 20_000):
-        price = Prices(STATIC_PRICE.channel, (tier,) * 5, 1524)
+        price = Prices(STATIC_PRICE.channel, (tier,) * 7, 1524)
         budget = 300_000 + 6 * tier
         plan = allocate(costs, rates, by_side(lambda name, price=price: price), TIER_BITS, budget)
         check_plan(plan, costs, rates, lambda name, price=price: price, TIER_BITS, budget)
@@ -490,7 +491,7 @@ def test_static_scales_are_near_the_best(bits):
         assert error_of(x[:, c], scale[c], zero[c], bits) <= 1.03 * grid_search(x[:, c], bits)
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 8])
 def test_static_scales_of_heavy_tails_beat_the_whole_range(bits):
     x = torch.distributions.StudentT(3.0).sample((4000, 1))
     scale, zero = find_scales(x, bits)

@@ -37,7 +37,7 @@ from tests.helpers import attend
 
 ROOT = Path(__file__).parent.parent
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-WIDTHS = (1, 1.58, 2, 3, 4, 8, 16)
+WIDTHS = (1, 1.58, 2, 3, 4, 5, 6, 8, 16)
 ORIENTATIONS = ("per_channel", "per_token")
 #: Queries of a step in half precision.
 DRAWS = 3
@@ -305,7 +305,7 @@ def test_widths(bits, orientation, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
-@pytest.mark.parametrize("bits", (1, 2, 3, 4, 8))
+@pytest.mark.parametrize("bits", (1, 2, 3, 4, 5, 6, 8))
 def test_the_other_symmetry(bits, orientation, dtype):
     scheme = side(bits, orientation, symmetric=bits != 1)
     check(make_step(scheme, scheme, dtype, size=24, ranks=((17, 17), (23, 23))))
@@ -318,15 +318,15 @@ def test_group_sizes(key_group, value_group, turn):
     """Runs shorter than a block, short last runs, blocks that are longer or shorter than the kernel's span."""
     i = key_group // 4 + value_group // 4
     dtype = DTYPES[(i + turn) % 3]
-    widths = (2, 1.58, 3, 4, 1)
-    keys, values = side(widths[i % 5], group_size=key_group), side(widths[(i + 1) % 5], group_size=value_group)
+    widths = (2, 1.58, 3, 5, 4, 6, 1)
+    keys, values = side(widths[i % 7], group_size=key_group), side(widths[(i + 1) % 7], group_size=value_group)
     check(make_step(keys, values, dtype, tokens=(700,)))
     check(make_step(replace(keys, orientation="per_token"), values, dtype, tokens=(700, 333)))
     check(make_step(keys, replace(values, orientation="per_token"), dtype, tokens=(700, 333)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("bits", (1, 2, 3, 4, 8))
+@pytest.mark.parametrize("bits", (1, 2, 3, 4, 5, 6, 8))
 def test_static_scales(bits, dtype):
     for symmetric in (False, True)[: 1 + (bits > 1)]:
         static = side(bits, group_size=128, static=True, symmetric=symmetric)
@@ -374,7 +374,7 @@ def test_one_latent_for_keys_and_values(scheme, ranks, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("bits", (1, 2, 3, 4, 8))
+@pytest.mark.parametrize("bits", (1, 2, 3, 4, 5, 6, 8))
 def test_token_scales(bits, dtype):
     """Tokens of very different size, in head groups of their own, in blocks that end early, beside an unscaled side."""
 
@@ -950,7 +950,7 @@ def schemes(draw, groups: tuple[int, ...]):
     kind = draw(st.sampled_from(("uniform", "uniform", "tiers", "static", "token scales")))
     if kind in ("static", "token scales"):
         calibrated = {"static": True, "symmetric": False, "token_scale": kind != "static"}
-        return side(draw(st.sampled_from((1, 2, 3, 4, 8))), "per_channel", group_size, **calibrated)
+        return side(draw(st.sampled_from((1, 2, 3, 4, 5, 6, 8))), "per_channel", group_size, **calibrated)
     if kind == "uniform":
         bits = draw(st.sampled_from(WIDTHS))
         symmetric = None if bits in (1.58, 16) else draw(st.booleans())

@@ -217,10 +217,12 @@ STORAGE = {
     "4 bits symmetric": (uniform(4, symmetric=True), uniform(4, False, 4, symmetric=True)),
     "8 bits": (uniform(8), uniform(8, False)),
     "16 bits": (uniform(16), uniform(16)),
+    "5 bits": (uniform(5), uniform(6, False)),
+    "6 bits in runs": (uniform(6, group_size=13), uniform(5, False, 45)),
 }
 
 
-@pytest.mark.parametrize("name", some(STORAGE, "2 bits by token", "3 bits in runs", "16 bits"))
+@pytest.mark.parametrize("name", some(STORAGE, "2 bits by token", "3 bits in runs", "16 bits", "6 bits in runs"))
 def test_every_width(device, name):
     keys, values = STORAGE[name]
     case = list(STORAGE).index(name)
@@ -234,7 +236,7 @@ TOKEN_SCALES = {
     "joint": (QuantScheme(2, group_size=32, **SCALED), {"key_ranks": (16,), "value_ranks": (37,)}),
     "per head": (QuantScheme(3, group_size=32, **SCALED), {"key_ranks": (7, 5), "value_ranks": (12, 20)}),
     "tiers": (
-        QuantScheme(2, group_size=32, tiers=[[(3, 4), (5, 2), (4, 1)]], **SCALED),
+        QuantScheme(2, group_size=32, tiers=[[(3, 5), (5, 2), (4, 1)]], **SCALED),
         {"key_ranks": (12,), "value_ranks": (12,)},
     ),
     "wide": (QuantScheme(4, group_size=32, **SCALED), {"key_ranks": (130,), "value_ranks": (75,)}),
@@ -256,7 +258,7 @@ STATIC = {"orientation": "per_channel", "static": True}
 def test_width_tiers(device, name):
     """The mean scalar, and widths that stand in another order than the channels, some of them twice."""
     own, dtype = (STATIC, BF16) if name == "static" else ({}, FP16)
-    keys = tiered([(1, 16), (3, 8), (4, 4), (2, 1)], [(5, 2), (2, 4), (4, 2)], **own)
+    keys = tiered([(1, 16), (3, 6), (4, 5), (2, 1)], [(5, 2), (2, 5), (4, 2)], **own)
     values = tiered([(1, 16), (3, 3), (4, 2)], [(2, 8), (3, 1)], [(4, 2)], [(1, 16), (5, 2)], **own)
     shape = {"heads": (8, 4), "key_ranks": (10, 11), "value_ranks": (8, 5, 4, 6)}
     check(device, dtype=dtype, keys=keys, values=values, tokens=(50, 75), length=2, **shape)

@@ -23,7 +23,7 @@ SMALL = {"group_size": 16, "residual_length": 5}
 
 def filled() -> KIVILatentCache:
     """Two layers, rows of different blocks, a block that is cut, shared blocks and pads."""
-    cache = create_kivi_cache(k_bits=3, v_bits=2, **SMALL)
+    cache = create_kivi_cache(k_bits=3, v_bits=6, **SMALL)
     for i, (k, v) in enumerate([(8, 6), (5, 9)]):
         real = torch.ones(3, 90, dtype=torch.bool)
         real[1, :40] = False
@@ -163,7 +163,7 @@ def test_another_scheme_is_refused(tmp_path):
     cache = filled()
     cache.save(path)
     assert same_tiles(KIVILatentCache.load(path, scheme=cache.scheme), cache)
-    with pytest.raises(ValueError, match="another scheme: residual_length is 5, must be 7; v_bits is 2, must be 4"):
+    with pytest.raises(ValueError, match="another scheme: residual_length is 5, must be 7; v_bits is 6, must be 4"):
         KIVILatentCache.load(path, scheme=replace(cache.scheme, v_bits=4, residual_length=7))
 
 

@@ -51,7 +51,10 @@ def read_codes(words: np.ndarray, bits: float, length: int) -> np.ndarray:
             byte = words[i // 20] >> 8 * (i % 20 // 5) & 255
             codes[i] = byte * 243 // 256 // 3 ** (4 - i % 5) % 3
         return codes
-    planes = [(2, 0, 0), (1, 2, -(-length // 16))] if bits == 3 else [(bits, 0, 0)]
+    planes = [(bits, 0, 0)]
+    if bits in (3, 5, 6):
+        low = 2 if bits == 3 else 4
+        planes = [(low, 0, 0), (bits - low, low, -(-length * low // 32))]
     for width, position, first in planes:
         per_word = 32 // width
         for i in range(length):
@@ -73,8 +76,8 @@ def runs_of(length: int, group_size: int) -> list[int]:
 
 
 def words_of(length: int, bits: float) -> int:
-    if bits == 3:
-        return math.ceil(length / 16) + math.ceil(length / 32)
+    if bits in (3, 5, 6):
+        return math.ceil(length / (16 if bits == 3 else 8)) + math.ceil(length / (16 if bits == 6 else 32))
     return math.ceil(length / (20 if bits == 1.58 else 32 // bits))
 
 
@@ -204,7 +207,7 @@ by_scheme = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: f"{s}-{s.gr
 
 def test_the_list_covers_all_features():
     assert {scheme.bits for scheme in SCHEMES} == set(SUPPORTED_BITS)
-    for bits in (1, 1.58, 2, 3, 4, 8):
+    for bits in (1, 1.58, 2, 3, 4, 5, 6, 8):
         assert {s.orientation for s in SCHEMES if s.bits == bits} == {"per_channel", "per_token"}
     assert {s.bits for s in SCHEMES if s.protected} >= {1, 1.5, 1.58, 2, 3}
     assert {s.bits for s in SCHEMES if s.rotation} >= {1, 1.58, 2, 3, 4}
@@ -359,7 +362,7 @@ def test_the_clipped_range_is_near_the_best_one():
     assert found["mse"].sum() <= 1.08 * best
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_clipped_is_never_worse_in_any_group(bits, symmetric):
     x = torch.cat([torch.randn(50, 37), torch.randn(50, 37) ** 3, torch.rand(50, 37), 1e3 + torch.randn(50, 37)])
@@ -380,7 +383,7 @@ def test_clipped_is_never_worse_in_any_group(bits, symmetric):
         assert (errors["mse"] < errors["minmax"] * 0.999).float().mean() > 0.5
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_symmetric_codes_are_signed_integers_times_scale(bits):
     x = example(64, 11)
     codec = make_codec(QuantScheme(bits, symmetric=True), 64, (11,), torch.float32)

@@ -203,9 +203,9 @@ REFUSALS = {
     "rotation none": ({"v_hadamard": None}, r"v_hadamard=None: must be True or False"),
 }
 REFUSALS |= {
-    f"{field} {bits!r}": ({field: bits}, rf"{field}={bits!r}: must be one of 1, 1.5, 1.58, 2, 3, 4, 8, 16 bits")
+    f"{field} {bits!r}": ({field: bits}, rf"{field}={bits!r}: must be one of 1, 1.5, 1.58, 2, 3, 4, 5, 6, 8, 16 bits")
     for field in ("k_bits", "v_bits")
-    for bits in (0, 5, 7, 32, -2, 1.6, 2.5, True, "2", None)
+    for bits in (0, 7, 9, 32, -2, 1.6, 2.5, True, "2", None)
 }
 
 
@@ -245,23 +245,23 @@ def test_assigned_fields_are_read_and_checked_by_a_loaded_model(tmp_path):
     model.config.k_bits, model.config.group_size = 4, 64
     assert model.create_kivi_cache().scheme == CacheScheme(k_bits=4, group_size=64)
     assert model.create_kivi_cache(k_bits=8).scheme == CacheScheme(k_bits=8, group_size=64)
-    with pytest.raises(ValueError, match="k_bits=5: must be one of"):
-        model.create_kivi_cache(k_bits=5)
+    with pytest.raises(ValueError, match="k_bits=7: must be one of"):
+        model.create_kivi_cache(k_bits=7)
     with pytest.raises(ValueError, match="bits: no such setting"):
         model.create_kivi_cache(bits=4)
 
-    model.config.k_bits = 5
+    model.config.k_bits = 7
     ids = torch.arange(1, 9)[None]
     for build in (
         model.create_kivi_cache,
         lambda: model(ids, use_cache=True),
         lambda: model.generate(ids, max_new_tokens=2),
     ):
-        with pytest.raises(ValueError, match=r"k_bits=5: must be one of 1, 1\.5, 1\.58, 2, 3, 4, 8, 16 bits"):
+        with pytest.raises(ValueError, match=r"k_bits=7: must be one of 1, 1\.5, 1\.58, 2, 3, 4, 5, 6, 8, 16 bits"):
             build()
 
 
-@pytest.mark.parametrize("bits", [1, 1.58, 2, 3, 4, 8, 16, 2.0, 3.0, 16.0])
+@pytest.mark.parametrize("bits", [1, 1.58, 2, 3, 4, 5, 6, 8, 16, 2.0, 3.0, 16.0])
 def test_widths_that_exist(bits):
     config = tiny_config(k_bits=bits, v_bits=bits, truncation_ranks=all_ranks(3, 9))
     assert (config.k_bits, config.v_bits) == (bits, bits)

@@ -124,7 +124,7 @@ def run_everything(folder: Path, default: torch.dtype) -> dict[str, torch.Tensor
     found["prefix"] = model(ids[:, :1], past_key_values=loaded, output_attentions=True).attentions[1]
 
     # The formats and kernels by themselves.
-    for bits in (1, 1.58, 2, 3, 4, 8):
+    for bits in (1, 1.58, 2, 3, 4, 5, 6, 8):
         for backend in ("cpu", "reference", "triton"):
             quantize = get_backend(backend, torch.device("cpu")).quantize_and_pack
             found[f"packed {bits} {backend}"] = quantize(states[0, :2, :20], bits, (5, 11), range_method="mse")

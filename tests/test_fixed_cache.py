@@ -28,7 +28,7 @@ SCHEMES = {
     "ternary and one bit": CacheScheme(1.58, 1, 16, 7, 4, k_scheme={"orientation": "per_token"}),
     "16 bits": CacheScheme(16, 16, 5, 2, 4),
     "tiers": CacheScheme(2, 2, 16, 5, 2, k_scheme={"tiers": TIERS}),
-    "static": CacheScheme(4, 8, 16, 5, 2, {"static": True}, {"static": True, "orientation": "per_channel"}),
+    "static": CacheScheme(5, 6, 16, 5, 2, {"static": True}, {"static": True, "orientation": "per_channel"}),
 }
 by_scheme = pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
 

@@ -27,7 +27,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 #: (n_bits, symmetric, range_method), all there are.
 SETTINGS = [
     (n_bits, symmetric, method)
-    for n_bits, symmetric, method in itertools.product((1, 1.58, 2, 3, 4, 8), (False, True), ("minmax", "mse"))
+    for n_bits, symmetric, method in itertools.product((1, 1.58, 2, 3, 4, 5, 6, 8), (False, True), ("minmax", "mse"))
     if (symmetric or n_bits != 1.58) and (method == "mse" or n_bits >= 2 or not symmetric)
 ]
 
@@ -70,7 +70,7 @@ def test_reference_has_the_same_bits_on_a_gpu(n_bits, symmetric, method):
 
 
 @pytest.mark.parametrize("per_channel", [True, False])
-@pytest.mark.parametrize(("n_bits", "symmetric", "method"), [s for s in SETTINGS if s[0] in (1, 1.58, 3)])
+@pytest.mark.parametrize(("n_bits", "symmetric", "method"), [s for s in SETTINGS if s[0] in (1, 1.58, 3, 6)])
 def test_magnitudes(device, n_bits, symmetric, method, per_channel):
     dtype = DTYPES[1 + SETTINGS.index((n_bits, symmetric, method)) % 2]
     # A range of twice the limit does not fit a scale of bfloat16, whose limit is that of float32.
@@ -108,7 +108,7 @@ def test_groups_that_exceed_a_tile(device, n_bits, method):
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("n_bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("n_bits", [2, 3, 4, 5, 6, 8])
 def test_static_scales_clip(device, n_bits, symmetric):
     x, scale = torch.randn(2, 70, 9), torch.rand(9)
     scale[3] = 0

@@ -78,7 +78,7 @@ class Setting:
 
 def every_width_and_group() -> list[Setting]:
     """All key widths with all group sizes; the other fields take turns, so that all their values appear."""
-    bits, turns = (2, 3, 4, 8, 16), random.Random(1)
+    bits, turns = (2, 3, 4, 5, 6, 8, 16), random.Random(1)
     settings = []
     for i, group_size in enumerate((128, 32, 20, 0)):
         for j, k_bits in enumerate(bits):
@@ -182,7 +182,7 @@ def block_bits(n_bits: float, length: int, widths: tuple[int, ...], group_size: 
     if n_bits == 16:
         return length * channels * itemsize * 8
     # b bits an element; a plane of a block ends with a whole word of 32 bits.
-    planes = (2, 1) if n_bits == 3 else (n_bits,)
+    planes = {3: (2, 1), 5: (4, 1), 6: (4, 2)}.get(n_bits, (n_bits,))
     codes = channels * sum(math.ceil(length / (32 // plane)) * 32 for plane in planes)
     if length % 32 == 0:
         assert codes == n_bits * length * channels
@@ -275,7 +275,7 @@ def test_feeding_order_does_not_matter(setting):
     check_feeding_order(setting)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8, 16])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8, 16])
 def test_feeding_order_with_the_default_window(bits):
     check_feeding_order(Setting(bits, bits, 128, 32, 4, ((40,), (24,)), torch.float16), length=700)
 

@@ -326,7 +326,7 @@ def test_the_simple_scheme_may_be_switched_on_a_built_model(tmp_path):
 
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [({"k_bits": 5}, "k_bits=5: must be"), ({"v_scheme": {"rotation": True}}, "v_scheme: the simple scheme")],
+    [({"k_bits": 7}, "k_bits=7: must be"), ({"v_scheme": {"rotation": True}}, "v_scheme: the simple scheme")],
     ids=str,
 )
 def test_what_the_simple_scheme_does_not_do_is_refused_on_a_built_model(tmp_path, fields, message):
@@ -415,8 +415,8 @@ class TestRefusals:
 
     def test_settings_assigned_later(self, tmp_path):
         model = tiny_split(tmp_path, 40)
-        model.config.k_bits = 5
-        with pytest.raises(ValueError, match="k_bits=5"):
+        model.config.k_bits = 7
+        with pytest.raises(ValueError, match="k_bits=7"):
             model.create_kivi_cache()
         config = ALRDLlamaConfig(**TINY_LLAMA)
         config.v_bits = 7

@@ -79,7 +79,7 @@ def meant(codes, scale, zero_point, n_bits: float, widths) -> torch.Tensor:
 
 
 @stable
-@given(states(), st.sampled_from((1, 2, 3, 4, 8)), group_sizes, st.booleans(), st.booleans())
+@given(states(), st.sampled_from((1, 2, 3, 4, 5, 6, 8)), group_sizes, st.booleans(), st.booleans())
 @example(torch.full((2, 5), 65504.0).half(), 2, 0, False, True)
 @example(torch.tensor([[-65504.0, 65504.0]]), 8, 0, True, False)
 @example(torch.tensor([[1e-45, 0.0, 3.0]]), 2, 0, False, False)
@@ -119,7 +119,7 @@ def tiniest(dtype: torch.dtype) -> float:
 
 
 @stable
-@given(states(), st.sampled_from((1, 2, 3, 4, 8)), group_sizes, st.booleans())
+@given(states(), st.sampled_from((1, 2, 3, 4, 5, 6, 8)), group_sizes, st.booleans())
 @example(torch.tensor([[1e3, 1e3 + 0.1, 1e3 + 0.2, 1e3]]), 2, 0, False)
 def test_mse_is_never_worse_than_minmax(x, n_bits, group_size, symmetric):
     if n_bits == 1:
@@ -164,7 +164,7 @@ def test_one_bit_and_ternary_are_never_worse_than_zeros(x, n_bits, group_size):
 @stable
 @given(
     states(),
-    st.sampled_from((1, 1.58, 2, 3, 4, 8)),
+    st.sampled_from((1, 1.58, 2, 3, 4, 5, 6, 8)),
     group_sizes,
     st.booleans(),
     st.sampled_from((torch.nan, torch.inf, -torch.inf)),
@@ -180,7 +180,7 @@ def test_nan_and_inf_are_refused(x, n_bits, group_size, mse, bad, place):
 
 
 @stable
-@given(st.floats(65520, 3e38), st.booleans(), st.sampled_from((1, 1.58, 2, 3, 4, 8)), st.integers(1, 9))
+@given(st.floats(65520, 3e38), st.booleans(), st.sampled_from((1, 1.58, 2, 3, 4, 5, 6, 8)), st.integers(1, 9))
 def test_what_float16_cannot_hold_is_refused(size, negative, n_bits, length):
     x = torch.zeros(1, 1, length)
     x[..., -1] = -size if negative else size
@@ -192,7 +192,7 @@ def test_what_float16_cannot_hold_is_refused(size, negative, n_bits, length):
 
 
 @stable
-@given(st.sampled_from((1, 1.58, 2, 3, 4, 8)), st.integers(1, 140), st.integers(1, 3), st.integers(0, 2**16))
+@given(st.sampled_from((1, 1.58, 2, 3, 4, 5, 6, 8)), st.integers(1, 140), st.integers(1, 3), st.integers(0, 2**16))
 def test_packing_is_reversible(n_bits, length, channels, seed):
     levels = 3 if n_bits == 1.58 else 2**n_bits
     codes = torch.from_numpy(np.random.default_rng(seed).integers(0, levels, (2, length, channels), dtype=np.uint8))
@@ -203,14 +203,14 @@ def test_packing_is_reversible(n_bits, length, channels, seed):
     whole = unpack_codes(packed, n_bits, length + 1) if packed_words(length + 1, n_bits) == packed.shape[1] else None
     assert whole is None or (whole[:, length] == 0).all()
     bits = {1.58: 1.6}.get(n_bits, n_bits)
-    assert math.ceil(length * bits / 32) <= packed.shape[1] <= math.ceil(length * bits / 32) + (n_bits == 3)
+    assert math.ceil(length * bits / 32) <= packed.shape[1] <= math.ceil(length * bits / 32) + (n_bits in (3, 5, 6))
 
 
 @stable
-@given(st.sampled_from((1, 2, 3, 4, 8)), st.integers(1, 4), st.integers(0, 2**16))
+@given(st.sampled_from((1, 2, 3, 4, 5, 6, 8)), st.integers(1, 4), st.integers(0, 2**16))
 def test_every_word_means_other_codes(n_bits, words, seed):
     """The way back: any words are what their codes are packed into, so that no two texts of codes share one."""
-    length = 32 * words // n_bits if n_bits != 3 else 32 * words
+    length = 32 * words // n_bits if n_bits not in (3, 5, 6) else 32 * words
     count = packed_words(length, n_bits)
     packed = np.random.default_rng(seed).integers(-(2**31), 2**31, (count, 2)).astype(np.int32)
     again = pack_codes(unpack_codes(torch.from_numpy(packed), n_bits, length), n_bits)

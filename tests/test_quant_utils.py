@@ -11,7 +11,7 @@ from modules import hadamard_utils, quant_utils
 from modules.hadamard_utils import fuse_rotation, hadamard_matrix
 from modules.quant_utils import KIVIMixedQuantizer, KIVIQuantizer, quantize_latent, quantize_latent_mixed
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 5, 6, 8)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PARAMETER = {torch.float32: torch.float16, torch.float16: torch.float16, torch.bfloat16: torch.bfloat16}
 
@@ -76,7 +76,7 @@ def test_no_tokens(per_channel):
     assert scale.numel() == zero_point.numel() == 0
 
 
-@pytest.mark.parametrize("n_bits", [1.5, 5, 16, True, "2"])
+@pytest.mark.parametrize("n_bits", [1.5, 7, 16, True, "2"])
 @pytest.mark.parametrize("per_channel", [True, False])
 def test_widths_without_codes_are_refused(n_bits, per_channel):
     with pytest.raises(ValueError, match=f"n_bits={n_bits!r}: "):
@@ -240,9 +240,12 @@ def reference_words(codes: list[int], n_bits: float) -> list[int]:
     """The words of one channel, bit by bit, from the module's documentation; unsigned."""
     if n_bits == 1.58:
         return reference_ternary_words(codes)
-    planes = [[(code & 3, 2) for code in codes], [(code >> 2, 1) for code in codes]]
+    planes = [[(code, n_bits) for code in codes]]
+    if n_bits in (3, 5, 6):
+        low = 2 if n_bits == 3 else 4
+        planes = [[(code % 2**low, low) for code in codes], [(code >> low, n_bits - low) for code in codes]]
     words = []
-    for plane in planes if n_bits == 3 else [[(code, n_bits) for code in codes]]:
+    for plane in planes:
         room = 32
         for value, bits in plane:
             if room + bits > 32:
@@ -286,7 +289,7 @@ def test_extreme_codes_survive_packing(n_bits, length):
         assert torch.equal(unpacked.long(), codes.long())
 
 
-@pytest.mark.parametrize("n_bits, words", [(1, 4), (2, 8), (3, 12), (4, 16), (8, 32)])
+@pytest.mark.parametrize("n_bits, words", [(1, 4), (2, 8), (3, 12), (4, 16), (5, 20), (6, 24), (8, 32)])
 def test_full_blocks_cost_their_width_exactly(n_bits, words):
     assert quant_utils.packed_words(128, n_bits) == words == 128 * n_bits / 32
     packed = quant_utils.pack_codes(torch.zeros(128, 7, dtype=torch.uint8), n_bits)
@@ -324,7 +327,7 @@ def test_full_ternary_blocks_cost_seven_words():
 @pytest.mark.parametrize("per_channel", [True, False])
 @pytest.mark.parametrize("length", [0, 1, 31, 128, 300])
 @pytest.mark.parametrize("group_size", [0, 32, 128])
-@pytest.mark.parametrize("n_bits", [2, 3, 4, 8, 16, 2.0])
+@pytest.mark.parametrize("n_bits", [2, 3, 4, 5, 6, 8, 16, 2.0])
 def test_quantizer_keeps_shape_and_type(per_channel, length, group_size, n_bits):
     for dtype in DTYPES:
         x = torch.randn(2, length, 9).to(dtype)
@@ -364,7 +367,7 @@ def test_quantize_latent_rounds_every_token_by_itself(group_size, n_bits):
     assert torch.equal(quantize_latent_mixed(x, n_bits, residual_length=50, group_size=group_size), x)
 
 
-@pytest.mark.parametrize("n_bits", [1.5, 5, True])
+@pytest.mark.parametrize("n_bits", [1.5, 7, True])
 def test_quantizers_refuse_widths_that_do_not_exist(n_bits):
     x = torch.zeros(1, 4, 4)
     for make in (

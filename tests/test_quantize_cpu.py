@@ -24,7 +24,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 #: (n_bits, symmetric, range_method), all there are.
 SETTINGS = [
     (n_bits, symmetric, method)
-    for n_bits, symmetric, method in itertools.product((1, 1.58, 2, 3, 4, 8), (False, True), ("minmax", "mse"))
+    for n_bits, symmetric, method in itertools.product((1, 1.58, 2, 3, 4, 5, 6, 8), (False, True), ("minmax", "mse"))
     if (symmetric or n_bits != 1.58) and (method == "mse" or n_bits >= 2 or not symmetric)
 ]
 
@@ -155,7 +155,7 @@ def test_codes_of_the_first_ranges_are_exact(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("n_bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("n_bits", [2, 3, 4, 5, 6, 8])
 def test_static_scales_clip(n_bits, symmetric):
     x, scale = torch.randn(2, 70, 9), torch.rand(9)
     scale[3] = 0

@@ -17,7 +17,7 @@ from modules.kivi_cache import CacheScheme, KIVILatentCache, create_kivi_cache
 from tests.helpers import TINY_LLAMA, tiny_split
 
 FIELDS = {
-    "bits": (1, 1.5, 1.58, 2, 3, 4, 8, 16),
+    "bits": (1, 1.5, 1.58, 2, 3, 4, 5, 6, 8, 16),
     "orientation": ("per_channel", "per_token"),
     "group_size": (0, 1, 32, 128),
     "symmetric": (None, True, False),
@@ -45,7 +45,9 @@ def allowed(
     around_zero = bits in (1, 1.58) if symmetric is None else symmetric
     if bits < 2 and around_zero and range_method == "minmax":
         return False
-    if static and (orientation == "per_token" or bits not in (1, 2, 3, 4, 8) or rotation or protected or quantizer):
+    if static and bits not in (1, 2, 3, 4, 5, 6, 8):
+        return False
+    if static and (orientation == "per_token" or rotation or protected or quantizer):
         return False
     if static and bits == 1 and around_zero:
         return False
@@ -124,7 +126,7 @@ def test_a_whole_width_is_an_int(bits):
 
 
 BAD_FIELDS = [
-    *(("bits", value) for value in (0, 5, 1.6, 32, -2, True, "2", None, float("nan"), [2])),
+    *(("bits", value) for value in (0, 7, 1.6, 32, -2, True, "2", None, float("nan"), [2])),
     *(("orientation", value) for value in ("per_head", "", None, 0, True)),
     *(("group_size", value) for value in (-1, 2.0, True, "32", None)),
     *(("symmetric", value) for value in (1, 0, "yes")),
@@ -132,7 +134,7 @@ BAD_FIELDS = [
     *(("rotation", value) for value in (1, None, "hadamard")),
     *(("static", value) for value in (0, None, "int8")),
     *(("protected", value) for value in (-0.1, 1, 1.5, True, "0.2", None, float("nan"), float("inf"))),
-    *(("protected_bits", value) for value in (5, True, None, "4")),
+    *(("protected_bits", value) for value in (7, True, None, "4")),
     *(("quantizer", value) for value in (1, True, ["mine"])),
 ]
 
@@ -153,7 +155,7 @@ def test_bad_fields_are_refused(field, value):
         ({"bits": 1.58, "range_method": "minmax"}, "range_method='minmax': symmetric codes of 1.58 bits"),
         (
             {"static": True, "orientation": "per_token"},
-            "static=True: .* per_channel, of 1 .*2, 3, 4 or 8 bits",
+            "static=True: .* per_channel, of 1 .* to 6 or 8 whole bits",
         ),
         ({"static": True, "bits": 16}, "static=True: .*got per_channel, 16 bits"),
         ({"static": True, "bits": 1}, "static=True: .*got per_channel, 1 bits"),
@@ -238,7 +240,7 @@ def test_sides_by_default_and_by_fields():
 @pytest.mark.parametrize(
     "bits, group_size, fields, message",
     [
-        (5, 32, None, "{side}_bits=5: must be one of"),
+        (7, 32, None, "{side}_bits=7: must be one of"),
         (True, 32, None, "{side}_bits=True: must be one of"),
         (2, -1, None, "group_size=-1: must be an integer"),
         (2, 32, {"bits": 3}, "{side}_scheme={{'bits': 3}}: must be a dictionary with keys among orientation"),

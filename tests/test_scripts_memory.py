@@ -137,7 +137,7 @@ def test_estimate_output(dense_path, split_path, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"k_bits": 5}, "k_bits=5: must be one of"),
+        ({"k_bits": 7}, "k_bits=7: must be one of"),
         ({"group_size": -1}, "group_size=-1: must be an integer of at least 0"),
         ({"length": [1024, 0]}, "length=0: must be above 0"),
         ({"batch_size": 0}, "batch_size=0: must be above 0"),
@@ -341,7 +341,7 @@ def test_help(program, config_class):
 
 
 def test_a_bad_value_is_a_usage_error(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["estimate_memory.py", "--v_bits", "6"])
+    monkeypatch.setattr(sys, "argv", ["estimate_memory.py", "--v_bits", "7"])
     with pytest.raises(SystemExit, match="2"):
         common.parse_config(EstimateConfig, "What it does.")
-    assert "error: v_bits=6: must be one of 1, 1.5, 1.58, 2, 3, 4, 8, 16 bits" in capsys.readouterr().err
+    assert "error: v_bits=7: must be one of 1, 1.5, 1.58, 2, 3, 4, 5, 6, 8, 16 bits" in capsys.readouterr().err

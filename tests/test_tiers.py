@@ -58,7 +58,7 @@ BAD_TIERS = {
     "negative channels": ([[[-1, 2]]], r"tiers: channels=-1: must be an integer of at least 0"),
     "float channels": ([[[1.0, 2]]], r"tiers: channels=1\.0: must be an integer"),
     "bool channels": ([[[True, 2]]], r"tiers: channels=True: must be an integer"),
-    "five bits": ([[[1, 5]]], r"tiers: bits=5: must be one of 1, 1\.5, 1\.58, 2, 3, 4, 8, 16 bits"),
+    "seven bits": ([[[1, 7]]], r"tiers: bits=7: must be one of 1, 1\.5, 1\.58, 2, 3, 4, 5, 6, 8, 16 bits"),
     "zero bits": ([[[1, 0]]], r"tiers: bits=0: must be one of"),
     "text bits": ([[[1, "2"]]], r"tiers: bits='2': must be one of"),
     "bool bits": ([[[1, True]]], r"tiers: bits=True: must be one of"),
@@ -117,7 +117,7 @@ def test_the_name_of_a_tiered_scheme():
 def test_at_width_of_dynamic_scales():
     for fields in ({}, {"orientation": "per_token", "group_size": 0}, {"group_size": 5}):
         scheme = scheme_of(**fields)
-        for bits in (1, 1.58, 2, 3, 4, 8, 16):
+        for bits in (1, 1.58, 2, 3, 4, 5, 6, 8, 16):
             assert scheme.at_width(bits) == QuantScheme(bits, **{"group_size": 20, **fields})
     assert scheme_of().at_width(1.5) == QuantScheme(1.5, group_size=20)
 
@@ -126,12 +126,12 @@ def test_at_width_of_the_least_error_range():
     scheme = scheme_of(range_method="mse")
     assert [scheme.at_width(bits).range_method for bits in (1, 1.5, 1.58, 2)] == ["mse"] * 4
     assert scheme.at_width(2) == QuantScheme(2, group_size=20, range_method="mse")
-    assert [scheme.at_width(bits).range_method for bits in (3, 4, 8, 16)] == ["minmax"] * 4
+    assert [scheme.at_width(bits).range_method for bits in (3, 5, 8, 16)] == ["minmax"] * 4
 
 
 def test_at_width_of_static_scales():
     scheme = scheme_of(static=True)
-    for bits in (1, 2, 3, 4, 8):
+    for bits in (1, 2, 3, 4, 5, 6, 8):
         at_width = scheme.at_width(bits)
         assert (at_width.bits, at_width.static, at_width.symmetric, at_width.tiers) == (bits, True, False, None)
     assert scheme.at_width(16) == QuantScheme(16, group_size=20)
@@ -244,6 +244,7 @@ CODEC_CASES = [
     ((((2, 4), (5, 1.5), (1, 1)), ((1, 1.5),)), {}, 40, torch.float32),
     ((((2, 1), (3, 2), (4, 8), (1, 16)), ((3, 8), (2, 1))), {"static": True}, 45, torch.float16),  # rising widths
     ((((2, 4), (3, 2), (4, 4)),), {}, 45, torch.float32),  # a width twice
+    ((((2, 6), (3, 5), (4, 3)), ((3, 6), (2, 1))), {"static": True}, 45, torch.bfloat16),
     ((((9, 16),), ((2, 16),)), {}, 20, torch.bfloat16),
     ((((1, 3),),), {"orientation": "per_token"}, 1, torch.float32),
 ]
@@ -270,7 +271,7 @@ def test_kernels_store_the_same_bits(case):
     check_against_the_tiers_alone(scheme_of(tiers, **fields), 33, widths_of(tiers), dtype, "triton")
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 8])
 def test_static_codes_are_the_nearest_levels(bits):
     """Of `zero_point + code * step`; one bit steps by twice the scale, and is not symmetric."""
     x = torch.randn(2, 45, 5) + 3
@@ -476,7 +477,7 @@ BAD_CONFIGS = {
     "another form": ({"width_tiers": {K0: [[12, 2], [12, 2]]}}, rf"{NAMED}: .*{FORM}"),
     "nothing": ({"width_tiers": {K0: []}}, rf"{NAMED}: .*{FORM}"),
     "none": ({"width_tiers": {K0: None}}, rf"{NAMED}.*{FORM}"),
-    "a width that does not exist": ({"width_tiers": {K0: [[[12, 5]], [[12, 2]]]}}, rf"{NAMED}: .*bits=5: must be one"),
+    "a width that does not exist": ({"width_tiers": {K0: [[[12, 7]], [[12, 2]]]}}, rf"{NAMED}: .*bits=7: must be one"),
     "a scheme that does not go with tiers": (
         {"width_tiers": GOOD, "k_scheme": {"rotation": True}},
         rf"{NAMED}: .*must not be set; got rotation=True",

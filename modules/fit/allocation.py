@@ -25,10 +25,10 @@ from modules.quant_utils import decode_token_scale, encode_token_scale, grid
 from modules.svd_linear import Factors
 
 #: Widths of the tiers that are offered, beside 0.
-TIER_BITS = (1, 2, 3, 4, 8)
+TIER_BITS = (1, 2, 3, 4, 5, 6, 8)
 
 #: Version of the measurements that `save_costs` keeps; part of their key.
-COSTS_VERSION = 4
+COSTS_VERSION = 5
 
 #: Shift of the middle of a static range and growth of it, in turn.
 _MOVES = [(0, 1), (0, -1), (1, 0), (-1, 0)]

@@ -11,11 +11,11 @@ from modules.cache.codecs import Fields, make_codec
 from modules.cache.quantization_config import VIDKV_BACKENDS as VIDKV_BACKENDS
 from modules.cache.quantization_config import parse_quantization_config
 from modules.kernels import get_backend
-from modules.quant_utils import grid, pack_codes, packed_words, unpack_codes
+from modules.quant_utils import grid, low_bits, pack_codes, packed_words, unpack_codes
 
 
 def pack_tensor(data: torch.Tensor, bits: float, pack_dim: int) -> torch.Tensor:
-    """Pack integer codes of 1, 1.58, 2, 3, 4 or 8 bits along `pack_dim` into int32 words.
+    """Pack integer codes of 1, 1.58, 2, 3, 4, 5, 6 or 8 bits along `pack_dim` into int32 words.
 
     The layout is the one of `modules/quant_utils.py`, for any length: the last word is filled with zeros.
     """
@@ -38,16 +38,19 @@ def unpack_tensor(v_code: torch.Tensor, bits: float, pack_dim: int, length: int 
 
 def _most_codes(words: int, bits: float) -> int:
     """Codes that the words have room for."""
-    if bits == 3:
-        # Three words hold 32 codes of 3 bits; a last group of up to 16 codes has two, of its low and its high plane.
-        return words // 3 * 32 + words % 3 // 2 * 16
     if bits == 1.58:
         return words * 20
-    return words * (32 // bits)
+    low = low_bits(int(bits))
+    if low == bits:
+        return words * (32 // low)
+    # A word of the high plane and those of the low one beside it make a group; a last group may have fewer.
+    high = int(bits) - low
+    group = 1 + low // high
+    return words // group * (32 // high) + max(0, words % group - 1) * (32 // low)
 
 
 def _check_packed_bits(bits: float) -> None:
-    check_choice("bits", bits, (1, 1.58, 2, 3, 4, 8))
+    check_choice("bits", bits, (1, 1.58, 2, 3, 4, 5, 6, 8))
 
 
 def triton_quantize_and_pack_along_last_dim(data: torch.Tensor, group_size: int, bit: float):
@@ -56,7 +59,7 @@ def triton_quantize_and_pack_along_last_dim(data: torch.Tensor, group_size: int,
     Args:
         data: `[B, nh, D, T]`.
         group_size: Must divide T.
-        bit: 1, 1.58, 2, 3, 4 or 8.
+        bit: 1, 1.58, 2, 3, 4, 5, 6 or 8.
 
     Returns:
         `code` `[B, nh, D, W]` int32, every group packed by itself; `scale` and `mn` `[B, nh, D, T / group_size]`.

@@ -160,7 +160,7 @@ def _head_groups(widths: tuple[int, ...]) -> ctypes.Array:
 @lru_cache(maxsize=1)
 def _as_codes() -> frozenset:
     """Widths whose codes the kernel multiplies as such; AVX2 sums up products of 8-bit codes in too few bits."""
-    widths = {1, 1.58, 2, 3, 4}
+    widths = {1, 1.58, 2, 3, 4, 5, 6}
     if library().alrd_takes_bytes():
         widths.add(8)
     return frozenset(widths)

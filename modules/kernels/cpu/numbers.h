@@ -35,16 +35,29 @@ INLINE inline void each(F f) {
   each(f, std::make_integer_sequence<int, N>{});
 }
 
-// `run` with a width of codes as a constant.
+// Bits of a code in its low plane; those above are in a second one.
+constexpr int low_bits(int bits) { return bits == 3 ? 2 : bits == 5 || bits == 6 ? 4 : bits; }
+
+// `run` with a width of a plane as a constant.
 template <class Run>
 inline auto with_bits(int bits, Run run) {
   switch (bits) {
     case 1: return run(std::integral_constant<int, 1>());
     case 2: return run(std::integral_constant<int, 2>());
-    case 3: return run(std::integral_constant<int, 3>());
     case 4: return run(std::integral_constant<int, 4>());
     case 8: return run(std::integral_constant<int, 8>());
     default: return run(std::integral_constant<int, TERNARY>());
+  }
+}
+
+// `run` with a width of codes as a constant.
+template <class Run>
+inline auto with_width(int bits, Run run) {
+  switch (bits) {
+    case 3: return run(std::integral_constant<int, 3>());
+    case 5: return run(std::integral_constant<int, 5>());
+    case 6: return run(std::integral_constant<int, 6>());
+    default: return with_bits(bits, run);
   }
 }
 

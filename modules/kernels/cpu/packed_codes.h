@@ -52,19 +52,17 @@ inline vi field(vi word, Layout layout, int i) {
   return ori(even, shl(odd, 8));
 }
 
-// The planes of a width: 3 bits are 2 low ones and a high one.
+// The planes of a width: 3 bits are 2 low ones and a high one, 5 and 6 are 4 low ones and one or two.
 struct Plane {
   Layout layout;
   int first_word, shift;
 };
 
 inline int planes_of(int bits, int run, Plane* planes) {
-  if (bits != 3) {
-    planes[0] = {layout_of(bits), 0, 0};
-    return 1;
-  }
-  planes[0] = {layout_of(2), 0, 0};
-  planes[1] = {layout_of(1), planes[0].layout.words(run), 2};
+  const int low = low_bits(bits);
+  planes[0] = {layout_of(low), 0, 0};
+  if (low == bits) return 1;
+  planes[1] = {layout_of(bits - low), planes[0].layout.words(run), low};
   return 2;
 }
 

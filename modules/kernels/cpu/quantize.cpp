@@ -344,7 +344,12 @@ constexpr bool ternary_bytes_are_right() {
 static_assert(ternary_bytes_are_right());
 
 // Tokens that fill whole words of every plane.
-constexpr int tokens_of(int bits) { return bits == TERNARY ? 20 : bits == 3 ? 32 : 32 / bits; }
+constexpr int tokens_of(int bits) {
+  return bits == TERNARY ? 20 : 32 / (low_bits(bits) < bits ? bits - low_bits(bits) : bits);
+}
+
+// Tokens of a word of the low plane; of a byte of ternary codes.
+constexpr int part_of(int bits) { return bits == TERNARY ? 5 : 32 / low_bits(bits); }
 
 // Arguments of `alrd_quantize` (quantize.py has the same structure); strides in elements.
 struct Quantizing {
@@ -389,7 +394,7 @@ struct Quantizing {
 template <class T, int BITS, bool PER_CHANNEL>
 bool pack(const Quantizing& call, int64_t n, int64_t first, int64_t end, int64_t column, int columns, const float* by,
           const float* zero) {
-  constexpr int N = tokens_of(BITS), PART = BITS == TERNARY ? 5 : BITS == 3 ? 16 : N;
+  constexpr int N = tokens_of(BITS), PART = part_of(BITS), LOW = low_bits(BITS), HIGH = BITS - LOW;
   const float last = call.grid.levels - 1;
   const T* x = (const T*)call.x + n * call.stride_n + column;
   int32_t* packed = call.packed + n * call.words * call.channels + column;
@@ -421,11 +426,10 @@ bool pack(const Quantizing& call, int64_t n, int64_t first, int64_t end, int64_t
           vu code = (vu)truncated(level(quotient, last));
           if constexpr (BITS == TERNARY)
             part[v] = part[v] * 3 + code;
-          else if constexpr (BITS == 3) {
-            part[v] |= (code & 3) << (2 * k);
-            high[v] |= (code >> 2) << (start + k);
-          } else
-            part[v] |= code << (BITS * k);
+          else {
+            part[v] |= (code & ((1 << LOW) - 1)) << (LOW * k);
+            if constexpr (HIGH) high[v] |= (code >> LOW) << (HIGH * (start + k));
+          }
         }
       }
       if constexpr (BITS == TERNARY)
@@ -437,7 +441,7 @@ bool pack(const Quantizing& call, int64_t n, int64_t first, int64_t end, int64_t
         store_words((run + start) / PART, part);
     }
     if constexpr (BITS == TERNARY) store_words(run / N, words);
-    if constexpr (BITS == 3) store_words(ceil_div(call.length, 16) + run / N, high);
+    if constexpr (HIGH) store_words(ceil_div(call.length, PART) + run / N, high);
   }
   return !any(finite != 0);
 }
@@ -611,7 +615,7 @@ struct Dequantizing {
 template <class T, int BITS, bool PER_CHANNEL>
 void unpack(const Dequantizing& call, int64_t n, int64_t first, int64_t column, int columns, const float* step,
             const float* zero) {
-  constexpr int N = tokens_of(BITS), PART = BITS == TERNARY ? 5 : BITS == 3 ? 16 : N;
+  constexpr int N = tokens_of(BITS), PART = part_of(BITS), LOW = low_bits(BITS), HIGH = BITS - LOW;
   const int64_t end = std::min(first + N, call.length);
   const int32_t* packed = call.packed + n * call.stride_n + column;
   T *states = (T*)call.states + n * call.length * call.channels + column, padded[BLOCK];
@@ -627,7 +631,7 @@ void unpack(const Dequantizing& call, int64_t n, int64_t first, int64_t column, 
 
   vu words[NV] = {}, high[NV] = {};
   if constexpr (BITS == TERNARY) load_words(first / N, words);
-  if constexpr (BITS == 3) load_words(ceil_div(call.length, 16) + first / N, high);
+  if constexpr (HIGH) load_words(ceil_div(call.length, PART) + first / N, high);
   for (int64_t start = first; start < end; start += PART) {
     if constexpr (BITS != TERNARY) load_words(start / PART, words);
     vu digits[NV];
@@ -644,10 +648,10 @@ void unpack(const Dequantizing& call, int64_t n, int64_t first, int64_t column, 
         if constexpr (BITS == TERNARY) {
           code = (digits[v] * 3) >> 8;
           digits[v] = (digits[v] * 3) & 255;
-        } else if constexpr (BITS == 3)
-          code = ((words[v] >> (2 * k)) & 3) | ((high[v] >> (t - first)) & 1) << 2;
-        else
-          code = (words[v] >> (BITS * k)) & ((1 << BITS) - 1);
+        } else {
+          code = (words[v] >> (LOW * k)) & ((1 << LOW) - 1);
+          if constexpr (HIGH) code |= ((high[v] >> (HIGH * (t - first))) & ((1 << HIGH) - 1)) << LOW;
+        }
         vf x = to_float((vi)code);
         x = PER_CHANNEL ? x * steps[v] + zeros[v] : x * step[t - first] + zero[t - first];
         store(to + v * V, min(max(x, set1(-call.limit)), set1(call.limit)));
@@ -688,13 +692,13 @@ void dequantize(const Dequantizing& call) {
 extern "C" int32_t alrd_quantize(const Quantizing* call) {
   return with_type(call->type, call->x, [&](auto* typed) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
-    return with_bits(call->grid.bits, [&](auto bits) { return quantize<T, bits>(*call); });
+    return with_width(call->grid.bits, [&](auto bits) { return quantize<T, bits>(*call); });
   });
 }
 
 extern "C" void alrd_dequantize(const Dequantizing* call) {
   with_type(call->type, call->states, [&](auto* typed) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
-    with_bits(call->grid.bits, [&](auto bits) { dequantize<T, bits>(*call); });
+    with_width(call->grid.bits, [&](auto bits) { dequantize<T, bits>(*call); });
   });
 }

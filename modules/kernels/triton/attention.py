@@ -34,7 +34,16 @@ from triton.language.extra import libdevice
 
 from modules.kernels.attention import Attended
 from modules.kernels.packed import LatentQuery, PackedCache, PackedPart, PackedSide, Tile
-from modules.kernels.triton.common import INTERPRETED, as_bits, bits_of, power_of_three, power_of_two, stand_in, widen
+from modules.kernels.triton.common import (
+    INTERPRETED,
+    as_bits,
+    bits_of,
+    low_bits,
+    power_of_three,
+    power_of_two,
+    stand_in,
+    widen,
+)
 from modules.quant_utils import grid, group_starts, packed_words
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
@@ -180,13 +189,12 @@ def _latents(part, span, chunk, tile, DTYPE: tl.constexpr, SPEC: tl.constexpr, B
         if SPEC.one_run:
             run = first // SPEC.run
         before, within = run * SPEC.words, token - run * SPEC.run
-        if SPEC.bits == 3:
+        LOW: tl.constexpr = low_bits(SPEC.bits)
+        codes = _codes(packed, before, within, mask, columns, stride, LOW)
+        if SPEC.bits > LOW:
             # The high bits stand in a plane of their own behind that of the low ones.
-            codes = _codes(packed, before, within, mask, columns, stride, 2)
-            before += tl.cdiv(tl.minimum(SPEC.run, SPEC.length - run * SPEC.run), 16)
-            codes |= _codes(packed, before, within, mask, columns, stride, 1) << 2
-        else:
-            codes = _codes(packed, before, within, mask, columns, stride, SPEC.bits)
+            before += tl.cdiv(tl.minimum(SPEC.run, SPEC.length - run * SPEC.run), 32 // LOW)
+            codes |= _codes(packed, before, within, mask, columns, stride, SPEC.bits - LOW) << LOW
 
         # The parameters are a row or a column of the tile where they can be, which is read by few threads.
         if SPEC.per_channel and SPEC.one_run:

@@ -7,6 +7,11 @@ import torch
 import triton
 import triton.language as tl
 
+from modules import quant_utils
+
+#: `quant_utils.low_bits` in kernels, of `bits_of` a width.
+low_bits = triton.constexpr_function(quant_utils.low_bits)
+
 #: Whether the kernels run in Triton's interpreter, on the CPU: TRITON_INTERPRET=1 when this module was imported.
 INTERPRETED = triton.knobs.runtime.interpret
 

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from modules.kernels.triton.common import as_bits, bits_of, power_of_three, power_of_two, stand_in, widen
+from modules.kernels.triton.common import as_bits, bits_of, low_bits, power_of_three, power_of_two, stand_in, widen
 from modules.quant_utils import (
     ERROR_LIMIT,
     ERROR_UNIT,
@@ -311,6 +311,7 @@ def quantize_kernel(
 ):
     """Quantize and pack; 0 goes to `finite` if x is not, or does not fit its scales."""
     TERNARY: tl.constexpr = BITS == 0
+    LOW: tl.constexpr = low_bits(BITS)
     MINMAX: tl.constexpr = LEVELS > 3 or not SYMMETRIC
     n, token_block, group, columns, end = _program(
         table, channels, groups, blocks, token_blocks, PER_CHANNEL, ALIGN, BLOCK_C
@@ -442,10 +443,10 @@ def quantize_kernel(
             slot, column = first, columns + chunk * BLOCK_C
         if TERNARY:
             _store_plane(packed, _ternary_bytes(codes), slot // 8, tl.cdiv(length, 5), column, end, channels, 8, ALIGN)
-        elif BITS == 3:
-            _store_plane(packed, codes & 3, slot, length, column, end, channels, 2, ALIGN)
-            high_plane = packed + tl.multiple_of(tl.cdiv(length, 16).to(tl.int64) * channels, ALIGN)
-            _store_plane(high_plane, codes >> 2, slot, length, column, end, channels, 1, ALIGN)
+        elif BITS > LOW:
+            _store_plane(packed, codes & ((1 << LOW) - 1), slot, length, column, end, channels, LOW, ALIGN)
+            high_plane = packed + tl.multiple_of(tl.cdiv(length, 32 // LOW).to(tl.int64) * channels, ALIGN)
+            _store_plane(high_plane, codes >> LOW, slot, length, column, end, channels, BITS - LOW, ALIGN)
         else:
             _store_plane(packed, codes, slot, length, column, end, channels, BITS, ALIGN)
 
@@ -477,13 +478,12 @@ def _dequantize_kernel(
 ):
     """Unpack and dequantize; `BLOCK_T` counts slots."""
     TERNARY: tl.constexpr = BITS == 0
-    # Slots of a word; of three bits, those of a word of the low plane.
+    LOW: tl.constexpr = low_bits(BITS)
+    # Slots of a word of the low plane.
     if TERNARY:
         SLOTS: tl.constexpr = 32
-    elif BITS == 3:
-        SLOTS: tl.constexpr = 16
     else:
-        SLOTS: tl.constexpr = 32 // BITS
+        SLOTS: tl.constexpr = 32 // LOW
     BLOCK_W: tl.constexpr = BLOCK_T // SLOTS
     n, token_block, group, columns, end = _program(
         table, channels, groups, blocks, token_blocks, PER_CHANNEL, ALIGN, BLOCK_C
@@ -498,16 +498,17 @@ def _dequantize_kernel(
         words = _load_words(packed, word, columns, end, stride_w, length, 20, ALIGN)
         digits = ((words >> (slot // 8 * 8)[None, :, None]) & 255) * power_of_three(slot % 8)[None, :, None]
         codes = ((digits & 255) * 3) >> 8
-    elif BITS == 3:
-        # A word of the high plane serves two of the low one.
-        low = _load_words(packed, word, columns, end, stride_w, length, 16, ALIGN)
-        high_plane = packed + tl.multiple_of(tl.cdiv(length, 16).to(tl.int64) * stride_w, ALIGN)
-        high = _load_words(high_plane, word // 2, columns, end, stride_w, length, 32, ALIGN)
-        high_bit = (word % 2 * 16)[:, None, None] + slot[None, :, None]
-        codes = ((low >> (slot * 2)[None, :, None]) & 3) | (((high >> high_bit) & 1) << 2)
     else:
         words = _load_words(packed, word, columns, end, stride_w, length, SLOTS, ALIGN)
-        codes = (words >> (slot * BITS)[None, :, None]) & ((1 << BITS) - 1)
+        codes = (words >> (slot * LOW)[None, :, None]) & ((1 << LOW) - 1)
+        if BITS > LOW:
+            # A word of the high plane serves several of the low one.
+            HIGH: tl.constexpr = BITS - LOW
+            SERVED: tl.constexpr = LOW // HIGH
+            high_plane = packed + tl.multiple_of(tl.cdiv(length, SLOTS).to(tl.int64) * stride_w, ALIGN)
+            high = _load_words(high_plane, word // SERVED, columns, end, stride_w, length, 32 // HIGH, ALIGN)
+            high_bit = ((word % SERVED * SLOTS)[:, None, None] + slot[None, :, None]) * HIGH
+            codes |= ((high >> high_bit) & ((1 << HIGH) - 1)) << LOW
 
     if PER_CHANNEL:
         offs, exists = n * stride_scale + columns, columns < end
