@@ -1,10 +1,10 @@
 // Attention of a few new tokens over packed latents; `modules/kernels/attention.py` is the reference.
 //
-// Work is divided into items: a row of the batch, a key/value head, a share of the row's blocks. An item goes over its
-// tokens in batches of at most SPAN, and for each
-//   1. unpacks the key codes to bytes, four channels of a token side by side;
-//   2. multiplies them with the expansion rows that the queries ask for, and gets scores;
-//   3. updates the running softmax, and sums up the value codes weighted by the probabilities.
+// Work is divided into items: a row of the batch, key heads that share their latents (at most MOST_HEADS), a share of
+// the row's blocks. An item goes over its tokens in batches of at most SPAN, and for each
+//   1. unpacks the key codes of TILE tokens to bytes, four channels of a token side by side;
+//   2. multiplies them with the expansion rows that the queries of each head ask for, and gets scores; so tile by tile;
+//   3. updates the running softmax, and sums up the value codes weighted by the probabilities of all queries.
 //
 // The expansion rows. With RoPE relative to the batch's first token (offset o), the score of a latent c is
 //     sum_f  a_f.c (q1_f cos(t_f o) + q2_f sin(t_f o)) + b_f.c (q2_f cos(t_f o) - q1_f sin(t_f o))
@@ -15,10 +15,10 @@
 // the scores are interpolated between them. The slower a pair, the longer its interval: four levels, each four times as
 // long as the one below, hand their sums down by interpolation. The bound of the error is `tolerance` per pair.
 //
-// The arithmetic. Expansion rows are scaled by the block's scales and rounded to 8 bits, or to 16 (two products) where
-// `planes` is 2 or the columns differ so much that 8 bits would lose more than LIMIT of one; codes are exact, minus
-// their middle level; products are summed up exactly. Probabilities are rounded to 15 bits. Numbers that are not codes
-// (16 bits, sinks, window, float32 models) are multiplied in float32.
+// The arithmetic. Expansion rows are scaled by the block's scales and rounded to 8 bits, or to 16 where `planes` is 2.
+// A column of such weight that with it 8 bits would lose more than LIMIT of a row has 16 bits (two products) too. Codes
+// are exact, minus their middle level; products are summed up exactly. Probabilities are rounded to 15 bits. Numbers
+// that are not codes (16 bits, sinks, window, float32 models) are multiplied in float32.
 
 #include "expansion.h"
 #include "softmax.h"
@@ -73,6 +73,21 @@ struct Chunk {
   int64_t position;
 };
 
+// Tokens [first, first + count) of a run of a block, the first of them token `at` of the batch.
+struct Piece {
+  int slot, first, count, at;
+};
+
+// The words of a piece in a plane, and where the probabilities of their tokens stand.
+struct Words {
+  const int32_t* first;
+  int count, weights;
+};
+
+constexpr float LN2 = 0.693147181f;
+constexpr int TILE = 64;       // tokens that are unpacked together
+constexpr int MOST_HEADS = 8;  // whose expansion rows stay in the cache side by side
+
 // The scales of tokens by their bytes (`decode_token_scale` of modules/quant_utils.py).
 struct TokenScales {
   float of[256];
@@ -83,20 +98,29 @@ struct TokenScales {
 
 const TokenScales TOKEN_SCALES;
 
+// A key head of an item.
+struct Head {
+  std::vector<float> weight, exact_weight;  // of its expansion
+  ExpansionRows expansion, exact_expansion;
+  Rounded fast, nodes;
+};
+
 struct Worker {
   const Arguments& a;
   const Division &division, &exact_division;
+  std::vector<Head> heads;
   std::vector<uint8_t> codes;
-  std::vector<float> column_numbers, scores, span_scores, scales, key_scales;
-  std::vector<float> weight, exact_weight;  // of this head's expansion
-  ExpansionRows expansion, exact_expansion;
-  Rounded fast, nodes;
+  std::vector<float> column_numbers, scores, tile_scores, scales, key_scales;
   Columns columns;
   std::vector<float> sums, exact_sums, highest, total;  // values [query][column], [query][channel]; softmax
-  std::vector<int32_t> integers;                        // probabilities, rounded
-  std::vector<uint32_t> packed_high, packed_low;        // four to a lane, in the order of a layout
+  std::vector<uint8_t> high_bytes, low_bytes;           // of the probabilities, rounded [query][token]
+  std::vector<uint32_t> packed_high, packed_low;        // four to a lane, in the order of a layout [query][packed]
+  std::vector<Words> piece_words;
+  int packed = 0;
   std::vector<float> steps, plain, scaled, value_numbers;
-  int row = 0, head = 0, group = 0, value_group = 0, queries = 0;
+  // Queries of a head, and of all heads of the item: [head][query].
+  int row = -1, first_head = -1, group = 0, value_group = 0, queries = 0, all_queries = 0;
+  int next_block = 0, end_of_next = 0;  // of the next batch, not prefetched yet
   bool fast_is_rounded = false, nodes_are_rounded = false;
   int64_t rounded_anchor = 0;
   std::vector<int64_t> query_position;
@@ -104,47 +128,62 @@ struct Worker {
   Worker(const Arguments& arguments, const Division& d, const Division& e)
       : a(arguments), division(d), exact_division(e) {}
 
-  void start(int row_, int head_) {
-    row = row_;
-    head = head_;
-    group = head * a.keys.groups / a.heads;
-    value_group = head * a.values.groups / a.heads;
-    const int shared = a.query_heads / a.heads;
-    queries = shared * a.length;
-    query_position.resize(queries);
-    int64_t reference = 0;
-    for (int l = 0; l < a.length; l++) reference = std::max(reference, a.positions[(int64_t)row * a.length + l]);
-    std::vector<float> query((size_t)a.half * 2 * queries);
-    for (int j = 0; j < queries; j++) {
-      const int l = j % a.length, q_head = head * shared + j / a.length;
-      query_position[j] = a.positions[(int64_t)row * a.length + l];
-      const float* q = a.query + (((int64_t)row * a.query_heads + q_head) * a.length + l) * 2 * a.half;
-      for (int f = 0; f < a.half; f++) {
-        const double angle = a.frequency[f] * (double)(query_position[j] - reference);
-        const double c = std::cos(angle) * a.scaling, s = std::sin(angle) * a.scaling;
-        const float q1 = q[a.order[f]], q2 = q[a.half + a.order[f]];
-        query[(size_t)f * 2 * queries + j] = q1 * c - q2 * s;
-        query[((size_t)f * 2 + 1) * queries + j] = q2 * c + q1 * s;
-      }
-    }
-    if (a.blocks) {
-      expand(a.keys.width, a.key_channel + (int64_t)group * a.keys.width, weight);
-      expansion.start(division, a.frequency, weight.data(), a.keys.width, queries, reference, query);
-    }
-    expand(a.exact_width, nullptr, exact_weight);
-    exact_expansion.start(exact_division, a.frequency, exact_weight.data(), a.exact_width, queries, reference, query);
-    sums.assign((size_t)queries * round_up(a.values.width, 16), 0);
-    exact_sums.assign((size_t)queries * round_up(a.output_width, 16), 0);
-    highest.assign(queries, -INFINITE);
-    total.assign(queries, 0);
-    scores.resize((size_t)queries * (SPAN + 16));
-    span_scores.resize((size_t)queries * (SPAN + 16));
-    fast_is_rounded = nodes_are_rounded = false;
+  void start(int row_, int first_head_, int n_heads) {
+    if (row != row_ || first_head != first_head_) start_heads(row_, first_head_, n_heads);
+    for (Head& head : heads) head.expansion.restart(), head.exact_expansion.restart();
+    nodes_are_rounded = false;
+    sums.assign((size_t)all_queries * round_up(a.values.width, 16), 0);
+    exact_sums.assign((size_t)all_queries * round_up(a.output_width, 16), 0);
+    highest.assign(all_queries, -INFINITE);
+    total.assign(all_queries, 0);
   }
 
-  // Weights of this head's expansion, [half][2][width + 1], the last column the bias, for the channels of `channel`, or
+  void start_heads(int row_, int first_head_, int n_heads) {
+    row = row_;
+    first_head = first_head_;
+    group = first_head * a.keys.groups / a.heads;
+    value_group = first_head * a.values.groups / a.heads;
+    const int shared = a.query_heads / a.heads;
+    queries = shared * a.length;
+    all_queries = n_heads * queries;
+    heads.resize(n_heads);
+    if (a.blocks) set_columns();
+    query_position.resize(all_queries);
+    int64_t reference = 0;
+    for (int l = 0; l < a.length; l++) reference = std::max(reference, a.positions[(int64_t)row * a.length + l]);
+    for (int h = 0; h < n_heads; h++) {
+      std::vector<float> query((size_t)a.half * 2 * queries);
+      for (int j = 0; j < queries; j++) {
+        const int l = j % a.length, q_head = (first_head + h) * shared + j / a.length;
+        const int64_t position = a.positions[(int64_t)row * a.length + l];
+        query_position[h * queries + j] = position;
+        const float* q = a.query + (((int64_t)row * a.query_heads + q_head) * a.length + l) * 2 * a.half;
+        for (int f = 0; f < a.half; f++) {
+          const double angle = a.frequency[f] * (double)(position - reference);
+          const double c = std::cos(angle) * a.scaling, s = std::sin(angle) * a.scaling;
+          const float q1 = q[a.order[f]], q2 = q[a.half + a.order[f]];
+          query[(size_t)f * 2 * queries + j] = q1 * c - q2 * s;
+          query[((size_t)f * 2 + 1) * queries + j] = q2 * c + q1 * s;
+        }
+      }
+      Head& head = heads[h];
+      if (a.blocks) {
+        expand(first_head + h, a.keys.width, a.key_channel + (int64_t)group * a.keys.width, head.weight);
+        if (!a.keys.by_block) scale_weights(head.weight.data());
+        head.expansion.start(division, a.frequency, head.weight.data(), a.keys.width, queries, reference, query);
+      }
+      expand(first_head + h, a.exact_width, nullptr, head.exact_weight);
+      head.exact_expansion.start(exact_division, a.frequency, head.exact_weight.data(), a.exact_width, queries,
+                                 reference, query);
+    }
+    scores.resize((size_t)all_queries * (SPAN + 16));
+    tile_scores.resize((size_t)all_queries * TILE);
+    fast_is_rounded = false;
+  }
+
+  // Weights of a head's expansion, [half][2][width + 1], the last column the bias, for the channels of `channel`, or
   // all of the group if it is null.
-  void expand(int width, const int32_t* channel, std::vector<float>& out) {
+  void expand(int head, int width, const int32_t* channel, std::vector<float>& out) {
     const int channels = a.key_count[group];
     std::vector<float> of_dimension(round_up(channels, 16));
     out.assign((size_t)a.half * 2 * (width + 1), 0);
@@ -167,17 +206,36 @@ struct Worker {
       }
   }
 
-  static constexpr int STRIDE = SPAN + 64;   // tokens of the buffers
-  static constexpr int ROUNDED = SPAN + 32;  // probabilities of a query, and zeros up to the end of the last word
-  static constexpr int PACKED = ROUNDED / 4 + 16;
+  // Calibrated scales go into the expansion rows, centres into their bias, once.
+  void scale_weights(float* weight) const {
+    const int width = a.keys.width, n = 4 * columns.quads;
+    const float *scale = columns.scale.data(), *centre = columns.centre.data();
+    for (int r = 0; r < 2 * a.half; r++, weight += width + 1) {
+      vf of_centres = set1(0);
+      int c = 0;
+      for (; c + 16 <= n; c += 16) {
+        const vf x = load(weight + c);
+        of_centres = fma(x, load(centre + c), of_centres);
+        store(weight + c, mul(x, load(scale + c)));
+      }
+      for (; c < n; c++) {
+        weight[width] += weight[c] * centre[c];
+        weight[c] *= scale[c];
+      }
+      weight[width] += sum(of_centres);
+    }
+  }
+
+  static constexpr int STRIDE = TILE + 32;  // tokens of the buffers, and what is unpacked behind them
 
   template <int V>
-  void score_tokens(const ExpansionRows& expansion_, const Tokens& tokens, int token, int offset, float* out) {
-    const Division& d = *expansion_.division;
-    const float* q = &expansion_.fast_query[offset / HALF * (size_t)queries * 2 * expansion_.padded];
+  void score_tokens(const ExpansionRows& rows, const Rounded& fast, const Rounded& nodes, const Tokens& tokens,
+                    int token, int offset, float* out) {
+    const Division& d = *rows.division;
+    const float* q = &rows.fast_query[offset / HALF * (size_t)queries * 2 * rows.padded];
     for (int f = 0; f < d.fast; f += 3) {
       vf k[6][V];
-      multiply<6, V>(fast, expansion_.fast.data(), columns, tokens, 2 * f, token, k);
+      multiply<6, V>(fast, rows.fast.data(), rows.fast_lanes, columns, tokens, 2 * f, token, k);
       each<3>([&](auto p) INLINE {
         const float* cosine = &d.cosine[(size_t)(f + p) * 2 * HALF + offset % HALF];
         const float* sine = &d.sine[(size_t)(f + p) * 2 * HALF + offset % HALF];
@@ -188,12 +246,12 @@ struct Worker {
         });
       });
       for (int j = 0; j < queries; j++) {
-        float* score = out + (size_t)j * (SPAN + 16);
+        float* score = out + (size_t)j * TILE;
         vf sum[V];
         each<V>([&](auto v) INLINE { sum[v] = load(score + 16 * v); });
         each<3>([&](auto p) INLINE {
-          const vf q1 = set1(q[(size_t)j * 2 * expansion_.padded + f + p]),
-                   q2 = set1(q[((size_t)j * 2 + 1) * expansion_.padded + f + p]);
+          const vf q1 = set1(q[(size_t)j * 2 * rows.padded + f + p]),
+                   q2 = set1(q[((size_t)j * 2 + 1) * rows.padded + f + p]);
           each<V>([&](auto v) INLINE { sum[v] = fma(q2, k[2 * p + 1][v], fma(q1, k[2 * p][v], sum[v])); });
         });
         each<V>([&](auto v) INLINE { store(score + 16 * v, sum[v]); });
@@ -202,10 +260,10 @@ struct Worker {
     const int n_lanes = d.nodes * queries;
     for (int lane = 0; lane < n_lanes; lane += 4) {
       vf y[4][V];
-      multiply<4, V>(nodes, expansion_.nodes.data(), columns, tokens, lane, token, y);
+      multiply<4, V>(nodes, rows.nodes.data(), rows.node_lanes, columns, tokens, lane, token, y);
       each<4>([&](auto m) INLINE {
         if (lane + m >= n_lanes) return;
-        float* score = out + (size_t)((lane + m) % queries) * (SPAN + 16);
+        float* score = out + (size_t)((lane + m) % queries) * TILE;
         const float* weight = &d.lagrange[(size_t)((lane + m) / queries) * 2 * SPAN + offset];
         each<V>([&](auto v)
                     INLINE { store(score + 16 * v, fma(load(weight + 16 * v), y[m][v], load(score + 16 * v))); });
@@ -213,22 +271,23 @@ struct Worker {
     }
   }
 
-  // Scores of n tokens of the buffers, whose offsets from the anchor of `expansion_` start at `offset`.
-  void score_span(const ExpansionRows& expansion_, int n, int offset, float* out) {
+  // Scores of the n tokens of the buffers, at most TILE, whose offsets from the anchor of the heads' `rows` start at
+  // `offset`.
+  void score_tile(ExpansionRows Head::* rows, int n, int offset) {
     const Tokens tokens = {codes.data(), column_numbers.data(), STRIDE};
-    float* sum = span_scores.data();
-    std::fill(span_scores.begin(), span_scores.end(), 0.0f);
-    for (int t = 0; t < n;) {
-      if (n - t > 32) {
-        score_tokens<4>(expansion_, tokens, t, offset + t, sum + t);
-        t += 64;
-      } else {
-        score_tokens<1>(expansion_, tokens, t, offset + t, sum + t);
-        t += 16;
-      }
+    std::fill(tile_scores.begin(), tile_scores.end(), 0.0f);
+    float* out = tile_scores.data();
+    for (const Head& head : heads) {
+      if (n > 32)
+        score_tokens<4>(head.*rows, head.fast, head.nodes, tokens, 0, offset, out);
+      else
+        for (int t = 0; t < n; t += 16)
+          score_tokens<1>(head.*rows, head.fast, head.nodes, tokens, t, offset + t, out + t);
+      out += (size_t)queries * TILE;
+      prefetch_next();
     }
-    for (int j = 0; j < queries; j++)
-      memcpy(out + (size_t)j * (SPAN + 16) + offset, sum + (size_t)j * (SPAN + 16), 4 * n);
+    for (int j = 0; j < all_queries; j++)
+      memcpy(&scores[(size_t)j * (SPAN + 16) + offset], &tile_scores[(size_t)j * TILE], 4 * n);
   }
 
   // Step of the codes and the value of their first level, or of their middle (`centred`), for n channels from `c` on.
@@ -282,30 +341,39 @@ struct Worker {
     for (int t = 0; t < n; t++) to[t] = TOKEN_SCALES.of[codes_[(int64_t)t * side.groups]];
   }
 
-  // Fill the buffers with tokens of a block, from buffer token `to` on; `scales_too`: with scales per channel.
-  void load_keys(const Chunk& chunk, int first, int n, int to, bool scales_too) {
+  // Scales and centres of a segment's columns, in the run of token `first` of a block.
+  void load_scales(const Segment& segment, int slot, int first) {
+    const Part& part = a.keys.parts[segment.part];
+    float* scale = &columns.scale[segment.position];
+    parameters(part, slot, first / part.run, segment.channel, segment.count, true, scale,
+               &columns.centre[segment.position]);
+    for (int c = 0; c < segment.count; c++) scale[c] /= 1 << code_shift(part.levels);
+  }
+
+  // Fill the buffers with tokens of a block, from buffer token `to` on.
+  void load_keys(int slot, int first, int n, int to) {
     const Side& side = a.keys;
     const int s0 = side.first_segment[group], s1 = side.first_segment[group + 1];
-    if (side.token_scale) token_scales(side, group, chunk.slot, first, n, &key_scales[to]);
+    if (side.token_scale) token_scales(side, group, slot, first, n, &key_scales[to]);
     const float* scale_of = side.token_scale ? &key_scales[to] : nullptr;
     for (int i = s0; i < s1; i++) {
       const Segment& segment = side.segments[i];
       const Part& part = side.parts[segment.part];
       if (part.bits == 16) {
-        load_states(part, chunk.slot, first, n, segment, to);
+        load_states(part, slot, first, n, segment, to);
         continue;
       }
-      const Run run = run_of(part, chunk.slot, first);
+      const Run run = run_of(part, slot, first);
       const bool as_codes = i - s0 < side.integers[group];
       uint8_t* to_codes = codes.data() + ((int64_t)(as_codes ? segment.position / 4 : 0) * STRIDE + to) * 4;
       if (!as_codes) to_codes = codes.data() + (int64_t)code_columns() * STRIDE + 4 * to;
-      unpack(part, run.words, run.length, first - run.start, n, segment.channel, segment.count, to_codes, STRIDE);
-      if (as_codes && segment.column < 0 && scales_too)
-        parameters(part, chunk.slot, first / part.run, segment.channel, segment.count, true,
-                   &columns.scale[segment.position], &columns.centre[segment.position]);
-      if (as_codes && segment.column >= 0) load_token_scales(part, chunk.slot, first, n, segment, i - s0, to);
+      const int shift = as_codes ? code_shift(part.levels) : 0;
+      unpack(part, run.words, run.length, first - run.start, n, segment.channel, segment.count, to_codes, STRIDE,
+             shift);
+      if (as_codes && segment.column < 0 && side.by_block) load_scales(segment, slot, first);
+      if (as_codes && segment.column >= 0) load_token_scales(part, slot, first, n, segment, i - s0, to);
       if (!as_codes)
-        dequantize(part, chunk.slot, first, n, segment, scale_of, to_codes, [&](int t, int c) -> float& {
+        dequantize(part, slot, first, n, segment, scale_of, to_codes, STRIDE, [&](int t, int c) -> float& {
           return column_numbers[(size_t)(segment.position - columns.first_float + c) * STRIDE + to + t];
         });
     }
@@ -317,13 +385,14 @@ struct Worker {
   void load_token_scales(const Part& part, int slot, int first, int n, const Segment& segment, int index, int to) {
     float *scale = &scales[(size_t)index * 2 * STRIDE + to], *centre = scale + STRIDE;
     token_parameters(part, slot, first, n, segment.column, true, scale, centre);
+    for (int t = 0; t < n; t++) scale[t] /= 1 << code_shift(part.levels);
   }
 
   // Numbers of n tokens from `first` on of a block, from their unpacked codes and, if `scale_of` is not null, their own
   // scales; `to(t, c)`: where a channel's goes.
   template <class To>
   void dequantize(const Part& part, int slot, int first, int n, const Segment& segment, const float* scale_of,
-                  const uint8_t* from, To to) {
+                  const uint8_t* from, int stride, To to) {
     std::vector<float> scale(round_up(segment.count, 16)), zero(scale.size());
     const float middle = scale_of ? (part.levels - 1) * 0.5f : 0;
     if (segment.column < 0)
@@ -336,7 +405,7 @@ struct Worker {
       }
       for (int c = 0; c < segment.count; c++)
         to(t, c) =
-            (from[((int64_t)(c / 4) * STRIDE + t) * 4 + c % 4] - middle) * (scale_of ? scale_of[t] : 1) * scale[c] +
+            (from[((int64_t)(c / 4) * stride + t) * 4 + c % 4] - middle) * (scale_of ? scale_of[t] : 1) * scale[c] +
             zero[c];
     }
   }
@@ -350,7 +419,7 @@ struct Worker {
     }
   }
 
-  // The columns of this head's packed keys.
+  // The columns of the item's packed keys.
   void set_columns() {
     const Side& side = a.keys;
     const int s0 = side.first_segment[group], n = side.integers[group];
@@ -365,9 +434,10 @@ struct Worker {
     columns.quads = used / 4;
     columns.first_float = used;
     columns.floats = side.columns[group] - used;
-    columns.scale.assign(used, 0);
+    columns.scaled = side.by_block;
+    columns.scale.assign(used, 1);
     columns.centre.assign(used, 0);
-    columns.middle.assign(used, 0);
+    columns.twice_middle.assign(columns.quads, 0);
     columns.variance.assign(used, 0);
     scales.assign((size_t)std::max(1, n) * 2 * STRIDE, 0);
     key_scales.assign(STRIDE, 1);
@@ -375,76 +445,98 @@ struct Worker {
     for (int i = 0; i < n; i++) {
       const Segment& segment = side.segments[s0 + i];
       const Part& part = side.parts[segment.part];
-      const float middle = (part.levels - 1) * 0.5f;
-      const float variance = (part.levels * part.levels - 1) / 12.0f;
+      const int shift = code_shift(part.levels), largest = (part.levels - 1) << shift;
+      const float variance = (part.levels * part.levels - 1) / 12.0f * (1 << 2 * shift);
       for (int c = 0; c < round_up(segment.count, 4); c++) {
-        columns.middle[segment.position + c] = middle;
+        columns.twice_middle[(segment.position + c) / 4] = largest;
         columns.variance[segment.position + c] = variance;
       }
       columns.all_variance += segment.count * variance;
-      columns.code_sum += (int64_t)segment.count * (part.levels - 1);
+      columns.code_sum += (int64_t)segment.count * largest;
       const float* scale = &scales[(size_t)i * 2 * STRIDE];
+      if (segment.column < 0 && !side.by_block) load_scales(segment, 0, 0);
       if (segment.column >= 0)
-        columns.groups.push_back(
-            {segment.position / 4, (segment.position + round_up(segment.count, 4)) / 4, scale, scale + STRIDE, middle});
+        columns.groups.push_back({segment.position / 4, (segment.position + round_up(segment.count, 4)) / 4, scale,
+                                  scale + STRIDE, largest * 0.5f});
     }
     codes.resize((size_t)(2 * code_columns() + 16) * STRIDE);
-    column_numbers.assign((size_t)std::max(1, std::max(columns.floats, a.exact_width)) * STRIDE, 0);
+    column_numbers.resize((size_t)std::max(1, std::max(columns.floats, a.exact_width)) * STRIDE);
   }
 
   void attend_batch(const std::vector<Chunk>& batch) {
     const int64_t anchor = batch[0].position;
     int n = 0;
     for (const Chunk& chunk : batch) n += chunk.count;
-    expansion.move(anchor);
+    for (Head& head : heads) head.expansion.move(anchor);
     const bool by_block = a.keys.by_block;
-    if (!nodes_are_rounded || rounded_anchor != anchor) nodes_are_rounded = false;
+    if (rounded_anchor != anchor) nodes_are_rounded = false;
     auto round = [&] {
-      if (division.fast && (by_block || !fast_is_rounded))
-        round_weights(expansion.fast.data(), expansion.fast_lanes, columns, a.planes, fast);
-      if (division.nodes && (by_block || !nodes_are_rounded))
-        round_weights(expansion.nodes.data(), expansion.node_lanes, columns, a.planes, nodes);
+      for (Head& head : heads) {
+        const ExpansionRows& rows = head.expansion;
+        if (division.fast && (by_block || !fast_is_rounded))
+          round_weights(rows.fast.data(), rows.fast_lanes, 6, columns, a.planes, head.fast);
+        if (division.nodes && (by_block || !nodes_are_rounded))
+          round_weights(rows.nodes.data(), rows.node_lanes, 4, columns, a.planes, head.nodes);
+      }
       fast_is_rounded = nodes_are_rounded = true;
       rounded_anchor = anchor;
     };
     if (by_block) {
-      int offset = 0;
-      for (const Chunk& chunk : batch)
-        for (int first = chunk.first; first < chunk.first + chunk.count;) {
-          const int last = std::min(chunk.first + chunk.count, (first / a.keys.run + 1) * a.keys.run);
-          load_keys(chunk, first, last - first, 0, true);
-          round();
-          score_span(expansion, last - first, offset, scores.data());
-          offset += last - first;
-          first = last;
+      for (const Piece& piece : pieces_of(batch, a.keys.run))
+        for (int done = 0; done < piece.count; done += TILE) {
+          const int count = std::min(TILE, piece.count - done);
+          load_keys(piece.slot, piece.first + done, count, 0);
+          if (!done) round();
+          score_tile(&Head::expansion, count, piece.at + done);
         }
     } else {
-      int to = 0;
-      for (const Chunk& chunk : batch) {
-        load_keys(chunk, chunk.first, chunk.count, to, !fast_is_rounded);
-        to += chunk.count;
-      }
       round();
-      score_span(expansion, n, 0, scores.data());
+      int in_tile = 0, first = 0;
+      for (const Piece& piece : pieces_of(batch, TILE)) {
+        if (in_tile + piece.count > TILE) {
+          score_tile(&Head::expansion, in_tile, first);
+          first += in_tile;
+          in_tile = 0;
+        }
+        load_keys(piece.slot, piece.first, piece.count, in_tile);
+        in_tile += piece.count;
+      }
+      score_tile(&Head::expansion, in_tile, first);
     }
     weigh(n, anchor);
-    int from = 0;
-    for (const Chunk& chunk : batch) {
-      add_values(chunk, from);
-      from += chunk.count;
-    }
+    const std::vector<Piece> pieces = pieces_of(batch, a.values.run);
+    // Pieces with the same scales are summed up together.
+    const size_t together = a.values.by_block ? 1 : pieces.size();
+    for (size_t i = 0; i < pieces.size(); i += together) add_values(&pieces[i], together);
+  }
+
+  // The pieces of a batch by runs of `run` tokens.
+  static std::vector<Piece> pieces_of(const std::vector<Chunk>& batch, int run) {
+    std::vector<Piece> pieces;
+    int at = 0;
+    for (const Chunk& chunk : batch)
+      for (int first = chunk.first; first < chunk.first + chunk.count;) {
+        const int last = std::min(chunk.first + chunk.count, (first / run + 1) * run);
+        pieces.push_back({chunk.slot, first, last - first, at});
+        at += last - first;
+        first = last;
+      }
+    return pieces;
   }
 
   // Scores of n tokens from `position` on become probabilities, relative to the highest score so far.
   void weigh(int n, int64_t position) {
     const int value_stride = round_up(a.values.width, 16), exact_stride = round_up(a.output_width, 16);
-    for (int j = 0; j < queries; j++) {
+    for (int j = 0; j < all_queries; j++) {
       float* score = &scores[(size_t)j * (SPAN + 16)];
       const int64_t seen = std::min<int64_t>(n, query_position[j] - position + 1);
       for (int t = std::max<int64_t>(0, seen); t < round_up(n, 16); t++) score[t] = -INFINITE;
       vf high = set1(-INFINITE);
       for (int t = 0; t < n; t += 16) high = max(high, load(score + t));
-      const float higher = std::max(highest[j], maximum(high));
+      // Probabilities relative to two such references differ by a power of two and are rounded alike, so that results
+      // depend little on where a sequence is split.
+      const float top = a.blocks ? std::ceil(maximum(high) / LN2) * LN2 : maximum(high);
+      const float higher = std::max(highest[j], top);
       if (higher == -INFINITE) {
         std::fill(score, score + round_up(n, 16), 0.0f);
         continue;
@@ -468,24 +560,20 @@ struct Worker {
     }
   }
 
-  // Where the zeros behind n rounded probabilities end: not before the end of the last word of any layout.
-  static int rounded_end(int n) { return std::min(ROUNDED, round_up(n, 16) + 32); }
-
   // Round the probabilities times `scale` (null: 1) of tokens [from, from + n) to integers, in `steps` of each query;
   // `plain`: the sum of the probabilities times `zero` (null: 1); `scaled`: that of the probabilities times `scale`.
   void round_probabilities(int from, int n, const float* scale, const float* zero) {
-    integers.resize((size_t)queries * ROUNDED);
-    steps.resize(queries);
-    plain.resize(queries);
-    scaled.resize(queries);
-    packed_high.resize((size_t)queries * PACKED);
-    packed_low.resize((size_t)queries * PACKED);
-    const int end = rounded_end(n);
-    for (int j = 0; j < queries; j++) {
+    high_bytes.resize((size_t)all_queries * SPAN);
+    low_bytes.resize((size_t)all_queries * SPAN);
+    steps.resize(all_queries);
+    plain.resize(all_queries);
+    scaled.resize(all_queries);
+    for (int j = 0; j < all_queries; j++) {
       const float* p = &scores[(size_t)j * (SPAN + 16) + from];
-      alignas(64) float x[ROUNDED], z[ROUNDED];
-      std::fill(x + n, x + end, 0.0f);
-      std::fill(z + n, z + end, 0.0f);
+      alignas(64) float x[SPAN + 16], z[SPAN + 16];
+      alignas(64) int32_t integers[SPAN + 16];
+      std::fill(x + n, x + round_up(n, 16), 0.0f);
+      std::fill(z + n, z + round_up(n, 16), 0.0f);
       for (int t = 0; t < n; t++) x[t] = scale ? p[t] * scale[t] : p[t];
       for (int t = 0; t < n; t++) z[t] = zero ? p[t] * zero[t] : p[t];
       vf high = set1(1e-37f), total_ = set1(0), scaled_ = set1(0);
@@ -498,151 +586,182 @@ struct Worker {
       steps[j] = maximum(high) / 32512;
       plain[j] = sum(total_);
       const vf inverse = set1(1 / steps[j]);
-      int32_t* out = &integers[(size_t)j * ROUNDED];
-      for (int t = 0; t < end; t += 16) storei(out + t, to_int(mul(load(x + t), inverse)));
+      for (int t = 0; t < n; t += 16) storei(integers + t, to_int(mul(load(x + t), inverse)));
+      uint8_t *to_high = &high_bytes[(size_t)j * SPAN], *to_low = &low_bytes[(size_t)j * SPAN];
+      for (int t = 0; t < n; t++) {
+        to_high[t] = (integers[t] + 128) >> 8;
+        to_low[t] = integers[t];
+      }
     }
   }
 
-  // The rounded probabilities as bytes in the order of a layout: [query][word * fields + i], four to a lane. The first
-  // token is the `lead`th of its word.
-  void arrange(Layout layout, int lead, int n) {
-    const int words = layout.words(lead + n), fields = layout.fields, tokens = 4 * fields, end = rounded_end(n);
-    for (int j = 0; j < queries; j++) {
-      const int32_t* p = &integers[(size_t)j * ROUNDED];
-      alignas(64) uint8_t high[ROUNDED + 32], low[ROUNDED + 32];
-      memset(high, 0, lead);
-      memset(low, 0, lead);
-      for (int t = 0; t < end; t++) {
-        high[lead + t] = (p[t] + 128) >> 8;
-        low[lead + t] = p[t];
+  // Put the rounded probabilities of pieces of a batch, its tokens from `from` on, in the order of a layout: of each
+  // piece its words, [word * fields + i], four probabilities to a lane.
+  void arrange(Layout layout, const Piece* pieces, size_t n_pieces, int from) {
+    const int fields = layout.fields, tokens = 4 * fields;
+    piece_words.resize(n_pieces);
+    packed = 0;
+    for (size_t i = 0; i < n_pieces; i++) {
+      // The first token need not be the first of its word.
+      const int lead = pieces[i].first % a.values.run % tokens;
+      piece_words[i] = {nullptr, layout.words(lead + pieces[i].count), packed};
+      packed += piece_words[i].count * fields;
+    }
+    packed_high.resize((size_t)all_queries * packed);
+    packed_low.resize((size_t)all_queries * packed);
+    for (int j = 0; j < all_queries; j++)
+      for (size_t i = 0; i < n_pieces; i++) {
+        const size_t bytes = (size_t)j * SPAN + pieces[i].at - from;
+        const size_t to = (size_t)j * packed + piece_words[i].weights;
+        const int lead = pieces[i].first % a.values.run % tokens;
+        arrange_words(layout, &high_bytes[bytes], lead, pieces[i].count, piece_words[i].count, &packed_high[to]);
+        arrange_words(layout, &low_bytes[bytes], lead, pieces[i].count, piece_words[i].count, &packed_low[to]);
       }
-      uint8_t* to_high = (uint8_t*)&packed_high[(size_t)j * PACKED];
-      uint8_t* to_low = (uint8_t*)&packed_low[(size_t)j * PACKED];
-      if (layout.bits == 2 || layout.bits == 4) {
-        const __m128i order = layout.bits == 2 ? _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)
-                                               : _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
-        for (int t = 0; t < words * tokens; t += 16) {
-          _mm_storeu_si128((__m128i*)(to_high + t), _mm_shuffle_epi8(_mm_loadu_si128((__m128i*)(high + t)), order));
-          _mm_storeu_si128((__m128i*)(to_low + t), _mm_shuffle_epi8(_mm_loadu_si128((__m128i*)(low + t)), order));
-        }
-        continue;
+  }
+
+  static void arrange_words(Layout layout, const uint8_t* bytes, int lead, int n, int words, uint32_t* to) {
+    const int fields = layout.fields, tokens = 4 * fields;
+    alignas(64) uint8_t from[SPAN + 64];
+    memset(from, 0, lead);
+    memcpy(from + lead, bytes, n);
+    memset(from + lead + n, 0, words * tokens - lead - n);
+    if (fields == 1) memcpy(to, from, 4 * words);
+    if (fields == 2 || fields == 4) {
+      const __m128i order = fields == 4 ? _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)
+                                        : _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+      alignas(16) uint8_t ordered[SPAN + 64];
+      for (int t = 0; t < words * tokens; t += 16)
+        _mm_store_si128((__m128i*)(ordered + t), _mm_shuffle_epi8(_mm_load_si128((__m128i*)(from + t)), order));
+      memcpy(to, ordered, words * tokens);
+    }
+    if (fields == 8)
+      for (int w = 0; w < words; w++) {
+        const __m128i first = _mm_load_si128((__m128i*)(from + 32 * w)),
+                      second = _mm_load_si128((__m128i*)(from + 32 * w + 16));
+        // Pairs of tokens 8 apart, then fours.
+        const __m128i low = _mm_unpacklo_epi8(first, _mm_srli_si128(first, 8)),
+                      high = _mm_unpacklo_epi8(second, _mm_srli_si128(second, 8));
+        _mm_storeu_si128((__m128i*)(to + 8 * w), _mm_unpacklo_epi16(low, high));
+        _mm_storeu_si128((__m128i*)(to + 8 * w + 4), _mm_unpackhi_epi16(low, high));
       }
+    if (fields == 5)
       for (int w = 0; w < words; w++)
         for (int i = 0; i < fields; i++)
-          for (int k = 0; k < 4; k++) {
-            const int from = w * tokens + k * fields + i, to = w * tokens + 4 * i + k;
-            to_high[to] = high[from];
-            to_low[to] = low[from];
-          }
-    }
+          for (int k = 0; k < 4; k++) ((uint8_t*)to)[w * tokens + 4 * i + k] = from[w * tokens + k * fields + i];
   }
 
-  // Sum of rounded probability times code, for 16 channels and J queries from `query` on.
+  // Sum of rounded probability times code over `piece_words`, for 16 channels and J queries from `query` on.
   template <int BITS, int J>
-  INLINE inline void sum_codes(const Part& part, const int32_t* words, int n, int channel, int count, int query,
-                               vi (&out)[J]) {
+  INLINE inline void sum_codes(const Part& part, int channel, int count, int query, vi (&out)[J]) {
     constexpr int fields = BITS == TERNARY ? 5 : 8 / BITS;
     vi high[J], low[J];
     each<J>([&](auto j) INLINE { high[j] = low[j] = seti(0); });
-    const int n_words = (n + 4 * fields - 1) / (4 * fields);
-    const uint32_t* weights_high = &packed_high[(size_t)query * PACKED];
-    const uint32_t* weights_low = &packed_low[(size_t)query * PACKED];
-    for (int w = 0; w < n_words; w++) {
-      const vi word = loadi(words + (int64_t)w * part.token_stride + channel, count);
-      each<fields>([&](auto i) INLINE {
-        const vi code = field(word, {BITS, fields}, i);
-        each<J>([&](auto j) INLINE {
-          high[j] = dot4(high[j], code, seti(weights_high[j * PACKED + w * fields + i]));
-          low[j] = dot4(low[j], code, seti(weights_low[j * PACKED + w * fields + i]));
+    for (const Words& words : piece_words) {
+      const uint32_t* weights_high = &packed_high[(size_t)query * packed + words.weights];
+      const uint32_t* weights_low = &packed_low[(size_t)query * packed + words.weights];
+      const int32_t* from = words.first + channel;
+      for (int w = 0; w < words.count; w++, from += part.token_stride) {
+        const vi word = loadi(from, count);
+        each<fields>([&](auto i) INLINE {
+          const vi code = field(word, {BITS, fields}, i);
+          each<J>([&](auto j) INLINE {
+            high[j] = dot4(high[j], code, seti(weights_high[(size_t)j * packed + w * fields + i]));
+            low[j] = dot4(low[j], code, seti(weights_low[(size_t)j * packed + w * fields + i]));
+          });
         });
-      });
+      }
     }
     each<J>([&](auto j) INLINE { out[j] = addi(shl(high[j], 8), low[j]); });
   }
 
   template <int BITS>
-  void add_codes(const Part& part, const int32_t* words, int n, int channel, int count, float weight,
-                 const float* scale, const float* zero, const float* first_level, float* out, int stride) {
-    auto finish = [&](vi total_, int j) INLINE {
-      float* to = out + (size_t)j * stride;
-      vf y = fma(mul(to_float(total_), set1(steps[j] * weight)), load(scale), load(to));
-      if (zero) y = fma(load(zero), set1(plain[j]), y);
-      if (first_level) y = fma(load(first_level), set1(scaled[j]), y);
-      store(to, y);
-    };
+  void add_codes(const Part& part, int channel, int count, float weight, const float* scale, const float* zero,
+                 const float* first_level, float* out, int stride) {
     int j = 0;
-    for (; j + 4 <= queries; j += 4) {
-      vi totals[4];
-      sum_codes<BITS, 4>(part, words, n, channel, count, j, totals);
-      each<4>([&](auto k) INLINE { finish(totals[k], j + k); });
-    }
-    for (; j < queries; j++) {
-      vi totals[1];
-      sum_codes<BITS, 1>(part, words, n, channel, count, j, totals);
-      finish(totals[0], j);
-    }
+    // As many queries at a time as registers hold the sums of.
+    auto add_some = [&](auto some) INLINE {
+      for (; j + some <= all_queries; j += some) {
+        vi totals[some];
+        sum_codes<BITS, some>(part, channel, count, j, totals);
+        each<some>([&](auto k) INLINE {
+          float* to = out + (size_t)(j + k) * stride;
+          vf y = fma(mul(to_float(totals[k]), set1(steps[j + k] * weight)), load(scale), load(to));
+          if (zero) y = fma(load(zero), set1(plain[j + k]), y);
+          if (first_level) y = fma(load(first_level), set1(scaled[j + k]), y);
+          store(to, y);
+        });
+      }
+    };
+    add_some(std::integral_constant<int, ALRD_AVX512 ? 9 : 4>());
+    add_some(std::integral_constant<int, 4>());
+    add_some(std::integral_constant<int, 1>());
   }
 
-  void add_values(const Chunk& chunk, int from) {
+  // Add to the sums the values of pieces of a batch, side by side, whose scales per channel are the same.
+  void add_values(const Piece* pieces, size_t n_pieces) {
     const Side& side = a.values;
     const int s0 = side.first_segment[value_group], s1 = side.first_segment[value_group + 1];
-    const int stride = round_up(side.width, 16);
-    for (int first = chunk.first; first < chunk.first + chunk.count;) {
-      const int last = std::min(chunk.first + chunk.count, (first / side.run + 1) * side.run);
-      const int n = last - first, at = from + first - chunk.first;
-      alignas(64) float own_scale[SPAN];
-      const float* scale_of = side.token_scale ? own_scale : nullptr;
-      if (scale_of) token_scales(side, value_group, chunk.slot, first, n, own_scale);
-      bool rounded = false;
-      int arranged = 0;
-      for (int i = s0; i < s1; i++) {
-        const Segment& segment = side.segments[i];
-        const Part& part = side.parts[segment.part];
-        if (i - s0 >= side.integers[value_group]) {
-          add_numbers(part, chunk.slot, first, n, at, segment, scale_of, stride);
-          continue;
-        }
-        const Run run = run_of(part, chunk.slot, first);
+    const int stride = round_up(side.width, 16), from = pieces[0].at;
+    const int n = pieces[n_pieces - 1].at + pieces[n_pieces - 1].count - from;
+    alignas(64) float own_scale[SPAN];
+    const float* scale_of = side.token_scale ? own_scale : nullptr;
+    if (scale_of)
+      for (size_t i = 0; i < n_pieces; i++)
+        token_scales(side, value_group, pieces[i].slot, pieces[i].first, pieces[i].count,
+                     own_scale + pieces[i].at - from);
+    bool rounded = false;
+    int arranged = 0;
+    for (int s = s0; s < s1; s++) {
+      const Segment& segment = side.segments[s];
+      const Part& part = side.parts[segment.part];
+      if (s - s0 >= side.integers[value_group]) {
+        for (size_t i = 0; i < n_pieces; i++)
+          add_numbers(part, pieces[i].slot, pieces[i].first, pieces[i].count, pieces[i].at, segment,
+                      scale_of ? scale_of + pieces[i].at - from : nullptr, stride);
+        continue;
+      }
+      if (segment.column >= 0) {
         alignas(64) float token_scale[SPAN], token_zero[SPAN];
-        if (segment.column >= 0) {
-          token_parameters(part, chunk.slot, first, n, segment.column, false, token_scale, token_zero);
-          round_probabilities(at, n, token_scale, token_zero);
-          rounded = false;
-          arranged = 0;
-        } else if (!rounded) {
-          round_probabilities(at, n, scale_of, nullptr);
-          rounded = true;
-          arranged = 0;
+        for (size_t i = 0; i < n_pieces; i++)
+          token_parameters(part, pieces[i].slot, pieces[i].first, pieces[i].count, segment.column, false,
+                           token_scale + pieces[i].at - from, token_zero + pieces[i].at - from);
+        round_probabilities(from, n, token_scale, token_zero);
+        rounded = false;
+        arranged = 0;
+      } else if (!rounded) {
+        round_probabilities(from, n, scale_of, nullptr);
+        rounded = true;
+        arranged = 0;
+      }
+      Plane planes[2];
+      const int n_planes = planes_of(part.bits, run_of(part, pieces[0].slot, pieces[0].first).length, planes);
+      for (int p = n_planes - 1; p >= 0; p--) {
+        const Layout layout = planes[p].layout;
+        if (arranged != layout.bits) {
+          arrange(layout, pieces, n_pieces, from);
+          arranged = layout.bits;
         }
-        Plane planes[2];
-        const int n_planes = planes_of(part.bits, run.length, planes);
-        for (int p = n_planes - 1; p >= 0; p--) {
-          const Layout layout = planes[p].layout;
-          const int lead = (first - run.start) % (4 * layout.fields);
-          if (arranged != layout.bits) {
-            arrange(layout, lead, n);
-            arranged = layout.bits;
-          }
-          const int first_word = planes[p].first_word + (first - run.start) / (4 * layout.fields);
-          const int32_t* words = run.words + (int64_t)first_word * part.token_stride;
-          for (int c = 0; c < segment.count; c += 16) {
-            const int left = std::min(16, segment.count - c);
-            alignas(64) float scale[16], zero[16], first_level[16];
-            for (int k = 0; k < 16; k++) scale[k] = zero[k] = 1;
-            if (segment.column < 0)
-              parameters(part, chunk.slot, first / part.run, segment.channel + c, left, scale_of, scale, zero);
-            for (int k = left; k < 16; k++) scale[k] = zero[k] = 0;
-            // Beside the middles, which have the probabilities themselves, stand the levels relative to them.
-            for (int k = 0; k < 16; k++) first_level[k] = -0.5f * (part.levels - 1) * scale[k];
-            with_bits(layout.bits, [&](auto bits) {
-              add_codes<bits>(part, words, lead + n, segment.channel + c, left, 1 << planes[p].shift, scale,
-                              p ? nullptr : zero, p || !scale_of ? nullptr : first_level, &sums[segment.position + c],
-                              stride);
-            });
-          }
+        for (size_t i = 0; i < n_pieces; i++) {
+          const Run run = run_of(part, pieces[i].slot, pieces[i].first);
+          const int first_word = planes[p].first_word + (pieces[i].first - run.start) / (4 * layout.fields);
+          piece_words[i].first = run.words + (int64_t)first_word * part.token_stride;
+        }
+        for (int c = 0; c < segment.count; c += 16) {
+          const int left = std::min(16, segment.count - c);
+          alignas(64) float scale[16], zero[16], first_level[16];
+          for (int k = 0; k < 16; k++) scale[k] = zero[k] = 1;
+          if (segment.column < 0)
+            parameters(part, pieces[0].slot, pieces[0].first / part.run, segment.channel + c, left, scale_of, scale,
+                       zero);
+          for (int k = left; k < 16; k++) scale[k] = zero[k] = 0;
+          // Beside the middles, which have the probabilities themselves, stand the levels relative to them.
+          for (int k = 0; k < 16; k++) first_level[k] = -0.5f * (part.levels - 1) * scale[k];
+          with_bits(layout.bits, [&](auto bits) {
+            add_codes<bits>(part, segment.channel + c, left, 1 << planes[p].shift, scale, p ? nullptr : zero,
+                            p || !scale_of ? nullptr : first_level, &sums[segment.position + c], stride);
+          });
         }
       }
-      first = last;
     }
   }
 
@@ -657,9 +776,10 @@ struct Worker {
                 a.state_type, &value_numbers[(size_t)t * width]);
     } else {
       const Run run = run_of(part, slot, first);
-      std::vector<uint8_t> bytes((size_t)width * STRIDE);
-      unpack(part, run.words, run.length, first - run.start, n, segment.channel, segment.count, bytes.data(), STRIDE);
-      dequantize(part, slot, first, n, segment, scale_of, bytes.data(),
+      const int room = n + 32;  // what is unpacked goes on behind the tokens
+      std::vector<uint8_t> bytes((size_t)width * room);
+      unpack(part, run.words, run.length, first - run.start, n, segment.channel, segment.count, bytes.data(), room);
+      dequantize(part, slot, first, n, segment, scale_of, bytes.data(), room,
                  [&](int t, int c) -> float& { return value_numbers[(size_t)t * width + c]; });
     }
     accumulate(n, at, width, &sums[segment.position], stride);
@@ -667,7 +787,7 @@ struct Worker {
 
   // Add to each query's sums the probabilities times `value_numbers` [n][width].
   void accumulate(int n, int at, int width, float* out, int stride) {
-    for (int j = 0; j < queries; j++)
+    for (int j = 0; j < all_queries; j++)
       for (int c = 0; c < width; c += 16) {
         vf y = load(out + (size_t)j * stride + c);
         for (int t = 0; t < n; t++)
@@ -678,22 +798,25 @@ struct Worker {
 
   void attend_exact(const Exact& exact) {
     const int channels = a.key_count[group], value_channels = a.value_count[value_group];
+    // The columns of the packed keys come back when it is done.
+    Columns packed_columns = std::move(columns);
     columns = Columns();
     columns.last = a.exact_width;
     columns.floats = channels;
-    column_numbers.assign((size_t)std::max(1, a.exact_width) * STRIDE, 0);
+    column_numbers.resize((size_t)std::max(1, a.exact_width) * STRIDE);
     for (int first = 0; first < exact.count[row]; first += SPAN) {
       const int n = std::min(SPAN, exact.count[row] - first);
       const int64_t position = exact.start[row] + first;
-      exact_expansion.move(position);
-      fast.lanes = exact_expansion.fast_lanes;
-      nodes.lanes = exact_expansion.node_lanes;
-      for (int t = 0; t < n; t++) {
-        const int64_t at = row * exact.key_row + (first + t) * exact.key_token + a.key_start[group];
-        for (int c = 0; c < channels; c++)
-          column_numbers[(size_t)c * STRIDE + t] = number(exact.keys, at + c, a.state_type);
+      for (Head& head : heads) head.exact_expansion.move(position);
+      for (int tile = 0; tile < n; tile += TILE) {
+        const int in_tile = std::min(TILE, n - tile);
+        for (int t = 0; t < in_tile; t++) {
+          const int64_t at = row * exact.key_row + (first + tile + t) * exact.key_token + a.key_start[group];
+          for (int c = 0; c < channels; c++)
+            column_numbers[(size_t)c * STRIDE + t] = number(exact.keys, at + c, a.state_type);
+        }
+        score_tile(&Head::exact_expansion, in_tile, tile);
       }
-      score_span(exact_expansion, n, 0, scores.data());
       weigh(n, position);
       const int width = round_up(value_channels, 16);
       value_numbers.resize((size_t)n * width);
@@ -702,9 +825,18 @@ struct Worker {
                 value_channels, a.state_type, &value_numbers[(size_t)t * width]);
       accumulate(n, 0, width, exact_sums.data(), round_up(a.output_width, 16));
     }
+    columns = std::move(packed_columns);
   }
 
-  // Start to read the words of a head group in a block, while the block before it is computed.
+  // Start to read one block of the next batch; called again and again while this one is computed.
+  void prefetch_next() {
+    if (next_block >= end_of_next) return;
+    const int slot = a.table[(int64_t)row * a.blocks + next_block++];
+    prefetch_block(a.keys, group, slot);
+    if (a.values.parts[0].packed != a.keys.parts[0].packed) prefetch_block(a.values, value_group, slot);
+  }
+
+  // The words of a head group in a block.
   void prefetch_block(const Side& side, int of, int slot) const {
     for (int i = side.first_segment[of]; i < side.first_segment[of + 1]; i++) {
       const Segment& segment = side.segments[i];
@@ -721,36 +853,34 @@ struct Worker {
   void attend_blocks(int first, int last) {
     const int64_t plane = (int64_t)a.batch * a.blocks;
     const int32_t* table = a.table + (int64_t)row * a.blocks;
-    set_columns();
     std::vector<Chunk> batch;
     int tokens = 0;
-    auto flush = [&] {
+    // `next`: the first block that is not in the batch.
+    auto flush = [&](int next) {
+      next_block = next;
+      end_of_next = std::min(last, next + std::max(1, SPAN / a.block_length));
       if (!batch.empty()) attend_batch(batch);
       batch.clear();
       tokens = 0;
     };
     for (int i = first; i < last; i++) {
       const int count = table[2 * plane + i];
-      if (i + 1 < last) {
-        prefetch_block(a.keys, group, table[i + 1]);
-        prefetch_block(a.values, value_group, table[i + 1]);
-      }
       for (int t = 0; t < count; t += SPAN) {
         const Chunk chunk = {table[i], t, std::min(SPAN, count - t), (int64_t)table[plane + i] + t};
         // Tokens of a batch are at consecutive positions.
-        if (tokens && (tokens + chunk.count > SPAN || batch[0].position + tokens != chunk.position)) flush();
+        if (tokens && (tokens + chunk.count > SPAN || batch[0].position + tokens != chunk.position)) flush(i + (t > 0));
         batch.push_back(chunk);
         tokens += chunk.count;
       }
     }
-    flush();
+    flush(last);
   }
 
   // [query][output_width + 2]: sums of values by channel, highest score, sum of weights.
   void finish(float* out) {
     const int stride = round_up(a.values.width, 16), exact_stride = round_up(a.output_width, 16);
     const int32_t* channel = a.value_channel + (int64_t)value_group * a.values.width;
-    for (int j = 0; j < queries; j++, out += a.output_width + 2) {
+    for (int j = 0; j < all_queries; j++, out += a.output_width + 2) {
       for (int c = 0; c < a.output_width; c++) out[c] = exact_sums[(size_t)j * exact_stride + c];
       for (int c = 0; c < a.values.width; c++)
         if (channel[c] >= 0) out[channel[c]] += sums[(size_t)j * stride + c];
@@ -765,33 +895,43 @@ struct Worker {
 extern "C" int alrd_attention(const Arguments* arguments) {
   const Arguments& a = *arguments;
   const int shared = a.query_heads / a.heads, queries = shared * a.length;
-  // Splits of the sequence, so that few heads keep all threads busy.
-  const int heads = a.batch * a.heads;
+  // Splits of the sequence, so that few heads keep all threads busy, of whole batches.
+  const int blocks_of_batch = std::max(1, SPAN / std::max(1, a.block_length));
+  const int batches = std::max<int>(1, ceil_div(a.blocks, blocks_of_batch));
+  // Heads that share their latents are an item, fewer of them where threads would have nothing to do.
+  const int sharing = a.keys.groups == a.values.groups ? a.heads / a.keys.groups : 1;
+  int of_item = std::min(sharing, MOST_HEADS);
+  while (sharing % of_item || (of_item > 1 && a.batch * a.heads / of_item * batches < a.threads)) of_item--;
+  const int items = a.batch * a.heads / of_item;
   int splits = 1;
-  if (heads % a.threads) splits = std::min<int>(ceil_div(4 * a.threads, heads), std::max(1, a.blocks / 4));
+  if (items % a.threads) splits = std::min<int>(ceil_div(4 * a.threads, items), batches);
   const Division& division = division_of(a.frequency, a.half, a.tolerance, a.keys.width, queries);
   const Division& exact_division = division_of(a.frequency, a.half, a.tolerance, 8 * a.exact_width, queries);
-  const int64_t width = a.output_width + 2, share = queries * width;
-  std::vector<float> partial((size_t)heads * splits * share);
+  // [item][split][query of the item]
+  const int64_t width = a.output_width + 2, share = of_item * queries * width;
+  std::vector<float> partial((size_t)items * splits * share);
 #pragma omp parallel num_threads(a.threads)
   {
     Worker worker(a, division, exact_division);
 #pragma omp for schedule(dynamic)
-    for (int item = 0; item < heads * splits; item++) {
-      const int split = item % splits, head = item / splits;
-      worker.start(head / a.heads, head % a.heads);
+    for (int i = 0; i < items * splits; i++) {
+      const int split = i % splits, head = i / splits * of_item;
+      worker.start(head / a.heads, head % a.heads, of_item);
       if (split == 0)
-        for (int i = 0; i < a.n_exact; i++) worker.attend_exact(a.exact[i]);
-      if (a.blocks) worker.attend_blocks((int64_t)a.blocks * split / splits, (int64_t)a.blocks * (split + 1) / splits);
-      worker.finish(&partial[(size_t)item * share]);
+        for (int e = 0; e < a.n_exact; e++) worker.attend_exact(a.exact[e]);
+      const int first = (int64_t)batches * split / splits * blocks_of_batch,
+                last = (int64_t)batches * (split + 1) / splits * blocks_of_batch;
+      if (a.blocks) worker.attend_blocks(first, std::min(last, a.blocks));
+      worker.finish(&partial[(size_t)i * share]);
     }
   }
-  for (int head = 0; head < heads; head++) {
+  for (int head = 0; head < a.batch * a.heads; head++) {
     const int b = head / a.heads, h = head % a.heads;
     for (int j = 0; j < queries; j++) {
       const int q_head = h * shared + j / a.length, l = j % a.length;
       const int64_t to = ((int64_t)b * a.query_heads + q_head) * a.length + l;
-      const float* parts = &partial[(size_t)head * splits * share + j * width];
+      const int in_item = head % of_item * queries + j;
+      const float* parts = &partial[(size_t)(head / of_item) * splits * share + in_item * width];
       float* out = a.output + to * a.output_width;
       a.log_sum[to] = merge_splits(parts, splits, share, a.output_width, [](float x) { return std::exp(x); }, out);
     }

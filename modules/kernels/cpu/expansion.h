@@ -13,36 +13,27 @@
 
 namespace {
 
-constexpr int SPAN = 128;  // tokens of a batch
-constexpr int HALF = 64;   // tokens for which cosines and sines are tabulated
+constexpr int SPAN = 256;  // tokens of a batch
+constexpr int HALF = 128;  // tokens for which cosines and sines are tabulated
 constexpr int LEVELS = 4;
-constexpr float LIMIT = 0.01f;  // relative error of an expansion row of 8 bits
+constexpr float LIMIT = 0.01f;       // relative error of an expansion row of 8 bits
+constexpr float WITH_HIGH = 0.006f;  // and of one that has high bytes
 constexpr int MAX_NODES = 8;
 
-// Expansion rows rounded to integers for a span of tokens. Each row is a lane, their number a multiple of 16. Before
-// rounding they are [columns + 1][lanes], the last column the bias.
-struct Rounded {
-  int lanes = 0, planes = 1;
-  std::vector<int32_t> weights;       // [plane][quad][lane], four columns each
-  std::vector<float> step, constant;  // [lane]: score = step * product + constant
-  std::vector<float> shift;           // with scales of tokens: score = scale * (step * product + shift) + constant
-  std::vector<float> totals, sums;    // per token, [scale group][lane]: sum of the integers, and of the weights
+// Places by which a width's codes are moved up before they are multiplied, to at most 127. Their weights are smaller
+// then, as small as those of codes of 8 bits, beside which they could not be rounded to one byte.
+inline int code_shift(int levels) {
+  int shift = 0;
+  while (shift < 3 && (levels - 1) << (shift + 1) < 128) shift++;
+  return shift;
+}
 
-  void reserve(int n_lanes, int quads, int groups) {
-    lanes = n_lanes;
-    weights.resize((size_t)2 * quads * lanes);
-    step.resize(lanes);
-    constant.resize(lanes);
-    shift.resize(lanes);
-    totals.resize((size_t)groups * lanes);
-    sums.resize((size_t)groups * lanes);
-  }
-};
-
-// The columns of a span: how their codes become numbers.
+// The columns of a span: how their codes, moved up by `code_shift`, become numbers.
 struct Columns {
   int quads = 0, floats = 0, first_float = 0, last = 0;  // `last`: the bias
-  std::vector<float> scale, centre, middle;              // of each column: x = scale * (code - middle) + centre
+  std::vector<float> scale, centre;                      // of each column: x = scale * (code - middle) + centre
+  bool scaled = false;                                   // whether expansion rows must be multiplied with these yet
+  std::vector<int32_t> twice_middle;                     // of the columns of each quad
   std::vector<float> variance;                           // of the codes of each column, if all are equally frequent
   float all_variance = 0;
   struct Group {
@@ -55,97 +46,182 @@ struct Columns {
   int64_t code_sum = 0;                // the largest sum of codes
 };
 
-// Largest magnitude and constant of 16 expansion rows, and whether 8 bits lose more than LIMIT of one.
-struct Range {
-  vf highest, constant;
-  bool wide;
+// Expansion rows rounded to integers for a span of tokens. Each row is a lane, their number a multiple of 16. Before
+// rounding they are [columns + 1][lanes], the last column the bias. An integer is 256 times its high byte plus its low
+// one; few quads of columns have high bytes, since few columns are much heavier than the others.
+struct Rounded {
+  struct Heavy {
+    int32_t quad, row;  // of `high`
+  };
+  int lanes = 0, groups = 1;
+  std::vector<int32_t> weights;      // low bytes [quad][lane], four columns each
+  std::vector<int32_t> high;         // high bytes of the quads that have some, [row][lane]
+  std::vector<int32_t> quad_of;      // [row]
+  std::vector<uint16_t> in_lanes;    // [row][lane / 16]: the lanes that have some
+  std::vector<Heavy> heavy;          // those with some in lanes that are multiplied together
+  std::vector<int32_t> first_heavy;  // [lanes / together][scale group, at least one], and their end
+  std::vector<float> step, inverse;  // [lane]
+  std::vector<float> constant;       // [lane]: score = step * product + constant
+  std::vector<float> shift;          // with scales of tokens: score = scale * (step * product + shift) + constant
+  std::vector<float> totals, sums;   // per token, [scale group][lane]: sum of the integers, and of the weights
+
+  void reserve(int n_lanes, int quads, int n_groups) {
+    lanes = n_lanes;
+    groups = std::max(1, n_groups);
+    weights.resize((size_t)quads * lanes);
+    high.resize((size_t)quads * lanes);
+    quad_of.clear();
+    in_lanes.resize((size_t)(quads + 1) * (lanes / 16));
+    step.resize(lanes);
+    constant.resize(lanes);
+    shift.resize(lanes);
+    totals.resize((size_t)n_groups * lanes);
+    sums.resize((size_t)n_groups * lanes);
+  }
+
+  void list_heavy(int together, const Columns& columns) {
+    heavy.clear();
+    first_heavy.assign(1, 0);
+    for (int lane = 0; lane < lanes; lane += together) {
+      size_t row = 0;
+      for (int group = 0; group < groups; group++) {
+        const int last = columns.groups.empty() ? columns.quads : columns.groups[group].last;
+        for (; row < quad_of.size() && quad_of[row] < last; row++) {
+          bool is_heavy = false;
+          for (int l = lane; l < std::min(lanes, lane + together); l++)
+            is_heavy |= in_lanes[row * (lanes / 16) + l / 16] >> l % 16 & 1;
+          if (is_heavy) heavy.push_back({quad_of[row], (int32_t)row});
+        }
+        first_heavy.push_back(heavy.size());
+      }
+    }
+  }
 };
 
+// Largest magnitude and constant of 16 expansion rows, and the variance of their products with the codes.
+struct Range {
+  vf highest, constant, norm;
+};
+
+template <bool SCALED>
 inline Range range_of(const float* weights, int lanes, int l, const Columns& columns) {
-  const bool per_token = !columns.groups.empty();
   vf highs[4], constants[4], norms[4];  // four, so that they do not wait for each other
   each<4>([&](auto i) INLINE { highs[i] = set1(1e-30f), constants[i] = norms[i] = set1(0); });
   for (int c = 0; c < 4 * columns.quads; c += 4)
     each<4>([&](auto i) INLINE {
       const vf weight = load(weights + (int64_t)(c + i) * lanes + l);
-      const vf x = per_token ? weight : mul(weight, set1(columns.scale[c + i]));
+      const vf x = SCALED ? mul(weight, set1(columns.scale[c + i])) : weight;
       highs[i] = max(highs[i], abs(x));
       norms[i] = fma(mul(x, x), set1(columns.variance[c + i]), norms[i]);
-      if (!per_token) constants[i] = fma(weight, set1(columns.centre[c + i]), constants[i]);
+      if (SCALED) constants[i] = fma(weight, set1(columns.centre[c + i]), constants[i]);
     });
   const vf highest = max(max(highs[0], highs[1]), max(highs[2], highs[3]));
   const vf norm = add(add(norms[0], norms[1]), add(norms[2], norms[3]));
   const vf constant = add(add(add(constants[0], constants[1]), add(constants[2], constants[3])),
                           load(weights + (int64_t)columns.last * lanes + l));
-  const float share = columns.all_variance / (12 * 127 * 127 * LIMIT * LIMIT);
-  const vf excess = fnma(set1(1), norm, mul(mul(highest, highest), set1(share)));
-  return {highest, constant, maximum(excess) > 1e-30f};
+  return {highest, constant, norm};
 }
 
-void round_weights(const float* weights, int lanes, const Columns& columns, int planes, Rounded& out) {
+// Steps of 16 rows: the smallest that a byte holds all of a row at, or, where that loses more than LIMIT, the one that
+// loses WITH_HIGH; two bytes must hold it. `planes` 2: the smallest that two bytes hold.
+inline void set_steps(const Range& range, const Columns& columns, int planes, float* step, float* inverse) {
+  const float* highest = (const float*)&range.highest;
+  const float* norm = (const float*)&range.norm;
+  // Products stay in 32 bits.
+  const float limit = std::min<double>(32512, std::floor(2147000000.0 / std::max<int64_t>(1, columns.code_sum)));
+  for (int i = 0; i < 16; i++) {
+    const float smallest = highest[i] / limit;
+    const float of_a_byte = highest[i] / 127, of_error = std::sqrt(12 * norm[i] / columns.all_variance);
+    if (planes == 2)
+      step[i] = smallest;
+    else
+      step[i] = of_a_byte > LIMIT * of_error ? std::max(smallest, WITH_HIGH * of_error) : of_a_byte;
+    inverse[i] = 1 / step[i];
+  }
+}
+
+// Four columns of 16 rows as integers, 128 more than they are: what is not in a byte then has a high byte.
+template <bool SCALED>
+INLINE inline void round_quad(const float* weights, int lanes, int l, int q, const Columns& columns, vf inverse,
+                              vi (&out)[4]) {
+  each<4>([&](auto i) INLINE {
+    const vf weight = load(weights + (int64_t)(4 * q + i) * lanes + l);
+    out[i] = to_int(fma(SCALED ? mul(weight, set1(columns.scale[4 * q + i])) : weight, inverse, set1(128)));
+  });
+}
+
+// The low bytes of four vectors, side by side.
+INLINE inline vi bytes_of(const vi (&x)[4]) {
+  const vi low = seti(255);
+  return ori(ori(andi(x[0], low), shl(andi(x[1], low), 8)), ori(shl(andi(x[2], low), 16), shl(x[3], 24)));
+}
+
+template <bool SCALED>
+void round_rows(const float* weights, int lanes, int together, const Columns& columns, int planes, Rounded& out) {
   const bool per_token = !columns.groups.empty();
-  const int quads = columns.quads;
+  const int quads = columns.quads, vectors = lanes / 16;
   out.reserve(lanes, quads, columns.groups.size());
-  std::vector<Range> ranges;
+  out.inverse.resize(lanes);
   for (int l = 0; l < lanes; l += 16) {
-    ranges.push_back(range_of(weights, lanes, l, columns));
-    if (ranges.back().wide) planes = 2;
+    const Range range = range_of<SCALED>(weights, lanes, l, columns);
+    set_steps(range, columns, planes, &out.step[l], &out.inverse[l]);
+    store(&out.constant[l], range.constant);
   }
-  out.planes = planes;
-  const float limit =
-      planes == 1 ? 127 : std::min<double>(32512, std::floor(2147000000.0 / std::max<int64_t>(1, columns.code_sum)));
-  const float* scale = columns.scale.data();
-  for (int l = 0; l < lanes; l += 16) {
-    const vf highest = ranges[l / 16].highest, constant = ranges[l / 16].constant;
-    const float* h = (const float*)&highest;
-    alignas(64) float inverse[16];
-    for (int i = 0; i < 16; i++) inverse[i] = limit / h[i];
-    const vf inv = load(inverse), step = mul(highest, set1(1.0f / limit));
-    const vi low = seti(255);
-    vf shift = set1(0);
-    size_t g = 0;
-    vi total = seti(0);
-    vf weight_sum = set1(0);
-    for (int q = 0; q < quads; q++) {
-      vi b[4], part = seti(0);
-      for (int i = 0; i < 4; i++) {
-        const vf weight = load(weights + (int64_t)(4 * q + i) * lanes + l);
-        b[i] = to_int(mul(per_token ? weight : mul(weight, set1(scale[4 * q + i])), inv));
-        part = addi(part, b[i]);
-        if (per_token) weight_sum = add(weight_sum, weight);
-      }
-      shift = fma(to_float(part), set1(columns.middle[4 * q]), shift);
-      if (per_token) {
-        total = addi(total, part);
-        if (q + 1 == columns.groups[g].last) {
-          store(&out.totals[g * lanes + l], to_float(total));
-          store(&out.sums[g * lanes + l], weight_sum);
-          total = seti(0);
-          weight_sum = set1(0);
-          g++;
-        }
-      }
-      vi lows[4];
-      for (int i = 0; i < 4; i++) lows[i] = b[i];
-      if (planes == 2) {
-        vi high[4];
-        for (int i = 0; i < 4; i++) {
-          high[i] = sar(addi(b[i], seti(128)), 8);
-          lows[i] = subi(b[i], shl(high[i], 8));
-        }
-        storei(&out.weights[(size_t)q * lanes + l], ori(ori(andi(high[0], low), shl(andi(high[1], low), 8)),
-                                                        ori(shl(andi(high[2], low), 16), shl(high[3], 24))));
-      }
-      storei(
-          &out.weights[((size_t)(planes - 1) * quads + q) * lanes + l],
-          ori(ori(andi(lows[0], low), shl(andi(lows[1], low), 8)), ori(shl(andi(lows[2], low), 16), shl(lows[3], 24))));
+  size_t g = 0;
+  // Sums of the low and of the high bytes: per token as they are, else times the middles of their columns.
+  std::vector<int32_t> total(2 * lanes, 0);
+  std::vector<float> weight_sum(lanes, 0);
+  for (int q = 0; q < quads; q++) {
+    const vi middle = seti(0x01010101 * (per_token ? 1 : columns.twice_middle[q]));
+    const size_t row = out.quad_of.size();
+    uint16_t* in_lanes = &out.in_lanes[row * vectors];
+    bool is_heavy = false;
+    for (int l = 0; l < lanes; l += 16) {
+      vi x[4];
+      round_quad<SCALED>(weights, lanes, l, q, columns, load(&out.inverse[l]), x);
+      const vi word = xori(bytes_of(x), seti((int)0x80808080u));
+      storei(&out.weights[(size_t)q * lanes + l], word);
+      storei(&total[l], dot4(loadi(&total[l]), middle, word));
+      in_lanes[l / 16] = above_a_byte(ori(ori(x[0], x[1]), ori(x[2], x[3])));
+      is_heavy |= in_lanes[l / 16] != 0;
+      for (int i = 0; i < 4 && per_token; i++)
+        store(&weight_sum[l], add(load(&weight_sum[l]), load(weights + (int64_t)(4 * q + i) * lanes + l)));
     }
-    store(&out.step[l], step);
-    // The scale of a token multiplies what its codes are beside their middle, not the bias and the centres.
-    const bool apart = per_token || columns.token_scale;
-    store(&out.constant[l], apart ? constant : fnma(step, shift, constant));
-    store(&out.shift[l], fnma(step, shift, set1(0)));
+    if (is_heavy) {
+      for (int l = 0; l < lanes; l += 16) {
+        vi x[4];
+        round_quad<SCALED>(weights, lanes, l, q, columns, load(&out.inverse[l]), x);
+        each<4>([&](auto i) INLINE { x[i] = sar(x[i], 8); });
+        const vi word = bytes_of(x);
+        storei(&out.high[row * lanes + l], word);
+        storei(&total[lanes + l], dot4(loadi(&total[lanes + l]), middle, word));
+      }
+      out.quad_of.push_back(q);
+    }
+    if (per_token && q + 1 == columns.groups[g].last) {
+      for (int l = 0; l < lanes; l += 16) {
+        store(&out.totals[g * lanes + l], to_float(addi(shl(loadi(&total[lanes + l]), 8), loadi(&total[l]))));
+        store(&out.sums[g * lanes + l], load(&weight_sum[l]));
+      }
+      std::fill(total.begin(), total.end(), 0);
+      std::fill(weight_sum.begin(), weight_sum.end(), 0.0f);
+      g++;
+    }
   }
+  out.list_heavy(together, columns);
+  if (per_token) return;
+  for (int l = 0; l < lanes; l += 16) {
+    const vf of_middles = to_float(addi(shl(loadi(&total[lanes + l]), 8), loadi(&total[l])));
+    const vf shift = mul(mul(of_middles, set1(-0.5f)), load(&out.step[l]));
+    store(&out.shift[l], shift);
+    // The scale of a token multiplies what its codes are beside their middle, not the bias and the centres.
+    if (!columns.token_scale) store(&out.constant[l], add(load(&out.constant[l]), shift));
+  }
+}
+
+// `together`: lanes that are multiplied together.
+void round_weights(const float* weights, int lanes, int together, const Columns& columns, int planes, Rounded& out) {
+  (columns.scaled ? round_rows<true> : round_rows<false>)(weights, lanes, together, columns, planes, out);
 }
 
 // The span's codes and numbers.
@@ -171,29 +247,30 @@ INLINE inline void multiply_codes(const int32_t* weights, int lanes, const uint8
   }
 }
 
-// The same for weights of one or two bytes.
+// The same with the high bytes too, of the heavy quads of scale group `group`.
 template <int M, int V>
-INLINE inline void multiply_rounded(const Rounded& rounded, const Columns& columns, const Tokens& tokens, int lane,
-                                    int token, int first, int last, vi (&sum)[M][V]) {
+INLINE inline void multiply_rounded(const Rounded& rounded, const Tokens& tokens, int lane, int token, int group,
+                                    int first, int last, vi (&sum)[M][V]) {
   const int32_t* weights = rounded.weights.data() + lane;
   const uint8_t* codes = tokens.codes + (int64_t)token * 4;
   each<M>([&](auto m) INLINE { each<V>([&](auto v) INLINE { sum[m][v] = seti(0); }); });
-  multiply_codes<M, V>(weights, rounded.lanes, codes, tokens.stride, first, last, sum);
-  if (rounded.planes == 2) {
-    each<M>([&](auto m) INLINE { each<V>([&](auto v) INLINE { sum[m][v] = shl(sum[m][v], 8); }); });
-    weights += (size_t)columns.quads * rounded.lanes;
-    multiply_codes<M, V>(weights, rounded.lanes, codes, tokens.stride, first, last, sum);
+  const int32_t* of_lanes = &rounded.first_heavy[lane / M * rounded.groups + group];
+  const int heavy = of_lanes[0], end = of_lanes[1];
+  for (int k = heavy; k < end; k++) {
+    const int32_t* high = rounded.high.data() + (size_t)rounded.heavy[k].row * rounded.lanes + lane;
+    multiply_codes<M, V>(high, 0, codes + (size_t)rounded.heavy[k].quad * tokens.stride * 4, 0, 0, 1, sum);
   }
+  if (heavy < end) each<M>([&](auto m) INLINE { each<V>([&](auto v) INLINE { sum[m][v] = shl(sum[m][v], 8); }); });
+  multiply_codes<M, V>(weights, rounded.lanes, codes, tokens.stride, first, last, sum);
 }
 
 // M expansion rows times 16 V tokens from `token` on.
 template <int M, int V>
-INLINE inline void multiply(const Rounded& rounded, const float* weights, const Columns& columns, const Tokens& tokens,
-                            int lane, int token, vf (&out)[M][V]) {
-  const int lanes = rounded.lanes;
+INLINE inline void multiply(const Rounded& rounded, const float* weights, int lanes, const Columns& columns,
+                            const Tokens& tokens, int lane, int token, vf (&out)[M][V]) {
   if (columns.groups.empty() && columns.quads) {
     vi sum[M][V];
-    multiply_rounded<M, V>(rounded, columns, tokens, lane, token, 0, columns.quads, sum);
+    multiply_rounded<M, V>(rounded, tokens, lane, token, 0, 0, columns.quads, sum);
     each<M>([&](auto m) INLINE {
       const vf step = set1(rounded.step[lane + m]), constant = set1(rounded.constant[lane + m]);
       if (columns.token_scale) {
@@ -214,7 +291,7 @@ INLINE inline void multiply(const Rounded& rounded, const float* weights, const 
     for (size_t g = 0; g < columns.groups.size(); g++) {
       const Columns::Group& group = columns.groups[g];
       vi sum[M][V];
-      multiply_rounded<M, V>(rounded, columns, tokens, lane, token, group.first, group.last, sum);
+      multiply_rounded<M, V>(rounded, tokens, lane, token, g, group.first, group.last, sum);
       each<M>([&](auto m) INLINE {
         const vf step = set1(rounded.step[lane + m]), weight_sum = set1(rounded.sums[g * lanes + lane + m]);
         const vf all = set1(-group.middle * rounded.totals[g * lanes + lane + m]);
@@ -277,10 +354,12 @@ Division divide(const double* frequency, int half, double tolerance, int columns
     int fast = 0;
     while (fast < half && (nodes == 0 || frequency[fast] * SPAN / 2 > z)) fast++;
     fast = std::min(half, round_up(fast, 3));
-    const int lanes = round_up(2 * fast, 16) + round_up(nodes * queries, 16);
+    const int node_lanes = round_up(nodes * queries, 16), lanes = round_up(2 * fast, 16) + node_lanes;
+    // Sums at more nodes than a vector holds took five times as long (16 lanes against 32).
+    const double sums = node_lanes * (nodes + 16) / 12.0 * (node_lanes > 16 ? 2.5 : 1);
     // Products and their rotations, per 16 tokens; rounding, and the sums at the nodes, per batch of SPAN.
     const double cost = fast * (2 * quads + 8 + 2 * queries) + nodes * queries * (quads + 2) +
-                        columns * (lanes / 2.0 + round_up(nodes * queries, 16) * (nodes + 16) / 12.0) / (SPAN / 16);
+                        columns * (lanes / 2.0 + sums) / (SPAN / 16);
     if (cost >= best_cost) continue;
     best_cost = cost;
     Division d;
@@ -400,10 +479,9 @@ struct ExpansionRows {
     fast_lanes = round_up(2 * round_up(d.fast, 3), 16);
     node_lanes = round_up(d.nodes * queries, 16);
     fast.assign((size_t)(columns + 1) * fast_lanes, 0);
-    for (int f = 0; f < d.fast; f++)
-      for (int i = 0; i < 2; i++)
-        for (int c = 0; c <= columns; c++)
-          fast[(size_t)c * fast_lanes + 2 * f + i] = expansion[((int64_t)f * 2 + i) * (columns + 1) + c];
+    for (int c = 0; c <= columns; c++)
+      for (int lane = 0; lane < 2 * d.fast; lane++)
+        fast[(size_t)c * fast_lanes + lane] = expansion[(int64_t)lane * (columns + 1) + c];
     padded = round_up(d.fast + 2, 16);
     pair_query.assign((size_t)queries * 2 * padded, 0);
     fast_query.assign((size_t)queries * 4 * padded, 0);
@@ -425,6 +503,11 @@ struct ExpansionRows {
         to[2 * node_lanes] = d.node_cosine[f * MAX_NODES + k];
         to[3 * node_lanes] = d.node_sine[f * MAX_NODES + k];
       }
+    restart();
+  }
+
+  // Forget the batches so far, on which the next ones' errors would depend.
+  void restart() {
     for (int l = 0; l < LEVELS; l++) level[l].valid = level[l].turned = false;
   }
 

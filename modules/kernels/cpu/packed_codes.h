@@ -74,12 +74,12 @@ inline int64_t run_words(const Part& part, int run_start) {
 }
 
 #if ALRD_AVX512
-// As `unpack`, for 16 channels of a plane and a start that 16 divides: 16 tokens of four channels at a time.
+// As `unpack`, for a plane and a start that 16 divides: 16 tokens of four channels at a time. `more`: the codes are
+// added to what stands there.
 template <int BITS>
 inline void unpack_vectors(const int32_t* plane, int64_t word_stride, int count, int n_words, int start, int n,
-                           int32_t* out, int stride, int shift) {
+                           int32_t* out, int stride, int shift, bool more) {
   constexpr int fields = 8 / BITS, tokens = 4 * fields, words = tokens < 16 ? 16 / tokens : 1;
-  const int quads = (count + 3) / 4;
   alignas(64) static const auto lanes = [] {
     struct {
       int32_t pick[16], shift[16];
@@ -90,60 +90,69 @@ inline void unpack_vectors(const int32_t* plane, int64_t word_stride, int count,
     }
     return y;
   }();
-  const vi by = loadi(lanes.shift), mask = seti((int)(0x01010101u * ((1 << BITS) - 1)));
-  for (int t = 0; t < n; t += 16) {
-    const int w = (start + t) / tokens;
-    vi word[4];
-    each<words>([&](auto i) INLINE {
-      word[i] = w + i < n_words ? transpose_bytes(loadi(plane + (w + i) * word_stride, count)) : seti(0);
-    });
-    vi index = addi(loadi(lanes.pick), seti((start + t) % tokens / fields));
-    for (int q = 0; q < quads; q++, index = addi(index, seti(4))) {
-      vi code;
-      if (words == 1) {
-        code = _mm512_permutexvar_epi32(index, word[0]);
-      } else {
-        code = _mm512_permutex2var_epi32(word[0], index, word[1]);
-        if (words == 4)
-          code = _mm512_mask_blend_epi32(0xFF00, code, _mm512_permutex2var_epi32(word[2], index, word[3]));
-      }
-      code = andi(_mm512_srlv_epi32(code, by), mask);
-      int32_t* to = out + q * stride + t;
-      storei(to, shift ? ori(loadi(to), shl(code, shift)) : code);
+  // One rotation brings the codes down from where they stand and up by `shift`.
+  const vi by = subi(loadi(lanes.shift), seti(shift)), mask = seti((int)(0x01010101u * (((1 << BITS) - 1) << shift)));
+  const vi pick = loadi(lanes.pick);
+  for (int c = 0; c < count; c += 16, plane += 16, out += 4 * stride) {
+    const int left = std::min(16, count - c), quads = (left + 3) / 4;
+    for (int t = 0; t < n; t += 16) {
+      const int w = (start + t) / tokens;
+      vi word[4];
+      each<words>([&](auto i) INLINE {
+        word[i] = w + i < n_words ? transpose_bytes(loadi(plane + (w + i) * word_stride, left)) : seti(0);
+      });
+      const int first = (start + t) % tokens / fields;
+      auto unpack_quad = [&](int q) INLINE {
+        const vi index = addi(pick, seti(first + 4 * q));
+        vi code;
+        if (words == 1) {
+          code = _mm512_permutexvar_epi32(index, word[0]);
+        } else {
+          code = _mm512_permutex2var_epi32(word[0], index, word[1]);
+          if (words == 4)
+            code = _mm512_mask_blend_epi32(0xFF00, code, _mm512_permutex2var_epi32(word[2], index, word[3]));
+        }
+        code = andi(_mm512_rorv_epi32(code, by), mask);
+        int32_t* to = out + q * stride + t;
+        storei(to, more ? ori(loadi(to), code) : code);
+      };
+      if (quads == 4)
+        each<4>([&](auto q) INLINE { unpack_quad(q); });
+      else
+        for (int q = 0; q < quads; q++) unpack_quad(q);
     }
   }
 }
 #endif
 
-// Codes of tokens [start, start + n) of a run, for `count` channels: codes[quad][token][4], `stride` tokens a quad.
-// What is written goes on to the end of the last word.
+// Codes of tokens [start, start + n) of a run times 2^shift, for `count` channels: codes[quad][token][4], `stride`
+// tokens a quad. What is written goes on to the end of the last word.
 void unpack(const Part& part, const int32_t* words, int run_length, int start, int n, int channel, int count,
-            uint8_t* codes, int stride) {
+            uint8_t* codes, int stride, int shift = 0) {
   Plane planes[2];
   const int n_planes = planes_of(part.bits, run_length, planes);
-  for (int c = 0; c < count; c += 16) {
-    const int left = std::min(16, count - c), quads = (left + 3) / 4;
-    int32_t* out = (int32_t*)codes + (int64_t)(c / 4) * stride;
-    for (int p = 0; p < n_planes; p++) {
-      const Layout layout = planes[p].layout;
-      const int tokens = 4 * layout.fields;
+  for (int p = 0; p < n_planes; p++) {
+    const Layout layout = planes[p].layout;
+    const int tokens = 4 * layout.fields, up = planes[p].shift + shift;
+    const int32_t* plane = words + (int64_t)planes[p].first_word * part.token_stride + channel;
 #if ALRD_AVX512
-      if (layout.bits != TERNARY && start % 16 == 0) {
-        const int32_t* plane = words + (int64_t)planes[p].first_word * part.token_stride + channel + c;
-        const auto unpack_plane = layout.bits == 1   ? unpack_vectors<1>
-                                  : layout.bits == 2 ? unpack_vectors<2>
-                                  : layout.bits == 4 ? unpack_vectors<4>
-                                                     : unpack_vectors<8>;
-        unpack_plane(plane, part.token_stride, left, layout.words(run_length), start, n, out, stride, planes[p].shift);
-        continue;
-      }
+    if (layout.bits != TERNARY && start % 16 == 0) {
+      const auto unpack_plane = layout.bits == 1   ? unpack_vectors<1>
+                                : layout.bits == 2 ? unpack_vectors<2>
+                                : layout.bits == 4 ? unpack_vectors<4>
+                                                   : unpack_vectors<8>;
+      unpack_plane(plane, part.token_stride, count, layout.words(run_length), start, n, (int32_t*)codes, stride, up, p);
+      continue;
+    }
 #endif
+    for (int c = 0; c < count; c += 16) {
+      const int left = std::min(16, count - c), quads = (left + 3) / 4;
+      int32_t* out = (int32_t*)codes + (int64_t)(c / 4) * stride;
       for (int w = start / tokens; w * tokens < start + n; w++) {
-        const int32_t* channels = words + (int64_t)(planes[p].first_word + w) * part.token_stride + channel + c;
-        const vi word = loadi(channels, left);
+        const vi word = loadi(plane + (int64_t)w * part.token_stride + c, left);
         for (int i = 0; i < layout.fields; i++) {
           int32_t lanes[16];  // [quad][j]: token fields * j + i
-          storei(lanes, shl(transpose_bytes(field(word, layout, i)), planes[p].shift));
+          storei(lanes, shl(transpose_bytes(field(word, layout, i)), up));
           for (int j = 0; j < 4; j++) {
             const int token = w * tokens + layout.fields * j + i - start;
             if (token < 0 || token >= stride) continue;

@@ -32,6 +32,9 @@ inline vi addi(vi a, vi b) { return _mm512_add_epi32(a, b); }
 inline vi subi(vi a, vi b) { return _mm512_sub_epi32(a, b); }
 inline vi andi(vi a, vi b) { return _mm512_and_si512(a, b); }
 inline vi ori(vi a, vi b) { return _mm512_or_si512(a, b); }
+inline vi xori(vi a, vi b) { return _mm512_xor_si512(a, b); }
+// The lanes that have bits above their lowest byte, one bit each.
+inline uint16_t above_a_byte(vi x) { return _mm512_test_epi32_mask(x, seti(~255)); }
 inline vi shl(vi a, int n) { return _mm512_slli_epi32(a, n); }
 inline vi shr(vi a, int n) { return _mm512_srli_epi32(a, n); }
 inline vi sar(vi a, int n) { return _mm512_srai_epi32(a, n); }
@@ -93,6 +96,13 @@ inline vi addi(vi x, vi y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi3
 inline vi subi(vi x, vi y) { return {_mm256_sub_epi32(x.a, y.a), _mm256_sub_epi32(x.b, y.b)}; }
 inline vi andi(vi x, vi y) { return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)}; }
 inline vi ori(vi x, vi y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
+inline vi xori(vi x, vi y) { return {_mm256_xor_si256(x.a, y.a), _mm256_xor_si256(x.b, y.b)}; }
+inline uint16_t above_a_byte(vi x) {
+  const __m256i low = _mm256_set1_epi32(255), a = _mm256_max_epu32(x.a, low), b = _mm256_max_epu32(x.b, low);
+  const int in_byte = _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(a, low))) |
+                      _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(b, low))) << 8;
+  return ~in_byte;
+}
 inline vi shl(vi x, int n) { return {_mm256_slli_epi32(x.a, n), _mm256_slli_epi32(x.b, n)}; }
 inline vi shr(vi x, int n) { return {_mm256_srli_epi32(x.a, n), _mm256_srli_epi32(x.b, n)}; }
 inline vi sar(vi x, int n) { return {_mm256_srai_epi32(x.a, n), _mm256_srai_epi32(x.b, n)}; }
