@@ -14,6 +14,7 @@ import torch
 
 from configuration_alrd_llama import QuantScheme
 from modules.cache.codecs import make_codec
+from modules.fit.allocation import backend_of
 from modules.svd_linear import Factors
 
 #: Consecutive tokens whose errors are taken together in the prediction.
@@ -38,7 +39,8 @@ def restored_latents(
     """
     latents = (sample.flatten(0, 1).double() @ factors.project.T).float()
     scheme = replace(scheme, tiers=(tuple(tiers),))
-    codec = make_codec(scheme, len(latents), (latents.shape[1],), torch.float32, static_scales=scales)
+    widths, backend = (latents.shape[1],), backend_of(scheme)
+    codec = make_codec(scheme, len(latents), widths, torch.float32, backend, static_scales=scales)
     return codec.decode(codec.encode(latents[None]))[0]
 
 

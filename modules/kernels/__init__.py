@@ -9,11 +9,12 @@ to the packed blocks themselves. Every back end uses the reference instead for
 
 * more than 16 new tokens (a prompt in pieces),
 * states of other types than `FUSED_DTYPES` (float64),
-* a quantizer that the kernels do not know (`Backend.attends_to`),
+* a quantizer that the kernels do not know (`Backend.attends_to`); `triton` knows no trellis codes,
 * attention weights,
 * a layer whose weights are offloaded.
 """
 
+import itertools
 import os
 import warnings
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 import torch
 
 from configuration_alrd_llama import check_choice
-from modules import quant_utils
+from modules import quant_utils, trellis
 from modules.kernels.attention import Attended, latent_attention
 from modules.kernels.packed import LatentQuery, PackedCache, PackedSide
 
@@ -44,7 +45,9 @@ class Backend:
 
     Attributes:
         quantize_and_pack, unpack_and_dequantize: With the signatures, results and errors of `modules/quant_utils.py`.
+        trellis_codes: As `encode` in `modules/trellis.py`.
         fused_attention: As `latent_attention` without `weights_length`; `None`: there is none.
+        attends_to_trellis: Whether `fused_attention` reads trellis codes.
         fused_append: `FusedAppend` of `modules/kernels/triton/append.py`, for caches of fixed capacity; `None`: there
             is none.
     """
@@ -52,7 +55,9 @@ class Backend:
     name: str
     quantize_and_pack: Callable
     unpack_and_dequantize: Callable
+    trellis_codes: Callable = trellis.encode
     fused_attention: Callable | None = None
+    attends_to_trellis: bool = False
     fused_append: Callable | None = None
 
     def __repr__(self) -> str:
@@ -60,7 +65,10 @@ class Backend:
 
     def attends_to(self, *sides: PackedSide) -> bool:
         """Whether the fused kernel of this back end reads such blocks."""
-        return self.fused_attention is not None and all([side.parts is not None for side in sides])
+        if self.fused_attention is None or None in [side.parts for side in sides]:
+            return False
+        parts = itertools.chain.from_iterable([side.parts for side in sides])
+        return self.attends_to_trellis or not any([part.trellis for part in parts])
 
     def attend(self, query: LatentQuery, cache: PackedCache, weights_length: int | None = None) -> Attended:
         """As `latent_attention`: by the fused kernel where there is one for what is asked, else by the reference."""
@@ -109,8 +117,8 @@ def _triton(field: str, device: torch.device) -> Backend:
             f"{field}='triton': must be 'reference' or 'cpu' for tensors on {device}: triton runs on CUDA devices, and "
             "elsewhere only in its interpreter (TRITON_INTERPRET=1, set before the kernels are imported)"
         )
-    functions = (kernels.quantize_and_pack, kernels.unpack_and_dequantize, fused_attention, FusedAppend)
-    return Backend("triton", *functions)
+    functions = (kernels.quantize_and_pack, kernels.unpack_and_dequantize)
+    return Backend("triton", *functions, fused_attention=fused_attention, fused_append=FusedAppend)
 
 
 def _cpu(field: str, device: torch.device) -> Backend:
@@ -120,10 +128,11 @@ def _cpu(field: str, device: torch.device) -> Backend:
     from modules.kernels.cpu import quantize as kernels
     from modules.kernels.cpu.attention import latent_attention as fused_attention
     from modules.kernels.cpu.library import library
+    from modules.kernels.cpu.trellis import encode
 
     library()
-    functions = (kernels.quantize_and_pack, kernels.unpack_and_dequantize, fused_attention)
-    return Backend("cpu", *functions)
+    functions = (kernels.quantize_and_pack, kernels.unpack_and_dequantize, encode)
+    return Backend("cpu", *functions, fused_attention=fused_attention, attends_to_trellis=True)
 
 
 _MAKERS = {"reference": _reference, "triton": _triton, "cpu": _cpu}
