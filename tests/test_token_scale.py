@@ -11,7 +11,7 @@ from configuration_alrd_llama import QuantScheme, side_scheme
 from modules.cache.codecs import block_nbytes, make_codec
 from modules.fit.allocation import refit_scales, static_scales, token_gains
 from modules.kivi_cache import CacheScheme, KIVILatentCache
-from modules.quant_utils import GAUSSIAN_STEPS, decode_token_scale, encode_token_scale, grid, unpack_codes
+from modules.quant_utils import decode_token_scale, encode_token_scale, grid, unpack_codes
 from tests.helpers import tiny_dense
 from tests.test_allocation import identity_factors
 from tests.test_tiers import IDS, check_cache_of, static_model
@@ -102,20 +102,20 @@ def test_the_formula(tiers):
 def test_the_scale_is_the_one_of_least_error(tiers):
     """All 256 bytes by hand: at most an eighth more error than the best one, and the best of those that are tried.
 
-    The error of a channel counts in units of its spread.
+    The error of a channel counts in steps.
     """
     scheme, x = replace(SCALED, tiers=tiers), heavy_tailed(2, 30, 12)
     scale, zero = calibrated(x, scheme)
     codec = make_codec(scheme, 30, WIDTHS, torch.float32, static_scales=(scale, zero))
     bits = [b for g in tiers or (((7, 2),), ((5, 2),)) for n, b in g for _ in range(n)]
-    spread = scale * torch.tensor([grid(b).spacing / GAUSSIAN_STEPS[b] for b in bits])
+    step = scale * torch.tensor([grid(b).spacing for b in bits])
     chosen = codec.encode(x)["token_scale"]
     errors = []
     for byte in range(256):
         codes = torch.full_like(chosen, byte)
         by_channel = decode_token_scale(codes).repeat_interleave(torch.tensor(WIDTHS), -1)
         packed = codec.inner.encode((x - codec.middle) / by_channel + codec.middle)
-        error = ((codec.decode(packed | {"token_scale": codes}) - x) / spread).square()
+        error = ((codec.decode(packed | {"token_scale": codes}) - x) / step).square()
         errors.append(torch.stack([group.sum(-1) for group in error.split(WIDTHS, -1)], -1))
     errors = torch.stack(errors)
     found = errors.gather(0, chosen[None].long())[0]

@@ -315,9 +315,11 @@ class TokenScaledCodec(BlockCodec):
     beside the fields of its codes.
 
     With a trellis code the middle is that of its points. The scale is chosen by least squared error over the head
-    group, among 13 within 0.75 octaves of a first guess: the size of the token. Both are in units of the channels'
+    group, among 13 within 0.75 octaves of a first guess: the size of the token. Sizes are in units of the channels'
     spreads, which follow from their steps if they are Gaussian: a token is an outlier in all channels, and those of
-    small spread count for the model as the others do.
+    small spread count for the model as the others do. Errors are in steps: an allocation gives the channels widths with
+    which a step costs the model about the same in all of them, however wide they are. In spreads, a channel of 8 bits
+    that is clipped would hardly count beside the noise of many of one bit.
     """
 
     #: Bytes beside the guess that are tried, and as which distance from it.
@@ -345,11 +347,8 @@ class TokenScaledCodec(BlockCodec):
         self.middle = zero_point + middle * scale
         #: One over the variance of each channel; constant channels take no part.
         self.weight = torch.where(self.step > 0, (gaussian / self.step).square(), 0)
-        #: What the error of a channel counts. An allocation gives channels widths with which their errors cost about
-        #: the same, which are errors in steps; uniform codes keep to the unit that their caches were written with.
-        self.error_weight = self.weight
-        if self.scheme.code == "trellis":
-            self.error_weight = torch.where(self.step > 0, self.step.square().reciprocal(), 0)
+        #: What the squared error of a channel counts: in steps.
+        self.error_weight = torch.where(self.step > 0, self.step.square().reciprocal(), 0)
         #: Energy of a token of scale 1 in each head group; a group of constant channels has none.
         self.energy = self._by_group((self.step > 0).float()).clamp(min=1)
 
