@@ -154,14 +154,12 @@ def test_what_is_not_finite_is_refused(bad):
         codec.encode(x)
 
 
-def test_who_attends():
-    """The C++ kernel reads trellis codes; a back end that does not leaves them to the reference."""
+def test_the_kernels_attend():
     scales = {"keys": calibrated(12), "values": calibrated(12)}
     cache = KIVILatentCache(CacheScheme.of(TRELLIS, TRELLIS), [(WIDTHS, WIDTHS)], static_scales={0: scales})
     cache.layers[0].append(torch.randn(1, 300, 12), torch.randn(1, 300, 12))
     side = cache.layers[0].packed().keys
-    cpu = get_backend("cpu", torch.device("cpu"))
-    assert cpu.attends_to(side, side) and not replace(cpu, attends_to_trellis=False).attends_to(side)
+    assert side.parts[0].trellis and get_backend("cpu", torch.device("cpu")).attends_to(side)
 
 
 # ---- settings

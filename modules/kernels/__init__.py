@@ -9,12 +9,11 @@ to the packed blocks themselves. Every back end uses the reference instead for
 
 * more than 16 new tokens (a prompt in pieces),
 * states of other types than `FUSED_DTYPES` (float64),
-* a quantizer that the kernels do not know (`Backend.attends_to`); `triton` knows no trellis codes,
+* a quantizer that the kernels do not know (`Backend.attends_to`),
 * attention weights,
 * a layer whose weights are offloaded.
 """
 
-import itertools
 import os
 import warnings
 from collections.abc import Callable
@@ -47,7 +46,6 @@ class Backend:
         quantize_and_pack, unpack_and_dequantize: With the signatures, results and errors of `modules/quant_utils.py`.
         trellis_codes: As `encode` in `modules/trellis.py`.
         fused_attention: As `latent_attention` without `weights_length`; `None`: there is none.
-        attends_to_trellis: Whether `fused_attention` reads trellis codes.
         fused_append: `FusedAppend` of `modules/kernels/triton/append.py`, for caches of fixed capacity; `None`: there
             is none.
     """
@@ -57,7 +55,6 @@ class Backend:
     unpack_and_dequantize: Callable
     trellis_codes: Callable = trellis.encode
     fused_attention: Callable | None = None
-    attends_to_trellis: bool = False
     fused_append: Callable | None = None
 
     def __repr__(self) -> str:
@@ -65,10 +62,7 @@ class Backend:
 
     def attends_to(self, *sides: PackedSide) -> bool:
         """Whether the fused kernel of this back end reads such blocks."""
-        if self.fused_attention is None or None in [side.parts for side in sides]:
-            return False
-        parts = itertools.chain.from_iterable([side.parts for side in sides])
-        return self.attends_to_trellis or not any([part.trellis for part in parts])
+        return self.fused_attention is not None and all([side.parts is not None for side in sides])
 
     def attend(self, query: LatentQuery, cache: PackedCache, weights_length: int | None = None) -> Attended:
         """As `latent_attention`: by the fused kernel where there is one for what is asked, else by the reference."""
@@ -132,7 +126,7 @@ def _cpu(field: str, device: torch.device) -> Backend:
 
     library()
     functions = (kernels.quantize_and_pack, kernels.unpack_and_dequantize, encode)
-    return Backend("cpu", *functions, fused_attention=fused_attention, attends_to_trellis=True)
+    return Backend("cpu", *functions, fused_attention=fused_attention)
 
 
 _MAKERS = {"reference": _reference, "triton": _triton, "cpu": _cpu}
