@@ -379,6 +379,15 @@ def test_one_latent_for_keys_and_values(scheme, ranks, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_heavy_columns(dtype):
+    """A few channels of a latent of all heads weigh 20 times as much as the others, in two tiers."""
+    tiers = (((24, 8), (70, 2)),)
+    step = make_step(scaled(tiers=tiers), side(16), dtype, (9, 3), 16, ((94,), (1,)), (500, 211), token_sizes=True)
+    step.arguments["expand_keys"].weight[:, [2, 13, 40]] *= 20
+    check(joint(step.but(scaling=step.arguments["scaling"] / 8)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bits", (1, 2, 3, 4, 5, 6, 8))
 def test_token_scales(bits, dtype):
     """Tokens of very different size, in head groups of their own, in blocks that end early, beside an unscaled side."""

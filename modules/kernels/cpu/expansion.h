@@ -16,7 +16,8 @@ namespace {
 constexpr int SPAN = 256;  // tokens of a batch
 constexpr int HALF = 128;  // tokens for which cosines and sines are tabulated
 constexpr int LEVELS = 4;
-constexpr float LIMIT = 0.006f;  // relative error of an expansion row of 8 bits
+constexpr float LIMIT = 0.01f;       // relative error of an expansion row of 8 bits
+constexpr float WITH_HIGH = 0.006f;  // and of one that has high bytes
 constexpr int MAX_NODES = 8;
 
 // Places by which a width's codes are moved up before they are multiplied, to at most 127. Their weights are smaller
@@ -121,8 +122,8 @@ inline Range range_of(const float* weights, int lanes, int l, const Columns& col
   return {highest, constant, norm};
 }
 
-// Steps of 16 rows: the largest that a byte holds all of a row at, or, where that loses more than LIMIT, the one that
-// loses LIMIT; two bytes must hold it. `planes` 2: the smallest that two bytes hold.
+// Steps of 16 rows: the smallest that a byte holds all of a row at, or, where that loses more than LIMIT, the one that
+// loses WITH_HIGH; two bytes must hold it. `planes` 2: the smallest that two bytes hold.
 inline void set_steps(const Range& range, const Columns& columns, int planes, float* step, float* inverse) {
   const float* highest = (const float*)&range.highest;
   const float* norm = (const float*)&range.norm;
@@ -130,8 +131,11 @@ inline void set_steps(const Range& range, const Columns& columns, int planes, fl
   const float limit = std::min<double>(32512, std::floor(2147000000.0 / std::max<int64_t>(1, columns.code_sum)));
   for (int i = 0; i < 16; i++) {
     const float smallest = highest[i] / limit;
-    const float allowed = LIMIT * std::sqrt(12 * norm[i] / columns.all_variance);
-    step[i] = planes == 2 ? smallest : std::max(smallest, std::min(highest[i] / 127, allowed));
+    const float of_a_byte = highest[i] / 127, of_error = std::sqrt(12 * norm[i] / columns.all_variance);
+    if (planes == 2)
+      step[i] = smallest;
+    else
+      step[i] = of_a_byte > LIMIT * of_error ? std::max(smallest, WITH_HIGH * of_error) : of_a_byte;
     inverse[i] = 1 / step[i];
   }
 }
@@ -350,10 +354,12 @@ Division divide(const double* frequency, int half, double tolerance, int columns
     int fast = 0;
     while (fast < half && (nodes == 0 || frequency[fast] * SPAN / 2 > z)) fast++;
     fast = std::min(half, round_up(fast, 3));
-    const int lanes = round_up(2 * fast, 16) + round_up(nodes * queries, 16);
+    const int node_lanes = round_up(nodes * queries, 16), lanes = round_up(2 * fast, 16) + node_lanes;
+    // Sums at more nodes than a vector holds took five times as long (16 lanes against 32).
+    const double sums = node_lanes * (nodes + 16) / 12.0 * (node_lanes > 16 ? 2.5 : 1);
     // Products and their rotations, per 16 tokens; rounding, and the sums at the nodes, per batch of SPAN.
     const double cost = fast * (2 * quads + 8 + 2 * queries) + nodes * queries * (quads + 2) +
-                        columns * (lanes / 2.0 + round_up(nodes * queries, 16) * (nodes + 16) / 12.0) / (SPAN / 16);
+                        columns * (lanes / 2.0 + sums) / (SPAN / 16);
     if (cost >= best_cost) continue;
     best_cost = cost;
     Division d;
