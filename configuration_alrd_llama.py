@@ -16,6 +16,9 @@ SUPPORTED_BITS = (1, 1.5, 1.58, 2, 3, 4, 5, 6, 8, 16)
 #: The two sides of an attention that are split and cached, keys and values, as in `k_proj` and `v_bits`.
 SIDES = ("k", "v")
 
+#: What a code means: a level of its channel, or with those of the channels before a point (`modules/trellis.py`).
+CODES = ("uniform", "trellis")
+
 
 @dataclass(frozen=True)
 class Traits:
@@ -244,6 +247,9 @@ class QuantScheme:
         token_scale: With static scales, each token has a scale of its own, an 8-bit power of 2 in sixteenths for each
             head group: the calibrated steps are multiplied by it, the middle of their range is not
             (`modules/cache/codecs.py`). For texts in which tokens, not channels, differ from what was calibrated.
+        code: "uniform": a code is a level of its channel. "trellis", with static scales and up to 6 bits: the codes of
+            the channels before say which level it is (`modules/trellis.py`); less error for the same bits, and more
+            work. Codes of 8 bits are uniform with either.
         protected: Share of the tokens of a block, in [0, 1), that is kept at `protected_bits`.
         protected_bits: Width of a protected token, above `bits`.
         quantizer: Name under which a quantizer of your own is registered (`modules/cache/codecs.py`); `None`: by
@@ -263,6 +269,7 @@ class QuantScheme:
     rotation: bool = False
     static: bool = False
     token_scale: bool = False
+    code: str = "uniform"
     protected: float = 0.0
     protected_bits: float = 4
     quantizer: str | None = None
@@ -277,6 +284,7 @@ class QuantScheme:
         check_choice("rotation", self.rotation, (True, False))
         check_choice("static", self.static, (True, False))
         check_choice("token_scale", self.token_scale, (True, False))
+        check_choice("code", self.code, CODES)
         is_number = _is_int(self.protected) or isinstance(self.protected, float)
         if not is_number or not 0 <= self.protected < 1:
             raise ValueError(f"protected={self.protected!r}: must be a share in [0, 1)")
@@ -303,7 +311,8 @@ class QuantScheme:
         """The scheme of one width tier."""
         # What a scheme leaves to the width is chosen again for the tier's; 16 bits are the states themselves.
         if bits == 16:
-            by_width = {"symmetric": None, "range_method": None, "static": False, "token_scale": False}
+            by_width = {"symmetric": None, "range_method": None}
+            by_width |= {"static": False, "token_scale": False, "code": "uniform"}
         elif self.static:
             by_width = {"symmetric": False}
         else:
@@ -328,6 +337,8 @@ class QuantScheme:
     def _check_combinations(self) -> None:
         if self.token_scale and not self.static:
             raise ValueError("token_scale=True: must go with static=True, whose calibrated steps it multiplies")
+        if self.code == "trellis" and (not self.static or (self.symmetric and self.tiers is None)):
+            raise ValueError("code='trellis': must go with static=True and symmetric=False, calibrated scales")
         if self.tiers is not None:
             # Each width is checked by a scheme of its own.
             return self._check_tiers()
@@ -377,8 +388,8 @@ class QuantScheme:
         orientation = self.orientation.replace("_", " ")
         if self.tiers:
             text = f"{'/'.join(map(str, self._tier_bits))}-bit tiers {orientation}"
-            calibrated = "static, token scale" if self.token_scale else "static"
-            return f"{text} ({calibrated})" if self.static else text
+            calibrated = [note for note in self._notes() if note in ("static", "token scale", "trellis")]
+            return f"{text} ({', '.join(calibrated)})" if calibrated else text
         text, notes = f"{self.bits}-bit {orientation}", self._notes()
         if self.group_size:
             text += f" in groups of {self.group_size}"
@@ -392,6 +403,7 @@ class QuantScheme:
             ("asymmetric", self.bits == 1 and not self.symmetric),
             ("static", self.static),
             ("token scale", self.token_scale),
+            ("trellis", self.code == "trellis"),
             ("rotation", self.rotation),
             (f"{self.protected:.0%} of tokens at {self.protected_bits} bits", self.protected),
             (self.quantizer, self.quantizer),

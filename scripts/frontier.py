@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from configuration_alrd_llama import check_positive
+from configuration_alrd_llama import CODES, check_positive
 from modules.fit.budget import fit_budget, multiply_adds
 from modules.kivi_cache import CacheScheme
 from scripts.benchmark_decode import DecodeBenchmarkConfig, measure_case
@@ -39,6 +39,7 @@ class FrontierConfig:
     model: str = field(metadata={"help": "Dense model: a local folder, a GGUF file or a hub name."})
     layers: list[int] = field(default_factory=lambda: [1, 2, 3, 5, 10], metadata={"help": "Layers of a block."})
     heads: list[int] = field(default_factory=lambda: [0, 1], metadata={"help": "Heads that share a latent. 0: all."})
+    code: str = field(default="trellis", metadata={"help": f"What codes mean: {', '.join(CODES)}."})
     apart: bool = field(default=False, metadata={"help": "Keys and values have latents of their own, else one."})
     budgets: list[float] = field(
         default_factory=lambda: [0.25, 0.125, 0.0625], metadata={"help": "Sizes of the cache, shares of the dense one."}
@@ -83,6 +84,7 @@ class FrontierConfig:
             statistics=self.statistics,
             keep_dense=True,
             joint_kv=not self.apart,
+            code=self.code,
         )
         found = {}
         for layers, heads in itertools.product(self.layers, self.heads):
@@ -93,7 +95,7 @@ class FrontierConfig:
 
 
 #: Options that two runs must share for their points to stand in one file.
-KEY = ("model", "calibration_text", "calibration_windows", "text", "windows", "length", "prefill", "chunk")
+KEY = ("model", "code", "calibration_text", "calibration_windows", "text", "windows", "length", "prefill", "chunk")
 KEY += ("decode_tokens", "steps", "threads")
 
 

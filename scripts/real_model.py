@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from configuration_alrd_llama import check_positive
+from configuration_alrd_llama import CODES, check_choice, check_positive
 from modules.fit.budget import fit_budget
 from scripts.calibrate_svd_ranks import CalibrationConfig, calibrate_model, measure_sweep, write_checkpoint
 from scripts.common import load_model, parse_config
@@ -54,6 +54,7 @@ class RealConfig:
     )
     layer_group_size: int = field(default=3, metadata={"help": "Layers that share a latent."})
     joint_kv: bool = field(default=True, metadata={"help": "Keys and values share a latent."})
+    code: str = field(default="trellis", metadata={"help": f"What codes mean: {', '.join(CODES)}."})
     calibration_text: list[str] = field(default_factory=lambda: ["mixture"], metadata={"help": TEXT_HELP})
     calibration_windows: int = field(default=32, metadata={"help": "Windows of 1,024 tokens to calibrate on."})
     windows: int = field(default=4, metadata={"help": "Windows of 2,048 tokens to measure on."})
@@ -65,6 +66,7 @@ class RealConfig:
     def __post_init__(self):
         check_positive("calibration_windows", self.calibration_windows)
         check_positive("windows", self.windows)
+        check_choice("code", self.code, CODES)
         self.calibration_text = list_texts(self.calibration_text)
 
 
@@ -174,6 +176,7 @@ def main(config: RealConfig) -> dict | None:
         keep_dense=config.keep_dense,
         layer_group_size=config.layer_group_size,
         joint_kv=config.joint_kv,
+        code=config.code,
     )
     write_checkpoints(calibration_config, sweep)
     if not config.measure:

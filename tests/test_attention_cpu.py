@@ -109,6 +109,8 @@ def make_layer(keys, values, widths, dtype, tokens, sinks=4, residual=16, channe
         if scheme.static:
             bits = torch.tensor(channel_bits(scheme, sum(width)))
             levels = torch.where(bits == 1, 2, 2**bits - 1)
+            if scheme.code == "trellis":
+                levels = torch.full_like(bits, 255)
             static[name] = (4 * (0.5 + torch.rand(sum(width))) / levels, -2 + 0.2 * torch.randn(sum(width)))
     scheme = CacheScheme.of(keys, values, sink_length=sinks, residual_length=residual)
     layer = KIVILatentLayer(scheme, widths, static or None, backend="reference")
@@ -350,7 +352,9 @@ def joint(step: Step) -> Step:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("ranks", ((21,), (14, 9), (40, 1, 17)), ids=str)
-@pytest.mark.parametrize("scheme", ("scaled", "static", "measured", "per token", "ternary", "tiers", "exact"))
+@pytest.mark.parametrize(
+    "scheme", ("scaled", "static", "measured", "per token", "ternary", "tiers", "trellis", "exact")
+)
 def test_one_latent_for_keys_and_values(scheme, ranks, dtype):
     """Of one head, a head of several, or all of them; blocks that end early, rows of their own length, GQA and MHA."""
     tiers = tuple(((rank // 3, 4), (rank - rank // 3, 2)) if rank > 3 else ((rank, 3),) for rank in ranks)
@@ -361,13 +365,14 @@ def test_one_latent_for_keys_and_values(scheme, ranks, dtype):
         "per token": side(2, "per_token", 20),
         "ternary": side(1.58, group_size=20),
         "tiers": scaled(tiers=tiers),
+        "trellis": scaled(tiers=tiers, code="trellis"),
         "exact": side(16),
     }[scheme]
     n_heads = 2 * len(ranks)
     steps = []
     for query_heads, new, edit in ((3 * n_heads, 1, None), (n_heads, 3, crop_and_grow)):
         made = make_step(keys, side(16), dtype, (query_heads, n_heads), 16, (ranks, (1,)), (300, 211), new, bias=True,
-                         edit=edit, token_sizes=scheme in ("scaled", "tiers"))  # fmt: skip
+                         edit=edit, token_sizes=scheme in ("scaled", "tiers", "trellis"))  # fmt: skip
         steps.append(joint(made))
     # Large tokens that are keys and values at once are few: errors are pooled over both shapes.
     check(*steps)
@@ -400,6 +405,25 @@ def test_token_scales(bits, dtype):
 @pytest.mark.parametrize("name", ("missing", "repeated", "one"))
 def test_token_scales_of_tiers(name, dtype):
     scheme = scaled(tiers=TIERS[name])
+    ranks = tuple(sum(count for count, _ in group) for group in TIERS[name])
+    check(make_step(scheme, scheme, dtype, tokens=(500, 263), ranks=(ranks, ranks), token_sizes=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", (1, 2, 3, 4, 5, 6))
+def test_trellis_codes(bits, dtype):
+    """Chains of many lengths, with and without token scales, in blocks that end early, beside a uniform side."""
+    trellis = side(bits, group_size=128, static=True, symmetric=False, code="trellis")
+    check(make_step(trellis, trellis, dtype, tokens=(500, 263)))
+    check(make_step(trellis, side(2, group_size=20), dtype, tokens=(500,), heads=(8, 2), ranks=((30,), (9, 15))))
+    check(make_step(side(2, "per_token", 20), scaled(bits, code="trellis"), dtype, heads=(6, 2), ranks=((9, 15), (37,)),
+                    tokens=(400, 163), new=3, bias=True, token_sizes=True))  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ("missing", "repeated", "one"))
+def test_trellis_codes_of_tiers(name, dtype):
+    scheme = scaled(tiers=TIERS[name], code="trellis")
     ranks = tuple(sum(count for count, _ in group) for group in TIERS[name])
     check(make_step(scheme, scheme, dtype, tokens=(500, 263), ranks=(ranks, ranks), token_sizes=True))
 

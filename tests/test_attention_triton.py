@@ -76,6 +76,11 @@ def step(
         for side, scheme, ranks in (("keys", keys, key_ranks), ("values", values, value_ranks))
         if scheme.static
     }
+    for side, scheme in (("keys", keys), ("values", values)):
+        if scheme.code == "trellis":
+            # A point has 256 levels.
+            scale, zero_point = scales[side]
+            scales[side] = (scale / 64, zero_point - 2 * scale)
     layer = KIVILatentLayer(CacheScheme.of(keys, values, **WINDOW), (key_ranks, value_ranks), scales, "reference")
     batch, longest = len(tokens), max(tokens)
     real = torch.arange(longest) >= longest - torch.tensor(tokens)[:, None]
@@ -240,11 +245,15 @@ TOKEN_SCALES = {
         {"key_ranks": (12,), "value_ranks": (12,)},
     ),
     "wide": (QuantScheme(4, group_size=32, **SCALED), {"key_ranks": (130,), "value_ranks": (75,)}),
+    "trellis": (
+        QuantScheme(2, group_size=32, tiers=[[(70, 1), (5, 5), (9, 1)], [(12, 3), (20, 2)]], code="trellis", **SCALED),
+        {"key_ranks": (84, 32), "value_ranks": (84, 32)},
+    ),
 }
 
 
 @pytest.mark.parametrize("dtype", [FP16, pytest.param(BF16, marks=pytest.mark.slow), FP32], ids=str)
-@pytest.mark.parametrize("name", some(TOKEN_SCALES, "per head", "tiers"))
+@pytest.mark.parametrize("name", some(TOKEN_SCALES, "per head", "tiers", "trellis"))
 def test_scales_of_tokens(device, name, dtype):
     scheme, ranks = TOKEN_SCALES[name]
     values = uniform(2, False) if name == "joint" else scheme

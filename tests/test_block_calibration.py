@@ -208,10 +208,12 @@ def test_selected_channels_take_their_units_along():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("token_scale", [False, True], ids=["steps", "token scale"])
+@pytest.mark.parametrize(
+    "fields", [{"token_scale": False}, {"token_scale": True}, {"token_scale": True, "code": "trellis"}], ids=str
+)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_bytes_planned_are_those_of_the_cache(folder, dense, tokens, shape, token_scale):
-    config = fit_config(folder, shape, token_scale=token_scale)
+def test_bytes_planned_are_those_of_the_cache(folder, dense, tokens, shape, fields):
+    config = fit_config(folder, shape, **fields)
     fitted = fit.fit_budget(config, calibrated(config, dense, tokens), 0.3)
     limit = 0.3 * fit.dense_nbytes(fitted.target, TOKENS, torch.float16)
     assert 0.9 * limit < fitted.plan.nbytes <= limit

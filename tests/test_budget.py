@@ -602,6 +602,10 @@ BAD_OPTIONS = {
         {"budget": 0.1, "allocation": "uniform", "token_scale": True},
         r"token_scale=True: must go with allocation='tiers'",
     ),
+    "a trellis at one width": (
+        {"budget": 0.1, "allocation": "uniform", "code": "trellis"},
+        r"code='trellis': must go with allocation='tiers'",
+    ),
     "no size": ({}, r"budget, share, sweep: exactly one must be given, got none"),
     "two sizes": ({"budget": 0.1, "share": 0.5}, r"exactly one must be given, got budget, share"),
     "budget and sweep": ({"budget": 0.1, "sweep": [0.1]}, r"exactly one must be given, got budget, sweep"),
@@ -648,6 +652,10 @@ REFUSALS = {
     "scales of tokens without static ones": (
         {"token_scale": True, "v_scheme": '{"orientation": "per_token"}'},
         r"v_scheme.*token_scale=True: must go with static=True",
+    ),
+    "a trellis without static scales": (
+        {"code": "trellis", "v_scheme": '{"orientation": "per_token"}'},
+        r"v_scheme.*code='trellis': must go with static=True",
     ),
     "scales of tokens of one side": (
         {"k_scheme": '{"orientation": "per_channel", "static": true, "token_scale": true}'},

@@ -25,6 +25,7 @@ FIELDS = {
     "rotation": (False, True),
     "static": (False, True),
     "token_scale": (False, True),
+    "code": ("uniform", "trellis"),
     "protected": (0.0, 0.2),
     "protected_bits": (2, 4, 16),
     "quantizer": (None, "mine"),
@@ -32,8 +33,8 @@ FIELDS = {
 
 
 def allowed(
-    bits, orientation, group_size, symmetric, range_method, rotation, static, token_scale, protected, protected_bits,
-    quantizer,
+    bits, orientation, group_size, symmetric, range_method, rotation, static, token_scale, code, protected,
+    protected_bits, quantizer,
 ):  # fmt: skip
     """The rules of the documentation, told a second time."""
     if token_scale and not static:
@@ -43,6 +44,8 @@ def allowed(
     if bits == 1.5 and (symmetric or orientation == "per_token"):
         return False
     around_zero = bits in (1, 1.58) if symmetric is None else symmetric
+    if code == "trellis" and (not static or around_zero):
+        return False
     if bits < 2 and around_zero and range_method == "minmax":
         return False
     if static and bits not in (1, 2, 3, 4, 5, 6, 8):
@@ -104,6 +107,7 @@ def test_defaults():
         "rotation": False,
         "static": False,
         "token_scale": False,
+        "code": "uniform",
         "protected": 0.0,
         "protected_bits": 4,
         "quantizer": None,

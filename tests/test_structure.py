@@ -20,6 +20,8 @@ ORDER = [
     "modules.files",
     "modules.hadamard_utils",
     "modules.quant_utils",
+    "modules.trellis_points",
+    "modules.trellis",
     "modules.svd_linear",
     "modules.kernels",
     "modules.cache",

@@ -17,7 +17,7 @@ from test_codecs import Case, check_edits, check_feeding_order, check_rows, exam
 from test_kivi_cache import assert_same_rows, feed, padded_masks, row_states
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from configuration_alrd_llama import ALRDLlamaConfig, Projection, QuantScheme
+from configuration_alrd_llama import ALRDLlamaConfig, Projection, QuantScheme, side_scheme
 from modeling_alrd_llama import ALRDLlamaForCausalLM
 from modules.cache.codecs import StaticScales, block_nbytes, make_codec
 from modules.fit.allocation import static_scales
@@ -350,6 +350,18 @@ CASES = {
         dtype=torch.float16,
         widths=((9, 9, 2),) * 2,
     ),
+    "trellis": TieredCase(
+        scheme_of((((9, 1),), ((2, 4), (7, 2)), ((2, 3),)), static=True, group_size=32, code="trellis"),
+        scheme_of(
+            (((3, 2), (2, 5), (4, 2)), ((2, 6), (7, 1)), ((2, 8),)),
+            static=True,
+            group_size=32,
+            token_scale=True,
+            code="trellis",
+        ),
+        dtype=torch.bfloat16,
+        widths=((9, 9, 2),) * 2,
+    ),
 }
 by_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
@@ -554,7 +566,8 @@ def static_model(dense=None, group=None, k=(29,), v=(20,), k_bits=(4, 2, 1), v_b
             if (getattr(config, f"{p[0]}_scheme") or {}).get("static"):
                 latents = torch.cat([x @ f.b.T for f in of_layer[p]["factors"]], dim=1).float()
                 tiers = tier_channels(config.width_tiers[name])
-                pairs = [static_scales(latents[:, channels], bits) for bits, channels in tiers]
+                scheme = side_scheme(p[0], 2, 128, getattr(config, f"{p[0]}_scheme"))
+                pairs = [static_scales(latents[:, channels], bits, None, scheme) for bits, channels in tiers]
                 of_layer[p]["static_scales"] = tuple(torch.cat(side) for side in zip(*pairs))
         hows.append(of_layer)
     return ALRDLlamaForCausalLM.from_dense(dense, config, hows)

@@ -246,11 +246,12 @@ TOKEN_SCALE = {"orientation": "per_channel", "static": True, "token_scale": True
 
 @pytest.mark.parametrize("heads", [2, 4], ids=["GQA", "MHA"])
 @pytest.mark.parametrize("group", [None, 1], ids=["joint", "heads"])
-def test_a_model_generates_and_continues_from_a_file(tmp_path, heads, group):
+@pytest.mark.parametrize("code", ["uniform", "trellis"])
+def test_a_model_generates_and_continues_from_a_file(tmp_path, heads, group, code):
     dense = tiny_dense(num_attention_heads=4, num_key_value_heads=heads)
     groups = 1 if group is None else heads
     ranks = {"k": (7,) * groups, "v": (6,) * groups}
-    model = static_model(dense, group, **ranks, k_scheme=TOKEN_SCALE, v_scheme=TOKEN_SCALE)
+    model = static_model(dense, group, **ranks, k_scheme=TOKEN_SCALE | {"code": code}, v_scheme=TOKEN_SCALE)
     cache = model.create_kivi_cache()
     text = model.generate(IDS, past_key_values=cache, max_new_tokens=12, do_sample=False)
     check_cache_of(model, cache)
@@ -293,9 +294,10 @@ def test_steps_are_fitted_to_what_the_codes_hold():
         assert torch.allclose(zero + (levels - 1) / 2 * scale * spacing, x.mean(0), atol=1e-4)
 
 
-def test_the_refit_measures_what_the_cache_loses():
+@pytest.mark.parametrize("code", ["uniform", "trellis"])
+def test_the_refit_measures_what_the_cache_loses(code):
     sample = heavy_tailed(8, 128, 6)
-    factors, scheme = identity_factors(6, 2.0), side_scheme("k", 2, 128, TOKEN_SCALE)
+    factors, scheme = identity_factors(6, 2.0), side_scheme("k", 2, 128, TOKEN_SCALE | {"code": code})
     channels, tiers = torch.tensor([5, 3, 0]), [(1, 4), (2, 2)]
     (scale, zero), cost = refit_scales(factors, sample, scheme, channels, tiers)
     codec = make_codec(replace(scheme, tiers=(tiers,)), 128, (3,), torch.float32, static_scales=(scale, zero))

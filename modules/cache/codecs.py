@@ -15,6 +15,7 @@ from dataclasses import replace
 import torch
 
 from configuration_alrd_llama import QuantScheme
+from modules import trellis
 from modules.hadamard_utils import rotate, rotate_back
 from modules.kernels import Backend, get_backend
 from modules.kernels.packed import PackedPart, PackRecord
@@ -26,9 +27,12 @@ from modules.quant_utils import (
     expand_groups,
     grid,
     group_widths,
+    pack_codes,
     packed_words,
     parameter_dtype,
+    require,
     to_finite,
+    unpack_codes,
 )
 
 Fields = dict[str, torch.Tensor]
@@ -254,6 +258,32 @@ class StaticCodec(BlockCodec):
         return (self._record(runs=((1, self.length),), scale_dtype=self.scale_dtype, scales=self.scales),)
 
 
+class TrellisCodec(StaticCodec):
+    """As `StaticCodec`, but the codes of the channels before say with a channel's own which value it has.
+
+    The channels of each head group are a chain (`modules/trellis.py`); with tiers those of each tier. A scale belongs
+    to a point: x̂ = zero_point + scale * point, and the middle of the range is zero_point + 127.5 * scale.
+    """
+
+    def encode(self, states: torch.Tensor, score=None) -> Fields:
+        require(torch.isfinite(states).all(), "x: values to quantize must be finite; NaN or Inf were found")
+        scale, zero_point = self.scales
+        # A constant channel takes the middle, and no part in the error.
+        in_points = torch.where(scale > 0, (states.float() - zero_point) / scale, (trellis.LEVELS - 1) / 2)
+        codes = self.backend.trellis_codes(in_points.flatten(0, 1), self.scheme.bits, self.widths)
+        return {"packed": pack_codes(codes.view(states.shape), self.scheme.bits)}
+
+    def decode(self, fields: Fields) -> torch.Tensor:
+        codes, (scale, zero_point) = unpack_codes(fields["packed"], self.scheme.bits, self.length), self.scales
+        return to_finite(trellis.decode(codes, self.scheme.bits, self.widths) * scale + zero_point, self.dtype)
+
+    def parts(self, fields: Fields) -> tuple[PackedPart, ...]:
+        return (replace(super().parts(fields)[0], trellis=True),)
+
+    def records(self) -> None:
+        return None
+
+
 class RotatedCodec(BlockCodec):
     """Each head group rotated by a Hadamard matrix before it is quantized, and back after."""
 
@@ -284,10 +314,11 @@ class TokenScaledCodec(BlockCodec):
     (`decode_token_scale`); all widths of a head group share it. A block holds `token_scale` `[T, head groups]` uint8
     beside the fields of its codes.
 
-    The scale is chosen by least squared error over the head group, from half an octave below a first guess to three and
-    a half above it. The guess is the size of the token in units of the channels' spreads, which follow from their steps
+    With a trellis code the middle is that of its points, and its scale is sought with uniform steps in their place. The
+    scale is chosen by least squared error over the head group, from half an octave below a first guess to three and a
+    half above it. The guess is the size of the token in units of the channels' spreads, which follow from their steps
     if they are Gaussian: most outliers are so in all channels. Errors are in units of the channels' steps: widths are
-    given so that one step costs the model the same in all channels. That holds the tokens whose size is in a few
+    given so that a step costs the model about the same in all channels. That holds the tokens whose size is in a few
     channels of many bits, as of those that a model makes its sinks in the midst of a text (LOG.md).
     """
 
@@ -301,15 +332,19 @@ class TokenScaledCodec(BlockCodec):
         self.stored_channels = self.inner.stored_channels
         if static_scales is None:  # the codec only tells the size
             return
-        # Of each channel: levels, steps per scale, and the step that a Gaussian of unit spread would have.
+        # Of each channel: levels, step and middle of the range in scales, and the step of a Gaussian of unit spread.
+        # The points of a trellis are tried as uniform steps of least error.
         table = []
         for bits in channel_bits(self.scheme, self.channels):
             levels, spacing, _ = grid(bits)
-            table.append((levels, spacing, GAUSSIAN_STEPS[bits]))
+            middle = (levels - 1) / 2 * spacing
+            if is_trellis(self.scheme, bits):
+                spacing, middle = GAUSSIAN_STEPS[bits] / trellis.UNITS[bits], (trellis.LEVELS - 1) / 2
+            table.append((levels, spacing, middle, GAUSSIAN_STEPS[bits]))
         scale, zero_point = static_scales
-        self.levels, spacing, gaussian = torch.tensor(table, dtype=torch.float32, device=scale.device).T
+        self.levels, spacing, middle, gaussian = torch.tensor(table, dtype=torch.float32, device=scale.device).T
         self.step = scale * spacing
-        self.middle = zero_point + (self.levels - 1) / 2 * self.step
+        self.middle = zero_point + middle * scale
         #: One over the variance of each channel, and over the square of its step; constant channels take no part.
         self.weight = torch.where(self.step > 0, (gaussian / self.step).square(), 0)
         self.error_weight = torch.where(self.step > 0, self.step.reciprocal().square(), 0)
@@ -377,6 +412,11 @@ def channel_bits(scheme: QuantScheme, channels: int) -> list[float]:
         for count, width in group:
             bits += [width] * count
     return bits
+
+
+def is_trellis(scheme: QuantScheme, bits: float) -> bool:
+    """Whether channels of this width have trellis codes."""
+    return scheme.code == "trellis" and bits in trellis.TRELLIS_BITS
 
 
 def _channel_ranges(states: torch.Tensor) -> torch.Tensor:
@@ -512,15 +552,17 @@ class TieredCodec(_PartsCodec):
             if static_scales is not None and scheme.static:
                 scale, zero_point = static_scales
                 scales = (scale[channels.to(scale.device)], zero_point[channels.to(zero_point.device)])
-            # For the quantizer of the part every tier is a head group.
+            # For attention the head groups are the model's; one of them may have no channel of this width.
+            counts = _head_groups(self.widths)[channels].bincount(minlength=len(self.widths))
+            self._group_widths[part] = tuple(counts.tolist())
+            # For the quantizer of the part every tier is a head group; but a chain is all of a group's channels.
             widths = tuple(map(len, tiers[bits]))
+            if is_trellis(scheme, bits):
+                widths = self._group_widths[part]
             self.codecs[part] = make_codec(
                 scheme, self.length, widths, self.dtype, self.backend, scales, self.scale_dtype
             )
             self.channels_of[part] = channels
-            # For attention the head groups are the model's; one of them may have no channel of this width.
-            counts = _head_groups(self.widths)[channels].bincount(minlength=len(self.widths))
-            self._group_widths[part] = tuple(counts.tolist())
         self._sizes = list(map(len, self.channels_of.values()))
         #: Place of each channel in storage; `None`: its own place.
         self.order = None
@@ -659,7 +701,7 @@ def _codec_class(scheme: QuantScheme) -> type[BlockCodec]:
     if scheme.tiers is not None:
         return TieredCodec
     if scheme.static:
-        return StaticCodec
+        return TrellisCodec if is_trellis(scheme, scheme.bits) else StaticCodec
     if scheme.bits == 16 and scheme.quantizer is None:
         return ExactCodec  # lossless, so neither protection nor rotation gains anything
     if scheme.protected:
@@ -700,7 +742,7 @@ def make_codec(
     backend = backend or get_backend("reference", torch.device("cpu"))
     arguments = (scheme, length, widths, dtype, backend, scale_dtype or parameter_dtype(dtype))
     codec_class = _codec_class(scheme)
-    if codec_class in (TokenScaledCodec, TieredCodec, StaticCodec):
+    if codec_class in (TokenScaledCodec, TieredCodec, StaticCodec, TrellisCodec):
         return codec_class(*arguments, static_scales=static_scales)
     return codec_class(*arguments)
 

@@ -403,9 +403,10 @@ class FixedStore:
 
     @property
     def _takes_fused_append(self) -> bool:
-        """Whether the back end has a kernel that writes such blocks; none writes a token's own scale."""
-        scaled = any(codec.scheme.token_scale for codec in self.plan.codecs.values())
-        return self._backend.fused_append is not None and not scaled
+        """Whether the back end has a kernel that writes such blocks; none writes scales of tokens or trellis codes."""
+        schemes = [codec.scheme for codec in self.plan.codecs.values()]
+        unknown = any(scheme.token_scale or scheme.code == "trellis" for scheme in schemes)
+        return self._backend.fused_append is not None and not unknown
 
     def _fused_append(self) -> Callable:
         records = {side: codec.records() for side, codec in self.plan.codecs.items()}

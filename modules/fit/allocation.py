@@ -18,7 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from configuration_alrd_llama import QuantScheme
-from modules.cache.codecs import block_nbytes, make_codec
+from modules import trellis
+from modules.cache.codecs import block_nbytes, is_trellis, make_codec
 from modules.cache.scheme import TABLE_ENTRY_NBYTES, CacheScheme
 from modules.files import save_tensors
 from modules.hadamard_utils import rotate
@@ -35,6 +36,10 @@ COSTS_VERSION = 5
 #: Shift of the middle of a static range and growth of it, in turn.
 _MOVES = [(0, 1), (0, -1), (1, 0), (-1, 0)]
 _GROWTHS = _MOVES[:2]
+
+#: Spreads that the points of a trellis are tried for, over that of the channel, and the middle of the points.
+_SPREADS = (0.8, 0.88, 0.95, 1.02, 1.1, 1.2)
+_MIDDLE_POINT = (trellis.LEVELS - 1) / 2
 
 #: Times that the steps of kept channels are fitted to the scales of the tokens.
 _REFITS = 2
@@ -84,7 +89,7 @@ def measure_costs(
         at_width = scheme.at_width(width)
         static = None
         if at_width.static:
-            static = static_scales(blocks.flatten(0, 1), width, gains)
+            static = static_scales(blocks.flatten(0, 1), width, gains, at_width)
             scales.append(static)
         backend = sample_backend(blocks.device)
         codec = make_codec(at_width, length, (channels,), torch.float32, backend, static_scales=static)
@@ -119,7 +124,7 @@ def refit_scales(
     for _ in range(_REFITS):
         pieces = []
         for (_, bits), piece in zip(tiers, kept.split([count for count, _ in tiers], dim=1)):
-            pieces.append(torch.stack(static_scales(piece, bits, gains)))
+            pieces.append(torch.stack(static_scales(piece, bits, gains, scheme)))
         scale, zero_point = torch.cat(pieces, dim=1)
         backend, static = sample_backend(kept.device), (scale, zero_point)
         codec = make_codec(scheme, len(kept), (len(channels),), torch.float32, backend, static_scales=static)
@@ -127,7 +132,7 @@ def refit_scales(
         gains = decode_token_scale(fields["token_scale"][0])
     restored = torch.zeros_like(latents)
     restored[:, channels] = codec.decode(fields)[0].double()
-    return (scale, zero_point), (factors.unit * (restored - latents).square().mean(0)).sum().item()
+    return static, (factors.unit * (restored - latents).square().mean(0)).sum().item()
 
 
 def save_costs(path: Path, costs: dict[str, list[ChannelCosts]]) -> None:
@@ -175,7 +180,7 @@ def token_gains(latents: torch.Tensor) -> torch.Tensor:
 
 
 def static_scales(
-    latents: torch.Tensor, bits: float, gains: torch.Tensor | None = None
+    latents: torch.Tensor, bits: float, gains: torch.Tensor | None = None, scheme: QuantScheme | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and zero point of least squared error.
 
@@ -183,10 +188,13 @@ def static_scales(
         latents: `[N, n]`.
         bits: Width.
         gains: `[N, 1]`, scale of each token, by which its distance from the channels' means is divided; `None`: none.
+        scheme: Of the width, if its codes are those of a trellis.
 
     Returns:
         `[n]` float32 each; a constant channel gets its own value as zero point.
     """
+    if scheme is not None and is_trellis(scheme, bits):
+        return _trellis_scales(latents.float(), bits, gains)
     x, (levels, spacing, _) = latents.float(), grid(bits)
     offset, weight, moves = 0.0, 1.0, _MOVES
     if gains is not None:
@@ -224,6 +232,27 @@ def static_scales(
     for size, (shift, growth) in itertools.product((0.08, 0.04, 0.02, 0.01), moves * 2):
         offer(centre + shift * size * half, half * (1 + growth * size))
     return 2 * half / (levels - 1) / spacing, centre - half + offset
+
+
+def _trellis_scales(x: torch.Tensor, bits: float, gains: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """`static_scales` of points: the spread of each channel in their unit, times a growth of least error."""
+    mean, weight = x.mean(0), 1.0
+    x = x - mean
+    spread = x.square().mean(0).sqrt() * trellis.UNITS[bits]
+    if gains is not None:
+        # An error is multiplied by the token's scale again.
+        x, weight = x / gains, gains.square()
+        spread = spread / weight.mean().sqrt()
+    encode, best, scale = get_backend(None, x.device).trellis_codes, torch.inf, spread
+    for growth in _SPREADS:
+        tried = spread * growth
+        unit = tried.clamp(min=1e-38)
+        codes = encode((x / unit).add_(_MIDDLE_POINT), bits, (x.shape[1],))
+        points = trellis.decode(codes, bits, (x.shape[1],)).float()
+        error = (points.sub_(_MIDDLE_POINT) * unit - x).square_().mul_(weight).mean(0)
+        scale = torch.where(error < best, tried, scale)
+        best = torch.minimum(error, torch.as_tensor(best))
+    return scale, mean - _MIDDLE_POINT * scale
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from configuration_alrd_llama import (
+    CODES,
     SIDES,
     ALRDLlamaConfig,
     Block,
@@ -121,6 +122,11 @@ class FitConfig:
     token_scale: bool | None = _option(
         None, "With tiers: a scale for each token beside the calibrated ones (static sides). None: with keep_dense."
     )
+    code: str = _option(
+        "uniform",
+        "With tiers: what codes of static sides mean. uniform: levels of their channels; trellis: points, by the codes "
+        "of the channels before too (less error, more work).",
+    )
     k_scheme: str | None = _option(
         None, f"Other fields of QuantScheme for keys, as JSON; with tiers {STATIC} by default."
     )
@@ -129,6 +135,7 @@ class FitConfig:
     def __post_init__(self):
         check_choice("allocation", self.allocation, ALLOCATIONS)
         check_choice("objective", self.objective, tuple(OBJECTIVES))
+        check_choice("code", self.code, CODES)
         for name in ("tokens", "batch_size", "rank_multiple"):
             check_positive(name, getattr(self, name))
         if self.keep_dense and not (self.tiered and self.objective == "fisher"):
@@ -137,6 +144,8 @@ class FitConfig:
             self.token_scale = self.keep_dense
         if self.token_scale and not self.tiered:
             raise ValueError("token_scale=True: must go with allocation='tiers', which calibrates the scales")
+        if self.code != "uniform" and not self.tiered:
+            raise ValueError(f"code={self.code!r}: must go with allocation='tiers', which calibrates the scales")
         if self.max_rebuild is not None:
             check_positive("max_rebuild", self.max_rebuild)
             if not self.keep_dense:
@@ -319,7 +328,9 @@ def split_config(config: FitConfig, source: ALRDLlamaConfig) -> ALRDLlamaConfig:
         del schemes["v_scheme"]  # keys and values together are stored as keys
     if config.token_scale:
         schemes = {name: {**(scheme or {}), "token_scale": True} for name, scheme in schemes.items()}
-    elif any((scheme or {}).get("token_scale") for scheme in schemes.values()):
+    if config.code != "uniform":
+        schemes = {name: {**(scheme or {}), "code": config.code} for name, scheme in schemes.items()}
+    if not config.token_scale and any((scheme or {}).get("token_scale") for scheme in schemes.values()):
         raise ValueError("k_scheme, v_scheme: token_scale=True must be given as token_scale=True of the fit, for both")
     names = ["k_bits", "v_bits", "sink_length", "head_group_size", "k_mean_split", "v_mean_split"]
     names += ["keep_dense", "layer_group_size", "joint_kv"]

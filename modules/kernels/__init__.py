@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 
 from configuration_alrd_llama import check_choice
-from modules import quant_utils
+from modules import quant_utils, trellis
 from modules.kernels.attention import Attended, latent_attention
 from modules.kernels.packed import LatentQuery, PackedCache, PackedSide
 
@@ -44,6 +44,7 @@ class Backend:
 
     Attributes:
         quantize_and_pack, unpack_and_dequantize: With the signatures, results and errors of `modules/quant_utils.py`.
+        trellis_codes: As `encode` in `modules/trellis.py`.
         scale_tokens: That of `modules/kernels/cpu/quantize.py`; `None`: PyTorch chooses the scales of tokens.
         fused_attention: As `latent_attention` without `weights_length`; `None`: there is none.
         fused_append: `FusedAppend` of `modules/kernels/triton/append.py`, for caches of fixed capacity; `None`: there
@@ -53,6 +54,7 @@ class Backend:
     name: str
     quantize_and_pack: Callable
     unpack_and_dequantize: Callable
+    trellis_codes: Callable = trellis.encode
     fused_attention: Callable | None = None
     fused_append: Callable | None = None
     scale_tokens: Callable | None = None
@@ -111,8 +113,8 @@ def _triton(field: str, device: torch.device) -> Backend:
             f"{field}='triton': must be 'reference' or 'cpu' for tensors on {device}: triton runs on CUDA devices, and "
             "elsewhere only in its interpreter (TRITON_INTERPRET=1, set before the kernels are imported)"
         )
-    functions = (kernels.quantize_and_pack, kernels.unpack_and_dequantize, fused_attention, FusedAppend)
-    return Backend("triton", *functions)
+    functions = (kernels.quantize_and_pack, kernels.unpack_and_dequantize)
+    return Backend("triton", *functions, fused_attention=fused_attention, fused_append=FusedAppend)
 
 
 def _cpu(field: str, device: torch.device) -> Backend:
@@ -122,10 +124,11 @@ def _cpu(field: str, device: torch.device) -> Backend:
     from modules.kernels.cpu import quantize as kernels
     from modules.kernels.cpu.attention import latent_attention as fused_attention
     from modules.kernels.cpu.library import library
+    from modules.kernels.cpu.trellis import encode
 
     library()
-    functions = (kernels.quantize_and_pack, kernels.unpack_and_dequantize, fused_attention)
-    return Backend("cpu", *functions, scale_tokens=kernels.scale_tokens)
+    functions = (kernels.quantize_and_pack, kernels.unpack_and_dequantize, encode)
+    return Backend("cpu", *functions, fused_attention=fused_attention, scale_tokens=kernels.scale_tokens)
 
 
 _MAKERS = {"reference": _reference, "triton": _triton, "cpu": _cpu}

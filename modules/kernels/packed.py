@@ -126,6 +126,7 @@ class PackedPart:
         run: Tokens of a block that are packed by themselves and, per channel, share a scale; the last run may be
             shorter. T if a block is one run.
         groups: Per token, the channels of each scale group, within head groups; `None`: per channel.
+        trellis: Whether the channels of each head group are a chain of trellis codes (`modules/trellis.py`).
     """
 
     bits: float
@@ -135,6 +136,7 @@ class PackedPart:
     zero_point: torch.Tensor | None = None
     run: int = 0
     groups: tuple[int, ...] | None = None
+    trellis: bool = False
 
 
 @dataclass(frozen=True, eq=False)

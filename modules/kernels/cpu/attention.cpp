@@ -118,6 +118,7 @@ struct Worker {
   std::vector<Words> piece_words;
   int packed = 0;
   std::vector<float> steps, plain, scaled, value_numbers;
+  std::vector<int32_t> point_words, quads;  // of a trellis: [word][channel], and [quad][token] with four channels each
   // Queries of a head, and of all heads of the item: [head][query].
   int row = -1, first_head = -1, group = 0, value_group = 0, queries = 0, all_queries = 0;
   int next_block = 0, end_of_next = 0;  // of the next batch, not prefetched yet
@@ -576,17 +577,19 @@ struct Worker {
       std::fill(z + n, z + round_up(n, 16), 0.0f);
       for (int t = 0; t < n; t++) x[t] = scale ? p[t] * scale[t] : p[t];
       for (int t = 0; t < n; t++) z[t] = zero ? p[t] * zero[t] : p[t];
-      vf high = set1(1e-37f), total_ = set1(0), scaled_ = set1(0);
+      vf high = set1(1e-37f), total_ = set1(0);
       for (int t = 0; t < n; t += 16) {
         high = max(high, load(x + t));
         total_ = add(total_, load(z + t));
-        scaled_ = add(scaled_, load(x + t));
       }
-      scaled[j] = sum(scaled_);
       steps[j] = maximum(high) / 32512;
       plain[j] = sum(total_);
       const vf inverse = set1(1 / steps[j]);
+      // Of the rounded ones, so that what rounding adds to the codes it takes from their middle.
+      int rounded_sum = 0;
       for (int t = 0; t < n; t += 16) storei(integers + t, to_int(mul(load(x + t), inverse)));
+      for (int t = 0; t < n; t++) rounded_sum += integers[t];
+      scaled[j] = rounded_sum * steps[j];
       uint8_t *to_high = &high_bytes[(size_t)j * SPAN], *to_low = &low_bytes[(size_t)j * SPAN];
       for (int t = 0; t < n; t++) {
         to_high[t] = (integers[t] + 128) >> 8;
@@ -733,6 +736,12 @@ struct Worker {
         rounded = true;
         arranged = 0;
       }
+      if (part.points) {
+        if (arranged != 8) arrange(layout_of(8), pieces, n_pieces, from);
+        arranged = 8;
+        add_points(part, pieces, n_pieces, segment, scale_of, stride);
+        continue;
+      }
       Plane planes[2];
       const int n_planes = planes_of(part.bits, run_of(part, pieces[0].slot, pieces[0].first).length, planes);
       for (int p = n_planes - 1; p >= 0; p--) {
@@ -762,6 +771,42 @@ struct Worker {
           });
         }
       }
+    }
+  }
+
+  // Values of a trellis code, whose points are made words of 8 bits, four tokens each.
+  void add_points(const Part& part, const Piece* pieces, size_t n_pieces, const Segment& segment, const float* scale_of,
+                  int stride) {
+    constexpr int room = SPAN + 64;  // tokens, and what is unpacked behind them
+    const int width = round_up(segment.count, 16);
+    int words = 0;
+    for (const Words& piece : piece_words) words += piece.count;
+    point_words.resize((size_t)words * width);
+    quads.resize((size_t)width / 4 * room);
+    int32_t* to = point_words.data();
+    for (size_t i = 0; i < n_pieces; i++, to += (size_t)piece_words[i - 1].count * width) {
+      const Run run = run_of(part, pieces[i].slot, pieces[i].first);
+      const int lead = pieces[i].first % a.values.run % 4, count = piece_words[i].count;
+      unpack(part, run.words, run.length, pieces[i].first - lead - run.start, 4 * count, segment.channel, segment.count,
+             (uint8_t*)quads.data(), room);
+      for (int c = 0; c < width; c += 16)
+        for (int w = 0; w < count; w++) {
+          alignas(64) int32_t four[16];
+          for (int q = 0; q < 4; q++) memcpy(four + 4 * q, &quads[(size_t)(c / 4 + q) * room + 4 * w], 16);
+          storei(to + (size_t)w * width + c, transpose_bytes(loadi(four)));
+        }
+      piece_words[i].first = to;
+    }
+    Part points = {};
+    points.token_stride = width;
+    for (int c = 0; c < width; c += 16) {
+      const int left = std::min(16, segment.count - c);
+      alignas(64) float scale[16], zero[16], first_level[16];
+      parameters(part, pieces[0].slot, 0, segment.channel + c, left, scale_of, scale, zero);
+      for (int k = left; k < 16; k++) scale[k] = zero[k] = 0;
+      for (int k = 0; k < 16; k++) first_level[k] = -0.5f * (part.levels - 1) * scale[k];
+      add_codes<8>(points, c, 16, 1, scale, zero, scale_of ? first_level : nullptr, &sums[segment.position + c],
+                   stride);
     }
   }
 

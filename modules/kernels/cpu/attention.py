@@ -59,7 +59,7 @@ def _segments_of(side: PackedSide, group: int, as_codes: frozenset) -> tuple[lis
     """
     codes, numbers = [], []
     for p, part in enumerate(side.parts):
-        found = codes if part.bits in as_codes else numbers
+        found = codes if (8 if part.trellis else part.bits) in as_codes else numbers
         start = sum(part.widths[:group])
         stop = start + part.widths[group]
         if part.groups is None and start < stop:

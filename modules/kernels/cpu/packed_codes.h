@@ -18,6 +18,7 @@ struct Part {
   int64_t scale_slot_stride, scale_row_stride;
   int32_t scale_type, spacing, offset;  // step = spacing * scale; symmetric zero point = -offset * scale
   int32_t levels;
+  const uint8_t* points;  // [128] of a trellis code, by window; null: a code is a level
 };
 
 // A run of tokens in full precision for each row of the batch.
@@ -127,8 +128,8 @@ inline void unpack_vectors(const int32_t* plane, int64_t word_stride, int count,
 
 // Codes of tokens [start, start + n) of a run times 2^shift, for `count` channels: codes[quad][token][4], `stride`
 // tokens a quad. What is written goes on to the end of the last word.
-void unpack(const Part& part, const int32_t* words, int run_length, int start, int n, int channel, int count,
-            uint8_t* codes, int stride, int shift = 0) {
+void unpack_codes(const Part& part, const int32_t* words, int run_length, int start, int n, int channel, int count,
+                  uint8_t* codes, int stride, int shift) {
   Plane planes[2];
   const int n_planes = planes_of(part.bits, run_length, planes);
   for (int p = 0; p < n_planes; p++) {
@@ -165,6 +166,48 @@ void unpack(const Part& part, const int32_t* words, int run_length, int start, i
       }
     }
   }
+}
+
+// The codes of a chain of a trellis become its points (modules/trellis.py), in the layout of `unpack_codes`.
+template <int BITS>
+void trace(const uint8_t* points, int quads, int n, int32_t* codes, int stride) {
+  // Of codes of which `kept` bits are still looked at, `back` channels further on; a byte is a channel.
+  const auto moved = [](vi code, vi before, int kept, int back, int by) INLINE {
+    const vi mask = seti(0x01010101 * ((1 << kept) - 1));
+    code = andi(code, mask), before = andi(before, mask);
+    return shl(ori(shl(code, 8 * back), shr(before, 32 - 8 * back)), by);
+  };
+  const ByteTable table(points);
+  for (int t = 0; t < n; t += 16) {
+    vi one = seti(0), two = one, four = one;  // of the quad before: codes, pairs of them, fours of them
+    for (int q = 0; q < quads; q++) {
+      int32_t* at = codes + q * stride + t;
+      const vi code = loadi(at);
+      vi window = ori(code, moved(code, one, std::min(BITS, 7 - BITS), 1, BITS));
+      if (BITS <= 3) {
+        const vi pair = window;
+        window = ori(pair, moved(pair, two, std::min(2 * BITS, 7 - 2 * BITS), 2, 2 * BITS));
+        two = pair;
+      }
+      if (BITS == 1) {
+        const vi fours = window;
+        window = ori(fours, shl(andi(four, seti(0x07070707)), 4));
+        four = fours;
+      }
+      one = code;
+      storei(at, table.of(window));
+    }
+  }
+}
+
+// As `unpack_codes`; of a trellis, whose chain the channels are, points.
+void unpack(const Part& part, const int32_t* words, int run_length, int start, int n, int channel, int count,
+            uint8_t* codes, int stride, int shift = 0) {
+  unpack_codes(part, words, run_length, start, n, channel, count, codes, stride, shift);
+  if (!part.points) return;
+  with_width(part.bits, [&](auto bits) {
+    if constexpr (bits <= 6) trace<bits>(part.points, (count + 3) / 4, n, (int32_t*)codes, stride);
+  });
 }
 
 }  // namespace

@@ -823,7 +823,6 @@ extern "C" void alrd_dequantize(const Dequantizing* call) {
 }
 
 extern "C" void alrd_scale_tokens(const TokenScaling* call) {
-  with_type(call->type, call->x, [&](auto* typed) {
-    scale_tokens<std::remove_const_t<std::remove_pointer_t<decltype(typed)>>>(*call);
-  });
+  with_type(call->type, call->x,
+            [&](auto* typed) { scale_tokens<std::remove_const_t<std::remove_pointer_t<decltype(typed)>>>(*call); });
 }

@@ -5,6 +5,7 @@ import itertools
 
 import torch
 
+from modules import trellis
 from modules.kernels.packed import PackedPart, Tile
 from modules.quant_utils import grid
 
@@ -38,6 +39,7 @@ Part = structure("""
     pointer scale zero_point
     int64 scale_slot_stride scale_row_stride
     int32 scale_type spacing offset levels
+    pointer points
 """)
 Exact = structure("""
     pointer keys values
@@ -81,6 +83,10 @@ def part_structure(part: PackedPart, block_length: int) -> ctypes.Structure:
     made.slot_stride, made.token_stride = part.packed.stride()[:2]
     if part.bits != 16:
         made.levels, made.spacing, made.offset = grid(part.bits)
+        if part.trellis:
+            # To what multiplies them points are codes of 8 bits.
+            made.levels, made.spacing = trellis.LEVELS, 1
+            made.points = trellis.points_of(int(part.bits), part.packed.device).data_ptr()
         made.scale, made.scale_type = part.scale.data_ptr(), TYPES[part.scale.dtype]
         made.zero_point = address(part.zero_point)
         # The strides of calibrated scales stay 0, so that every block has the same.

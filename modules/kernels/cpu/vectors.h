@@ -52,6 +52,28 @@ inline vi transpose_bytes(vi x) {
   const vi order = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
   return _mm512_shuffle_epi8(x, order);
 }
+// 128 bytes, and those that bytes below 128 number.
+struct ByteTable {
+#if defined(__AVX512VBMI__)
+  vi low, high;
+  explicit ByteTable(const uint8_t* bytes) : low(loadi(bytes)), high(loadi(bytes + 64)) {}
+  vi of(vi index) const { return _mm512_permutex2var_epi8(low, index, high); }
+#else
+  vi piece[8];
+  explicit ByteTable(const uint8_t* bytes) {
+    for (int i = 0; i < 8; i++) piece[i] = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)bytes + i));
+  }
+  vi of(vi index) const {
+    // 16 bytes at a time: an index that is not of them gets its upper bit, which a shuffle turns into 0.
+    vi found = seti(0);
+    for (int i = 0; i < 8; i++) {
+      const vi other = _mm512_xor_si512(index, seti(0x10101010 * i));
+      found = ori(found, _mm512_shuffle_epi8(piece[i], _mm512_adds_epu8(other, seti(0x70707070))));
+    }
+    return found;
+  }
+#endif
+};
 inline float sum(vf x) { return _mm512_reduce_add_ps(x); }
 inline float maximum(vf x) { return _mm512_reduce_max_ps(x); }
 inline vf from_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
@@ -123,6 +145,23 @@ inline vi transpose_bytes(vi x) {
       _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
   return {_mm256_shuffle_epi8(x.a, order), _mm256_shuffle_epi8(x.b, order)};
 }
+struct ByteTable {
+  __m256i piece[8];
+  explicit ByteTable(const uint8_t* bytes) {
+    for (int i = 0; i < 8; i++) piece[i] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)bytes + i));
+  }
+  // As above, 16 bytes at a time: an index that is not of them gets its upper bit, which a shuffle turns into 0.
+  __m256i half(__m256i index) const {
+    __m256i found = _mm256_setzero_si256();
+    for (int i = 0; i < 8; i++) {
+      const __m256i other = _mm256_xor_si256(index, _mm256_set1_epi8(16 * i));
+      const __m256i marked = _mm256_adds_epu8(other, _mm256_set1_epi8(0x70));
+      found = _mm256_or_si256(found, _mm256_shuffle_epi8(piece[i], marked));
+    }
+    return found;
+  }
+  vi of(vi index) const { return {half(index.a), half(index.b)}; }
+};
 inline float sum(vf x) {
   float lanes[8], total = 0;
   _mm256_storeu_ps(lanes, _mm256_add_ps(x.a, x.b));

@@ -32,6 +32,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+from modules import trellis
 from modules.kernels.attention import Attended
 from modules.kernels.packed import LatentQuery, PackedCache, PackedPart, PackedSide, Tile
 from modules.kernels.triton.common import (
@@ -64,6 +65,7 @@ class _Spec:
         whole, filled: Whether tiles never overrun a block, and chunks never a group's channels.
         by_channel: Whether a chunk of channels lies in more than one scale group of a token.
         token_scaled: Whether tokens have scales of their own.
+        trellis: Whether codes are those of a trellis.
         block, chunks, first: Channels of a chunk, how many chunks, and the first one.
         held: Whether the weight of its keys is kept from tile to tile.
         identity: Whether it holds the keys themselves, which no weight expands.
@@ -84,6 +86,7 @@ class _Spec:
     filled: bool = False
     by_channel: bool = False
     token_scaled: bool = False
+    trellis: bool = False
     block: int = 64
     chunks: int = 1
     first: int = 0
@@ -160,6 +163,19 @@ def _codes(packed, before, within, mask, columns, stride, BITS: tl.constexpr):
 
 
 @triton.jit
+def _whole_codes(packed, where, mask, columns, stride, SPEC: tl.constexpr):
+    """Codes `[t, n]` of all planes; `where`: first row of the run, tokens within it, tokens of the run."""
+    before, within, tokens = where
+    LOW: tl.constexpr = low_bits(SPEC.bits)
+    codes = _codes(packed, before, within, mask, columns, stride, LOW)
+    if SPEC.bits > LOW:
+        # The high bits stand in a plane of their own behind that of the low ones.
+        before += tl.cdiv(tokens, 32 // LOW)
+        codes |= _codes(packed, before, within, mask, columns, stride, SPEC.bits - LOW) << LOW
+    return codes
+
+
+@triton.jit
 def _latents(part, span, chunk, tile, DTYPE: tl.constexpr, SPEC: tl.constexpr, BLOCK_T: tl.constexpr):
     """Tile `[BLOCK_T, SPEC.block]` of states, as an operand.
 
@@ -189,12 +205,15 @@ def _latents(part, span, chunk, tile, DTYPE: tl.constexpr, SPEC: tl.constexpr, B
         if SPEC.one_run:
             run = first // SPEC.run
         before, within = run * SPEC.words, token - run * SPEC.run
-        LOW: tl.constexpr = low_bits(SPEC.bits)
-        codes = _codes(packed, before, within, mask, columns, stride, LOW)
-        if SPEC.bits > LOW:
-            # The high bits stand in a plane of their own behind that of the low ones.
-            before += tl.cdiv(tl.minimum(SPEC.run, SPEC.length - run * SPEC.run), 32 // LOW)
-            codes |= _codes(packed, before, within, mask, columns, stride, SPEC.bits - LOW) << LOW
+        where = (before, within, tl.minimum(SPEC.run, SPEC.length - run * SPEC.run))
+        codes = _whole_codes(packed, where, mask, columns, stride, SPEC)
+        if SPEC.trellis:
+            # `groups` are the points, then the place of each channel in its chain (`modules/trellis.py`).
+            place = tl.load(groups + 128 + columns, exists, 0)
+            for back in tl.static_range(1, (6 + SPEC.bits) // SPEC.bits):
+                known = mask & (place >= back)[None, :]
+                codes |= _whole_codes(packed, where, known, columns - back, stride, SPEC) << (SPEC.bits * back)
+            codes = tl.load(groups + (codes & 127))
 
         # The parameters are a row or a column of the tile where they can be, which is read by few threads.
         if SPEC.per_channel and SPEC.one_run:
@@ -786,7 +805,7 @@ def _side_layout(
     """The pieces of a side.
 
     Args:
-        parts: For each part bits, channels, run, groups and whether it is symmetric.
+        parts: For each part bits, channels, run, groups, whether it is symmetric, and the chains of a trellis.
         channels: As in `PackedSide`.
         token_scaled: Whether tokens have scales of their own.
         widths: Channels of each head group.
@@ -795,12 +814,15 @@ def _side_layout(
     layout, first = [], 0
     if channels is None:
         channels = range(sum(widths))
-    for index, (bits, n, run, groups, symmetric) in enumerate(parts):
+    for index, (bits, n, run, groups, symmetric, chains) in enumerate(parts):
         table, group_of = None, []
         if groups:
             for group, width in enumerate(groups):
                 group_of += [group] * width
             table = torch.tensor(group_of, dtype=torch.int32, device=device)
+        if chains:
+            places = torch.cat(list(map(torch.arange, chains))).to(device)
+            table = torch.cat([trellis.points_of(bits, device), places]).to(torch.int32)
         spec = _Spec(
             bits=bits_of(bits),
             symmetric=symmetric,
@@ -809,9 +831,12 @@ def _side_layout(
             length=length,
             one_run=run >= length or run % block_t == 0,
             token_scaled=token_scaled,
+            trellis=chains is not None,
         )
         if bits != 16:
             levels, spacing, offset = grid(bits)
+            if chains:
+                levels, spacing = trellis.LEVELS, 1
             scaled = {"levels": levels, "spacing": spacing, "offset": offset, "words": packed_words(run, bits)}
             spec = replace(spec, **scaled, whole=length % block_t == 0)
         for spans in _pieces(channels[first : first + n], widths):
@@ -872,7 +897,8 @@ def _side(side: PackedSide | None, widths: tuple[int, ...], length: int, block_t
     for part in side.parts:
         # What a layout follows from, as values that can be compared.
         symmetric = part.bits != 16 and part.zero_point is None
-        parts.append((part.bits, part.packed.shape[2], part.run or length, part.groups, symmetric))
+        chains = part.widths if part.trellis else None
+        parts.append((part.bits, part.packed.shape[2], part.run or length, part.groups, symmetric, chains))
     if side.channels is not None:
         channels = tuple(side.channels.tolist())
     arguments, specs = [], []
