@@ -243,7 +243,7 @@ def _trellis_scales(x: torch.Tensor, bits: float, gains: torch.Tensor | None) ->
         # An error is multiplied by the token's scale again.
         x, weight = x / gains, gains.square()
         spread = spread / weight.mean().sqrt()
-    encode, best, scale = get_backend(None, x.device).trellis_codes, torch.inf, spread
+    encode, best, scale = get_backend(None, x.device).trellis_codes, torch.full_like(spread, torch.inf), spread
     for growth in _SPREADS:
         tried = spread * growth
         unit = tried.clamp(min=1e-38)
@@ -251,7 +251,7 @@ def _trellis_scales(x: torch.Tensor, bits: float, gains: torch.Tensor | None) ->
         points = trellis.decode(codes, bits, (x.shape[1],)).float()
         error = (points.sub_(_MIDDLE_POINT) * unit - x).square_().mul_(weight).mean(0)
         scale = torch.where(error < best, tried, scale)
-        best = torch.minimum(error, torch.as_tensor(best))
+        best = torch.minimum(error, best)
     return scale, mean - _MIDDLE_POINT * scale
 
 

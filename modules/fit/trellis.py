@@ -34,10 +34,10 @@ def fit_points(
     Returns:
         `[128]` uint8 by window, and the distance of neighbouring bytes for a source of spread one.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
 
     def draw(count: int) -> torch.Tensor:
-        return torch.randn(count, 256, generator=generator)
+        return torch.randn(count, 256, generator=generator, dtype=torch.float32, device="cpu")
 
     x, other = draw(tokens), draw(tokens)
     best, points = math.inf, None
@@ -53,18 +53,19 @@ def fit_points(
 
 def _start(bits: int, kind: int, generator: torch.Generator) -> torch.Tensor:
     """Points `[128]` of a first round."""
-    ranks = (torch.arange(1 << WINDOW, dtype=torch.float64) + 0.5) / (1 << WINDOW)
+    ranks = (torch.arange(1 << WINDOW, dtype=torch.float64, device="cpu") + 0.5) / (1 << WINDOW)
     quantiles = torch.special.ndtri(ranks).float()
     if kind == 0:
-        return quantiles[torch.randperm(len(quantiles), generator=generator)]
+        order = torch.randperm(len(quantiles), generator=generator, dtype=torch.int64, device="cpu")
+        return quantiles[order]
     # By the state before and the code; of each code the quantiles that lie side by side.
     by_code = quantiles.view(1 << bits, -1)
     if kind == 1:
-        order = torch.randperm(by_code.shape[1], generator=generator)
+        order = torch.randperm(by_code.shape[1], generator=generator, dtype=torch.int64, device="cpu")
         return by_code[:, order].T.flatten()
     # As dense as is best at high rates: the cube root of the density, that of a Gaussian of three times the variance.
     same = math.sqrt(3) * by_code.mean(1).expand(by_code.shape[1], -1).flatten()
-    return same + 0.001 * torch.randn(same.shape, generator=generator)
+    return same + 0.001 * torch.randn(same.shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _windows_of(x: torch.Tensor, points: torch.Tensor, bits: int) -> torch.Tensor:
@@ -80,7 +81,8 @@ def _improved(points: torch.Tensor, x: torch.Tensor, bits: int, rounds: int) -> 
     for _ in range(rounds):
         taken = _windows_of(x, points, bits).flatten()
         count = taken.bincount(minlength=len(points))
-        total = torch.zeros(len(points), dtype=torch.float64).index_add_(0, taken, x.flatten().double())
+        total = torch.zeros(len(points), dtype=torch.float64, device="cpu")
+        total.index_add_(0, taken, x.flatten().double())
         # A point that no value took stays where it is; a few beyond all others would make the unit of bytes coarse.
         points = torch.where(count > 0, (total / count.clamp(min=1)).float(), points).clamp(-_MOST, _MOST)
     return points

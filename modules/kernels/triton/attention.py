@@ -821,8 +821,8 @@ def _side_layout(
                 group_of += [group] * width
             table = torch.tensor(group_of, dtype=torch.int32, device=device)
         if chains:
-            places = torch.cat(list(map(torch.arange, chains))).to(device)
-            table = torch.cat([trellis.points_of(bits, device), places]).to(torch.int32)
+            places = torch.tensor(list(chain.from_iterable(map(range, chains))), dtype=torch.int32, device=device)
+            table = torch.cat([trellis.points_of(bits, device).to(torch.int32), places])
         spec = _Spec(
             bits=bits_of(bits),
             symmetric=symmetric,
