@@ -16,8 +16,8 @@ namespace {
 constexpr int SPAN = 256;  // tokens of a batch
 constexpr int HALF = 128;  // tokens for which cosines and sines are tabulated
 constexpr int LEVELS = 4;
-constexpr float LIMIT = 0.01f;       // relative error of an expansion row of 8 bits
-constexpr float WITH_HIGH = 0.006f;  // and of one that has high bytes
+constexpr float LIMIT = 0.008f;      // relative error of an expansion row of 8 bits
+constexpr float WITH_HIGH = 0.004f;  // and of one that has high bytes
 constexpr int MAX_NODES = 8;
 
 // Places by which a width's codes are moved up before they are multiplied, to at most 127. Their weights are smaller
