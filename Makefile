@@ -49,9 +49,11 @@ real-results: .venv/wheels
 		--parts transformers KIVI Palu before checkpoints --output build/real_frontier.json
 	$(RUN) scripts/eval_retrieval.py --task ruler --dense build/real/dense --checkpoints $(REAL_BUDGETS:%=build/real/%) \
 		--chat --lengths 1024 2048 4096 8192 --trials 10 --new_tokens 32 --output build/real_ruler.json
+	$(RUN) scripts/benchmark_decode.py --random false --checkpoints $(REAL_BUDGETS:%=build/real/%) --model build/real/dense \
+		--lengths 8192 --batches 1 --steps 32 --dense_steps 16 --prompts 0 --output build/real_decode.json
 	$(RUN) scripts/rate_distortion.py --model build/real/dense --statistics build/real/statistics \
 		--output scripts/results/rate_distortion.json
-	cp build/real_frontier.* build/real_ruler.* scripts/results/
+	cp build/real_frontier.* build/real_ruler.* build/real_decode.json scripts/results/
 	$(RUN) scripts/results_tables.py
 
 # The surface of shapes of the same model, from which the default shape was chosen (hours; goes on where it stopped).

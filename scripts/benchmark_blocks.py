@@ -10,8 +10,8 @@ channels as the same bytes hold at --tokens tokens, everything counted. Measured
 The caches are filled with random latents or states, on which the speed does not depend. Then steps of one token by the
 same model with either cache take turns; `DynamicCache` grows by copying, step by step.
 
-First comes a gate for each shape: every layer's attention in a step by the chosen back end, against the same model in
-float32 on the same states, may be wrong by at most twice the error of the reference back end; otherwise nothing is
+First comes a gate for each shape: the attention of all layers in a step by the chosen back end, against the same model
+in float32 on the same states, may be wrong by at most twice the error of the reference back end; otherwise nothing is
 reported. Cases are appended to the output one by one: an interrupted run goes on where it stopped.
 
     python scripts/benchmark_blocks.py --output build/benchmark_blocks.json

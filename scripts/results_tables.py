@@ -446,6 +446,14 @@ def lm_eval(record: dict) -> str:
     )
 
 
+def real_decode(record: dict) -> str:
+    c = record["config"]
+    return (
+        f"{decode_table(record)}\n\nSteps of one token of SmolLM2 with the cache of each budget and, in turns, with a "
+        f"`DynamicCache`, {c['dtype']}; caches of random tokens. {bounds_note(record['cases'])}"
+    )
+
+
 def surface(record: dict) -> str:
     c, points, texts = record["config"], record["points"].values(), ", ".join(record["config"]["text"])
     return (
@@ -476,6 +484,7 @@ MADE_BY = {
     "peers": ("compare_peers.py", "results"),
     "projection": ("project_calibration.py", "results"),
     "rate_distortion": ("rate_distortion.py", "real-results"),
+    "real_decode": ("benchmark_decode.py", "real-results"),
     "real_frontier": ("compare_peers.py", "real-results"),
     "real_ruler": ("eval_retrieval.py", "real-results"),
     "recommended": ("compare_schemes.py", "schemes"),
@@ -504,6 +513,7 @@ RENDERERS = {
     "real_frontier": (["real_frontier"], real_frontier),
     "real_peers": (["real_frontier"], real_peers),
     "real_ruler": (["real_ruler"], real_retrieval),
+    "real_decode": (["real_decode"], real_decode),
     "rate_distortion": (["rate_distortion"], rate_distortion),
     "published": ([], published),
     "ablation": (["ablation"], ablation),
