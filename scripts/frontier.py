@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from configuration_alrd_llama import CODES, check_positive
-from modules.fit.budget import fit_budget, multiply_adds
+from modules.fit.budget import BLOCK_LENGTHS, fit_budget, multiply_adds
 from modules.kivi_cache import CacheScheme
 from scripts.benchmark_decode import DecodeBenchmarkConfig, measure_case
 from scripts.calibrate_svd_ranks import CalibrationConfig, calibrate_model, write_checkpoint
@@ -27,9 +27,6 @@ from scripts.common import environment, load_model, parse_config
 from scripts.eval_perplexity import EvalConfig, measure, text_names
 from scripts.records import ResultsFile
 from scripts.sources import TEXT_HELP, list_texts
-
-#: Block lengths that the budget command chooses from: tokens are scored that all of them have packed.
-BLOCK_LENGTHS = (32, 64, 128)
 
 
 @dataclass
@@ -142,6 +139,7 @@ def measure_points(config: FrontierConfig, points: dict[str, dict[str, Any]], de
     for name, subject in subjects.items():
         caches[name] = (subject.latent, subject.latent.create_kivi_cache)
     how = {name: getattr(config, name) for name in ("model", "text", "windows", "length", "prefill", "chunk")}
+    # Tokens are scored that blocks of every length have packed.
     others = [CacheScheme(group_size=length, residual_length=16) for length in BLOCK_LENGTHS]
     results = measure(EvalConfig(**how, batch_size=config.windows), tokenizer, dense, caches, others)["results"]
     for name, point in points.items():

@@ -243,7 +243,7 @@ def _trellis_scales(x: torch.Tensor, bits: float, gains: torch.Tensor | None) ->
         # An error is multiplied by the token's scale again.
         x, weight = x / gains, gains.square()
         spread = spread / weight.mean().sqrt()
-    encode, best, scale = get_backend(None, x.device).trellis_codes, torch.full_like(spread, torch.inf), spread
+    encode, best, scale = sample_backend(x.device).trellis_codes, torch.full_like(spread, torch.inf), spread
     for growth in _SPREADS:
         tried = spread * growth
         unit = tried.clamp(min=1e-38)

@@ -12,7 +12,7 @@ another budget starts from there.
 import json
 import time
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -77,6 +77,9 @@ ALLOCATIONS = ("tiers", "water_filling", "uniform", "fisher", "sensitivity")
 
 #: Tokens on which the error of calibrated scales is measured, at least.
 _COST_TOKENS = 4096
+
+#: Tokens of a block that tiers of calibrated scales choose from.
+BLOCK_LENGTHS = (32, 64, 128)
 
 #: Static scales leave nothing to store per block; measured best at small budgets (LOG.md).
 STATIC = '{"orientation": "per_channel", "static": true}'
@@ -433,11 +436,11 @@ def fit_budget(config: FitConfig, calibration: Calibration, budget: float) -> Ca
 
 def _fit_tiers(config: FitConfig, calibration: Calibration, limit: int) -> Calibration:
     """Widths by channel, with the blocks that leave the least predicted cost."""
-    group_sizes = [128]
+    group_sizes: Sequence[int] = [128]
     if config.group_size is not None:
         group_sizes = [config.group_size]
     elif _all_static(_side_schemes(calibration.target)):
-        group_sizes = [32, 64, 128]
+        group_sizes = BLOCK_LENGTHS
     # Without a probe an error costs the same in all layers.
     rates = calibration.rates or dict.fromkeys(calibration.factors, 1.0)
     # Smaller blocks keep fewer exact tokens, larger ones store fewer tables: the costs decide.
