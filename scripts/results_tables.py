@@ -468,6 +468,7 @@ def surface(record: dict) -> str:
 #: The script and the `make` target that write each JSON file of scripts/results.
 MADE_BY = {
     "ablation": ("ablate_calibration.py", "results"),
+    "real_ablation": ("ablate_calibration.py", "surface"),
     "benchmark_attention": ("benchmark_attention.py", "results"),
     "benchmark_blocks": ("benchmark_blocks.py", "results"),
     "benchmark_cache": ("benchmark_cache.py", "results"),
@@ -518,6 +519,7 @@ RENDERERS = {
     "rate_distortion": (["rate_distortion"], rate_distortion),
     "published": ([], published),
     "ablation": (["ablation"], ablation),
+    "real_ablation": (["real_ablation"], ablation),
     "projection": (["projection"], projection),
     "benchmark_cache": (["benchmark_cache"], benchmark_cache),
     "distortion": (["distortion"], distortion),
