@@ -13,7 +13,7 @@ needle    For capable models: a sentence with a number, hidden at --depths in te
           for at the end; an answer that contains the number is right.
 ruler     RULER's own needle tasks of --variants, made by its generator (scripts/ruler.py) for --lengths; scored as
           there, by the share of what is asked for that the answer contains. With --chat in the model's chat template.
-          With --questions N as many needles of a context are asked for, each on a copy of the prefilled cache.
+          With --questions N as many needles are hidden at least and asked for, each on a copy of the prefilled cache.
 
 The text is the prefill and the question is fed on top of it, so that it is answered from the packed cache; a distance
 at which the answer is not packed yet is refused; RULER hides some of its needles so late, and the record says in how
@@ -195,9 +195,11 @@ def needle_question(config: RetrievalConfig, text: Text, cell: tuple, trial: int
 
 
 @lru_cache(maxsize=64)
-def ruler_samples(variant: str, length: int, count: int, tokenizer_path: str, seed: int) -> list[ruler.Sample]:
+def ruler_samples(
+    variant: str, length: int, count: int, tokenizer_path: str, seed: int, needles: int
+) -> list[ruler.Sample]:
     """`ruler.samples`, made once for all caches."""
-    return ruler.samples(variant, length, count, tokenizer_path, 42 + seed)
+    return ruler.samples(variant, length, count, tokenizer_path, 42 + seed, needles)
 
 
 def ruler_question(config: RetrievalConfig, text: Text, cell: tuple, trial: int) -> Question:
@@ -212,7 +214,8 @@ def ruler_question(config: RetrievalConfig, text: Text, cell: tuple, trial: int)
     # What the model needs beside the sample counts to its length; a chat template brings its own start of a text.
     start = [] if config.chat else text.start
     extra = len(text.encode(message(""))) if config.chat else len(start)
-    sample = ruler_samples(variant, length - extra, config.trials, tokenizer.name_or_path, config.seed)[trial]
+    how = (config.trials, tokenizer.name_or_path, config.seed, config.questions)
+    sample = ruler_samples(variant, length - extra, *how)[trial]
     samples = [sample] if config.questions == 1 else ruler.ask_each(sample, config.questions)
     asked, ends = [], []
     for sample in samples:

@@ -40,7 +40,7 @@ VARIANTS = (
 ANSWER_TOKENS = 128
 
 #: A needle as the generator writes it: what it is for, and its value.
-NEEDLE = re.compile(r"One of the special magic \w+ for (\S+) is: (\S+)\.")
+NEEDLE = re.compile(r"One of the special magic \w+ for (.+?) is: (\S+)\.")
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,9 @@ def split_sentences(text: str) -> list[str]:
     return re.split(r"(?<=[.!?]) ", text)
 
 
-def samples(variant: str, length: int, count: int, tokenizer_path: str, seed: int = 42) -> list[Sample]:
+def samples(
+    variant: str, length: int, count: int, tokenizer_path: str, seed: int = 42, needles: int = 1
+) -> list[Sample]:
     """Samples of one of the `VARIANTS`.
 
     Args:
@@ -74,6 +76,7 @@ def samples(variant: str, length: int, count: int, tokenizer_path: str, seed: in
         count: Samples.
         tokenizer_path: Folder or hub name of the tokenizer that counts the tokens.
         seed: Of needles and depths; RULER's own is 42.
+        needles: Hidden in each sample at least; more than a task of RULER has make it harder.
 
     Raises:
         ImportError: The packages are not installed; the message has the command.
@@ -98,6 +101,7 @@ def samples(variant: str, length: int, count: int, tokenizer_path: str, seed: in
         "template": wording["template"] + wording["answer_prefix"],
         **task["args"],
     }
+    options["num_needle_k"] = max(options["num_needle_k"], needles)
     arguments = [f"--{name}={value}" for name, value in options.items()]
     # The generator is a script: its options are those of the process, and it imports what only other tasks use.
     unused = {"tenacity": MagicMock(), "nltk": MagicMock()}

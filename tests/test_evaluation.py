@@ -371,13 +371,13 @@ class TestRetrieval:
     def test_a_task_of_ruler(self, folder, tmp_path, monkeypatch):
         """Its samples are cut where the question begins, and scored by the share of what they ask for."""
         filler = text_of(60)
-        needles = "One of the special magic numbers for mu is: 111. One of the special magic numbers for mu is: 2222."
+        hidden = "One of the special magic numbers for mu is: 111. One of the special magic numbers for mu is: 2222."
         asked = []
 
-        def samples(variant, length, count, tokenizer_path, seed):
-            asked.append((variant, length, count, seed))
+        def samples(variant, length, count, tokenizer_path, seed, needles):
+            asked.append((variant, length, count, seed, needles))
             question, prefix = "\nWhat are the numbers for mu?", " The special magic numbers are"
-            return [ruler.Sample(f"{filler} {needles} {text_of(20)}", question, prefix, ["111", "2222"])] * count
+            return [ruler.Sample(f"{filler} {hidden} {text_of(20)}", question, prefix, ["111", "2222"])] * count
 
         monkeypatch.setattr(ruler, "samples", samples)
         monkeypatch.setattr(eval_retrieval.ruler, "samples", samples)
@@ -389,8 +389,8 @@ class TestRetrieval:
         text = Text(config, tokenizer)
         question = eval_retrieval.ruler_question(config, text, (700, "niah_multivalue"), 0)
         # One token is the start of the text.
-        assert asked == [("niah_multivalue", 699, 2, 47)] and question.prefilled[0] == tokenizer.bos_token_id
-        assert tokenizer.decode(question.prefilled[1 : question.answer_end]) == f"{filler} {needles[:-1]}"
+        assert asked == [("niah_multivalue", 699, 2, 47, 1)] and question.prefilled[0] == tokenizer.bos_token_id
+        assert tokenizer.decode(question.prefilled[1 : question.answer_end]) == f"{filler} {hidden[:-1]}"
         assert tokenizer.decode(question.asked[0]) == "\nWhat are the numbers for mu? The special magic numbers are"
 
         record = eval_retrieval.main(config)

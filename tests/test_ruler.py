@@ -27,7 +27,8 @@ def generate_samples(num_samples, max_seq_length, save_dir):
     print("noise")
     context = "|".join(sent_tokenize("Grass grows. Is it? Yes! It is 3.5 high."))
     text = args.template.format(type_needle_v="number", context=context, query=args.type_haystack)
-    return [{"index": i, "input": text, "outputs": [str(args.random_seed + i)]} for i in range(num_samples)]
+    answer = str(args.random_seed + 100 * args.num_needle_k)
+    return [{"index": i, "input": text, "outputs": [answer]} for i in range(num_samples)]
 """
 
 
@@ -55,10 +56,11 @@ def test_samples_of_the_generator(stand_in, capsys):
     arguments, modules = sys.argv, dict(sys.modules)
     found = ruler.samples("niah_single_1", 300, 2, "nowhere", seed=7)
     context = "Memorize.\nGrass grows.|Is it?|Yes!|It is 3.5 high."
-    assert [sample.answers for sample in found] == [["7"], ["8"]]
+    assert [sample.answers for sample in found] == [["107"], ["107"]]
     assert {(sample.context, sample.question, sample.prefix) for sample in found} == {
         (context, "\nWhat is the number for repeat?", " The special magic number is")
     }
+    assert ruler.samples("niah_single_1", 300, 1, "nowhere", seed=7, needles=4)[0].answers == ["407"]
     assert capsys.readouterr().out == "" and sys.argv is arguments
     assert all(sys.modules.get(name) is modules.get(name) for name in ("nltk", "nltk.tokenize", "tenacity"))
 
