@@ -6,8 +6,8 @@ r"""Contribution of each choice of the budget command: objective, grouping, mean
         --statistics build/real/statistics --output build/real_ablation.json
 
 Each variant differs from the default in one choice, and is measured through the cache at the same budgets, on the same
-tokens. Without --blocks the default is that of the budget command, with it the blocks that `make real` makes. Goes on
-where it stopped.
+tokens. Without --blocks the default is a latent for each projection (`--keep_dense false` of the budget command), with
+it the blocks that `make real` makes. Goes on where it stopped.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -149,7 +149,7 @@ def main(config: AblationConfig) -> dict:
         if not missing:
             continue
         print(f"\n{name}")
-        common = {"model": config.model, "sweep": missing, "statistics": config.statistics}
+        common = {"model": config.model, "sweep": missing, "statistics": config.statistics, "keep_dense": config.blocks}
         calibration_config = CalibrationConfig(**{**common, "text": config.calibration_text, **variant})
         calibration, caches, fitted = calibrate_model(calibration_config), {}, {}
         for budget in missing:
