@@ -78,8 +78,10 @@ class KIVILatentCache(TransactionalCache):
         scheme, scales = self.layer_schemes.get(layer_idx, self.scheme), self.static_scales.get(layer_idx)
         return new_layer(scheme, widths, scales, self.backend, score, capacity=self.capacity)
 
-    def layer(self, layer_idx: int, widths: LayerWidths | None = None) -> LatentLayer:
-        """The cache of a layer, added if need be; `widths` are those of the model that asks."""
+    def layer(
+        self, layer_idx: int, widths: LayerWidths | None = None, sliding_window: int | None = None
+    ) -> LatentLayer:
+        """The cache of a layer, added if need be; `widths` and `sliding_window` are those of the model that asks."""
         # A drop-in cache does not know how many layers the model has.
         while len(self.layers) <= layer_idx:
             self.layers.append(self._new_layer(len(self.layers)))
@@ -90,6 +92,13 @@ class KIVILatentCache(TransactionalCache):
                 f"{widths}"
             )
         layer.given_widths = layer.given_widths or widths
+        if widths is not None and layer.sliding_window != sliding_window:
+            if layer.sliding_window is not None:
+                raise ValueError(
+                    f"layer {layer_idx}: holds what a sliding window of {layer.sliding_window} sees, the model has one "
+                    f"of {sliding_window}"
+                )
+            layer.sliding_window = sliding_window
         return layer
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):

@@ -242,6 +242,7 @@ class LatentLayer(RowEdits, CacheLayerMixin):
 
     Attributes:
         sink_channels: Of the layer of a block: channels of its sinks, by side. `None`: those of the window.
+        sliding_window: Positions that a query of the model's layer sees at most, its own included; `None`: all.
 
     Args:
         scheme: Bits, group sizes, window and sinks.
@@ -256,6 +257,7 @@ class LatentLayer(RowEdits, CacheLayerMixin):
     is_compileable = False
     is_croppable = True
     sink_channels: SinkChannels | None = None
+    sliding_window: int | None = None
 
     def __init__(
         self,
