@@ -16,7 +16,7 @@ from modules.cache.file import export_layer, parse_layer, read_cache_file, write
 from modules.cache.fingerprint import DIGESTS, differences, model_fingerprint
 from modules.cache.fixed import FixedLatentLayer
 from modules.cache.growing import KIVILatentLayer
-from modules.cache.layer import LatentLayer, TokenScore, in_any_mode, storage_nbytes
+from modules.cache.layer import LatentLayer, TokenScore, in_any_mode, settle_model, storage_nbytes
 from modules.cache.quantization_config import parse_quantization_config
 from modules.cache.rows import column
 from modules.cache.scheme import SIDES, CacheScheme, LayerScales, LayerWidths, SinkChannels
@@ -85,21 +85,9 @@ class KIVILatentCache(TransactionalCache):
         # A drop-in cache does not know how many layers the model has.
         while len(self.layers) <= layer_idx:
             self.layers.append(self._new_layer(len(self.layers)))
-        layer = self.layers[layer_idx]
-        if widths is not None and layer.is_initialized and layer.widths != widths:
-            raise ValueError(
-                f"layer {layer_idx}: holds keys and values of {layer.widths} channels by head group, the model's have "
-                f"{widths}"
-            )
-        layer.given_widths = layer.given_widths or widths
-        if widths is not None and layer.sliding_window != sliding_window:
-            if layer.sliding_window is not None:
-                raise ValueError(
-                    f"layer {layer_idx}: holds what a sliding window of {layer.sliding_window} sees, the model has one "
-                    f"of {sliding_window}"
-                )
-            layer.sliding_window = sliding_window
-        return layer
+        if widths is not None:
+            settle_model(layer_idx, self.layers[layer_idx], widths, sliding_window)
+        return self.layers[layer_idx]
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         layer = self.layer(layer_idx)

@@ -7,6 +7,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from operator import add
 from typing import NamedTuple
 
@@ -37,12 +38,22 @@ class _Table(NamedTuple):
     window_starts: tuple[int, ...]
 
 
-class _Savepoint(NamedTuple):
-    """The state before appends; they replace these objects, or write only behind the tokens counted here."""
+@dataclass(eq=False)
+class _Savepoint:
+    """The state before appends; they replace these objects, or write only behind the tokens counted here.
+
+    It owns the blocks of its rows, as some may be dropped that a rollback brings back.
+    """
 
     slots: int
     rows: list[Row]
     exact: ExactTokens
+
+    def block_slots(self) -> Iterator[int]:
+        return chain.from_iterable(column(self.rows, "blocks"))
+
+    def move_blocks(self, moved: dict[int, int]) -> None:
+        self.rows = [row.moved(moved) for row in self.rows]
 
 
 @dataclass
@@ -56,7 +67,7 @@ class SavedLayer:
         rows: Bookkeeping, with the places of blocks in `blocks` for their slots.
         exact: Sinks and windows.
         blocks: Fields of the packed blocks by side.
-        sink_channels: As `KIVILatentLayer.sink_channels`.
+        sink_channels, sliding_window: As `KIVILatentLayer` has them.
     """
 
     static_scales: LayerScales
@@ -66,6 +77,7 @@ class SavedLayer:
     exact: ExactTokens | None = None
     blocks: dict[str, Fields] = field(default_factory=dict)
     sink_channels: SinkChannels | None = None
+    sliding_window: int | None = None
 
 
 def add_received(
@@ -139,6 +151,7 @@ class KIVILatentLayer(LatentLayer):
         self.rows: list[Row] = []
         self.pool, self.exact, self.sink_channels = None, ExactTokens({}, {}), None
         self._table: _Table | None = None
+        self._has_dropped = False
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
@@ -219,26 +232,36 @@ class KIVILatentLayer(LatentLayer):
     def _append_many(self, states: dict[str, torch.Tensor], first: dict, real: torch.Tensor | None) -> None:
         """Append any number of tokens, pads among them, and pack the blocks that are due; `first` has the sinks."""
         # Everything that can fail comes first, on copies, so that a refused append leaves the cache as it was.
-        exact, steps, encoded = self.exact.clone(), [], []
+        exact, steps, packed, encoded = self.exact.clone(), [], [], []
         for index, row in enumerate(self.rows):
             new = _choose(states, index, real, self.device)
-            step = row.step(len(new["keys"]), self.scheme)
+            step = row.step(len(new["keys"]), self.scheme, self.sliding_window)
             due = exact.push(index, row, step, new, _choose(first, index, real, self.device))
+            # Blocks that no query will see are not packed at all.
             steps.append(step)
-            if step.blocks:
+            fresh = min(step.blocks, len(row.blocks) + step.blocks - step.unseen)
+            if fresh:
+                due = {name: x[-fresh:] for name, x in due.items()}
                 encoded.append(self.pool.encode(due, due.get("score")))
+            packed.append(fresh)
 
         # Slots are this layer's from the moment that its rows name them; until then the lock keeps others away.
         with self.pool.lock:
             written, rows = iter(self.pool.write(*encoded)), []
-            for index, (row, step) in enumerate(zip(self.rows, steps, strict=True)):
-                slots = next(written) if step.blocks else ()
+            for index, (row, step, fresh) in enumerate(zip(self.rows, steps, packed, strict=True)):
+                slots = next(written) if fresh else ()
                 pads = () if real is None else pad_ranges(real[index].tolist(), self.slots)
                 rows.append(row.after(step, slots, self.scheme.block_length, pads))
             self.rows, self.exact, self._table = rows, exact, None
+        self._has_dropped |= any(column(steps, "unseen"))
 
     def savepoint(self) -> _Savepoint | None:
-        return _Savepoint(self.slots, self.rows, self.exact) if self.is_initialized else None
+        if not self.is_initialized:
+            return None
+        with self.pool.lock:
+            savepoint = _Savepoint(self.slots, self.rows, self.exact)
+            self.pool.owners.add(savepoint)
+        return savepoint
 
     @in_any_mode
     def rollback(self, savepoint: _Savepoint | None) -> bool:
@@ -247,12 +270,15 @@ class KIVILatentLayer(LatentLayer):
             self.clear()
             return True
         with self.pool.lock:
-            # The first blocks of a row are those of the savepoint, wherever they have moved.
-            rows = []
-            for old, now in zip(savepoint.rows, self.rows, strict=True):
-                rows.append(old._replace(blocks=now.blocks[: len(old.blocks)]))
-            self._edit(rows, savepoint.exact, savepoint.slots)
+            self._edit(savepoint.rows, savepoint.exact, savepoint.slots)
         return True
+
+    @in_any_mode
+    def give_back(self) -> None:
+        if self._has_dropped:
+            self._has_dropped = False
+            with self.pool.lock, suppress(RuntimeError, MemoryError):
+                self.pool.trim()
 
     def row_lengths(self) -> list[int]:
         return list(column(self.rows, "tokens"))
@@ -320,6 +346,7 @@ class KIVILatentLayer(LatentLayer):
         removed = -int(tokens_to_remove)  # assisted decoding of transformers 5.17 gives a tensor
         if not 0 <= removed <= self.slots:
             raise ValueError(f"tokens_to_remove={-removed}: must be 0 or negative, the slots to remove of {self.slots}")
+        self._check_seen([row.cropped(self.slots - removed) for row in self.rows])
 
         def edit() -> None:
             if removed and self.is_initialized:
@@ -330,14 +357,29 @@ class KIVILatentLayer(LatentLayer):
         return edit
 
     def removal(self, removed: torch.Tensor, kept: torch.Tensor) -> Callable[[], None]:
-        def edit() -> None:
+        def shortened() -> list[Row]:
             rows = []
-            with self.pool.lock:
-                for row, count, real in zip(self.rows, removed.tolist(), kept.tolist(), strict=True):
-                    rows.append(row.shortened(row.tokens - count, pad_ranges(real)))
-                self._edit(rows, self.exact, self.slots)
+            for row, count, real in zip(self.rows, removed.tolist(), kept.tolist(), strict=True):
+                rows.append(row.shortened(row.tokens - count, pad_ranges(real)))
+            return rows
 
+        def edit() -> None:
+            with self.pool.lock:
+                self._edit(shortened(), self.exact, self.slots)
+
+        self._check_seen(shortened())
         return edit
+
+    def _check_seen(self, rows: list[Row]) -> None:
+        """Refuse rows cut so short that their next tokens would see dropped ones."""
+        for row in rows:
+            if row.sees_dropped(self.sliding_window):
+                raise ValueError(
+                    f"tokens_to_remove: must leave what the next token sees; a row cut to {row.tokens} tokens would "
+                    f"have one that sees {self.sliding_window} positions (sliding_window), but those from {row.sinks} "
+                    f"to {row.sinks + row.dropped - 1} were dropped. Up to residual_length="
+                    f"{self.scheme.residual_length} tokens of a row can always be removed"
+                )
 
     def block_slots(self) -> Iterator[int]:
         for row in self.rows:
@@ -369,7 +411,7 @@ class KIVILatentLayer(LatentLayer):
             with self.pool.lock:
                 (slots,) = self.pool.write(saved.blocks)
                 self.rows = [row.moved(dict(enumerate(slots))) for row in saved.rows]
-            self.slots, self.exact = saved.slots, saved.exact
+            self.slots, self.exact, self.sliding_window = saved.slots, saved.exact, saved.sliding_window
         except BaseException:
             self.clear()
             raise
