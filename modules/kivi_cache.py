@@ -376,6 +376,11 @@ def config_widths(config: ALRDLlamaConfig) -> list[LayerWidths]:
     return list(map(config.layer_widths, range(0, config.num_hidden_layers, config.layer_group_size)))
 
 
+def config_windows(config: ALRDLlamaConfig) -> list[int | None]:
+    """Sliding window of each layer of a cache of a model; `None` where a query sees all tokens before it."""
+    return list(map(config.layer_window, range(0, config.num_hidden_layers, config.layer_group_size)))
+
+
 def config_sink_channels(config: ALRDLlamaConfig) -> list[SinkChannels | None]:
     """Channels of the sinks of each layer of a cache of a model; `None` where they are those of `config_widths`."""
     if not config.keep_dense:

@@ -17,9 +17,9 @@ from modules.cache.codecs import Fields
 from modules.cache.exact import ExactTokens
 from modules.cache.layer import LatentLayer, dense_channels, in_any_mode, warn_of_small_states
 from modules.cache.pool import BlockPool
-from modules.cache.rows import Row, block_table, column, pad_ranges, sink_slots
+from modules.cache.rows import Row, block_table, check_seen, column, pad_ranges, sink_slots
 from modules.cache.scheme import LayerScales, LayerWidths, SinkChannels
-from modules.kernels.packed import LatentQuery, NewTokens, PackedCache, Tile, counts_of_rows
+from modules.kernels.packed import LatentQuery, NewTokens, PackedCache, Tile
 
 
 class _Table(NamedTuple):
@@ -48,6 +48,13 @@ class _Savepoint:
     slots: int
     rows: list[Row]
     exact: ExactTokens
+
+    @classmethod
+    def of(cls, layer: "KIVILatentLayer") -> "_Savepoint":
+        with layer.pool.lock:
+            savepoint = cls(layer.slots, layer.rows, layer.exact)
+            layer.pool.owners.add(savepoint)
+        return savepoint
 
     def block_slots(self) -> Iterator[int]:
         return chain.from_iterable(column(self.rows, "blocks"))
@@ -216,52 +223,35 @@ class KIVILatentLayer(LatentLayer):
 
     def _append_one(self, states: dict[str, torch.Tensor]) -> None:
         """The common decode step: one token per row into the window, nothing to pack."""
-        ends = column(self.rows, "window")
-        for name, x in states.items():
-            window = self.exact.window[name]
-            # Rows of equal length are the rule, and a copy of a slice is cheaper than a scatter.
-            if len(set(ends)) == 1:
-                window.narrow(1, ends[0], 1).copy_(x)
-                continue
-            index = counts_of_rows(ends, self.device, torch.int64)
-            if x.dim() == 3:
-                index = index[..., None].expand_as(x)
-            window.scatter_(1, index, x)
+        self.exact.push_one(column(self.rows, "window"), states)
         self.rows = [row._replace(window=row.window + 1) for row in self.rows]
 
     def _append_many(self, states: dict[str, torch.Tensor], first: dict, real: torch.Tensor | None) -> None:
         """Append any number of tokens, pads among them, and pack the blocks that are due; `first` has the sinks."""
         # Everything that can fail comes first, on copies, so that a refused append leaves the cache as it was.
-        exact, steps, packed, encoded = self.exact.clone(), [], [], []
+        exact, steps, encoded = self.exact.clone(), [], []
         for index, row in enumerate(self.rows):
             new = _choose(states, index, real, self.device)
             step = row.step(len(new["keys"]), self.scheme, self.sliding_window)
             due = exact.push(index, row, step, new, _choose(first, index, real, self.device))
-            # Blocks that no query will see are not packed at all.
             steps.append(step)
-            fresh = min(step.blocks, len(row.blocks) + step.blocks - step.unseen)
-            if fresh:
-                due = {name: x[-fresh:] for name, x in due.items()}
+            if step.packed:
+                # Blocks that no query will see are not packed at all.
+                due = {name: x[-step.packed :] for name, x in due.items()}
                 encoded.append(self.pool.encode(due, due.get("score")))
-            packed.append(fresh)
 
         # Slots are this layer's from the moment that its rows name them; until then the lock keeps others away.
         with self.pool.lock:
             written, rows = iter(self.pool.write(*encoded)), []
-            for index, (row, step, fresh) in enumerate(zip(self.rows, steps, packed, strict=True)):
-                slots = next(written) if fresh else ()
+            for index, (row, step) in enumerate(zip(self.rows, steps, strict=True)):
+                slots = next(written) if step.packed else ()
                 pads = () if real is None else pad_ranges(real[index].tolist(), self.slots)
                 rows.append(row.after(step, slots, self.scheme.block_length, pads))
             self.rows, self.exact, self._table = rows, exact, None
         self._has_dropped |= any(column(steps, "unseen"))
 
     def savepoint(self) -> _Savepoint | None:
-        if not self.is_initialized:
-            return None
-        with self.pool.lock:
-            savepoint = _Savepoint(self.slots, self.rows, self.exact)
-            self.pool.owners.add(savepoint)
-        return savepoint
+        return _Savepoint.of(self) if self.is_initialized else None
 
     @in_any_mode
     def rollback(self, savepoint: _Savepoint | None) -> bool:
@@ -346,7 +336,7 @@ class KIVILatentLayer(LatentLayer):
         removed = -int(tokens_to_remove)  # assisted decoding of transformers 5.17 gives a tensor
         if not 0 <= removed <= self.slots:
             raise ValueError(f"tokens_to_remove={-removed}: must be 0 or negative, the slots to remove of {self.slots}")
-        self._check_seen([row.cropped(self.slots - removed) for row in self.rows])
+        check_seen([row.cropped(self.slots - removed) for row in self.rows], self.scheme, self.sliding_window)
 
         def edit() -> None:
             if removed and self.is_initialized:
@@ -358,28 +348,15 @@ class KIVILatentLayer(LatentLayer):
 
     def removal(self, removed: torch.Tensor, kept: torch.Tensor) -> Callable[[], None]:
         def shortened() -> list[Row]:
-            rows = []
-            for row, count, real in zip(self.rows, removed.tolist(), kept.tolist(), strict=True):
-                rows.append(row.shortened(row.tokens - count, pad_ranges(real)))
-            return rows
+            rows = zip(self.rows, removed.tolist(), kept.tolist(), strict=True)
+            return [row.shortened(row.tokens - count, pad_ranges(real)) for row, count, real in rows]
 
         def edit() -> None:
             with self.pool.lock:
                 self._edit(shortened(), self.exact, self.slots)
 
-        self._check_seen(shortened())
+        check_seen(shortened(), self.scheme, self.sliding_window)
         return edit
-
-    def _check_seen(self, rows: list[Row]) -> None:
-        """Refuse rows cut so short that their next tokens would see dropped ones."""
-        for row in rows:
-            if row.sees_dropped(self.sliding_window):
-                raise ValueError(
-                    f"tokens_to_remove: must leave what the next token sees; a row cut to {row.tokens} tokens would "
-                    f"have one that sees {self.sliding_window} positions (sliding_window), but those from {row.sinks} "
-                    f"to {row.sinks + row.dropped - 1} were dropped. Up to residual_length="
-                    f"{self.scheme.residual_length} tokens of a row can always be removed"
-                )
 
     def block_slots(self) -> Iterator[int]:
         for row in self.rows:

@@ -107,6 +107,7 @@ class LayerStorage(ABC):
         slots: Tokens and pads fed, of the longest row.
         exact: Sinks and windows.
         pool: The packed blocks.
+        sliding_window: Positions that a query of the model's layer sees at most, its own included; `None`: all.
         counts_on_host: Whether rows are counted on the host, so that their edits take indices there.
     """
 
@@ -114,6 +115,7 @@ class LayerStorage(ABC):
     slots: int
     exact: ExactTokens
     pool: BlockPool | None = None
+    sliding_window: int | None = None
     counts_on_host = True
 
     @abstractmethod
@@ -246,7 +248,6 @@ class LatentLayer(RowEdits, CacheLayerMixin):
 
     Attributes:
         sink_channels: Of the layer of a block: channels of its sinks, by side. `None`: those of the window.
-        sliding_window: Positions that a query of the model's layer sees at most, its own included; `None`: all.
 
     Args:
         scheme: Bits, group sizes, window and sinks.
@@ -261,7 +262,6 @@ class LatentLayer(RowEdits, CacheLayerMixin):
     is_compileable = False
     is_croppable = True
     sink_channels: SinkChannels | None = None
-    sliding_window: int | None = None
 
     def __init__(
         self,
@@ -390,9 +390,8 @@ class LatentLayer(RowEdits, CacheLayerMixin):
         return self.packed().tiles(tokens)
 
     def states(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """All cached states, dequantized: `[B, T, C_k]` and `[B, T, C_v]`; of a block, whose sinks have no latents,
-        those of the tokens behind the sinks, the same twice where one latent holds both. What a sliding window has
-        dropped is not among them.
+        """All states that are held, dequantized: `[B, T, C_k]` and `[B, T, C_v]`; of a block, whose sinks have no
+        latents, those of the tokens behind the sinks, the same twice where one latent holds both.
 
         Raises:
             ValueError: The rows hold different numbers of tokens, or hold them in different blocks.

@@ -24,12 +24,14 @@ class Step(NamedTuple):
         to_sinks: New tokens that become sinks; the others go behind the window.
         blocks: Blocks that leave the window.
         window: Tokens that are left in it.
+        packed: The newest of these blocks, which are kept.
         unseen: Of the row's blocks, these among them, so many at the front that no query will see any more.
     """
 
     to_sinks: int
     blocks: int
     window: int
+    packed: int
     unseen: int = 0
 
 
@@ -83,11 +85,12 @@ class Row(NamedTuple):
         to_sinks = 0 if behind else min(scheme.sink_length - self.sinks, new_tokens)
         window = self.window + new_tokens - to_sinks
         blocks = scheme.flushed_blocks(window)
-        step = Step(to_sinks, blocks, window - blocks * scheme.block_length)
+        step = Step(to_sinks, blocks, window - blocks * scheme.block_length, blocks)
         if sliding_window is None or not blocks:
             return step
         counts = self.counts + (scheme.block_length,) * blocks
-        return step._replace(unseen=unseen_blocks(counts, sliding_window))
+        unseen = unseen_blocks(counts, sliding_window)
+        return step._replace(packed=min(blocks, len(counts) - unseen), unseen=unseen)
 
     def after(self, step: Step, slots: tuple[int, ...], block_length: int, pads: Pads) -> "Row":
         """The row after a `step` whose blocks, but for the unseen ones, stand in `slots`; `pads`: of the new tokens."""
@@ -142,6 +145,18 @@ def unseen_blocks(counts: tuple[int, ...], sliding_window: int) -> int:
         unseen -= 1
         seen += counts[unseen]
     return unseen
+
+
+def check_seen(rows: list[Row], scheme: CacheScheme, sliding_window: int | None) -> None:
+    """Raise a `ValueError` for rows cut so short that their next tokens would see dropped ones."""
+    for row in rows:
+        if row.sees_dropped(sliding_window):
+            raise ValueError(
+                f"tokens_to_remove: must leave what the next token sees; that of a row cut to {row.tokens} tokens sees "
+                f"{sliding_window} positions (sliding_window), but those from {row.sinks} to "
+                f"{row.sinks + row.dropped - 1} were dropped. Up to residual_length={scheme.residual_length} tokens "
+                "of a row can always be removed"
+            )
 
 
 def sink_slots(rows: list[Row], scheme: CacheScheme, real: torch.Tensor | None, new_slots: int) -> int:
