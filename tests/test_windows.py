@@ -5,14 +5,14 @@ import itertools
 
 import pytest
 import torch
-from transformers import DynamicCache, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoTokenizer, DynamicCache, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from configuration_alrd_llama import ALRDLlamaConfig
 from modeling_alrd_llama import ALRDLlamaForCausalLM
 from modules.cache.scheme import CacheScheme
 from modules.kivi_cache import KIVILatentCache, KIVILatentLayer, config_windows
-from scripts import estimate_memory
-from tests.helpers import TINY_LLAMA, all_ranks, randomize_vectors, tiny_blocks
+from scripts import calibrate_svd_ranks, estimate_memory
+from tests.helpers import TINY_LLAMA, all_ranks, randomize_vectors, save_byte_tokenizer, tiny_blocks
 
 #: A text is four of them long.
 WINDOW = 48
@@ -374,3 +374,30 @@ def test_windows_out_of_range(window):
     config.sliding_window = window
     with pytest.raises(ValueError, match="sliding_window="):
         ALRDLlamaForCausalLM(config)
+
+
+# ---- calibration
+
+
+@pytest.mark.parametrize("kind", ["mistral", "qwen2"])
+def test_a_budget_on_windows_shorter_than_the_calibration(kind, tmp_path):
+    """The statistics are those of the dense model with its windows; a fitted cache is near it beyond them."""
+    dense = windowed(kind, vocab_size=300)
+    dense.save_pretrained(tmp_path / "dense")
+    save_byte_tokenizer(tmp_path / "dense")
+    (tmp_path / "text").write_text("".join(f"def f{i}(x):\n    return x + {i}\n" for i in range(400)))
+    options = {"budget": 0.25, "text": str(tmp_path / "text"), "windows": 4, "length": 3 * WINDOW, "keep_dense": True}
+    calibrate_svd_ranks.main(
+        calibrate_svd_ranks.CalibrationConfig(
+            model=str(tmp_path / "dense"), output=str(tmp_path / "quarter"), **options
+        )
+    )
+    model = ALRDLlamaForCausalLM.from_pretrained(tmp_path / "quarter")
+    ids = torch.tensor([AutoTokenizer.from_pretrained(tmp_path / "dense")((tmp_path / "text").read_text()).input_ids])
+    ids = ids[:, 1000 : 1000 + 4 * WINDOW]
+    with torch.no_grad():
+        cache = model.create_kivi_cache()
+        found = feed(model, cache, ids, (90, 16)).log_softmax(-1)[:, 2 * WINDOW :]
+        expected = dense(ids).logits.log_softmax(-1)[:, 2 * WINDOW :]
+    assert (expected.exp() * (expected - found)).sum(-1).mean() < 0.01
+    assert cache.layers[-1].rows[0].dropped and cache.layers[-1].pool.used
