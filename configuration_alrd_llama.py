@@ -27,18 +27,21 @@ class Traits:
     Args:
         qkv_bias: Whether q, k and v have biases; o and the MLP then have none. `None`: as the dense configuration's
             fields `attention_bias` and `mlp_bias` say.
-        has_layer_types: Whether the dense configuration lists its `layer_types`.
+        has_window: Whether layers have the configuration's `sliding_window`.
+        has_layer_types: Whether the dense configuration lists its `layer_types`: only layers of
+            `"sliding_attention"` then have the window.
     """
 
     qkv_bias: bool | None = None
+    has_window: bool = False
     has_layer_types: bool = False
 
 
 #: The dense architectures that can be split, decoders of Llama's layers, by model type.
 ARCHITECTURES = {
     "llama": Traits(),
-    "mistral": Traits(qkv_bias=False),
-    "qwen2": Traits(qkv_bias=True, has_layer_types=True),
+    "mistral": Traits(qkv_bias=False, has_window=True),
+    "qwen2": Traits(qkv_bias=True, has_window=True, has_layer_types=True),
 }
 
 #: Model types of dense checkpoints that can be split.
@@ -59,6 +62,12 @@ _NOT_SUPPORTED = {
 
 #: Layer type of a saved split model: no class of the library takes it for one of its own.
 LATENT_LAYER_TYPE = "latent_attention of alrd_llama: see README.md of this folder"
+
+#: The same of a layer with a sliding window, in a model that has others too.
+LATENT_SLIDING_TYPE = f"sliding {LATENT_LAYER_TYPE}"
+
+#: What the library calls the types of layers that stand for them.
+_DENSE_LAYER_TYPES = {LATENT_LAYER_TYPE: "full_attention", LATENT_SLIDING_TYPE: "sliding_attention"}
 
 _PROJECTION_NAME = re.compile(r"model\.layers\.(\d+)\.self_attn\.([kv])_proj")
 
@@ -552,6 +561,13 @@ class LatentParts:
         """`cached_widths` of the keys and the values of a layer, or those of the one latent of both."""
         return tuple(map(self.cached_widths, self.layer_parts(layer)))
 
+    def layer_window(self, layer: int) -> int | None:
+        """Tokens that a query of a layer sees at most, its own included; `None`: it sees all before it."""
+        types = getattr(self, "layer_types", None)
+        if not self.traits.has_window or (self.traits.has_layer_types and types and types[layer] == "full_attention"):
+            return None
+        return getattr(self, "sliding_window", None)
+
     def is_static(self, side: str) -> bool:
         """Whether the cache quantizes a side by calibrated scales."""
         fields = getattr(self, f"{side}_scheme") or {}
@@ -571,10 +587,9 @@ class ALRDLlamaConfig(LatentParts, LlamaConfig):
 
     ALRD stands for adaptive low-rank decomposition: each projection is split at a rank of its own.
 
-    It also describes a split Mistral or Qwen2, whose fields that a Llama does not have are kept for the way back. As
-    every token is cached and attended to, `sliding_window` must be `None` or at least `max_position_embeddings`, and
-    the model then refuses a text beyond it; `use_sliding_window` must be off and `layer_types`, if given,
-    `"full_attention"`.
+    It also describes a split Mistral or Qwen2, whose fields that a Llama does not have are kept for the way back. A
+    Mistral has its `sliding_window` in all layers, a Qwen2 in those that `layer_types` calls `"sliding_attention"`
+    (`layer_window`).
 
     A saved `config.json` of split projections calls its layers `LATENT_LAYER_TYPE`, so that `LlamaForCausalLM` refuses
     the folder, whose keys and values it would make up.
@@ -653,11 +668,12 @@ class ALRDLlamaConfig(LatentParts, LlamaConfig):
     joint_kv: bool = False
 
     def __post_init__(self, **kwargs):
-        if set(kwargs.get("layer_types") or ()) == {LATENT_LAYER_TYPE}:
-            # The mark of a saved split model is taken off again.
+        marks = kwargs.get("layer_types") or ()
+        if marks and set(marks) <= set(_DENSE_LAYER_TYPES):
+            # The marks of a saved split model are taken off again.
             del kwargs["layer_types"]
             if self.traits.has_layer_types:
-                kwargs["layer_types"] = ["full_attention"] * self.num_hidden_layers
+                kwargs["layer_types"] = list(map(_DENSE_LAYER_TYPES.__getitem__, marks))
         # A dense model's dictionary brings its own model_type; kept, it would hide our weight conversion.
         source = kwargs.pop("model_type", self.model_type)
         if source != self.model_type:
@@ -710,7 +726,9 @@ class ALRDLlamaConfig(LatentParts, LlamaConfig):
         """The fields that are written to `config.json`."""
         written = super().to_diff_dict()
         if self.truncation_ranks:
-            written["layer_types"] = [LATENT_LAYER_TYPE] * self.num_hidden_layers
+            types = getattr(self, "layer_types", None) or ["full_attention"] * self.num_hidden_layers
+            marks = {dense: mark for mark, dense in _DENSE_LAYER_TYPES.items()}
+            written["layer_types"] = list(map(marks.__getitem__, types))
         return written
 
     @property
@@ -783,18 +801,28 @@ def _check_full_attention(config: ALRDLlamaConfig) -> None:
                 f"{field}={getattr(config, field)!r}: must be {right!r}; every token attends to all tokens up to it, "
                 "in all layers alike"
             )
-    if getattr(config, "use_sliding_window", False):
-        raise ValueError("use_sliding_window=True: must be False; attention over a sliding window is not supported")
-    # A Mistral may have a window that no text of the model exceeds.
-    window, longest = getattr(config, "sliding_window", None), config.max_position_embeddings
-    if window is not None and window < longest:
+    window = getattr(config, "sliding_window", None)
+    if window is not None and (not _is_int(window) or window < 1):
+        raise ValueError(f"sliding_window={window!r}: must be None or an integer of at least 1")
+    # A Llama of the library reads no window, and its layers are all alike.
+    if window is not None and not config.traits.has_window and window < config.max_position_embeddings:
         raise ValueError(
-            f"sliding_window={window!r}: must be None or at least max_position_embeddings={longest}; attention "
-            "over a sliding window is not supported"
+            f"sliding_window={window!r}: must be None or at least max_position_embeddings="
+            f"{config.max_position_embeddings} for a {config.dense_model_type!r}, which has no sliding window"
         )
-    others = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})
+    known = {"full_attention"}
+    if config.traits.has_layer_types:
+        known.add("sliding_attention")
+    types = getattr(config, "layer_types", None) or ()
+    others = sorted(set(types) - known)
     if others:
-        raise ValueError(f"layer_types: must all be 'full_attention'; not supported: {', '.join(others)}")
+        raise ValueError(
+            f"layer_types: must all be {' or '.join(map(repr, sorted(known)))}; not supported: {', '.join(others)}"
+        )
+    if types and len(types) < config.num_hidden_layers:  # an early exit runs the first layers only
+        raise ValueError(f"layer_types: must be {config.num_hidden_layers}, one for each layer, not {len(types)}")
+    if "sliding_attention" in types and window is None:
+        raise ValueError("sliding_window=None: must be an integer where layer_types has 'sliding_attention'")
 
 
 def _check_blocks(config: ALRDLlamaConfig) -> None:
@@ -819,6 +847,13 @@ def _check_blocks(config: ALRDLlamaConfig) -> None:
     ):
         if getattr(config, field) != value:
             raise ValueError(f"{field}={getattr(config, field)}: must be {value} with keep_dense=True; {reason}")
+    for first in range(0, config.num_hidden_layers, size):
+        windows = list(map(config.layer_window, range(first, min(first + size, config.num_hidden_layers))))
+        if len(set(windows)) > 1:
+            raise ValueError(
+                f"layer_group_size={size}: must not put layers of different sliding windows into one block; those of "
+                f"layers {first} to {first + len(windows) - 1} are {', '.join(map(str, windows))}"
+            )
     # What is not given has the default of its field.
     if config.joint_kv and config.v_bits not in (config.k_bits, ALRDLlamaConfig.v_bits):
         raise ValueError(f"v_bits={config.v_bits!r}: must be k_bits or left out with joint_kv=True")

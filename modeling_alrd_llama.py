@@ -20,7 +20,11 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.generation import GenerationMode
-from transformers.masking_utils import create_causal_mask, create_masks_for_generate
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_masks_for_generate,
+    create_sliding_window_causal_mask,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
@@ -57,6 +61,7 @@ class ALRDLlamaAttention(LlamaAttention):
 
     def __init__(self, config: ALRDLlamaConfig, layer_idx: int):
         super().__init__(config, layer_idx)
+        self.sliding_window = config.layer_window(layer_idx)
         if config.traits.qkv_bias is not None:
             self.o_proj.bias = None  # `attention_bias` is for q, k and v only
         for side in SIDES:
@@ -80,8 +85,12 @@ class ALRDLlamaAttention(LlamaAttention):
         attention_mask: torch.Tensor | None = None,
         past_key_values=None,
         latent_step: LatentStep | None = None,
+        window_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if self.sliding_window is not None:
+            attention_mask = window_mask
+            kwargs["sliding_window"] = self.sliding_window  # for kernels that take no mask
         if latent_step is None:
             return super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
 
@@ -89,7 +98,7 @@ class ALRDLlamaAttention(LlamaAttention):
         query = self._heads(self.q_proj(hidden_states))
         key_latents = to_latents(self.k_proj, hidden_states)
         value_latents = to_latents(self.v_proj, hidden_states)
-        layer = past_key_values.layer(self.layer_idx, self.widths)
+        layer = past_key_values.layer(self.layer_idx, self.widths, self.sliding_window)
         step = latent_step.on(query.device)
 
         # The common step: the cache attends and appends at one go.
@@ -121,7 +130,8 @@ class ALRDLlamaAttention(LlamaAttention):
     def _latent_query(self, query: torch.Tensor, step: LatentStep) -> LatentQuery:
         """Queries `[B, H_q, L, d]` before RoPE with how this layer attends to latents."""
         expand_keys = getattr(self.k_proj, "ALinear", None)  # a dense projection has none
-        return LatentQuery(query, step.positions, expand_keys, self.widths[1], step.rope, self.scaling)
+        how = (expand_keys, self.widths[1], step.rope, self.scaling, self.sliding_window)
+        return LatentQuery(query, step.positions, *how)
 
     def _attention_arguments(
         self, query, key_latents, value_latents, layer, step: LatentStep
@@ -234,20 +244,23 @@ class ALRDLlamaBlockAttention(ALRDLlamaAttention):
         attention_mask: torch.Tensor | None = None,
         past_key_values=None,
         latent_step: LatentStep | None = None,
+        window_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if latent_step is None:
+            kwargs["window_mask"] = window_mask
             return super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
 
         # Project: keys before RoPE, as the dense model has them.
         query = self._heads(self.q_proj(hidden_states))
         keys, values = self.k_proj(hidden_states), self.v_proj(hidden_states)
-        layer = past_key_values.layer(self.config.cache_layer(self.layer_idx), self.widths)
+        layer = past_key_values.layer(self.config.cache_layer(self.layer_idx), self.widths, self.sliding_window)
         step = latent_step.on(query.device)
         if step.has_past:
             output, weights = self._attend_block(query, keys, values, layer, step)
         else:
-            output, weights = self._attend_dense(query, keys, values, position_embeddings, attention_mask, **kwargs)
+            mask = attention_mask if self.sliding_window is None else window_mask
+            output, weights = self._attend_dense(query, keys, values, position_embeddings, mask, **kwargs)
 
         # The latents of the new tokens are sums over the layers of the block: the last layer has them whole.
         if self.layer_idx == self.block.first:
@@ -271,7 +284,8 @@ class ALRDLlamaBlockAttention(ALRDLlamaAttention):
             self.v_latent.keep_shard(rank, size, process_group)
 
     def _latent_query(self, query: torch.Tensor, step: LatentStep) -> LatentQuery:
-        return LatentQuery(query, step.positions, self.k_latent.ALinear, self.widths[-1], step.rope, self.scaling)
+        how = (self.k_latent.ALinear, self.widths[-1], step.rope, self.scaling, self.sliding_window)
+        return LatentQuery(query, step.positions, *how)
 
     def _attend_block(self, query, keys, values, layer, step: LatentStep):
         """Attention of new tokens to sinks and to themselves as they are, and to latents; `[B, L, H_q, d]` and weights.
@@ -284,7 +298,8 @@ class ALRDLlamaBlockAttention(ALRDLlamaAttention):
         size, member = keys.shape[2], self.layer_idx - self.block.first
         sinks = layer.sinks(slice(member * size, (member + 1) * size))
         heads = (self.head_dim,) * (size // self.head_dim)
-        exact_query = LatentQuery(query, step.positions, None, heads, step.rope, self.scaling)
+        how = (None, heads, step.rope, self.scaling, self.sliding_window)
+        exact_query = LatentQuery(query, step.positions, *how)
         new = step.new_tokens(keys, values).tile()
         attended = layer.backend.attend(exact_query, PackedCache(sinks, (new,)), length)
 
@@ -608,12 +623,21 @@ class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):
         if past_key_values is None and wanted and self.config.use_kivi and not self.training:
             past_key_values = self.create_kivi_cache()
         latent = isinstance(past_key_values, KIVILatentCache)
-        self._check_window(input_ids, inputs_embeds, past_key_values)
         if self.training and past_key_values is not None:
             self._check_training(latent)
         forward = super().forward
         if latent:
             forward = self._forward_latent
+        elif isinstance(attention_mask, dict):
+            # `generate` has made the masks of a step that it compiles.
+            kwargs["window_mask"] = attention_mask.get("sliding_attention")
+            attention_mask = attention_mask.get("full_attention", kwargs["window_mask"])
+        elif self._has_windows and (input_ids is None) != (inputs_embeds is None):
+            # The library's Llama makes the mask of full attention only.
+            if inputs_embeds is None:
+                inputs_embeds, input_ids = self.embed_tokens(input_ids), None
+            masked = {"past_key_values": past_key_values, "position_ids": position_ids}
+            kwargs["window_mask"] = self._window_mask(inputs_embeds, attention_mask, **masked)
         if _is_traced_in_vain(past_key_values, self.config):
             forward = partial(_untraced, forward)
         return forward(
@@ -626,25 +650,14 @@ class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):
             **kwargs,
         )
 
-    def _check_window(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, cache) -> None:
-        """Reject a text beyond the sliding window, which a dense Mistral would no longer see as a whole."""
-        window = getattr(self.config, "sliding_window", None)
-        new = input_ids if inputs_embeds is None else inputs_embeds
-        if window is None or new is None:
-            return
-        capacity = getattr(cache, "capacity", None)  # asking such a cache for its length would wait for the device
-        if capacity:
-            slots, text = capacity, f"capacity={capacity}"
-        else:
-            slots = new.shape[1]
-            if cache is not None:
-                slots += cache.get_seq_length()
-            text = f"a text of {slots} slots"
-        if slots > window:
-            raise ValueError(
-                f"sliding_window={window}: {text} exceeds it, and must not; attention over a sliding window is not "
-                "supported"
-            )
+    @property
+    def _has_windows(self) -> bool:
+        """Whether a layer has a sliding window."""
+        return any(map(self.config.layer_window, range(self.config.num_hidden_layers)))
+
+    def _window_mask(self, embeds: torch.Tensor, attention_mask, **kwargs) -> torch.Tensor | None:
+        """Mask, for the layers with a sliding window, of new tokens `[B, L, C]` behind a stock cache or none."""
+        return create_sliding_window_causal_mask(self.config, embeds, attention_mask, **kwargs)
 
     def _check_training(self, latent: bool) -> None:
         """Reject a cache in training mode where it would be filled twice, or a dropout left out."""
@@ -681,9 +694,11 @@ class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):
         if kwargs.get("output_attentions", self.config.output_attentions):
             step = replace(step, slots=step.slot_positions(past_key_values))
         # The first chunk attends to itself by the library's functions; later ones read the cache by its own lengths.
-        causal_mask = None
+        causal_mask = window_mask = None
         if not step.has_past:
             causal_mask = create_causal_mask(self.config, hidden_states, attention_mask, past_key_values=None)
+            if self._has_windows:
+                window_mask = self._window_mask(hidden_states, attention_mask, past_key_values=None)
 
         # An error in a layer leaves no layer with tokens that the others have not.
         with past_key_values.transaction():
@@ -691,6 +706,7 @@ class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):
                 hidden_states = layer(
                     hidden_states,
                     attention_mask=causal_mask,
+                    window_mask=window_mask,
                     position_ids=step.positions,
                     past_key_values=past_key_values,
                     use_cache=use_cache,
@@ -805,13 +821,7 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
         ):
             return None
         # Rounded up, so that a compiled step serves texts of other lengths too.
-        capacity = -(-max_cache_length // CAPACITY_STEP) * CAPACITY_STEP
-        window = getattr(self.config, "sliding_window", None)
-        if window is not None and capacity > window:
-            if max_cache_length > window:
-                return None  # the text may end before; if it does not, the step that exceeds the window is refused
-            capacity = window
-        cache = self.create_kivi_cache(capacity=capacity)
+        cache = self.create_kivi_cache(capacity=-(-max_cache_length // CAPACITY_STEP) * CAPACITY_STEP)
         cache.made_by_generate = True
         if not self._valid_auto_compile_criteria({"past_key_values": cache}, generation_config):
             return None

@@ -16,7 +16,7 @@ from modules.cache.file import export_layer, parse_layer, read_cache_file, write
 from modules.cache.fingerprint import DIGESTS, differences, model_fingerprint
 from modules.cache.fixed import FixedLatentLayer
 from modules.cache.growing import KIVILatentLayer
-from modules.cache.layer import LatentLayer, TokenScore, in_any_mode, storage_nbytes
+from modules.cache.layer import LatentLayer, TokenScore, in_any_mode, settle_model, storage_nbytes
 from modules.cache.quantization_config import parse_quantization_config
 from modules.cache.rows import column
 from modules.cache.scheme import SIDES, CacheScheme, LayerScales, LayerWidths, SinkChannels
@@ -78,19 +78,16 @@ class KIVILatentCache(TransactionalCache):
         scheme, scales = self.layer_schemes.get(layer_idx, self.scheme), self.static_scales.get(layer_idx)
         return new_layer(scheme, widths, scales, self.backend, score, capacity=self.capacity)
 
-    def layer(self, layer_idx: int, widths: LayerWidths | None = None) -> LatentLayer:
-        """The cache of a layer, added if need be; `widths` are those of the model that asks."""
+    def layer(
+        self, layer_idx: int, widths: LayerWidths | None = None, sliding_window: int | None = None
+    ) -> LatentLayer:
+        """The cache of a layer, added if need be; `widths` and `sliding_window` are those of the model that asks."""
         # A drop-in cache does not know how many layers the model has.
         while len(self.layers) <= layer_idx:
             self.layers.append(self._new_layer(len(self.layers)))
-        layer = self.layers[layer_idx]
-        if widths is not None and layer.is_initialized and layer.widths != widths:
-            raise ValueError(
-                f"layer {layer_idx}: holds keys and values of {layer.widths} channels by head group, the model's have "
-                f"{widths}"
-            )
-        layer.given_widths = layer.given_widths or widths
-        return layer
+        if widths is not None:
+            settle_model(layer_idx, self.layers[layer_idx], widths, sliding_window)
+        return self.layers[layer_idx]
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         layer = self.layer(layer_idx)
@@ -377,6 +374,11 @@ def config_widths(config: ALRDLlamaConfig) -> list[LayerWidths]:
     """Channels that each layer of a cache of a model holds, by head group; checks the config."""
     config.check_latent_cache()
     return list(map(config.layer_widths, range(0, config.num_hidden_layers, config.layer_group_size)))
+
+
+def config_windows(config: ALRDLlamaConfig) -> list[int | None]:
+    """Sliding window of each layer of a cache of a model; `None` where a query sees all tokens before it."""
+    return list(map(config.layer_window, range(0, config.num_hidden_layers, config.layer_group_size)))
 
 
 def config_sink_channels(config: ALRDLlamaConfig) -> list[SinkChannels | None]:

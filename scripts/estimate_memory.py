@@ -1,7 +1,7 @@
 """Bytes that a KV cache will take, before anything is loaded: packed latents against dense keys and values.
 
 Reads nothing but the model's config.json. Everything is counted: codes, scales and zero points, the full-precision
-window and sinks, the block table.
+window and sinks, the block table. A layer with a sliding window holds no more than that, here as in the dense cache.
 
     python scripts/estimate_memory.py --model meta-llama/Llama-2-7b-hf --dtype float16 --rank 0.5
     python scripts/estimate_memory.py --rank 128 --k_bits 4 --v_bits 3 --length 4096 32768 --batch_size 8
@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 import torch
 
-from configuration_alrd_llama import SIDES, check_positive
+from configuration_alrd_llama import SIDES, ALRDLlamaConfig, check_positive
 from modules.cache.scheme import TABLE_ENTRY_NBYTES, CacheScheme, LayerWidths, SinkChannels
 from modules.files import write_json
 from modules.fit.budget import dense_nbytes
-from modules.kivi_cache import config_schemes, config_sink_channels, config_widths
+from modules.kivi_cache import config_schemes, config_sink_channels, config_widths, config_windows
 from scripts.common import (
     BUNDLED_MODEL,
     DTYPES,
@@ -69,9 +69,10 @@ def layer_breakdown(
     dtype: torch.dtype,
     batch_size: int = 1,
     sink_channels: SinkChannels | None = None,
+    sliding_window: int | None = None,
 ) -> dict[str, int]:
     """Bytes of rows of `length` tokens in one layer by what they hold; the sum is all that the layer takes."""
-    held = scheme.held(length)
+    held = scheme.held(length, sliding_window)
     codes, parameters = 0, 0
     for codec in scheme.codecs(widths, dtype).values():
         for name, (shape, field_dtype) in codec.fields().items():
@@ -81,7 +82,7 @@ def layer_breakdown(
             else:
                 codes += nbytes
     table = held.blocks * TABLE_ENTRY_NBYTES
-    exact = scheme.layer_nbytes(length, widths, dtype, sink_channels) - codes - parameters - table
+    exact = scheme.layer_nbytes(length, widths, dtype, sink_channels, sliding_window) - codes - parameters - table
     parts = {"codes": codes, "parameters": parameters, "exact": exact, "table": table}
     parts = {name: batch_size * nbytes for name, nbytes in parts.items()}
     return parts | {"parameters": parts["parameters"] + scheme.static_nbytes(widths)}
@@ -94,16 +95,25 @@ def layer_room(
     dtype: torch.dtype,
     batch_size: int,
     sink_channels: SinkChannels | None = None,
+    sliding_window: int | None = None,
 ) -> int:
     """Bytes that a layer of `batch_size` rows allocates at most: the pool has a quarter of slack, the window room."""
-    table = scheme.held(length).blocks * TABLE_ENTRY_NBYTES
-    blocks = batch_size * scheme.held(length).blocks
+    held = scheme.held(length, sliding_window)
+    table, blocks = held.blocks * TABLE_ENTRY_NBYTES, batch_size * held.blocks
     slot = scheme.slot_nbytes(widths, dtype)
     channels = sum(map(sum, widths))
     of_sink = sum(sink_channels.values()) if sink_channels else channels
     window = scheme.residual_length + scheme.block_length
     exact = (window * channels + scheme.sink_length * of_sink) * dtype.itemsize
     return (blocks + blocks // 4) * slot + batch_size * (table + exact) + scheme.static_nbytes(widths)
+
+
+def dense_cache_nbytes(model: ALRDLlamaConfig, length: int, dtype: torch.dtype, batch_size: int) -> int:
+    """Bytes of a dense cache, whose layers with a sliding window hold one token less than that."""
+    tokens = 0
+    for window in map(model.layer_window, range(model.num_hidden_layers)):
+        tokens += length if window is None else min(length, window - 1)
+    return dense_nbytes(model, tokens, dtype, batch_size) // model.num_hidden_layers
 
 
 def _range(values: tuple[int, ...]) -> str:
@@ -117,22 +127,20 @@ def main(config: EstimateConfig) -> dict[str, Any]:
     model, is_split = latent_config(config.model, config.rank, config.head_group_size)
     dtype = getattr(torch, config.dtype) if config.dtype else model.dtype or torch.float16
     scheme, tiered = config_schemes(model, **config.cache_settings())
-    layers = [
-        (tiered.get(i, scheme), widths, sinks)
-        for i, (widths, sinks) in enumerate(zip(config_widths(model), config_sink_channels(model), strict=True))
-    ]
+    by_layer = zip(config_widths(model), config_sink_channels(model), config_windows(model), strict=True)
+    layers = [(tiered.get(i, scheme), *of_layer) for i, of_layer in enumerate(by_layer)]
 
     estimates = []
     for length in config.length:
         parts = [
-            layer_breakdown(its_scheme, length, widths, dtype, config.batch_size, sinks)
-            for its_scheme, widths, sinks in layers
+            layer_breakdown(its_scheme, length, widths, dtype, config.batch_size, *how)
+            for its_scheme, widths, *how in layers
         ]
         breakdown = dict.fromkeys(parts[0], 0)
         for part in parts:
             for name, nbytes in part.items():
                 breakdown[name] += nbytes
-        dense, packed = dense_nbytes(model, length, dtype, config.batch_size), sum(breakdown.values())
+        dense, packed = dense_cache_nbytes(model, length, dtype, config.batch_size), sum(breakdown.values())
         estimates.append(
             {
                 "length": length,
@@ -143,13 +151,13 @@ def main(config: EstimateConfig) -> dict[str, Any]:
                 "packed_per_token": packed / (length * config.batch_size),
                 "breakdown": breakdown,
                 "allocated_at_most": sum(
-                    layer_room(its_scheme, length, widths, dtype, config.batch_size, sinks)
-                    for its_scheme, widths, sinks in layers
+                    layer_room(its_scheme, length, widths, dtype, config.batch_size, *how)
+                    for its_scheme, widths, *how in layers
                 ),
             }
         )
 
-    channels = [list(map(sum, widths)) for _, widths, _ in layers]
+    channels = [list(map(sum, widths)) for _, widths, *_ in layers]
     full = model.num_key_value_heads * model.head_dim
     print(f"{config.model}: {model.num_hidden_layers} layers, {full} key and value channels, {dtype}, ", end="")
     print(f"batch {config.batch_size}")

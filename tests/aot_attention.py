@@ -143,6 +143,7 @@ def cases(everything: bool):
         yield f"llama3 joint 512 2-bit{suffix}", lambda n=length: llama3(2, (512,), n)
         yield f"llama2 groups of four 2-bit{suffix}", lambda n=length: llama2(n)
         yield f"tiny tiers static{suffix}", lambda n=length: tiny(n)
+    yield "llama3 rank 64 2-bit window", lambda: llama3(2) | {"sliding_window": 4096}
     yield "llama3 rank 64 3-bit", lambda: llama3(3)
     yield "llama3 rank 64 6-bit", lambda: llama3(6)
     yield "llama3 rank 64 1.58-bit", lambda: llama3(1.58, symmetric=True)

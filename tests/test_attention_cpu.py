@@ -242,7 +242,10 @@ def plain(step: Step) -> torch.Tensor:
     keys, query = rotate(keys, at), rotate(query, positions)
     values = split_groups(values, arguments["value_widths"]).transpose(1, 2)
     keys, values = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (keys, values))
-    seen = valid[:, None, None] & (at[:, None, None] <= positions[:, None, :, None])
+    distances = positions[:, None, :, None] - at[:, None, None]
+    seen = valid[:, None, None] & (distances >= 0)
+    if arguments.get("sliding_window"):
+        seen &= distances < arguments["sliding_window"]
     attend = torch.nn.functional.scaled_dot_product_attention
     result = attend(query, keys, values, attn_mask=seen, scale=arguments["scaling"])
     return result.where(seen.any(-1, keepdim=True), 0)
@@ -452,6 +455,62 @@ def test_tiers(name, orientation, dtype):
     if orientation == "per_channel" and name in ("unsorted", "missing"):
         static = side(2, orientation, 64, tiers=tiers, static=True)
         check(make_step(static, static, dtype, ranks=(widths, widths)))
+
+
+# ---- sliding windows
+
+#: Keys, values and shape: runs and blocks of every kind that a window may cut.
+WINDOWED = {
+    "joint": (side(2), side(3, "per_token", 0), {"ranks": ((21,), (23,))}),
+    "per head": (side(4, group_size=20), side(2, "per_token"), {"heads": (8, 2)}),
+    "calibrated": (scaled(3), scaled(2), {"token_sizes": True, "bias": True}),
+    "states": (side(16), side(16), {"heads": (6, 6), "ranks": ((12,) * 6, (40,))}),
+    "dense": (side(2), side(2), {"dense": True}),
+    "tiers": (
+        side(2, group_size=20, tiers=(((5, 8), (7, 2)), ((9, 3), (3, 1)))),
+        side(2, "per_token", 20, tiers=(((24, 4),),)),
+        {"ranks": ((12, 12), (24,))},
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", WINDOWED)
+def test_sliding_windows(name, dtype):
+    """Windows that end in the new tokens, in the window in full precision, in blocks, in the sinks, and beyond."""
+    keys, values, shape = WINDOWED[name]
+    real = torch.tensor([[True, False, True, True, False], [False, True, True, True, True]])
+    cases = ({"tokens": (700,)}, {"tokens": (433, 211), "new": 5, "real": real}, {"tokens": (390, 128, 20), "new": 16})
+    for windows, case in zip(((1, 300, 699), (2, 150, 430), (24, 131, 2**40)), cases, strict=True):
+        step = make_step(keys, values, dtype, **shape, **case)
+        check(*[step.but(sliding_window=window) for window in windows])
+        whole = step.but(sliding_window=10_000)
+        assert torch.equal(whole(), step())
+
+
+@pytest.mark.parametrize("threads", (1, 3))
+def test_blocks_before_a_window_are_not_read(threads):
+    """NaN in each block that no query sees: rows of their own lengths, and a block that a crop has cut."""
+    step = make_step(side(16), side(16), torch.float32, tokens=(900, 640), edit=crop(20), new=2)
+    window = 300
+    for row in step.layer.rows:
+        first = row.tokens + 1 - window
+        unseen = [slot for slot, start, n in zip(row.blocks, row.starts, row.counts) if start + n <= first]
+        assert len(unseen) > 1
+        for fields in step.layer.pool.storage.values():
+            fields["states"][unseen] = torch.nan
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = step.but(sliding_window=window)()
+    finally:
+        torch.set_num_threads(before)
+    assert torch.isfinite(found).all() and not torch.isfinite(step()).all()
+
+
+def test_windows_of_one_latent_for_keys_and_values():
+    step = joint(make_step(scaled(2), side(16), torch.bfloat16, (6, 2), 16, ((21,), (1,)), (500, 211), 3, bias=True))
+    check(*[step.but(sliding_window=window) for window in (100, 333)])
 
 
 # ---- heads and sizes
@@ -1069,6 +1128,7 @@ def test_instructions():
 def test_avx2():
     """Some of these tests with the instructions of a processor without AVX-512."""
     chosen = "instructions or (widths and bfloat16) or (beyond and True) or (tiers and bfloat16) or yarn or any_step"
+    chosen += " or sliding"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, __file__],
         cwd=ROOT,

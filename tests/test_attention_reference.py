@@ -44,6 +44,8 @@ def directly(query: LatentQuery, tiles: list[Tile]) -> Attended:
     keys = query.rope.rotate(keys.transpose(1, 2), at[:, None]).repeat_interleave(shared, 1)
     scores = query.rope.rotate(states, query.positions[:, None]) @ keys.transpose(2, 3) * query.scaling
     seen = valid[:, None, None] & (at[:, None, None] <= query.positions[:, None, :, None])
+    if query.sliding_window is not None:
+        seen &= at[:, None, None] > query.positions[:, None, :, None] - query.sliding_window
     scores = scores.masked_fill(~seen, -torch.inf)
     weights = scores.softmax(-1).nan_to_num(0.0)
     values = split_groups(torch.cat([tile.values[:, 0] for tile in tiles], 1).double(), VALUE_RANKS).transpose(1, 2)
@@ -65,6 +67,17 @@ def test_sums_and_logarithms_are_those_of_the_softmax(query_heads, length, dtype
     attended = latent_attention(query, PackedCache(before=tuple(tiles[:1]), after=tuple(tiles[1:])))
     assert attended.summed.dtype == attended.log_sum.dtype == dtype
     assert_close(attended, directly(query, tiles))
+
+
+@pytest.mark.parametrize("sliding_window", [1, 3, 20, 60, 75, 2**40])
+def test_a_sliding_window(sliding_window):
+    """One that ends in the new tokens, in the blocks, in the sinks; one that all fit."""
+    query, tiles = case(torch.float64, 6, 7)
+    query = replace(query, sliding_window=sliding_window)
+    found = latent_attention(query, PackedCache(after=tuple(tiles)), 75)
+    assert_close(found, directly(query, tiles))
+    # A query sees as many positions as fit the window, its own the last.
+    assert torch.equal((found.weights > 0).sum(-1)[:, 0], (query.positions + 1).clamp(max=sliding_window))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

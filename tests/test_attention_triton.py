@@ -63,6 +63,7 @@ def step(
     rotary=None,
     token_sizes=False,
     joint=False,
+    sliding_window=None,
 ) -> dict:
     """Arguments of an attention step of rows that hold `tokens` tokens each, left-padded.
 
@@ -113,6 +114,7 @@ def step(
         "value_widths": tuple(value_ranks),
         "rope": rotary or Rope(frequencies, 1.25) if rope else None,
         "scaling": size**-0.5,
+        "sliding_window": sliding_window,
     }
 
 
@@ -169,7 +171,8 @@ def plain_result(arguments: dict) -> torch.Tensor:
 
     shared = query.shape[1] // keys.shape[1]
     query, keys = rotated(query, arguments["positions"]), rotated(keys, positions).repeat_interleave(shared, 1)
-    seen = valid[:, None] & (positions[:, None] <= arguments["positions"][..., None])
+    distance = arguments["positions"][..., None] - positions[:, None]
+    seen = valid[:, None] & (distance >= 0) & (distance < (arguments["sliding_window"] or 2**30))
     scores = (query @ keys.transpose(2, 3) * arguments["scaling"]).masked_fill(~seen[:, None], -torch.inf)
     groups = split_groups(values, widths).transpose(1, 2).repeat_interleave(query.shape[1] // len(widths), 1)
     return scores.softmax(-1, dtype=torch.float32).to(dtype) @ groups
@@ -296,6 +299,9 @@ SHAPES = {
     "left padding": {"tokens": (75, 40, 110), "length": 2},
     "cropped": {"tokens": (110, 90), "crop": 30, "length": 3},
     "large frequencies": {"rotary": Rope(torch.rand(8) * 3, 0.5), "tokens": (130,)},
+    "window": {"tokens": (110, 45), "length": 3, "sliding_window": 50},
+    "window inside the new tokens": {"tokens": (75,), "length": 5, "sliding_window": 2},
+    "window of dense keys": {"expand": False, "heads": (2, 2), "value_ranks": (16, 16), "sliding_window": 33},
     "one latent for keys and values": {
         "joint": True,
         "keys": QuantScheme(2, group_size=32, **SCALED),
@@ -306,7 +312,7 @@ SHAPES = {
 }
 
 
-USUAL_SHAPES = ("joint", "one latent for keys and values", "per head, unequal", "dense keys", "left padding")
+USUAL_SHAPES = ("joint", "one latent for keys and values", "per head, unequal", "dense keys", "left padding", "window")
 
 
 @pytest.mark.parametrize("name", some(SHAPES, *USUAL_SHAPES))

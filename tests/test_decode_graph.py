@@ -232,14 +232,14 @@ def test_pads_beyond_the_first_chunk_of_a_prompt(model, on_cuda, chunk):
     assert torch.equal(*texts)
 
 
-def test_capacity_stays_in_the_sliding_window(tmp_path, on_cuda):
-    """Rounding it up must not exceed the window; nor is a text refused for a length that it does not reach."""
-    dense = MistralForCausalLM(MistralConfig(**TINY_LLAMA | {"max_position_embeddings": 300}, sliding_window=300))
+def test_a_step_within_a_sliding_window_is_replayed(tmp_path, on_cuda):
+    """The text outgrows the window while the graph is replayed: as a cache that grows gives it."""
+    dense = MistralForCausalLM(MistralConfig(**TINY_LLAMA, sliding_window=45))
     model = tiny_split(tmp_path, 24, 2, dense=dense.eval(), **SMALL)
-    cache = model.generate(**prompt(), max_new_tokens=20, do_sample=False, return_dict_in_generate=True).past_key_values
-    assert cache.row_tokens() == [48, 59] and len(StandInGraph.captured) == 1
-    ends = {"eos_token_id": list(range(97)), "pad_token_id": 0}
-    assert model.generate(**prompt(), max_length=400, do_sample=False, **ends).shape == (2, 41)
+    asked = {**prompt(), "max_new_tokens": 20, "do_sample": False}
+    found = model.generate(**asked, return_dict_in_generate=True)
+    assert found.past_key_values.row_tokens() == [48, 59] and len(StandInGraph.captured) == 1
+    assert torch.equal(found.sequences, model.generate(**asked, disable_compile=True))
 
 
 def test_capacity_is_rounded_up(model, on_cuda):

@@ -94,6 +94,19 @@ class ExactTokens:
             leaving[name] = due.unflatten(0, (step.blocks, len(due) // max(step.blocks, 1)))
         return leaving
 
+    def push_one(self, ends: tuple[int, ...], new: dict[str, torch.Tensor]) -> None:
+        """Put one new token of each row, `[B, 1, C]` of each side of the window, behind the rows' `ends`."""
+        for name, x in new.items():
+            window = self.window[name]
+            # Rows of equal length are the rule, and a copy of a slice is cheaper than a scatter.
+            if len(set(ends)) == 1:
+                window.narrow(1, ends[0], 1).copy_(x)
+                continue
+            index = counts_of_rows(ends, window.device, torch.int64)
+            if x.dim() == 3:
+                index = index[..., None].expand_as(x)
+            window.scatter_(1, index, x)
+
     def tiles(self, place: str, starts: tuple[int, ...], counts: tuple[int, ...]) -> tuple[Tile, ...]:
         """`tile` of rows that are counted on the host; none if no row has a token."""
         longest = max(counts)

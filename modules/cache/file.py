@@ -25,6 +25,9 @@ KEY, CHECKSUM, VERSION = "kivi_latent_cache", "sha256", 4
 #: Tensors of the calibrated scales of a side.
 STATIC_NAMES = ("scale", "zero_point")
 
+#: What a layer's record has only where sinks are not as wide as the window, or where there is a sliding window.
+OPTIONAL_FIELDS = ("sink_channels", "sliding_window")
+
 #: Types that states can have.
 STATE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -99,9 +102,13 @@ def export_layer(layer: LatentLayer) -> tuple[dict[str, torch.Tensor], dict]:
     places = {slot: i for i, slot in enumerate(live)}
     records = [row.moved(places)._asdict() for row in rows]
     record = {"slots": layer.slots, "widths": layer.widths, "rows": records}
-    # Named only where sinks are not as wide as the window, so that other files stay as they were.
-    if layer.sink_channels is not None:
-        record["sink_channels"] = layer.sink_channels
+    # Named only where there is such a thing, so that other files stay as they were.
+    for row in records:
+        if not row["dropped"]:
+            del row["dropped"]
+    for name in OPTIONAL_FIELDS:
+        if getattr(layer, name) is not None:
+            record[name] = getattr(layer, name)
     return tensors, record
 
 
@@ -124,9 +131,10 @@ def parse_layer(tensors: dict[str, torch.Tensor], record: dict, scheme: CacheSch
         ValueError: Tensors and record are not those of a layer of this scheme.
     """
     tensors = dict(tensors)
-    if set(record) - {"sink_channels"} not in ({"slots"}, {"slots", "widths", "rows"}) or len(record) == 2:
-        raise ValueError(f"record: {sorted(record)} must be slots, and widths and rows unless nothing was fed")
     is_fed = "rows" in record
+    optional = set(OPTIONAL_FIELDS) if is_fed else set()
+    if set(record) - optional not in ({"slots"}, {"slots", "widths", "rows"}):
+        raise ValueError(f"record: {sorted(record)} must be slots, and widths and rows unless nothing was fed")
     _check_integers("slots", [record["slots"]], 0, 2**62 if is_fed else 0)
     # Whatever is taken out of `tensors` is accounted for; what is left at the end does not belong to a layer.
     saved = SavedLayer({}, record["slots"])
@@ -173,6 +181,9 @@ def _parse_tokens(saved: SavedLayer, tensors: dict, record: dict, scheme: CacheS
         if set(saved.sink_channels) != set(SIDES):
             raise ValueError("sink_channels: must be those of keys and values")
         _check_integers("sink_channels", list(saved.sink_channels.values()), 1, 2**31)
+    saved.sliding_window = record.get("sliding_window")
+    if saved.sliding_window is not None:
+        _check_integers("sliding_window", [saved.sliding_window], 1, 2**62)
     for side, (scale, _) in saved.static_scales.items():
         if scale.shape != (channels.get(side),):
             raise ValueError(f"static.{side}.scale: {list(scale.shape)} must be one for each channel")
@@ -190,6 +201,8 @@ def _parse_tokens(saved: SavedLayer, tensors: dict, record: dict, scheme: CacheS
     # Blocks are counted by the first field of the keys, and all other fields must have as many.
     count = len(tensors.get(f"keys.{next(iter(codecs['keys'].fields()))}", ()))
     saved.rows = [parse_row(row, scheme, record["slots"], count) for row in rows]
+    if any(row.sees_dropped(saved.sliding_window) for row in saved.rows):
+        raise ValueError(f"row: dropped must be tokens behind sliding_window={saved.sliding_window}")
     for side, codec in codecs.items():
         saved.blocks[side] = {}
         for name, (shape, dtype) in codec.fields().items():
@@ -202,7 +215,7 @@ def parse_row(record: dict, scheme: CacheScheme, slots: int, blocks: int) -> Row
     Raises:
         ValueError: The record is not that of such a row.
     """
-    if not isinstance(record, dict) or set(record) != set(Row._fields):
+    if not isinstance(record, dict) or set(record) | {"dropped"} != set(Row._fields):
         raise ValueError(f"row: must have {', '.join(sorted(Row._fields))}")
     _check_integers("row: sinks", [record["sinks"]], 0, scheme.sink_length)
     _check_integers("row: window", [record["window"]], 0, scheme.longest_window)
@@ -218,8 +231,9 @@ def parse_row(record: dict, scheme: CacheScheme, slots: int, blocks: int) -> Row
         raise ValueError("row: pads must be rising ranges")
     if len(record["blocks"]) != len(record["counts"]):
         raise ValueError("row: blocks and counts must be as many")
-    pads = tuple(map(tuple, record["pads"]))
-    row = Row(record["sinks"], record["window"], tuple(record["blocks"]), tuple(record["counts"]), pads)
+    pads, dropped = tuple(map(tuple, record["pads"])), record.get("dropped", 0)
+    _check_integers("row: dropped", [dropped], 0, slots)
+    row = Row(record["sinks"], record["window"], tuple(record["blocks"]), tuple(record["counts"]), pads, dropped)
     if row.slots != slots:
         raise ValueError(f"row: tokens and pads must be its {slots} slots")
     return row

@@ -66,6 +66,9 @@ class FixedLatentLayer(LatentLayer):
     def slots(self) -> int:
         return max(column(self.rows, "slots"), default=0)
 
+    def give_back(self) -> None:
+        """Nothing: a sliding window only masks here, and every token keeps the room that it was given."""
+
     def row_lengths(self) -> list[int] | torch.Tensor:
         return self.store.lengths if self.is_fed else []
 

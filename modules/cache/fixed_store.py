@@ -140,12 +140,13 @@ def _attend_in_graph(
     inv_freq: torch.Tensor,
     attention_scaling: float,
     scaling: float,
+    sliding_window: int | None,
     plan: str,
 ) -> torch.Tensor:
     expand_keys = None if weight is None else Expansion(weight, bias, tuple(ranks), num_heads)
     rope = Rope(inv_freq, attention_scaling)
     return FixedStore.of(tensors, plan).attend_and_append(
-        LatentQuery(query, positions, expand_keys, tuple(value_widths), rope, scaling),
+        LatentQuery(query, positions, expand_keys, tuple(value_widths), rope, scaling, sliding_window),
         NewTokens(keys, values, start, count, real, order),
     )
 
@@ -431,6 +432,7 @@ class FixedStore:
             rope.inv_freq,
             rope.attention_scaling,
             query.scaling,
+            query.sliding_window,
             self.plan_name,
         )
 

@@ -7,6 +7,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from operator import add
 from typing import NamedTuple
 
@@ -16,9 +17,9 @@ from modules.cache.codecs import Fields
 from modules.cache.exact import ExactTokens
 from modules.cache.layer import LatentLayer, dense_channels, in_any_mode, warn_of_small_states
 from modules.cache.pool import BlockPool
-from modules.cache.rows import Row, block_table, column, pad_ranges, sink_slots
+from modules.cache.rows import Row, block_table, check_seen, column, pad_ranges, sink_slots
 from modules.cache.scheme import LayerScales, LayerWidths, SinkChannels
-from modules.kernels.packed import LatentQuery, NewTokens, PackedCache, Tile, counts_of_rows
+from modules.kernels.packed import LatentQuery, NewTokens, PackedCache, Tile
 
 
 class _Table(NamedTuple):
@@ -37,12 +38,29 @@ class _Table(NamedTuple):
     window_starts: tuple[int, ...]
 
 
-class _Savepoint(NamedTuple):
-    """The state before appends; they replace these objects, or write only behind the tokens counted here."""
+@dataclass(eq=False)
+class _Savepoint:
+    """The state before appends; they replace these objects, or write only behind the tokens counted here.
+
+    It owns the blocks of its rows, as some may be dropped that a rollback brings back.
+    """
 
     slots: int
     rows: list[Row]
     exact: ExactTokens
+
+    @classmethod
+    def of(cls, layer: "KIVILatentLayer") -> "_Savepoint":
+        with layer.pool.lock:
+            savepoint = cls(layer.slots, layer.rows, layer.exact)
+            layer.pool.owners.add(savepoint)
+        return savepoint
+
+    def block_slots(self) -> Iterator[int]:
+        return chain.from_iterable(column(self.rows, "blocks"))
+
+    def move_blocks(self, moved: dict[int, int]) -> None:
+        self.rows = [row.moved(moved) for row in self.rows]
 
 
 @dataclass
@@ -56,7 +74,7 @@ class SavedLayer:
         rows: Bookkeeping, with the places of blocks in `blocks` for their slots.
         exact: Sinks and windows.
         blocks: Fields of the packed blocks by side.
-        sink_channels: As `KIVILatentLayer.sink_channels`.
+        sink_channels, sliding_window: As `KIVILatentLayer` has them.
     """
 
     static_scales: LayerScales
@@ -66,6 +84,7 @@ class SavedLayer:
     exact: ExactTokens | None = None
     blocks: dict[str, Fields] = field(default_factory=dict)
     sink_channels: SinkChannels | None = None
+    sliding_window: int | None = None
 
 
 def add_received(
@@ -139,6 +158,7 @@ class KIVILatentLayer(LatentLayer):
         self.rows: list[Row] = []
         self.pool, self.exact, self.sink_channels = None, ExactTokens({}, {}), None
         self._table: _Table | None = None
+        self._has_dropped = False
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
@@ -203,17 +223,7 @@ class KIVILatentLayer(LatentLayer):
 
     def _append_one(self, states: dict[str, torch.Tensor]) -> None:
         """The common decode step: one token per row into the window, nothing to pack."""
-        ends = column(self.rows, "window")
-        for name, x in states.items():
-            window = self.exact.window[name]
-            # Rows of equal length are the rule, and a copy of a slice is cheaper than a scatter.
-            if len(set(ends)) == 1:
-                window.narrow(1, ends[0], 1).copy_(x)
-                continue
-            index = counts_of_rows(ends, self.device, torch.int64)
-            if x.dim() == 3:
-                index = index[..., None].expand_as(x)
-            window.scatter_(1, index, x)
+        self.exact.push_one(column(self.rows, "window"), states)
         self.rows = [row._replace(window=row.window + 1) for row in self.rows]
 
     def _append_many(self, states: dict[str, torch.Tensor], first: dict, real: torch.Tensor | None) -> None:
@@ -222,23 +232,26 @@ class KIVILatentLayer(LatentLayer):
         exact, steps, encoded = self.exact.clone(), [], []
         for index, row in enumerate(self.rows):
             new = _choose(states, index, real, self.device)
-            step = row.step(len(new["keys"]), self.scheme)
+            step = row.step(len(new["keys"]), self.scheme, self.sliding_window)
             due = exact.push(index, row, step, new, _choose(first, index, real, self.device))
             steps.append(step)
-            if step.blocks:
+            if step.packed:
+                # Blocks that no query will see are not packed at all.
+                due = {name: x[-step.packed :] for name, x in due.items()}
                 encoded.append(self.pool.encode(due, due.get("score")))
 
         # Slots are this layer's from the moment that its rows name them; until then the lock keeps others away.
         with self.pool.lock:
             written, rows = iter(self.pool.write(*encoded)), []
             for index, (row, step) in enumerate(zip(self.rows, steps, strict=True)):
-                slots = next(written) if step.blocks else ()
+                slots = next(written) if step.packed else ()
                 pads = () if real is None else pad_ranges(real[index].tolist(), self.slots)
                 rows.append(row.after(step, slots, self.scheme.block_length, pads))
             self.rows, self.exact, self._table = rows, exact, None
+        self._has_dropped |= any(column(steps, "unseen"))
 
     def savepoint(self) -> _Savepoint | None:
-        return _Savepoint(self.slots, self.rows, self.exact) if self.is_initialized else None
+        return _Savepoint.of(self) if self.is_initialized else None
 
     @in_any_mode
     def rollback(self, savepoint: _Savepoint | None) -> bool:
@@ -247,12 +260,15 @@ class KIVILatentLayer(LatentLayer):
             self.clear()
             return True
         with self.pool.lock:
-            # The first blocks of a row are those of the savepoint, wherever they have moved.
-            rows = []
-            for old, now in zip(savepoint.rows, self.rows, strict=True):
-                rows.append(old._replace(blocks=now.blocks[: len(old.blocks)]))
-            self._edit(rows, savepoint.exact, savepoint.slots)
+            self._edit(savepoint.rows, savepoint.exact, savepoint.slots)
         return True
+
+    @in_any_mode
+    def give_back(self) -> None:
+        if self._has_dropped:
+            self._has_dropped = False
+            with self.pool.lock, suppress(RuntimeError, MemoryError):
+                self.pool.trim()
 
     def row_lengths(self) -> list[int]:
         return list(column(self.rows, "tokens"))
@@ -320,6 +336,7 @@ class KIVILatentLayer(LatentLayer):
         removed = -int(tokens_to_remove)  # assisted decoding of transformers 5.17 gives a tensor
         if not 0 <= removed <= self.slots:
             raise ValueError(f"tokens_to_remove={-removed}: must be 0 or negative, the slots to remove of {self.slots}")
+        check_seen([row.cropped(self.slots - removed) for row in self.rows], self.scheme, self.sliding_window)
 
         def edit() -> None:
             if removed and self.is_initialized:
@@ -330,13 +347,15 @@ class KIVILatentLayer(LatentLayer):
         return edit
 
     def removal(self, removed: torch.Tensor, kept: torch.Tensor) -> Callable[[], None]:
-        def edit() -> None:
-            rows = []
-            with self.pool.lock:
-                for row, count, real in zip(self.rows, removed.tolist(), kept.tolist(), strict=True):
-                    rows.append(row.shortened(row.tokens - count, pad_ranges(real)))
-                self._edit(rows, self.exact, self.slots)
+        def shortened() -> list[Row]:
+            rows = zip(self.rows, removed.tolist(), kept.tolist(), strict=True)
+            return [row.shortened(row.tokens - count, pad_ranges(real)) for row, count, real in rows]
 
+        def edit() -> None:
+            with self.pool.lock:
+                self._edit(shortened(), self.exact, self.slots)
+
+        check_seen(shortened(), self.scheme, self.sliding_window)
         return edit
 
     def block_slots(self) -> Iterator[int]:
@@ -369,7 +388,7 @@ class KIVILatentLayer(LatentLayer):
             with self.pool.lock:
                 (slots,) = self.pool.write(saved.blocks)
                 self.rows = [row.moved(dict(enumerate(slots))) for row in saved.rows]
-            self.slots, self.exact = saved.slots, saved.exact
+            self.slots, self.exact, self.sliding_window = saved.slots, saved.exact, saved.sliding_window
         except BaseException:
             self.clear()
             raise

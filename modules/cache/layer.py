@@ -107,6 +107,7 @@ class LayerStorage(ABC):
         slots: Tokens and pads fed, of the longest row.
         exact: Sinks and windows.
         pool: The packed blocks.
+        sliding_window: Positions that a query of the model's layer sees at most, its own included; `None`: all.
         counts_on_host: Whether rows are counted on the host, so that their edits take indices there.
     """
 
@@ -114,6 +115,7 @@ class LayerStorage(ABC):
     slots: int
     exact: ExactTokens
     pool: BlockPool | None = None
+    sliding_window: int | None = None
     counts_on_host = True
 
     @abstractmethod
@@ -180,6 +182,10 @@ class LayerStorage(ABC):
     @abstractmethod
     def rollback(self, savepoint: object) -> bool:
         """Forget what was appended since the savepoint; returns whether that could be done."""
+
+    @abstractmethod
+    def give_back(self) -> None:
+        """Give back the room of blocks that a sliding window has left behind, if that has come to be much."""
 
     @abstractmethod
     def selection(self, indices: list[int] | torch.Tensor) -> Callable[[], None]:
@@ -384,8 +390,8 @@ class LatentLayer(RowEdits, CacheLayerMixin):
         return self.packed().tiles(tokens)
 
     def states(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """All cached states, dequantized: `[B, T, C_k]` and `[B, T, C_v]`; of a block, whose sinks have no latents,
-        those of the tokens behind the sinks, the same twice where one latent holds both.
+        """All states that are held, dequantized: `[B, T, C_k]` and `[B, T, C_v]`; of a block, whose sinks have no
+        latents, those of the tokens behind the sinks, the same twice where one latent holds both.
 
         Raises:
             ValueError: The rows hold different numbers of tokens, or hold them in different blocks.
@@ -393,7 +399,7 @@ class LatentLayer(RowEdits, CacheLayerMixin):
         rows = self.rows
         # Rows of equal length may still hold their tokens in blocks of other lengths, after a crop of one of them.
         counts = column(rows, "counts")
-        if len(set(zip(column(rows, "sinks"), counts, column(rows, "window")))) > 1:
+        if len(set(zip(column(rows, "sinks"), column(rows, "dropped"), counts, column(rows, "window")))) > 1:
             raise ValueError(
                 f"rows of {list(column(rows, 'tokens'))} tokens, blocks of {list(counts)}, cannot be read as one tensor"
             )
@@ -487,3 +493,26 @@ class LatentLayer(RowEdits, CacheLayerMixin):
             blocks.update(row.blocks)
         packed = len(blocks) * self.pool.slot_nbytes + entries * TABLE_ENTRY_NBYTES
         return packed + exact + self.scheme.static_nbytes(self.widths)
+
+
+def settle_model(layer_idx: int, layer: LatentLayer, widths: LayerWidths, sliding_window: int | None) -> None:
+    """Note the widths and the sliding window of the model's layer that asks for a layer of a cache.
+
+    Raises:
+        ValueError: The layer holds tokens of another one.
+    """
+    if layer.is_initialized and layer.widths != widths:
+        raise ValueError(
+            f"layer {layer_idx}: holds keys and values of {layer.widths} channels by head group, the model's have "
+            f"{widths}"
+        )
+    layer.given_widths = layer.given_widths or widths
+    if layer.sliding_window == sliding_window:
+        return
+    # Before it is known all tokens are kept.
+    if layer.sliding_window is not None:
+        raise ValueError(
+            f"layer {layer_idx}: holds what a sliding window of {layer.sliding_window} tokens sees, the model's is "
+            f"{sliding_window}"
+        )
+    layer.sliding_window = sliding_window

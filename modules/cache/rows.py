@@ -24,11 +24,15 @@ class Step(NamedTuple):
         to_sinks: New tokens that become sinks; the others go behind the window.
         blocks: Blocks that leave the window.
         window: Tokens that are left in it.
+        packed: The newest of these blocks, which are kept.
+        unseen: Of the row's blocks, these among them, so many at the front that no query will see any more.
     """
 
     to_sinks: int
     blocks: int
     window: int
+    packed: int
+    unseen: int = 0
 
 
 class Row(NamedTuple):
@@ -39,6 +43,7 @@ class Row(NamedTuple):
         blocks: Slots of its packed blocks in the pool.
         counts: Valid tokens of each block: all of them, unless a crop has cut it.
         pads: Ranges of the row's slots that held no token.
+        dropped: Tokens between the sinks and the first block, which a sliding window has left behind.
     """
 
     sinks: int = 0
@@ -46,6 +51,7 @@ class Row(NamedTuple):
     blocks: tuple[int, ...] = ()
     counts: tuple[int, ...] = ()
     pads: Pads = ()
+    dropped: int = 0
 
     @property
     def packed(self) -> int:
@@ -54,7 +60,8 @@ class Row(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        return self.sinks + self.packed + self.window
+        """Tokens that the row stands for, the dropped ones included."""
+        return self.window_start + self.window
 
     @property
     def slots(self) -> int:
@@ -64,30 +71,37 @@ class Row(NamedTuple):
     @property
     def starts(self) -> list[int]:
         """Position of the first token of each block."""
-        return list(accumulate(self.counts, initial=self.sinks))[:-1]
+        return list(accumulate(self.counts, initial=self.sinks + self.dropped))[:-1]
 
     @property
     def window_start(self) -> int:
         """Position of the first token of the window."""
-        return self.sinks + self.packed
+        return self.sinks + self.dropped + self.packed
 
-    def step(self, new_tokens: int, scheme: CacheScheme) -> Step:
-        """Where `new_tokens` go, and what they push out of the window."""
+    def step(self, new_tokens: int, scheme: CacheScheme, sliding_window: int | None = None) -> Step:
+        """Where `new_tokens` go, what they push out of the window, and which blocks a sliding window then drops."""
         # Sinks are a row's first tokens: once others stand behind them there are no more.
-        behind = self.window or self.blocks
+        behind = self.window or self.blocks or self.dropped
         to_sinks = 0 if behind else min(scheme.sink_length - self.sinks, new_tokens)
         window = self.window + new_tokens - to_sinks
         blocks = scheme.flushed_blocks(window)
-        return Step(to_sinks, blocks, window - blocks * scheme.block_length)
+        step = Step(to_sinks, blocks, window - blocks * scheme.block_length, blocks)
+        if sliding_window is None or not blocks:
+            return step
+        counts = self.counts + (scheme.block_length,) * blocks
+        unseen = unseen_blocks(counts, sliding_window)
+        return step._replace(packed=min(blocks, len(counts) - unseen), unseen=unseen)
 
     def after(self, step: Step, slots: tuple[int, ...], block_length: int, pads: Pads) -> "Row":
-        """The row after a `step` whose blocks stand in `slots`, with `pads` among the new tokens."""
+        """The row after a `step` whose blocks, but for the unseen ones, stand in `slots`; `pads`: of the new tokens."""
+        counts = self.counts + (block_length,) * step.blocks
         return Row(
             self.sinks + step.to_sinks,
             step.window,
-            self.blocks + slots,
-            self.counts + (block_length,) * len(slots),
+            self.blocks[step.unseen :] + slots,
+            counts[step.unseen :],
             self.pads + pads,
+            self.dropped + sum(counts[: step.unseen]),
         )
 
     def cropped(self, slots: int) -> "Row":
@@ -99,18 +113,50 @@ class Row(NamedTuple):
     def shortened(self, tokens: int, pads: Pads) -> "Row":
         """The first `tokens` tokens of the row, with other pads."""
         sinks = min(tokens, self.sinks)
-        left, counts = tokens - sinks, []
+        dropped = min(tokens - sinks, self.dropped)
+        left, counts = tokens - sinks - dropped, []
         for count in self.counts:
             if left == 0:
                 break
             # A cut inside a block lowers its count; the packed bytes stay.
             counts.append(min(count, left))
             left -= counts[-1]
-        return Row(sinks, left, self.blocks[: len(counts)], tuple(counts), pads)
+        return Row(sinks, left, self.blocks[: len(counts)], tuple(counts), pads, dropped)
+
+    def sees_dropped(self, sliding_window: int | None) -> bool:
+        """Whether the next token would see one that was dropped, as only a crop can bring about."""
+        # A row cut within its sinks has lost all tokens behind them.
+        seen = self.tokens + 1 - (sliding_window or self.tokens + 1)
+        return self.dropped > 0 and seen < self.sinks + self.dropped
 
     def moved(self, slots: dict[int, int]) -> "Row":
         """The row whose block in slot i stands in `slots[i]`."""
         return self._replace(blocks=tuple(map(slots.__getitem__, self.blocks)))
+
+
+def unseen_blocks(counts: tuple[int, ...], sliding_window: int) -> int:
+    """Of blocks of so many tokens, how many at the front no query behind the last of them sees.
+
+    Those that a crop of the tokens behind the blocks would bring back are kept: the first such token counts as a query.
+    """
+    # That query sees the `sliding_window - 1` tokens before it.
+    seen, unseen = 0, len(counts)
+    while unseen and seen < sliding_window - 1:
+        unseen -= 1
+        seen += counts[unseen]
+    return unseen
+
+
+def check_seen(rows: list[Row], scheme: CacheScheme, sliding_window: int | None) -> None:
+    """Raise a `ValueError` for rows cut so short that their next tokens would see dropped ones."""
+    for row in rows:
+        if row.sees_dropped(sliding_window):
+            raise ValueError(
+                f"tokens_to_remove: must leave what the next token sees; that of a row cut to {row.tokens} tokens sees "
+                f"{sliding_window} positions (sliding_window), but those from {row.sinks} to "
+                f"{row.sinks + row.dropped - 1} were dropped. Up to residual_length={scheme.residual_length} tokens "
+                "of a row can always be removed"
+            )
 
 
 def sink_slots(rows: list[Row], scheme: CacheScheme, real: torch.Tensor | None, new_slots: int) -> int:

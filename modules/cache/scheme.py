@@ -143,11 +143,16 @@ class CacheScheme:
         """Blocks that leave a window which has grown to this many tokens."""
         return max(0, (window - self.residual_length) // self.block_length)
 
-    def held(self, length: int) -> Held:
-        """Where `length` tokens of a row stand. All sizes of a cache follow from it."""
+    def held(self, length: int, sliding_window: int | None = None) -> Held:
+        """Where `length` tokens of a row stand, or what a sliding window has left of them. All sizes of a cache follow
+        from it."""
         sinks = min(length, self.sink_length)
         blocks = self.flushed_blocks(length - sinks)
-        return Held(sinks, blocks, length - sinks - blocks * self.block_length)
+        window = length - sinks - blocks * self.block_length
+        if sliding_window is not None:
+            # The first token of the window sees so many before it.
+            blocks = min(blocks, -(-(sliding_window - 1) // self.block_length))
+        return Held(sinks, blocks, window)
 
     def packed_tokens(self, length: int) -> int:
         """Tokens in packed blocks of a row that holds `length`."""
@@ -166,15 +171,21 @@ class CacheScheme:
         return sum(map(block_nbytes, self.codecs(widths, dtype).values()))
 
     def layer_nbytes(
-        self, length: int, widths: LayerWidths, dtype: torch.dtype, sink_channels: SinkChannels | None = None
+        self,
+        length: int,
+        widths: LayerWidths,
+        dtype: torch.dtype,
+        sink_channels: SinkChannels | None = None,
+        sliding_window: int | None = None,
     ) -> int:
         """Bytes that one row of `length` tokens takes in a layer: `nbytes_used` without `static_nbytes`.
 
         Args:
             length, widths, dtype: Tokens, and what the layer stores of each.
             sink_channels: Of the layer of a block; `None`: sinks are as wide as the window.
+            sliding_window: Positions that a query of the layer sees at most; `None`: all before it.
         """
-        held, channels = self.held(length), sum(map(sum, widths))
+        held, channels = self.held(length, sliding_window), sum(map(sum, widths))
         of_sink = channels if sink_channels is None else sum(sink_channels.values())
         packed = held.blocks * (self.slot_nbytes(widths, dtype) + TABLE_ENTRY_NBYTES)
         return packed + (held.window * channels + held.sinks * of_sink) * dtype.itemsize

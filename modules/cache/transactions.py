@@ -16,6 +16,8 @@ class TransactionalCache(Cache):
     layers: list[LatentLayer]
     #: Whether an error may have left layers, which could not be rolled back, with different tokens.
     _inconsistent = False
+    #: Transactions that are open, one inside the other.
+    _open = 0
 
     @property
     def first_layer(self) -> int:
@@ -50,6 +52,7 @@ class TransactionalCache(Cache):
         """
         self.check_consistent()
         savepoints = [layer.savepoint() for layer in self.layers]
+        self._open += 1
         try:
             yield
         except BaseException:
@@ -58,6 +61,13 @@ class TransactionalCache(Cache):
             undone = [layer.rollback(old) for layer, old in zip(self.layers, savepoints, strict=True)]
             self._inconsistent = not all(undone)
             raise
+        finally:
+            self._open -= 1
+        # Blocks that were dropped and could have come back are free now.
+        del savepoints
+        if not self._open:
+            for layer in self.layers:
+                layer.give_back()
 
     def check_consistent(self) -> None:
         """Raise a `ValueError` if an error has left the layers with different tokens."""

@@ -92,10 +92,12 @@ def latent_attention(query: LatentQuery, cache: PackedCache, weights_length: int
         shared = shifted.unflatten(2, (keys.shape[3], -1)).flatten(3, 4)
         scores = (shared @ keys.permute(0, 1, 3, 4, 2)) * query.scaling
         scores = scores.reshape(batch, runs, heads, length, tokens)
-        # A query sees the valid tokens up to its own position.
+        # A query sees the valid tokens up to its own position, and no more than fit its window.
         key_positions = tile.start[..., None] + offsets
-        valid = (offsets < tile.count[..., None])[:, :, None]
-        seen = valid & (key_positions[:, :, None] <= positions[:, None, :, None])
+        distance = positions[:, None, :, None] - key_positions[:, :, None]
+        seen = (offsets < tile.count[..., None])[:, :, None] & (distance >= 0)
+        if query.sliding_window is not None:
+            seen &= distance < query.sliding_window
         scores = scores.masked_fill(~seen[:, :, None], -torch.inf).permute(0, 2, 3, 1, 4).flatten(3)
         if weights_length is not None:
             scored.append((scores, key_positions.flatten(1)))

@@ -250,6 +250,7 @@ class LatentQuery:
         value_widths: Channels of each head group of the value latents.
         rope: Rotary embedding; `None`: cached keys and queries are rotated already.
         scaling: Factor on the logits.
+        sliding_window: A query sees this many positions at most, its own included; `None`: all up to its own.
     """
 
     states: torch.Tensor
@@ -258,6 +259,7 @@ class LatentQuery:
     value_widths: tuple[int, ...]
     rope: Rope | None
     scaling: float
+    sliding_window: int | None = None
 
     def key_layout(self, cache: PackedCache) -> tuple[int, tuple[int, ...]]:
         """Number of key heads, and the channels of each head group of the cached keys."""

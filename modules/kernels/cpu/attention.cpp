@@ -57,6 +57,7 @@ struct Arguments {
   const int32_t* value_channel;  // [groups, values.width] channel of the group in a column, -1: none
   float* output;                 // [B, H_q, L, output_width]
   float* log_sum;                // [B, H_q, L]
+  int64_t window;                // positions that a query sees at most, its own included
   Side keys, values;
   int32_t batch, query_heads, heads, length, half, blocks, block_length, exact_width, output_width, n_exact;
   int32_t state_type, weight_type, weight_stride, planes, threads;
@@ -83,6 +84,21 @@ struct Words {
   const int32_t* first;
   int count, weights;
 };
+
+// First position that a query of a row sees.
+int64_t first_seen(const Arguments& a, int row) {
+  const int64_t* positions = a.positions + (int64_t)row * a.length;
+  return *std::min_element(positions, positions + a.length) - a.window + 1;
+}
+
+// Blocks at the start of a row that none of its queries sees.
+int unseen_blocks(const Arguments& a, int row) {
+  const int32_t *start = a.table + ((int64_t)a.batch + row) * a.blocks, *count = start + (int64_t)a.batch * a.blocks;
+  const int64_t seen = first_seen(a, row);
+  int n = 0;
+  while (n < a.blocks && count[n] && start[n] + count[n] <= seen) n++;
+  return n;
+}
 
 constexpr float LN2 = 0.693147181f;
 constexpr int TILE = 64;       // tokens that are unpacked together
@@ -530,8 +546,14 @@ struct Worker {
     const int value_stride = round_up(a.values.width, 16), exact_stride = round_up(a.output_width, 16);
     for (int j = 0; j < all_queries; j++) {
       float* score = &scores[(size_t)j * (SPAN + 16)];
-      const int64_t seen = std::min<int64_t>(n, query_position[j] - position + 1);
-      for (int t = std::max<int64_t>(0, seen); t < round_up(n, 16); t++) score[t] = -INFINITE;
+      // The query sees tokens [first, seen).
+      const int64_t after = query_position[j] - position + 1, seen = std::clamp<int64_t>(after, 0, n);
+      const int64_t first = std::clamp<int64_t>(after - a.window, 0, seen);
+      auto fill_unseen = [&](float value) {
+        std::fill(score, score + first, value);
+        std::fill(score + seen, score + round_up(n, 16), value);
+      };
+      fill_unseen(-INFINITE);
       vf high = set1(-INFINITE);
       for (int t = 0; t < n; t += 16) high = max(high, load(score + t));
       // Probabilities relative to two such references differ by a power of two and are rounded alike, so that results
@@ -556,7 +578,7 @@ struct Worker {
         sum_ = add(sum_, p);
       }
       // Unseen tokens have been weighed as e^-87.
-      for (int t = std::max<int64_t>(0, seen); t < round_up(n, 16); t++) score[t] = 0;
+      fill_unseen(0);
       total[j] += sum(sum_);
     }
   }
@@ -852,6 +874,7 @@ struct Worker {
     for (int first = 0; first < exact.count[row]; first += SPAN) {
       const int n = std::min(SPAN, exact.count[row] - first);
       const int64_t position = exact.start[row] + first;
+      if (position + n <= first_seen(a, row)) continue;
       for (Head& head : heads) head.exact_expansion.move(position);
       for (int tile = 0; tile < n; tile += TILE) {
         const int in_tile = std::min(TILE, n - tile);
@@ -908,7 +931,7 @@ struct Worker {
       batch.clear();
       tokens = 0;
     };
-    for (int i = first; i < last; i++) {
+    for (int i = std::max(first, unseen_blocks(a, row)); i < last; i++) {
       const int count = table[2 * plane + i];
       for (int t = 0; t < count; t += SPAN) {
         const Chunk chunk = {table[i], t, std::min(SPAN, count - t), (int64_t)table[plane + i] + t};
@@ -942,7 +965,9 @@ extern "C" int alrd_attention(const Arguments* arguments) {
   const int shared = a.query_heads / a.heads, queries = shared * a.length;
   // Splits of the sequence, so that few heads keep all threads busy, of whole batches.
   const int blocks_of_batch = std::max(1, SPAN / std::max(1, a.block_length));
-  const int batches = std::max<int>(1, ceil_div(a.blocks, blocks_of_batch));
+  int unseen = a.blocks;
+  for (int row = 0; row < a.batch && unseen; row++) unseen = std::min(unseen, unseen_blocks(a, row));
+  const int batches = std::max<int>(1, ceil_div(a.blocks - unseen, blocks_of_batch));
   // Heads that share their latents are an item, fewer of them where threads would have nothing to do.
   const int sharing = a.keys.groups == a.values.groups ? a.heads / a.keys.groups : 1;
   int of_item = std::min(sharing, MOST_HEADS);
@@ -964,8 +989,8 @@ extern "C" int alrd_attention(const Arguments* arguments) {
       worker.start(head / a.heads, head % a.heads, of_item);
       if (split == 0)
         for (int e = 0; e < a.n_exact; e++) worker.attend_exact(a.exact[e]);
-      const int first = (int64_t)batches * split / splits * blocks_of_batch,
-                last = (int64_t)batches * (split + 1) / splits * blocks_of_batch;
+      const int first = unseen + (int64_t)batches * split / splits * blocks_of_batch,
+                last = unseen + (int64_t)batches * (split + 1) / splits * blocks_of_batch;
       if (a.blocks) worker.attend_blocks(first, std::min(last, a.blocks));
       worker.finish(&partial[(size_t)i * share]);
     }

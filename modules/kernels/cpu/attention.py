@@ -18,6 +18,9 @@ from modules.kernels.packed import LatentQuery, PackedCache, PackedSide
 #: interpolated (0: they are not), and bytes of a rounded expansion row (0: nothing is rounded).
 _PRECISION = {torch.float32: (0.0, 0), torch.float16: (1e-4, 2), torch.bfloat16: (3e-3, 1)}
 
+#: A window that no text fills.
+_NO_WINDOW = 1 << 62
+
 # attention.cpp says what the fields mean.
 _Segment = structure("int32 part channel count column position")
 _Side = structure("""
@@ -28,6 +31,7 @@ _Arguments = structure(
     """
     pointer query positions frequency order weight bias key_channel table exact
     pointer key_start key_count value_start value_count value_channel output log_sum
+    int64 window
     Side keys values
     int32 batch query_heads heads length half blocks block_length exact_width output_width n_exact
     int32 state_type weight_type weight_stride planes threads
@@ -189,7 +193,8 @@ def latent_attention(query: LatentQuery, cache: PackedCache) -> Attended:
         query=address(states), positions=address(positions), frequency=address(frequency), order=address(order),
         exact=ctypes.addressof(exact_tiles), key_start=key_start, key_count=key_start + 4 * len(key_widths),
         value_start=value_start, value_count=value_start + 4 * len(value_widths), output=address(output),
-        log_sum=address(log_sum), batch=batch, query_heads=query_heads, heads=heads, length=length, half=len(order),
+        log_sum=address(log_sum), window=query.sliding_window or _NO_WINDOW, batch=batch, query_heads=query_heads,
+        heads=heads, length=length, half=len(order),
         exact_width=max(key_widths), output_width=max(value_widths), n_exact=len(exact), planes=max(1, planes),
         threads=torch.get_num_threads(), scaling=scaling, tolerance=tolerance,
     )  # fmt: skip

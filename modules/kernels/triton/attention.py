@@ -424,6 +424,7 @@ def _attend(
     sums,
     stats,
     scaling,
+    sliding_window,
     DTYPE: tl.constexpr,
     KEYS: tl.constexpr,
     VALUES: tl.constexpr,
@@ -465,12 +466,22 @@ def _attend(
         middle = (least + number) // 2
         some = tl.load(counts + block + middle * step) > 0
         least, number = tl.where(some, middle + 1, least), tl.where(some, number, middle)
+    # So is the number of blocks before all that the queries of the tile see.
+    unseen = 0
+    if sliding_window is not None:
+        oldest = tl.min(tl.where(visible, query_positions, 2147483647), 0) - sliding_window + 1
+        unseen, most = tl.zeros((), tl.int32), number
+        while unseen < most:
+            middle = (unseen + most) // 2
+            j = block + middle * step
+            is_unseen = tl.load(starts + j) + tl.load(counts + j) <= oldest
+            unseen, most = tl.where(is_unseen, middle + 1, unseen), tl.where(is_unseen, most, middle)
     tiles = TILES
     if TILES == 0:
         tiles = tl.cdiv(last, BLOCK_T)
 
     # A tile a turn, and the tiles of a block one after the other.
-    for i in range(number * tiles):
+    for i in range(unseen * tiles, number * tiles):
         j = block + i // tiles * step
         first = i % tiles * BLOCK_T
         start, count = tl.load(starts + j) + first, tl.load(counts + j)
@@ -500,8 +511,10 @@ def _attend(
                 DTYPE,
                 KEYS,
             )
-        # A query sees the valid tokens up to its own position.
+        # A query sees the valid tokens up to its own position, and no more than fit its window.
         seen = (first + offsets < count)[:, None] & ((start + offsets)[:, None] <= query_positions[None, :])
+        if sliding_window is not None:
+            seen = seen & ((start + offsets)[:, None] > query_positions[None, :] - sliding_window)
         scores = tl.where(seen, scores * scaling, float("-inf"))
 
         # The sums so far go to the scale of the new highest score; with none yet, any scale will do.
@@ -551,6 +564,7 @@ def _attention_kernel(
     exact,  # for each tile: keys, values, start, count, and strides of their rows, and of the tokens of the first two
     exact_spans,
     scaling,
+    sliding_window,  # positions that a query sees at most; None: all up to its own
     shares,  # of the packed blocks; the sums of the tiles come after theirs
     blocks,
     length,
@@ -627,6 +641,7 @@ def _attention_kernel(
                 sums + further * WIDTH,
                 stats + further * 2,
                 scaling,
+                sliding_window,
                 DTYPE,
                 EXACT_KEYS,
                 EXACT_VALUES,
@@ -656,6 +671,7 @@ def _attention_kernel(
                 sums,
                 stats,
                 scaling,
+                sliding_window,
                 DTYPE,
                 KEYS,
                 VALUES,
@@ -1090,6 +1106,9 @@ def latent_attention(query: LatentQuery, cache: PackedCache) -> Attended:
     inv_freq, scaling = None, query.scaling * _LOG2_E  # the kernels take powers of two
     if rope is not None:
         inv_freq, scaling = rope.inv_freq, scaling * rope.attention_scaling**2
+    sliding_window = query.sliding_window
+    if sliding_window is not None:
+        sliding_window = min(sliding_window, 1 << 30)  # as positions, 32 bits hold it
     key_heads, key_widths = query.key_layout(cache)
     shape = _Shape(
         tuple(states.shape),
@@ -1125,6 +1144,7 @@ def latent_attention(query: LatentQuery, cache: PackedCache) -> Attended:
         "table": cache.table,
         "exact": tuple(map(_exact_arguments, exact)),
         "scaling": scaling,
+        "sliding_window": sliding_window,
         "shares": shares,
         "blocks": blocks,
         "query_strides": states.stride(),
