@@ -44,7 +44,7 @@ from transformers.utils.output_capturing import capture_outputs
 from configuration_alrd_llama import SIDES, ALRDLlamaConfig, Projection
 from modules import loading
 from modules.decode_graph import DecodeGraph
-from modules.kernels import Backend
+from modules.kernels import MAX_QUERY_LENGTH, Backend
 from modules.kernels.attention import attention_received, merge_attended
 from modules.kernels.packed import LatentQuery, PackedCache, Rope
 from modules.kivi_cache import CacheScheme, KIVILatentCache, config_schemes, config_widths, create_kivi_cache
@@ -101,12 +101,16 @@ class ALRDLlamaAttention(LlamaAttention):
         layer = past_key_values.layer(self.layer_idx, self.widths, self.sliding_window)
         step = latent_step.on(query.device)
 
-        # The common step: the cache attends and appends at one go.
+        # The common step of few tokens: the cache attends and appends at one go.
         scores_attention = layer.score == "attention"
-        if step.has_past and step.slots is None and not scores_attention:
+        few = query.shape[2] <= MAX_QUERY_LENGTH
+        if step.has_past and few and step.slots is None and not scores_attention:
             new = step.new_tokens(key_latents, value_latents)
-            summed = layer.attend_and_append(self._latent_query(query, step), new)
-            return self.o_proj(self._expand_values(summed, query.dtype).flatten(2)), None
+            output = layer.attend_and_append(self._latent_query(query, step), new).to(query.dtype)
+            if self._expand_values is not None:
+                # The sum of latents is expanded, not the value of every token.
+                output = self._expand_values(output, per_head=True)
+            return self.o_proj(output.transpose(1, 2).flatten(2)), None
 
         # Attention over latents: for the output, or in a first chunk only to see which tokens receive most.
         arguments = received = None
@@ -144,13 +148,10 @@ class ALRDLlamaAttention(LlamaAttention):
             cache = layer.packed(new)
         return self._latent_query(query, step), cache
 
-    def _expand_values(self, summed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Weighted sums of the values' latents `[B, H_q, L, r]` to the heads' outputs `[B, L, H_q, d]`."""
-        output = summed.to(dtype)
-        if isinstance(self.v_proj, SVDLinear):
-            # The sum of latents is expanded, not the value of every token.
-            output = self.v_proj.ALinear(output, per_head=True)
-        return output.transpose(1, 2)
+    @property
+    def _expand_values(self) -> ALinear | None:
+        """What expands latents to values; `None`: the values themselves are cached."""
+        return getattr(self.v_proj, "ALinear", None)
 
     def _attention_received(self, query: LatentQuery, cache: PackedCache, step: LatentStep) -> torch.Tensor:
         """Attention that each token receives, by which `KIVILatentLayer.append` chooses the protected ones."""
@@ -161,11 +162,11 @@ class ALRDLlamaAttention(LlamaAttention):
 
     def _attend_cache(self, query: LatentQuery, cache: PackedCache, backend: Backend, step: LatentStep):
         """Attention of new tokens, which are not appended, over the packed cache; `[B, L, H_q, d]` and weights."""
-        dtype = query.states.dtype
-        if step.slots is None:
-            return self._expand_values(backend.attend(query, cache).summed, dtype), None
-        summed, _, weights = backend.attend(query, cache, step.slots.shape[1])
-        return self._expand_values(summed, dtype), step.weights_by_slot(weights).to(dtype)
+        dtype, length = query.states.dtype, None if step.slots is None else step.slots.shape[1]
+        output, _, weights = backend.attend_values(query, cache, self._expand_values, length)
+        if weights is not None:
+            weights = step.weights_by_slot(weights).to(dtype)
+        return output.to(dtype).transpose(1, 2), weights
 
     def _attend_dense(self, query, key_latents, value_latents, position_embeddings, attention_mask, **kwargs):
         """Attention of the first tokens to themselves, by the library's functions; `[B, L, H_q, d]` and weights."""
@@ -301,14 +302,15 @@ class ALRDLlamaBlockAttention(ALRDLlamaAttention):
         how = (None, heads, step.rope, self.scaling, self.sliding_window)
         exact_query = LatentQuery(query, step.positions, *how)
         new = step.new_tokens(keys, values).tile()
-        attended = layer.backend.attend(exact_query, PackedCache(sinks, (new,)), length)
+        attended = layer.backend.attend_values(exact_query, PackedCache(sinks, (new,)), None, length)
 
         # A short text has no latents yet.
         history = layer.packed()
         if not history.is_empty:
-            latent = layer.backend.attend(self._latent_query(query, step), history, length)
-            summed = self.v_latent.ALinear(latent.summed.to(query.dtype), per_head=True)
-            attended = merge_attended(attended, latent._replace(summed=summed))
+            latent = self._latent_query(query, step)
+            attended = merge_attended(
+                attended, layer.backend.attend_values(latent, history, self.v_latent.ALinear, length)
+            )
         weights = attended.weights
         if weights is not None:
             weights = step.weights_by_slot(weights).to(query.dtype)

@@ -5,9 +5,9 @@
     cpu         a C++ kernel, built on first use; CPUs with AVX2 or AVX-512
 
 Packing gives the same bits everywhere. Attention agrees to the rounding of the queries' type. `triton` and `cpu` attend
-to the packed blocks themselves. Every back end uses the reference instead for
+to the packed blocks themselves in a step of up to 16 new tokens. For more, a prompt in pieces, the cache is rebuilt
+tile by tile (`modules/kernels/chunk.py`). Every back end uses the reference instead for
 
-* more than 16 new tokens (a prompt in pieces),
 * states of other types than `FUSED_DTYPES` (float64),
 * a quantizer that the kernels do not know (`Backend.attends_to`),
 * attention weights,
@@ -24,6 +24,7 @@ import torch
 from configuration_alrd_llama import check_choice
 from modules import quant_utils, trellis
 from modules.kernels.attention import Attended, latent_attention
+from modules.kernels.chunk import chunk_attention
 from modules.kernels.packed import LatentQuery, PackedCache, PackedSide
 
 BACKENDS = ("reference", "triton", "cpu")
@@ -34,7 +35,7 @@ BACKEND_VARIABLE = "ALRD_BACKEND"
 #: Types of states that the fused kernels take.
 FUSED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-#: New tokens of a step that the fused kernels take; more are matrix products, which PyTorch is good at.
+#: New tokens of a step that the fused kernels take; more are matrix products, which the library is good at.
 MAX_QUERY_LENGTH = 16
 
 
@@ -83,6 +84,28 @@ class Backend:
             summed, log_sum = _WithoutGradient.apply(states, attended.summed, attended.log_sum)
             attended = Attended(summed, log_sum)
         return attended
+
+    def attend_values(
+        self,
+        query: LatentQuery,
+        cache: PackedCache,
+        expand_values: Callable | None,
+        weights_length: int | None = None,
+    ) -> Attended:
+        """As `attend`, with the sums expanded to the heads' outputs `[B, H_q, L, d]`.
+
+        Args:
+            query, cache, weights_length: As for `attend`.
+            expand_values: An `ALinear` of the values; `None`: the values themselves are cached.
+        """
+        states = query.states
+        if states.shape[2] > MAX_QUERY_LENGTH and weights_length is None and not states.requires_grad:
+            return chunk_attention(query, cache, expand_values)
+        attended = self.attend(query, cache, weights_length)
+        if expand_values is None:
+            return attended
+        # The sum of latents is expanded, not the value of every token.
+        return attended._replace(summed=expand_values(attended.summed.to(states.dtype), per_head=True))
 
 
 class _WithoutGradient(torch.autograd.Function):
