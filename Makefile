@@ -51,6 +51,8 @@ real-results: .venv/wheels
 		--chat --lengths 1024 2048 4096 8192 --trials 10 --new_tokens 32 --output build/real_ruler.json
 	$(RUN) scripts/benchmark_decode.py --random false --checkpoints $(REAL_BUDGETS:%=build/real/%) --model build/real/dense \
 		--lengths 8192 --batches 1 --steps 32 --dense_steps 16 --prompts 0 --output build/real_decode.json
+	$(RUN) scripts/benchmark_chunk.py --model build/real/dense --checkpoints build/real/0.125 build/real/0.0625 \
+		--output scripts/results/benchmark_chunk.json
 	$(RUN) scripts/rate_distortion.py --model build/real/dense --statistics build/real/statistics \
 		--output scripts/results/rate_distortion.json
 	cp build/real_frontier.* build/real_ruler.* build/real_decode.json scripts/results/

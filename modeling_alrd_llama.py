@@ -107,9 +107,9 @@ class ALRDLlamaAttention(LlamaAttention):
         if step.has_past and few and step.slots is None and not scores_attention:
             new = step.new_tokens(key_latents, value_latents)
             output = layer.attend_and_append(self._latent_query(query, step), new).to(query.dtype)
-            if self._expand_values is not None:
+            if self.expand_values is not None:
                 # The sum of latents is expanded, not the value of every token.
-                output = self._expand_values(output, per_head=True)
+                output = self.expand_values(output, per_head=True)
             return self.o_proj(output.transpose(1, 2).flatten(2)), None
 
         # Attention over latents: for the output, or in a first chunk only to see which tokens receive most.
@@ -149,7 +149,7 @@ class ALRDLlamaAttention(LlamaAttention):
         return self._latent_query(query, step), cache
 
     @property
-    def _expand_values(self) -> ALinear | None:
+    def expand_values(self) -> ALinear | None:
         """What expands latents to values; `None`: the values themselves are cached."""
         return getattr(self.v_proj, "ALinear", None)
 
@@ -163,7 +163,7 @@ class ALRDLlamaAttention(LlamaAttention):
     def _attend_cache(self, query: LatentQuery, cache: PackedCache, backend: Backend, step: LatentStep):
         """Attention of new tokens, which are not appended, over the packed cache; `[B, L, H_q, d]` and weights."""
         dtype, length = query.states.dtype, None if step.slots is None else step.slots.shape[1]
-        output, _, weights = backend.attend_values(query, cache, self._expand_values, length)
+        output, _, weights = backend.attend_values(query, cache, self.expand_values, length)
         if weights is not None:
             weights = step.weights_by_slot(weights).to(dtype)
         return output.to(dtype).transpose(1, 2), weights
@@ -284,6 +284,11 @@ class ALRDLlamaBlockAttention(ALRDLlamaAttention):
             self.k_latent.keep_shard(rank, size, process_group)
             self.v_latent.keep_shard(rank, size, process_group)
 
+    @property
+    def expand_values(self) -> ALinear:
+        """As `ALRDLlamaAttention.expand_values`, from the latents of the block."""
+        return self.v_latent.ALinear
+
     def _latent_query(self, query: torch.Tensor, step: LatentStep) -> LatentQuery:
         how = (self.k_latent.ALinear, self.widths[-1], step.rope, self.scaling, self.sliding_window)
         return LatentQuery(query, step.positions, *how)
@@ -309,7 +314,7 @@ class ALRDLlamaBlockAttention(ALRDLlamaAttention):
         if not history.is_empty:
             latent = self._latent_query(query, step)
             attended = merge_attended(
-                attended, layer.backend.attend_values(latent, history, self.v_latent.ALinear, length)
+                attended, layer.backend.attend_values(latent, history, self.expand_values, length)
             )
         weights = attended.weights
         if weights is not None:

@@ -16,6 +16,7 @@ from scripts import plots
 from scripts.ablate_calibration import ablation_table
 from scripts.benchmark_attention import attention_table, full_table, schemes_table
 from scripts.benchmark_blocks import blocks_tables
+from scripts.benchmark_chunk import chunk_table
 from scripts.benchmark_decode import decode_table, first_token_table
 from scripts.benchmark_gpu import gpu_table
 from scripts.benchmark_lookup import lookup_table
@@ -265,6 +266,13 @@ def ablation(record: dict) -> str:
     return f"{ablation_table(record)}\n\n{tokens:,} scored tokens, {by}"
 
 
+def chunk(record: dict) -> str:
+    return (
+        f"{chunk_table(record)}\n\nOne layer of SmolLM2-135M-Instruct, its history alone. "
+        f"{bounds_note(record['cases'])} {record['config']['dtype']} on {_machine(record['environment'])}."
+    )
+
+
 def rate_distortion(record: dict) -> str:
     c = record["config"]
     return (
@@ -472,6 +480,7 @@ MADE_BY = {
     "benchmark_attention": ("benchmark_attention.py", "results"),
     "benchmark_blocks": ("benchmark_blocks.py", "results"),
     "benchmark_cache": ("benchmark_cache.py", "results"),
+    "benchmark_chunk": ("benchmark_chunk.py", "real-results"),
     "benchmark_decode": ("benchmark_decode.py", "results"),
     "benchmark_gpu": ("benchmark_gpu.py", "gpu"),
     "benchmark_host": ("benchmark_host.py", "results"),
@@ -516,6 +525,7 @@ RENDERERS = {
     "real_peers": (["real_frontier"], real_peers),
     "real_ruler": (["real_ruler"], real_retrieval),
     "real_decode": (["real_decode"], real_decode),
+    "chunk": (["benchmark_chunk"], chunk),
     "rate_distortion": (["rate_distortion"], rate_distortion),
     "published": ([], published),
     "ablation": (["ablation"], ablation),

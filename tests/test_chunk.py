@@ -11,7 +11,9 @@ from modules.kernels import chunk, get_backend
 from modules.kernels.attention import Attended
 from modules.kernels.chunk import chunk_attention
 from modules.svd_linear import ALinear
-from tests.helpers import attend
+from scripts import benchmark_chunk
+from scripts.benchmark_chunk import ChunkBenchmarkConfig
+from tests.helpers import attend, save_byte_tokenizer, tiny_blocks, tiny_dense
 from tests.test_attention_cpu import Step, distance, exact, log_distance, make_step, plain, side
 
 SIZE = 16
@@ -163,3 +165,23 @@ def test_who_asks_for_it(monkeypatch):
     step.arguments["query"].requires_grad_()
     attend(backend.attend_values, expand, **step.arguments).summed.sum().backward()
     assert step.arguments["query"].grad.abs().sum() > 0
+
+
+def test_the_benchmark(tmp_path, capsys, monkeypatch):
+    dense = tiny_dense(num_key_value_heads=2, vocab_size=257)
+    dense.save_pretrained(tmp_path / "dense")
+    tiny_blocks(dense, share=0.5, layer_group_size=2, joint_kv=True).save_pretrained(tmp_path / "blocks")
+    for name in ("dense", "blocks"):
+        save_byte_tokenizer(tmp_path / name)
+    options = {"model": str(tmp_path / "dense"), "checkpoints": [str(tmp_path / "blocks")], "dtype": "bfloat16"}
+    options |= {"lengths": [300], "chunk": 40, "rounds": 2, "threads": 1, "output": str(tmp_path / "chunk.json")}
+    record = benchmark_chunk.main(ChunkBenchmarkConfig(**options))
+    case = record["cases"]["blocks, 300 + 40"]
+    assert case["errors"]["ours"] < 0.02 and case["largest_tensor"] > 0 and case["over_tiles"]["p50"] > 0
+    assert "| blocks | 300 + 40 |" in capsys.readouterr().out
+    monkeypatch.setattr(benchmark_chunk, "measure_case", None)
+    assert benchmark_chunk.main(ChunkBenchmarkConfig(**options)) == record
+    monkeypatch.undo()
+    monkeypatch.setattr(benchmark_chunk, "GATE", -1.0)
+    with pytest.raises(RuntimeError, match="correctness gate: errors of blocks"):
+        benchmark_chunk.main(ChunkBenchmarkConfig(**options | {"output": None}))
