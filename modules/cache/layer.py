@@ -511,7 +511,7 @@ def settle_model(layer_idx: int, layer: LatentLayer, widths: LayerWidths, slidin
     if layer.sliding_window == sliding_window:
         return
     # Before it is known all tokens are kept.
-    if layer.sliding_window is not None:
+    if layer.is_initialized and layer.sliding_window is not None:
         raise ValueError(
             f"layer {layer_idx}: holds what a sliding window of {layer.sliding_window} tokens sees, the model's is "
             f"{sliding_window}"
