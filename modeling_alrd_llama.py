@@ -88,9 +88,7 @@ class ALRDLlamaAttention(LlamaAttention):
         window_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if self.sliding_window is not None:
-            attention_mask = window_mask
-            kwargs["sliding_window"] = self.sliding_window  # for kernels that take no mask
+        attention_mask, kwargs = self._within_window(attention_mask, window_mask, kwargs)
         if latent_step is None:
             return super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
 
@@ -126,6 +124,13 @@ class ALRDLlamaAttention(LlamaAttention):
             )
         layer.append(key_latents, value_latents, step.real, received)
         return self.o_proj(output.flatten(2)), weights
+
+    def _within_window(self, attention_mask, window_mask, kwargs: dict) -> tuple[torch.Tensor | None, dict]:
+        """Of the masks that of this layer, and arguments of the library's attention that name its window, if any."""
+        if self.sliding_window is None:
+            return attention_mask, kwargs
+        # Flash attention takes no mask, and so is told.
+        return window_mask, kwargs | {"sliding_window": self.sliding_window}
 
     def _heads(self, states: torch.Tensor) -> torch.Tensor:
         """`[B, L, H * d]` to `[B, H, L, d]`."""
@@ -260,8 +265,8 @@ class ALRDLlamaBlockAttention(ALRDLlamaAttention):
         if step.has_past:
             output, weights = self._attend_block(query, keys, values, layer, step)
         else:
-            mask = attention_mask if self.sliding_window is None else window_mask
-            output, weights = self._attend_dense(query, keys, values, position_embeddings, mask, **kwargs)
+            mask, how = self._within_window(attention_mask, window_mask, kwargs)
+            output, weights = self._attend_dense(query, keys, values, position_embeddings, mask, **how)
 
         # The latents of the new tokens are sums over the layers of the block: the last layer has them whole.
         if self.layer_idx == self.block.first:

@@ -305,8 +305,8 @@ print(cache)
 ## Limits
 
 - Inference only: a step over the packed cache has no gradient.
-- Attention over a sliding window is not supported; continuous batching, vLLM and other engines with a cache of their
-  own do not use this one.
+- Continuous batching, vLLM and other engines with a cache of their own do not use this one. With a fixed `capacity`
+  layers of a sliding window keep all tokens, and only mask.
 - The fused kernels are for CUDA devices (Triton) and for Linux on x86-64 with AVX2 (C++, compiled on first use, which
   needs a compiler and ninja). Elsewhere the plain PyTorch reference runs, slower, and a warning says so.
 - What the cache stores is lossy unless it is made with `k_bits=16, v_bits=16`, and factors of less than full rank are

@@ -153,6 +153,16 @@ def test_windows_shorter_than_a_block(window):
     assert torch.allclose(feed(model, model.create_kivi_cache(), ids, (20, 3)), dense(ids).logits, atol=1e-4)
 
 
+@torch.no_grad()
+def test_triton_within_a_model():
+    """Its interpreter is slow: two steps behind a prompt of a window and a half."""
+    pytest.importorskip("triton")
+    dense = windowed(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    model, ids = split(dense, group_size=32), text(1, 75)
+    cache = model.create_kivi_cache(backend="triton")
+    assert torch.allclose(feed(model, cache, ids, (72, 2)), dense(ids).logits, atol=1e-4)
+
+
 # ---- memory
 
 

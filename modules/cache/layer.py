@@ -3,7 +3,8 @@ r"""One layer of a packed KV cache: full-precision sinks, immutable quantized bl
 A row of a layer holds, in the order of its tokens: the first `sink_length` ones as they are; blocks of G tokens in a
 pool (`pool.py`), reached through the row's block table; and a window of between `residual_length` and
 `residual_length + G - 1` of the newest tokens. A block is written once, as soon as `residual_length` newer tokens
-exist.
+exist. Of a model's layer with a sliding window, a growing layer drops blocks that not even a query at the start of the
+window in full precision would see.
 
 The states of a token are a flat vector of channels. Latents `[B, 1, T, r]` are stored as they are; the `[B, H, T, D]`
 states of any other model lose their heads to the channels, and each head keeps scales of its own.
@@ -510,7 +511,7 @@ def settle_model(layer_idx: int, layer: LatentLayer, widths: LayerWidths, slidin
     if layer.sliding_window == sliding_window:
         return
     # Before it is known all tokens are kept.
-    if layer.sliding_window is not None:
+    if layer.is_initialized and layer.sliding_window is not None:
         raise ValueError(
             f"layer {layer_idx}: holds what a sliding window of {layer.sliding_window} tokens sees, the model's is "
             f"{sliding_window}"
