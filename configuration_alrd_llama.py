@@ -22,27 +22,62 @@ CODES = ("uniform", "trellis")
 
 @dataclass(frozen=True)
 class Traits:
-    """Differences of a dense architecture from a Llama.
+    """What an architecture's attention does otherwise than a Llama's; all else is the library's own code.
 
     Args:
         qkv_bias: Whether q, k and v have biases; o and the MLP then have none. `None`: as the dense configuration's
-            fields `attention_bias` and `mlp_bias` say.
-        has_layer_types: Whether the dense configuration lists its `layer_types`.
+            fields `attention_bias` and `mlp_bias` say, if it has them.
+        has_window: Whether layers have the configuration's `sliding_window`.
+        has_layer_types: Whether the dense configuration lists its `layer_types`: only layers of
+            `"sliding_attention"` then have the window.
+        norm: What `q_norm` and `k_norm` take the mean square over: "head", each head by itself, or "all" heads
+            together; `None`: there are none.
+        heads_first: Whether these norms see `[B, H, L, d]` and not `[B, L, H, d]`.
+        fused: Whether `qkv_proj` has queries, keys and values side by side, in place of three projections.
+        partial_rotary: Whether RoPE turns only a share of each head's channels, the first ones, as
+            `rope_parameters["partial_rotary_factor"]` says.
+        rope_switch: Attribute of the attention that is false in layers without RoPE; `None`: all layers have it.
     """
 
     qkv_bias: bool | None = None
+    has_window: bool = False
     has_layer_types: bool = False
+    norm: str | None = None
+    heads_first: bool = False
+    fused: bool = False
+    partial_rotary: bool = False
+    rope_switch: str | None = None
+
+    @property
+    def of_outputs(self) -> bool:
+        """Whether keys are more than a product of a weight: latents are then made of outputs (`keep_dense`)."""
+        return self.norm is not None or self.fused or self.partial_rotary
 
 
-#: The dense architectures that can be split, decoders of Llama's layers, by model type.
+#: The dense architectures that can be split, by model type.
 ARCHITECTURES = {
     "llama": Traits(),
-    "mistral": Traits(qkv_bias=False),
-    "qwen2": Traits(qkv_bias=True, has_layer_types=True),
+    "mistral": Traits(qkv_bias=False, has_window=True),
+    "qwen2": Traits(qkv_bias=True, has_window=True, has_layer_types=True),
+    "qwen3": Traits(norm="head", has_window=True, has_layer_types=True),
 }
 
 #: Model types of dense checkpoints that can be split.
 DENSE_MODEL_TYPES = tuple(ARCHITECTURES)
+
+
+def architecture(config: PreTrainedConfig) -> Traits:
+    """The traits of a model that can be split, or of one that is, by its configuration."""
+    return ARCHITECTURES[getattr(config, "dense_model_type", config.model_type)]
+
+
+def rotary_channels(config: PreTrainedConfig) -> int:
+    """Channels of a head that RoPE turns."""
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if not architecture(config).partial_rotary:
+        return size
+    return int(size * config.rope_parameters.get("partial_rotary_factor", 1.0))
+
 
 #: What other decoders would need that a Llama does not have; only for the error message.
 _NOT_SUPPORTED = {
@@ -53,7 +88,6 @@ _NOT_SUPPORTED = {
     "olmo2": "normalised queries and keys (q_norm, k_norm)",
     "phi3": "fused projections (qkv_proj, gate_up_proj)",
     "qwen2_moe": "a mixture of experts",
-    "qwen3": "normalised queries and keys (q_norm, k_norm)",
     "qwen3_moe": "normalised queries and keys (q_norm, k_norm) and a mixture of experts",
 }
 
@@ -805,6 +839,11 @@ def _check_blocks(config: ALRDLlamaConfig) -> None:
             f"layer_group_size={size!r}: must be an integer from 1 to num_hidden_layers={config.num_hidden_layers}"
         )
     if not config.keep_dense:
+        if config.traits.of_outputs and config.truncation_ranks:
+            raise ValueError(
+                f"keep_dense=False: must be True to split a {config.dense_model_type!r}, whose keys are not a product "
+                "of one weight: latents are made of outputs"
+            )
         for field, value in (("layer_group_size", 1), ("joint_kv", False)):
             if getattr(config, field) != value:
                 raise ValueError(
