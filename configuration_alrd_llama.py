@@ -60,6 +60,21 @@ ARCHITECTURES = {
     "mistral": Traits(qkv_bias=False, has_window=True),
     "qwen2": Traits(qkv_bias=True, has_window=True, has_layer_types=True),
     "qwen3": Traits(norm="head", has_window=True, has_layer_types=True),
+    "qwen3_moe": Traits(norm="head", has_window=True),
+    "mixtral": Traits(has_window=True),
+    "olmo2": Traits(norm="all"),
+    "olmoe": Traits(norm="all"),
+    "granite": Traits(),
+    "granitemoe": Traits(),
+    "smollm3": Traits(rope_switch="use_rope", has_window=True, has_layer_types=True),
+    "phi3": Traits(fused=True, partial_rotary=True, has_window=True),
+    "gemma": Traits(),
+    "gemma3_text": Traits(norm="head", heads_first=True, has_window=True, has_layer_types=True),
+    "arcee": Traits(),
+    "seed_oss": Traits(),
+    "starcoder2": Traits(has_window=True),
+    "dots1": Traits(norm="head", has_window=True, has_layer_types=True),
+    "qwen2_moe": Traits(has_window=True, has_layer_types=True),
 }
 
 #: Model types of dense checkpoints that can be split.
@@ -699,6 +714,10 @@ class ALRDLlamaConfig(LatentParts, LlamaConfig):
             self.dense_model_type = source
         if self.traits.qkv_bias is not None:
             self.attention_bias, self.mlp_bias = self.traits.qkv_bias, False
+        # The library's code may read a field by another name.
+        for name, stored in CONFIG_MAPPING[self.dense_model_type].attribute_map.items():
+            if stored in kwargs:
+                kwargs.setdefault(name, kwargs[stored])
         if self.dense_model_type != "llama":
             kwargs.setdefault("sliding_window", None)  # left out, it would be exported as Mistral's default
         if self.truncation_ranks is None:
@@ -811,17 +830,23 @@ class ALRDLlamaConfig(LatentParts, LlamaConfig):
 
 def _check_full_attention(config: ALRDLlamaConfig) -> None:
     """Refuse a model in which a token does not attend to all tokens up to it."""
-    for field, right in (("is_causal", True), ("attention_chunk_size", None), ("is_heterogeneous", False)):
-        if getattr(config, field, right) != right:
-            raise ValueError(
-                f"{field}={getattr(config, field)!r}: must be {right!r}; every token attends to all tokens up to it, "
-                "in all layers alike"
-            )
+    alike = "every token attends to all tokens up to it, in all layers alike"
+    for field, right, reason in (
+        ("is_causal", True, alike),
+        ("attention_chunk_size", None, alike),
+        ("is_heterogeneous", False, alike),
+        ("use_bidirectional_attention", False, alike),
+        ("attn_logit_softcapping", None, "scores are not soft-capped"),
+        ("clip_qkv", None, "keys and values are not clipped"),
+    ):
+        value = getattr(config, field, None)
+        if value not in (right, None):
+            raise ValueError(f"{field}={value!r}: must be {right!r}; {reason}")
     if getattr(config, "use_sliding_window", False):
         raise ValueError("use_sliding_window=True: must be False; attention over a sliding window is not supported")
     # A Mistral may have a window that no text of the model exceeds.
     window, longest = getattr(config, "sliding_window", None), config.max_position_embeddings
-    if window is not None and window < longest:
+    if window and window < longest:  # some say 0 for a window that they do not use
         raise ValueError(
             f"sliding_window={window!r}: must be None or at least max_position_embeddings={longest}; attention "
             "over a sliding window is not supported"

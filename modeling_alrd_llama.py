@@ -166,6 +166,8 @@ class ALRDLlamaAttention(nn.Module):
 
     def _query_of(self, query: torch.Tensor, step: LatentStep, expand_keys, widths: tuple[int, ...]) -> LatentQuery:
         rope = step.rope
+        if isinstance(rope, dict):
+            rope = rope[self.layer_type]
         if self.traits.rope_switch is not None and not getattr(self, self.traits.rope_switch):
             rope = Rope(torch.zeros_like(rope.inv_freq))
         turned = rotary_channels(self.config)
@@ -386,8 +388,12 @@ def captures_graphs(model: PreTrainedModel) -> bool:
 
 def waits_for_length(config: ALRDLlamaConfig) -> bool:
     """Whether the frequencies of RoPE depend on the length of the text."""
-    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
-    return "dynamic" in rope_type or rope_type == "longrope"
+    rope = config.rope_parameters or {}
+    types = [rope.get("rope_type", "default")]
+    for of_layers in rope.values():
+        if isinstance(of_layers, dict):
+            types.append(of_layers.get("rope_type", "default"))
+    return "longrope" in types or "dynamic" in " ".join(types)
 
 
 def _static_buffer(split: nn.Module, name: str) -> torch.Tensor:
@@ -692,11 +698,24 @@ class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):
             **kwargs,
         )
 
+    def _ropes(self, embeds: torch.Tensor, positions: torch.Tensor) -> Rope | dict[str, Rope]:
+        """The rotary embedding of a step; by layer type, where layers have different ones."""
+        ropes, rotary = {}, self.rotary_emb
+        for layer_type in getattr(rotary, "layer_types", [None]):
+            prefix, which = "", ()
+            if layer_type is not None:
+                prefix, which = f"{layer_type}_", (layer_type,)
+            if waits_for_length(self.config):
+                rotary(embeds, positions, *which)  # gives the frequencies of this length
+            inv_freq = padded_frequencies(getattr(rotary, f"{prefix}inv_freq"), self.config.head_dim)
+            ropes[layer_type] = Rope(inv_freq, getattr(rotary, f"{prefix}attention_scaling"))
+        return ropes.get(None, ropes)
+
     def _check_window(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, cache) -> None:
         """Reject a text beyond the sliding window, which a dense Mistral would no longer see as a whole."""
         window = getattr(self.config, "sliding_window", None)
         new = input_ids if inputs_embeds is None else inputs_embeds
-        if window is None or new is None:
+        if not window or new is None:
             return
         capacity = getattr(cache, "capacity", None)  # asking such a cache for its length would wait for the device
         if capacity:
@@ -738,10 +757,7 @@ class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):
             self.check_blocks()
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         step = LatentStep.after(past_key_values, embeds, attention_mask, position_ids)
-        if waits_for_length(self.config):
-            self.rotary_emb(embeds, position_ids=step.positions)  # gives the frequencies of this length
-        inv_freq = padded_frequencies(self.rotary_emb.inv_freq, self.config.head_dim)
-        step = replace(step, rope=Rope(inv_freq, self.rotary_emb.attention_scaling))
+        step = replace(step, rope=self._ropes(embeds, step.positions))
         if self.config.keep_dense:
             step = replace(step, sums=LatentSums())
         if kwargs.get("output_attentions", self.config.output_attentions):
@@ -882,7 +898,7 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
         # Rounded up, so that a compiled step serves texts of other lengths too.
         capacity = -(-max_cache_length // CAPACITY_STEP) * CAPACITY_STEP
         window = getattr(self.config, "sliding_window", None)
-        if window is not None and capacity > window:
+        if window and capacity > window:
             if max_cache_length > window:
                 return None  # the text may end before; if it does not, the step that exceeds the window is refused
             capacity = window
