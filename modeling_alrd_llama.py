@@ -167,7 +167,7 @@ class ALRDLlamaAttention(nn.Module):
     def _query_of(self, query: torch.Tensor, step: LatentStep, expand_keys, widths: tuple[int, ...]) -> LatentQuery:
         rope = step.rope
         if isinstance(rope, dict):
-            rope = rope[self.layer_type]
+            rope = rope[self.config.layer_types[self.layer_idx]]
         if self.traits.rope_switch is not None and not getattr(self, self.traits.rope_switch):
             rope = Rope(torch.zeros_like(rope.inv_freq))
         turned = rotary_channels(self.config)
@@ -715,7 +715,7 @@ class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):
         """Reject a text beyond the sliding window, which a dense Mistral would no longer see as a whole."""
         window = getattr(self.config, "sliding_window", None)
         new = input_ids if inputs_embeds is None else inputs_embeds
-        if not window or new is None:
+        if not window or new is None or self.config.traits.has_layer_types:
             return
         capacity = getattr(cache, "capacity", None)  # asking such a cache for its length would wait for the device
         if capacity:
@@ -898,7 +898,7 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
         # Rounded up, so that a compiled step serves texts of other lengths too.
         capacity = -(-max_cache_length // CAPACITY_STEP) * CAPACITY_STEP
         window = getattr(self.config, "sliding_window", None)
-        if window and capacity > window:
+        if window and capacity > window and not self.config.traits.has_layer_types:
             if max_cache_length > window:
                 return None  # the text may end before; if it does not, the step that exceeds the window is refused
             capacity = window

@@ -25,8 +25,16 @@ from configuration_alrd_llama import (
     check_width_beside_tiers,
 )
 from modules.cache.fingerprint import weights_at_hand
-from modules.projections import dense_layer, projection_name
-from modules.svd_linear import LatentFactors, SVDLinear, factor_block, factor_groups, join_factors, member_states
+from modules.projections import DenseLayer, dense_layer, projection_name
+from modules.svd_linear import (
+    BlockFactors,
+    LatentFactors,
+    SVDLinear,
+    factor_block,
+    factor_groups,
+    join_factors,
+    member_states,
+)
 
 #: Held while a model is loaded: the library keeps conversions per model type, ours differ per configuration.
 lock = threading.Lock()
@@ -157,12 +165,29 @@ def _block_states(dense: PreTrainedModel, config: ALRDLlamaConfig, splits: list[
                     stack.enter_context(weights_at_hand(module))
                 linears.append(dense_layer(attention, member.side))
             if "factors" not in arguments:
-                arguments["factors"] = factor_block([linear.weight for linear in linears], ranks)
+                factors = factor_block([linear.weight for linear in linears], ranks)
+                arguments["factors"] = _with_gains(factors, linears)
             states = member_states(linears=linears, rotate=rotate, tiers=config.group_tiers(block), **arguments)
         for member, tensors in zip(members, states, strict=True):
             name = f"model.layers.{member.layer}.self_attn.{member.side}_latent"
             _replace_module(state, name, tensors)
     return state
+
+
+def _with_gains(groups: list[BlockFactors], linears: list[DenseLayer]) -> list[BlockFactors]:
+    """Factors of outputs whose channels a norm multiplies, from those of the outputs without: of all its channels, the
+    latent holds what they have in common, however large some of them are made."""
+    for i, group in enumerate(groups):
+        a, project = [], []
+        for linear, rows, columns in zip(linears, group.a, group.project, strict=True):
+            gain = torch.ones(len(rows), dtype=rows.dtype, device=rows.device)
+            if linear.gain is not None:
+                gain = linear.gain.chunk(len(groups))[i].to(rows)
+                gain = torch.where(gain == 0, 1.0, gain)
+            a.append(rows * gain[:, None])
+            project.append(columns / gain)
+        groups[i] = group._replace(a=a, project=project)
+    return groups
 
 
 def _mean_and_rest(rank: int) -> list[tuple[int, int]]:

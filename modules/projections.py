@@ -13,10 +13,17 @@ from configuration_alrd_llama import Traits, architecture, rotary_channels
 
 
 class DenseLayer(NamedTuple):
-    """Weight `[H * d, C]` and bias `[H * d]`, or `None`, of which keys or values are made, norms left out."""
+    """What keys or values are made of, for a factorization by the weights alone.
+
+    Attributes:
+        weight: `[H * d, C]`.
+        bias: `[H * d]`, or `None`.
+        gain: `[H * d]`, by which a norm multiplies the channels afterwards, or `None`.
+    """
 
     weight: torch.Tensor
     bias: torch.Tensor | None
+    gain: torch.Tensor | None
 
 
 def source(attention: nn.Module, side: str) -> nn.Module:
@@ -24,10 +31,14 @@ def source(attention: nn.Module, side: str) -> nn.Module:
 
     `stored_form` makes that form of its output.
     """
-    traits = architecture(attention.config)
-    if traits.norm is not None and side != "v":
+    if norm_of(attention, side) is not None:
         return getattr(attention, f"{side}_norm")
-    return getattr(attention, projection_name(traits, side))
+    return getattr(attention, projection_name(architecture(attention.config), side))
+
+
+def norm_of(attention: nn.Module, side: str) -> str | None:
+    """What the norm of a side goes over, as `Traits.norm`; `None`: it has none."""
+    return architecture(attention.config).norm if hasattr(attention, f"{side}_norm") else None
 
 
 def projection_name(traits: Traits, side: str) -> str:
@@ -37,11 +48,10 @@ def projection_name(traits: Traits, side: str) -> str:
 
 def stored_form(attention: nn.Module, side: str, output: torch.Tensor) -> torch.Tensor:
     """The cached form of an output of `source`, or of its gradient."""
-    traits = architecture(attention.config)
-    if traits.norm is None or side == "v":
+    if norm_of(attention, side) is None:
         output = own_part(attention, side, output)
     elif output.dim() == 4:
-        if traits.heads_first:
+        if architecture(attention.config).heads_first:
             output = output.transpose(1, 2)
         output = output.flatten(2)
     return in_rope_order(attention, side, output)
@@ -59,8 +69,8 @@ def own_part(attention: nn.Module, side: str, output: torch.Tensor) -> torch.Ten
 
 def normalised(attention: nn.Module, side: str, states: torch.Tensor) -> torch.Tensor:
     """Queries or keys `[B, L, H * d]` behind the norm of the architecture, if it has one."""
-    norm = architecture(attention.config).norm
-    if norm is None or side == "v":
+    norm = norm_of(attention, side)
+    if norm is None:
         return states
     module = getattr(attention, f"{side}_norm")
     if norm == "all":
@@ -84,21 +94,18 @@ def in_rope_order(attention: nn.Module, side: str, states: torch.Tensor) -> torc
 
 
 def dense_layer(attention: nn.Module, side: str) -> DenseLayer:
-    """What keys or values are made of. Rows of normalised keys have the norm's weight, and no bias: their size in a
-    token depends on the token."""
-    linear = getattr(attention, projection_name(architecture(attention.config), side))
-    weight = own_part(attention, side, linear.weight.detach().T).T
+    """The dense layer of keys or values, in the order of `in_rope_order`. That of normalised keys has no bias: how much
+    of it is left depends on the token."""
+    linear, gain = getattr(attention, projection_name(architecture(attention.config), side)), None
+    weight = own_part(attention, side, linear.weight.detach().T)
     bias = linear.bias
     if bias is not None:
-        bias = own_part(attention, side, bias.detach())
+        bias = in_rope_order(attention, side, own_part(attention, side, bias.detach()))
     if source(attention, side) is not linear:
-        size = attention.head_dim if architecture(attention.config).norm == "head" else len(weight)
         # What the norm makes of ones is its weight, or that plus one, as a Gemma has it.
-        scale = getattr(attention, f"{side}_norm")(weight.new_ones(size)).detach()
-        bias, weight = None, weight * scale.repeat(len(weight) // size)[:, None]
-    if bias is not None:
-        bias = in_rope_order(attention, side, bias)
-    return DenseLayer(in_rope_order(attention, side, weight.T).T, bias)
+        ones = weight.new_ones(weight.shape[1])
+        bias, gain = None, in_rope_order(attention, side, normalised(attention, side, ones).detach())
+    return DenseLayer(in_rope_order(attention, side, weight).T, bias, gain)
 
 
 def padded_frequencies(inv_freq: torch.Tensor, head_dim: int) -> torch.Tensor:

@@ -25,7 +25,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from configuration_alrd_llama import SIDES, Block, Projection
 from modules.cache.fingerprint import weights_at_hand
@@ -377,7 +377,7 @@ def _logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     """Logits `[tokens, V]` of last hidden states `[tokens, C]`, by the model's own head, scaled as it says."""
     decoder, before = model.model, vars(model.model).get("forward")
     # The model is asked with a decoder that knows the answer.
-    decoder.forward = lambda *args, **kwargs: BaseModelOutputWithPast(last_hidden_state=hidden[None])
+    decoder.forward = lambda *args, **kwargs: MoeModelOutputWithPast(last_hidden_state=hidden[None])
     try:
         return model(inputs_embeds=hidden[None], use_cache=False).logits[0]
     finally:
