@@ -1,4 +1,4 @@
-"""Configuration of a Llama, Mistral or Qwen2 with low-rank key/value projections and a quantized latent KV cache."""
+"""Configuration of a Llama, or a decoder of its family, with low-rank keys and values and a quantized latent cache."""
 
 import json
 import re
@@ -684,7 +684,7 @@ class ALRDLlamaConfig(LatentParts, LlamaConfig):
 
     ALRD stands for adaptive low-rank decomposition: each projection is split at a rank of its own.
 
-    It also describes a split Mistral or Qwen2, whose fields that a Llama does not have are kept for the way back. As
+    It also describes the other models of `ARCHITECTURES`, whose fields that a Llama does not have are kept. As
     every token is cached and attended to, `sliding_window` must be `None` or at least `max_position_embeddings`, and
     the model then refuses a text beyond it; `use_sliding_window` must be off and `layer_types`, if given,
     `"full_attention"`.

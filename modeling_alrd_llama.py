@@ -980,7 +980,7 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> "ALRDLlamaForCausalLM":
-        """Split a loaded Llama, Mistral or Qwen2.
+        """Split a loaded dense model (`ARCHITECTURES`).
 
         Args:
             dense: The model; it is not changed, and no weight is shared with it.

@@ -51,7 +51,7 @@ class SourceOptions:
 
     model: str = field(
         default=BUNDLED_MODEL,
-        metadata={"help": "Dense Llama, Mistral or Qwen2: a local folder, a GGUF file or a hub name."},
+        metadata={"help": "Dense model that can be split: a local folder, a GGUF file or a hub name."},
     )
     output: str = field(default="build/calibrated", metadata={"help": "Folder of the split checkpoint, or of several."})
     budget: float | None = field(

@@ -4,14 +4,17 @@ Llama, Mistral and Qwen2 have tests of their own (`test_decoders.py`).
 """
 
 import copy
+import re
 from functools import lru_cache
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.phi3 import modeling_phi3
 
-from configuration_alrd_llama import ARCHITECTURES, ALRDLlamaConfig
+from configuration_alrd_llama import ARCHITECTURES, DROP_IN_ONLY, NOT_CACHED, ALRDLlamaConfig
 from modeling_alrd_llama import ALRDLlamaForCausalLM
 from modules.fit import budget as fit
 from modules.fit.statistics import collect_statistics
@@ -22,8 +25,8 @@ from tests.test_decoders import same_state, without_names
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-#: Those of this file.
-KINDS = [kind for kind in ARCHITECTURES if kind not in ("llama", "mistral", "qwen2")]
+#: Those of this file. An older release of the library may not have all of them.
+KINDS = [kind for kind in ARCHITECTURES if kind in CONFIG_MAPPING and kind not in ("llama", "mistral", "qwen2")]
 
 MULTIPLIERS = {"embedding_multiplier": 3.0, "attention_multiplier": 0.3}
 MULTIPLIERS |= {"residual_multiplier": 0.7, "logits_scaling": 2.0}
@@ -62,7 +65,8 @@ FIELDS = {
     "qwen2_moe": {"shared_expert_intermediate_size": 32, **EXPERTS},
     "qwen3_moe": EXPERTS,
     "smollm3": {"no_rope_layer_interval": 2},
-    "solar_open": {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, **EXPERTS},
+    "solar_open": {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
+    | {"intermediate_size": None, **EXPERTS},
     "starcoder2": {"sliding_window": None},
 }
 
@@ -72,8 +76,9 @@ LOSSLESS = {"k_bits": 16, "v_bits": 16, "residual_length": 8, "group_size": 32}
 
 def dense_config(kind: str, **fields):
     fields = {**TINY_LLAMA, **FIELDS.get(kind, {}), **fields}
-    if fields["head_dim"] is None:
-        del fields["head_dim"]
+    for name in ("head_dim", "intermediate_size"):
+        if fields[name] is None:
+            del fields[name]  # its class has no such field
     return AutoConfig.for_model(kind, **fields)
 
 
@@ -311,3 +316,21 @@ def test_channels_that_rope_does_not_turn_stand_behind_the_halves(factor):
         turned.append(turning.rotate(ordered, position[..., None].expand(1, 5, 4)))
     assert torch.allclose(torch.einsum("blhd,bmhd->bhlm", *turned), expected, atol=1e-4)
     assert (rotary.inv_freq.shape[0] == 8) == (factor == 1.0)
+
+
+def test_the_guide_lists_every_architecture_of_the_library():
+    """Each causal language model of the installed release once, with what the code says of it."""
+    guide = (Path(__file__).parents[1] / "KIVI_INTEGRATION.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (split|drop-in only|refused) \| (.+) \| (.+) \|$", guide, re.MULTILINE)
+    listed, expected = {}, {}
+    for kind in ARCHITECTURES:
+        expected[kind] = ("split", None)
+    for status, table in (("drop-in only", DROP_IN_ONLY), ("refused", NOT_CACHED)):
+        for reason, types in table.items():
+            expected |= dict.fromkeys(types.split(), (status, reason))
+    for status, types, reason in rows:
+        for kind in re.findall(r"`(.+?)`", types):
+            assert kind not in listed, f"{kind} is listed twice"
+            listed[kind] = (status, None if status == "split" else reason)
+    assert listed == expected
+    assert set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) <= set(listed)
