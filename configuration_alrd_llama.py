@@ -1,4 +1,4 @@
-"""Configuration of a Llama, Mistral or Qwen2 with low-rank key/value projections and a quantized latent KV cache."""
+"""Configuration of a Llama, or a decoder of its family, with low-rank keys and values and a quantized latent cache."""
 
 import json
 import re
@@ -22,42 +22,148 @@ CODES = ("uniform", "trellis")
 
 @dataclass(frozen=True)
 class Traits:
-    """Differences of a dense architecture from a Llama.
+    """What an architecture's attention does otherwise than a Llama's; all else is the library's own code.
 
     Args:
         qkv_bias: Whether q, k and v have biases; o and the MLP then have none. `None`: as the dense configuration's
-            fields `attention_bias` and `mlp_bias` say.
+            fields `attention_bias` and `mlp_bias` say, if it has them.
         has_window: Whether layers have the configuration's `sliding_window`.
         has_layer_types: Whether the dense configuration lists its `layer_types`: only layers of
             `"sliding_attention"` then have the window.
+        norm: What `q_norm` and `k_norm`, where an attention has them, take the mean square over: "head", each head by
+            itself, or "all" heads together; `None`: there are none.
+        heads_first: Whether these norms see `[B, H, L, d]` and not `[B, L, H, d]`.
+        fused: Whether `qkv_proj` has queries, keys and values side by side, in place of three projections.
+        partial_rotary: Whether RoPE turns only a share of each head's channels, the first ones, as
+            `rope_parameters["partial_rotary_factor"]` says.
+        rope_switch: Attribute of the attention that is false in layers without RoPE; `None`: all layers have it.
     """
 
     qkv_bias: bool | None = None
     has_window: bool = False
     has_layer_types: bool = False
+    norm: str | None = None
+    heads_first: bool = False
+    fused: bool = False
+    partial_rotary: bool = False
+    rope_switch: str | None = None
+
+    @property
+    def of_outputs(self) -> bool:
+        """Whether keys are more than a product of a weight: latents are then made of outputs (`keep_dense`)."""
+        return self.norm is not None or self.fused or self.partial_rotary
 
 
-#: The dense architectures that can be split, decoders of Llama's layers, by model type.
+#: The dense architectures that can be split, by model type.
 ARCHITECTURES = {
     "llama": Traits(),
     "mistral": Traits(qkv_bias=False, has_window=True),
     "qwen2": Traits(qkv_bias=True, has_window=True, has_layer_types=True),
+    "qwen3": Traits(norm="head", has_window=True, has_layer_types=True),
+    "qwen3_moe": Traits(norm="head", has_window=True),
+    "mixtral": Traits(has_window=True),
+    "olmo2": Traits(norm="all"),
+    "olmoe": Traits(norm="all"),
+    "granite": Traits(),
+    "granitemoe": Traits(),
+    "smollm3": Traits(rope_switch="use_rope", has_window=True, has_layer_types=True),
+    "phi3": Traits(fused=True, partial_rotary=True, has_window=True),
+    "gemma": Traits(),
+    "gemma3_text": Traits(norm="head", heads_first=True, has_window=True, has_layer_types=True),
+    "arcee": Traits(),
+    "seed_oss": Traits(),
+    "starcoder2": Traits(has_window=True),
+    "dots1": Traits(norm="head", has_window=True, has_layer_types=True),
+    "qwen2_moe": Traits(has_window=True, has_layer_types=True),
+    "flex_olmo": Traits(norm="all"),
+    "olmo3": Traits(norm="all", has_window=True, has_layer_types=True),
+    "olmo": Traits(),
+    "mellum": Traits(norm="head", has_window=True, has_layer_types=True),
+    "ministral": Traits(has_window=True, has_layer_types=True),
+    "jais2": Traits(),
+    "hyperclovax": Traits(),
+    "granitemoeshared": Traits(),
+    "phimoe": Traits(has_window=True),
+    "apertus": Traits(norm="head", heads_first=True),
+    "hy_v3": Traits(norm="head", heads_first=True),
+    "cwm": Traits(has_window=True, has_layer_types=True),
+    "solar_open": Traits(),
+    "minimax_m2": Traits(norm="all", partial_rotary=True),
+    "internlm3": Traits(),
+    "iquestcoder": Traits(),
+    "aria_text": Traits(),
+    "glm4_moe": Traits(norm="head", partial_rotary=True),
 }
 
 #: Model types of dense checkpoints that can be split.
 DENSE_MODEL_TYPES = tuple(ARCHITECTURES)
 
-#: What other decoders would need that a Llama does not have; only for the error message.
-_NOT_SUPPORTED = {
-    "gemma": "scaled embeddings and norms of weight 1 + w",
-    "gemma2": "soft-capped scores, sliding windows, scaled embeddings and norms of weight 1 + w",
-    "gemma3_text": "normalised queries and keys (q_norm, k_norm), sliding windows and scaled embeddings",
-    "mixtral": "a mixture of experts",
-    "olmo2": "normalised queries and keys (q_norm, k_norm)",
-    "phi3": "fused projections (qkv_proj, gate_up_proj)",
-    "qwen2_moe": "a mixture of experts",
-    "qwen3": "normalised queries and keys (q_norm, k_norm)",
-    "qwen3_moe": "normalised queries and keys (q_norm, k_norm) and a mixture of experts",
+
+def architecture(config: PreTrainedConfig) -> Traits:
+    """The traits of a model that can be split, or of one that is, by its configuration."""
+    return ARCHITECTURES[getattr(config, "dense_model_type", config.model_type)]
+
+
+def rotary_channels(config: PreTrainedConfig) -> int:
+    """Channels of a head that RoPE turns."""
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if not architecture(config).partial_rotary:
+        return size
+    return int(size * config.rope_parameters.get("partial_rotary_factor", 1.0))
+
+
+#: Model types that cannot be split, by the reason. As a drop-in, a packed cache serves those models as they are:
+#: tried with a small random model of each.
+DROP_IN_ONLY = {
+    "a bidirectional encoder's layers, positions that are added to the embeddings": (
+        "bert bert-generation big_bird camembert data2vec-text electra ernie git megatron-bert rembert roberta "
+        "roberta-prelayernorm roc_bert roformer xlm-roberta xlm-roberta-xl"
+    ),
+    "learned positions, or sinusoids, that are added to the embeddings": (
+        "biogpt ctrl gpt-sw3 gpt2 gpt_bigcode opt xglm"
+    ),
+    "an encoder-decoder, cross-attention": (
+        "bart bigbird_pegasus blenderbot blenderbot-small marian mbart mvp pegasus plbart trocr whisper"
+    ),
+    "biases by distance (ALiBi) in place of RoPE": "bloom mpt",
+    "queries, keys and values fused head by head": "codegen falcon gpt_neox gpt_neox_japanese persimmon",
+    "RoPE that turns neighbouring channels": (
+        "cohere cohere2 cohere2_moe ernie4_5 ernie4_5_moe glm glm4 gptj helium llama4_text"
+    ),
+    "multi-head latent attention (MLA), which has a latent of its own": (
+        "axk1 deepseek_v2 deepseek_v3 glm4_moe_lite minicpm3 youtu"
+    ),
+    "norms on keys behind RoPE": "hunyuan_v1_dense hunyuan_v1_moe nanochat",
+    "RoPE or not by the sliding window of a layer": "exaone4 exaone_moe kolibri1",
+    "soft-capped scores": "gemma2 vaultgemma",
+    "a gate, a norm or a sum behind attention": "afmoe beam bitnet diffllama doge hrm_text laguna",
+    "learned sinks in the softmax": "flint gpt_oss granite_swa granitemoe_swa mimo_v2_flash",
+    "queries that are scaled by their positions": "ministral3",
+    "a sparse choice of keys": "minimax_m3_vl_text",
+    "norms on values, keys that layers share": "gemma4_text gemma4_unified_text",
+    "experts or tables of projections in the attention": "jetmoe moshi",
+    "an attention of its own form": "nemotron phi stablelm",
+}
+
+#: Model types that cannot be split, and of which no packed cache holds what their layers keep, or none was tried.
+NOT_CACHED = {
+    "state-space, recurrent, convolution or linear-attention layers": (
+        "bailing_hybrid bamba falcon_h1 falcon_mamba granitemoehybrid hy_v4 inkling2_text inkling_text jamba "
+        "kimi_linear lfm2 lfm2_moe lfm3 mamba mamba2 minimax nemotron_h olmo_hybrid qwen3_5_moe_text qwen3_5_text "
+        "qwen3_next qwen4_exp_text recurrent_gemma rwkv xlstm zamba zamba2 zaya"
+    ),
+    "sparse attention with an index or a compressed state beside keys and values": (
+        "axk2 deepseek_v32 deepseek_v4 dots3_note_text glm_moe_dsa"
+    ),
+    "several models in one, of text and of images or sound": (
+        "blt cohere_compass_text dots3_note emu3 fuyu gemma3 gemma3n gemma4 gemma4_unified got_ocr2 llama4 mllama "
+        "moss_transcribe_diarize musicgen musicgen_melody phi4_multimodal qwen3_5 qwen3_5_moe qwen4_exp"
+    ),
+    "keys and values that are those of another model's or layer's": (
+        "gemma3n_text gemma4_assistant gemma4_unified_assistant"
+    ),
+    "a cache of its own, or none, in the library": "cpmant openai-gpt prophetnet reformer xlm xlnet",
+    "attention that is local in some layers or of another kind": "dbrx gpt_neo longcat_flash modernbert-decoder xmod",
 }
 
 #: Layer type of a saved split model: no class of the library takes it for one of its own.
@@ -230,11 +336,15 @@ def parse_json(name: str, text: str | None) -> Any:
 
 
 def check_dense_model_type(field: str, value: str | None) -> None:
-    """Raise a `ValueError` naming `field` and what is missing unless `value` is one of `DENSE_MODEL_TYPES`."""
-    if value not in DENSE_MODEL_TYPES:
-        missing = _NOT_SUPPORTED.get(value, "other decoders' attention and layers")
-        choices = ", ".join(map(repr, DENSE_MODEL_TYPES))
-        raise ValueError(f"{field}={value!r}: must be one of {choices}; not supported: {missing}")
+    """Raise a `ValueError` naming `field` and the reason unless `value` is one of `DENSE_MODEL_TYPES`."""
+    if value in DENSE_MODEL_TYPES:
+        return
+    found = "this project does not know its layers"
+    for reason, types in chain(DROP_IN_ONLY.items(), NOT_CACHED.items()):
+        if value in types.split():
+            found = reason
+    choices = ", ".join(map(repr, DENSE_MODEL_TYPES))
+    raise ValueError(f"{field}={value!r}: must be one of {choices}; not split: {found}")
 
 
 @dataclass(frozen=True)
@@ -587,9 +697,9 @@ class ALRDLlamaConfig(LatentParts, LlamaConfig):
 
     ALRD stands for adaptive low-rank decomposition: each projection is split at a rank of its own.
 
-    It also describes a split Mistral or Qwen2, whose fields that a Llama does not have are kept for the way back. A
-    Mistral has its `sliding_window` in all layers, a Qwen2 in those that `layer_types` calls `"sliding_attention"`
-    (`layer_window`).
+    It also describes the other models of `ARCHITECTURES`, whose fields that a Llama does not have are kept for the way
+    back. Where an architecture has windows, all layers have the `sliding_window`, or those that `layer_types` calls
+    `"sliding_attention"` (`layer_window`).
 
     A saved `config.json` of split projections calls its layers `LATENT_LAYER_TYPE`, so that `LlamaForCausalLM` refuses
     the folder, whose keys and values it would make up.
@@ -681,7 +791,11 @@ class ALRDLlamaConfig(LatentParts, LlamaConfig):
             self.dense_model_type = source
         if self.traits.qkv_bias is not None:
             self.attention_bias, self.mlp_bias = self.traits.qkv_bias, False
-        if self.dense_model_type != "llama":
+        # The library's code may read a field by another name.
+        for name, stored in CONFIG_MAPPING[self.dense_model_type].attribute_map.items():
+            if stored in kwargs:
+                kwargs.setdefault(name, kwargs[stored])
+        if self.traits.has_window:
             kwargs.setdefault("sliding_window", None)  # left out, it would be exported as Mistral's default
         if self.truncation_ranks is None:
             self.truncation_ranks = {}
@@ -689,6 +803,13 @@ class ALRDLlamaConfig(LatentParts, LlamaConfig):
             self.width_tiers = {}
         super().__post_init__(**kwargs)
         self.check_latent_cache()
+
+    def convert_rope_params_to_dict(self, **kwargs) -> dict:
+        """The library's hook. What is by layer type has its form already, from the dense model's class."""
+        rope = self.rope_parameters or {}
+        if rope and all(isinstance(of_layers, dict) for of_layers in rope.values()):
+            return kwargs
+        return super().convert_rope_params_to_dict(**kwargs)
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
@@ -795,12 +916,18 @@ class ALRDLlamaConfig(LatentParts, LlamaConfig):
 
 def _check_full_attention(config: ALRDLlamaConfig) -> None:
     """Refuse a model in which a token does not attend to all tokens up to it."""
-    for field, right in (("is_causal", True), ("attention_chunk_size", None), ("is_heterogeneous", False)):
-        if getattr(config, field, right) != right:
-            raise ValueError(
-                f"{field}={getattr(config, field)!r}: must be {right!r}; every token attends to all tokens up to it, "
-                "in all layers alike"
-            )
+    alike = "every token attends to all tokens up to it, in all layers alike"
+    for field, right, reason in (
+        ("is_causal", True, alike),
+        ("attention_chunk_size", None, alike),
+        ("is_heterogeneous", False, alike),
+        ("use_bidirectional_attention", False, alike),
+        ("attn_logit_softcapping", None, "scores are not soft-capped"),
+        ("clip_qkv", None, "keys and values are not clipped"),
+    ):
+        value = getattr(config, field, None)
+        if value not in (right, None):
+            raise ValueError(f"{field}={value!r}: must be {right!r}; {reason}")
     window = getattr(config, "sliding_window", None)
     if window is not None and (not _is_int(window) or window < 1):
         raise ValueError(f"sliding_window={window!r}: must be None or an integer of at least 1")
@@ -833,6 +960,11 @@ def _check_blocks(config: ALRDLlamaConfig) -> None:
             f"layer_group_size={size!r}: must be an integer from 1 to num_hidden_layers={config.num_hidden_layers}"
         )
     if not config.keep_dense:
+        if config.traits.of_outputs and config.truncation_ranks:
+            raise ValueError(
+                f"keep_dense=False: must be True to split a {config.dense_model_type!r}, whose keys are not a product "
+                "of one weight: latents are made of outputs"
+            )
         for field, value in (("layer_group_size", 1), ("joint_kv", False)):
             if getattr(config, field) != value:
                 raise ValueError(

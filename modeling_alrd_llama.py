@@ -1,16 +1,23 @@
-"""Llama, Mistral or Qwen2 with low-rank key and value projections, whose latents live in a `KIVILatentCache`."""
+"""A Llama, or a decoder of its family (`ARCHITECTURES`), with low-rank keys and values in a `KIVILatentCache`.
+
+The model is the library's own: its embeddings, norms, MLPs, decoder layers, head and forward passes. Only the attention
+of each layer is ours, made of the projections and norms of the library's.
+"""
 
 import copy
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import fields, replace
-from functools import partial, wraps
+from functools import lru_cache, partial, wraps
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
     AutoModel,
     AutoModelForCausalLM,
     GenerationMixin,
@@ -20,28 +27,18 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.generation import GenerationMode
-from transformers.masking_utils import (
-    create_causal_mask,
-    create_masks_for_generate,
-    create_sliding_window_causal_mask,
-)
+from transformers.masking_utils import create_masks_for_generate
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
-    LlamaAttention,
-    LlamaDecoderLayer,
-    LlamaMLP,
     LlamaModel,
     LlamaPreTrainedModel,
-    LlamaRMSNorm,
-    LlamaRotaryEmbedding,
     apply_rotary_pos_emb,
     eager_attention_forward,
 )
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
 
-from configuration_alrd_llama import SIDES, ALRDLlamaConfig, Projection
+from configuration_alrd_llama import SIDES, ALRDLlamaConfig, Projection, rotary_channels
 from modules import loading
 from modules.decode_graph import DecodeGraph
 from modules.kernels import MAX_QUERY_LENGTH, Backend
@@ -49,6 +46,7 @@ from modules.kernels.attention import attention_received, merge_attended
 from modules.kernels.packed import LatentQuery, PackedCache, Rope
 from modules.kivi_cache import CacheScheme, KIVILatentCache, config_schemes, config_widths, create_kivi_cache
 from modules.latent_step import LatentStep, LatentSums
+from modules.projections import in_rope_order, normalised, own_part, padded_frequencies, projection_name
 from modules.quant_utils import quantize_latent
 from modules.svd_linear import ALinear, LatentFactors, MemberBLinear, SVDLinear, shard_groups
 
@@ -56,24 +54,47 @@ from modules.svd_linear import ALinear, LatentFactors, MemberBLinear, SVDLinear,
 CAPACITY_STEP = 512
 
 
-class ALRDLlamaAttention(LlamaAttention):
-    """Llama attention whose keys and values pass through latents; stock unless the cache is a `KIVILatentCache`."""
+@lru_cache(maxsize=64)
+def dense_classes(model_type: str) -> tuple[type[PreTrainedModel], type[PreTrainedModel]]:
+    """The library's decoder, and the decoder with its head, of a dense model type."""
+    config_class = CONFIG_MAPPING[model_type]
+    return MODEL_MAPPING[config_class], MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
 
-    def __init__(self, config: ALRDLlamaConfig, layer_idx: int):
-        super().__init__(config, layer_idx)
-        self.sliding_window = config.layer_window(layer_idx)
-        if config.traits.qkv_bias is not None:
-            self.o_proj.bias = None  # `attention_bias` is for q, k and v only
+
+def take_over(module: nn.Module, dense: nn.Module) -> None:
+    """Give a module the submodules and attributes of a library's that it has not."""
+    for name, child in dense.named_children():
+        if name not in module._modules:
+            module.add_module(name, child)
+    for name, value in vars(dense).items():
+        if not name.startswith("_") and name not in vars(module):
+            setattr(module, name, value)
+
+
+class ALRDLlamaAttention(nn.Module):
+    """Attention whose keys and values pass through latents; the library's own unless the cache is a `KIVILatentCache`.
+
+    Args:
+        dense: The library's attention of this layer, whose projections, norms and numbers become those of this one.
+    """
+
+    def __init__(self, dense: nn.Module):
+        super().__init__()
+        take_over(self, dense)
+        #: Its `forward` is that of caches other than ours.
+        self.dense_class = type(dense)
+        self.traits = self.config.traits
+        self.sliding_window = self.config.layer_window(self.layer_idx)
         for side in SIDES:
-            projection = Projection(layer_idx, side)
-            ranks = config.group_ranks(projection)
+            projection = Projection(self.layer_idx, side)
+            ranks = self.config.group_ranks(projection)
             if ranks is None:
                 continue
-            # The library has made a dense layer; the factors take its place.
-            dense, heads = getattr(self, projection.attribute), config.num_key_value_heads
-            static = config.is_static(side)
-            split = SVDLinear(dense.in_features, dense.out_features, ranks, heads, dense.bias is not None, static)
-            split.latent_transform = SimpleRounding(config, f"{side}_bits")
+            # The factors take the place of the dense layer.
+            linear, heads = getattr(self, projection.attribute), self.config.num_key_value_heads
+            static = self.config.is_static(side)
+            split = SVDLinear(linear.in_features, linear.out_features, ranks, heads, linear.bias is not None, static)
+            split.latent_transform = SimpleRounding(self.config, f"{side}_bits")
             setattr(self, projection.attribute, split)
         # One process holds all heads; `from_pretrained` shards them under tensor parallelism.
         self.shard_heads(0, 1)
@@ -85,17 +106,14 @@ class ALRDLlamaAttention(LlamaAttention):
         attention_mask: torch.Tensor | None = None,
         past_key_values=None,
         latent_step: LatentStep | None = None,
-        window_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        attention_mask, kwargs = self._within_window(attention_mask, window_mask, kwargs)
         if latent_step is None:
-            return super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
+            given = (hidden_states, position_embeddings, attention_mask, past_key_values)
+            return self.dense_class.forward(self, *given, **kwargs)
 
         # Project. The cache stores latents before RoPE, which comes when they are expanded.
-        query = self._heads(self.q_proj(hidden_states))
-        key_latents = to_latents(self.k_proj, hidden_states)
-        value_latents = to_latents(self.v_proj, hidden_states)
+        query, key_latents, value_latents = self._project(hidden_states)
         layer = past_key_values.layer(self.layer_idx, self.widths, self.sliding_window)
         step = latent_step.on(query.device)
 
@@ -125,12 +143,22 @@ class ALRDLlamaAttention(LlamaAttention):
         layer.append(key_latents, value_latents, step.real, received)
         return self.o_proj(output.flatten(2)), weights
 
-    def _within_window(self, attention_mask, window_mask, kwargs: dict) -> tuple[torch.Tensor | None, dict]:
-        """Of the masks that of this layer, and arguments of the library's attention that name its window, if any."""
-        if self.sliding_window is None:
-            return attention_mask, kwargs
-        # Flash attention takes no mask, and so is told.
-        return window_mask, kwargs | {"sliding_window": self.sliding_window}
+    def _project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries `[B, H_q, L, d]`, and keys and values `[B, L, C]` as the cache stores them, all before RoPE."""
+        projected, states = {}, []
+        for side in ("q", *SIDES):
+            name = projection_name(self.traits, side)
+            if name not in projected:
+                projected[name] = to_latents(getattr(self, name), hidden_states)
+            own = normalised(self, side, own_part(self, side, projected[name]))
+            states.append(in_rope_order(self, side, own))
+        query, keys, values = states
+        return self._heads(query), keys, values
+
+    def _split_side(self, side: str) -> SVDLinear | None:
+        """The factors of the keys or the values; `None`: what is cached are the keys or values themselves."""
+        projection = getattr(self, f"{side}_proj", None)
+        return projection if isinstance(projection, SVDLinear) else None
 
     def _heads(self, states: torch.Tensor) -> torch.Tensor:
         """`[B, L, H * d]` to `[B, H, L, d]`."""
@@ -138,8 +166,22 @@ class ALRDLlamaAttention(LlamaAttention):
 
     def _latent_query(self, query: torch.Tensor, step: LatentStep) -> LatentQuery:
         """Queries `[B, H_q, L, d]` before RoPE with how this layer attends to latents."""
-        expand_keys = getattr(self.k_proj, "ALinear", None)  # a dense projection has none
-        how = (expand_keys, self.widths[1], step.rope, self.scaling, self.sliding_window)
+        split = self._split_side("k")
+        return self._query_of(query, step, split and split.ALinear, self.widths[1])
+
+    def _query_of(self, query: torch.Tensor, step: LatentStep, expand_keys, widths: tuple[int, ...]) -> LatentQuery:
+        rope = step.rope
+        if isinstance(rope, dict):
+            rope = rope[self.config.layer_types[self.layer_idx]]
+        if self.traits.rope_switch is not None and not getattr(self, self.traits.rope_switch):
+            rope = Rope(torch.zeros_like(rope.inv_freq))
+        turned = rotary_channels(self.config)
+        if turned < self.head_dim and rope.attention_scaling != 1:
+            # Cosines are scaled for all channels of a key and of a query; the library scales those that are turned.
+            ratio = torch.full_like(rope.inv_freq, rope.attention_scaling**-2)
+            ratio[: turned // 2] = 1
+            query = query * torch.cat([ratio, ratio]).to(query.dtype)
+        how = (expand_keys, widths, rope, self.scaling, self.sliding_window)
         return LatentQuery(query, step.positions, *how)
 
     def _attention_arguments(
@@ -156,7 +198,8 @@ class ALRDLlamaAttention(LlamaAttention):
     @property
     def expand_values(self) -> ALinear | None:
         """What expands latents to values; `None`: the values themselves are cached."""
-        return getattr(self.v_proj, "ALinear", None)
+        split = self._split_side("v")
+        return split and split.ALinear
 
     def _attention_received(self, query: LatentQuery, cache: PackedCache, step: LatentStep) -> torch.Tensor:
         """Attention that each token receives, by which `KIVILatentLayer.append` chooses the protected ones."""
@@ -176,12 +219,30 @@ class ALRDLlamaAttention(LlamaAttention):
     def _attend_dense(self, query, key_latents, value_latents, position_embeddings, attention_mask, **kwargs):
         """Attention of the first tokens to themselves, by the library's functions; `[B, L, H_q, d]` and weights."""
         # These tokens have no past, so their keys and values are expanded whole.
-        key = self._heads(from_latents(self.k_proj, key_latents))
-        value = self._heads(from_latents(self.v_proj, value_latents))
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        key = self._heads(from_latents(self._split_side("k"), key_latents))
+        value = self._heads(from_latents(self._split_side("v"), value_latents))
+        query, key = self._turn(query, key, position_embeddings)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        dropout = self.attention_dropout if self.training else 0.0
-        return attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
+        how = {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling}
+        if self.sliding_window is not None:
+            how["sliding_window"] = self.sliding_window  # for kernels that take no mask
+        return attend(self, query, key, value, attention_mask, **how, **kwargs)
+
+    def _turn(self, query: torch.Tensor, key: torch.Tensor, position_embeddings):
+        """Queries and keys `[B, H, L, d]` behind RoPE, by the library's cosines and sines."""
+        if self.traits.rope_switch is not None and not getattr(self, self.traits.rope_switch):
+            return query, key
+        cos, sin = position_embeddings
+        missing = (self.head_dim - cos.shape[-1]) // 2
+        if missing > 0:
+            # Channels that are not turned stand behind those of either half.
+            still = cos.new_ones(*cos.shape[:-1], missing)
+            low, high = cos.chunk(2, dim=-1)
+            cos = torch.cat([low, still, high, still], dim=-1)
+            still = torch.zeros_like(still)
+            low, high = sin.chunk(2, dim=-1)
+            sin = torch.cat([low, still, high, still], dim=-1)
+        return apply_rotary_pos_emb(query, key, cos, sin)
 
     def shard_heads(self, rank: int, size: int, process_group=None) -> None:
         """Drop the heads of other ranks of tensor parallelism from the split projections and from the cache.
@@ -190,8 +251,8 @@ class ALRDLlamaAttention(LlamaAttention):
             rank, size, process_group: As for `SVDLinear.keep_shard`.
         """
         self.tp_rank, self.tp_size, self.tp_group = rank, size, process_group
-        for projection in (self.k_proj, self.v_proj):
-            if size > 1 and isinstance(projection, SVDLinear):
+        for projection in filter(None, map(self._split_side, SIDES)):
+            if size > 1:
                 # The library's plan took it for a dense layer: its wrapper would make DTensors of what comes and goes.
                 vars(projection).pop("forward", None)
                 projection.keep_shard(rank, size, process_group)
@@ -230,8 +291,9 @@ class ALRDLlamaBlockAttention(ALRDLlamaAttention):
     layer. Without a `KIVILatentCache` it is the dense model's attention.
     """
 
-    def __init__(self, config: ALRDLlamaConfig, layer_idx: int):
-        super().__init__(config, layer_idx)
+    def __init__(self, dense: nn.Module):
+        super().__init__(dense)
+        config, layer_idx = self.config, self.layer_idx
         heads, blocks = config.num_key_value_heads, config.layer_parts(layer_idx)
         self.block = blocks[0]
         # A latent of both sides is that of the keys, to the cache as to the settings.
@@ -250,23 +312,19 @@ class ALRDLlamaBlockAttention(ALRDLlamaAttention):
         attention_mask: torch.Tensor | None = None,
         past_key_values=None,
         latent_step: LatentStep | None = None,
-        window_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if latent_step is None:
-            kwargs["window_mask"] = window_mask
             return super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
 
         # Project: keys before RoPE, as the dense model has them.
-        query = self._heads(self.q_proj(hidden_states))
-        keys, values = self.k_proj(hidden_states), self.v_proj(hidden_states)
+        query, keys, values = self._project(hidden_states)
         layer = past_key_values.layer(self.config.cache_layer(self.layer_idx), self.widths, self.sliding_window)
         step = latent_step.on(query.device)
         if step.has_past:
             output, weights = self._attend_block(query, keys, values, layer, step)
         else:
-            mask, how = self._within_window(attention_mask, window_mask, kwargs)
-            output, weights = self._attend_dense(query, keys, values, position_embeddings, mask, **how)
+            output, weights = self._attend_dense(query, keys, values, position_embeddings, attention_mask, **kwargs)
 
         # The latents of the new tokens are sums over the layers of the block: the last layer has them whole.
         if self.layer_idx == self.block.first:
@@ -295,8 +353,7 @@ class ALRDLlamaBlockAttention(ALRDLlamaAttention):
         return self.v_latent.ALinear
 
     def _latent_query(self, query: torch.Tensor, step: LatentStep) -> LatentQuery:
-        how = (self.k_latent.ALinear, self.widths[-1], step.rope, self.scaling, self.sliding_window)
-        return LatentQuery(query, step.positions, *how)
+        return self._query_of(query, step, self.k_latent.ALinear, self.widths[-1])
 
     def _attend_block(self, query, keys, values, layer, step: LatentStep):
         """Attention of new tokens to sinks and to themselves as they are, and to latents; `[B, L, H_q, d]` and weights.
@@ -309,8 +366,7 @@ class ALRDLlamaBlockAttention(ALRDLlamaAttention):
         size, member = keys.shape[2], self.layer_idx - self.block.first
         sinks = layer.sinks(slice(member * size, (member + 1) * size))
         heads = (self.head_dim,) * (size // self.head_dim)
-        how = (None, heads, step.rope, self.scaling, self.sliding_window)
-        exact_query = LatentQuery(query, step.positions, *how)
+        exact_query = self._query_of(query, step, None, heads)
         new = step.new_tokens(keys, values).tile()
         attended = layer.backend.attend_values(exact_query, PackedCache(sinks, (new,)), None, length)
 
@@ -332,14 +388,24 @@ def to_latents(projection: nn.Module, hidden_states: torch.Tensor) -> torch.Tens
     return projection.BLinear(hidden_states) if isinstance(projection, SVDLinear) else projection(hidden_states)
 
 
-def from_latents(projection: nn.Module, latents: torch.Tensor) -> torch.Tensor:
-    """Keys or values `[..., H_kv * d]` from the states that the cache stores."""
-    return projection.ALinear(latents) if isinstance(projection, SVDLinear) else latents
+def from_latents(split: SVDLinear | None, latents: torch.Tensor) -> torch.Tensor:
+    """Keys or values `[..., H_kv * d]` from the states that the cache stores, latents if they are split."""
+    return latents if split is None else split.ALinear(latents)
 
 
 def captures_graphs(model: PreTrainedModel) -> bool:
     """Whether steps of a model can be captured as CUDA graphs."""
     return model.device.type == "cuda"
+
+
+def waits_for_length(config: ALRDLlamaConfig) -> bool:
+    """Whether the frequencies of RoPE depend on the length of the text."""
+    rope = config.rope_parameters or {}
+    types = [rope.get("rope_type", "default")]
+    for of_layers in rope.values():
+        if isinstance(of_layers, dict):
+            types.append(of_layers.get("rope_type", "default"))
+    return "longrope" in types or "dynamic" in " ".join(types)
 
 
 def _static_buffer(split: nn.Module, name: str) -> torch.Tensor:
@@ -381,31 +447,19 @@ class SimpleRounding(nn.Module):
         return quantize_latent(latents, getattr(self.config, self.bits_field), self.config.group_size)
 
 
-class ALRDLlamaDecoderLayer(LlamaDecoderLayer):
-    #: Gradient checkpointing leaves the cache there, so that `generate` is right in training mode too; a step that is
-    #: computed again for its gradient would fill the cache twice, and `ALRDLlamaModel.forward` refuses it.
-    _can_checkpoint_with_cache = True
-
-    def __init__(self, config: ALRDLlamaConfig, layer_idx: int):
-        # Skips the library's own `__init__`, which would build a stock attention.
-        super(LlamaDecoderLayer, self).__init__()
-        self.hidden_size = config.hidden_size
-        attention = ALRDLlamaBlockAttention if config.keep_dense else ALRDLlamaAttention
-        self.self_attn = attention(config, layer_idx)
-        self.mlp = LlamaMLP(config)
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-
 class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
     config: ALRDLlamaConfig
     config_class = ALRDLlamaConfig
-    _no_split_modules = ["ALRDLlamaDecoderLayer"]
-    _can_record_outputs = {"hidden_states": ALRDLlamaDecoderLayer, "attentions": ALRDLlamaAttention}
+    #: The library's decoder layers, of every architecture; `_can_record_outputs` is kept by class, not by model.
+    _can_record_outputs = {"hidden_states": GradientCheckpointingLayer, "attentions": ALRDLlamaAttention}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
-        super()._init_weights(module)
+        # As the library's class does, of which no instance is needed.
+        dense_class = dense_classes(self.config.dense_model_type)[0]
+        dense = dense_class.__new__(dense_class)
+        vars(dense)["config"] = self.config
+        dense._init_weights(module)
         if isinstance(module, (ALinear, MemberBLinear)):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
             if module.bias is not None:
@@ -564,7 +618,7 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
             return
         devices = {}
         for i, attention in self.local_attentions().items():
-            devices[i] = loading.execution_device(attention.k_proj)
+            devices[i] = loading.execution_device(attention.o_proj)
         loading.check_whole_blocks(self.config, devices)
 
     def _config_of_active_layers(self) -> ALRDLlamaConfig:
@@ -584,9 +638,8 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
         """Calibrated scales that the checkpoint brings, by layer and side."""
         scales: dict[int, dict] = {}
         for layer, attention in self.local_attentions().items():
-            sources = (attention.k_proj, attention.v_proj)
-            if self.config.keep_dense:
-                sources = (attention.k_latent, attention.v_latent)
+            name = "{}_latent" if self.config.keep_dense else "{}_proj"
+            sources = [getattr(attention, name.format(side), None) for side in SIDES]
             for states, source in zip(("keys", "values"), sources, strict=True):
                 if getattr(source, "latent_scale", None) is not None:
                     of_layer = scales.setdefault(self.config.cache_layer(layer), {})
@@ -603,15 +656,19 @@ class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):
         if config.keep_dense and not config.truncation_ranks:
             raise ValueError("truncation_ranks: must name all blocks with keep_dense=True")
         loading.register_dense_conversion(config)
-        # Skips the library's own `__init__`, which would build stock layers.
+        # Skips the library's own `__init__`, which would build a Llama.
         super(LlamaModel, self).__init__(config)
-        self.padding_idx = config.pad_token_id
-        self.vocab_size = config.vocab_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
-        self.layers = nn.ModuleList([ALRDLlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
-        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config=config)
-        self.gradient_checkpointing = False
+        with init.no_init_weights():
+            dense = dense_classes(config.dense_model_type)[0](config)
+        take_over(self, dense)
+        for name in ("_no_split_modules", "_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+            setattr(self, name, getattr(dense, name))
+        attention = ALRDLlamaBlockAttention if config.keep_dense else ALRDLlamaAttention
+        for layer in self.layers:
+            layer.self_attn = attention(layer.self_attn)
+            # Gradient checkpointing leaves the cache there, so that `generate` is right in training mode too; a step
+            # that is computed again for its gradient would fill the cache twice, and `forward` refuses it.
+            layer._can_checkpoint_with_cache = True
         self.post_init()
 
     def forward(
@@ -624,7 +681,7 @@ class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):
         use_cache: bool | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        """Like `LlamaModel.forward`; makes a `KIVILatentCache` when a cache is wanted, none is given and `use_kivi`.
+        """Like the library's; makes a `KIVILatentCache` when a cache is wanted, none is given and `use_kivi`.
 
         With such a cache, `attention_mask` is `None` or `[B, past slots + L]`, and `position_ids`, if given, count
         the tokens of each row from 0, pads not counted.
@@ -637,19 +694,9 @@ class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):
         latent = isinstance(past_key_values, KIVILatentCache)
         if self.training and past_key_values is not None:
             self._check_training(latent)
-        forward = super().forward
+        forward = partial(dense_classes(self.config.dense_model_type)[0].forward, self)
         if latent:
             forward = self._forward_latent
-        elif isinstance(attention_mask, dict):
-            # `generate` has made the masks of a step that it compiles.
-            kwargs["window_mask"] = attention_mask.get("sliding_attention")
-            attention_mask = attention_mask.get("full_attention", kwargs["window_mask"])
-        elif self._has_windows and (input_ids is None) != (inputs_embeds is None):
-            # The library's Llama makes the mask of full attention only.
-            if inputs_embeds is None:
-                inputs_embeds, input_ids = self.embed_tokens(input_ids), None
-            masked = {"past_key_values": past_key_values, "position_ids": position_ids}
-            kwargs["window_mask"] = self._window_mask(inputs_embeds, attention_mask, **masked)
         if _is_traced_in_vain(past_key_values, self.config):
             forward = partial(_untraced, forward)
         return forward(
@@ -662,14 +709,18 @@ class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):
             **kwargs,
         )
 
-    @property
-    def _has_windows(self) -> bool:
-        """Whether a layer has a sliding window."""
-        return any(map(self.config.layer_window, range(self.config.num_hidden_layers)))
-
-    def _window_mask(self, embeds: torch.Tensor, attention_mask, **kwargs) -> torch.Tensor | None:
-        """Mask, for the layers with a sliding window, of new tokens `[B, L, C]` behind a stock cache or none."""
-        return create_sliding_window_causal_mask(self.config, embeds, attention_mask, **kwargs)
+    def _ropes(self, embeds: torch.Tensor, positions: torch.Tensor) -> Rope | dict[str, Rope]:
+        """The rotary embedding of a step; by layer type, where layers have different ones."""
+        ropes, rotary = {}, self.rotary_emb
+        for layer_type in getattr(rotary, "layer_types", [None]):
+            prefix, which = "", ()
+            if layer_type is not None:
+                prefix, which = f"{layer_type}_", (layer_type,)
+            if waits_for_length(self.config):
+                rotary(embeds, positions, *which)  # gives the frequencies of this length
+            inv_freq = padded_frequencies(getattr(rotary, f"{prefix}inv_freq"), self.config.head_dim)
+            ropes[layer_type] = Rope(inv_freq, getattr(rotary, f"{prefix}attention_scaling"))
+        return ropes.get(None, ropes)
 
     def _check_training(self, latent: bool) -> None:
         """Reject a cache in training mode where it would be filled twice, or a dropout left out."""
@@ -685,50 +736,46 @@ class ALRDLlamaModel(ALRDLlamaPreTrainedModel, LlamaModel):
                 "whose attention has no dropout; use model.eval() or another cache"
             )
 
-    @merge_with_config_defaults
-    @capture_outputs
     def _forward_latent(
-        self, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=None, **kwargs
-    ) -> BaseModelOutputWithPast:
+        self, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, return_dict=None, **kwargs
+    ) -> BaseModelOutputWithPast | tuple:
+        """The library's forward pass, whose attentions get a `LatentStep`."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         is_bound = past_key_values.is_bound_to(self)
         if not is_bound:
             past_key_values.check_model(self)
             self.check_blocks()
-        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        step = LatentStep.after(past_key_values, hidden_states, attention_mask, position_ids)
-        position_embeddings = self.rotary_emb(hidden_states, position_ids=step.positions)
-        # Dynamic NTK changes the frequencies with the length, so they are read after the embedding has seen it.
-        step = replace(step, rope=Rope(self.rotary_emb.inv_freq, self.rotary_emb.attention_scaling))
+        embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        step = LatentStep.after(past_key_values, embeds, attention_mask, position_ids)
+        step = replace(step, rope=self._ropes(embeds, step.positions))
         if self.config.keep_dense:
             step = replace(step, sums=LatentSums())
         if kwargs.get("output_attentions", self.config.output_attentions):
             step = replace(step, slots=step.slot_positions(past_key_values))
         # The first chunk attends to itself by the library's functions; later ones read the cache by its own lengths.
-        causal_mask = window_mask = None
-        if not step.has_past:
-            causal_mask = create_causal_mask(self.config, hidden_states, attention_mask, past_key_values=None)
-            if self._has_windows:
-                window_mask = self._window_mask(hidden_states, attention_mask, past_key_values=None)
+        if step.has_past:
+            # The library makes no other mask of one that has four dimensions.
+            attention_mask = torch.empty((0, 0, 0, 0), dtype=embeds.dtype, device=embeds.device)
 
         # An error in a layer leaves no layer with tokens that the others have not.
         with past_key_values.transaction():
-            for layer in list(self.layers)[: self.config.num_hidden_layers]:
-                hidden_states = layer(
-                    hidden_states,
-                    attention_mask=causal_mask,
-                    window_mask=window_mask,
-                    position_ids=step.positions,
-                    past_key_values=past_key_values,
-                    use_cache=use_cache,
-                    position_embeddings=position_embeddings,
-                    latent_step=step,
-                    **kwargs,
-                )
+            output = dense_classes(self.config.dense_model_type)[0].forward(
+                self,
+                attention_mask=attention_mask,
+                position_ids=step.positions,
+                past_key_values=past_key_values,
+                inputs_embeds=embeds,
+                latent_step=step,
+                return_dict=True,
+                **kwargs,
+            )
         if not is_bound:
             past_key_values.bind(self)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        output.past_key_values = past_key_values
+        if return_dict is None:
+            return_dict = getattr(self.config, "return_dict", True)
+        return output if return_dict else output.to_tuple()
 
 
 class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, GenerationMixin):
@@ -736,19 +783,26 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
         # Skips the library's own `__init__`, which would build a stock decoder.
         super(LlamaForCausalLM, self).__init__(config)
         self.model = ALRDLlamaModel(config)
-        self.vocab_size = config.vocab_size
+        # What the head's forward pass reads beside weights, from a model of no layer that holds none.
+        empty = copy.copy(config)
+        empty.num_hidden_layers = 0
+        with init.no_init_weights(), torch.device("meta"):
+            dense = dense_classes(config.dense_model_type)[1](empty)
+        del dense.model, dense.lm_head
+        take_over(self, dense)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @wraps(LlamaForCausalLM.forward)
     def forward(self, *args, **kwargs):
         cache = args[3] if len(args) > 3 else kwargs.get("past_key_values")
+        forward = partial(dense_classes(self.config.dense_model_type)[1].forward, self)
         if _is_traced_in_vain(cache, self.config):
-            return _untraced(super().forward, *args, **kwargs)
+            return _untraced(forward, *args, **kwargs)
         grows = isinstance(cache, KIVILatentCache) and cache.capacity is None
         # The logits are what takes most memory in a step.
         with cache.transaction() if grows else nullcontext():
-            return super().forward(*args, **kwargs)
+            return forward(*args, **kwargs)
 
     @staticmethod
     def create_masks_for_generate(*args, inputs_embeds, attention_mask=None, past_key_values=None, **kwargs):
@@ -850,14 +904,12 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
 
         A step of blocks is captured as a CUDA graph, but not compiled.
         """
-        rope_type = (self.config.rope_parameters or {}).get("rope_type", "default")
         refused = isinstance(model_kwargs.get("past_key_values"), KIVILatentCache) and (
             (self.tp_size or 1) > 1
             or getattr(self, "_pp_stage", None) is not None
             or len(set(getattr(self, "hf_device_map", {}).values())) > 1
             or (self.config.keep_dense and (generation_config.compile_config or not captures_graphs(self)))
-            or "dynamic" in rope_type
-            or rope_type == "longrope"
+            or waits_for_length(self.config)
         )
         return not refused and super()._valid_auto_compile_criteria(model_kwargs, generation_config)
 
@@ -913,7 +965,7 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> "ALRDLlamaForCausalLM":
-        """Split a loaded Llama, Mistral or Qwen2.
+        """Split a loaded dense model (`ARCHITECTURES`).
 
         Args:
             dense: The model; it is not changed, and no weight is shared with it.
@@ -927,8 +979,9 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
             ValueError: `dense` is a model that cannot be split, has adapters of PEFT or another wrapper around it, or
                 `config` is for another kind of model.
         """
+        stored = ALRDLlamaConfig.from_llama(dense.config)
         loading.check_plain(dense)
-        loading.check_same_model_type(ALRDLlamaConfig.from_llama(dense.config), config)
+        loading.check_same_model_type(stored, config)
         model = cls(config)
         # As in a loaded model the frequencies of RoPE stay in float32.
         rotary_emb = model.model.rotary_emb

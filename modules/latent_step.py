@@ -69,7 +69,7 @@ class LatentStep:
         order: `[B, L, 1]`, the row's tokens, then its pads; `None`: no pads.
         longest: Tokens of the longest row, the new ones included, where the host knows it.
         has_past: Whether the cache has been fed before.
-        rope: Frequencies for the cached keys.
+        rope: Frequencies for the cached keys; by layer type, where layers have different ones.
         slots: `[B, past slots + L]`, position of the token in each slot, -1 for pads, if attention weights are to be
             returned; else `None`.
         sums: Latents that the layers of a block add to; `None`: the model has no blocks.
@@ -82,7 +82,7 @@ class LatentStep:
     order: torch.Tensor | None
     longest: int | None
     has_past: bool
-    rope: Rope | None = None
+    rope: Rope | dict[str, Rope] | None = None
     slots: torch.Tensor | None = None
     sums: LatentSums | None = None
 
@@ -166,7 +166,10 @@ class LatentStep:
         """The same step on the device of a layer."""
         if device == self.positions.device:
             return self
-        moved = {"rope": replace(self.rope, inv_freq=self.rope.inv_freq.to(device))}
+        if isinstance(self.rope, dict):
+            moved = {"rope": {name: rope.on(device) for name, rope in self.rope.items()}}
+        else:
+            moved = {"rope": self.rope.on(device)}
         for name in ("positions", "start", "count", "order", "slots"):
             tensor = getattr(self, name)
             if tensor is not None:

@@ -12,12 +12,29 @@ from contextlib import ExitStack, suppress
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 
-from configuration_alrd_llama import ALRDLlamaConfig, Block, Projection, check_tiers, check_width_beside_tiers
+from configuration_alrd_llama import (
+    SIDES,
+    ALRDLlamaConfig,
+    Block,
+    Projection,
+    architecture,
+    check_tiers,
+    check_width_beside_tiers,
+)
 from modules.cache.fingerprint import weights_at_hand
-from modules.svd_linear import LatentFactors, SVDLinear, factor_block, factor_groups, join_factors, member_states
+from modules.projections import DenseLayer, dense_layer, projection_name
+from modules.svd_linear import (
+    BlockFactors,
+    LatentFactors,
+    SVDLinear,
+    factor_block,
+    factor_groups,
+    join_factors,
+    member_states,
+)
 
 #: Held while a model is loaded: the library keeps conversions per model type, ours differ per configuration.
 lock = threading.Lock()
@@ -67,7 +84,8 @@ def split_projections(config: ALRDLlamaConfig) -> Iterator[tuple[Projection | Bl
 
 def register_dense_conversion(config: ALRDLlamaConfig) -> None:
     """Tell the library how the dense weights of a checkpoint become those of a model with this configuration."""
-    conversions = []
+    # Those of the dense model come first, which fuse the weights of experts, say.
+    conversions = get_checkpoint_conversion_mapping(config.dense_model_type) or []
     for projection, ranks, rotate in split_projections(config):
         if config.keep_dense:
             break  # `from_pretrained` splits a model in memory, since the members of a block are several weights
@@ -142,16 +160,34 @@ def _block_states(dense: PreTrainedModel, config: ALRDLlamaConfig, splits: list[
             arguments |= splits[block.first][block.attribute]
         with ExitStack() as stack:
             for member in members:
-                linears.append(dense.get_submodule(member.name))
-                stack.enter_context(weights_at_hand(linears[-1]))
+                attention = dense.model.layers[member.layer].self_attn
+                for module in attention.children():
+                    stack.enter_context(weights_at_hand(module))
+                linears.append(dense_layer(attention, member.side))
             if "factors" not in arguments:
-                weights = [linear.weight.detach() for linear in linears]
-                arguments["factors"] = factor_block(weights, ranks)
+                factors = factor_block([linear.weight for linear in linears], ranks)
+                arguments["factors"] = _with_gains(factors, linears)
             states = member_states(linears=linears, rotate=rotate, tiers=config.group_tiers(block), **arguments)
         for member, tensors in zip(members, states, strict=True):
             name = f"model.layers.{member.layer}.self_attn.{member.side}_latent"
             _replace_module(state, name, tensors)
     return state
+
+
+def _with_gains(groups: list[BlockFactors], linears: list[DenseLayer]) -> list[BlockFactors]:
+    """Factors of outputs whose channels a norm multiplies, from those of the outputs without: of all its channels, the
+    latent holds what they have in common, however large some of them are made."""
+    for i, group in enumerate(groups):
+        a, project = [], []
+        for linear, rows, columns in zip(linears, group.a, group.project, strict=True):
+            gain = torch.ones(len(rows), dtype=rows.dtype, device=rows.device)
+            if linear.gain is not None:
+                gain = linear.gain.chunk(len(groups))[i].to(rows)
+                gain = torch.where(gain == 0, 1.0, gain)
+            a.append(rows * gain[:, None])
+            project.append(columns / gain)
+        groups[i] = group._replace(a=a, project=project)
+    return groups
 
 
 def _mean_and_rest(rank: int) -> list[tuple[int, int]]:
@@ -226,9 +262,9 @@ def check_plain(dense: nn.Module) -> None:
     if hasattr(dense, "peft_config"):
         raise ValueError(f"dense: {kind} has PEFT prompts: must be without them, as dense.get_base_model() is")
     # Wrappers rename the weights, quantizers change their type.
-    weights = dense.state_dict()
+    weights, traits = dense.state_dict(), architecture(dense.config)
     for layer in range(dense.config.num_hidden_layers):
-        for projection in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        for projection in (*[projection_name(traits, side) for side in ("q", *SIDES)], "o_proj"):
             name = f"model.layers.{layer}.self_attn.{projection}.weight"
             weight = weights.get(name)
             if weight is None:

@@ -641,7 +641,7 @@ def member_states(
 
     Args:
         factors: Of each head group.
-        linears: The members' dense layers.
+        linears: The members' dense layers, or their weights and biases by these names (`DenseLayer`).
         rotate, tiers: As for `join_factors`.
         static_scales: Scale and zero point `[Σ r]` of the latent channels, for a cache with calibrated scales.
 

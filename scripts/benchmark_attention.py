@@ -37,7 +37,7 @@ from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
 from configuration_alrd_llama import ALRDLlamaConfig, check_positive
 from modeling_alrd_llama import ALRDLlamaAttention, LatentStep
@@ -207,7 +207,7 @@ class LatentLayer:
         self.options, self.length, self.batch = options, length, batch
         self.dtype, self.device = getattr(torch, options.dtype), torch.device(options.device)
         self.config = config = options.layer_config(scheme)
-        self.attention = ALRDLlamaAttention(config, 0).to(self.device, self.dtype).eval()
+        self.attention = ALRDLlamaAttention(LlamaAttention(config, 0)).to(self.device, self.dtype).eval()
         for projection in (self.attention.k_proj, self.attention.v_proj):
             expand = projection.ALinear
             expand.weight.normal_(std=max(expand.ranks) ** -0.5)

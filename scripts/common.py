@@ -117,7 +117,7 @@ def load_model(
     device_map: str | dict | None = None,
     config: ALRDLlamaConfig | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a dense Llama, Mistral or Qwen2, or an `alrd_llama` checkpoint with its tokenizer.
+    """Load a dense model that can be split, or an `alrd_llama` checkpoint with its tokenizer.
 
     Args:
         name_or_path: Folder, GGUF file or hub name.

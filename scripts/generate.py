@@ -1,6 +1,6 @@
 """Generate text through the packed latent cache, and say what the cache took.
 
-A dense Llama, Mistral or Qwen2 is split on the way in (plain SVD of every key and value projection, to --rank); a
+A dense model is split on the way in (plain SVD of every key and value projection, to --rank); a
 checkpoint that is split already, such as one of scripts/calibrate_svd_ranks.py, is used as it is.
 
     python scripts/generate.py --prompt "def read_lines(path):" --rank 0.5 --k_bits 4 --v_bits 4

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 #: Where files named by `--model` are converted to, as seen from the current folder.
 CONVERTED = Path("build/gguf")
 
+#: Architectures whose files are read; transformers may read others, of which none was tried.
+READ = ("llama", "mistral", "qwen2", "qwen3")
+
 #: Special tokens by the names of transformers and of the file.
 _SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
@@ -53,8 +56,8 @@ def convert(file: Path, folder: Path) -> None:
 
     Raises:
         ImportError: The package that reads GGUF is not installed.
-        ValueError: The file is not a whole GGUF file, its architecture is not one of `DENSE_MODEL_TYPES`, it is one of
-            several parts, or its RoPE is scaled in a way that is not read.
+        ValueError: The file is not a whole GGUF file, its architecture is not one that is `READ`, it is one of several
+            parts, or its RoPE is scaled in a way that is not read.
     """
     check_magic(file)
     reader = open_reader(file)
@@ -126,7 +129,11 @@ def check_model(file: Path, reader: "GGUFReader") -> None:
     # llama.cpp writes a Mixtral as a Llama with experts.
     if architecture == "llama" and value(reader, "llama.expert_count"):
         architecture = "mixtral"
-    check_dense_model_type(f"model={str(file)!r}: general.architecture", architecture)
+    field = f"model={str(file)!r}: general.architecture"
+    check_dense_model_type(field, architecture)
+    if architecture not in READ:
+        choices = ", ".join(map(repr, READ))
+        raise ValueError(f"{field}={architecture!r}: must be one of {choices} in a GGUF file; take another checkpoint")
     parts = value(reader, "split.count") or 1
     if parts > 1:
         raise ValueError(

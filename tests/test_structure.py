@@ -23,6 +23,7 @@ ORDER = [
     "modules.trellis_points",
     "modules.trellis",
     "modules.svd_linear",
+    "modules.projections",
     "modules.kernels",
     "modules.cache",
     "modules.kivi_cache",

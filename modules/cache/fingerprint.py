@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any
@@ -112,7 +112,26 @@ def _state(module: nn.Module) -> dict[str, Any]:
     module._save_to_state_dict(state, "", True)
     # Buffers that are not saved count, too.
     state |= dict(module.named_buffers(recurse=False))
-    return state | {name: getattr(module, name) for name in _ATTRIBUTES if hasattr(module, name)}
+    for name in _ATTRIBUTES:
+        if hasattr(module, name):
+            value = getattr(module, name)
+            state[name] = _printed(module, value) if callable(value) else value
+    return state
+
+
+def _printed(decoder: nn.Module, method: Callable) -> str:
+    """What stands for a method among the values, such as `active_adapters`: how it is printed, its decoder with it.
+
+    Of a split model as it was when caches were saved whose files still hold the digest: its layers were of a class of
+    ours, and all else was a Llama's.
+    """
+    text = repr(method)
+    if not hasattr(decoder.config, "dense_model_type"):
+        return text
+    layer = type(decoder.layers[0]).__name__
+    return text.replace(f" {layer}(", " ALRDLlamaDecoderLayer(").replace(
+        f"): {layer.removesuffix('DecoderLayer')}", "): Llama"
+    )
 
 
 def _contents(value: Any, sample: bool) -> Iterator[bytes]:
@@ -120,6 +139,8 @@ def _contents(value: Any, sample: bool) -> Iterator[bytes]:
     if isinstance(value, (tuple, list)):
         for part in value:
             yield from _contents(part, sample)
+    elif isinstance(value, str):
+        yield value.encode()
     elif not isinstance(value, torch.Tensor):
         yield repr(value).encode()
     elif is_traceable_wrapper_subclass(value):

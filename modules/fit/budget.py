@@ -352,6 +352,11 @@ def split_config(config: FitConfig, source: ALRDLlamaConfig, sampled: int = 0) -
     """
     if source.truncation_ranks:
         raise ValueError("source: must be the configuration of a dense model, is split already")
+    if source.traits.of_outputs and not config.keep_dense:
+        raise ValueError(
+            f"keep_dense=False: must be True for a {source.dense_model_type!r}, whose keys are not a product of one "
+            "weight: latents are made of outputs"
+        )
     # A setting that is not given is the best measured one for tiers, or the cache's default.
     default = STATIC if config.tiered else None
     schemes = {}

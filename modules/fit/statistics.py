@@ -25,12 +25,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from configuration_alrd_llama import SIDES, Block, Projection
 from modules.cache.fingerprint import weights_at_hand
 from modules.files import save_tensors
 from modules.fit.distributed import is_main, on_main, rounds, sum_tensors
 from modules.loading import execution_device, state_tensors
+from modules.projections import source, stored_form
 
 #: Version of the files; part of their key.
 FILE_VERSION = 3
@@ -47,8 +49,9 @@ _LOGITS_TOKENS = 256
 
 @dataclass
 class ProjectionStatistics:
-    """Moments of the outputs y = W x (bias left out) of one key or value projection, n = H_kv * d.
+    """Moments of the outputs y of one key or value projection, n = H_kv * d.
 
+    They are y = W x, a bias left out, or where the architecture has a norm on keys what this norm gives.
     Means are over the tokens behind the first `sinks` of each window.
 
     Attributes:
@@ -73,7 +76,7 @@ class LayerStatistics:
 
     Attributes:
         k_proj, v_proj: Of its projections.
-        query_covariance: `[H_q, d, d]` float64, `E[q qᵀ]` of each query head before RoPE, bias included.
+        query_covariance: `[H_q, d, d]` float64, `E[q qᵀ]` of each query head before RoPE, bias and norm included.
     """
 
     k_proj: ProjectionStatistics
@@ -140,7 +143,7 @@ def collect_statistics(
     save_seconds: float = 60.0,
     processes: PartialState | None = None,
 ) -> list[LayerStatistics]:
-    """Run a dense Llama, Mistral or Qwen2 over text once, forwards and, for the Fisher information, backwards.
+    """Run a dense model (`ARCHITECTURES`) over text once, forwards and, for the Fisher information, backwards.
 
     The backward pass recomputes each layer (gradient checkpointing), so that beside the weights only the hidden states
     of a batch and one layer's activations are held; the sums live on the CPU.
@@ -256,8 +259,7 @@ def _empty_sums(model: PreTrainedModel, fisher: bool, sample: int, windows: int)
         attention, heads = layer.self_attn, model.config.num_attention_heads
         sums[f"{i}.query"] = torch.zeros(heads, attention.head_dim, attention.head_dim, **float64)
         for side in SIDES:
-            name = f"{side}_proj"
-            n, prefix = getattr(attention, name).out_features, f"{i}.{name}"
+            n, prefix = model.config.num_key_value_heads * attention.head_dim, f"{i}.{side}_proj"
             sums[f"{prefix}.covariance"] = torch.zeros(n, n, **float64)
             sums[f"{prefix}.mean"] = torch.zeros(n, **float64)
             sums[f"{prefix}.sample"] = torch.zeros(windows, sample, n, dtype=model.dtype, device="cpu")
@@ -288,27 +290,28 @@ def _observed(
         # `[tokens, n]`, where the model is: only sums go to the CPU.
         return x[:, sinks:].flatten(0, 1).double()
 
-    def watch(name: str):
+    def watch(name: str, attention: nn.Module, side: str):
         def keep_sample(field: str, states: torch.Tensor) -> None:
             for i, of_window in enumerate(states, start=window):
                 start = sample_start(i, len(of_window), sample, sinks)
                 sums[f"{name}.{field}"][i] = of_window[start : start + sample].cpu()
 
         def forward(module, inputs, output):
-            if output.requires_grad and not name.endswith("q_proj"):
+            if output.requires_grad and side != "q":
                 output.register_hook(backward)
             if name in seen:  # the backward pass computes a layer again
                 return
             seen.add(name)
-            y = output.detach()
-            if name.endswith("q_proj"):
+            y = stored_form(attention, side, output.detach())
+            if side == "q":
                 # `[H_q, tokens, d]`: each head has a second moment of its own.
                 heads = behind_sinks(y).unflatten(-1, (model.config.num_attention_heads, -1)).transpose(0, 1)
-                sums[name.replace("q_proj", "query")] += (heads.transpose(1, 2) @ heads).cpu()
+                sums[name] += (heads.transpose(1, 2) @ heads).cpu()
                 return
-            if module.bias is not None:
-                with weights_at_hand(module):  # after its forward an offloaded one is away again
-                    y = y - module.bias.detach()
+            with weights_at_hand(module):  # after its forward an offloaded one is away again
+                bias = getattr(module, "bias", None)
+                if bias is not None:
+                    y = y - stored_form(attention, side, bias.detach())
             keep_sample("sample", y)
             y = behind_sinks(y)
             sums[f"{name}.covariance"] += (y.T @ y).cpu()
@@ -316,8 +319,9 @@ def _observed(
 
         def backward(gradient):
             # An error of the sinks costs nothing, for there is none.
-            keep_sample("gradient", gradient.detach())
-            g = behind_sinks(gradient.detach())
+            gradient = stored_form(attention, side, gradient.detach())
+            keep_sample("gradient", gradient)
+            g = behind_sinks(gradient)
             sums[f"{name}.fisher"] += (g.T @ g).cpu()
 
         return forward
@@ -326,8 +330,10 @@ def _observed(
     layers, handles = model.model.layers, []
     forwards = [vars(layer).get("forward") for layer in layers]  # accelerate puts its own there when it offloads
     for i, layer in enumerate(layers):
-        for p in ("q_proj", "k_proj", "v_proj"):
-            handles.append(getattr(layer.self_attn, p).register_forward_hook(watch(f"{i}.{p}")))
+        for side, name in (("q", "query"), ("k", "k_proj"), ("v", "v_proj")):
+            attention = layer.self_attn
+            hook = watch(f"{i}.{name}", attention, side)
+            handles.append(source(attention, side).register_forward_hook(hook))
     try:
         # Only what a layer takes in is kept for the backward pass, which runs the layer again.
         if fisher:
@@ -361,10 +367,23 @@ def _run(model: PreTrainedModel, batch: torch.Tensor, fisher: bool, generator: t
         gradients = []
         # The logits of a whole batch would be larger than all else: a few tokens have theirs at a time.
         for piece, some in zip(hidden.detach().split(_LOGITS_TOKENS), shares.split(_LOGITS_TOKENS)):
-            logits = model.lm_head(piece.requires_grad_()).float()
+            logits = _logits(model, piece.requires_grad_()).float()
             loss = nn.functional.cross_entropy(logits, _drawn(logits.detach(), some), reduction="sum")
             gradients += torch.autograd.grad(loss, piece)
         hidden.backward(torch.cat(gradients))
+
+
+def _logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits `[tokens, V]` of last hidden states `[tokens, C]`, by the model's own head, scaled as it says."""
+    decoder, before = model.model, vars(model.model).get("forward")
+    # The model is asked with a decoder that knows the answer.
+    decoder.forward = lambda *args, **kwargs: MoeModelOutputWithPast(last_hidden_state=hidden[None])
+    try:
+        return model(inputs_embeds=hidden[None], use_cache=False).logits[0]
+    finally:
+        del decoder.forward
+        if before is not None:
+            decoder.forward = before
 
 
 def _drawn(logits: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:

@@ -46,6 +46,10 @@ class Rope:
     inv_freq: torch.Tensor
     attention_scaling: float = 1.0
 
+    def on(self, device: torch.device) -> "Rope":
+        """The same on a device."""
+        return replace(self, inv_freq=self.inv_freq.to(device))
+
     def rotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Rotate `x` `[..., d]` to `positions`, which broadcast to `x.shape[:-1]`, in the type of `x`."""
         # Channel i of the lower half turns with channel i of the upper half, as in the library's Llama.
