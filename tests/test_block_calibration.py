@@ -8,6 +8,7 @@ import string
 
 import pytest
 import torch
+from transformers import Qwen2Config
 
 from configuration_alrd_llama import ALRDLlamaConfig, QuantScheme
 from modeling_alrd_llama import ALRDLlamaForCausalLM
@@ -586,3 +587,19 @@ def test_layers_of_a_block_follow_from_the_text(dense):
     assert layers(20 * outputs - 1) == 1 and layers(10 * outputs, joint_kv=False) == 2
     assert layers(10 * outputs, head_group_size=1) == min(3, source.num_key_value_heads)
     assert layers(0, layer_group_size=2) == 2 and layers(10**9, keep_dense=False) == 1
+
+
+@pytest.mark.parametrize(("types", "layers"), [("ssssss", 3), ("sssfff", 3), ("ssffss", 2), ("ssfsss", 1)])
+def test_layers_of_a_block_have_one_window(types, layers):
+    names = {"s": "sliding_attention", "f": "full_attention"}
+    config = Qwen2Config(
+        hidden_size=32,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_hidden_layers=6,
+        layer_types=[names[letter] for letter in types],
+        use_sliding_window=True,
+        sliding_window=64,
+    )
+    source = ALRDLlamaConfig.from_llama(config)
+    assert fit.split_config(fit.FitConfig(), source, 10**6).layer_group_size == layers

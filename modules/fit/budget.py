@@ -114,8 +114,8 @@ class FitConfig:
     )
     layer_group_size: int | None = _option(
         None,
-        f"Layers that share a latent (with keep_dense). None: up to {MOST_LAYERS}, while the text has "
-        f"{TOKENS_PER_OUTPUT} sampled tokens for each output of a latent.",
+        f"Layers that share a latent (with keep_dense). None: up to {MOST_LAYERS} of one sliding window while the text "
+        f"has {TOKENS_PER_OUTPUT} sampled tokens for each output of a latent.",
     )
     joint_kv: bool | None = _option(None, "Keys and values share a latent. None: with keep_dense.")
     max_rebuild: int | None = _option(
@@ -324,12 +324,21 @@ def _sampled_tokens(config: FitConfig, length: int) -> int:
 
 
 def _layers_of_block(config: FitConfig, source: ALRDLlamaConfig, sampled: int) -> int:
-    """Layers that share a latent: those asked for, or as many as `sampled` tokens suffice for."""
+    """Layers that share a latent: those asked for, or as many of one window as `sampled` tokens suffice for."""
     if config.layer_group_size is not None or not config.keep_dense:
         return config.layer_group_size or 1
     heads = config.head_group_size or source.num_key_value_heads
     outputs = heads * source.head_dim * (2 if config.joint_kv else 1)
-    return max(1, min(MOST_LAYERS, source.num_hidden_layers, sampled // (TOKENS_PER_OUTPUT * outputs)))
+    layers = max(1, min(MOST_LAYERS, source.num_hidden_layers, sampled // (TOKENS_PER_OUTPUT * outputs)))
+    while not _have_one_window(source, layers):
+        layers -= 1
+    return layers
+
+
+def _have_one_window(source: ALRDLlamaConfig, layers: int) -> bool:
+    """Whether in each group of so many layers all have the same sliding window, or none."""
+    windows = list(map(source.layer_window, range(source.num_hidden_layers)))
+    return all([len(set(windows[i : i + layers])) == 1 for i in range(0, len(windows), layers)])
 
 
 def _energies(factors: dict[str, list[Factors]]) -> dict[str, list[torch.Tensor]]:
