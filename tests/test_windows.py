@@ -348,11 +348,11 @@ def has_all(layer: KIVILatentLayer, texts: list[list[float]]) -> bool:
 def test_any_edits(seed):
     """Appends with pads, crops, other rows, forks that go on by themselves, failures: no token seen is ever missing."""
     choose = random.Random(seed)
-    window, block, residual = choose.choice(((1, 4, 0), (9, 4, 3), (20, 8, 5), (33, 8, 0)))
+    window, block, residual = choose.choice(((1, 4, 0), (10, 4, 3), (20, 8, 5), (34, 8, 0)))
     scheme = CacheScheme(16, 16, block, residual, choose.choice((0, 3)))
     cache = KIVILatentCache(scheme, [((1,), (1,))])
     cache.layers[0].sliding_window = window
-    texts, others, count, refused = [[], [], []], [], itertools.count(1), 0
+    texts, others, count = [[], [], []], [], itertools.count(1)
     for _ in range(120):
         layer = cache.layers[0]
         kind = choose.choice(("append", "append", "append", "one", "crop", "order", "fork", "fail", "save"))
@@ -364,6 +364,9 @@ def test_any_edits(seed):
             with expected, cache.transaction():
                 layer.append(states, states, real)
                 if kind == "fail":
+                    # Blocks that fall due now would like the room of those that have been dropped.
+                    layer.append(states.repeat(1, 5, 1), states.repeat(1, 5, 1))
+                    layer.append(states.repeat(1, 5, 1), states.repeat(1, 5, 1))
                     raise RuntimeError
             if kind != "fail":
                 texts = [old + new[own, 0].tolist() for old, new, own in zip(texts, states, real, strict=True)]
@@ -379,7 +382,6 @@ def test_any_edits(seed):
                 # Refused only where it must be.
                 cropped = [row.cropped(kept) for row in layer.rows]
                 assert any(row.sees_dropped(window) for row in cropped) and kept < layer.slots - residual
-                refused += 1
         elif kind == "order":
             order = [choose.randrange(3) for _ in texts]
             cache.reorder_cache(torch.tensor(order))
@@ -392,7 +394,6 @@ def test_any_edits(seed):
             tensors, record = export_layer(layer)
             layer.restore(parse_layer(tensors, json.loads(json.dumps(record)), scheme, False))
         assert all(has_all(some.layers[0], held) for some, held in [(cache, texts), *others])
-    assert refused or window < 9
 
 
 @torch.no_grad()
