@@ -1,7 +1,10 @@
 """Models with a sliding window in some layers or in all: exact, in memory that the window bounds."""
 
+import contextlib
 import copy
 import itertools
+import json
+import random
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from transformers import AutoTokenizer, DynamicCache, MistralConfig, MistralForC
 
 from configuration_alrd_llama import ALRDLlamaConfig
 from modeling_alrd_llama import ALRDLlamaForCausalLM
+from modules.cache.file import export_layer, parse_layer
 from modules.cache.scheme import CacheScheme
 from modules.kivi_cache import KIVILatentCache, KIVILatentLayer, config_windows
 from scripts import calibrate_svd_ranks, estimate_memory
@@ -316,6 +320,80 @@ def test_pieces_of_any_size_leave_the_same():
     for other in found[1:]:
         assert all(map(torch.equal, other[0], found[0][0])) and other[1] == found[0][1]
         assert torch.equal(other[2], found[0][2])
+
+
+def held_tokens(layer: KIVILatentLayer) -> list[dict[int, float]]:
+    """Of each row the tokens, whose states are one number, by their positions."""
+    found = [{} for _ in layer.rows]
+    for tile in layer.tiles():
+        for row, by_run in enumerate(tile.keys[..., 0].tolist()):
+            for values, start, count in zip(by_run, tile.start[row].tolist(), tile.count[row].tolist(), strict=True):
+                found[row] |= dict(enumerate(values[:count], start))
+    return found
+
+
+def has_all(layer: KIVILatentLayer, texts: list[list[float]]) -> bool:
+    """Whether the rows hold what the next tokens see, and nothing that is wrong."""
+    if not layer.is_initialized:
+        return not any(texts)
+    for tokens, held, row in zip(texts, held_tokens(layer), layer.rows, strict=True):
+        right = dict(enumerate(tokens))
+        seen = set(range(max(0, len(tokens) + 1 - layer.sliding_window), len(tokens)))
+        if row.tokens != len(tokens) or not held.items() <= right.items() or not seen <= set(held):
+            return False
+    return True
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_edits(seed):
+    """Appends with pads, crops, other rows, forks that go on by themselves, failures: no token seen is ever missing."""
+    choose = random.Random(seed)
+    window, block, residual = choose.choice(((1, 4, 0), (10, 4, 3), (20, 8, 5), (34, 8, 0)))
+    scheme = CacheScheme(16, 16, block, residual, choose.choice((0, 3)))
+    cache = KIVILatentCache(scheme, [((1,), (1,))])
+    cache.layers[0].sliding_window = window
+    texts, others, count = [[], [], []], [], itertools.count(1)
+    for _ in range(120):
+        layer = cache.layers[0]
+        kind = choose.choice(("append", "append", "append", "one", "crop", "order", "fork", "fail", "save"))
+        if kind in ("append", "one", "fail"):
+            length = 1 if kind == "one" else choose.randrange(1, 30)
+            real = torch.rand(3, length, generator=torch.Generator().manual_seed(next(count))) < 0.8
+            states = torch.tensor([[[float(next(count))] for _ in range(length)] for _ in texts])
+            expected = pytest.raises(RuntimeError) if kind == "fail" else contextlib.nullcontext()
+            with expected, cache.transaction():
+                layer.append(states, states, real)
+                if kind == "fail":
+                    # Blocks that fall due now would like the room of those that have been dropped.
+                    layer.append(states.repeat(1, 5, 1), states.repeat(1, 5, 1))
+                    layer.append(states.repeat(1, 5, 1), states.repeat(1, 5, 1))
+                    raise RuntimeError
+            if kind != "fail":
+                texts = [old + new[own, 0].tolist() for old, new, own in zip(texts, states, real, strict=True)]
+        elif not layer.is_initialized:
+            continue
+        elif kind == "crop":
+            kept = layer.slots - min(layer.slots, choose.choice((1, residual, 3 * window, layer.slots)))
+            left = [n[: row.cropped(kept).tokens] for n, row in zip(texts, layer.rows, strict=True)]
+            try:
+                cache.crop(kept - layer.slots)
+                texts = left
+            except ValueError:
+                # Refused only where it must be.
+                cropped = [row.cropped(kept) for row in layer.rows]
+                assert any(row.sees_dropped(window) for row in cropped) and kept < layer.slots - residual
+        elif kind == "order":
+            order = [choose.randrange(3) for _ in texts]
+            cache.reorder_cache(torch.tensor(order))
+            texts = [list(texts[i]) for i in order]
+        elif kind == "fork":
+            others = [*others, (cache.fork(), texts)][-2:]
+            if choose.random() < 0.5:
+                cache, texts = others.pop(0)
+        else:
+            tensors, record = export_layer(layer)
+            layer.restore(parse_layer(tensors, json.loads(json.dumps(record)), scheme, False))
+        assert all(has_all(some.layers[0], held) for some, held in [(cache, texts), *others])
 
 
 @torch.no_grad()

@@ -48,7 +48,8 @@ def chunk_attention(query: LatentQuery, cache: PackedCache, expand_values: Calla
             found = _attend(states[:, :, piece], keys, values, mask, query.scaling)
             so_far = pieces[i]
             pieces[i] = found if so_far is None else merge_attended(so_far, found)
-    return Attended(*[torch.cat(parts, dim=2) for parts in zip(*[piece[:2] for piece in pieces], strict=True)])
+    summed, log_sums, _ = zip(*pieces, strict=True)
+    return Attended(torch.cat(summed, dim=2), torch.cat(log_sums, dim=2))
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
