@@ -10,6 +10,7 @@ import torch
 from configuration_alrd_llama import QuantScheme, side_scheme
 from modules.cache.codecs import block_nbytes, make_codec
 from modules.fit.allocation import refit_scales, static_scales, token_gains
+from modules.kernels import get_backend
 from modules.kivi_cache import CacheScheme, KIVILatentCache
 from modules.quant_utils import decode_token_scale, encode_token_scale, grid, unpack_codes
 from tests.helpers import tiny_dense
@@ -180,6 +181,22 @@ def test_a_token_in_the_middle_and_constant_channels():
     middle = torch.tensor([0.75, 1.0, 2.75, 3.0, 4.0])
     back = codec.decode(codec.encode(middle.expand(1, 2, 5)))
     assert torch.allclose(back, middle.expand(1, 2, 5), atol=2e-3)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_channels_of_mere_rounding_take_no_part(backend):
+    """Of directions that the calibration text has not a model's own rounding is many of their steps."""
+    x = heavy_tailed(2, 32, sum(WIDTHS))
+    scale, zero = calibrated(x, SCALED)
+    for channel in (2, 9):
+        x[..., channel], zero[channel] = 0.0, 0.0
+    constant, rounding = scale.clone(), scale.clone()
+    constant[[2, 9]], rounding[[2, 9]] = 0.0, 1e-8
+    how = {"backend": get_backend(backend, torch.device("cpu"))}
+    expected = make_codec(SCALED, 32, WIDTHS, torch.float32, static_scales=(constant, zero), **how).encode(x)
+    x[..., [2, 9]] += 1e-4 * torch.randn(2, 32, 2)
+    found = make_codec(SCALED, 32, WIDTHS, torch.float32, static_scales=(rounding, zero), **how).encode(x)
+    assert torch.equal(found["token_scale"], expected["token_scale"])
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -303,6 +303,11 @@ class RotatedCodec(BlockCodec):
         return to_finite(torch.cat(groups, dim=-1), self.dtype)
 
 
+#: Steps below this share of the largest are of rounding, or of what does not matter: in directions that the calibration
+#: text hardly has.
+_ROUNDING = 1e-3
+
+
 class TokenScaledCodec(BlockCodec):
     """Calibrated scales times one scale per token and head group.
 
@@ -345,11 +350,13 @@ class TokenScaledCodec(BlockCodec):
         self.levels, spacing, middle, gaussian = torch.tensor(table, dtype=torch.float32, device=scale.device).T
         self.step = scale * spacing
         self.middle = zero_point + middle * scale
-        #: One over the variance of each channel, and over the square of its step; constant channels take no part.
-        self.weight = torch.where(self.step > 0, (gaussian / self.step).square(), 0)
-        self.error_weight = torch.where(self.step > 0, self.step.reciprocal().square(), 0)
+        #: One over the variance of each channel, and over the square of its step. Channels that are constant but for
+        #: rounding take no part: by their steps any token would look huge.
+        varies = self.step > _ROUNDING * self.step.max()
+        self.weight = torch.where(varies, (gaussian / self.step).square(), 0)
+        self.error_weight = torch.where(varies, self.step.reciprocal().square(), 0)
         #: Energy of a token of scale 1 in each head group; a group of constant channels has none.
-        self.energy = self._by_group((self.step > 0).float()).clamp(min=1)
+        self.energy = self._by_group(varies.float()).clamp(min=1)
 
     def fields(self):
         return self.inner.fields() | {"token_scale": ((self.length, len(self.widths)), torch.uint8)}
