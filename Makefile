@@ -56,12 +56,15 @@ real-results: .venv/wheels
 	cp build/real_frontier.* build/real_ruler.* build/real_decode.json scripts/results/
 	$(RUN) scripts/results_tables.py
 
-# The surface of shapes of the same model, from which the default shape was chosen (hours; goes on where it stopped).
+# The surface of shapes of the same model, from which the default shape was chosen, and what each choice of it contributes
+# (hours; goes on where it stopped).
 surface: .venv/wheels
 	$(RUN) scripts/real_model.py --no_measure
 	$(RUN) scripts/frontier.py --model build/real/dense --statistics build/real/statistics --rebuild 1 0.6 \
 		--output build/surface.json
-	cp build/surface.json scripts/results/
+	$(RUN) scripts/ablate_calibration.py --blocks --model build/real/dense --calibration_text mixture --text $(REAL_TEXTS) \
+		--windows 1 --length 1920 --chunk 4 --statistics build/real/statistics --output build/real_ablation.json
+	cp build/surface.json build/real_ablation.json scripts/results/
 	$(RUN) scripts/results_tables.py
 
 BUDGETS := 0.25 0.125 0.0625 0.05 0.04 0.03

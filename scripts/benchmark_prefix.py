@@ -52,7 +52,7 @@ from scripts.timing import in_turns, milliseconds, percentiles
 class PrefixBenchmarkConfig:
     """Options of the benchmark."""
 
-    model: str = field(default=BUNDLED_MODEL, metadata={"help": "Dense Llama, Mistral or Qwen2."})
+    model: str = field(default=BUNDLED_MODEL, metadata={"help": "Dense model."})
     rank: float = field(default=0.5, metadata={"help": "Rank of its plain split, a share of the full rank."})
     bits: float = field(default=2, metadata={"help": "Bits of the plain split's keys and values."})
     checkpoints: list[str] = field(

@@ -51,7 +51,7 @@ class SourceOptions:
 
     model: str = field(
         default=BUNDLED_MODEL,
-        metadata={"help": "Dense Llama, Mistral or Qwen2: a local folder, a GGUF file or a hub name."},
+        metadata={"help": "Dense model: a local folder, a GGUF file or a hub name."},
     )
     output: str = field(default="build/calibrated", metadata={"help": "Folder of the split checkpoint, or of several."})
     budget: float | None = field(
@@ -91,6 +91,8 @@ class CalibrationConfig(FitConfig, SourceOptions):  # options of the last base c
         given = [name for name in ("budget", "share") if getattr(self, name) is not None] + ["sweep"] * bool(self.sweep)
         if len(given) != 1:
             raise ValueError(f"budget, share, sweep: exactly one must be given, got {', '.join(given) or 'none'}")
+        if self.keep_dense is None and self.probe:
+            self.keep_dense = False
         super().__post_init__()
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("device", self.device, ("cpu", "cuda", "auto"))

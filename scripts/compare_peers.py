@@ -67,7 +67,7 @@ FOLDERS = {"before": "before, ", "checkpoints": ""}
 class PeersConfig:
     """The model, the text, and which peers to measure."""
 
-    model: str = field(metadata={"help": "Dense Llama: a local folder, a GGUF file or a hub name."})
+    model: str = field(metadata={"help": "Dense model: a local folder, a GGUF file or a hub name."})
     text: list[str] = field(
         metadata={"help": "Text to measure on, or several of different domains: see scripts/corpus.py."}
     )

@@ -28,7 +28,7 @@ class CompareConfig:
     """The model, how much of its rank to keep, and how much text to measure on."""
 
     model: str = field(
-        default=BUNDLED_MODEL, metadata={"help": "Dense Llama: a local folder, a GGUF file or a hub name."}
+        default=BUNDLED_MODEL, metadata={"help": "Dense model: a local folder, a GGUF file or a hub name."}
     )
     share: float = field(default=0.5, metadata={"help": "Share of the latent channels to keep."})
     text: str = field(default="stdlib:selection", metadata={"help": "Text to measure on: see scripts/corpus.py."})

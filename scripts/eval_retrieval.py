@@ -13,6 +13,7 @@ needle    For capable models: a sentence with a number, hidden at --depths in te
           for at the end; an answer that contains the number is right.
 ruler     RULER's own needle tasks of --variants, made by its generator (scripts/ruler.py) for --lengths; scored as
           there, by the share of what is asked for that the answer contains. With --chat in the model's chat template.
+          With --questions N as many needles are hidden at least and asked for, each on a copy of the prefilled cache.
 
 The text is the prefill and the question is fed on top of it, so that it is answered from the packed cache; a distance
 at which the answer is not packed yet is refused; RULER hides some of its needles so late, and the record says in how
@@ -20,6 +21,7 @@ many questions all of it was packed. Where the dense model itself scores less th
 shows nothing, and the script says so. Results are kept cell by cell; with --output the picture stands beside the JSON.
 """
 
+import copy
 import itertools
 import random
 import re
@@ -38,6 +40,7 @@ from scripts import plots, ruler
 from scripts.common import find_model, parse_config
 from scripts.compared_caches import ComparedCaches, describe_cache, open_results, packed_tokens
 from scripts.corpus import describe, load_documents
+from scripts.eval_perplexity import bootstrap_mean
 
 #: Tokens of text before a listing.
 LEAD = 40
@@ -68,6 +71,10 @@ class RetrievalConfig(ComparedCaches):
         default_factory=lambda: ["niah_single_1", "niah_single_2"],
         metadata={"help": f"ruler: its tasks, among {', '.join(ruler.VARIANTS)}."},
     )
+    questions: int = field(
+        default=1,
+        metadata={"help": "ruler: needles of a text to ask for, one by one: RULER's own, then others."},
+    )
     chat: bool = field(default=False, metadata={"help": "ruler: ask in the chat template of the model's tokenizer."})
     new_tokens: int = field(default=ruler.ANSWER_TOKENS, metadata={"help": "ruler: tokens of an answer at most."})
     trials: int = field(
@@ -81,7 +88,7 @@ class RetrievalConfig(ComparedCaches):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("lines", "words", "trials", "chunk", "new_tokens"):
+        for name in ("lines", "words", "trials", "chunk", "new_tokens", "questions"):
             check_positive(name, getattr(self, name))
         check_positive("distances", *self.distances)
         check_positive("lengths", *self.lengths)
@@ -105,19 +112,20 @@ class RetrievalConfig(ComparedCaches):
 
 @dataclass(frozen=True)
 class Question:
-    """A text to prefill, and the question on top.
+    """A text to prefill, and the questions on top.
 
     Attributes:
         prefilled: Tokens of the text.
         answer_end: Of these, the tokens up to the end of what is asked for.
-        asked: Tokens of the question: for each line its orders of words, the listed one first; or a single row.
-        values: What the answer is to contain: the needle's number, or all that a task of RULER asks for.
+        asked: Tokens of the questions: for each line its orders of words, the listed one first; or a row for each.
+        values: What the answer to each question is to contain: the needle's number, or all that a task of RULER asks
+            for. Empty for orders of words.
     """
 
     prefilled: list[int]
     answer_end: int
     asked: list[list[int]]
-    values: tuple[str, ...] = ()
+    values: tuple[list[str], ...] = ()
 
 
 class Text:
@@ -183,13 +191,15 @@ def needle_question(config: RetrievalConfig, text: Text, cell: tuple, trial: int
     filler = text.piece(room, generator)
     cut = round(depth * room)
     head = text.start + filler[:cut] + needle
-    return Question(head + filler[cut:], len(head), [asked], (value,))
+    return Question(head + filler[cut:], len(head), [asked], ([value],))
 
 
 @lru_cache(maxsize=64)
-def ruler_samples(variant: str, length: int, count: int, tokenizer_path: str, seed: int) -> list[ruler.Sample]:
+def ruler_samples(
+    variant: str, length: int, count: int, tokenizer_path: str, seed: int, needles: int
+) -> list[ruler.Sample]:
     """`ruler.samples`, made once for all caches."""
-    return ruler.samples(variant, length, count, tokenizer_path, 42 + seed)
+    return ruler.samples(variant, length, count, tokenizer_path, 42 + seed, needles)
 
 
 def ruler_question(config: RetrievalConfig, text: Text, cell: tuple, trial: int) -> Question:
@@ -204,15 +214,18 @@ def ruler_question(config: RetrievalConfig, text: Text, cell: tuple, trial: int)
     # What the model needs beside the sample counts to its length; a chat template brings its own start of a text.
     start = [] if config.chat else text.start
     extra = len(text.encode(message(""))) if config.chat else len(start)
-    sample = ruler_samples(variant, length - extra, config.trials, tokenizer.name_or_path, config.seed)[trial]
-    whole = sample.context + sample.question
-    head, question, tail = (message(whole) if config.chat else whole).rpartition(sample.question)
-    ends = []
-    for answer in sample.answers:
-        ends.append(head.rindex(answer) + len(answer))
+    how = (config.trials, tokenizer.name_or_path, config.seed, config.questions)
+    sample = ruler_samples(variant, length - extra, *how)[trial]
+    samples = [sample] if config.questions == 1 else ruler.ask_each(sample, config.questions)
+    asked, ends = [], []
+    for sample in samples:
+        whole = sample.context + sample.question
+        head, question, tail = (message(whole) if config.chat else whole).rpartition(sample.question)
+        asked.append(text.encode(question + tail + sample.prefix))
+        for answer in sample.answers:
+            ends.append(head.rindex(answer) + len(answer))
     answer_end = len(start) + len(text.encode(head[: max(ends)]))
-    asked = text.encode(question + tail + sample.prefix)
-    return Question(start + text.encode(head), answer_end, [asked], tuple(sample.answers))
+    return Question(start + text.encode(head), answer_end, asked, tuple([sample.answers for sample in samples]))
 
 
 @torch.no_grad()
@@ -232,22 +245,25 @@ def answer_copying(config: RetrievalConfig, text: Text, question: Question, mode
 
 @torch.no_grad()
 def answer_needle(config: RetrievalConfig, text: Text, question: Question, model, cache) -> tuple[int, int, None]:
-    """How many of the question's values are in what the model goes on with, and how many there are."""
+    """How many of the questions' values are in what the model goes on with, and how many there are."""
     prefilled = torch.tensor([question.prefilled], device=model.device)
     model(prefilled, past_key_values=cache, logits_to_keep=1)
-    ids = torch.cat([prefilled, torch.tensor(question.asked, device=model.device)], dim=1)
-    # The number and a little more, or as many tokens as RULER's answers have.
-    room = config.new_tokens if config.task == "ruler" else len(text.encode(question.values[0])) + 4
-    output = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
-        max_new_tokens=room,
-        do_sample=False,
-        pad_token_id=text.tokenizer.pad_token_id or text.tokenizer.eos_token_id,
-    )
-    said = text.tokenizer.decode(output[0, ids.shape[1] :]).lower()
-    return sum(value.lower() in said for value in question.values), len(question.values), None
+    right = 0
+    for asked, values in zip(question.asked, question.values, strict=True):
+        ids = torch.cat([prefilled, torch.tensor([asked], device=model.device)], dim=1)
+        # The number and a little more, or as many tokens as RULER's answers have.
+        room = config.new_tokens if config.task == "ruler" else len(text.encode(values[0])) + 4
+        output = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=copy.deepcopy(cache),
+            max_new_tokens=room,
+            do_sample=False,
+            pad_token_id=text.tokenizer.pad_token_id or text.tokenizer.eos_token_id,
+        )
+        said = text.tokenizer.decode(output[0, ids.shape[1] :]).lower()
+        right += sum(value.lower() in said for value in values)
+    return right, sum(map(len, question.values)), None
 
 
 #: How each task makes its questions, and how they are answered.
@@ -272,7 +288,7 @@ def check_questions(config: RetrievalConfig, text: Text) -> None:
     for cell in config.cells():
         question = ASK[config.task][0](config, text, cell, 0)
         answer = config.new_tokens if config.task == "ruler" else 0
-        config.check_length(len(question.prefilled) + len(question.asked[0]) + answer)
+        config.check_length(len(question.prefilled) + max(map(len, question.asked)) + answer)
         for name, scheme in config.schemes().items():
             if config.task != "ruler" and not packed_answer(scheme, question):
                 raise ValueError(
@@ -307,6 +323,7 @@ def main(config: RetrievalConfig) -> dict:
             packed += name != "dense" and packed_answer(schemes[name], question)
         right, questions = (sum(x) for x in list(zip(*found))[:2])
         done["cells"][key] = {"right": right, "questions": questions, "score": right / questions}
+        done["cells"][key]["right_by_text"] = [x[0] for x in found]
         if config.task == "ruler" and name != "dense":
             done["cells"][key]["packed"] = packed
         if config.task == "copying":
@@ -356,6 +373,22 @@ def verdict(record: dict) -> str:
     return said
 
 
+def difference(record: dict, name: str) -> dict[str, float] | None:
+    """Mean score of a cache less the dense model's, with its interval over the texts, which both have read.
+
+    Over the cells in which the dense model scores enough. `None`: there are none, or a single text in each.
+    """
+    shown, paired = told_apart(record), []
+    for key in shown:
+        mine, dense = record["results"][name]["cells"][key], record["results"]["dense"]["cells"][key]
+        each = dense["questions"] / len(dense["right_by_text"])
+        for a, b in zip(mine["right_by_text"], dense["right_by_text"], strict=True):
+            paired.append((a - b) / each)
+    if len(paired) < 2 * max(1, len(shown)):
+        return None
+    return bootstrap_mean(paired, strata=len(shown))
+
+
 def retrieval_table(record: dict) -> str:
     """Scores by cache and cell as Markdown; means are over the cells in which the dense model scores enough."""
     shown, results = told_apart(record), record["results"]
@@ -364,7 +397,7 @@ def retrieval_table(record: dict) -> str:
     heads = ["cache", "bytes of dense at 4k"]
     for key in cells:
         heads.append(key if key in shown else f"{key} (dense too weak)")
-    heads += ["mean", "loss over dense, nats per word"] if copying else ["mean"]
+    heads += ["mean", "loss over dense, nats per word" if copying else "less than dense [95%]"]
 
     def mean(name: str, field: str) -> float:
         return sum(results[name]["cells"][key][field] for key in shown) / len(shown) if shown else float("nan")
@@ -375,6 +408,10 @@ def retrieval_table(record: dict) -> str:
         row.append(f"{mean(name, 'score'):.3f}")
         if copying:
             row.append(f"{mean(name, 'loss_per_word') - mean('dense', 'loss_per_word'):+.3f}")
+        elif name != "dense" and (less := difference(record, name)) is not None:
+            row.append(f"{less['mean']:+.3f} [{less['low']:+.3f}, {less['high']:+.3f}]")
+        else:
+            row.append("–")
         lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
 

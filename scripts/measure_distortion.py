@@ -38,7 +38,7 @@ EXPECTED = {
 class DistortionConfig:
     """The latents and synthetic data to quantize."""
 
-    model: str = field(default=BUNDLED_MODEL, metadata={"help": "Dense Llama whose latents are measured."})
+    model: str = field(default=BUNDLED_MODEL, metadata={"help": "Dense model whose latents are measured."})
     share: float = field(default=0.5, metadata={"help": "Share of the latent channels to keep."})
     text: str = field(default="stdlib:selection", metadata={"help": "Text of the latents: see scripts/corpus.py."})
     windows: int = field(default=4, metadata={"help": "Windows of 1,024 tokens of text."})

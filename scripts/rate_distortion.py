@@ -38,7 +38,7 @@ DISTORTIONS = (0.02, 0.01, 0.002)
 class RateConfig:
     """The model, the text, and where its statistics are kept."""
 
-    model: str = field(metadata={"help": "Dense Llama, Mistral or Qwen2: a local folder, a GGUF file or a hub name."})
+    model: str = field(metadata={"help": "Dense model: a local folder, a GGUF file or a hub name."})
     text: list[str] = field(default_factory=lambda: ["mixture"], metadata={"help": TEXT_HELP})
     windows: int = field(default=32, metadata={"help": "Windows of text."})
     length: int = field(default=1024, metadata={"help": "Tokens per window."})

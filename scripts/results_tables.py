@@ -236,8 +236,9 @@ def real_retrieval(record: dict) -> str:
             packed.append(f"{name}: {sum(cell['packed'] for cell in result['cells'].values())}")
     return (
         f"{retrieval_table(record)}\n\nShare of the needles that the answer contains, by tokens and task of RULER "
-        f"({record['text']['generator']}), {c['trials']} samples each, answers of {c['new_tokens']} tokens at most"
-        f"{', asked in the chat template' if c['chat'] else ''}. {record['verdict']} Of {samples} samples all needles "
+        f"({record['text']['generator']}), {c['trials']} samples each, questions to each: {c['questions']}, answers of "
+        f"{c['new_tokens']} tokens at most{', asked in the chat template' if c['chat'] else ''}. "
+        f"Intervals: paired bootstrap over samples. {record['verdict']} Of {samples} samples all needles "
         f"were packed in {'; '.join(packed)}. {_machine(record['environment'])}."
     )
 
@@ -467,6 +468,7 @@ def surface(record: dict) -> str:
 #: The script and the `make` target that write each JSON file of scripts/results.
 MADE_BY = {
     "ablation": ("ablate_calibration.py", "results"),
+    "real_ablation": ("ablate_calibration.py", "surface"),
     "benchmark_attention": ("benchmark_attention.py", "results"),
     "benchmark_blocks": ("benchmark_blocks.py", "results"),
     "benchmark_cache": ("benchmark_cache.py", "results"),
@@ -517,6 +519,7 @@ RENDERERS = {
     "rate_distortion": (["rate_distortion"], rate_distortion),
     "published": ([], published),
     "ablation": (["ablation"], ablation),
+    "real_ablation": (["real_ablation"], ablation),
     "projection": (["projection"], projection),
     "benchmark_cache": (["benchmark_cache"], benchmark_cache),
     "distortion": (["distortion"], distortion),

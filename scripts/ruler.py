@@ -13,7 +13,7 @@ import io
 import re
 import runpy
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,6 +39,9 @@ VARIANTS = (
 #: Tokens that RULER leaves for an answer; they count to the length of a sample.
 ANSWER_TOKENS = 128
 
+#: A needle as the generator writes it: what it is for, and its value.
+NEEDLE = re.compile(r"One of the special magic \w+ for (.+?) is: (\S+)\.")
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -62,7 +65,9 @@ def split_sentences(text: str) -> list[str]:
     return re.split(r"(?<=[.!?]) ", text)
 
 
-def samples(variant: str, length: int, count: int, tokenizer_path: str, seed: int = 42) -> list[Sample]:
+def samples(
+    variant: str, length: int, count: int, tokenizer_path: str, seed: int = 42, needles: int = 1
+) -> list[Sample]:
     """Samples of one of the `VARIANTS`.
 
     Args:
@@ -71,6 +76,7 @@ def samples(variant: str, length: int, count: int, tokenizer_path: str, seed: in
         count: Samples.
         tokenizer_path: Folder or hub name of the tokenizer that counts the tokens.
         seed: Of needles and depths; RULER's own is 42.
+        needles: Hidden in each sample at least; more than a task of RULER has make it harder.
 
     Raises:
         ImportError: The packages are not installed; the message has the command.
@@ -95,6 +101,7 @@ def samples(variant: str, length: int, count: int, tokenizer_path: str, seed: in
         "template": wording["template"] + wording["answer_prefix"],
         **task["args"],
     }
+    options["num_needle_k"] = max(options["num_needle_k"], needles)
     arguments = [f"--{name}={value}" for name, value in options.items()]
     # The generator is a script: its options are those of the process, and it imports what only other tasks use.
     unused = {"tenacity": MagicMock(), "nltk": MagicMock()}
@@ -108,6 +115,26 @@ def samples(variant: str, length: int, count: int, tokenizer_path: str, seed: in
         generator = runpy.run_module("long_context_eval.data.synthetic.niah", run_name="niah")
         made = generator["generate_samples"](count, length, None)
     return [parse(sample) for sample in made]
+
+
+def ask_each(sample: Sample, count: int) -> list[Sample]:
+    """Questions for single needles of one context: RULER's own, then those for the other needles in their order.
+
+    Raises:
+        ValueError: It has fewer needles than the `count` of questions, or its question is for several.
+    """
+    needles = NEEDLE.findall(sample.context)
+    own = [key for key, value in needles if [value] == sample.answers]
+    others = [needle for needle in needles if needle[0] not in own]
+    if len(own) != 1 or len(others) < count - 1:
+        raise ValueError(
+            f"questions={count}: must be at most the {len(needles)} needles of a context, in a task that asks for one"
+        )
+    asked = [sample]
+    for key, value in others[: count - 1]:
+        question, prefix = (x.replace(f"for {own[0]}", f"for {key}") for x in (sample.question, sample.prefix))
+        asked.append(replace(sample, question=question, prefix=prefix, answers=[value]))
+    return asked
 
 
 def parse(made: dict) -> Sample:

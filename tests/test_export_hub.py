@@ -128,6 +128,7 @@ def save_checkpoint(folder: Path, seed: int = 0) -> Path:
             model=str(folder / "dense"),
             output=str(folder / "split"),
             budget=0.2,
+            keep_dense=False,
             tokens=512,
             text=str(folder / "text.txt"),
             windows=4,

@@ -27,7 +27,8 @@ def generate_samples(num_samples, max_seq_length, save_dir):
     print("noise")
     context = "|".join(sent_tokenize("Grass grows. Is it? Yes! It is 3.5 high."))
     text = args.template.format(type_needle_v="number", context=context, query=args.type_haystack)
-    return [{"index": i, "input": text, "outputs": [str(args.random_seed + i)]} for i in range(num_samples)]
+    answer = str(args.random_seed + 100 * args.num_needle_k)
+    return [{"index": i, "input": text, "outputs": [answer]} for i in range(num_samples)]
 """
 
 
@@ -55,12 +56,31 @@ def test_samples_of_the_generator(stand_in, capsys):
     arguments, modules = sys.argv, dict(sys.modules)
     found = ruler.samples("niah_single_1", 300, 2, "nowhere", seed=7)
     context = "Memorize.\nGrass grows.|Is it?|Yes!|It is 3.5 high."
-    assert [sample.answers for sample in found] == [["7"], ["8"]]
+    assert [sample.answers for sample in found] == [["107"], ["107"]]
     assert {(sample.context, sample.question, sample.prefix) for sample in found} == {
         (context, "\nWhat is the number for repeat?", " The special magic number is")
     }
+    assert ruler.samples("niah_single_1", 300, 1, "nowhere", seed=7, needles=4)[0].answers == ["407"]
     assert capsys.readouterr().out == "" and sys.argv is arguments
     assert all(sys.modules.get(name) is modules.get(name) for name in ("nltk", "nltk.tokenize", "tenacity"))
+
+
+def test_every_needle_of_a_context_is_asked_for():
+    needle = "One of the special magic numbers for {} is: {}."
+    context = f"Read. {needle.format('old-hat', 12)} Grass. {needle.format('red-bag', 345)} {needle.format('sea', 6)}"
+    own = ruler.Sample(context, "\nWhat is the number for red-bag?", " The number for red-bag is", ["345"])
+    found = ruler.ask_each(own, 3)
+    assert found[0] is own
+    assert [(sample.question, sample.prefix, sample.answers) for sample in found[1:]] == [
+        ("\nWhat is the number for old-hat?", " The number for old-hat is", ["12"]),
+        ("\nWhat is the number for sea?", " The number for sea is", ["6"]),
+    ]
+    assert {sample.context for sample in found} == {context} and len(ruler.ask_each(own, 2)) == 2
+    with pytest.raises(ValueError, match="questions=4: must be at most the 3 needles of a context"):
+        ruler.ask_each(own, 4)
+    several = ruler.Sample(context, "\nWhat are they for sea, and red-bag?", " They are", ["6", "345"])
+    with pytest.raises(ValueError, match="in a task that asks for one"):
+        ruler.ask_each(several, 2)
 
 
 def test_a_missing_package_is_named(stand_in, monkeypatch):
@@ -76,7 +96,7 @@ def test_the_makefile_installs_the_same_packages():
 
 @pytest.mark.real
 # The generator takes long to begin with: it makes all pairs of its adjectives and nouns.
-@pytest.mark.parametrize("variant", ["niah_single_1", "niah_multiquery"])
+@pytest.mark.parametrize("variant", ["niah_single_1", "niah_multikey_1", "niah_multiquery"])
 def test_samples_out_of_the_wheel(variant):
     path = find_model(BUNDLED_MODEL)
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -86,5 +106,8 @@ def test_samples_out_of_the_wheel(variant):
         assert all(sample.context.count(answer) == 1 for answer in sample.answers)
         assert not any(answer in sample.question + sample.prefix for answer in sample.answers)
         assert len(sample.answers) == (4 if variant == "niah_multiquery" else 1)
+        if variant == "niah_multikey_1":
+            each = ruler.ask_each(sample, 4)
+            assert len({other.answers[0] for other in each}) == len({other.question for other in each}) == 4
         whole = sample.context + sample.question + sample.prefix
         assert 300 < len(tokenizer(whole).input_ids) <= 1536 - ruler.ANSWER_TOKENS

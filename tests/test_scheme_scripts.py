@@ -104,8 +104,9 @@ def test_the_ablation_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
             raise ValueError("budget: too small")
         return SimpleNamespace(split=lambda: torch.nn.Linear(1, 1))
 
-    def measure(evaluation, tokenizer, dense, caches):
+    def measure(evaluation, tokenizer, dense, caches, others):
         calls.append(list(caches))
+        assert others is None
         result = {"perplexity_increase": 0.1, "kl_mean": 0.2, "tokens": 100}
         results = {name: dict(result) for name in ("dense", *caches)}
         return {"results": results, "environment": {}, "text": {}, "dtype": "float32"}
@@ -126,3 +127,40 @@ def test_the_ablation_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     assert record["results"]["default"]["0.05"] == {"impossible": "budget: too small"}
     with pytest.raises(ValueError, match=r"holds results of other options \(windows\); name another file"):
         ablate_calibration.main(AblationConfig(windows=3, output=output))
+    with pytest.raises(ValueError, match=r"only=\['layers: 1'\]: must be among default, objective: weight"):
+        AblationConfig(only=["layers: 1"])
+
+
+def test_the_ablation_of_blocks(tmp_path, monkeypatch, capsys):
+    """Each variant differs from the blocks of `make real` in what it names; all are scored on the same tokens."""
+    asked, schemes = [], []
+
+    def calibrate_model(config):
+        asked.append(config)
+        return SimpleNamespace(tokenizer=None)
+
+    def measure(evaluation, tokenizer, dense, caches, others):
+        schemes.append({(scheme.group_size, scheme.residual_length) for scheme in others})
+        result = {"perplexity_increase": 0.1, "kl_mean": 0.2, "tokens": 100}
+        result["domains"] = {"a": {"kl_mean": 0.1}, "b": {"kl_mean": 0.3}}
+        results = {name: dict(result) for name in ("dense", *caches)}
+        return {"results": results, "environment": {}, "text": {}, "dtype": "float32"}
+
+    monkeypatch.setattr(ablate_calibration, "calibrate_model", calibrate_model)
+    fitted = SimpleNamespace(split=lambda: torch.nn.Linear(1, 1))
+    monkeypatch.setattr(ablate_calibration, "fit_budget", lambda *how: fitted)
+    monkeypatch.setattr(ablate_calibration, "measure", measure)
+    monkeypatch.setattr(torch.nn.Linear, "create_kivi_cache", None, raising=False)
+    options = {"blocks": True, "budgets": [0.125], "text": ["stdlib:test", "stdlib:selection"]}
+    options["calibration_text"] = ["mixture"]
+    record = ablate_calibration.main(AblationConfig(**options, output=str(tmp_path / "ablation.json")))
+    assert len(asked) == len(record["results"]) == len(ablate_calibration.BLOCK_VARIANTS)
+    default = asked[0]
+    assert (default.layer_group_size, default.joint_kv, default.code, default.keep_dense) == (3, True, "trellis", True)
+    for config in asked[1:]:
+        assert config != default
+    # The window of every variant is no longer than that of the schemes, so that each could score the same tokens.
+    longest = max(config.residual_length or 16 for config in asked)
+    assert all(found == {(length, longest) for length in (32, 64, 128)} for found in schemes)
+    shown = capsys.readouterr().out
+    assert "KL mean (worst text) |" in shown and "| layers: 5 | +10.00% | 0.2000 (0.3000) |" in shown

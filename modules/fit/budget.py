@@ -2,7 +2,7 @@
 
     tokens = tokenizer(text, return_tensors="pt").input_ids[:, : 32 * 1024].view(32, 1024)
     config, source = FitConfig(), ALRDLlamaConfig.from_llama(dense.config)
-    calibration = calibrate(config, dense, source, tokens, probe_tokens=tokens[:2])
+    calibration = calibrate(config, dense, source, tokens)
     model = fit_budget(config, calibration, 0.0625).split()
 
 `scripts/calibrate_svd_ranks.py` is the command. All measurements of the model are kept in a folder, and
@@ -81,6 +81,12 @@ _COST_TOKENS = 4096
 #: Tokens of a block that tiers of calibrated scales choose from.
 BLOCK_LENGTHS = (32, 64, 128)
 
+#: Layers that share a latent where none are asked for, at most: the best measured on SmolLM2 (LOG.md).
+MOST_LAYERS = 3
+
+#: Sampled tokens that each output of a latent should have, for the covariance by which its directions are chosen.
+TOKENS_PER_OUTPUT = 10
+
 #: Static scales leave nothing to store per block; measured best at small budgets (LOG.md).
 STATIC = '{"orientation": "per_channel", "static": true}'
 
@@ -101,9 +107,17 @@ class FitConfig:
     head_group_size: int | None = _option(
         None, "Key/value heads that share a latent; all of them (joint) if not given."
     )
-    keep_dense: bool = _option(False, "Keep the dense projections, and make latents of their outputs, by blocks.")
-    layer_group_size: int = _option(1, "Layers that share a latent (with keep_dense).")
-    joint_kv: bool = _option(False, "Keys and values share a latent (with keep_dense).")
+    keep_dense: bool | None = _option(
+        None,
+        "Keep the dense projections, and make latents of their outputs, by blocks. None: for a budget, unless other "
+        "options are for single projections.",
+    )
+    layer_group_size: int | None = _option(
+        None,
+        f"Layers that share a latent (with keep_dense). None: up to {MOST_LAYERS}, while the text has "
+        f"{TOKENS_PER_OUTPUT} sampled tokens for each output of a latent.",
+    )
+    joint_kv: bool | None = _option(None, "Keys and values share a latent. None: with keep_dense.")
     max_rebuild: int | None = _option(
         None,
         "With keep_dense: most multiply-adds per cached token and layer to rebuild keys and to sum values; none if not "
@@ -141,6 +155,11 @@ class FitConfig:
         check_choice("code", self.code, CODES)
         for name in ("tokens", "batch_size", "rank_multiple"):
             check_positive(name, getattr(self, name))
+        if self.keep_dense is None:
+            single = self.k_mean_split or self.v_mean_split or self.k_scheme or self.v_scheme
+            self.keep_dense = self.tiered and self.objective == "fisher" and not single
+        if self.joint_kv is None:
+            self.joint_kv = self.keep_dense
         if self.keep_dense and not (self.tiered and self.objective == "fisher"):
             raise ValueError("keep_dense=True: must go with allocation='tiers', objective='fisher' and no share")
         if self.token_scale is None:
@@ -251,14 +270,17 @@ def calibrate(
     Raises:
         ValueError: As `split_config`; the text is missing, or its windows are too short.
     """
-    target = split_config(config, source)
     if config.keep_dense and probe_tokens is not None:
         raise ValueError("probe_tokens: must be None with keep_dense=True, whose errors have one unit in all layers")
     if config.needs_text and tokens is None:
         raise ValueError("tokens=None: must be given, for the statistics of a text")
-    sample = 0
-    if tokens is not None:
-        sample = _sampled_tokens(config, tokens.shape[-1], CacheScheme.from_config(target).block_length)
+    sample = 0 if tokens is None else _sampled_tokens(config, tokens.shape[-1])
+    target = split_config(config, source, 0 if tokens is None else sample * len(tokens))
+    block_length = CacheScheme.from_config(target).block_length
+    if config.tiered and tokens is not None and block_length > sample:
+        raise ValueError(
+            f"group_size={block_length}: must be at most {sample}, the consecutive tokens that are sampled"
+        )
     statistics, record, seconds, started = None, {}, {}, time.perf_counter()
     # The settings on which the statistics depend are part of their file's key.
     if config.needs_text:
@@ -289,7 +311,7 @@ def calibrate(
     return calibration
 
 
-def _sampled_tokens(config: FitConfig, length: int, block_length: int) -> int:
+def _sampled_tokens(config: FitConfig, length: int) -> int:
     """Consecutive tokens of a window of `length` that are sampled: whole blocks of 128, at most two.
 
     The covariance of a block of projections comes from the sample: it is twice as long.
@@ -298,11 +320,20 @@ def _sampled_tokens(config: FitConfig, length: int, block_length: int) -> int:
     sample = max(0, min(most, (length - config.sink_length) // 128 * 128))
     if config.tiered and sample == 0:
         raise ValueError(f"length={length}: windows must hold the sinks and 128 tokens to sample")
-    if config.tiered and block_length > sample:
-        raise ValueError(
-            f"group_size={block_length}: must be at most {sample}, the consecutive tokens that are sampled"
-        )
     return sample
+
+
+def _layers_of_block(config: FitConfig, source: ALRDLlamaConfig, sampled: int) -> int:
+    """Layers that share a latent: those asked for, or as many as `sampled` tokens suffice for."""
+    if config.layer_group_size is not None or not config.keep_dense:
+        return config.layer_group_size or 1
+    heads = config.head_group_size or source.num_key_value_heads
+    outputs = heads * source.head_dim * (2 if config.joint_kv else 1)
+    layers = max(1, min(MOST_LAYERS, source.num_hidden_layers, sampled // (TOKENS_PER_OUTPUT * outputs)))
+    # Layers of different sliding windows share none.
+    while any(len(set(windows)) > 1 for windows in source.group_windows(layers)):
+        layers -= 1
+    return layers
 
 
 def _energies(factors: dict[str, list[Factors]]) -> dict[str, list[torch.Tensor]]:
@@ -313,8 +344,12 @@ def _energies(factors: dict[str, list[Factors]]) -> dict[str, list[torch.Tensor]
     return energies
 
 
-def split_config(config: FitConfig, source: ALRDLlamaConfig) -> ALRDLlamaConfig:
+def split_config(config: FitConfig, source: ALRDLlamaConfig, sampled: int = 0) -> ALRDLlamaConfig:
     """The configuration of the split model that `source`, that of a dense one, becomes; without ranks and widths.
+
+    Args:
+        config, source: As for `calibrate`.
+        sampled: Tokens of the text that are sampled.
 
     Raises:
         ValueError: `source` is split already, or a setting is out of range or does not go with the others.
@@ -336,8 +371,9 @@ def split_config(config: FitConfig, source: ALRDLlamaConfig) -> ALRDLlamaConfig:
     if not config.token_scale and any((scheme or {}).get("token_scale") for scheme in schemes.values()):
         raise ValueError("k_scheme, v_scheme: token_scale=True must be given as token_scale=True of the fit, for both")
     names = ["k_bits", "v_bits", "sink_length", "head_group_size", "k_mean_split", "v_mean_split"]
-    names += ["keep_dense", "layer_group_size", "joint_kv"]
+    names += ["keep_dense", "joint_kv"]
     fields = {name: getattr(config, name) for name in names}
+    fields["layer_group_size"] = _layers_of_block(config, source, sampled)
     fields["group_size"] = 128 if config.group_size is None else config.group_size
     fields["residual_length"] = config.residual_length
     if config.residual_length is None:
@@ -389,7 +425,7 @@ def _measurement_path(config: FitConfig, calibration: Calibration, suffix: str, 
     for name in ("objective", "head_group_size", "k_mean_split", "v_mean_split"):
         record[name] = getattr(config, name)
     if config.keep_dense:
-        record |= {name: getattr(config, name) for name in ("layer_group_size", "joint_kv")}
+        record |= {name: getattr(calibration.target, name) for name in ("layer_group_size", "joint_kv")}
     return Path(config.statistics) / f"{record_key(record)}.{suffix}"
 
 
