@@ -678,6 +678,11 @@ class LatentParts:
             return None
         return getattr(self, "sliding_window", None)
 
+    def group_windows(self, size: int) -> list[list[int | None]]:
+        """`layer_window` of the layers of each group of so many; the last group may be shorter."""
+        windows = list(map(self.layer_window, range(self.num_hidden_layers)))
+        return [windows[first : first + size] for first in range(0, len(windows), size)]
+
     def is_static(self, side: str) -> bool:
         """Whether the cache quantizes a side by calibrated scales."""
         fields = getattr(self, f"{side}_scheme") or {}
@@ -979,12 +984,11 @@ def _check_blocks(config: ALRDLlamaConfig) -> None:
     ):
         if getattr(config, field) != value:
             raise ValueError(f"{field}={getattr(config, field)}: must be {value} with keep_dense=True; {reason}")
-    for first in range(0, config.num_hidden_layers, size):
-        windows = list(map(config.layer_window, range(first, min(first + size, config.num_hidden_layers))))
+    for i, windows in enumerate(config.group_windows(size)):
         if len(set(windows)) > 1:
             raise ValueError(
                 f"layer_group_size={size}: must not put layers of different sliding windows into one block; those of "
-                f"layers {first} to {first + len(windows) - 1} are {', '.join(map(str, windows))}"
+                f"layers {i * size} to {i * size + len(windows) - 1} are {', '.join(map(str, windows))}"
             )
     # What is not given has the default of its field.
     if config.joint_kv and config.v_bits not in (config.k_bits, ALRDLlamaConfig.v_bits):

@@ -14,6 +14,7 @@ from configuration_alrd_llama import ALRDLlamaConfig
 from modeling_alrd_llama import ALRDLlamaForCausalLM
 from modules.cache.file import export_layer, parse_layer
 from modules.cache.scheme import CacheScheme
+from modules.fit.budget import FitConfig, split_config
 from modules.kivi_cache import KIVILatentCache, KIVILatentLayer, config_windows
 from scripts import calibrate_svd_ranks, estimate_memory
 from tests.helpers import TINY_LLAMA, all_ranks, randomize_vectors, save_byte_tokenizer, tiny_blocks
@@ -454,6 +455,10 @@ def test_a_block_of_different_windows_is_refused():
     types = ["full_attention", "full_attention", "sliding_attention"]
     own = windowed("qwen2", layer_types=types)
     assert ALRDLlamaConfig.from_llama(own.config, keep_dense=True, layer_group_size=2).num_cache_layers == 2
+    # A budget that may choose takes the largest blocks that windows allow.
+    for model, layers in ((dense, 1), (own, 2), (windowed(), 3)):
+        target = split_config(FitConfig(), ALRDLlamaConfig.from_llama(model.config), 1_000_000)
+        assert target.layer_group_size == layers
 
 
 @pytest.mark.parametrize("window", [0, -1, 2.5, True, "many"])
@@ -475,6 +480,7 @@ def test_a_budget_on_windows_shorter_than_the_calibration(kind, tmp_path):
     save_byte_tokenizer(tmp_path / "dense")
     (tmp_path / "text").write_text("".join(f"def f{i}(x):\n    return x + {i}\n" for i in range(400)))
     options = {"budget": 0.25, "text": str(tmp_path / "text"), "windows": 4, "length": 3 * WINDOW, "keep_dense": True}
+    options["joint_kv"] = False  # more outputs than hidden channels here
     calibrate_svd_ranks.main(
         calibrate_svd_ranks.CalibrationConfig(
             model=str(tmp_path / "dense"), output=str(tmp_path / "quarter"), **options

@@ -330,15 +330,10 @@ def _layers_of_block(config: FitConfig, source: ALRDLlamaConfig, sampled: int) -
     heads = config.head_group_size or source.num_key_value_heads
     outputs = heads * source.head_dim * (2 if config.joint_kv else 1)
     layers = max(1, min(MOST_LAYERS, source.num_hidden_layers, sampled // (TOKENS_PER_OUTPUT * outputs)))
-    while not _have_one_window(source, layers):
+    # Layers of different sliding windows share none.
+    while any(len(set(windows)) > 1 for windows in source.group_windows(layers)):
         layers -= 1
     return layers
-
-
-def _have_one_window(source: ALRDLlamaConfig, layers: int) -> bool:
-    """Whether in each group of so many layers all have the same sliding window, or none."""
-    windows = list(map(source.layer_window, range(source.num_hidden_layers)))
-    return all([len(set(windows[i : i + layers])) == 1 for i in range(0, len(windows), layers)])
 
 
 def _energies(factors: dict[str, list[Factors]]) -> dict[str, list[torch.Tensor]]:
