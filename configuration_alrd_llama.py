@@ -676,7 +676,7 @@ class LatentParts:
         types = getattr(self, "layer_types", None)
         if not self.traits.has_window or (self.traits.has_layer_types and types and types[layer] == "full_attention"):
             return None
-        return getattr(self, "sliding_window", None)
+        return getattr(self, "sliding_window", None) or None  # some write 0 for none
 
     def group_windows(self, size: int) -> list[list[int | None]]:
         """`layer_window` of the layers of each group of so many; the last group may be shorter."""
@@ -934,6 +934,8 @@ def _check_full_attention(config: ALRDLlamaConfig) -> None:
         if value not in (right, None):
             raise ValueError(f"{field}={value!r}: must be {right!r}; {reason}")
     window = getattr(config, "sliding_window", None)
+    if window == 0 and config.traits.has_layer_types:
+        window = None  # what a Qwen2-MoE writes for none
     if window is not None and (not _is_int(window) or window < 1):
         raise ValueError(f"sliding_window={window!r}: must be None or an integer of at least 1")
     # A Llama of the library reads no window, and its layers are all alike.

@@ -279,25 +279,47 @@ def test_latents_of_normalised_keys_are_made_of_outputs():
     with pytest.raises(ValueError, match=message):
         ALRDLlamaConfig.from_llama(config, truncation_ranks={"model.layers.0.self_attn.k_proj": 8})
     with pytest.raises(ValueError, match="keep_dense=False: must be True for a 'qwen3'"):
-        fit.split_config(fit.FitConfig(), ALRDLlamaConfig.from_llama(config))
+        fit.split_config(fit.FitConfig(keep_dense=False), ALRDLlamaConfig.from_llama(config))
+    assert fit.split_config(fit.FitConfig(), ALRDLlamaConfig.from_llama(config)).keep_dense
 
 
 @pytest.mark.parametrize(
     ("kind", "fields", "message"),
     [
         ("gemma3_text", {"attn_logit_softcapping": 50.0}, r"attn_logit_softcapping=50.0: must be None; scores are not"),
-        ("gemma3_text", {"layer_types": None}, "layer_types: .* not supported"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True: must be False"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv=8.0: must be None; keys and values are not clipped"),
-        ("phi3", {"sliding_window": 64}, "sliding_window=64: must be None or at least"),
-        ("qwen3", {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 64}, "sliding"),
-        ("smollm3", {"use_sliding_window": True, "sliding_window": 64}, "sliding"),
     ],
 )
 def test_what_an_architecture_may_not_do(kind, fields, message):
     config = dense_config(kind, **fields)
     with pytest.raises(ValueError, match=message):
         ALRDLlamaConfig.from_llama(config)
+
+
+#: Fields by which layers get a window of 24, all of them or some.
+WINDOWS = {
+    "qwen3": {"use_sliding_window": True, "max_window_layers": 1, "layer_types": None},
+    "qwen2_moe": {"use_sliding_window": True, "max_window_layers": 1, "layer_types": None},
+    "smollm3": {"use_sliding_window": True, "layer_types": None},
+    "gemma3_text": {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]},
+    "olmo3": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "phi3": {},
+    "mixtral": {},
+    "starcoder2": {},
+}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in WINDOWS if kind in KINDS])
+@torch.no_grad()
+def test_a_text_of_four_windows(kind):
+    dense, ids = random_model(dense_config(kind, **WINDOWS[kind], sliding_window=24)), torch.randint(1, 97, (2, 96))
+    model, expected = split_of(dense, **LOSSLESS), dense(ids).logits
+    full = random_model(dense_config(kind))(ids).logits
+    assert (expected - full)[:, -1].abs().max() > 1e-3  # the window matters
+    for cache in (model.create_kivi_cache(), model.create_kivi_cache(backend="reference"), DynamicCache()):
+        found = fed(model, ids, cache, (33, 1, 1, 40, 9, 12))
+        assert torch.allclose(found, expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("factor", [0.5, 0.75, 1.0])

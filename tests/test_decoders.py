@@ -11,7 +11,6 @@ from transformers import (
     DeepseekV3Config,
     DynamicCache,
     Gemma2Config,
-    Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
     MambaConfig,
@@ -465,7 +464,7 @@ def test_every_field_is_walked(config_class):
 def test_a_field_is_applied_or_refused(kind, field, value):
     """A text of 70 tokens, beyond windows and contexts of 64: the dense model's logits, or an error with a field.
 
-    Only what the dense class does not read is refused: the window of a Llama, layer types of others than Qwen2.
+    Only what the dense class does not read is refused: a window of a Llama, layer types of Llama and Mistral.
     """
     fields = {"num_hidden_layers": 2, "max_position_embeddings": 64, field: value}
     if kind in ("qwen2", "qwen3") and field == "sliding_window":
@@ -482,9 +481,9 @@ def test_a_field_is_applied_or_refused(kind, field, value):
             assert str(error).startswith(f"{field}={value}: ")
         elif str(error).startswith("sliding_window="):
             # A window without `use_sliding_window` is dropped by the dense class, but its layers keep their types.
-            assert kind == "llama" or (kind == "qwen2" and field == "layer_types")
+            assert kind == "llama" or (kind in ("qwen2", "qwen3") and field == "layer_types")
         else:
-            assert str(error).startswith("layer_types: ") and kind != "qwen2" and field == "layer_types"
+            assert str(error).startswith("layer_types: ") and kind in ("llama", "mistral") and field == "layer_types"
         return
     assert field not in ("is_causal", "attention_chunk_size")
     for start, stop in ((0, 50), (50, 51), (51, 70)):  # frequencies may depend on the length of the text so far
@@ -526,12 +525,7 @@ REFUSED = {
         lambda: LlamaConfig(sliding_window=64),
         r"sliding_window=64: must be None or at least max_position_embeddings=2048 for a 'llama'",
     ),
-    "qwen3 window": (
-        lambda: Qwen3Config(use_sliding_window=True, max_window_layers=2),
-        r"use_sliding_window=True: must be False.*sliding window is not supported",
-    ),
     "gemma2": (lambda: Gemma2Config(), r"model_type='gemma2': must be one of 'llama', .*; not split: soft-capped sc"),
-    "gemma3": (lambda: Gemma3TextConfig(), r"layer_types: must all be 'full_attention'; not supported: sliding_attent"),
     "mamba": (lambda: MambaConfig(), r"model_type='mamba': must be one of .*; not split: state-space, recurrent"),
     "deepseek": (lambda: DeepseekV3Config(), r"model_type='deepseek_v3': must be .*; not split: multi-head latent"),
     "gpt2": (lambda: GPT2Config(), r"model_type='gpt2': must be one of .*; not split: learned positions, or sin"),
