@@ -838,6 +838,11 @@ class ALRDLlamaConfig(LatentParts, LlamaConfig):
         return written
 
     @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """The library's plan of tensor parallelism of the dense architecture."""
+        return CONFIG_MAPPING[self.dense_model_type].base_model_tp_plan
+
+    @property
     def traits(self) -> Traits:
         """Differences of the dense architecture from a Llama; a `ValueError` for a model type that cannot be split."""
         check_dense_model_type("dense_model_type", self.dense_model_type)
