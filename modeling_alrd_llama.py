@@ -227,6 +227,8 @@ class ALRDLlamaAttention(nn.Module):
         if self.traits.rope_switch is not None and not getattr(self, self.traits.rope_switch):
             return query, key
         cos, sin = position_embeddings
+        if self.traits.neighbours == "pairs":
+            cos, sin = torch.cat([cos[..., ::2]] * 2, dim=-1), torch.cat([sin[..., ::2]] * 2, dim=-1)
         missing = (self.head_dim - cos.shape[-1]) // 2
         if missing > 0:
             # Channels that are not turned stand behind those of either half.
