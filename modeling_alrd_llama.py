@@ -108,6 +108,8 @@ class ALRDLlamaAttention(nn.Module):
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if latent_step is None:
+            if isinstance(past_key_values, KIVILatentCache):
+                raise RuntimeError(f"{self.dense_class.__name__}: its layer does not hand keyword arguments on")
             given = (hidden_states, position_embeddings, attention_mask, past_key_values)
             return self.dense_class.forward(self, *given, **kwargs)
 
