@@ -83,7 +83,7 @@ class ALRDLlamaAttention(nn.Module):
         take_over(self, dense)
         #: Its `forward` is that of caches other than ours.
         self.dense_class = type(dense)
-        self.traits = self.config.traits
+        self.traits, self.turned_channels = self.config.traits, rotary_channels(self.config)
         for side in SIDES:
             projection = Projection(self.layer_idx, side)
             ranks = self.config.group_ranks(projection)
@@ -142,6 +142,9 @@ class ALRDLlamaAttention(nn.Module):
 
     def _project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries `[B, H_q, L, d]`, and keys and values `[B, L, C]` as the cache stores them, all before RoPE."""
+        if not self.traits.of_outputs:
+            keys, values = to_latents(self.k_proj, hidden_states), to_latents(self.v_proj, hidden_states)
+            return self._heads(self.q_proj(hidden_states)), keys, values
         projected, states = {}, []
         for side in ("q", *SIDES):
             name = projection_name(self.traits, side)
@@ -154,7 +157,7 @@ class ALRDLlamaAttention(nn.Module):
 
     def _split_side(self, side: str) -> SVDLinear | None:
         """The factors of the keys or the values; `None`: what is cached are the keys or values themselves."""
-        projection = getattr(self, f"{side}_proj", None)
+        projection = self._modules.get(f"{side}_proj")
         return projection if isinstance(projection, SVDLinear) else None
 
     def _heads(self, states: torch.Tensor) -> torch.Tensor:
@@ -172,7 +175,7 @@ class ALRDLlamaAttention(nn.Module):
             rope = rope[self.config.layer_types[self.layer_idx]]
         if self.traits.rope_switch is not None and not getattr(self, self.traits.rope_switch):
             rope = Rope(torch.zeros_like(rope.inv_freq))
-        turned = rotary_channels(self.config)
+        turned = self.turned_channels
         if turned < self.head_dim and rope.attention_scaling != 1:
             # Cosines are scaled for all channels of a key and of a query; the library scales those that are turned.
             ratio = torch.full_like(rope.inv_freq, rope.attention_scaling**-2)
