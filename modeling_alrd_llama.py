@@ -46,7 +46,7 @@ from modules.kernels.attention import attention_received, merge_attended
 from modules.kernels.packed import LatentQuery, PackedCache, Rope
 from modules.kivi_cache import CacheScheme, KIVILatentCache, config_schemes, config_widths, create_kivi_cache
 from modules.latent_step import LatentStep, LatentSums
-from modules.projections import in_rope_order, normalised, own_part, padded_frequencies, projection_name
+from modules.projections import has_rope, in_rope_order, normalised, own_part, padded_frequencies, projection_name
 from modules.quant_utils import quantize_latent
 from modules.svd_linear import ALinear, LatentFactors, MemberBLinear, SVDLinear, shard_groups
 
@@ -173,7 +173,7 @@ class ALRDLlamaAttention(nn.Module):
         rope = step.rope
         if isinstance(rope, dict):
             rope = rope[self.config.layer_types[self.layer_idx]]
-        if self.traits.rope_switch is not None and not getattr(self, self.traits.rope_switch):
+        if self.traits.rope_switch is not None and not has_rope(self):
             rope = Rope(torch.zeros_like(rope.inv_freq))
         turned = self.turned_channels
         if turned < self.head_dim and rope.attention_scaling != 1:
@@ -229,7 +229,7 @@ class ALRDLlamaAttention(nn.Module):
 
     def _turn(self, query: torch.Tensor, key: torch.Tensor, position_embeddings):
         """Queries and keys `[B, H, L, d]` behind RoPE, by the library's cosines and sines."""
-        if self.traits.rope_switch is not None and not getattr(self, self.traits.rope_switch):
+        if not has_rope(self):
             return query, key
         cos, sin = position_embeddings
         if self.traits.neighbours == "pairs":

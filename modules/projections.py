@@ -96,6 +96,12 @@ def in_rope_order(attention: nn.Module, side: str, states: torch.Tensor) -> torc
     return torch.cat([low, first, high, second], dim=-1).flatten(-2)
 
 
+def has_rope(attention: nn.Module) -> bool:
+    """Whether the attention of this layer has RoPE."""
+    switch = architecture(attention.config).rope_switch
+    return switch is None or bool(getattr(attention, switch))
+
+
 def dense_layer(attention: nn.Module, side: str) -> DenseLayer:
     """The dense layer of keys or values, in the order of `in_rope_order`. That of normalised keys has no bias: how much
     of it is left depends on the token."""

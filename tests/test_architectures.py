@@ -17,6 +17,7 @@ from transformers.models.phi3 import modeling_phi3
 from configuration_alrd_llama import ARCHITECTURES, DROP_IN_ONLY, NOT_CACHED, ALRDLlamaConfig
 from modeling_alrd_llama import ALRDLlamaForCausalLM
 from modules.fit import budget as fit
+from modules.fit.objectives import OBJECTIVES
 from modules.fit.statistics import collect_statistics
 from modules.kernels.packed import Rope
 from modules.loading import check_tensor_parallel_plan
@@ -213,6 +214,15 @@ def test_statistics_are_of_what_the_cache_holds(kind):
             assert (statistics.fisher.diagonal() > 0).all()
         query = states["query"][:, :, 4:].transpose(0, 1).flatten(1, 2).double()
         assert torch.allclose(layer.query_covariance, query.transpose(1, 2) @ query / query.shape[1], atol=1e-4)
+
+
+def test_queries_of_layers_without_rope_are_weighed_as_they_are():
+    dense = dense_of("smollm3")
+    statistics = collect_statistics(dense, torch.randint(1, 97, (2, 20)), fisher=False, sample=16, batch_size=2)
+    for layer, turned in enumerate(dense.config.no_rope_layers):
+        found = OBJECTIVES["query_output_rope"](dense, layer, statistics[layer])["k_proj"]["metric"]
+        covariance = statistics[layer].query_covariance.unflatten(0, (4, -1)).sum(1)
+        assert torch.allclose(found, torch.block_diag(*covariance)) == (not turned)
 
 
 @pytest.fixture(scope="module")
