@@ -36,6 +36,8 @@ class Traits:
         fused: Whether `qkv_proj` has queries, keys and values side by side, in place of three projections.
         partial_rotary: Whether RoPE turns only a share of each head's channels, the first ones, as
             `rope_parameters["partial_rotary_factor"]` says.
+        neighbours: Whether RoPE turns channel 2i with 2i + 1, and how the library lays out the cosines of the pairs:
+            "pairs", each twice, or "halves", all of them twice. `None`: it turns i with i + d/2.
         rope_switch: Attribute of the attention that is false in layers without RoPE; `None`: all layers have it.
     """
 
@@ -46,12 +48,13 @@ class Traits:
     heads_first: bool = False
     fused: bool = False
     partial_rotary: bool = False
+    neighbours: str | None = None
     rope_switch: str | None = None
 
     @property
     def of_outputs(self) -> bool:
         """Whether keys are more than a product of a weight: latents are then made of outputs (`keep_dense`)."""
-        return self.norm is not None or self.fused or self.partial_rotary
+        return self.norm is not None or self.fused or self.partial_rotary or self.neighbours is not None
 
 
 #: The dense architectures that can be split, by model type.
@@ -92,6 +95,13 @@ ARCHITECTURES = {
     "internlm3": Traits(),
     "iquestcoder": Traits(),
     "aria_text": Traits(),
+    "cohere": Traits(norm="head", neighbours="pairs"),
+    "cohere2": Traits(neighbours="pairs", rope_switch="sliding_window", has_window=True, has_layer_types=True),
+    "ernie4_5": Traits(neighbours="halves"),
+    "ernie4_5_moe": Traits(neighbours="halves"),
+    "glm": Traits(neighbours="halves", partial_rotary=True),
+    "glm4": Traits(neighbours="halves", partial_rotary=True),
+    "helium": Traits(neighbours="halves"),
     "glm4_moe": Traits(norm="head", partial_rotary=True),
 }
 
@@ -127,9 +137,7 @@ DROP_IN_ONLY = {
     ),
     "biases by distance (ALiBi) in place of RoPE": "bloom mpt",
     "queries, keys and values fused head by head": "codegen falcon gpt_neox gpt_neox_japanese persimmon",
-    "RoPE that turns neighbouring channels": (
-        "cohere cohere2 cohere2_moe ernie4_5 ernie4_5_moe glm glm4 gptj helium llama4_text"
-    ),
+    "RoPE that turns neighbouring channels": ("cohere2_moe gptj llama4_text"),
     "multi-head latent attention (MLA), which has a latent of its own": (
         "axk1 deepseek_v2 deepseek_v3 glm4_moe_lite minicpm3 youtu"
     ),
@@ -856,6 +864,11 @@ class ALRDLlamaConfig(LatentParts, LlamaConfig):
             marks = {dense: mark for mark, dense in _DENSE_LAYER_TYPES.items()}
             written["layer_types"] = list(map(marks.__getitem__, types))
         return written
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """The library's plan of tensor parallelism of the dense architecture."""
+        return CONFIG_MAPPING[self.dense_model_type].base_model_tp_plan
 
     @property
     def traits(self) -> Traits:

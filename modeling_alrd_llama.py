@@ -46,7 +46,7 @@ from modules.kernels.attention import attention_received, merge_attended
 from modules.kernels.packed import LatentQuery, PackedCache, Rope
 from modules.kivi_cache import CacheScheme, KIVILatentCache, config_schemes, config_widths, create_kivi_cache
 from modules.latent_step import LatentStep, LatentSums
-from modules.projections import in_rope_order, normalised, own_part, padded_frequencies, projection_name
+from modules.projections import has_rope, in_rope_order, normalised, own_part, padded_frequencies, projection_name
 from modules.quant_utils import quantize_latent
 from modules.svd_linear import ALinear, LatentFactors, MemberBLinear, SVDLinear, shard_groups
 
@@ -83,7 +83,7 @@ class ALRDLlamaAttention(nn.Module):
         take_over(self, dense)
         #: Its `forward` is that of caches other than ours.
         self.dense_class = type(dense)
-        self.traits = self.config.traits
+        self.traits, self.turned_channels = self.config.traits, rotary_channels(self.config)
         self.sliding_window = self.config.layer_window(self.layer_idx)
         for side in SIDES:
             projection = Projection(self.layer_idx, side)
@@ -109,6 +109,8 @@ class ALRDLlamaAttention(nn.Module):
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if latent_step is None:
+            if isinstance(past_key_values, KIVILatentCache):
+                raise RuntimeError(f"{self.dense_class.__name__}: its layer does not hand keyword arguments on")
             given = (hidden_states, position_embeddings, attention_mask, past_key_values)
             return self.dense_class.forward(self, *given, **kwargs)
 
@@ -145,6 +147,9 @@ class ALRDLlamaAttention(nn.Module):
 
     def _project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries `[B, H_q, L, d]`, and keys and values `[B, L, C]` as the cache stores them, all before RoPE."""
+        if not self.traits.of_outputs:
+            keys, values = to_latents(self.k_proj, hidden_states), to_latents(self.v_proj, hidden_states)
+            return self._heads(self.q_proj(hidden_states)), keys, values
         projected, states = {}, []
         for side in ("q", *SIDES):
             name = projection_name(self.traits, side)
@@ -157,7 +162,7 @@ class ALRDLlamaAttention(nn.Module):
 
     def _split_side(self, side: str) -> SVDLinear | None:
         """The factors of the keys or the values; `None`: what is cached are the keys or values themselves."""
-        projection = getattr(self, f"{side}_proj", None)
+        projection = self._modules.get(f"{side}_proj")
         return projection if isinstance(projection, SVDLinear) else None
 
     def _heads(self, states: torch.Tensor) -> torch.Tensor:
@@ -173,9 +178,9 @@ class ALRDLlamaAttention(nn.Module):
         rope = step.rope
         if isinstance(rope, dict):
             rope = rope[self.config.layer_types[self.layer_idx]]
-        if self.traits.rope_switch is not None and not getattr(self, self.traits.rope_switch):
+        if self.traits.rope_switch is not None and not has_rope(self):
             rope = Rope(torch.zeros_like(rope.inv_freq))
-        turned = rotary_channels(self.config)
+        turned = self.turned_channels
         if turned < self.head_dim and rope.attention_scaling != 1:
             # Cosines are scaled for all channels of a key and of a query; the library scales those that are turned.
             ratio = torch.full_like(rope.inv_freq, rope.attention_scaling**-2)
@@ -230,9 +235,11 @@ class ALRDLlamaAttention(nn.Module):
 
     def _turn(self, query: torch.Tensor, key: torch.Tensor, position_embeddings):
         """Queries and keys `[B, H, L, d]` behind RoPE, by the library's cosines and sines."""
-        if self.traits.rope_switch is not None and not getattr(self, self.traits.rope_switch):
+        if not has_rope(self):
             return query, key
         cos, sin = position_embeddings
+        if self.traits.neighbours == "pairs":
+            cos, sin = torch.cat([cos[..., ::2]] * 2, dim=-1), torch.cat([sin[..., ::2]] * 2, dim=-1)
         missing = (self.head_dim - cos.shape[-1]) // 2
         if missing > 0:
             # Channels that are not turned stand behind those of either half.

@@ -81,16 +81,25 @@ def normalised(attention: nn.Module, side: str, states: torch.Tensor) -> torch.T
 def in_rope_order(attention: nn.Module, side: str, states: torch.Tensor) -> torch.Tensor:
     """Queries or keys `[..., H * d]` with the channels of each head in the order of a Llama's RoPE.
 
-    Where RoPE turns the first p channels of a head, i with i + p/2, the others are put behind either half; they have
-    frequency zero.
+    Where RoPE turns the first p channels of a head only, i with i + p/2, the others are put behind either half; they
+    have frequency zero. Where it turns 2i with 2i + 1, the first of each pair make the lower half.
     """
     turned, size = rotary_channels(attention.config), attention.head_dim
-    if turned == size or side == "v":
+    neighbours = architecture(attention.config).neighbours is not None
+    if side == "v" or (turned == size and not neighbours):
         return states
-    rest = (size - turned) // 2
+    rest, half = (size - turned) // 2, turned // 2
     heads = states.unflatten(-1, (-1, size))
-    low, high, first, second = heads.split([turned // 2, turned // 2, rest, rest], dim=-1)
+    low, high, first, second = heads.split([half, half, rest, rest], dim=-1)
+    if neighbours:
+        low, high = heads[..., 0:turned:2], heads[..., 1:turned:2]
     return torch.cat([low, first, high, second], dim=-1).flatten(-2)
+
+
+def has_rope(attention: nn.Module) -> bool:
+    """Whether the attention of this layer has RoPE."""
+    switch = architecture(attention.config).rope_switch
+    return switch is None or bool(getattr(attention, switch))
 
 
 def dense_layer(attention: nn.Module, side: str) -> DenseLayer:

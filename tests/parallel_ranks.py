@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers.distributed import DistributedConfig
 
 from configuration_alrd_llama import ALRDLlamaConfig
@@ -70,6 +70,8 @@ SPLITS = tuple(CASES)[:5]
 BLOCKS = {
     "blocks of all heads": {"layer_group_size": 3, "joint_kv": True},
     "blocks of two heads": {"layer_group_size": 2, "head_group_size": 2},
+    "blocks of a qwen3": {"layer_group_size": 2, "joint_kv": True},
+    "blocks of a smollm3": {"head_group_size": 2},
 }
 
 
@@ -224,7 +226,11 @@ def load_blocks(folder: Path, name: str, sizes: dict | None = None, dtype=torch.
     """The model of a case of `BLOCKS`, this rank's part of it or, without `sizes`, all; the first rank saves it."""
     path = folder / name.replace(" ", "_")
     if dist.get_rank() == 0 and not path.exists():
-        dense = tiny_dense(dtype=torch.float64, num_hidden_layers=4, attention_bias=True, vocab_size=98)
+        fields = {"num_hidden_layers": 4, "attention_bias": True, "vocab_size": 98}
+        torch.manual_seed(0)
+        kind = name.split()[-1] if " a " in name else "llama"
+        dense = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**TINY_LLAMA, **fields})).double().eval()
+        randomize_vectors(dense)
         tiny_blocks(dense, 0.5, **BLOCKS[name]).save_pretrained(path)
     dist.barrier()
     return ALRDLlamaForCausalLM.from_pretrained(path, dtype=dtype, **where(sizes)).eval()

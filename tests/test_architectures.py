@@ -17,8 +17,10 @@ from transformers.models.phi3 import modeling_phi3
 from configuration_alrd_llama import ARCHITECTURES, DROP_IN_ONLY, NOT_CACHED, ALRDLlamaConfig
 from modeling_alrd_llama import ALRDLlamaForCausalLM
 from modules.fit import budget as fit
+from modules.fit.objectives import OBJECTIVES
 from modules.fit.statistics import collect_statistics
 from modules.kernels.packed import Rope
+from modules.loading import check_tensor_parallel_plan
 from modules.projections import in_rope_order, padded_frequencies
 from tests.helpers import TINY_LLAMA, randomize_vectors
 from tests.test_decoders import same_state, without_names
@@ -39,14 +41,23 @@ def partial_rotary(factor: float) -> dict:
     return {"rope_parameters": rope}
 
 
+#: Those whose text is generated for 128 tokens; the others' for a few past the window, which costs a quarter.
+LONG = ("qwen3", "qwen3_moe", "mixtral", "olmo2", "granite", "smollm3", "phi3", "gemma3_text")
+
 #: Fields beside those of `TINY_LLAMA` with which an architecture shows what is its own; its trait without them is idle.
 FIELDS = {
     "aria_text": {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
+    "cohere": {"use_qk_norm": True, "logit_scale": 0.5},
+    "cohere2": FULL,
     "cwm": {**FULL, "bos_token_id": 1, "eos_token_id": 2000},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
     | EXPERTS,
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32, "moe_num_shared_experts": 1},
     "flex_olmo": EXPERTS,
     "gemma3_text": {**FULL, "query_pre_attn_scalar": 20},
+    "glm": partial_rotary(0.5),
+    "glm4": partial_rotary(0.5),
+    "helium": {"num_attention_heads": 4, "num_key_value_heads": 2},
     "glm4_moe": {"n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "use_qk_norm": True}
     | {**EXPERTS, **partial_rotary(0.5)},
     "granite": MULTIPLIERS,
@@ -117,16 +128,20 @@ def test_lossless_logits_and_text_are_the_dense_models(kind):
     dense, ids = dense_of(kind), torch.randint(1, 97, (2, 90))
     model, expected = split_of(dense, **LOSSLESS), dense(ids).logits
     assert torch.allclose(model(ids, use_cache=False).logits, expected, atol=1e-4, rtol=0)
-    for cache in (model.create_kivi_cache(), model.create_kivi_cache(backend="reference"), DynamicCache()):
+    caches = [model.create_kivi_cache(), model.create_kivi_cache(backend="reference"), DynamicCache()]
+    if kind in LONG:
+        caches.append(model.create_kivi_cache(capacity=128))
+    for cache in caches:
         assert torch.allclose(fed(model, ids, cache), expected, atol=1e-4, rtol=0)
     # Padded on the left, 128 tokens past the window; and a row is what it is alone.
     mask = torch.ones_like(ids)
     ids[1, :41], mask[1, :41] = 0, 0
-    settings = {"max_new_tokens": 128, "do_sample": False, "pad_token_id": 0}
+    new = 128 if kind in LONG else 16
+    settings = {"max_new_tokens": new, "do_sample": False, "pad_token_id": 0}
     cache = model.create_kivi_cache()
     found = model.generate(ids, attention_mask=mask, past_key_values=cache, **settings)
     assert torch.equal(found, dense.generate(ids, attention_mask=mask, **settings))
-    assert cache.row_tokens() == [217, 176] and cache.layers[0].pool.used > 0
+    assert cache.row_tokens() == [89 + new, 48 + new] and cache.layers[0].pool.used > 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -193,12 +208,21 @@ def test_statistics_are_of_what_the_cache_holds(kind):
             expected = states[name][:, 4:].flatten(0, 1).double()
             bias = getattr(getattr(theirs.self_attn, name, None), "bias", None)
             if bias is not None and not (name == "k_proj" and model.config.traits.norm):
-                expected = expected - bias
+                expected = expected - in_rope_order(theirs.self_attn, name[0], bias)
             assert torch.allclose(statistics.mean, expected.mean(0), atol=1e-5)
             assert torch.allclose(statistics.covariance, expected.T @ expected / len(expected), atol=1e-4)
             assert (statistics.fisher.diagonal() > 0).all()
         query = states["query"][:, :, 4:].transpose(0, 1).flatten(1, 2).double()
         assert torch.allclose(layer.query_covariance, query.transpose(1, 2) @ query / query.shape[1], atol=1e-4)
+
+
+def test_queries_of_layers_without_rope_are_weighed_as_they_are():
+    dense = dense_of("smollm3")
+    statistics = collect_statistics(dense, torch.randint(1, 97, (2, 20)), fisher=False, sample=16, batch_size=2)
+    for layer, turned in enumerate(dense.config.no_rope_layers):
+        found = OBJECTIVES["query_output_rope"](dense, layer, statistics[layer])["k_proj"]["metric"]
+        covariance = statistics[layer].query_covariance.unflatten(0, (4, -1)).sum(1)
+        assert torch.allclose(found, torch.block_diag(*covariance)) == (not turned)
 
 
 @pytest.fixture(scope="module")
@@ -271,6 +295,13 @@ def test_outlier_keys_of_a_qwen3_cost_nothing(tmp_path, calibration_text):
     ):
         without = divergence(make(dense, "dense"), dense, ids)
         assert 0 < divergence(make(planted, "planted"), planted, ids) <= 1.2 * without
+
+
+@pytest.mark.parametrize("kind", ["olmo2", "phi3"])
+def test_heads_that_cannot_be_dealt_out_are_refused_under_tensor_parallelism(kind):
+    """A norm over all heads, and fused projections, need the outputs of all ranks; others are in `test_parallel.py`."""
+    with pytest.raises(ValueError, match="tp_plan: q_proj must be 'colwise'"):
+        check_tensor_parallel_plan(split_of(dense_of(kind)).tp_plan)
 
 
 def test_latents_of_normalised_keys_are_made_of_outputs():

@@ -14,7 +14,7 @@ import pytest
 import torch
 from huggingface_hub import metadata_load
 from safetensors.torch import load_file
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, Qwen3Config, dynamic_module_utils
 
 from modeling_alrd_llama import ALRDLlamaForCausalLM
 from modules.cache import fixed_store as fixed_cache
@@ -27,7 +27,7 @@ from scripts.common import git_commit
 from scripts.eval_perplexity import EvalConfig, increase_cell
 from scripts.eval_perplexity import main as evaluate
 from scripts.export_hub import ENTRY, ExportConfig, flat_name, import_lines, main, module_closure
-from tests.helpers import save_byte_tokenizer, tiny_dense
+from tests.helpers import TINY_LLAMA, save_byte_tokenizer, tiny_dense
 
 #: What the other process does first: it hides the project, which is installed here, and packages named by the test.
 PROLOGUE = """
@@ -114,10 +114,14 @@ found["library"] = str(library._path())
 ROOTS = sorted({name.split(".")[0] for name in module_closure()} | {"scripts", "tests"})
 
 
-def save_checkpoint(folder: Path, seed: int = 0) -> Path:
-    """A small random Llama and its calibration to tiers with static scales, by the script; returns the split one."""
-    shape = {"vocab_size": 257, "num_hidden_layers": 2, "num_key_value_heads": 4, "head_dim": 8, "bos_token_id": 0}
-    tiny_dense(seed, **shape).save_pretrained(folder / "dense")
+SHAPE = {"vocab_size": 257, "num_hidden_layers": 2, "num_key_value_heads": 4, "head_dim": 8, "bos_token_id": 0}
+
+
+def save_checkpoint(folder: Path, seed: int = 0, dense=None, **options) -> Path:
+    """A small random Llama, or another dense model, and its calibration to tiers with static scales, by the script with
+    further `options`; returns the split one."""
+    dense = tiny_dense(seed, **SHAPE) if dense is None else dense
+    dense.save_pretrained(folder / "dense")
     save_byte_tokenizer(folder / "dense")
     (folder / "dense" / "README.md").write_text("---\nlicense: mit\n---\n# A dense model\n")
     words = random.Random(seed)
@@ -135,6 +139,7 @@ def save_checkpoint(folder: Path, seed: int = 0) -> Path:
             length=140,
             rank_multiple=1,
             statistics=str(folder / "statistics"),
+            **options,
         )
     )
     return folder / "split"
@@ -216,6 +221,17 @@ def test_a_machine_without_the_project(place, tmp_path):
     expected = model.generate(again, attention_mask=torch.ones_like(again), max_new_tokens=8, do_sample=False)
     assert found["pipeline"][1] == [{"generated_text": text + tokenizer.decode(expected[0, again.shape[1] :])}]
     assert found["library"] == str(cpp_library._path())
+
+
+def test_another_architecture(tmp_path):
+    """A Qwen3 with latents of keys and values together, by the commands, on a machine without the project."""
+    dense = AutoModelForCausalLM.from_config(Qwen3Config(**{**TINY_LLAMA, **SHAPE})).eval()
+    split = save_checkpoint(tmp_path, dense=dense, keep_dense=True, joint_kv=True)
+    main(ExportConfig(model=str(split), output=str(tmp_path / "hub")))
+    ids, mask = prompt()
+    found = run('found["tokens"] = generate(model, None, ids, mask)', str(tmp_path / "hub"), tmp_path / "other", ids)
+    model = ALRDLlamaForCausalLM.from_pretrained(split).eval()
+    assert found["tokens"] == generate(model, None, ids, mask) and model.config.dense_model_type == "qwen3"
 
 
 @pytest.mark.interpreter

@@ -15,6 +15,7 @@ from modules.cache.fingerprint import weights_at_hand
 from modules.fit.distributed import gather, is_main, rounds
 from modules.fit.statistics import LayerStatistics, member_samples
 from modules.loading import execution_device
+from modules.projections import has_rope
 from modules.svd_linear import Factors, factor_groups, metric_root, query_key_metric, value_output_metric
 
 #: Version of the rates of `probe_rates` that are kept; part of their key.
@@ -87,6 +88,8 @@ def _query_output(model: PreTrainedModel, layer_idx: int, stats: LayerStatistics
 def _query_output_rope(model: PreTrainedModel, layer_idx: int, stats: LayerStatistics) -> dict[str, dict]:
     arguments, heads = _query_output(model, layer_idx, stats), model.config.num_key_value_heads
     inv_freq, longest = model.model.rotary_emb.inv_freq, min(model.config.max_position_embeddings, 8192)
+    if not has_rope(model.model.layers[layer_idx].self_attn):
+        inv_freq = torch.zeros_like(inv_freq)
     arguments["k_proj"]["metric"] = rope_key_metric(stats.query_covariance, heads, inv_freq, longest)
     return arguments
 
