@@ -33,6 +33,7 @@ ORDER = [
     "modules.loading",
     "modeling_alrd_llama",
     "modules.fit",
+    "modules.vllm",
     "scripts",
 ]
 

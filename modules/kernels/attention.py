@@ -94,8 +94,8 @@ def latent_attention(query: LatentQuery, cache: PackedCache, weights_length: int
         scores = scores.reshape(batch, runs, heads, length, tokens)
         # A query sees the valid tokens up to its own position.
         key_positions = tile.start[..., None] + offsets
-        valid = (offsets < tile.count[..., None])[:, :, None]
-        seen = valid & (key_positions[:, :, None] <= positions[:, None, :, None])
+        valid = (offsets < tile.count[..., None]) & (key_positions >= tile.hidden)
+        seen = valid[:, :, None] & (key_positions[:, :, None] <= positions[:, None, :, None])
         scores = scores.masked_fill(~seen[:, :, None], -torch.inf).permute(0, 2, 3, 1, 4).flatten(3)
         if weights_length is not None:
             scored.append((scores, key_positions.flatten(1)))
