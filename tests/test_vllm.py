@@ -94,13 +94,13 @@ def own_tokens(model, prompts, max_tokens: int = 16) -> list[list[int]]:
 
 
 def prompts_of(vocabulary: int) -> list[list[int]]:
-    """16 prompts: short ones, one of a piece, longer ones, and four that share their first 160 tokens."""
+    """16 prompts: short ones, one of a piece, longer ones, and four that share their first three pieces."""
     generator = torch.Generator().manual_seed(1)
 
     def random(length: int) -> list[int]:
         return torch.randint(5, vocabulary, (length,), generator=generator).tolist()
 
-    shared = random(160)
+    shared = random(3 * PIECE)
     lengths = (1, 2, 3, 4, 5, 17, 31, 32, 64, 65, 130, 300)
     return [*map(random, lengths), *(shared + random(n) for n in (3, 9, 40, 70))]
 
@@ -126,7 +126,7 @@ def test_tokens_are_those_of_our_own_cache(sixteenth, tmp_path):
     prompts = prompts_of(model.config.vocab_size)
     result = run_engine(tmp_path, sixteenth, [prompts[:13], prompts[13:]])
     assert tokens_of(result) + tokens_of(result, 1) == own_tokens(model, prompts)
-    assert [cached for _, cached in result["batches"][1]] == [160] * 3
+    assert [cached for _, cached in result["batches"][1]] == [3 * PIECE] * 3
 
 
 def test_a_shared_prefix_is_computed_once(sixteenth, tmp_path):
@@ -146,31 +146,35 @@ def lossless(tmp_path_factory):
     path = tmp_path_factory.mktemp("lossless")
     dense = tiny_dense(head_dim=32)
     prompts = prompts_of(97)
-    stock = run_engine(path, saved(dense, path / "stock"), [prompts[:13], prompts[13:]])
-    return dense, prompts, tokens_of(stock) + tokens_of(stock, 1)
+    return dense, prompts, tokens_of(run_engine(path, saved(dense, path / "stock"), [prompts]))
 
 
 @pytest.mark.parametrize(
-    "blocks",
+    ("blocks", "pages"),
     [
-        {"joint_kv": True, "layer_group_size": 2, "k_bits": 16},
-        {"layer_group_size": 3, "head_group_size": 2, "k_bits": 16, "v_bits": 16, "sink_length": 0},
-        None,
+        ({"joint_kv": True, "layer_group_size": 2, "k_bits": 16}, None),
+        ({"layer_group_size": 3, "head_group_size": 2, "k_bits": 16, "v_bits": 16, "sink_length": 0}, 17),
+        (None, None),
     ],
 )
-def test_lossless_settings_give_the_tokens_of_stock_vllm(lossless, tmp_path, blocks):
-    """Blocks of layers, joint or not, and layers by themselves; so few pages that requests are preempted."""
+def test_lossless_settings_give_the_tokens_of_stock_vllm(lossless, tmp_path, blocks, pages):
+    """Blocks of layers, joint or not, and layers by themselves, all sixteen prompts at once.
+
+    With 17 pages, 512 tokens, they do not fit at once, and requests are preempted; else those that share a prefix read
+    it while it is computed.
+    """
     dense, prompts, expected = lossless
     if blocks is None:
-        ranks = all_ranks(3, 64)
+        ranks = all_ranks(3, 128)
         del ranks["model.layers.1.self_attn.k_proj"]
         model = tiny_split(tmp_path, ranks, head_group_size=2, dense=dense, k_bits=16, v_bits=16)
     else:
         model = tiny_blocks(dense, **blocks)
-    # 512 tokens, of which the longest prompt takes 320: the sixteen do not fit at once.
-    few = {"num_gpu_blocks_override": 17, "max_model_len": 512}
-    result = run_engine(tmp_path, saved(model, tmp_path / "split"), [prompts[:13], prompts[13:]], **few)
-    assert tokens_of(result) + tokens_of(result, 1) == expected
+    few = {} if pages is None else {"num_gpu_blocks_override": pages, "max_model_len": 32 * (pages - 1)}
+    result = run_engine(tmp_path, saved(model, tmp_path / "split"), [prompts], **few)
+    assert tokens_of(result) == expected
+    shared = [cached for _, cached in result["batches"][0][13:]]
+    assert pages or min(shared) >= PAGE
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "mistral"])
@@ -181,9 +185,12 @@ def test_other_architectures_by_layers_with_packed_latents(architecture, tmp_pat
         torch.manual_seed(0)
         dense = AutoModelForCausalLM.from_config(CONFIG_MAPPING[architecture](**fields)).eval()
         randomize_vectors(dense)
-    static = {"k_scheme": {"static": True}, "v_scheme": {"static": True, "code": "trellis"}}
-    ranks = {"k_proj": 24, "v_proj": [12, 20]}
-    model = tiny_split(tmp_path, ranks, head_group_size=2, dense=dense, k_bits=5, v_bits=3, **static)
+    static = {"static": True, "orientation": "per_channel"}
+    static = {"k_scheme": static, "v_scheme": {**static, "code": "trellis"}}
+    ranks = {"truncation_ranks": all_ranks(3, {"k_proj": 24, "v_proj": [12, 20]}), "head_group_size": 2}
+    config = ALRDLlamaConfig.from_llama(dense.config, k_bits=5, v_bits=3, **ranks, **static)
+    scales = {f"{side}_proj": {"static_scales": (torch.ones(n), torch.zeros(n))} for side, n in (("k", 24), ("v", 32))}
+    model = ALRDLlamaForCausalLM.from_dense(dense, config, [scales] * 3)
     set_ranges(model)
     prompts = prompts_of(97)
     result = run_engine(tmp_path, saved(model, tmp_path / "split"), [prompts[:13], prompts[13:]])
