@@ -121,7 +121,8 @@ GPU_OUTPUT ?= scripts/results/benchmark_gpu.json
 
 # Serve many requests at once by vLLM: the bundled model at a sixteenth of its cache, on port 8000 until it is stopped.
 vllm: build/served/config.json
-	VLLM_CPU_OMP_THREADS_BIND=nobind .venv-vllm/bin/vllm serve build/served --max-model-len 2048
+	VLLM_CPU_OMP_THREADS_BIND=nobind .venv-vllm/bin/python -m vllm.entrypoints.openai.api_server --model build/served \
+		--max-model-len 2048 --kv-cache-memory-bytes 1073741824
 
 build/served/config.json: .venv-vllm/installed
 	.venv-vllm/bin/python scripts/calibrate_svd_ranks.py --budget 0.0625 --keep_dense --layer_group_size 3 --joint_kv \
