@@ -55,6 +55,11 @@ class Requests:
     first_pages: list[int]
     borrowed: tuple[Run, ...] = ()
 
+    @property
+    def begins(self) -> bool:
+        """Whether these are the first tokens of a text, or of several."""
+        return self.table is None
+
     def gathered(self, states: torch.Tensor) -> torch.Tensor:
         """States `[tokens, C]` of the step as `[n, L, C]` of these requests."""
         return states[self.rows].unflatten(0, (self.count, -1))
