@@ -150,18 +150,19 @@ def lossless(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("blocks", "pages"),
+    ("blocks", "pages", "drafts"),
     [
-        ({"joint_kv": True, "layer_group_size": 2, "k_bits": 16}, None),
-        ({"layer_group_size": 3, "head_group_size": 2, "k_bits": 16, "v_bits": 16, "sink_length": 0}, 17),
-        (None, None),
+        ({"joint_kv": True, "layer_group_size": 2, "k_bits": 16}, None, None),
+        ({"layer_group_size": 3, "head_group_size": 2, "k_bits": 16, "v_bits": 16, "sink_length": 0}, 17, None),
+        (None, None, None),
+        ({"joint_kv": True, "layer_group_size": 3, "k_bits": 16}, None, 4),
     ],
 )
-def test_lossless_settings_give_the_tokens_of_stock_vllm(lossless, tmp_path, blocks, pages):
+def test_lossless_settings_give_the_tokens_of_stock_vllm(lossless, tmp_path, blocks, pages, drafts):
     """Blocks of layers, joint or not, and layers by themselves, all sixteen prompts at once.
 
     With 17 pages, 512 tokens, they do not fit at once, and requests are preempted; else those that share a prefix read
-    it while it is computed.
+    it while it is computed. Drafts that are looked up in the text are mostly rejected, and their places written anew.
     """
     dense, prompts, expected = lossless
     if blocks is None:
@@ -171,6 +172,9 @@ def test_lossless_settings_give_the_tokens_of_stock_vllm(lossless, tmp_path, blo
     else:
         model = tiny_blocks(dense, **blocks)
     few = {} if pages is None else {"num_gpu_blocks_override": pages, "max_model_len": 32 * (pages - 1)}
+    if drafts is not None:
+        look_up = {"method": "ngram", "num_speculative_tokens": drafts, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
+        few["speculative_config"] = look_up
     result = run_engine(tmp_path, saved(model, tmp_path / "split"), [prompts], **few)
     assert tokens_of(result) == expected
     shared = [cached for _, cached in result["batches"][0][13:]]

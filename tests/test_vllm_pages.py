@@ -1,8 +1,12 @@
 """Pages of vLLM as packed blocks, and steps of a batch; without vLLM, whose engine `test_vllm.py` starts."""
 
+import sys
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from configuration_alrd_llama import ALRDLlamaConfig, QuantScheme
 from modules.cache.scheme import CacheScheme
@@ -10,6 +14,7 @@ from modules.kernels import get_backend
 from modules.kernels.attention import latent_attention
 from modules.kernels.packed import LatentQuery, PackedCache, Rope, Tile
 from modules.svd_linear import ALinear
+from modules.vllm import register
 from modules.vllm.pages import PageLayout, Pages, page_schemes
 from modules.vllm.step import SinkStore, make_step
 from tests.helpers import TINY_LLAMA, all_ranks
@@ -104,6 +109,48 @@ def test_attention_reads_pages_in_place(name, hidden, queries):
         expected = latent_attention(of_row, PackedCache(after=(tile,)))
         torch.testing.assert_close(got.summed[row : row + 1], expected.summed, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(got.log_sum[row : row + 1], expected.log_sum, rtol=1e-4, atol=1e-5)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the elements of the largest tensor that any operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
+        made = function(*arguments, **(kwargs or {}))
+        for x in made if isinstance(made, (tuple, list)) else (made,):
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.numel())
+        return made
+
+
+def test_a_piece_of_a_prompt_makes_nothing_of_the_size_of_its_context():
+    page_of = layout("token scale", 32)
+    pages = Pages(page_of, rubbish(page_of, 256))
+    for first in range(0, 8192, 512):
+        pages.write(torch.arange(first, first + 512), {"keys": torch.randn(512, sum(WIDTHS))})
+    step = step_of([40], [8192], [[*range(256), 0, 1]])
+    expand, new = ALinear(WIDTHS, 4 * 16, 4, bias=True), torch.randn(40, sum(WIDTHS))
+    (requests,) = step.requests
+    query = LatentQuery(torch.randn(1, 8, 40, 16), requests.positions, expand, WIDTHS, Rope(torch.rand(8)), 0.25)
+    packed = {"block_length": 32, "table": requests.table, "hidden": 4, "after": requests.new_tiles(new, new)}
+    with torch.no_grad(), Largest() as largest:
+        get_backend("cpu", CPU).attend(query, PackedCache(keys=pages.keys, values=pages.keys, **packed))
+    assert 0 < largest.elements < 8192 * sum(WIDTHS) / 2
+
+
+def test_another_release_of_vllm_is_refused(monkeypatch):
+    registered = []
+    registry = SimpleNamespace(register_model=lambda *names: registered.append(names))
+    engine = SimpleNamespace(__version__="0.32.0+cpu", ModelRegistry=registry)
+    monkeypatch.setitem(sys.modules, "vllm", engine)
+    register()
+    register()
+    assert registered == [("ALRDLlamaForCausalLM", "modules.vllm.model:ALRDLlamaForCausalLM")] * 2
+    for version in ("0.31.2", "0.33.0", "1.0.0"):
+        engine.__version__ = version
+        with pytest.raises(ValueError, match=f"vllm={version}: must be at least 0.32 and below 0.33"):
+            register()
 
 
 def test_a_query_that_sees_hidden_tokens_only_gets_nothing():

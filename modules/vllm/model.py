@@ -40,7 +40,10 @@ def check_served(vllm_config: VllmConfig) -> None:
     for name in ("pipeline_parallel_size", "tensor_parallel_size"):
         if getattr(parallel, name) != 1:
             raise ValueError(f"{name}={getattr(parallel, name)}: must be 1 for packed latents")
-    for name in ("kv_transfer_config", "speculative_config", "lora_config", "quant_config"):
+    speculative = vllm_config.speculative_config
+    if speculative is not None and speculative.method != "ngram":
+        raise ValueError(f"speculative_config: method={speculative.method!r}: must be 'ngram' for packed latents")
+    for name in ("kv_transfer_config", "lora_config", "quant_config"):
         if getattr(vllm_config, name) is not None:
             raise ValueError(f"{name}: must be None for packed latents")
     cache_dtype = vllm_config.cache_config.cache_dtype
