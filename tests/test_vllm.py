@@ -181,6 +181,15 @@ def test_lossless_settings_give_the_tokens_of_stock_vllm(lossless, tmp_path, blo
     assert pages or min(shared) >= PAGE
 
 
+@pytest.mark.parametrize("head_group_size", [None, 2])
+def test_two_processes_share_the_heads(lossless, tmp_path, head_group_size):
+    """A latent of all heads is summed up over them and held by both; head groups are dealt out."""
+    dense, prompts, expected = lossless
+    model = tiny_blocks(dense, joint_kv=True, layer_group_size=3, k_bits=16, head_group_size=head_group_size)
+    result = run_engine(tmp_path, saved(model, tmp_path / "split"), [prompts], tensor_parallel_size=2)
+    assert tokens_of(result) == expected
+
+
 @pytest.mark.parametrize("architecture", ["qwen2", "mistral"])
 def test_other_architectures_by_layers_with_packed_latents(architecture, tmp_path):
     """Layers by themselves, latents of head groups, packed by calibrated scales."""

@@ -10,6 +10,7 @@ import torch
 from torch.library import Library
 from torch.nn.functional import scaled_dot_product_attention
 from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.utils.torch_utils import direct_register_custom_op
@@ -115,6 +116,8 @@ class LatentPages(AttentionLayerBase):
         self.members: list[Member] = []
         #: Calibrated scales, which are known when the weights are loaded.
         self.scales: LayerScales | None = None
+        #: Whether the latents are to be summed up over the processes of tensor parallelism.
+        self.is_summed = False
         self.kv_cache = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._pages: Pages | None = None
         layers = get_current_vllm_config().compilation_config.static_forward_context
@@ -242,7 +245,12 @@ class LatentPages(AttentionLayerBase):
         for side, of_member in sinks.items():
             self._dense[side].append(of_member)
         if member == len(self.members) - 1:
-            self._pages.write(step.slots, {side: latent.to(keys.dtype) for side, latent in self._latents.items()})
+            latents = {}
+            for side, latent in self._latents.items():
+                if self.is_summed:
+                    latent = tensor_model_parallel_all_reduce(latent)
+                latents[side] = latent.to(keys.dtype)
+            self._pages.write(step.slots, latents)
             self.sinks.write(step, rows, {side: torch.cat(parts, dim=-1) for side, parts in self._dense.items()})
             self._latents, self._dense = {}, {}
 

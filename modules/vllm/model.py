@@ -9,6 +9,11 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    get_tp_group,
+)
 from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
 from vllm.model_executor.models.utils import WeightsMapper, extract_layer_index
@@ -17,7 +22,8 @@ from configuration_alrd_llama import SIDES, ALRDLlamaConfig, Projection
 from modules.cache.scheme import SIDES as CACHE_SIDES
 from modules.kernels.packed import Rope
 from modules.kivi_cache import config_sink_channels
-from modules.svd_linear import LatentFactors, SVDLinear
+from modules.loading import check_tensor_parallel
+from modules.svd_linear import LatentFactors, SVDLinear, shard_groups
 from modules.vllm.layer import LatentPages, Member
 from modules.vllm.pages import page_schemes
 
@@ -37,9 +43,10 @@ def check_served(vllm_config: VllmConfig) -> None:
     rope = (config.rope_parameters or {}).get("rope_type", "default")
     if rope not in _FIXED_ROPE:
         raise ValueError(f"rope_type={rope!r}: must be one of {', '.join(_FIXED_ROPE)}, whose cached keys stay right")
-    for name in ("pipeline_parallel_size", "tensor_parallel_size"):
-        if getattr(parallel, name) != 1:
-            raise ValueError(f"{name}={getattr(parallel, name)}: must be 1 for packed latents")
+    if parallel.pipeline_parallel_size != 1:
+        raise ValueError(f"pipeline_parallel_size={parallel.pipeline_parallel_size}: must be 1 for packed latents")
+    if parallel.tensor_parallel_size > 1:
+        check_tensor_parallel(config, parallel.tensor_parallel_size, 1)
     speculative = vllm_config.speculative_config
     if speculative is not None and speculative.method != "ngram":
         raise ValueError(f"speculative_config: method={speculative.method!r}: must be 'ngram' for packed latents")
@@ -66,20 +73,22 @@ class LatentAttention(nn.Module):
 
     def __init__(self, config: ALRDLlamaConfig, bias: bool, bias_o_proj: bool, prefix: str, **others):
         super().__init__()
-        layer = extract_layer_index(prefix)
-        self.heads, size = config.num_key_value_heads, config.head_dim
+        layer, size = extract_layer_index(prefix), config.head_dim
+        #: This process and how many there are, which deal out the heads, and with them the head groups.
+        self.shard = (get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size())
+        self.heads = config.num_key_value_heads // self.shard[1]
         if config.traits.qkv_bias is not None:
             bias_o_proj = False  # `attention_bias` is for q, k and v only
-        hidden, queries = config.hidden_size, config.num_attention_heads * size
+        hidden, queries, heads = config.hidden_size, config.num_attention_heads * size, config.num_key_value_heads
         project = partial(ColumnParallelLinear, hidden, bias=bias)
         self.q_proj = project(queries, prefix=f"{prefix}.q_proj")
         for side in SIDES:
             name = f"{side}_proj"
             ranks = config.group_ranks(Projection(layer, side))
             if ranks is None:
-                setattr(self, name, project(self.heads * size, prefix=f"{prefix}.{name}"))
+                setattr(self, name, project(heads * size, prefix=f"{prefix}.{name}"))
             else:
-                split = SVDLinear(hidden, self.heads * size, ranks, self.heads, bias, config.is_static(side))
+                split = SVDLinear(hidden, heads * size, ranks, heads, bias, config.is_static(side))
                 setattr(self, name, split)
         self.o_proj = RowParallelLinear(queries, hidden, bias=bias_o_proj, prefix=f"{prefix}.o_proj")
 
@@ -99,24 +108,36 @@ class LatentAttention(nn.Module):
 
     def _make_pages(self, config: ALRDLlamaConfig, layer: int) -> None:
         i, dtype = config.cache_layer(layer), get_current_vllm_config().model_config.dtype
-        widths, sinks = config.layer_widths(layer), config_sink_channels(config)[i]
+        widths = tuple(shard_groups(groups, *self.shard) for groups in config.layer_widths(layer))
+        sinks = config_sink_channels(config)[i]
         if sinks is None:
             sinks = dict(zip(CACHE_SIDES, map(sum, widths), strict=True))
+        else:
+            sinks = {side: channels // self.shard[1] for side, channels in sinks.items()}
         # The library's frequencies: a kernel rotates by them, no table of cosines is needed.
         rotary = LlamaRotaryEmbedding(config)
         rope = Rope(rotary.inv_freq, rotary.attention_scaling)
-        LatentPages(self.pages_name, page_schemes(config)[i], widths, sinks, self.heads, config.head_dim, rope, dtype)
+        scheme = page_schemes(config)[i].shard(*self.shard)
+        pages = LatentPages(self.pages_name, scheme, widths, sinks, self.heads, config.head_dim, rope, dtype)
+        # Each process adds the parts of its own heads to a latent of all heads.
+        pages.is_summed = config.keep_dense and config.num_head_groups == 1 and self.shard[1] > 1
 
     def _block_member(self, config: ALRDLlamaConfig, layer: int) -> Member:
-        blocks, outputs = config.layer_parts(layer), self.heads * config.head_dim
+        blocks, heads = config.layer_parts(layer), config.num_key_value_heads
         # A latent of both sides is that of the keys, to the cache as to the settings.
         for side, block in zip(SIDES, (blocks[0], blocks[-1]), strict=True):
             static = self.member == 0 and side == block.settings_side and config.is_static(side)
-            factors = LatentFactors(outputs, config.group_ranks(block), self.heads, static)
+            factors = LatentFactors(heads * config.head_dim, config.group_ranks(block), heads, static)
             setattr(self, f"{side}_latent", factors)
         sides = ("keys", "keys" if config.joint_kv else "values")
         project = tuple(zip(sides, (self.k_latent.BLinear, self.v_latent.BLinear), strict=True))
         return Member(self.k_latent.ALinear, self.v_latent.ALinear, project)
+
+    def keep_shard(self) -> None:
+        """Drop what other processes hold of the factors, which have been read whole."""
+        for factors in self.children():
+            if self.shard[1] > 1 and isinstance(factors, (SVDLinear, LatentFactors)):
+                factors.keep_shard(*self.shard, get_tp_group().device_group)
 
     def scales(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Calibrated scales that the checkpoint brings, by side of the cache, float32."""
@@ -167,6 +188,7 @@ class ALRDLlamaForCausalLM(LlamaForCausalLM):
         loaded = super().load_weights(weights)
         # The quantizers of the pages take the scales that have just been read.
         for layer in self.model.layers:
+            layer.self_attn.keep_shard()
             if layer.self_attn.member == 0:
                 layer.self_attn.pages.scales = layer.self_attn.scales()
         return loaded
