@@ -1,7 +1,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: install demo real real-results surface test test-real test-oldest check results schemes gpu
+.PHONY: install demo real real-results surface test test-real test-oldest check results schemes gpu vllm test-vllm
 
 # One installation, made again when the requirements change.
 .venv/installed: requirements.txt pyproject.toml
@@ -124,6 +124,23 @@ gpu:
 GPU_RUN = $(if $(wildcard $(RUN)),$(RUN),$(PYTHON))
 GPU_OUTPUT ?= scripts/results/benchmark_gpu.json
 
+# Serve many requests at once by vLLM: the bundled model at a sixteenth of its cache, on port 8000 until it is stopped.
+vllm: build/served/config.json
+	VLLM_CPU_OMP_THREADS_BIND=nobind .venv-vllm/bin/python -m vllm.entrypoints.openai.api_server --model build/served \
+		--max-model-len 2048 --kv-cache-memory-bytes 1073741824
+
+build/served/config.json: .venv-vllm/installed
+	.venv-vllm/bin/python scripts/calibrate_svd_ranks.py --budget 0.0625 --keep_dense --layer_group_size 3 --joint_kv \
+		--text stdlib:calibration --windows 4 --output build/served
+
+# vLLM's build for CPUs wants torchvision and its like, of which the index may have builds that do not fit its torch.
+.venv-vllm/installed: requirements-vllm.txt pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --requirement requirements-vllm.txt
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/pip install --quiet --no-deps --editable .
+	touch $@
+
 # Everything a developer checks; CI calls the same.
 test: .venv/installed check
 	$(RUN) -m pytest -q -n auto --dist loadfile
@@ -131,6 +148,10 @@ test: .venv/installed check
 # The tests on the language model of `make real`.
 test-real: .venv/wheels
 	$(RUN) -m pytest -q -m real tests/test_real_model.py tests/test_ruler.py
+
+# The tests that start vLLM's engine.
+test-vllm: .venv-vllm/installed
+	.venv-vllm/bin/python -m pytest -q -m vllm tests/test_vllm.py
 
 # The suite with the oldest releases of transformers and triton that are supported.
 test-oldest: .venv-oldest/installed

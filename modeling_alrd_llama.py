@@ -280,15 +280,7 @@ class ALRDLlamaAttention(nn.Module):
 
     def shard_scheme(self, scheme: CacheScheme) -> CacheScheme:
         """The scheme restricted to this rank's head groups."""
-        shards = {}
-        for name in ("k_scheme", "v_scheme"):
-            fields_of_side = getattr(scheme, name)
-            if fields_of_side.get("tiers"):
-                tiers = shard_groups(fields_of_side["tiers"], self.tp_rank, self.tp_size)
-                shards[name] = {**fields_of_side, "tiers": tiers}
-        if not shards:
-            return scheme
-        return replace(scheme, **shards)
+        return scheme.shard(self.tp_rank, self.tp_size)
 
 
 class ALRDLlamaBlockAttention(ALRDLlamaAttention):

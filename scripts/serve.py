@@ -6,9 +6,10 @@
     curl localhost:8000/v1/completions -H "Content-Type: application/json" -d '{"prompt": "def ", "max_tokens": 64}'
 
 MODEL is a checkpoint folder that is split already; its config.json says what the cache stores. Every request gets a
-KIVILatentCache of its own, for prompt and answer; requests to one model wait for each other. With --continuous-batching
-they run together, over the library's pages: keys and values made of the same latents, not quantized, and as large as
-the dense model's (Ctrl-C twice then, the library's thread outlives the first). The options of `transformers serve`:
+KIVILatentCache of its own, for prompt and answer; requests to one model wait for each other. Many at once, over pages
+of packed latents, are served by vLLM (`make vllm`). With --continuous-batching they run together here, over the
+library's pages: keys and values made of the same latents, not quantized, and as large as the dense model's (Ctrl-C
+twice then, the library's thread outlives the first). The options of `transformers serve`:
 """
 
 import sys
@@ -50,6 +51,8 @@ def main(arguments: list[str]) -> None:
     """Serve until interrupted; `arguments` as of `transformers serve`."""
     if "--compile" in arguments:
         raise SystemExit("serve.py: --compile: must not be given, it makes the library's static cache of dense keys")
+    if "--continuous-batching" not in arguments:
+        print("serve.py: one request at a time; many at once are served by vLLM, see `make vllm`", file=sys.stderr)
     # The server knows its classes by these names alone.
     transformers.ALRDLlamaForCausalLM = ALRDLlamaForCausalLM
     model_manager.ModelManager = LatentModelManager

@@ -34,6 +34,7 @@ ORDER = [
     "modules.loading",
     "modeling_alrd_llama",
     "modules.fit",
+    "modules.vllm",
     "scripts",
 ]
 

@@ -1,6 +1,6 @@
 """What a cache stores and how (`CacheScheme`), and the bytes that follow from it."""
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -9,6 +9,7 @@ import torch
 from configuration_alrd_llama import ALRDLlamaConfig, QuantScheme, check_count, side_scheme
 from modules.cache.codecs import BlockCodec, StaticScales, block_length, block_nbytes, check_codec, make_codec
 from modules.kernels import Backend
+from modules.svd_linear import shard_groups
 
 #: The two sides as the cache names them; projections and settings say "k" and "v" (`SIDES` of the configuration).
 SIDES = ("keys", "values")
@@ -114,6 +115,15 @@ class CacheScheme:
     @cached_property
     def block_length(self) -> int:
         return block_length(self.keys, self.values)
+
+    def shard(self, rank: int, size: int) -> "CacheScheme":
+        """The scheme restricted to the head groups of a rank of tensor parallelism."""
+        shards = {}
+        for name in ("k_scheme", "v_scheme"):
+            fields_of_side = getattr(self, name)
+            if fields_of_side.get("tiers"):
+                shards[name] = {**fields_of_side, "tiers": shard_groups(fields_of_side["tiers"], rank, size)}
+        return replace(self, **shards) if shards else self
 
     def codecs(
         self,

@@ -11,6 +11,7 @@ tile by tile (`modules/kernels/chunk.py`). Every back end uses the reference ins
 * states of other types than `FUSED_DTYPES` (float64),
 * a quantizer that the kernels do not know (`Backend.attends_to`),
 * attention weights,
+* packed tokens that are not seen (`PackedCache.hidden`, triton),
 * a layer whose weights are offloaded.
 """
 
@@ -74,6 +75,8 @@ class Backend:
             sides = (cache.keys, cache.values)
         fused = weights_length is None and self.attends_to(*sides)
         fused = fused and states.shape[2] <= MAX_QUERY_LENGTH and states.dtype in FUSED_DTYPES
+        if cache.hidden and self.name == "triton":
+            fused = False
         # An offloaded weight is in memory only while its module is called, as the reference does.
         if expansion is not None and expansion.weight.is_meta:
             fused = False

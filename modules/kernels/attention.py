@@ -95,7 +95,8 @@ def latent_attention(query: LatentQuery, cache: PackedCache, weights_length: int
         # A query sees the valid tokens up to its own position, and no more than fit its window.
         key_positions = tile.start[..., None] + offsets
         distance = positions[:, None, :, None] - key_positions[:, :, None]
-        seen = (offsets < tile.count[..., None])[:, :, None] & (distance >= 0)
+        valid = (offsets < tile.count[..., None]) & (key_positions >= tile.hidden)
+        seen = valid[:, :, None] & (distance >= 0)
         if query.sliding_window is not None:
             seen &= distance < query.sliding_window
         scores = scores.masked_fill(~seen[:, :, None], -torch.inf).permute(0, 2, 3, 1, 4).flatten(3)

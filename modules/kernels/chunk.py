@@ -61,8 +61,9 @@ def _tiles(query: LatentQuery, cache: PackedCache) -> Iterator[tuple[Tile, bool]
     packed = replace(cache, before=(), after=())
     # Packed tokens are older than all queries.
     all_seen = cache.full and query.sliding_window is None
-    for tile in packed.tiles(TILE):
-        yield tile, all_seen
+    for i, tile in enumerate(packed.tiles(TILE)):
+        # Those that are not seen, the sinks, are in the first block.
+        yield tile, all_seen and (i > 0 or cache.hidden == 0)
     for tile in (*cache.before, *cache.after):
         for first in range(0, tile.keys.shape[2], TILE):
             piece = slice(first, first + TILE)
@@ -77,7 +78,7 @@ def _rebuilt(query: LatentQuery, tile: Tile, expand_values: Callable | None) -> 
     values = tile.values if expand_values is None else expand_values(tile.values)
     offsets = torch.arange(keys.shape[2], dtype=torch.int64, device=keys.device)
     positions = (tile.start[..., None] + offsets).flatten(1)
-    valid = (offsets < tile.count[..., None]).flatten(1)
+    valid = (offsets < tile.count[..., None]).flatten(1) & (positions >= tile.hidden)
     keys = keys.flatten(1, 2).unflatten(-1, (-1, size)).transpose(1, 2)
     values = values.flatten(1, 2).unflatten(-1, (-1, size)).transpose(1, 2)
     if query.rope is not None:

@@ -67,12 +67,14 @@ class Tile:
         keys, values: `[B, m, t, C_k]` and `[B, m, t, C_v]`; one tensor where a latent is both.
         start: `[B, m]` int32, position of the first token of each run.
         count: `[B, m]` int32, how many of its t tokens are valid.
+        hidden: Tokens at positions below it are not seen.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     start: torch.Tensor
     count: torch.Tensor
+    hidden: int = 0
 
     def masked(self) -> "Tile":
         """The tile with zeros beyond the counts, where tokens of another row, NaN or Inf may lie."""
@@ -200,6 +202,7 @@ class PackedCache:
         table: `[3, B, blocks]` int32: slot in the pool, position of the first token, valid tokens; rows with fewer
             blocks end in zeros.
         full: Whether every entry of the table is a block of T valid tokens.
+        hidden: Packed tokens at positions below it are not seen: sinks that are in `before` too.
     """
 
     before: tuple[Tile, ...] = ()
@@ -209,6 +212,7 @@ class PackedCache:
     block_length: int = 0
     table: torch.Tensor | None = None
     full: bool = False
+    hidden: int = 0
 
     @property
     def is_empty(self) -> bool:
@@ -235,7 +239,7 @@ class PackedCache:
                 keys = values = self.keys.read(slots)
                 if self.values is not self.keys:
                     values = self.values.read(slots)
-                tile = Tile(keys, values, start, count)
+                tile = Tile(keys, values, start, count, self.hidden)
                 # Rows with fewer blocks, and blocks that a crop has cut, end before the tile does.
                 if not self.full:
                     tile = tile.masked()

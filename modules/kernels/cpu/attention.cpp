@@ -38,7 +38,8 @@ struct Side {
   const int32_t* first_segment;  // [groups + 1]
   const int32_t* integers;       // [groups] segments that are multiplied as codes
   const int32_t* columns;        // [groups] columns in use
-  const uint8_t* token_scale;    // [slots, block_length, groups], powers of 2^(1/16) from 128 on; null: 1
+  const uint8_t* token_scale;    // [slots][block_length, groups], powers of 2^(1/16) from 128 on; null: 1
+  int64_t token_scale_stride;    // from slot to slot
   int32_t groups, width;         // columns of the widest group
   int32_t run;                   // tokens of a block that share scales per channel
   int32_t by_block;              // whether scales per channel belong to blocks
@@ -60,6 +61,7 @@ struct Arguments {
   int64_t window;                // positions that a query sees at most, its own included
   Side keys, values;
   int32_t batch, query_heads, heads, length, half, blocks, block_length, exact_width, output_width, n_exact;
+  int32_t hidden;  // packed tokens at positions below it are not seen
   int32_t state_type, weight_type, weight_stride, planes, threads;
   float scaling, tolerance;
 };
@@ -354,7 +356,7 @@ struct Worker {
 
   // Scales of n tokens of a block from `first` on in a head group.
   void token_scales(const Side& side, int of, int slot, int first, int n, float* to) const {
-    const uint8_t* codes_ = side.token_scale + ((int64_t)slot * a.block_length + first) * side.groups + of;
+    const uint8_t* codes_ = side.token_scale + slot * side.token_scale_stride + (int64_t)first * side.groups + of;
     for (int t = 0; t < n; t++) to[t] = TOKEN_SCALES.of[codes_[(int64_t)t * side.groups]];
   }
 
@@ -933,10 +935,10 @@ struct Worker {
     };
     for (int i = std::max(first, unseen_blocks(a, row)); i < last; i++) {
       const int count = table[2 * plane + i];
-      for (int t = 0; t < count; t += SPAN) {
+      for (int t = std::max(0, a.hidden - table[plane + i]); t < count; t += SPAN) {
         const Chunk chunk = {table[i], t, std::min(SPAN, count - t), (int64_t)table[plane + i] + t};
         // Tokens of a batch are at consecutive positions.
-        if (tokens && (tokens + chunk.count > SPAN || batch[0].position + tokens != chunk.position)) flush(i + (t > 0));
+        if (tokens && (tokens + chunk.count > SPAN || batch[0].position + tokens != chunk.position)) flush(i + (t >= SPAN));
         batch.push_back(chunk);
         tokens += chunk.count;
       }

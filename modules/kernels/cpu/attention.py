@@ -25,6 +25,7 @@ _NO_WINDOW = 1 << 62
 _Segment = structure("int32 part channel count column position")
 _Side = structure("""
     pointer parts segments first_segment integers columns token_scale
+    int64 token_scale_stride
     int32 groups width run by_block
 """)
 _Arguments = structure(
@@ -34,6 +35,7 @@ _Arguments = structure(
     int64 window
     Side keys values
     int32 batch query_heads heads length half blocks block_length exact_width output_width n_exact
+    int32 hidden
     int32 state_type weight_type weight_stride planes threads
     float scaling tolerance
     """,
@@ -133,6 +135,8 @@ def _make_columns(side: PackedSide, block_length: int, as_codes: frozenset, alig
         run=min(runs, default=block_length),
         by_block=bool(runs),
     )
+    if side.token_scale is not None:
+        made.token_scale_stride = side.token_scale.stride(0)
     return _Columns(made, ints(flat), (*kept, side.parts, side.token_scale))
 
 
@@ -217,6 +221,7 @@ def latent_attention(query: LatentQuery, cache: PackedCache) -> Attended:
         arguments.key_channel = ctypes.addressof(keys.channels)
         arguments.value_channel = ctypes.addressof(values.channels)
         arguments.blocks, arguments.block_length = table.shape[2], cache.block_length
+        arguments.hidden = cache.hidden
         for part in cache.keys.parts + cache.values.parts:
             if part.bits == 16:
                 arguments.state_type = TYPES[part.packed.dtype]

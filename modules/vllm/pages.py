@@ -1,0 +1,194 @@
+"""A page of vLLM as a packed block of ours: the layout in bytes, and the writer of single tokens.
+
+vLLM deals out pages of T tokens and knows nothing but their size. A page holds one block of the cache's codecs, field
+after field, so that views into the pages are what attention reads (`PackedPart`), and vLLM's table of pages is the
+table of a `PackedCache`.
+
+Requests come and go, and a page fills up token by token. So the codes of a token must not depend on the others of its
+block: calibrated scales, scales by token, or 16 bits. Then a token is packed when it comes, and its bits are set in the
+words of its page, which are those of another text before.
+"""
+
+import torch
+
+from configuration_alrd_llama import ALRDLlamaConfig, QuantScheme
+from modules.cache.codecs import BlockCodec, Fields, channel_bits, make_codec
+from modules.cache.pool import BlockPool
+from modules.cache.scheme import SIDES, CacheScheme, LayerScales, LayerWidths
+from modules.kernels import Backend
+from modules.kernels.packed import PackedSide
+from modules.kivi_cache import config_schemes
+from modules.quant_utils import require
+
+#: Tokens of a page are a multiple of it: so many fill whole words at any width.
+PAGE_MULTIPLE = 32
+
+#: Bits of the first plane of a width that has two (`modules/quant_utils.py`).
+_LOW_BITS = {3: 2, 5: 4, 6: 4}
+
+
+def check_page_length(length: int) -> None:
+    """Refuse a `--block-size` of vLLM whose tokens do not fill words."""
+    if length % PAGE_MULTIPLE:
+        raise ValueError(f"block_size={length}: must be a multiple of {PAGE_MULTIPLE} tokens for packed pages")
+
+
+def page_schemes(config: ALRDLlamaConfig) -> list[CacheScheme]:
+    """What each layer of a cache stores in its pages.
+
+    Raises:
+        ValueError: A token could not be stored without the others of its block; the message names field and rule.
+    """
+    if not config.use_kivi:
+        raise ValueError("use_kivi=False: must be True, for pages hold packed latents")
+    shared, layers = config_schemes(config)
+    schemes = [layers.get(i, shared) for i in range(config.num_cache_layers)]
+    for i, scheme in enumerate(schemes):
+        for side, name in zip("kv", SIDES, strict=True):
+            # A latent of keys and values is stored as keys are.
+            if not (side == "v" and config.joint_kv):
+                _check_scheme(f"cache layer {i}, {side}_scheme", getattr(scheme, name))
+    return schemes
+
+
+def _check_scheme(field: str, scheme: QuantScheme) -> None:
+    """Refuse a scheme by which the codes of a token depend on other tokens, or have no bits of their own."""
+    for name, right in (("quantizer", None), ("rotation", False), ("protected", 0.0)):
+        if getattr(scheme, name) != right:
+            raise ValueError(f"{field}: {name}={getattr(scheme, name)!r}: must be {right!r} in pages")
+    bits = sorted(set(channel_bits(scheme, 1)))
+    if set(bits) & {1.5, 1.58}:
+        raise ValueError(f"{field}: bits={bits}: must be whole bits in pages, whose tokens are written one by one")
+    if scheme.per_channel and not scheme.static and bits != [16]:
+        raise ValueError(
+            f"{field}: static=False with orientation='per_channel': must be static=True, orientation='per_token' or 16 "
+            "bits in pages, for scales that are measured per channel depend on the other tokens of a block; calibrate "
+            "with a budget (scripts/calibrate_svd_ranks.py --budget), which makes static scales"
+        )
+
+
+class PageLayout:
+    """Bytes of a page of one layer of a cache.
+
+    Args:
+        scheme: What the layer stores.
+        widths: Channels of each head group, of keys and values or of the one latent of both.
+        length: Tokens of a page, T.
+        dtype: Type of the states.
+        backend: Functions that quantize.
+        scales: Calibrated scales; without them the layout only tells the size.
+
+    Attributes:
+        nbytes: Bytes of a page, a multiple of 4.
+    """
+
+    def __init__(
+        self,
+        scheme: CacheScheme,
+        widths: LayerWidths,
+        length: int,
+        dtype: torch.dtype,
+        backend: Backend | None = None,
+        scales: LayerScales | None = None,
+    ):
+        check_page_length(length)
+        self.length = length
+        #: Of blocks of T tokens, as they are read, and of one token, as they are written.
+        self.codecs = _codecs(scheme, length, widths, dtype, backend, scales)
+        self.token_codecs = _codecs(scheme, 1, widths, dtype, backend, scales)
+        # Wide types come first, so that every field starts where its type may.
+        fields = []
+        for side, codec in self.codecs.items():
+            for name, (shape, field_type) in codec.fields().items():
+                fields.append((side, name, shape, field_type))
+        fields.sort(key=lambda field: -field[3].itemsize)
+        self.fields, self.nbytes = [], 0
+        for side, name, shape, field_type in fields:
+            size = torch.Size(shape).numel() * field_type.itemsize
+            self.fields.append((side, name, shape, field_type, self.nbytes, size))
+            self.nbytes += size
+        # Where the next page starts, words must start too.
+        self.nbytes = -(-self.nbytes // 4) * 4
+
+    def storage(self, pages: torch.Tensor) -> dict[str, Fields]:
+        """Views of the fields of all pages, by side and name: `[pages, …]`.
+
+        Args:
+            pages: `[pages, nbytes]` uint8.
+        """
+        storage: dict[str, Fields] = {side: {} for side in self.codecs}
+        for side, name, shape, field_type, start, size in self.fields:
+            storage[side][name] = pages[:, start : start + size].view(field_type).unflatten(1, shape)
+        return storage
+
+
+def _codecs(
+    scheme: CacheScheme,
+    length: int,
+    widths: LayerWidths,
+    dtype: torch.dtype,
+    backend: Backend | None,
+    scales: LayerScales | None,
+) -> dict[str, BlockCodec]:
+    """The codecs of a layer for blocks of so many tokens; by no scheme of a page do the codes depend on that."""
+    codecs, scales = {}, scales or {}
+    for side, width in zip(SIDES, widths):
+        codecs[side] = make_codec(getattr(scheme, side), length, width, dtype, backend, scales.get(side))
+    return codecs
+
+
+class Pages:
+    """The pages of one layer of a cache.
+
+    Args:
+        layout: Of a page.
+        pages: `[pages, nbytes]` uint8, all pages that there are; what they hold at first is never read.
+
+    Attributes:
+        keys, values: The pages as attention reads them; one object where a latent is both.
+    """
+
+    def __init__(self, layout: PageLayout, pages: torch.Tensor):
+        self.layout, self.storage = layout, layout.storage(pages)
+        sides = BlockPool(layout.codecs, pages.device, len(pages), self.storage).sides()
+        self.keys: PackedSide = sides[0]
+        self.values: PackedSide = sides[-1]
+
+    def write(self, slots: torch.Tensor, states: dict[str, torch.Tensor]) -> None:
+        """Store tokens, in whatever order and company they come.
+
+        Args:
+            slots: `[N]` int64, each once: page * T + place in the page.
+            states: By side `[N, C]`.
+
+        Raises:
+            ValueError: A value is not finite.
+        """
+        page, token = slots // self.layout.length, slots % self.layout.length
+        for side, codec in self.layout.token_codecs.items():
+            require(torch.isfinite(states[side]).all(), f"{side}: must be finite; NaN or Inf were found")
+            for name, value in codec.encode(states[side][:, None]).items():
+                field = self.storage[side][name]
+                if field.dtype == torch.int32:
+                    self._set_bits(field, page, token, value)
+                else:
+                    field[page, token] = value[:, 0]
+
+    def _set_bits(self, words: torch.Tensor, page: torch.Tensor, token: torch.Tensor, codes: torch.Tensor) -> None:
+        """Put codes in the place of what their bits are.
+
+        Args:
+            words: `[pages, W, C]` int32.
+            page, token: `[N]`.
+            codes: `[N, planes, C]` int32, tokens packed by themselves: the code of a plane is its lowest bits.
+        """
+        bits, first = words.shape[1] * 32 // self.layout.length, 0
+        low = _LOW_BITS.get(bits, bits)
+        for plane, plane_bits in enumerate((low, bits - low)[: codes.shape[1]]):
+            per_word = 32 // plane_bits
+            word, shift = first + token // per_word, (token % per_word * plane_bits).int()[:, None]
+            mask = (1 << plane_bits) - 1
+            old = words[page, word] >> shift & mask
+            # Tokens of one word must not overwrite each other. They have bits of their own, so differences add up.
+            words.index_put_((page, word), (codes[:, plane] & mask) - old << shift, accumulate=True)
+            first += self.layout.length // per_word

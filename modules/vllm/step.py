@@ -1,0 +1,281 @@
+"""The new tokens of a step of vLLM: requests of all lengths in one flat batch, and where their history lies.
+
+A token attends to the packed pages that were written before the step, and to the new tokens of its own request as they
+are. vLLM also lets a request share pages which another one is writing in this very step. Those are not packed before
+the last layer of their block has run, so what is new in them is read from the other request's new tokens.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from modules.kernels import MAX_QUERY_LENGTH
+from modules.kernels.packed import Tile
+
+#: New tokens in a tile of those that attend to each other.
+_TILE = 256
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """New tokens of the step that stand one after the other.
+
+    Attributes:
+        first: Row of the first one among the step's tokens.
+        start: Its position in the text.
+        count: How many.
+    """
+
+    first: int
+    start: int
+    count: int
+
+
+@dataclass(frozen=True, eq=False)
+class Requests:
+    """Requests of a step that have equally many new tokens, n of L each.
+
+    Attributes:
+        rows: `[n * L]` int64, or a slice: their new tokens among the step's.
+        count: n.
+        positions: `[n, L]` int64.
+        start, added: `[n, 1]` int32: tokens before the new ones, and L.
+        table: `[3, n, blocks]` int32, as in `PackedCache`; `None`: there is no history.
+        first_pages: Page of the first token of each request's history, -1: it has none.
+        borrowed: Runs of other requests' tokens that are history here (n = 1).
+    """
+
+    rows: torch.Tensor | slice
+    count: int
+    positions: torch.Tensor
+    start: torch.Tensor
+    added: torch.Tensor
+    table: torch.Tensor | None
+    first_pages: list[int]
+    borrowed: tuple[Run, ...] = ()
+
+    @property
+    def begins(self) -> bool:
+        """Whether these are the first tokens of a text, or of several."""
+        return self.table is None
+
+    def gathered(self, states: torch.Tensor) -> torch.Tensor:
+        """States `[tokens, C]` of the step as `[n, L, C]` of these requests."""
+        return states[self.rows].unflatten(0, (self.count, -1))
+
+    def new_tiles(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[Tile, ...]:
+        """The new tokens as attention reads them, from `[tokens, C]` states of the step."""
+        tiles, length = [], self.positions.shape[1]
+        for run in self.borrowed:
+            own = slice(run.first, run.first + run.count)
+            start = torch.full((1, 1), run.start, dtype=torch.int32, device=keys.device)
+            tiles += _tiles(keys[None, own], values[None, own], start)
+        # A tile at a time, so that no score of all new tokens by all exists.
+        step = length if length <= MAX_QUERY_LENGTH else _TILE
+        return (*tiles, *_tiles(self.gathered(keys), self.gathered(values), self.start, step))
+
+
+def _tiles(keys: torch.Tensor, values: torch.Tensor, start: torch.Tensor, step: int = _TILE) -> list[Tile]:
+    """Tiles of at most `step` tokens of `[n, L, C]` states from position `start` `[n, 1]` on."""
+    tiles = []
+    for first in range(0, keys.shape[1], step):
+        some_keys, some_values = keys[:, first : first + step], values[:, first : first + step]
+        count = torch.full_like(start, some_keys.shape[1])
+        tiles.append(Tile(some_keys[:, None], some_values[:, None], start + first, count))
+    return tiles
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """All new tokens of a step.
+
+    Attributes:
+        requests: Requests by their count of new tokens.
+        tokens: How many new tokens; what else lies in the tensors of a step is padding.
+        slots: `[tokens]` int64, page * T + place.
+        positions: `[tokens]` int64.
+        page_length: Tokens of a page, T.
+    """
+
+    requests: tuple[Requests, ...]
+    tokens: int
+    slots: torch.Tensor
+    positions: torch.Tensor
+    page_length: int
+
+
+def make_step(
+    starts: np.ndarray, lengths: np.ndarray, pages: np.ndarray, slots: torch.Tensor, page_length: int
+) -> Step:
+    """The step of a batch.
+
+    Args:
+        starts: `[requests + 1]` first row of each request's new tokens, then their number.
+        lengths: `[requests]` tokens of each request, the new ones included.
+        pages: `[requests, …]` int32, pages of each request in order.
+        slots: `[tokens]` int64, where the new tokens are to be stored.
+        page_length: Tokens of a page, T.
+    """
+    new = np.diff(starts)
+    held = lengths - new
+    shared = _shared_runs(starts, held, new, pages, page_length)
+    # Requests of one length are rows of one call of the kernel.
+    by_length: dict[tuple, list[int]] = {}
+    for i in np.flatnonzero(new).tolist():
+        # Long pieces and those with tokens of others go by themselves.
+        alone = new[i] > MAX_QUERY_LENGTH or i in shared
+        by_length.setdefault((int(new[i]), i if alone else -1), []).append(i)
+    requests, device = [], slots.device
+    for (length, _), members in by_length.items():
+        # Neighbours are a slice of the step's tokens, which is no copy.
+        first = starts[members]
+        rows: torch.Tensor | slice = slice(int(first[0]), int(first[0]) + length * len(members))
+        if not np.array_equal(first, first[0] + length * np.arange(len(members))):
+            spread = (first[:, None] + np.arange(length)).reshape(-1)
+            rows = torch.from_numpy(spread.astype(np.int64)).to(device)
+        before = torch.from_numpy(held[members].astype(np.int32)).to(device)[:, None]
+        # Only a request that is by itself has tokens of others.
+        hidden, borrowed = shared.get(members[0], ({}, ()))
+        table, first_pages = _table(held[members], pages[members], page_length, hidden)
+        requests.append(
+            Requests(
+                rows=rows,
+                count=len(members),
+                positions=before.long() + torch.arange(length, dtype=torch.int64, device=device),
+                start=before,
+                added=torch.full_like(before, length),
+                table=None if table is None else torch.from_numpy(table).to(device),
+                first_pages=first_pages,
+                borrowed=borrowed,
+            )
+        )
+    # Token i of a request stands behind those that it holds already.
+    tokens = int(starts[-1])
+    positions = np.repeat(held - starts[:-1], new) + np.arange(tokens)
+    positions = torch.from_numpy(positions.astype(np.int64)).to(device)
+    return Step(tuple(requests), tokens, slots[:tokens].long(), positions, page_length)
+
+
+def _table(
+    held: np.ndarray, pages: np.ndarray, page_length: int, counts: dict[int, int]
+) -> tuple[np.ndarray | None, list[int]]:
+    """Table of the pages that hold so many tokens of each request, and the first pages.
+
+    Args:
+        held: `[n]`.
+        pages: `[n, …]`.
+        page_length: T.
+        counts: Of single pages, by their place, the tokens that are packed.
+    """
+    blocks = -(-int(held.max()) // page_length)
+    if not blocks:
+        return None, [-1] * len(held)
+    table = np.zeros((3, len(held), blocks), dtype=np.int32)
+    table[1] = np.arange(blocks) * page_length
+    table[2] = np.clip(held[:, None] - table[1], 0, page_length)
+    for place, count in counts.items():
+        table[2, :, place] = count
+    # Places behind a request's last page, which vLLM leaves as they were, end in zeros.
+    used = table[1] < held[:, None]
+    table[0] = pages[:, :blocks]
+    table *= used
+    return table, np.where(held > 0, pages[:, 0], -1).tolist()
+
+
+def _shared_runs(
+    starts: np.ndarray, held: np.ndarray, new: np.ndarray, pages: np.ndarray, page_length: int
+) -> dict[int, tuple[dict[int, int], tuple[Run, ...]]]:
+    """Of each request whose history is being written by others: tokens packed by place of the page, and the runs."""
+    # Which request writes a page in this step.
+    writers: dict[int, tuple[int, int]] = {}
+    for i in np.flatnonzero(new).tolist():
+        for place in range(held[i] // page_length, -(-(held[i] + new[i]) // page_length)):
+            writers[int(pages[i, place])] = (i, place)
+    written = np.fromiter(writers, dtype=pages.dtype)
+    shared = {}
+    for i in np.flatnonzero(new).tolist():
+        # Only full pages are shared. The one that a request goes on in is its own.
+        own = pages[i, : held[i] // page_length]
+        counts, runs = {}, []
+        for place in np.flatnonzero(np.isin(own, written)).tolist():
+            writer, _ = writers[int(own[place])]
+            # The first part of the page may have been packed in an earlier step.
+            first = max(int(held[writer]), place * page_length)
+            counts[place] = first - place * page_length
+            run = Run(int(starts[writer] + first - held[writer]), first, (place + 1) * page_length - first)
+            # Pages that one request writes one after the other are one run.
+            if runs and runs[-1].first + runs[-1].count == run.first:
+                last = runs.pop()
+                run = Run(last.first, last.start, last.count + run.count)
+            runs.append(run)
+        if runs:
+            shared[i] = (counts, tuple(runs))
+    return shared
+
+
+class SinkStore:
+    """The first tokens of texts as they are, by the page that holds them.
+
+    A page that begins a text has a row here as long as it is not written anew, by another text or another part of one.
+    So a shared prefix shares its sinks, and there are at most as many rows as pages.
+
+    Args:
+        length: Sinks of a text, S.
+        channels: Of keys and of values.
+        like: Tensor of the type and on the device of the states.
+    """
+
+    def __init__(self, length: int, channels: dict[str, int], like: torch.Tensor):
+        self.length, self.row_of, self.free = length, {}, []
+        self.states = {side: like.new_zeros((0, length, width)) for side, width in channels.items()}
+
+    def _row(self, page: int) -> int:
+        if page not in self.row_of:
+            if not self.free:
+                self._grow()
+            self.row_of[page] = self.free.pop()
+        return self.row_of[page]
+
+    def _grow(self) -> None:
+        for side, old in self.states.items():
+            rows = len(old)
+            added = max(8, rows)
+            self.states[side] = torch.cat([old, old.new_zeros((added, *old.shape[1:]))])
+        self.free = list(range(rows, rows + added))
+
+    def among(self, step: Step) -> torch.Tensor:
+        """Rows of the new tokens of a step that are sinks, `[n]` int64."""
+        return torch.nonzero(step.positions < self.length)[:, 0]
+
+    def write(self, step: Step, rows: torch.Tensor, states: dict[str, torch.Tensor]) -> None:
+        """Keep the sinks of a step, and drop those of pages that are written anew.
+
+        Args:
+            step: The step.
+            rows: `[n]`, as `among` gives them.
+            states: By side `[n, C]`.
+        """
+        pages = step.slots // step.page_length
+        for page in set(pages[step.positions >= step.page_length].tolist()) & set(self.row_of):
+            self.free.append(self.row_of.pop(page))
+        if not len(rows):
+            return
+        # A page may have come with the sinks of another text, whose row it keeps.
+        kept_rows = [self._row(page) for page in pages[rows].tolist()]
+        index = torch.tensor(kept_rows, dtype=torch.int64, device=pages.device)
+        for side, kept in self.states.items():
+            kept[index, step.positions[rows]] = states[side]
+
+    def tiles(self, requests: Requests, channels: slice = slice(None)) -> tuple[Tile, ...]:
+        """The sinks of requests as attention reads them, of some of their channels; none if there are none."""
+        # Those that another request is computing in this step are borrowed from it.
+        rows = [self.row_of.get(page, -1) for page in requests.first_pages]
+        if max(rows) < 0:
+            return ()
+        index = torch.tensor(rows, dtype=torch.int64, device=requests.start.device)
+        keys, values = (states[index][:, None, :, channels] for states in self.states.values())
+        count = requests.start.clamp(max=self.length)
+        if requests.borrowed:
+            count = count.clamp(max=min(run.start for run in requests.borrowed))
+        return (Tile(keys, values, torch.zeros_like(count), count),)

@@ -1,0 +1,258 @@
+"""Latent models in vLLM's engine; run by `make test-vllm` in a venv of its own.
+
+Tokens are compared with those of our own `generate()` with a cache that packs every token as soon as its step is over,
+and with the same pieces of the prompts. All in float32, greedy.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from configuration_alrd_llama import ALRDLlamaConfig
+from modeling_alrd_llama import ALRDLlamaForCausalLM
+from tests.helpers import TINY_LLAMA, all_ranks, randomize_vectors, tiny_blocks, tiny_dense, tiny_split
+
+pytestmark = pytest.mark.vllm
+
+ROOT = Path(__file__).resolve().parent.parent
+TOY = ROOT / "models" / "tiny-python-llama"
+
+#: Tokens of a page, and new tokens of a request in a step.
+PAGE, PIECE = 32, 64
+
+#: Settings of the engine that all tests share; memory for 512 pages of the widest model here and more of the others.
+ENGINE = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "block_size": PAGE,
+    "max_num_seqs": 32,
+    "max_num_batched_tokens": 4096,
+    "long_prefill_token_threshold": PIECE,
+    "long_prefill_token_threshold_adaptive": False,
+    "enable_chunked_prefill": True,
+    "skip_tokenizer_init": True,
+    "kv_cache_memory_bytes": 64 << 20,
+    "disable_log_stats": True,
+}
+
+#: Runs an engine in a process of its own: settings and batches of prompts come as JSON, tokens go back.
+RUNNER = """
+import json, sys
+from vllm import LLM, SamplingParams
+if __name__ == "__main__":
+    job = json.load(open(sys.argv[1]))
+    llm = LLM(**job["engine"])
+    sampling = SamplingParams(temperature=0, max_tokens=job["max_tokens"], ignore_eos=True, detokenize=False)
+    batches = []
+    for prompts in job["batches"]:
+        outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
+        batches.append([[list(o.outputs[0].token_ids), o.num_cached_tokens] for o in outputs])
+    blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
+    json.dump({"batches": batches, "blocks": blocks}, open(sys.argv[2], "w"))
+"""
+
+
+def run_engine(tmp_path: Path, model, batches, max_tokens: int = 16, fails: bool = False, **settings):
+    """Tokens and cached tokens of each prompt of each batch, and the pages that there are; or what a failure says."""
+    job = {"engine": {**ENGINE, "model": str(model), **settings}, "batches": batches, "max_tokens": max_tokens}
+    paths = [tmp_path / name for name in ("run.py", "job.json", "result.json")]
+    paths[0].write_text(RUNNER)
+    paths[1].write_text(json.dumps(job))
+    environment = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *map(str, paths)]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=400)
+    if fails:
+        assert done.returncode != 0
+        return done.stdout + done.stderr
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    return json.loads(paths[2].read_text())
+
+
+def tokens_of(result, batch: int = 0) -> list[list[int]]:
+    return [tokens for tokens, _ in result["batches"][batch]]
+
+
+@torch.no_grad()
+def own_tokens(model, prompts, max_tokens: int = 16) -> list[list[int]]:
+    """Greedy tokens of our own `generate()` with the engine's cache: sinks, no window, every token packed at once."""
+    tokens = []
+    for prompt in prompts:
+        cache = model.create_kivi_cache(residual_length=0, group_size=1)
+        ids = torch.tensor([prompt])
+        limits = {"max_new_tokens": max_tokens, "min_new_tokens": max_tokens, "prefill_chunk_size": PIECE}
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), past_key_values=cache, do_sample=False, pad_token_id=0, **limits
+        )
+        tokens.append(out[0, len(prompt) :].tolist())
+    return tokens
+
+
+def prompts_of(vocabulary: int) -> list[list[int]]:
+    """16 prompts: short ones, one of a piece, longer ones, and four that share their first three pieces."""
+    generator = torch.Generator().manual_seed(1)
+
+    def random(length: int) -> list[int]:
+        return torch.randint(5, vocabulary, (length,), generator=generator).tolist()
+
+    shared = random(3 * PIECE)
+    lengths = (1, 2, 3, 4, 5, 17, 31, 32, 64, 65, 130, 300)
+    return [*map(random, lengths), *(shared + random(n) for n in (3, 9, 40, 70))]
+
+
+def saved(model, path: Path) -> Path:
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def sixteenth(tmp_path_factory) -> Path:
+    """The toy at a sixteenth of the bytes: three layers and both sides share a latent, tiers, scales of tokens."""
+    output = tmp_path_factory.mktemp("served") / "sixteenth"
+    budget = ["--budget", "0.0625", "--keep_dense", "--layer_group_size", "3", "--joint_kv"]
+    text = ["--text", "stdlib:calibration", "--windows", "4", "--output", str(output)]
+    subprocess.run([sys.executable, "scripts/calibrate_svd_ranks.py", *budget, *text], cwd=ROOT, check=True)
+    return output
+
+
+def test_tokens_are_those_of_our_own_cache(sixteenth, tmp_path):
+    """Sixteen prompts at once, of all lengths; four share a prefix, three of them after the first has been served."""
+    model = ALRDLlamaForCausalLM.from_pretrained(sixteenth, dtype=torch.float32).eval()
+    prompts = prompts_of(model.config.vocab_size)
+    result = run_engine(tmp_path, sixteenth, [prompts[:13], prompts[13:]])
+    assert tokens_of(result) + tokens_of(result, 1) == own_tokens(model, prompts)
+    assert [cached for _, cached in result["batches"][1]] == [3 * PIECE] * 3
+
+
+def test_a_shared_prefix_is_computed_once(sixteenth, tmp_path):
+    generator = torch.Generator().manual_seed(2)
+    text = torch.randint(5, 4000, (825,), generator=generator).tolist()
+    other = [*text[:768], *reversed(text[768:])]
+    # vLLM lets a request that is alone have the whole step.
+    result = run_engine(tmp_path, sixteenth, [[text], [other]], max_num_batched_tokens=PIECE, max_num_seqs=8)
+    assert [batch[0][1] for batch in result["batches"]] == [0, 768]
+    model = ALRDLlamaForCausalLM.from_pretrained(sixteenth, dtype=torch.float32).eval()
+    assert tokens_of(result) + tokens_of(result, 1) == own_tokens(model, [text, other])
+
+
+@pytest.fixture(scope="module")
+def lossless(tmp_path_factory):
+    """A dense model, its split models of full rank at 16 bits, and the tokens of stock vLLM."""
+    path = tmp_path_factory.mktemp("lossless")
+    dense = tiny_dense(head_dim=32)
+    prompts = prompts_of(97)
+    return dense, prompts, tokens_of(run_engine(path, saved(dense, path / "stock"), [prompts]))
+
+
+@pytest.mark.parametrize(
+    ("blocks", "pages", "drafts"),
+    [
+        ({"joint_kv": True, "layer_group_size": 2, "k_bits": 16}, None, None),
+        ({"layer_group_size": 3, "head_group_size": 2, "k_bits": 16, "v_bits": 16, "sink_length": 0}, 17, None),
+        (None, None, None),
+        ({"joint_kv": True, "layer_group_size": 3, "k_bits": 16}, None, 4),
+    ],
+)
+def test_lossless_settings_give_the_tokens_of_stock_vllm(lossless, tmp_path, blocks, pages, drafts):
+    """Blocks of layers, joint or not, and layers by themselves, all sixteen prompts at once.
+
+    With 17 pages, 512 tokens, they do not fit at once, and requests are preempted; else those that share a prefix read
+    it while it is computed. Drafts that are looked up in the text are mostly rejected, and their places written anew.
+    """
+    dense, prompts, expected = lossless
+    if blocks is None:
+        ranks = all_ranks(3, 128)
+        del ranks["model.layers.1.self_attn.k_proj"]
+        model = tiny_split(tmp_path, ranks, head_group_size=2, dense=dense, k_bits=16, v_bits=16)
+    else:
+        model = tiny_blocks(dense, **blocks)
+    few = {} if pages is None else {"num_gpu_blocks_override": pages, "max_model_len": 32 * (pages - 1)}
+    if drafts is not None:
+        look_up = {"method": "ngram", "num_speculative_tokens": drafts, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
+        few["speculative_config"] = look_up
+    result = run_engine(tmp_path, saved(model, tmp_path / "split"), [prompts], **few)
+    assert tokens_of(result) == expected
+    shared = [cached for _, cached in result["batches"][0][13:]]
+    assert pages or min(shared) >= PAGE
+
+
+@pytest.mark.parametrize("head_group_size", [None, 2])
+def test_two_processes_share_the_heads(lossless, tmp_path, head_group_size):
+    """A latent of all heads is summed up over them and held by both; head groups are dealt out."""
+    dense, prompts, expected = lossless
+    model = tiny_blocks(dense, joint_kv=True, layer_group_size=3, k_bits=16, head_group_size=head_group_size)
+    result = run_engine(tmp_path, saved(model, tmp_path / "split"), [prompts], tensor_parallel_size=2)
+    assert tokens_of(result) == expected
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "mistral"])
+def test_other_architectures_by_layers_with_packed_latents(architecture, tmp_path):
+    """Layers by themselves, latents of head groups, packed by calibrated scales."""
+    fields = {**TINY_LLAMA, "tie_word_embeddings": architecture == "qwen2"}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        dense = AutoModelForCausalLM.from_config(CONFIG_MAPPING[architecture](**fields)).eval()
+        randomize_vectors(dense)
+    static = {"static": True, "orientation": "per_channel"}
+    static = {"k_scheme": static, "v_scheme": {**static, "code": "trellis"}}
+    ranks = {"truncation_ranks": all_ranks(3, {"k_proj": 24, "v_proj": [12, 20]}), "head_group_size": 2}
+    config = ALRDLlamaConfig.from_llama(dense.config, k_bits=5, v_bits=3, **ranks, **static)
+    scales = {f"{side}_proj": {"static_scales": (torch.ones(n), torch.zeros(n))} for side, n in (("k", 24), ("v", 32))}
+    model = ALRDLlamaForCausalLM.from_dense(dense, config, [scales] * 3)
+    set_ranges(model)
+    prompts = prompts_of(97)
+    result = run_engine(tmp_path, saved(model, tmp_path / "split"), [prompts[:13], prompts[13:]])
+    assert tokens_of(result) + tokens_of(result, 1) == own_tokens(model, prompts)
+
+
+@torch.no_grad()
+def set_ranges(model) -> None:
+    """Scales from the ranges of the latents on random tokens; points of a trellis are 256 levels."""
+    seen = {}
+
+    def see(module, arguments, latents):
+        seen[module] = latents.flatten(0, 1)
+
+    projections = [p for layer in model.model.layers for p in (layer.self_attn.k_proj, layer.self_attn.v_proj)]
+    hooks = [projection.BLinear.register_forward_hook(see) for projection in projections]
+    model(torch.randint(5, 97, (2, 200)), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    for i, projection in enumerate(projections):
+        low, high = seen[projection.BLinear].aminmax(dim=0)
+        projection.latent_scale.copy_((high - low) / (31 if i % 2 == 0 else 255))
+        projection.latent_zero_point.copy_(low)
+
+
+def test_tokens_that_fit_in_a_gibibyte(sixteenth, tmp_path):
+    """Within 1% of what the bytes of the codes say, and at least 14 times what the dense model's would be."""
+    settings = {"dtype": "bfloat16", "block_size": 128, "kv_cache_memory_bytes": 1 << 30}
+    tokens = 128 * run_engine(tmp_path, sixteenth, [[[1, 2, 3]]], **settings)["blocks"]
+    config = ALRDLlamaConfig.from_pretrained(sixteenth)
+    bits = 0
+    for block in config.blocks():
+        # One byte for the scale of a token and head group.
+        bits += 8 * config.num_head_groups
+        for group in config.group_tiers(block):
+            bits += sum(channels * width for channels, width in group)
+    assert tokens == pytest.approx(8 * 2**30 / bits, rel=0.01)
+    dense = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
+    assert tokens >= 14 * 2**30 / dense
+
+
+@pytest.mark.parametrize(
+    ("fields", "settings", "rule"),
+    [
+        ({}, {}, "k_scheme: static=False with orientation='per_channel': must be static=True"),
+        ({"k_bits": 16, "v_bits": 16}, {"block_size": 16}, "block_size=16: must be a multiple of 32"),
+        ({"k_bits": 16, "v_bits": 16}, {"kv_cache_dtype": "fp8"}, "kv_cache_dtype='fp8': must be 'auto'"),
+    ],
+)
+def test_what_is_not_served_is_refused_at_the_start(tmp_path, fields, settings, rule):
+    model = saved(tiny_split(tmp_path, 8, **fields), tmp_path / "split")
+    assert rule in run_engine(tmp_path, model, [[[1, 2, 3]]], fails=True, **settings)
