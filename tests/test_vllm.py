@@ -256,3 +256,16 @@ def test_tokens_that_fit_in_a_gibibyte(sixteenth, tmp_path):
 def test_what_is_not_served_is_refused_at_the_start(tmp_path, fields, settings, rule):
     model = saved(tiny_split(tmp_path, 8, **fields), tmp_path / "split")
     assert rule in run_engine(tmp_path, model, [[[1, 2, 3]]], fails=True, **settings)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "rule"),
+    [
+        ("mistral", {"sliding_window": 64}, "sliding_window=64: must be None or at least max_model_len=2048"),
+        ("granite", {}, "dense_model_type='granite': must be one of llama, mistral, qwen2"),
+    ],
+)
+def test_architectures_that_are_not_served(tmp_path, kind, fields, rule):
+    dense = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**TINY_LLAMA | fields))
+    split = tiny_split(tmp_path, 8, dense=dense, k_bits=16, v_bits=16)
+    assert rule in run_engine(tmp_path, saved(split, tmp_path / "split"), [[[1, 2, 3]]], fails=True)

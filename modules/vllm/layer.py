@@ -211,21 +211,19 @@ class LatentPages(AttentionLayerBase):
         own, new = self.members[member], requests.new_tiles(keys, values)
         query = self._query(states, requests, own.expand_keys, self.widths[-1])
         cache = self._packed(requests, pages, before=self.sinks.tiles(requests), after=new)
-        summed = self.backend.attend(query, cache).summed.to(states.dtype)
-        return summed if own.expand_values is None else own.expand_values(summed, per_head=True)
+        return self.backend.attend_values(query, cache, own.expand_values).summed.to(states.dtype)
 
     def _attend_block(self, member: int, states, keys, values, requests: Requests, pages: Pages) -> torch.Tensor:
         """Attention to sinks and new tokens as they are, and to latents; as `ALRDLlamaBlockAttention` does it."""
         own, size = self.members[member], self.heads * self.head_dim
         sinks = self.sinks.tiles(requests, slice(member * size, (member + 1) * size))
         query = self._query(states, requests, None, (self.head_dim,) * self.heads)
-        attended = self.backend.attend(query, PackedCache(sinks, requests.new_tiles(keys, values)))
+        attended = self.backend.attend_values(query, PackedCache(sinks, requests.new_tiles(keys, values)), None)
         # A text that begins has no history.
         if requests.table is not None:
             query = self._query(states, requests, own.expand_keys, self.widths[-1])
-            latent = self.backend.attend(query, self._packed(requests, pages))
-            summed = own.expand_values(latent.summed.to(states.dtype), per_head=True)
-            attended = merge_attended(attended, latent._replace(summed=summed))
+            latent = self.backend.attend_values(query, self._packed(requests, pages), own.expand_values)
+            attended = merge_attended(attended, latent)
         return attended.summed.to(states.dtype)
 
     def _collect(self, member: int, keys: torch.Tensor, values: torch.Tensor, step: Step) -> None:

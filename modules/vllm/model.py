@@ -30,6 +30,9 @@ from modules.vllm.pages import page_schemes
 #: Kinds of RoPE whose frequencies are the same for all texts.
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn")
 
+#: Dense model types whose decoder is that of vLLM's Llama.
+_DECODERS = ("llama", "mistral", "qwen2")
+
 _STACKED = {".gate_proj": (".gate_up_proj", 0), ".up_proj": (".gate_up_proj", 1)}
 
 
@@ -40,6 +43,19 @@ def check_served(vllm_config: VllmConfig) -> None:
         raise ValueError(
             "truncation_ranks={}: must name split projections; serve a dense checkpoint as the Llama it is"
         )
+    if config.dense_model_type not in _DECODERS:
+        raise ValueError(
+            f"dense_model_type={config.dense_model_type!r}: must be one of {', '.join(_DECODERS)}, whose decoder is "
+            "that of vLLM's Llama; the others are served by scripts/serve.py"
+        )
+    longest = vllm_config.model_config.max_model_len
+    for layer in range(config.num_hidden_layers):
+        window = config.layer_window(layer)
+        if window is not None and window < longest:
+            raise ValueError(
+                f"sliding_window={window}: must be None or at least max_model_len={longest}; packed latents have no "
+                "sliding window in vLLM"
+            )
     rope = (config.rope_parameters or {}).get("rope_type", "default")
     if rope not in _FIXED_ROPE:
         raise ValueError(f"rope_type={rope!r}: must be one of {', '.join(_FIXED_ROPE)}, whose cached keys stay right")
