@@ -804,6 +804,8 @@ class ALRDLlamaConfig(LatentParts, LlamaConfig):
             self.dense_model_type = source
         if self.traits.qkv_bias is not None:
             self.attention_bias, self.mlp_bias = self.traits.qkv_bias, False
+        # The library's plan of tensor parallelism, which it does not write to files, is that of the dense class.
+        self.base_model_tp_plan = CONFIG_MAPPING[self.dense_model_type].base_model_tp_plan
         # The library's code may read a field by another name.
         for name, stored in CONFIG_MAPPING[self.dense_model_type].attribute_map.items():
             if stored in kwargs:
@@ -864,11 +866,6 @@ class ALRDLlamaConfig(LatentParts, LlamaConfig):
             marks = {dense: mark for mark, dense in _DENSE_LAYER_TYPES.items()}
             written["layer_types"] = list(map(marks.__getitem__, types))
         return written
-
-    @property
-    def base_model_tp_plan(self) -> dict[str, str]:
-        """The library's plan of tensor parallelism of the dense architecture."""
-        return CONFIG_MAPPING[self.dense_model_type].base_model_tp_plan
 
     @property
     def traits(self) -> Traits:

@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, CohereConfig, LlamaConfig
+from transformers import AutoConfig, Gemma2Config, LlamaConfig
 
 from configuration_alrd_llama import ALRDLlamaConfig, Projection
 from modeling_alrd_llama import ALRDLlamaForCausalLM
@@ -83,8 +83,8 @@ def test_from_llama_keeps_every_field_of_the_model():
 
 
 def test_another_architecture_is_refused(tmp_path):
-    CohereConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=2).save_pretrained(tmp_path)
-    message = r"model_type='cohere': must be one of 'llama', 'mistral', 'qwen2', .*; not split: RoPE that turns neighb"
+    Gemma2Config(hidden_size=64, num_attention_heads=4, num_hidden_layers=2).save_pretrained(tmp_path)
+    message = r"model_type='gemma2': must be one of 'llama', 'mistral', 'qwen2', .*; not split: soft-capped scores"
     with pytest.raises(ValueError, match=message):
         ALRDLlamaConfig.from_pretrained(tmp_path)
 
