@@ -130,7 +130,7 @@ vllm: build/served/config.json
 		--max-model-len 2048 --kv-cache-memory-bytes 1073741824
 
 build/served/config.json: .venv-vllm/installed
-	.venv-vllm/bin/python scripts/calibrate_svd_ranks.py --budget 0.0625 --keep_dense --layer_group_size 3 --joint_kv \
+	.venv-vllm/bin/python scripts/calibrate_svd_ranks.py --budget 0.0625 --layer_group_size 3 \
 		--text stdlib:calibration --windows 4 --output build/served
 
 # vLLM's build for CPUs wants torchvision and its like, of which the index may have builds that do not fit its torch.

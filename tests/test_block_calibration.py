@@ -5,6 +5,7 @@ import json
 import random
 import re
 import string
+import sys
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from modules.fit.objectives import block_factors
 from modules.fit.statistics import LayerStatistics, ProjectionStatistics, member_samples
 from scripts import calibrate_svd_ranks as script
 from scripts.calibrate_svd_ranks import CalibrationConfig, main
-from scripts.common import load_model
+from scripts.common import load_model, parse_config
 from scripts.sources import draw_windows, load_sources
 from tests.helpers import save_byte_tokenizer, tiny_dense
 from tests.test_budget import with_large_sinks
@@ -603,3 +604,21 @@ def test_layers_of_a_block_have_one_window(types, layers):
     )
     source = ALRDLlamaConfig.from_llama(config)
     assert fit.split_config(fit.FitConfig(), source, 10**6).layer_group_size == layers
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("", (True, True, True)),
+        ("--keep_dense", (True, True, True)),
+        ("--joint_kv", (True, True, True)),
+        ("--keep_dense false", (False, False, False)),
+        ("--joint_kv false", (True, False, True)),
+        ("--token_scale false", (True, True, False)),
+        ("--keep_dense --joint_kv false", (True, False, True)),
+    ],
+)
+def test_switches_on_the_command_line(monkeypatch, given, expected):
+    monkeypatch.setattr(sys, "argv", ["calibrate_svd_ranks.py", "--budget", "0.1", *given.split()])
+    config = parse_config(CalibrationConfig, None)
+    assert (config.keep_dense, config.joint_kv, config.token_scale) == expected

@@ -114,7 +114,7 @@ def saved(model, path: Path) -> Path:
 def sixteenth(tmp_path_factory) -> Path:
     """The toy at a sixteenth of the bytes: three layers and both sides share a latent, tiers, scales of tokens."""
     output = tmp_path_factory.mktemp("served") / "sixteenth"
-    budget = ["--budget", "0.0625", "--keep_dense", "--layer_group_size", "3", "--joint_kv"]
+    budget = ["--budget", "0.0625", "--layer_group_size", "3"]
     text = ["--text", "stdlib:calibration", "--windows", "4", "--output", str(output)]
     subprocess.run([sys.executable, "scripts/calibrate_svd_ranks.py", *budget, *text], cwd=ROOT, check=True)
     return output

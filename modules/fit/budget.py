@@ -91,9 +91,13 @@ TOKENS_PER_OUTPUT = 10
 STATIC = '{"orientation": "per_channel", "static": true}'
 
 
-def _option(default: Any, help: str) -> Any:
-    """A field of a configuration whose help the command prints."""
-    return field(default=default, metadata={"help": help})
+def _option(default: Any, help: str, **how: Any) -> Any:
+    """A field of a configuration whose help the command prints; `how` the command line reads it."""
+    return field(default=default, metadata={"help": help, **how})
+
+
+#: A switch that may be left open: alone on the command line it is on.
+_SWITCH = {"nargs": "?", "const": True}
 
 
 @dataclass
@@ -111,13 +115,14 @@ class FitConfig:
         None,
         "Keep the dense projections, and make latents of their outputs, by blocks. None: for a budget, unless other "
         "options are for single projections.",
+        **_SWITCH,
     )
     layer_group_size: int | None = _option(
         None,
         f"Layers that share a latent (with keep_dense). None: up to {MOST_LAYERS} of one sliding window while the text "
         f"has {TOKENS_PER_OUTPUT} sampled tokens for each output of a latent.",
     )
-    joint_kv: bool | None = _option(None, "Keys and values share a latent. None: with keep_dense.")
+    joint_kv: bool | None = _option(None, "Keys and values share a latent. None: with keep_dense.", **_SWITCH)
     max_rebuild: int | None = _option(
         None,
         "With keep_dense: most multiply-adds per cached token and layer to rebuild keys and to sum values; none if not "
@@ -137,7 +142,9 @@ class FitConfig:
     residual_length: int | None = _option(None, "Newest tokens kept in full precision; 16 with tiers, else 32.")
     sink_length: int = _option(4, "First tokens kept in full precision.")
     token_scale: bool | None = _option(
-        None, "With tiers: a scale for each token beside the calibrated ones (static sides). None: with keep_dense."
+        None,
+        "With tiers: a scale for each token beside the calibrated ones (static sides). None: with keep_dense.",
+        **_SWITCH,
     )
     code: str = _option(
         "uniform",
