@@ -132,14 +132,13 @@ def save_checkpoint(folder: Path, seed: int = 0, dense=None, **options) -> Path:
             model=str(folder / "dense"),
             output=str(folder / "split"),
             budget=0.2,
-            keep_dense=False,
             tokens=512,
             text=str(folder / "text.txt"),
             windows=4,
             length=140,
             rank_multiple=1,
             statistics=str(folder / "statistics"),
-            **options,
+            **{"keep_dense": False} | options,
         )
     )
     return folder / "split"
