@@ -938,7 +938,8 @@ struct Worker {
       for (int t = std::max(0, a.hidden - table[plane + i]); t < count; t += SPAN) {
         const Chunk chunk = {table[i], t, std::min(SPAN, count - t), (int64_t)table[plane + i] + t};
         // Tokens of a batch are at consecutive positions.
-        if (tokens && (tokens + chunk.count > SPAN || batch[0].position + tokens != chunk.position)) flush(i + (t >= SPAN));
+        if (tokens && (tokens + chunk.count > SPAN || batch[0].position + tokens != chunk.position))
+          flush(i + (t >= SPAN));
         batch.push_back(chunk);
         tokens += chunk.count;
       }
