@@ -21,7 +21,7 @@ from modules.fit.objectives import OBJECTIVES
 from modules.fit.statistics import collect_statistics
 from modules.kernels.packed import Rope
 from modules.loading import check_tensor_parallel_plan
-from modules.projections import in_rope_order, padded_frequencies
+from modules.projections import in_rope_order, norm_of, padded_frequencies
 from tests.helpers import TINY_LLAMA, randomize_vectors
 from tests.test_decoders import same_state, without_names
 
@@ -207,7 +207,7 @@ def test_statistics_are_of_what_the_cache_holds(kind):
             statistics = getattr(layer, name)
             expected = states[name][:, 4:].flatten(0, 1).double()
             bias = getattr(getattr(theirs.self_attn, name, None), "bias", None)
-            if bias is not None and not (name == "k_proj" and model.config.traits.norm):
+            if bias is not None and not (name == "k_proj" and norm_of(theirs.self_attn, "k")):
                 expected = expected - in_rope_order(theirs.self_attn, name[0], bias)
             assert torch.allclose(statistics.mean, expected.mean(0), atol=1e-5)
             assert torch.allclose(statistics.covariance, expected.T @ expected / len(expected), atol=1e-4)
