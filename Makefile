@@ -48,7 +48,7 @@ real-results: .venv/wheels
 		--text $(REAL_TEXTS) --calibration_text mixture --no_per_document --windows 3 --batch_size 3 --length 1920 --prefill 1792 \
 		--parts transformers KIVI Palu before checkpoints --output build/real_frontier.json
 	$(RUN) scripts/eval_retrieval.py --task ruler --dense build/real/dense --checkpoints $(REAL_BUDGETS:%=build/real/%) \
-		--chat --lengths 1024 2048 4096 8192 --trials 10 --new_tokens 32 --output build/real_ruler.json
+		--chat --lengths 1024 2048 --trials 8 --questions 2 --new_tokens 16 --output build/real_ruler.json
 	$(RUN) scripts/benchmark_decode.py --random false --checkpoints $(REAL_BUDGETS:%=build/real/%) --model build/real/dense \
 		--lengths 8192 --batches 1 --steps 32 --dense_steps 16 --prompts 0 --output build/real_decode.json
 	$(RUN) scripts/benchmark_chunk.py --model build/real/dense --checkpoints build/real/0.125 build/real/0.0625 \
