@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from configuration_alrd_llama import QuantScheme
 from modules.kernels import chunk, get_backend
@@ -12,7 +11,7 @@ from modules.kernels.attention import Attended
 from modules.kernels.chunk import chunk_attention
 from modules.svd_linear import ALinear
 from scripts import benchmark_chunk
-from scripts.benchmark_chunk import ChunkBenchmarkConfig
+from scripts.benchmark_chunk import Allocations, ChunkBenchmarkConfig
 from tests.helpers import attend, save_byte_tokenizer, tiny_blocks, tiny_dense
 from tests.test_attention_cpu import Step, distance, exact, log_distance, make_step, plain, side
 
@@ -117,19 +116,6 @@ def test_without_the_flash_kernel(monkeypatch):
     assert torch.allclose(found.summed, flash.summed, atol=1e-5)
 
 
-class Largest(TorchDispatchMode):
-    """Watches what is allocated."""
-
-    nbytes = 0
-
-    def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
-        result = function(*arguments, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(tensor, torch.Tensor):
-                self.nbytes = max(self.nbytes, tensor.untyped_storage().nbytes())
-        return result
-
-
 def largest_tensor(tokens: int) -> int:
     """Bytes of the largest tensor that attention to so many tokens makes."""
     step = make_step(
@@ -137,9 +123,9 @@ def largest_tensor(tokens: int) -> int:
         keys=side(2, group_size=128), values=side(2, "per_token"),
     )  # fmt: skip
     expand = ALinear((128,), 4 * 64, 4, False).to(torch.bfloat16).requires_grad_(False)
-    with Largest() as largest:
+    with Allocations() as allocations:
         attend(chunk_attention, expand, **step.arguments)
-    return largest.nbytes
+    return allocations.largest
 
 
 def test_nothing_of_the_size_of_the_context_is_made():
