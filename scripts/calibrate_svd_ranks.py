@@ -41,6 +41,7 @@ from modules.loading import execution_device
 from scripts import plots
 from scripts.common import BUNDLED_MODEL, DTYPES, environment, find_model, git_commit, load_model, parse_config
 from scripts.compare_peers import series
+from scripts.decode_bound import fit_in_time
 from scripts.eval_perplexity import EvalConfig, measure, perplexity_table
 from scripts.sources import TEXT_HELP, calibration_table, describe_sources, draw_windows, list_texts, load_sources
 
@@ -71,6 +72,16 @@ class SourceOptions:
             "the objective is not 'fisher', whose errors have one unit in all layers."
         },
     )
+    decode_ms: float | None = field(
+        default=None,
+        metadata={
+            "help": "Most milliseconds of a decode step of one row, measured on this machine and device; none if not "
+            "given. With blocks."
+        },
+    )
+    decode_tokens: int | None = field(
+        default=None, metadata={"help": "Tokens in the cache of that step. None: those that the budget is for."}
+    )
     text: list[str] = field(default_factory=lambda: ["mixture"], metadata={"help": TEXT_HELP})
     windows: int = field(default=32, metadata={"help": "Windows of text to run the model on."})
     length: int = field(default=1024, metadata={"help": "Tokens per window."})
@@ -100,6 +111,13 @@ class CalibrationConfig(FitConfig, SourceOptions):  # options of the last base c
             raise ValueError("probe=True: must not go with keep_dense=True, whose errors have one unit in all layers")
         for name in ("windows", "length"):
             check_positive(name, getattr(self, name))
+        if self.decode_tokens is None:
+            self.decode_tokens = self.tokens
+        check_positive("decode_tokens", self.decode_tokens)
+        if self.decode_ms is not None:
+            check_positive("decode_ms", self.decode_ms)
+            if not self.keep_dense:
+                raise ValueError(f"decode_ms={self.decode_ms}: must go with keep_dense=True")
         self.text = list_texts(self.text)
         for budget in self.budgets:
             if not 0 < budget <= 1:
@@ -165,6 +183,7 @@ def write_checkpoint(config: CalibrationConfig, calibration: Calibration, budget
         "predicted_divergence": _predicted(calibration),
         "independent_divergence": calibration.plan and calibration.plan.divergence,
         "multiply_adds": multiply_adds(target),
+        "decode": calibration.decode,
         "weights_nbytes": weights,
         "dense_weights_nbytes": dense_weights,
         "smaller_from": break_even(target, weights, dense_weights, calibration.stored_dtype),
@@ -249,12 +268,20 @@ def _write(config: CalibrationConfig, calibration: Calibration) -> dict | None:
     output = Path(config.output)
     if config.share is not None:
         return write_checkpoint(config, calibration, None, output)
-    fitted = {budget: fit_budget(config, calibration, budget) for budget in config.budgets}
+    fitted = {budget: _fit(config, calibration, budget) for budget in config.budgets}
     if not config.sweep:
         return write_checkpoint(config, fitted[config.budget], config.budget, output)
     for budget in config.sweep:
         write_checkpoint(config, fitted[budget], budget, output / f"{budget:g}")
     return None
+
+
+def _fit(config: CalibrationConfig, calibration: Calibration, budget: float) -> Calibration:
+    """Channels for a budget, and for the time of a decode step if there is a bound on it."""
+    if config.decode_ms is None:
+        return fit_budget(config, calibration, budget)
+    where = execution_device(calibration.dense)
+    return fit_in_time(config, calibration, budget, config.decode_ms, config.decode_tokens, where)
 
 
 def measure_sweep(config: CalibrationConfig, processes: PartialState | None = None, **evaluation) -> dict:

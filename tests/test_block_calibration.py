@@ -6,6 +6,7 @@ import random
 import re
 import string
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from modules.fit.expansion import expansion_gains, predicted_divergence, restore
 from modules.fit.objectives import block_factors
 from modules.fit.statistics import LayerStatistics, ProjectionStatistics, member_samples
 from scripts import calibrate_svd_ranks as script
+from scripts import decode_bound
 from scripts.calibrate_svd_ranks import CalibrationConfig, main
 from scripts.common import load_model, parse_config
 from scripts.sources import draw_windows, load_sources
@@ -284,6 +286,38 @@ def test_a_bound_that_cannot_be_met(folder, dense, tokens):
     assert set(map(tuple, fitted.target.truncation_ranks.values())) == {(1,)}
 
 
+def timed_by_line(monkeypatch, start: float = 20.0, slope: float = 1 / 50) -> None:
+    """A machine whose step takes a line of the multiply-adds."""
+    monkeypatch.setattr(decode_bound, "step_ms", lambda model, tokens: start + slope * fit.multiply_adds(model.config))
+
+
+def test_a_bound_on_the_time_of_a_step(folder, dense, tokens, monkeypatch):
+    timed_by_line(monkeypatch)
+    config = fit_config(folder, (3, True, None))
+    calibration = calibrated(config, dense, tokens)
+    free = fit.multiply_adds(fit.fit_budget(config, calibration, 0.4).target)
+    of = partial(decode_bound.fit_in_time, config, calibration, 0.4, tokens=64, device="cpu")
+    for share in (1.0, 0.7, 0.4):
+        limit = 20.0 + share * free / 50
+        fitted = of(limit)
+        tried, macs = fitted.decode["tried"], fit.multiply_adds(fitted.target)
+        assert dict(tried)[macs] == fitted.decode["ms"] and 0.8 * limit < fitted.decode["ms"] <= limit
+        assert (len(tried) == 1) == (share == 1)
+    with pytest.raises(ValueError, match=r"decode_ms=15: must be at least 20\.\d, the fastest step"):
+        of(15)
+
+
+def test_the_command_times_its_choice(place, tmp_path):
+    how = {"decode_ms": 1e4, "decode_tokens": 200}
+    report = main(command(place, tmp_path / "out", (3, True, None), **how))
+    assert report["decode"]["limit_ms"] == 1e4 and report["decode"]["tokens"] == 200
+    ((macs, ms),) = report["decode"]["tried"]
+    assert macs == report["multiply_adds"] and 0 < ms < 1e4
+    with pytest.raises(ValueError, match=r"decode_ms=1e-06: must be at least \d"):
+        main(command(place, tmp_path / "none", (3, True, None), **how | {"decode_ms": 1e-6}))
+    assert not (tmp_path / "none").exists()
+
+
 # Sinks
 
 
@@ -528,6 +562,9 @@ REFUSALS = {
         r"keep_dense=True: must go with allocation='tiers', objective='fisher'",
     ),
     "no multiply-adds": ({"max_rebuild": 0}, r"max_rebuild=0: must be above 0"),
+    "no time": ({"decode_ms": 0.0}, r"decode_ms=0\.0: must be above 0"),
+    "no tokens in a timed step": ({"decode_ms": 9.0, "decode_tokens": 0}, r"decode_tokens=0: must be above 0"),
+    "time without blocks": ({"keep_dense": False, "decode_ms": 9.0}, r"decode_ms=9\.0: must go with keep_dense=True"),
     "a bound without blocks": ({"keep_dense": False, "max_rebuild": 5}, r"max_rebuild=5: must go with keep_dense=True"),
 }
 

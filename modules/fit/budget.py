@@ -211,6 +211,8 @@ class Calibration:
     #: What a script writes beside the split model: its tokenizer, and what identifies the text.
     tokenizer: PreTrainedTokenizerBase | None = None
     text: dict = field(default_factory=dict)
+    #: The bound on a decode step, and what was timed for it.
+    decode: dict = field(default_factory=dict)
 
     def split(self, **fields) -> ALRDLlamaForCausalLM:
         """The split model, on the CPU in the type of the dense checkpoint, with other `fields` of its configuration."""
