@@ -304,6 +304,21 @@ def test_heads_that_cannot_be_dealt_out_are_refused_under_tensor_parallelism(kin
         check_tensor_parallel_plan(split_of(dense_of(kind)).tp_plan)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_configuration_made_by_its_fields_has_what_the_library_derives(kind):
+    """Layer types, windows that are switched off, layers of experts: as in the dense model's own class."""
+    fields = {**TINY_LLAMA, **FIELDS.get(kind, {})}
+    given = {name: value for name, value in fields.items() if value is not None and name != "layer_types"}
+    if ARCHITECTURES[kind].has_window:
+        given |= {"use_sliding_window": False, "sliding_window": 24}
+    config = ALRDLlamaConfig(dense_model_type=kind, **given)
+    dense = config.to_dense()
+    derived = without_names(ALRDLlamaConfig.from_llama(dense))
+    assert without_names(config) == {name: value for name, value in derived.items() if not name.startswith("_")}
+    if kind in ("qwen3", "qwen3_moe", "qwen2_moe"):
+        assert list(map(config.layer_window, range(3))) == [None] * 3
+
+
 def test_latents_of_normalised_keys_are_made_of_outputs():
     config = dense_of("qwen3").config
     message = "keep_dense=False: must be True to split a 'qwen3'"
