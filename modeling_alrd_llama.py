@@ -44,7 +44,14 @@ from modules.decode_graph import DecodeGraph
 from modules.kernels import MAX_QUERY_LENGTH, Backend
 from modules.kernels.attention import attention_received, merge_attended
 from modules.kernels.packed import LatentQuery, PackedCache, Rope
-from modules.kivi_cache import CacheScheme, KIVILatentCache, config_schemes, config_widths, create_kivi_cache
+from modules.kivi_cache import (
+    CacheScheme,
+    KIVILatentCache,
+    check_token_score,
+    config_schemes,
+    config_widths,
+    create_kivi_cache,
+)
 from modules.latent_step import LatentStep, LatentSums
 from modules.projections import has_rope, in_rope_order, normalised, own_part, padded_frequencies, projection_name
 from modules.quant_utils import quantize_latent
@@ -249,7 +256,8 @@ class ALRDLlamaAttention(nn.Module):
             still = torch.zeros_like(still)
             low, high = sin.chunk(2, dim=-1)
             sin = torch.cat([low, still, high, still], dim=-1)
-        return apply_rotary_pos_emb(query, key, cos, sin)
+        # Some rotary embeddings give float32, whatever the model's type.
+        return tuple([turned.to(query.dtype) for turned in apply_rotary_pos_emb(query, key, cos, sin)])
 
     def shard_heads(self, rank: int, size: int, process_group=None) -> None:
         """Drop the heads of other ranks of tensor parallelism from the split projections and from the cache.
@@ -581,6 +589,7 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
         if unknown:
             known = ", ".join(names + others)
             raise ValueError(f"{', '.join(unknown)}: no such setting of the cache; there are {known}")
+        check_token_score(config, settings.get("token_score"))
         given = {name: settings.pop(name) for name in names if name in settings}
         quantization_config = settings.pop("quantization_config", None)
         if quantization_config is None:
