@@ -129,6 +129,8 @@ def factored_state(
         dense, config, splits: As for `ALRDLlamaForCausalLM.from_dense`.
         dtype, device: Of the weights that are not factored.
     """
+    if splits:
+        _check_splits(config, splits)
     state = {}
     # A model of blocks has dense projections, and beside them factors that others take the place of.
     factors = tuple([f"{name}." for name, module in dense.named_modules() if isinstance(module, LatentFactors)])
@@ -149,6 +151,18 @@ def factored_state(
             split = SVDLinear.from_linear(linear, ranks, config.num_key_value_heads, rotate, tiers, **arguments)
         _replace_module(state, name, split.state_dict())
     return state
+
+
+def _check_splits(config: ALRDLlamaConfig, splits: list[dict[str, dict]]) -> None:
+    """Raise a `ValueError` unless `splits` have arguments for all that a configuration splits."""
+    for part, _, _ in split_projections(config):
+        layer = part.members()[0].layer
+        given = sorted(splits[layer]) if layer < len(splits) else []
+        if part.attribute not in given:
+            raise ValueError(
+                f"splits: of layer {layer} name {given}; must have {part.attribute!r} too, for truncation_ranks names "
+                f"{part.name!r}"
+            )
 
 
 def _block_states(dense: PreTrainedModel, config: ALRDLlamaConfig, splits: list[dict[str, dict]]) -> dict:
