@@ -806,10 +806,6 @@ class ALRDLlamaConfig(LatentParts, LlamaConfig):
             self.attention_bias, self.mlp_bias = self.traits.qkv_bias, False
         # The library's plan of tensor parallelism, which it does not write to files, is that of the dense class.
         self.base_model_tp_plan = CONFIG_MAPPING[self.dense_model_type].base_model_tp_plan
-        # The library's code may read a field by another name.
-        for name, stored in CONFIG_MAPPING[self.dense_model_type].attribute_map.items():
-            if stored in kwargs:
-                kwargs.setdefault(name, kwargs[stored])
         if self.traits.has_window:
             kwargs.setdefault("sliding_window", None)  # left out, it would be exported as Mistral's default
         if self.truncation_ranks is None:
@@ -817,7 +813,19 @@ class ALRDLlamaConfig(LatentParts, LlamaConfig):
         if self.width_tiers is None:
             self.width_tiers = {}
         super().__post_init__(**kwargs)
+        self._take_over_derived()
         self.check_latent_cache()
+
+    def _take_over_derived(self) -> None:
+        """Set what the library's code of the dense model reads where it was not given, or follows from other fields:
+        layer types, say, a window that is switched off, or a field by another name."""
+        if self.dense_model_type == LlamaConfig.model_type:
+            return
+        dense = self.to_dense()
+        own = set(type(self).__dataclass_fields__) - {"rope_parameters"}  # those may be by layer type
+        for name in {*vars(dense), *dense.attribute_map} - own:
+            if not name.startswith("_"):
+                setattr(self, name, getattr(dense, name))
 
     def convert_rope_params_to_dict(self, **kwargs) -> dict:
         """The library's hook. What is by layer type has its form already, from the dense model's class."""

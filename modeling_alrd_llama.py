@@ -44,7 +44,14 @@ from modules.decode_graph import DecodeGraph
 from modules.kernels import MAX_QUERY_LENGTH, Backend
 from modules.kernels.attention import attention_received, merge_attended
 from modules.kernels.packed import LatentQuery, PackedCache, Rope
-from modules.kivi_cache import CacheScheme, KIVILatentCache, config_schemes, config_widths, create_kivi_cache
+from modules.kivi_cache import (
+    CacheScheme,
+    KIVILatentCache,
+    check_token_score,
+    config_schemes,
+    config_widths,
+    create_kivi_cache,
+)
 from modules.latent_step import LatentStep, LatentSums
 from modules.projections import has_rope, in_rope_order, normalised, own_part, padded_frequencies, projection_name
 from modules.quant_utils import quantize_latent
@@ -128,7 +135,7 @@ class ALRDLlamaAttention(nn.Module):
             if self.expand_values is not None:
                 # The sum of latents is expanded, not the value of every token.
                 output = self.expand_values(output, per_head=True)
-            return self.o_proj(output.transpose(1, 2).flatten(2)), None
+            return self._output(output.transpose(1, 2).flatten(2)), None
 
         # Attention over latents: for the output, or in a first chunk only to see which tokens receive most.
         arguments = received = None
@@ -143,7 +150,7 @@ class ALRDLlamaAttention(nn.Module):
                 query, key_latents, value_latents, position_embeddings, attention_mask, **kwargs
             )
         layer.append(key_latents, value_latents, step.real, received)
-        return self.o_proj(output.flatten(2)), weights
+        return self._output(output.flatten(2)), weights
 
     def _project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries `[B, H_q, L, d]`, and keys and values `[B, L, C]` as the cache stores them, all before RoPE."""
@@ -157,8 +164,21 @@ class ALRDLlamaAttention(nn.Module):
                 projected[name] = to_latents(getattr(self, name), hidden_states)
             own = normalised(self, side, own_part(self, side, projected[name]))
             states.append(in_rope_order(self, side, own))
+        if self.gathers_outputs:
+            states = [state.chunk(self.tp_size, dim=-1)[self.tp_rank] for state in states]
         query, keys, values = states
         return self._heads(query), keys, values
+
+    def _output(self, attended: torch.Tensor) -> torch.Tensor:
+        """The output projection of what the heads have attended to, `[B, L, H_q * d]`."""
+        if self.gathers_outputs:
+            parts = [torch.empty_like(attended) for _ in range(self.tp_size)]
+            dist.all_gather(parts, attended.detach().contiguous(), group=self.tp_group)
+            parts[self.tp_rank] = attended
+            attended = torch.cat(parts, dim=-1)
+            if attended.requires_grad:
+                attended.register_hook(_refuse_gradient)
+        return self.o_proj(attended)
 
     def _split_side(self, side: str) -> SVDLinear | None:
         """The factors of the keys or the values; `None`: what is cached are the keys or values themselves."""
@@ -249,7 +269,8 @@ class ALRDLlamaAttention(nn.Module):
             still = torch.zeros_like(still)
             low, high = sin.chunk(2, dim=-1)
             sin = torch.cat([low, still, high, still], dim=-1)
-        return apply_rotary_pos_emb(query, key, cos, sin)
+        # Some rotary embeddings give float32, whatever the model's type.
+        return tuple([turned.to(query.dtype) for turned in apply_rotary_pos_emb(query, key, cos, sin)])
 
     def shard_heads(self, rank: int, size: int, process_group=None) -> None:
         """Drop the heads of other ranks of tensor parallelism from the split projections and from the cache.
@@ -258,6 +279,7 @@ class ALRDLlamaAttention(nn.Module):
             rank, size, process_group: As for `SVDLinear.keep_shard`.
         """
         self.tp_rank, self.tp_size, self.tp_group = rank, size, process_group
+        self.gathers_outputs = size > 1 and loading.gathers_outputs(self.config)
         for projection in filter(None, map(self._split_side, SIDES)):
             if size > 1:
                 # The library's plan took it for a dense layer: its wrapper would make DTensors of what comes and goes.
@@ -337,7 +359,7 @@ class ALRDLlamaBlockAttention(ALRDLlamaAttention):
                     dist.all_reduce(latent, group=self.tp_group)  # each rank has added its own heads
                 latents[side] = latent.to(keys.dtype)
             layer.append(**latents, real=step.real, dense=step.sums.members())
-        return self.o_proj(output.flatten(2)), weights
+        return self._output(output.flatten(2)), weights
 
     def shard_heads(self, rank: int, size: int, process_group=None) -> None:
         """As `ALRDLlamaAttention.shard_heads`, of the factors beside the dense projections."""
@@ -413,6 +435,11 @@ def _static_buffer(split: nn.Module, name: str) -> torch.Tensor:
     if buffer.is_meta:
         buffer = split._hf_hook.weights_map[name]
     return buffer.float()
+
+
+def _refuse_gradient(gradient: torch.Tensor) -> None:
+    """A hook for what a norm over the heads of all ranks would need the gradients of all ranks for."""
+    raise RuntimeError("past_key_values: must be no KIVILatentCache where gradients are taken over such ranks")
 
 
 @torch.compiler.disable
@@ -533,7 +560,7 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
             loading.check_tensor_parallel(model.config, size, others)
         model = super().maybe_distribute_model(model, distributed_config, *mesh)
         if size > 1:
-            loading.check_tensor_parallel_plan(model.tp_plan)
+            loading.check_tensor_parallel_plan(model.config, model.tp_plan)
         return model
 
     def gather_sharded_state_dict_for_save(self, model_to_save, state_dict: dict, *args, **kwargs) -> dict:
@@ -581,6 +608,7 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
         if unknown:
             known = ", ".join(names + others)
             raise ValueError(f"{', '.join(unknown)}: no such setting of the cache; there are {known}")
+        check_token_score(config, settings.get("token_score"))
         given = {name: settings.pop(name) for name in names if name in settings}
         quantization_config = settings.pop("quantization_config", None)
         if quantization_config is None:

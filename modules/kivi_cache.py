@@ -11,7 +11,7 @@ import torch
 from configuration_alrd_llama import ALRDLlamaConfig, check_choice, check_count
 from modules.cache.binding import ModelBinding
 from modules.cache.codecs import block_nbytes
-from modules.cache.drop_in import UpdateGuard
+from modules.cache.drop_in import UpdateGuard, check_no_latents
 from modules.cache.file import export_layer, parse_layer, read_cache_file, write_cache_file
 from modules.cache.fingerprint import DIGESTS, differences, model_fingerprint
 from modules.cache.fixed import FixedLatentLayer
@@ -91,6 +91,7 @@ class KIVILatentCache(TransactionalCache):
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         layer = self.layer(layer_idx)
+        check_no_latents(layer_idx, layer)
         self._guard.check_same_tokens(self.layers, layer_idx, key_states.shape[2])
         keys, values = layer.update(key_states, value_states, *args, **kwargs)
         self._guard.look_at_keys(layer_idx, layer, keys)
@@ -349,6 +350,8 @@ def _from_file(
             raise ValueError(f"layer {i}: {error}") from error
         if layer.static_scales:
             cache.static_scales[i] = layer.static_scales
+        if (found or {}).get("truncation_ranks") is not None and layer.is_initialized:
+            layer.given_widths = layer.widths  # latents, which no other model must take for its keys
     if len({_held_tokens(layer) for layer in cache.layers if layer.slots}) > 1:
         raise ValueError("layers: must hold the same tokens")
     cache._binding = ModelBinding(fingerprint=found)
@@ -428,6 +431,15 @@ def config_schemes(config: ALRDLlamaConfig, **settings) -> tuple[CacheScheme, di
     return scheme, layers
 
 
+def check_token_score(config: ALRDLlamaConfig, token_score: TokenScore | str | None) -> None:
+    """Raise a `ValueError` for scores of tokens whose latents are those of several layers."""
+    if config.keep_dense and token_score is not None:
+        raise ValueError(
+            f"token_score={token_score!r}: must be None with keep_dense=True, for the latents of a block are those of "
+            "several layers"
+        )
+
+
 def create_kivi_cache(
     k_bits: float = CacheScheme.k_bits,
     v_bits: float = CacheScheme.v_bits,
@@ -466,5 +478,8 @@ def create_kivi_cache(
         if scheme != CacheScheme():
             raise ValueError("quantization_config: stands for all settings of the cache; give no others beside it")
         scheme = CacheScheme(**parse_quantization_config(quantization_config))
-    widths = None if config is None else config_widths(config)
+    widths = None
+    if config is not None:
+        check_token_score(config, token_score)
+        widths = config_widths(config)
     return KIVILatentCache(scheme, widths, layer_schemes, static_scales, backend, token_score, capacity)

@@ -39,6 +39,9 @@ from modules.svd_linear import (
 #: Held while a model is loaded: the library keeps conversions per model type, ours differ per configuration.
 lock = threading.Lock()
 
+#: Style of a tensor-parallel plan by which every rank has all outputs of a projection.
+_GATHERED = "colwise_gather_output"
+
 #: `README.md` of a saved folder, for a person who opens it without the project.
 _FOLDER_README = """# A model with low-rank keys and values (alrd_llama)
 
@@ -129,6 +132,8 @@ def factored_state(
         dense, config, splits: As for `ALRDLlamaForCausalLM.from_dense`.
         dtype, device: Of the weights that are not factored.
     """
+    if splits:
+        _check_splits(config, splits)
     state = {}
     # A model of blocks has dense projections, and beside them factors that others take the place of.
     factors = tuple([f"{name}." for name, module in dense.named_modules() if isinstance(module, LatentFactors)])
@@ -149,6 +154,18 @@ def factored_state(
             split = SVDLinear.from_linear(linear, ranks, config.num_key_value_heads, rotate, tiers, **arguments)
         _replace_module(state, name, split.state_dict())
     return state
+
+
+def _check_splits(config: ALRDLlamaConfig, splits: list[dict[str, dict]]) -> None:
+    """Raise a `ValueError` unless `splits` have arguments for all that a configuration splits."""
+    for part, _, _ in split_projections(config):
+        layer = part.members()[0].layer
+        given = sorted(splits[layer]) if layer < len(splits) else []
+        if part.attribute not in given:
+            raise ValueError(
+                f"splits: of layer {layer} name {given}; must have {part.attribute!r} too, for truncation_ranks names "
+                f"{part.name!r}"
+            )
 
 
 def _block_states(dense: PreTrainedModel, config: ALRDLlamaConfig, splits: list[dict[str, dict]]) -> dict:
@@ -378,13 +395,19 @@ def check_tensor_parallel(config: ALRDLlamaConfig, size: int, other_sizes: int) 
         raise ValueError(f"tp_size={size}: cannot be combined with FSDP (over {other_sizes} ranks)")
 
 
-def check_tensor_parallel_plan(plan: dict[str, str]) -> None:
-    """Reject a tensor-parallel plan, style by layer name, that does not split the projections by heads."""
-    for projection in ("q_proj", "k_proj", "v_proj"):
-        styles = {style for name, style in plan.items() if name.endswith(f"self_attn.{projection}")}
-        if styles != {"colwise"}:
+def gathers_outputs(config: ALRDLlamaConfig) -> bool:
+    """Whether the library's plan gives every rank the outputs of all heads: for a norm over them, or fused ones."""
+    return _GATHERED in (config.base_model_tp_plan or {}).values()
+
+
+def check_tensor_parallel_plan(config: ALRDLlamaConfig, plan: dict[str, str]) -> None:
+    """Reject a tensor-parallel plan, style by layer name, of which a rank does not get its heads."""
+    style = _GATHERED if gathers_outputs(config) else "colwise"
+    for projection in {projection_name(config.traits, side) for side in ("q", *SIDES)}:
+        styles = {found for name, found in plan.items() if name.endswith(f"self_attn.{projection}")}
+        if styles != {style}:
             raise ValueError(
-                f"tp_plan: {projection} must be 'colwise', as the cache is split with its heads; got {styles or None}"
+                f"tp_plan: {projection} must be {style!r}, as the cache is split with its heads; got {styles or None}"
             )
 
 

@@ -72,6 +72,9 @@ BLOCKS = {
     "blocks of two heads": {"layer_group_size": 2, "head_group_size": 2},
     "blocks of a qwen3": {"layer_group_size": 2, "joint_kv": True},
     "blocks of a smollm3": {"head_group_size": 2},
+    # Their plans give every rank the outputs of all heads.
+    "blocks of an olmo2": {"layer_group_size": 2, "joint_kv": True},
+    "blocks of a phi3": {"head_group_size": 2},
 }
 
 
@@ -228,7 +231,7 @@ def load_blocks(folder: Path, name: str, sizes: dict | None = None, dtype=torch.
     if dist.get_rank() == 0 and not path.exists():
         fields = {"num_hidden_layers": 4, "attention_bias": True, "vocab_size": 98}
         torch.manual_seed(0)
-        kind = name.split()[-1] if " a " in name else "llama"
+        kind = name.split()[-1] if name[-1].isdigit() else "llama"
         dense = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**TINY_LLAMA, **fields})).double().eval()
         randomize_vectors(dense)
         tiny_blocks(dense, 0.5, **BLOCKS[name]).save_pretrained(path)

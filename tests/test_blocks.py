@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from configuration_alrd_llama import ALRDLlamaConfig, Block
 from modeling_alrd_llama import ALRDLlamaForCausalLM, ALRDLlamaModel
 from modules.cache.scheme import TABLE_ENTRY_NBYTES, CacheScheme
-from modules.kivi_cache import KIVILatentCache, KIVILatentLayer, config_sink_channels
+from modules.kivi_cache import KIVILatentCache, KIVILatentLayer, config_sink_channels, create_kivi_cache
 from modules.loading import check_whole_blocks
 from modules.svd_linear import BlockFactors, factor_block
 from tests.helpers import TINY_LLAMA, randomize_vectors, tiny_blocks, tiny_dense
@@ -669,13 +670,41 @@ def test_bfloat16_is_near_the_dense_model(dense):
     assert ours < 2 * theirs
 
 
+def test_splits_must_have_every_block(dense):
+    config = lossless(dense, (3, True, None)).config
+    with pytest.raises(ValueError, match=r"splits: of layer 3 name \[\]; must have 'kv_latent' too"):
+        ALRDLlamaForCausalLM.from_dense(dense, config, [{"kv_latent": {}}])
+    with pytest.raises(ValueError, match=r"splits: of layer 0 name \['k_proj'\]; must have 'kv_latent' too"):
+        ALRDLlamaForCausalLM.from_dense(dense, config, [{"k_proj": {}}] * 4)
+
+
+def test_a_cache_of_another_layout_is_refused(tmp_path, dense):
+    """By a dense model and by a split one, empty or filled, and from a file: never taken for its own keys."""
+    joint, apart = lossless(dense, (3, True, None)), lossless(dense, (1, False, None))
+    for model in (joint, apart):
+        filled, ids = model.create_kivi_cache(), text()
+        logits(model, ids, filled)
+        filled.save(tmp_path / "cache", model)
+        for cache in (model.create_kivi_cache(), filled, KIVILatentCache.load(tmp_path / "cache")):
+            with pytest.raises(
+                ValueError, match=r"past_key_values: layer 0 is for latents of .* must be a cache of no"
+            ):
+                logits(dense, ids, cache)
+    with pytest.raises(ValueError, match=r"layer 0 is for keys and values of .* must be of \(\(64,\), \(64,\)\)"):
+        logits(apart, text(), joint.create_kivi_cache())
+
+
 def test_what_is_refused(dense):
     model = lossless(dense, (3, True, None))
     with pytest.raises(ValueError, match="an exit after 2 layers is inside a block"):
         generated(model, {"assistant_early_exit": 2}, looking_up())
     protected = {"k_scheme": {"protected": 0.1}, "token_score": lambda layer, keys, values: keys.sum(-1)}
+    for make in (model.create_kivi_cache, partial(create_kivi_cache, config=model.config)):
+        with pytest.raises(ValueError, match=r"token_score=.*: must be None with keep_dense=True"):
+            make(**protected, k_bits=2)
+    # A cache of no model in particular learns whose latents it holds when they come.
     with pytest.raises(ValueError, match="token_score: must be None for the latents of a block"):
-        logits(model, text(), model.create_kivi_cache(**protected, k_bits=2))
+        logits(model, text(), create_kivi_cache(**protected))
     # Those of the values would not be used.
     for settings in ({"v_bits": 8}, {"k_bits": 4, "v_bits": 8}, {"v_scheme": {"group_size": 16}}):
         with pytest.raises(ValueError, match=r"must be k_(bits|scheme) or left out with joint_kv=True"):

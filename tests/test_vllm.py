@@ -213,6 +213,19 @@ def test_other_architectures_by_layers_with_packed_latents(architecture, tmp_pat
     assert tokens_of(result) + tokens_of(result, 1) == own_tokens(model, prompts)
 
 
+@pytest.mark.parametrize("kind", ["qwen3", "ernie4_5"])
+def test_latents_of_finished_keys_give_the_tokens_of_stock_vllm(kind, tmp_path):
+    """Behind a norm, or in another order of the channels: lossless, blocks of two layers."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        dense = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**TINY_LLAMA | {"head_dim": 32})).eval()
+        randomize_vectors(dense)
+    prompts = prompts_of(97)
+    expected = tokens_of(run_engine(tmp_path, saved(dense, tmp_path / "stock"), [prompts]))
+    model = tiny_blocks(dense, layer_group_size=2, head_group_size=2, k_bits=16, v_bits=16)
+    assert tokens_of(run_engine(tmp_path, saved(model, tmp_path / "split"), [prompts])) == expected
+
+
 @torch.no_grad()
 def set_ranges(model) -> None:
     """Scales from the ranges of the latents on random tokens; points of a trellis are 256 levels."""
@@ -265,7 +278,7 @@ def test_what_is_not_served_is_refused_at_the_start(tmp_path, fields, settings, 
     ("kind", "fields", "rule"),
     [
         ("mistral", {"sliding_window": 64}, "sliding_window=64: must be None or at least max_model_len=2048"),
-        ("granite", {}, "dense_model_type='granite': must be one of llama, mistral, qwen2"),
+        ("granite", {}, "dense_model_type='granite': must be one of llama, mistral, qwen2, qwen3, ernie4_5"),
     ],
 )
 def test_architectures_that_are_not_served(tmp_path, kind, fields, rule):

@@ -53,6 +53,16 @@ class UpdateGuard:
         self._told = warn_of_turning_keys(layer_idx, keys[:, :, sinks:], layer.scheme.keys)
 
 
+def check_no_latents(layer_idx: int, layer: LatentLayer) -> None:
+    """Raise a `ValueError` if states come by `update` for a layer that is for the latents of a model."""
+    if layer.given_widths is not None:
+        raise ValueError(
+            f"past_key_values: layer {layer_idx} is for latents of {layer.given_widths} channels by head group, of an "
+            "ALRDLlamaForCausalLM; must be a cache of no model in particular, create_kivi_cache() of "
+            "modules.kivi_cache, for the keys and values of another one"
+        )
+
+
 def warn_of_turning_keys(layer_idx: int, keys: torch.Tensor, scheme: QuantScheme) -> bool:
     """Warn, if need be, of keys `[B, H, T, D]` after RoPE with a large bias that turns; returns whether it did.
 

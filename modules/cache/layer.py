@@ -502,10 +502,11 @@ def settle_model(layer_idx: int, layer: LatentLayer, widths: LayerWidths, slidin
     Raises:
         ValueError: The layer holds tokens of another one.
     """
-    if layer.is_initialized and layer.widths != widths:
+    expected = layer.widths if layer.is_initialized else layer.given_widths
+    if expected not in (None, widths):
         raise ValueError(
-            f"layer {layer_idx}: holds keys and values of {layer.widths} channels by head group, the model's have "
-            f"{widths}"
+            f"past_key_values: layer {layer_idx} is for keys and values of {expected} channels by head group; must be "
+            f"of {widths}, this model's, whose create_kivi_cache() makes one"
         )
     layer.given_widths = layer.given_widths or widths
     if layer.sliding_window == sliding_window:

@@ -9,11 +9,8 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from vllm.config import VllmConfig, get_current_vllm_config
-from vllm.distributed import (
-    get_tensor_model_parallel_rank,
-    get_tensor_model_parallel_world_size,
-    get_tp_group,
-)
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size, get_tp_group
+from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
 from vllm.model_executor.models.utils import WeightsMapper, extract_layer_index
@@ -23,6 +20,7 @@ from modules.cache.scheme import SIDES as CACHE_SIDES
 from modules.kernels.packed import Rope
 from modules.kivi_cache import config_sink_channels
 from modules.loading import check_tensor_parallel
+from modules.projections import in_rope_order, normalised
 from modules.svd_linear import LatentFactors, SVDLinear, shard_groups
 from modules.vllm.layer import LatentPages, Member
 from modules.vllm.pages import page_schemes
@@ -31,7 +29,7 @@ from modules.vllm.pages import page_schemes
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn")
 
 #: Dense model types whose decoder is that of vLLM's Llama.
-_DECODERS = ("llama", "mistral", "qwen2")
+_DECODERS = ("llama", "mistral", "qwen2", "qwen3", "ernie4_5")
 
 _STACKED = {".gate_proj": (".gate_up_proj", 0), ".up_proj": (".gate_up_proj", 1)}
 
@@ -90,6 +88,9 @@ class LatentAttention(nn.Module):
     def __init__(self, config: ALRDLlamaConfig, bias: bool, bias_o_proj: bool, prefix: str, **others):
         super().__init__()
         layer, size = extract_layer_index(prefix), config.head_dim
+        self.config, self.head_dim = config, size
+        if config.traits.norm == "head":
+            self.q_norm, self.k_norm = RMSNorm(size, config.rms_norm_eps), RMSNorm(size, config.rms_norm_eps)
         #: This process and how many there are, which deal out the heads, and with them the head groups.
         self.shard = (get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size())
         self.heads = config.num_key_value_heads // self.shard[1]
@@ -168,6 +169,8 @@ class LatentAttention(nn.Module):
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         query = self.q_proj(hidden_states)[0]
         keys, values = _cached(self.k_proj, hidden_states), _cached(self.v_proj, hidden_states)
+        query = in_rope_order(self, "q", normalised(self, "q", query))
+        keys = in_rope_order(self, "k", normalised(self, "k", keys))
         output = torch.empty_like(query)
         torch.ops.alrd.latent_attention(query, keys, values, output, self.pages_name, self.member)
         return self.o_proj(output)[0]
