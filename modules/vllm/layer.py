@@ -29,19 +29,25 @@ from modules.vllm.step import Requests, SinkStore, Step, make_step
 class StepBuilder(AttentionMetadataBuilder[Step]):
     """Makes the `Step` of a batch."""
 
+    _last: tuple[CommonAttentionMetadata | None, Step | None] = (None, None)
+
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
 
     def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build=False) -> Step:
         batch = common_attn_metadata
         n = batch.num_reqs
-        return make_step(
-            batch.query_start_loc_cpu[: n + 1].numpy(),
-            batch.seq_lens[:n].cpu().numpy(),
-            batch.block_table_tensor[:n].cpu().numpy(),
-            batch.slot_mapping,
-            self.kv_cache_spec.block_size,
-        )
+        # Pages of other bytes have builders of their own, which are asked for the same step.
+        if batch is not StepBuilder._last[0]:
+            step = make_step(
+                batch.query_start_loc_cpu[: n + 1].numpy(),
+                batch.seq_lens[:n].cpu().numpy(),
+                batch.block_table_tensor[:n].cpu().numpy(),
+                batch.slot_mapping,
+                self.kv_cache_spec.block_size,
+            )
+            StepBuilder._last = (batch, step)
+        return StepBuilder._last[1]
 
 
 class LatentBackend(AttentionBackend):

@@ -192,14 +192,14 @@ def _shared_runs(
     for i in np.flatnonzero(new).tolist():
         for place in range(held[i] // page_length, -(-(held[i] + new[i]) // page_length)):
             writers[int(pages[i, place])] = (i, place)
-    written = np.fromiter(writers, dtype=pages.dtype)
+    # Only full pages are shared. The one that a request goes on in is its own.
+    full = np.arange(pages.shape[1]) < (held // page_length)[:, None]
+    being_written = full & np.isin(pages, np.fromiter(writers, dtype=pages.dtype))
     shared = {}
-    for i in np.flatnonzero(new).tolist():
-        # Only full pages are shared. The one that a request goes on in is its own.
-        own = pages[i, : held[i] // page_length]
+    for i in np.flatnonzero((new > 0) & being_written.any(axis=1)).tolist():
         counts, runs = {}, []
-        for place in np.flatnonzero(np.isin(own, written)).tolist():
-            writer, _ = writers[int(own[place])]
+        for place in np.flatnonzero(being_written[i]).tolist():
+            writer, _ = writers[int(pages[i, place])]
             # The first part of the page may have been packed in an earlier step.
             first = max(int(held[writer]), place * page_length)
             counts[place] = first - place * page_length
@@ -209,8 +209,7 @@ def _shared_runs(
                 last = runs.pop()
                 run = Run(last.first, last.start, last.count + run.count)
             runs.append(run)
-        if runs:
-            shared[i] = (counts, tuple(runs))
+        shared[i] = (counts, tuple(runs))
     return shared
 
 
