@@ -94,7 +94,7 @@ class VllmBenchmarkConfig:
     most_tokens: int = field(
         default=131072, metadata={"help": "Cases with more tokens of all prompts are left out, for time and memory."}
     )
-    steps: int = field(default=32, metadata={"help": "Steps of each engine, in turns."})
+    steps: int = field(default=64, metadata={"help": "Steps of each engine, in turns."})
     at_a_time: int = field(default=4, metadata={"help": "Steps of one turn."})
     stock_block_size: int = field(default=128, metadata={"help": "Tokens of stock vLLM's pages."})
     block_size: int = field(default=128, metadata={"help": "Tokens of our pages."})
