@@ -278,10 +278,10 @@ def vllm(record: dict) -> str:
     c, e = record["config"], record["environment"]
     loads = [case["load"] for case in record["cases"].values()]
     return (
-        f"{vllm_table(record)}\n\nSteps of all requests, {c['steps']} of each engine, in turns of {c['at_a_time']}. "
-        f"{bounds_note(record['cases'])} vLLM {e['vllm']}, {'eager' if c['eager'] else 'compiled'}, {c['dtype']}, pages "
-        f"of {c['stock_block_size']} tokens (stock) and {c['block_size']}. Other work ran on the machine: load "
-        f"{min(loads):.1f} to {max(loads):.1f} with ours. {_machine(e)}."
+        f"{vllm_table(record)}\n\nSteps of all requests at once, {c['steps']} of each engine, in turns of "
+        f"{c['at_a_time']}. {bounds_note(record['cases'])} vLLM {e['vllm']}, {'eager' if c['eager'] else 'compiled'}, "
+        f"{c['dtype']}, pages of {c['stock_block_size']} tokens (stock) and {c['block_size']}. Other work ran on the "
+        f"machine: load {min(loads):.1f} to {max(loads):.1f}. {_machine(e)}."
     )
 
 

@@ -14,7 +14,7 @@ from modules.kernels import MAX_QUERY_LENGTH
 from modules.kernels.packed import Tile
 
 #: New tokens in a tile of those that attend to each other.
-_TILE = 256
+_TILE = 512
 
 
 @dataclass(frozen=True, eq=False)

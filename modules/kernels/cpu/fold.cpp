@@ -79,18 +79,9 @@ struct Block {
   std::vector<float> scores, sums;       // [48][n], [48][channels]
 
   void fold(const Fold& f, const Packed& packed, int row, int head, int first, int count, int n, int channels) {
-    const int pairs = f.size / 2;
-    query.assign((size_t)BLOCK * pairs, 0);
-    scores.assign((size_t)BLOCK * n, 0);
-    weights.assign((size_t)BLOCK * n / 2, 0);
-    sums.assign((size_t)BLOCK * channels, 0);
     int begin = f.seen ? f.tokens : 0, end = f.seen ? 0 : f.tokens;
-    for (int j = 0; j < count; j++) {
-      const int h = head * f.shared + (first + j) / f.length, l = (first + j) % f.length;
-      memcpy(&query[(size_t)j * pairs], f.query + row * f.query_row + h * f.query_head + l * f.query_token, 4 * pairs);
-      memcpy(&sums[(size_t)j * channels], of(f, row, h, l), 4 * f.size);
-      if (!f.seen) continue;
-      const uint8_t* seen = seen_by(f, row, l);
+    for (int j = 0; j < count && f.seen; j++) {
+      const uint8_t* seen = seen_by(f, row, (first + j) % f.length);
       int t = 0, last = f.tokens;
       while (t < begin && !seen[t]) t++;
       while (last > end && !seen[last - 1]) last--;
@@ -98,6 +89,16 @@ struct Block {
       end = std::max(end, last);
     }
     if (begin >= end) return;
+    const int pairs = f.size / 2;
+    query.assign((size_t)BLOCK * pairs, 0);
+    scores.assign((size_t)BLOCK * n, 0);
+    weights.assign((size_t)BLOCK * n / 2, 0);
+    sums.assign((size_t)BLOCK * channels, 0);
+    for (int j = 0; j < count; j++) {
+      const int h = head * f.shared + (first + j) / f.length, l = (first + j) % f.length;
+      memcpy(&query[(size_t)j * pairs], f.query + row * f.query_row + h * f.query_head + l * f.query_token, 4 * pairs);
+      memcpy(&sums[(size_t)j * channels], of(f, row, h, l), 4 * f.size);
+    }
     begin = begin / WIDE * WIDE;
     end = round_up(end, WIDE);
     for (int t = begin; t < end; t += WIDE)
