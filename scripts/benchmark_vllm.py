@@ -13,7 +13,7 @@ decodes a few steps at a time, in an order that turns around.
 
     first token   seconds from the arrival of all requests until one has its first new token: the mean, and the last
     step          milliseconds of a step that gives each of the requests a token
-    memory        peak of the engine's process, its code and weights included
+    memory        peak of the engine's process: code, weights, and pages for the largest case
 
 Cases are appended to the output one by one: an interrupted run goes on where it stopped.
 """
@@ -85,6 +85,7 @@ class VllmBenchmarkConfig:
 
     latent: list[str] = field(default_factory=list, metadata={"help": "Checkpoints of the budget command."})
     dense: str = field(default=BUNDLED_MODEL, metadata={"help": "The dense model that they were made of."})
+    random: bool = field(default=True, metadata={"help": "Measure the random model."})
     random_bits: list[int] = field(
         default_factory=lambda: [4, 2], metadata={"help": "Bits of the random model's latents."}
     )
@@ -123,7 +124,7 @@ class VllmBenchmarkConfig:
         if self.latent:
             latent = {f"latent {Path(path).name}": path for path in self.latent}
             subjects[Path(self.dense).name] = {"stock": find_model(self.dense)} | latent
-        if self.random_bits:
+        if self.random:
             subjects["random"] = random_models(Path(self.models), self.random_bits)
         return subjects
 
