@@ -220,7 +220,7 @@ def test_lossless_settings_give_the_tokens_of_stock_vllm(lossless, tmp_path, eng
         look_up = {"method": "ngram", "num_speculative_tokens": drafts, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
         few["speculative_config"] = look_up
         # Such an engine leaves a process in which no other one starts.
-        engines = Engines(tmp_path)
+        engines = Engines(tmp_path, VLLM_ENABLE_V1_MULTIPROCESSING="0")
     result = run_engine(engines, saved(model, tmp_path / "split"), [prompts], **few)
     if drafts is not None:
         engines.close()
