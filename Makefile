@@ -1,7 +1,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: install demo real real-results surface test test-real test-oldest check results schemes gpu vllm test-vllm
+.PHONY: install demo real real-results surface test test-real test-oldest check results schemes gpu vllm vllm-results test-vllm
 
 # One installation, made again when the requirements change.
 .venv/installed: requirements.txt pyproject.toml
@@ -132,6 +132,15 @@ vllm: build/served/config.json
 build/served/config.json: .venv-vllm/installed
 	.venv-vllm/bin/python scripts/calibrate_svd_ranks.py --budget 0.0625 --layer_group_size 3 \
 		--text stdlib:calibration --windows 4 --output build/served
+
+# The same engine beside stock vLLM, on the bundled model and a random one (some 40 minutes; goes on where it stopped).
+vllm-results: .venv-vllm/installed .venv/installed
+	for budget in 0.125 0.0625; do \
+		.venv-vllm/bin/python scripts/calibrate_svd_ranks.py --budget $$budget --layer_group_size 3 \
+			--text stdlib:calibration --windows 4 --output build/vllm_models/$$budget || exit 1; done
+	.venv-vllm/bin/python scripts/benchmark_vllm.py --latent build/vllm_models/0.125 build/vllm_models/0.0625 \
+		--output scripts/results/benchmark_vllm.json
+	$(RUN) scripts/results_tables.py
 
 # vLLM's build for CPUs wants torchvision and its like, of which the index may have builds that do not fit its torch.
 .venv-vllm/installed: requirements-vllm.txt pyproject.toml

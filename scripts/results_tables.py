@@ -22,6 +22,7 @@ from scripts.benchmark_decode import decode_table, first_token_table
 from scripts.benchmark_gpu import gpu_table
 from scripts.benchmark_lookup import lookup_table
 from scripts.benchmark_prefix import prefix_cells
+from scripts.benchmark_vllm import vllm_table
 from scripts.common import ROOT, human_bytes
 from scripts.compare_peers import (
     before_table,
@@ -280,6 +281,17 @@ def chunk(record: dict) -> str:
     )
 
 
+def vllm(record: dict) -> str:
+    c, e = record["config"], record["environment"]
+    loads = [case["load"] for case in record["cases"].values()]
+    return (
+        f"{vllm_table(record)}\n\nSteps of all requests at once, {c['steps']} of each engine, in turns of "
+        f"{c['at_a_time']}. {bounds_note(record['cases'])} vLLM {e['vllm']}, {'eager' if c['eager'] else 'compiled'}, "
+        f"{c['dtype']}, pages of {c['stock_block_size']} tokens (stock) and {c['block_size']}. Other work ran on the "
+        f"machine: load {min(loads):.1f} to {max(loads):.1f}. {_machine(e)}."
+    )
+
+
 def rate_distortion(record: dict) -> str:
     c = record["config"]
     return (
@@ -495,6 +507,7 @@ MADE_BY = {
     "benchmark_prefix": ("benchmark_prefix.py", "results"),
     "benchmark_prefix_32k": ("benchmark_prefix.py", "results"),
     "benchmark_quantize": ("benchmark_quantize.py", "schemes"),
+    "benchmark_vllm": ("benchmark_vllm.py", "vllm-results"),
     "copying": ("eval_retrieval.py", "results"),
     "distortion": ("measure_distortion.py", "schemes"),
     "lm_eval_harness": ("lm_eval_harness.py", "results"),
@@ -552,6 +565,7 @@ RENDERERS = {
     "gpu": (["benchmark_gpu"], gpu),
     "lookup": (["benchmark_lookup"], lookup),
     "surface": (["surface"], surface),
+    "vllm": (["benchmark_vllm"], vllm),
     "prefix": (["benchmark_prefix", "benchmark_prefix_32k"], prefix),
     "copying": (["copying"], copying),
     "long_documents": (["long_documents"], long_documents),

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from modeling_alrd_llama import ALRDLlamaForCausalLM
 from modules.fit.budget import cache_nbytes
 from modules.kernels import Backend
 from scripts import (
@@ -18,6 +19,7 @@ from scripts import (
     benchmark_blocks,
     benchmark_decode,
     benchmark_prefix,
+    benchmark_vllm,
     results_tables,
 )
 from scripts.attention_peers import PEERS, DenseStates, Ggml, relative_error
@@ -576,3 +578,42 @@ def test_targets(attention_run, decode_run):
     lines = results_tables.decode_targets(attention | {"cases": by_name}, decode | {"cases": models}).splitlines()[2:]
     verdicts = [line.split("|")[-2].strip() for line in lines]
     assert verdicts == ["met", "", "", "missed", "met", "", "missed", "met", "met", "met", "missed", "missed"]
+
+
+def test_cases_of_vllm_are_those_of_at_most_so_many_tokens():
+    options = benchmark_vllm.VllmBenchmarkConfig(contexts=[1024, 4096], requests=[1, 32], most_tokens=32768)
+    assert options.cases() == [(1024, 1), (1024, 32), (4096, 1)]
+    with pytest.raises(ValueError, match=r"at_a_time=0: must be"):
+        benchmark_vllm.VllmBenchmarkConfig(at_a_time=0)
+
+
+def test_the_random_model_of_vllm_is_made_once(monkeypatch, tmp_path):
+    """Half the channels of each head, with scales that hold what random tokens give."""
+    small = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    monkeypatch.setattr(benchmark_vllm, "RANDOM", benchmark_vllm.RANDOM | small | {"head_dim": 16})
+    folders = benchmark_vllm.random_models(tmp_path, [2])
+    assert list(folders) == ["stock", "latent 2 bits"]
+    model = ALRDLlamaForCausalLM.from_pretrained(folders["latent 2 bits"])
+    projection, seen = model.model.layers[1].self_attn.v_proj, []
+    assert projection.ALinear.ranks == (8, 8)
+    projection.BLinear.register_forward_hook(lambda module, inputs, latents: seen.append(latents.float()))
+    model(torch.randint(4096, (1, 256)), use_cache=False)
+    low, step = projection.latent_zero_point, projection.latent_scale
+    assert ((seen[0] > low - 2 * step) & (seen[0] < low + 5 * step)).all()
+    monkeypatch.setattr(benchmark_vllm, "_random_latent", None)
+    assert benchmark_vllm.random_models(tmp_path, [2]) == folders
+
+
+def test_the_table_of_vllm():
+    def engine(milliseconds: float) -> dict:
+        step = {"p20": milliseconds / 1e3, "p50": milliseconds / 1e3, "p80": milliseconds / 1e3}
+        return {"first_token_s": {"mean": 1.0, "most": 2.0}, "step_s": step, "peak_bytes": 2**30}
+
+    engines = {"stock": engine(20), "latent": engine(10)}
+    case = {"model": "random", "context": 1024, "requests": 8, "engines": engines, "load": 1.5}
+    config = {"steps": 4, "at_a_time": 2, "eager": False, "dtype": "bfloat16"}
+    config |= {"stock_block_size": 64, "block_size": 128}
+    environment = {"vllm": "0.32.0", "cpu": "a processor", "threads": 2, "torch": "2.13"}
+    table = results_tables.vllm({"cases": {"random": case}, "config": config, "environment": environment})
+    assert "| random | 8 × 1,024 | stock | 1.0 / 2.0 | 20.0 [20.0–20.0] | 400 | 1.00× | 1 GiB |" in table
+    assert "| latent | 1.0 / 2.0 | 10.0 [10.0–10.0] | 800 | 2.00× |" in table and "load 1.5 to 1.5" in table

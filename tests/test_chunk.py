@@ -9,6 +9,7 @@ from configuration_alrd_llama import QuantScheme
 from modules.kernels import chunk, get_backend
 from modules.kernels.attention import Attended
 from modules.kernels.chunk import chunk_attention
+from modules.kernels.cpu.fold import Folded, folds
 from modules.svd_linear import ALinear
 from scripts import benchmark_chunk
 from scripts.benchmark_chunk import Allocations, ChunkBenchmarkConfig
@@ -43,9 +44,9 @@ def expanded(summed: torch.Tensor, expand: ALinear | None) -> torch.Tensor:
     return copy.deepcopy(expand).double()(summed.double(), per_head=True)
 
 
-def check(step: Step, expand: ALinear | None) -> Attended:
+def check(step: Step, expand: ALinear | None, folded=None) -> Attended:
     """Within rounding of the reference in float64; in half precision at most twice as far from it as PyTorch is."""
-    found = attend(chunk_attention, expand, **step.arguments)
+    found = attend(chunk_attention, expand, folded, **step.arguments)
     reference = exact(step)
     expected = expanded(reference.summed, expand)
     # Queries that see nothing: the reference expands zeros to the bias.
@@ -92,6 +93,17 @@ def test_as_the_reference(name, dtype):
     case = CASES[name]
     step = make_step(size=SIZE, dtype=dtype, **case)
     check(step, values_of(step, step.arguments["expand_keys"].num_heads, case.get("bias", False)))
+
+
+@pytest.mark.skipif(not folds(), reason="the processor multiplies no bfloat16")
+@pytest.mark.parametrize("window", [None, 1, 64, 250])
+@pytest.mark.parametrize("name", CASES)
+def test_folded_by_the_kernel(name, window):
+    case = CASES[name]
+    step = make_step(size=SIZE, dtype=torch.bfloat16, **case).but(sliding_window=window)
+    expand = values_of(step, step.arguments["expand_keys"].num_heads, case.get("bias", False))
+    found = check(step, expand, Folded)
+    assert log_distance(found.log_sum, exact(step).log_sum) < 0.02
 
 
 @pytest.mark.parametrize("window", [1, 20, 64, 250, 10_000])

@@ -42,37 +42,78 @@ ENGINE = {
     "disable_log_stats": True,
 }
 
-#: Runs an engine in a process of its own: settings and batches of prompts come as JSON, tokens go back.
+#: Starts one engine after the other: jobs, settings and batches of prompts, come as lines of JSON, results go back as
+#: such. vLLM is imported once, which takes as long as many a job.
 RUNNER = """
-import json, sys
+import gc, json, sys
 from vllm import LLM, SamplingParams
-if __name__ == "__main__":
-    job = json.load(open(sys.argv[1]))
+from vllm.distributed import cleanup_dist_env_and_memory
+
+def done(job):
     llm = LLM(**job["engine"])
     sampling = SamplingParams(temperature=0, max_tokens=job["max_tokens"], ignore_eos=True, detokenize=False)
     batches = []
     for prompts in job["batches"]:
         outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
         batches.append([[list(o.outputs[0].token_ids), o.num_cached_tokens] for o in outputs])
-    blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
-    json.dump({"batches": batches, "blocks": blocks}, open(sys.argv[2], "w"))
+    return {"batches": batches, "blocks": llm.llm_engine.vllm_config.cache_config.num_gpu_blocks}
+
+if __name__ == "__main__":
+    answers = open(int(sys.argv[1]), "w")
+    for line in sys.stdin:
+        try:
+            answer = done(json.loads(line))
+        except Exception as error:
+            answer = {"error": str(error)}
+        gc.collect()
+        cleanup_dist_env_and_memory()
+        print(json.dumps(answer), file=answers, flush=True)
 """
 
 
-def run_engine(tmp_path: Path, model, batches, max_tokens: int = 16, fails: bool = False, **settings):
+class Engines:
+    """A process that runs engines, in which they are started and go down again one by one."""
+
+    def __init__(self, folder: Path, **variables):
+        self.log, script = folder / "log", folder / "run.py"
+        script.write_text(RUNNER)
+        environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "PYTHONPATH": str(ROOT), "GOMP_SPINCOUNT": "0"}
+        # What the engines print goes to a log; answers come through a pipe of their own.
+        answers, to = os.pipe()
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, str(script), str(to)], env={**os.environ, **environment, **variables}, cwd=folder,
+                stdin=subprocess.PIPE, stdout=log, stderr=log, pass_fds=[to], text=True,
+            )  # fmt: skip
+        os.close(to)
+        self.answers = os.fdopen(answers)
+
+    def run(self, job: dict) -> dict:
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        answer = self.answers.readline()
+        assert answer, self.log.read_text()[-6000:]
+        return json.loads(answer)
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        assert self.process.wait(60) == 0
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory):
+    """In the process itself, so that an engine that goes down leaves no other behind."""
+    engines = Engines(tmp_path_factory.mktemp("engines"), VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    yield engines
+    engines.close()
+
+
+def run_engine(engines, model, batches, max_tokens: int = 16, fails: bool = False, **settings):
     """Tokens and cached tokens of each prompt of each batch, and the pages that there are; or what a failure says."""
     job = {"engine": {**ENGINE, "model": str(model), **settings}, "batches": batches, "max_tokens": max_tokens}
-    paths = [tmp_path / name for name in ("run.py", "job.json", "result.json")]
-    paths[0].write_text(RUNNER)
-    paths[1].write_text(json.dumps(job))
-    environment = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *map(str, paths)]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=400)
-    if fails:
-        assert done.returncode != 0
-        return done.stdout + done.stderr
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
-    return json.loads(paths[2].read_text())
+    answer = engines.run(job)
+    assert ("error" in answer) == fails, answer
+    return answer["error"] if fails else answer
 
 
 def tokens_of(result, batch: int = 0) -> list[list[int]]:
@@ -121,35 +162,35 @@ def sixteenth(tmp_path_factory) -> Path:
     return output
 
 
-def test_tokens_are_those_of_our_own_cache(sixteenth, tmp_path):
+def test_tokens_are_those_of_our_own_cache(sixteenth, engines):
     """Sixteen prompts at once, of all lengths; four share a prefix, three of them after the first has been served."""
     model = ALRDLlamaForCausalLM.from_pretrained(sixteenth, dtype=torch.float32).eval()
     prompts = prompts_of(model.config.vocab_size)
-    result = run_engine(tmp_path, sixteenth, [prompts[:13], prompts[13:]])
+    result = run_engine(engines, sixteenth, [prompts[:13], prompts[13:]])
     assert tokens_of(result) + tokens_of(result, 1) == own_tokens(model, prompts)
     assert [cached for _, cached in result["batches"][1]] == [3 * PIECE] * 3
 
 
-def test_a_shared_prefix_is_computed_once(sixteenth, tmp_path):
+def test_a_shared_prefix_is_computed_once(sixteenth, engines):
     # Real text: where the likeliest tokens are as good as tied, rounding decides.
     tokenizer = AutoTokenizer.from_pretrained(TOY)
     first, second = [tokenizer(document.text).input_ids for document in load_documents("stdlib:test")[:2]]
     text = first[:825]
     other = [*text[:768], *second[100:157]]
     # vLLM lets a request that is alone have the whole step.
-    result = run_engine(tmp_path, sixteenth, [[text], [other]], max_num_batched_tokens=PIECE, max_num_seqs=8)
+    result = run_engine(engines, sixteenth, [[text], [other]], max_num_batched_tokens=PIECE, max_num_seqs=8)
     assert [batch[0][1] for batch in result["batches"]] == [0, 768]
     model = ALRDLlamaForCausalLM.from_pretrained(sixteenth, dtype=torch.float32).eval()
     assert tokens_of(result) + tokens_of(result, 1) == own_tokens(model, [text, other])
 
 
 @pytest.fixture(scope="module")
-def lossless(tmp_path_factory):
+def lossless(tmp_path_factory, engines):
     """A dense model, its split models of full rank at 16 bits, and the tokens of stock vLLM."""
     path = tmp_path_factory.mktemp("lossless")
     dense = tiny_dense(head_dim=32)
     prompts = prompts_of(97)
-    return dense, prompts, tokens_of(run_engine(path, saved(dense, path / "stock"), [prompts]))
+    return dense, prompts, tokens_of(run_engine(engines, saved(dense, path / "stock"), [prompts]))
 
 
 @pytest.mark.parametrize(
@@ -161,7 +202,7 @@ def lossless(tmp_path_factory):
         ({"joint_kv": True, "layer_group_size": 3, "k_bits": 16}, None, 4),
     ],
 )
-def test_lossless_settings_give_the_tokens_of_stock_vllm(lossless, tmp_path, blocks, pages, drafts):
+def test_lossless_settings_give_the_tokens_of_stock_vllm(lossless, tmp_path, engines, blocks, pages, drafts):
     """Blocks of layers, joint or not, and layers by themselves, all sixteen prompts at once.
 
     With 17 pages, 512 tokens, they do not fit at once, and requests are preempted; else those that share a prefix read
@@ -178,7 +219,11 @@ def test_lossless_settings_give_the_tokens_of_stock_vllm(lossless, tmp_path, blo
     if drafts is not None:
         look_up = {"method": "ngram", "num_speculative_tokens": drafts, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
         few["speculative_config"] = look_up
-    result = run_engine(tmp_path, saved(model, tmp_path / "split"), [prompts], **few)
+        # Such an engine leaves a process in which no other one starts.
+        engines = Engines(tmp_path, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    result = run_engine(engines, saved(model, tmp_path / "split"), [prompts], **few)
+    if drafts is not None:
+        engines.close()
     assert tokens_of(result) == expected
     shared = [cached for _, cached in result["batches"][0][13:]]
     assert pages or min(shared) >= PAGE
@@ -189,12 +234,15 @@ def test_two_processes_share_the_heads(lossless, tmp_path, head_group_size):
     """A latent of all heads is summed up over them and held by both; head groups are dealt out."""
     dense, prompts, expected = lossless
     model = tiny_blocks(dense, joint_kv=True, layer_group_size=3, k_bits=16, head_group_size=head_group_size)
-    result = run_engine(tmp_path, saved(model, tmp_path / "split"), [prompts], tensor_parallel_size=2)
+    # An engine with processes of its own, as a server has it.
+    engines = Engines(tmp_path)
+    result = run_engine(engines, saved(model, tmp_path / "split"), [prompts], tensor_parallel_size=2)
+    engines.close()
     assert tokens_of(result) == expected
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "mistral"])
-def test_other_architectures_by_layers_with_packed_latents(architecture, tmp_path):
+def test_other_architectures_by_layers_with_packed_latents(architecture, tmp_path, engines):
     """Layers by themselves, latents of head groups, packed by calibrated scales."""
     fields = {**TINY_LLAMA, "tie_word_embeddings": architecture == "qwen2"}
     with torch.random.fork_rng():
@@ -209,7 +257,7 @@ def test_other_architectures_by_layers_with_packed_latents(architecture, tmp_pat
     model = ALRDLlamaForCausalLM.from_dense(dense, config, [scales] * 3)
     set_ranges(model)
     prompts = prompts_of(97)
-    result = run_engine(tmp_path, saved(model, tmp_path / "split"), [prompts[:13], prompts[13:]])
+    result = run_engine(engines, saved(model, tmp_path / "split"), [prompts[:13], prompts[13:]])
     assert tokens_of(result) + tokens_of(result, 1) == own_tokens(model, prompts)
 
 
@@ -245,10 +293,10 @@ def set_ranges(model) -> None:
         projection.latent_zero_point.copy_(low)
 
 
-def test_tokens_that_fit_in_a_gibibyte(sixteenth, tmp_path):
+def test_tokens_that_fit_in_a_gibibyte(sixteenth, engines):
     """Within 1% of what the bytes of the codes say, and at least 14 times what the dense model's would be."""
     settings = {"dtype": "bfloat16", "block_size": 128, "kv_cache_memory_bytes": 1 << 30}
-    tokens = 128 * run_engine(tmp_path, sixteenth, [[[1, 2, 3]]], **settings)["blocks"]
+    tokens = 128 * run_engine(engines, sixteenth, [[[1, 2, 3]]], **settings)["blocks"]
     config = ALRDLlamaConfig.from_pretrained(sixteenth)
     bits = 0
     for block in config.blocks():
@@ -269,9 +317,9 @@ def test_tokens_that_fit_in_a_gibibyte(sixteenth, tmp_path):
         ({"k_bits": 16, "v_bits": 16}, {"kv_cache_dtype": "fp8"}, "kv_cache_dtype='fp8': must be 'auto'"),
     ],
 )
-def test_what_is_not_served_is_refused_at_the_start(tmp_path, fields, settings, rule):
+def test_what_is_not_served_is_refused_at_the_start(tmp_path, engines, fields, settings, rule):
     model = saved(tiny_split(tmp_path, 8, **fields), tmp_path / "split")
-    assert rule in run_engine(tmp_path, model, [[[1, 2, 3]]], fails=True, **settings)
+    assert rule in run_engine(engines, model, [[[1, 2, 3]]], fails=True, **settings)
 
 
 @pytest.mark.parametrize(
@@ -281,7 +329,7 @@ def test_what_is_not_served_is_refused_at_the_start(tmp_path, fields, settings, 
         ("granite", {}, "dense_model_type='granite': must be one of llama, mistral, qwen2, qwen3, ernie4_5"),
     ],
 )
-def test_architectures_that_are_not_served(tmp_path, kind, fields, rule):
+def test_architectures_that_are_not_served(tmp_path, engines, kind, fields, rule):
     dense = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**TINY_LLAMA | fields))
     split = tiny_split(tmp_path, 8, dense=dense, k_bits=16, v_bits=16)
-    assert rule in run_engine(tmp_path, saved(split, tmp_path / "split"), [[[1, 2, 3]]], fails=True)
+    assert rule in run_engine(engines, saved(split, tmp_path / "split"), [[[1, 2, 3]]], fails=True)

@@ -47,6 +47,7 @@ class Backend:
     Attributes:
         quantize_and_pack, unpack_and_dequantize: With the signatures, results and errors of `modules/quant_utils.py`.
         trellis_codes: As `encode` in `modules/trellis.py`.
+        folded: For `chunk_attention`; `None`: there is none for this processor.
         scale_tokens: That of `modules/kernels/cpu/quantize.py`; `None`: PyTorch chooses the scales of tokens.
         fused_attention: As `latent_attention` without `weights_length`; `None`: there is none.
         fused_append: `FusedAppend` of `modules/kernels/triton/append.py`, for caches of fixed capacity; `None`: there
@@ -60,6 +61,7 @@ class Backend:
     fused_attention: Callable | None = None
     fused_append: Callable | None = None
     scale_tokens: Callable | None = None
+    folded: Callable | None = None
 
     def __repr__(self) -> str:
         return self.name
@@ -103,7 +105,7 @@ class Backend:
         """
         states = query.states
         if states.shape[2] > MAX_QUERY_LENGTH and weights_length is None and not states.requires_grad:
-            return chunk_attention(query, cache, expand_values)
+            return chunk_attention(query, cache, expand_values, self.folded)
         attended = self.attend(query, cache, weights_length)
         if expand_values is None:
             return attended
@@ -149,12 +151,14 @@ def _cpu(field: str, device: torch.device) -> Backend:
     # Imported here, so that the kernels are built only where they are chosen.
     from modules.kernels.cpu import quantize as kernels
     from modules.kernels.cpu.attention import latent_attention as fused_attention
+    from modules.kernels.cpu.fold import Folded, folds
     from modules.kernels.cpu.library import library
     from modules.kernels.cpu.trellis import encode
 
     library()
     functions = (kernels.quantize_and_pack, kernels.unpack_and_dequantize, encode)
-    return Backend("cpu", *functions, fused_attention=fused_attention, scale_tokens=kernels.scale_tokens)
+    folded = Folded if folds() else None
+    return Backend("cpu", *functions, fused_attention=fused_attention, scale_tokens=kernels.scale_tokens, folded=folded)
 
 
 _MAKERS = {"reference": _reference, "triton": _triton, "cpu": _cpu}

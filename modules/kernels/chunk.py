@@ -20,36 +20,80 @@ TILE = 512
 _FLASH = {"cpu": torch.ops.aten._scaled_dot_product_flash_attention_for_cpu}
 
 
-def chunk_attention(query: LatentQuery, cache: PackedCache, expand_values: Callable | None) -> Attended:
+def chunk_attention(
+    query: LatentQuery, cache: PackedCache, expand_values: Callable | None, folded: Callable | None = None
+) -> Attended:
     """As `latent_attention` without weights, in the type of the queries, with the values expanded.
 
     Args:
         query: The queries `[B, H_q, L, d]`, and how they meet the latents.
         cache: The cache and the new tokens.
         expand_values: Value latents `[..., C]` to values `[..., H_kv * d]`; `None`: the values themselves are cached.
+        folded: A class like `Merged` for bfloat16 that takes all queries at once; `None`: there is none.
 
     Returns:
         `summed` `[B, H_q, L, d]` float32 (float64 for float64 queries): the heads' outputs.
     """
-    states = query.states
+    states, (length, size) = query.states, query.states.shape[2:]
+    pieces = [slice(first, min(first + TILE, length)) for first in range(0, length, TILE)]
     if query.rope is not None:
-        states = query.rope.rotate(_wide(states), query.positions[:, None]).to(states.dtype)
-    pieces: list[Attended | None] = [None] * -(-states.shape[2] // TILE)
+        states = torch.empty_like(states, memory_format=torch.contiguous_format)
+        # A piece at a time stays in the processor's cache, in float32 too.
+        for piece in pieces:
+            positions = query.positions[:, None, piece]
+            states[:, :, piece] = query.rope.rotate(_wide(query.states[:, :, piece]), positions)
+    # Such a class multiplies channels by pairs.
+    if states.dtype != torch.bfloat16 or size % 2:
+        folded = None
+    so_far = (folded or Merged)(states, query.scaling)
     for tile, all_seen in _tiles(query, cache):
         keys, values, positions, valid = _rebuilt(query, tile, expand_values)
-        for i in range(len(pieces)):
-            piece, mask = slice(i * TILE, (i + 1) * TILE), None
+        if all_seen and folded is not None:
+            so_far.add(slice(0, length), keys, values, None)
+            continue
+        for piece in pieces:
+            seen = None
             if not all_seen:
                 distance = query.positions[:, piece, None] - positions[:, None]
                 seen = valid[:, None] & (distance >= 0)
                 if query.sliding_window is not None:
                     seen &= distance < query.sliding_window
-                mask = states.new_zeros(seen.shape).masked_fill_(~seen, torch.finfo(states.dtype).min)
-            found = _attend(states[:, :, piece], keys, values, mask, query.scaling)
-            so_far = pieces[i]
-            pieces[i] = found if so_far is None else merge_attended(so_far, found)
-    summed, log_sums, _ = zip(*pieces, strict=True)
-    return Attended(torch.cat(summed, dim=2), torch.cat(log_sums, dim=2))
+            so_far.add(piece, keys, values, seen)
+    return so_far.attended()
+
+
+class Merged:
+    """What pieces of at most `TILE` queries have attended to so far, tile by tile, by the library's flash attention.
+
+    Args:
+        states: The queries `[B, H_q, L, d]`, rotated.
+        scaling: Factor on the logits.
+    """
+
+    def __init__(self, states: torch.Tensor, scaling: float):
+        self.states, self.scaling = states, scaling
+        self.found: dict[int, Attended] = {}
+
+    def add(self, piece: slice, keys: torch.Tensor, values: torch.Tensor, seen: torch.Tensor | None) -> None:
+        """Attend to a tile.
+
+        Args:
+            piece: Which of the L queries; always the same pieces.
+            keys, values: `[B, H_kv, n, d]`, keys rotated.
+            seen: `[B, L of the piece, n]` bool; `None`: all queries see all tokens.
+        """
+        states, mask = self.states[:, :, piece], None
+        if seen is not None:
+            mask = states.new_zeros(seen.shape).masked_fill_(~seen, torch.finfo(states.dtype).min)
+        attended = _attend(states, keys, values, mask, self.scaling)
+        if piece.start in self.found:
+            attended = merge_attended(self.found[piece.start], attended)
+        self.found[piece.start] = attended
+
+    def attended(self) -> Attended:
+        """The heads' outputs `[B, H_q, L, d]` and the log-sums."""
+        summed, log_sums, _ = zip(*self.found.values(), strict=True)
+        return Attended(torch.cat(summed, dim=2), torch.cat(log_sums, dim=2))
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:

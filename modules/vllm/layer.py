@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch.library import Library
-from torch.nn.functional import scaled_dot_product_attention
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.forward_context import get_forward_context
@@ -19,7 +18,7 @@ from vllm.v1.attention.backend import MultipleOf as Multiple
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
 
 from modules.cache.scheme import CacheScheme, LayerScales, LayerWidths
-from modules.kernels import MAX_QUERY_LENGTH, get_backend
+from modules.kernels import get_backend
 from modules.kernels.attention import merge_attended
 from modules.kernels.packed import LatentQuery, PackedCache, Rope
 from modules.vllm.pages import PAGE_MULTIPLE, PageLayout, Pages, check_page_length
@@ -29,19 +28,25 @@ from modules.vllm.step import Requests, SinkStore, Step, make_step
 class StepBuilder(AttentionMetadataBuilder[Step]):
     """Makes the `Step` of a batch."""
 
+    _last: tuple[CommonAttentionMetadata | None, Step | None] = (None, None)
+
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
 
     def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build=False) -> Step:
         batch = common_attn_metadata
         n = batch.num_reqs
-        return make_step(
-            batch.query_start_loc_cpu[: n + 1].numpy(),
-            batch.seq_lens[:n].cpu().numpy(),
-            batch.block_table_tensor[:n].cpu().numpy(),
-            batch.slot_mapping,
-            self.kv_cache_spec.block_size,
-        )
+        # Pages of other bytes have builders of their own, which are asked for the same step.
+        if batch is not StepBuilder._last[0]:
+            step = make_step(
+                batch.query_start_loc_cpu[: n + 1].numpy(),
+                batch.seq_lens[:n].cpu().numpy(),
+                batch.block_table_tensor[:n].cpu().numpy(),
+                batch.slot_mapping,
+                self.kv_cache_spec.block_size,
+            )
+            StepBuilder._last = (batch, step)
+        return StepBuilder._last[1]
 
 
 class LatentBackend(AttentionBackend):
@@ -176,8 +181,6 @@ class LatentPages(AttentionLayerBase):
         for requests in step.requests:
             states = requests.gathered(query).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             attend = self._attend_latents if own.project is None else self._attend_block
-            if requests.begins and states.shape[2] > MAX_QUERY_LENGTH:
-                attend = self._attend_first
             yield requests, attend(member, states, keys, values, requests, pages)
         self._collect(member, keys, values, step)
 
@@ -188,23 +191,9 @@ class LatentPages(AttentionLayerBase):
         """The history of requests in the pages, with tiles beside it."""
         if requests.table is None:
             return PackedCache(**tiles)
-        packed = {"block_length": pages.layout.length, "table": requests.table, "hidden": self.scheme.sink_length}
-        return PackedCache(keys=pages.keys, values=pages.values, **packed, **tiles)
-
-    def _attend_first(self, member: int, states, keys, values, requests: Requests, pages: Pages) -> torch.Tensor:
-        """Attention of the first tokens of a text to themselves, by PyTorch's own kernel."""
-        own = self.members[member]
-        keys, values = requests.gathered(keys), requests.gathered(values)
-        # Layers by themselves give latents, which are expanded whole: these tokens have no past.
-        if own.project is None:
-            keys = keys if own.expand_keys is None else own.expand_keys(keys)
-            values = values if own.expand_values is None else own.expand_values(values)
-        shared, positions = states.shape[1] // self.heads, requests.positions[:, None]
-        keys, values = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (keys, values))
-        # In float32, since an angle has more digits than a half-precision number.
-        query, keys = (self.rope.rotate(x.float(), positions).to(x.dtype) for x in (states, keys))
-        keys, values = keys.repeat_interleave(shared, dim=1), values.repeat_interleave(shared, dim=1)
-        return scaled_dot_product_attention(query, keys, values, is_causal=True, scale=self.head_dim**-0.5)
+        packed = {"block_length": pages.layout.length, "table": requests.table, "full": requests.full}
+        hidden = self.scheme.sink_length
+        return PackedCache(keys=pages.keys, values=pages.values, hidden=hidden, **packed, **tiles)
 
     def _attend_latents(self, member: int, states, keys, values, requests: Requests, pages: Pages) -> torch.Tensor:
         """Attention to latents, packed and new ones."""
@@ -264,11 +253,12 @@ def latent_attention(
         name, member: Of the `LatentPages`, and the number of the layer there.
     """
     context = get_forward_context()
-    output.zero_()
     # vLLM measures the memory of a step without a cache.
     if context.attn_metadata is None:
+        output.zero_()
         return
     step = context.attn_metadata[name]
+    output[step.tokens :] = 0
     # Requests of one length at a time.
     for requests, attended in context.no_compile_layers[name].attend(member, query, keys, values, step):
         output[requests.rows] = attended.transpose(1, 2).flatten(2).flatten(0, 1)

@@ -14,7 +14,7 @@ from modules.kernels import MAX_QUERY_LENGTH
 from modules.kernels.packed import Tile
 
 #: New tokens in a tile of those that attend to each other.
-_TILE = 256
+_TILE = 512
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +41,7 @@ class Requests:
         count: n.
         positions: `[n, L]` int64.
         start, added: `[n, 1]` int32: tokens before the new ones, and L.
-        table: `[3, n, blocks]` int32, as in `PackedCache`; `None`: there is no history.
+        table, full: `[3, n, blocks]` int32 and a flag, as in `PackedCache`; `None`: there is no history.
         first_pages: Page of the first token of each request's history, -1: it has none.
         borrowed: Runs of other requests' tokens that are history here (n = 1).
     """
@@ -52,13 +52,9 @@ class Requests:
     start: torch.Tensor
     added: torch.Tensor
     table: torch.Tensor | None
+    full: bool
     first_pages: list[int]
     borrowed: tuple[Run, ...] = ()
-
-    @property
-    def begins(self) -> bool:
-        """Whether these are the first tokens of a text, or of several."""
-        return self.table is None
 
     def gathered(self, states: torch.Tensor) -> torch.Tensor:
         """States `[tokens, C]` of the step as `[n, L, C]` of these requests."""
@@ -146,6 +142,7 @@ def make_step(
                 start=before,
                 added=torch.full_like(before, length),
                 table=None if table is None else torch.from_numpy(table).to(device),
+                full=table is not None and bool((table[2] == page_length).all()),
                 first_pages=first_pages,
                 borrowed=borrowed,
             )
@@ -192,14 +189,14 @@ def _shared_runs(
     for i in np.flatnonzero(new).tolist():
         for place in range(held[i] // page_length, -(-(held[i] + new[i]) // page_length)):
             writers[int(pages[i, place])] = (i, place)
-    written = np.fromiter(writers, dtype=pages.dtype)
+    # Only full pages are shared. The one that a request goes on in is its own.
+    full = np.arange(pages.shape[1]) < (held // page_length)[:, None]
+    being_written = full & np.isin(pages, np.fromiter(writers, dtype=pages.dtype))
     shared = {}
-    for i in np.flatnonzero(new).tolist():
-        # Only full pages are shared. The one that a request goes on in is its own.
-        own = pages[i, : held[i] // page_length]
+    for i in np.flatnonzero((new > 0) & being_written.any(axis=1)).tolist():
         counts, runs = {}, []
-        for place in np.flatnonzero(np.isin(own, written)).tolist():
-            writer, _ = writers[int(own[place])]
+        for place in np.flatnonzero(being_written[i]).tolist():
+            writer, _ = writers[int(pages[i, place])]
             # The first part of the page may have been packed in an earlier step.
             first = max(int(held[writer]), place * page_length)
             counts[place] = first - place * page_length
@@ -209,8 +206,7 @@ def _shared_runs(
                 last = runs.pop()
                 run = Run(last.first, last.start, last.count + run.count)
             runs.append(run)
-        if runs:
-            shared[i] = (counts, tuple(runs))
+        shared[i] = (counts, tuple(runs))
     return shared
 
 

@@ -158,6 +158,8 @@ struct Worker {
   }
 
   void start_heads(int row_, int first_head_, int n_heads) {
+    // What does not depend on the queries is there already if only the row is another one.
+    const bool other_heads = first_head != first_head_ || (int)heads.size() != n_heads;
     row = row_;
     first_head = first_head_;
     group = first_head * a.keys.groups / a.heads;
@@ -166,7 +168,7 @@ struct Worker {
     queries = shared * a.length;
     all_queries = n_heads * queries;
     heads.resize(n_heads);
-    if (a.blocks) set_columns();
+    if (a.blocks && other_heads) set_columns();
     query_position.resize(all_queries);
     int64_t reference = 0;
     for (int l = 0; l < a.length; l++) reference = std::max(reference, a.positions[(int64_t)row * a.length + l]);
@@ -186,18 +188,21 @@ struct Worker {
         }
       }
       Head& head = heads[h];
-      if (a.blocks) {
-        expand(first_head + h, a.keys.width, a.key_channel + (int64_t)group * a.keys.width, head.weight);
-        if (!a.keys.by_block) scale_weights(head.weight.data());
-        head.expansion.start(division, a.frequency, head.weight.data(), a.keys.width, queries, reference, query);
+      if (other_heads) {
+        if (a.blocks) {
+          expand(first_head + h, a.keys.width, a.key_channel + (int64_t)group * a.keys.width, head.weight);
+          if (!a.keys.by_block) scale_weights(head.weight.data());
+          head.expansion.of(division, a.frequency, head.weight.data(), a.keys.width, queries);
+        }
+        expand(first_head + h, a.exact_width, nullptr, head.exact_weight);
+        head.exact_expansion.of(exact_division, a.frequency, head.exact_weight.data(), a.exact_width, queries);
       }
-      expand(first_head + h, a.exact_width, nullptr, head.exact_weight);
-      head.exact_expansion.start(exact_division, a.frequency, head.exact_weight.data(), a.exact_width, queries,
-                                 reference, query);
+      if (a.blocks) head.expansion.start(reference, query);
+      head.exact_expansion.start(reference, query);
     }
     scores.resize((size_t)all_queries * (SPAN + 16));
     tile_scores.resize((size_t)all_queries * TILE);
-    fast_is_rounded = false;
+    if (other_heads) fast_is_rounded = false;
   }
 
   // Weights of a head's expansion, [half][2][width + 1], the last column the bias, for the channels of `channel`, or
@@ -988,8 +993,9 @@ extern "C" int alrd_attention(const Arguments* arguments) {
     Worker worker(a, division, exact_division);
 #pragma omp for schedule(dynamic)
     for (int i = 0; i < items * splits; i++) {
-      const int split = i % splits, head = i / splits * of_item;
-      worker.start(head / a.heads, head % a.heads, of_item);
+      // Rows one after the other, so that the expansion of their heads stays as it is.
+      const int split = i % splits, item = i / splits;
+      worker.start(item % a.batch, item / a.batch * of_item, of_item);
       if (split == 0)
         for (int e = 0; e < a.n_exact; e++) worker.attend_exact(a.exact[e]);
       const int first = unseen + (int64_t)batches * split / splits * blocks_of_batch,
@@ -1003,8 +1009,8 @@ extern "C" int alrd_attention(const Arguments* arguments) {
     for (int j = 0; j < queries; j++) {
       const int q_head = h * shared + j / a.length, l = j % a.length;
       const int64_t to = ((int64_t)b * a.query_heads + q_head) * a.length + l;
-      const int in_item = head % of_item * queries + j;
-      const float* parts = &partial[(size_t)(head / of_item) * splits * share + in_item * width];
+      const int item = h / of_item * a.batch + b, in_item = h % of_item * queries + j;
+      const float* parts = &partial[(size_t)item * splits * share + in_item * width];
       float* out = a.output + to * a.output_width;
       a.log_sum[to] = merge_splits(parts, splits, share, a.output_width, [](float x) { return std::exp(x); }, out);
     }

@@ -467,15 +467,13 @@ struct ExpansionRows {
   std::vector<int32_t> lane_of;     // [nodes above][node_lanes]: lane of the same query there
   int64_t base = 0;
 
-  void start(const Division& d, const double* frequencies, const float* expansion_, int columns_, int n_queries,
-             int64_t reference_, std::vector<float> query_) {
+  // The rows of a head, whatever its queries are.
+  void of(const Division& d, const double* frequencies, const float* expansion_, int columns_, int n_queries) {
     division = &d;
     frequency = frequencies;
     expansion = expansion_;
     columns = columns_;
     queries = n_queries;
-    reference = reference_;
-    query = std::move(query_);
     fast_lanes = round_up(2 * round_up(d.fast, 3), 16);
     node_lanes = round_up(d.nodes * queries, 16);
     fast.assign((size_t)(columns + 1) * fast_lanes, 0);
@@ -485,10 +483,6 @@ struct ExpansionRows {
     padded = round_up(d.fast + 2, 16);
     pair_query.assign((size_t)queries * 2 * padded, 0);
     fast_query.assign((size_t)queries * 4 * padded, 0);
-    for (int f = 0; f < d.fast; f++)
-      for (int i = 0; i < 2; i++)
-        for (int j = 0; j < queries; j++)
-          pair_query[((size_t)j * 2 + i) * padded + f] = query[((size_t)f * 2 + i) * queries + j];
     lane_of.resize((size_t)d.nodes * node_lanes);
     for (int k = 0; k < d.nodes; k++)
       for (int lane = 0; lane < node_lanes; lane++)
@@ -496,12 +490,26 @@ struct ExpansionRows {
     lane_values.assign((size_t)d.half * 4 * node_lanes, 0);
     for (int f = d.fast; f < d.half; f++)
       for (int lane = 0; lane < d.nodes * queries; lane++) {
-        const int k = lane / queries, j = lane % queries;
         float* to = &lane_values[(size_t)f * 4 * node_lanes + lane];
-        to[0] = query[((size_t)f * 2) * queries + j];
-        to[node_lanes] = query[((size_t)f * 2 + 1) * queries + j];
-        to[2 * node_lanes] = d.node_cosine[f * MAX_NODES + k];
-        to[3 * node_lanes] = d.node_sine[f * MAX_NODES + k];
+        to[2 * node_lanes] = d.node_cosine[f * MAX_NODES + lane / queries];
+        to[3 * node_lanes] = d.node_sine[f * MAX_NODES + lane / queries];
+      }
+  }
+
+  // Other queries of the same head.
+  void start(int64_t reference_, std::vector<float> query_) {
+    const Division& d = *division;
+    reference = reference_;
+    query = std::move(query_);
+    for (int f = 0; f < d.fast; f++)
+      for (int i = 0; i < 2; i++)
+        for (int j = 0; j < queries; j++)
+          pair_query[((size_t)j * 2 + i) * padded + f] = query[((size_t)f * 2 + i) * queries + j];
+    for (int f = d.fast; f < d.half; f++)
+      for (int lane = 0; lane < d.nodes * queries; lane++) {
+        float* to = &lane_values[(size_t)f * 4 * node_lanes + lane];
+        to[0] = query[((size_t)f * 2) * queries + lane % queries];
+        to[node_lanes] = query[((size_t)f * 2 + 1) * queries + lane % queries];
       }
     restart();
   }
