@@ -66,6 +66,7 @@ class _Spec:
         by_channel: Whether a chunk of channels lies in more than one scale group of a token.
         token_scaled: Whether tokens have scales of their own.
         trellis: Whether codes are those of a trellis.
+        worded: Whether a tile are whole words of every plane.
         block, chunks, first: Channels of a chunk, how many chunks, and the first one.
         held: Whether the weight of its keys is kept from tile to tile.
         identity: Whether it holds the keys themselves, which no weight expands.
@@ -87,6 +88,7 @@ class _Spec:
     by_channel: bool = False
     token_scaled: bool = False
     trellis: bool = False
+    worded: bool = False
     block: int = 64
     chunks: int = 1
     first: int = 0
@@ -176,12 +178,200 @@ def _whole_codes(packed, where, mask, columns, stride, SPEC: tl.constexpr):
 
 
 @triton.jit
+def _fma(x, y, z):
+    """`x * y + z` of pairs of bfloat16 in int32, each rounded once."""
+    return tl.inline_asm_elementwise(
+        "fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", (x, y, z), dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _both(low, high):
+    """Pairs of bfloat16 in int32 of two tensors of float32."""
+    return tl.inline_asm_elementwise(
+        "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", (low, high), dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _halves(pairs):
+    """Both bfloat16 of pairs in int32."""
+    low, high = pairs.to(tl.int16), (pairs >> 16).to(tl.int16)
+    return low.to(tl.bfloat16, bitcast=True), high.to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def _neighbours(x):
+    """The even and the odd elements of the last dimension."""
+    return tl.split(tl.reshape(x, x.shape[:-1] + [x.shape[-1] // 2, 2]))
+
+
+@triton.jit
+def _fields(x, BITS: tl.constexpr, COUNT: tl.constexpr):
+    """`x [w, n]` shifted right by 0, 1, … `COUNT` - 1 times `BITS`: `[w * COUNT, n]`.
+
+    Each join adds a dimension that lies in the registers of one thread, so that nothing is exchanged.
+    """
+    WORDS: tl.constexpr = x.shape[0]
+    N: tl.constexpr = x.shape[1]
+    if COUNT == 2:
+        x = tl.permute(tl.join(x, x >> BITS), (0, 2, 1))
+    elif COUNT == 4:
+        x = tl.join(x, x >> 2 * BITS)
+        x = tl.permute(tl.join(x, x >> BITS), (0, 2, 3, 1))
+    elif COUNT == 8:
+        x = tl.join(x, x >> 4 * BITS)
+        x = tl.join(x, x >> 2 * BITS)
+        x = tl.permute(tl.join(x, x >> BITS), (0, 2, 3, 4, 1))
+    else:
+        x = tl.join(x, x >> 8 * BITS)
+        x = tl.join(x, x >> 4 * BITS)
+        x = tl.join(x, x >> 2 * BITS)
+        x = tl.permute(tl.join(x, x >> BITS), (0, 2, 3, 4, 5, 1))
+    return tl.reshape(x, (WORDS * COUNT, N))
+
+
+@triton.jit
+def _pairs(packed, where, exists, columns, stride, SPEC: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Codes of a tile of whole words, of two neighbouring channels in the halves of int32 `[BLOCK_T, n / 2]`."""
+    first_word, first, tokens = where
+    LOW: tl.constexpr = low_bits(SPEC.bits)
+    PER: tl.constexpr = 32 // LOW
+    WORDS: tl.constexpr = BLOCK_T // PER
+    N: tl.constexpr = columns.shape[0] // 2
+    row = first_word + first // PER + tl.arange(0, WORDS)
+    words = tl.load(packed + row[:, None] * stride + columns[None, :], exists[None, :], 0)
+    # Halves of the words of both channels, side by side.
+    even, odd = _neighbours(words)
+    halves = tl.join((even & 0xFFFF) | (odd << 16), ((even >> 16) & 0xFFFF) | (odd & -65536))
+    halves = tl.reshape(tl.permute(halves, (0, 2, 1)), (2 * WORDS, N))
+    codes = _fields(halves, LOW, PER // 2) & (((1 << LOW) - 1) * 0x10001)
+    if SPEC.bits > LOW:
+        # Of a word of the high plane the bits that belong to half a word of the low one.
+        HIGH: tl.constexpr = SPEC.bits - LOW
+        USED: tl.constexpr = (1 << (PER // 2 * HIGH)) - 1
+        token = first + tl.arange(0, 2 * WORDS) * (PER // 2)
+        row = first_word + tl.cdiv(tokens, PER) + token // (32 // HIGH)
+        words = tl.load(packed + row[:, None] * stride + columns[None, :], exists[None, :], 0)
+        even, odd = _neighbours((words >> (token % (32 // HIGH) * HIGH)[:, None]) & USED)
+        codes |= (_fields(even | (odd << 16), HIGH, PER // 2) & (((1 << HIGH) - 1) * 0x10001)) << LOW
+    return codes
+
+
+@triton.jit
+def _parameters(part, slot, offs, mask, DTYPE: tl.constexpr, SPEC: tl.constexpr):
+    """Float32 steps of the codes at some offsets, and what the middle of their range stands for."""
+    _, scale, zero_point, _, _, _, _, scale_slot, _, _, _ = part
+    step = widen(tl.load(scale + slot * scale_slot + offs, mask, 0))
+    zero = step * -SPEC.offset
+    if not SPEC.symmetric:
+        zero = widen(tl.load(zero_point + slot * scale_slot + offs, mask, 0))
+    step *= SPEC.spacing
+    if DTYPE.is_fp16():
+        # The last level of a group may have been rounded beyond the type.
+        zero = tl.maximum(zero, -65504.0)
+        step = tl.minimum(step, (65504.0 - zero) * (1 / (SPEC.levels - 1)))
+    return step, zero + step * ((SPEC.levels - 1) * 0.5)
+
+
+@triton.jit
+def _factors(part, slot, token, valid, head_group):
+    """Float32 factors of tokens, by which their distance from the middles of the ranges is multiplied."""
+    own_scale, own_strides = part[9], part[10]
+    byte = tl.load(own_scale + slot * own_strides[0] + token * own_strides[1] + head_group, valid, 0)
+    return tl.exp2((byte.to(tl.float32) - 128) / 16)
+
+
+@triton.jit
+def _whole_words(part, span, chunk, tile, DTYPE: tl.constexpr, SPEC: tl.constexpr, BLOCK_T: tl.constexpr):
+    """As `_latents`, of whole words, each of which is read once and unpacked two codes at a time."""
+    packed, _, _, _, groups, stride_slot, stride, _, scale_stride, _, _ = part
+    start, width, _, head_group = span
+    slot, first, _ = tile
+    MIDDLE: tl.constexpr = (SPEC.levels - 1) * 0.5
+    PAIRED: tl.constexpr = DTYPE.is_bf16() and not _INTERPRETED
+    channel = chunk * SPEC.block + tl.arange(0, SPEC.block)
+    exists, columns = channel < width, start + channel
+    if SPEC.filled:
+        exists = channel >= 0
+    token = first + tl.arange(0, BLOCK_T)
+    packed += slot * stride_slot
+    run = first // SPEC.run
+    where = (run * SPEC.words, first - run * SPEC.run, tl.minimum(SPEC.run, SPEC.length - run * SPEC.run))
+    codes = _pairs(packed, where, exists, columns, stride, SPEC, BLOCK_T)
+    if SPEC.trellis:
+        # `groups` are the points twice, then the place of each channel in its chain (`modules/trellis.py`).
+        place = tl.load(groups + 256 + columns, exists, 0)
+        for back in tl.static_range(1, (6 + SPEC.bits) // SPEC.bits):
+            known = exists & (place >= back)
+            codes |= _pairs(packed, where, known, columns - back, stride, SPEC, BLOCK_T) << (SPEC.bits * back)
+
+    # Steps and middles, for both channels of a pair.
+    if SPEC.per_channel:
+        step, middle = _parameters(part, slot, run * scale_stride + columns, exists, DTYPE, SPEC)
+        low_step, high_step = _neighbours(step[None, :])
+        low_middle, high_middle = _neighbours(middle[None, :])
+    elif SPEC.by_channel:
+        group = tl.load(groups + columns, exists, 0)[None, :]
+        offs = token[:, None] * scale_stride + group
+        step, middle = _parameters(part, slot, offs, exists[None, :], DTYPE, SPEC)
+        low_step, high_step = _neighbours(step)
+        low_middle, high_middle = _neighbours(middle)
+    else:
+        group = tl.load(groups + start + chunk * SPEC.block, chunk * SPEC.block < width, 0)
+        offs = (token * scale_stride + group)[:, None]
+        low_step, low_middle = _parameters(part, slot, offs, (token >= 0)[:, None], DTYPE, SPEC)
+        high_step, high_middle = low_step, low_middle
+
+    # How far codes are from the middle of their range: exact in every type.
+    if PAIRED and SPEC.trellis:
+        x = tl.load(groups + (codes & 127)) | tl.load(groups + 128 + ((codes >> 16) & 127))
+    elif PAIRED and SPEC.bits < 8:
+        # Two codes are or-ed into the mantissas of 128, doubled, for half of them has a bit behind the point.
+        x = _fma((codes << 1) | 0x43004300, 0x3F003F00, (0xC280 | (SPEC.levels - 1)) * 0x10001 - (1 << 32))
+    else:
+        if SPEC.trellis:
+            low = tl.load(groups + 128 + (codes & 127)).to(tl.float32, bitcast=True)
+            high = tl.load(groups + 128 + ((codes >> 16) & 127)).to(tl.float32, bitcast=True)
+        else:
+            # A code or-ed into the mantissa of 2^23 is a float: a conversion takes four times as long on some devices.
+            low = ((codes & 0xFFFF) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0 - MIDDLE
+            high = ((codes >> 16) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0 - MIDDLE
+        if PAIRED:
+            x = _both(low, high)
+    if PAIRED:
+        if SPEC.token_scaled:
+            factor = _factors(part, slot, token, token >= 0, head_group)
+            x = _fma(x, _both(factor, factor)[:, None], 0x80008000 - (1 << 32))
+        low, high = _halves(_fma(x, _both(low_step, high_step), _both(low_middle, high_middle)))
+    else:
+        if SPEC.token_scaled:
+            factor = _rounded(_factors(part, slot, token, token >= 0, head_group), DTYPE)[:, None]
+            low, high = _rounded(low * factor, DTYPE), _rounded(high * factor, DTYPE)
+        low = low * _rounded(low_step, DTYPE) + _rounded(low_middle, DTYPE)
+        high = high * _rounded(high_step, DTYPE) + _rounded(high_middle, DTYPE)
+        if SPEC.token_scaled and DTYPE.is_fp16():
+            low, high = tl.clamp(low, -65504.0, 65504.0), tl.clamp(high, -65504.0, 65504.0)
+        low, high = _operand(low, DTYPE), _operand(high, DTYPE)
+    return tl.reshape(tl.join(low, high), (BLOCK_T, SPEC.block))
+
+
+@triton.jit
+def _rounded(x, DTYPE: tl.constexpr):
+    """In the interpreter what pairs of bfloat16 are rounded to; other types are computed in float32."""
+    if DTYPE.is_bf16():
+        return _operand(x, DTYPE)
+    else:
+        return x
+
+
+@triton.jit
 def _latents(part, span, chunk, tile, DTYPE: tl.constexpr, SPEC: tl.constexpr, BLOCK_T: tl.constexpr):
     """Tile `[BLOCK_T, SPEC.block]` of states, as an operand.
 
     `tile`: slot of the block, the tile's first token in it, and valid tokens of the block.
     """
-    packed, scale, zero_point, _, groups, stride_slot, stride, scale_slot, scale_stride, own_scale, own_strides = part
+    packed, _, _, _, groups, stride_slot, stride, _, scale_stride, _, _ = part
     start, width, _, head_group = span
     slot, first, count = tile
     channel = chunk * SPEC.block + tl.arange(0, SPEC.block)
@@ -200,6 +390,8 @@ def _latents(part, span, chunk, tile, DTYPE: tl.constexpr, SPEC: tl.constexpr, B
     packed += slot * stride_slot
     if SPEC.bits == 16:
         return _operand(tl.load(packed + token[:, None] * stride + columns[None, :], mask, 0), DTYPE)
+    elif SPEC.worded:
+        return _whole_words(part, span, chunk, tile, DTYPE, SPEC, BLOCK_T)
     else:
         run = token // SPEC.run
         if SPEC.one_run:
@@ -208,12 +400,11 @@ def _latents(part, span, chunk, tile, DTYPE: tl.constexpr, SPEC: tl.constexpr, B
         where = (before, within, tl.minimum(SPEC.run, SPEC.length - run * SPEC.run))
         codes = _whole_codes(packed, where, mask, columns, stride, SPEC)
         if SPEC.trellis:
-            # `groups` are the points, then the place of each channel in its chain (`modules/trellis.py`).
-            place = tl.load(groups + 128 + columns, exists, 0)
+            # `groups` are the points twice, then the place of each channel in its chain (`modules/trellis.py`).
+            place = tl.load(groups + 256 + columns, exists, 0)
             for back in tl.static_range(1, (6 + SPEC.bits) // SPEC.bits):
                 known = mask & (place >= back)[None, :]
                 codes |= _whole_codes(packed, where, known, columns - back, stride, SPEC) << (SPEC.bits * back)
-            codes = tl.load(groups + (codes & 127))
 
         # The parameters are a row or a column of the tile where they can be, which is read by few threads.
         if SPEC.per_channel and SPEC.one_run:
@@ -225,25 +416,15 @@ def _latents(part, span, chunk, tile, DTYPE: tl.constexpr, SPEC: tl.constexpr, B
         else:
             group = tl.load(groups + start + chunk * SPEC.block, chunk * SPEC.block < width, 0)
             offs, mask = (token * scale_stride + group)[:, None], valid[:, None]
-        scale += slot * scale_slot
-        step = widen(tl.load(scale + offs, mask, 0))
-        zero = step * -SPEC.offset
-        if not SPEC.symmetric:
-            zero = widen(tl.load(zero_point + slot * scale_slot + offs, mask, 0))
-        step *= SPEC.spacing
-        if DTYPE.is_fp16():
-            # The last level of a group may have been rounded beyond the type.
-            zero = tl.maximum(zero, -65504.0)
-            step = tl.minimum(step, (65504.0 - zero) * (1 / (SPEC.levels - 1)))
-        # A code or-ed into the mantissa of 2^23 is a float: a conversion takes four times as long on some devices.
-        x = (codes | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+        step, middle = _parameters(part, slot, offs, mask, DTYPE, SPEC)
+        if SPEC.trellis:
+            x = tl.load(groups + 128 + (codes & 127)).to(tl.float32, bitcast=True)
+        else:
+            # A code or-ed into the mantissa of 2^23 is a float: a conversion takes four times as long on some devices.
+            x = (codes | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0 - (SPEC.levels - 1) * 0.5
         if SPEC.token_scaled:
-            # The scale of a token multiplies how far its codes are from the middle of their range, not that middle.
-            byte = tl.load(own_scale + slot * own_strides[0] + token * own_strides[1] + head_group, valid, 0)
-            middle = (SPEC.levels - 1) * 0.5
-            x = (x - middle) * tl.exp2((byte.to(tl.float32) - 128) / 16)[:, None]
-            zero += middle * step
-        x = x * step + zero
+            x *= _factors(part, slot, token, valid, head_group)[:, None]
+        x = x * step + middle
         if SPEC.token_scaled and DTYPE.is_fp16():
             x = tl.clamp(x, -65504.0, 65504.0)
         return _operand(x, DTYPE)
@@ -838,7 +1019,9 @@ def _side_layout(
             table = torch.tensor(group_of, dtype=torch.int32, device=device)
         if chains:
             places = torch.tensor(list(chain.from_iterable(map(range, chains))), dtype=torch.int32, device=device)
-            table = torch.cat([trellis.points_of(bits, device).to(torch.int32), places])
+            # Points are bfloat16, how far they are from the middle: in lower halves, and in upper ones, as float32.
+            points = (trellis.points_of(bits, device).float() - (trellis.LEVELS - 1) / 2).view(torch.int32)
+            table = torch.cat([(points >> 16) & 0xFFFF, points, places])
         spec = _Spec(
             bits=bits_of(bits),
             symmetric=symmetric,
@@ -854,7 +1037,9 @@ def _side_layout(
             if chains:
                 levels, spacing = trellis.LEVELS, 1
             scaled = {"levels": levels, "spacing": spacing, "offset": offset, "words": packed_words(run, bits)}
-            spec = replace(spec, **scaled, whole=length % block_t == 0)
+            whole = length % block_t == 0
+            worded = whole and spec.one_run and spec.bits > 0
+            spec = replace(spec, **scaled, whole=whole, worded=worded)
         for spans in _pieces(channels[first : first + n], widths):
             _, all_widths, _ = zip(*spans)
             widest = max(all_widths)
