@@ -67,6 +67,7 @@ class _Spec:
         token_scaled: Whether tokens have scales of their own.
         trellis: Whether codes are those of a trellis.
         worded: Whether a tile are whole words of every plane.
+        weighted: Whether the scales of its tokens go into their weights.
         block, chunks, first: Channels of a chunk, how many chunks, and the first one.
         held: Whether the weight of its keys is kept from tile to tile.
         identity: Whether it holds the keys themselves, which no weight expands.
@@ -89,6 +90,7 @@ class _Spec:
     token_scaled: bool = False
     trellis: bool = False
     worded: bool = False
+    weighted: bool = False
     block: int = 64
     chunks: int = 1
     first: int = 0
@@ -194,6 +196,31 @@ def _both(low, high):
 
 
 @triton.jit
+def _rotated(low, high, cos, sin, DTYPE: tl.constexpr):
+    """Both halves of keys, operands in `DTYPE`, rotated; bfloat16 two at a time, each product rounded."""
+    if DTYPE.is_bf16() and not _INTERPRETED:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 zero, a, b;
+            mov.b32 zero, 0x80008000;
+            fma.rn.bf16x2 a, $3, $5, zero;
+            fma.rn.bf16x2 b, $2, $5, zero;
+            neg.bf16x2 a, a;
+            fma.rn.bf16x2 $0, $2, $4, a;
+            fma.rn.bf16x2 $1, $3, $4, b;
+            }""",
+            "=&r,=&r,r,r,r,r",
+            (low, high, cos, sin),
+            dtype=(tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        a, b = _rounded(high * sin, DTYPE), _rounded(low * sin, DTYPE)
+        return _operand(low * cos - a, DTYPE), _operand(high * cos + b, DTYPE)
+
+
+@triton.jit
 def _halves(pairs):
     """Both bfloat16 of pairs in int32."""
     low, high = pairs.to(tl.int16), (pairs >> 16).to(tl.int16)
@@ -275,6 +302,14 @@ def _parameters(part, slot, offs, mask, DTYPE: tl.constexpr, SPEC: tl.constexpr)
 
 
 @triton.jit
+def _token_parameters(part, span, chunk, slot, token, DTYPE: tl.constexpr, SPEC: tl.constexpr):
+    """As `_parameters`, of tokens, for a chunk that lies in one scale group."""
+    groups, scale_stride = part[4], part[8]
+    group = tl.load(groups + span[0] + chunk * SPEC.block, chunk * SPEC.block < span[1], 0)
+    return _parameters(part, slot, token * scale_stride + group, token < SPEC.length, DTYPE, SPEC)
+
+
+@triton.jit
 def _factors(part, slot, token, valid, head_group):
     """Float32 factors of tokens, by which their distance from the middles of the ranges is multiplied."""
     own_scale, own_strides = part[9], part[10]
@@ -307,7 +342,9 @@ def _whole_words(part, span, chunk, tile, DTYPE: tl.constexpr, SPEC: tl.constexp
             codes |= _pairs(packed, where, known, columns - back, stride, SPEC, BLOCK_T) << (SPEC.bits * back)
 
     # Steps and middles, for both channels of a pair.
-    if SPEC.per_channel:
+    if SPEC.weighted:
+        low_step, low_middle, high_step, high_middle = 0, 0, 0, 0
+    elif SPEC.per_channel:
         step, middle = _parameters(part, slot, run * scale_stride + columns, exists, DTYPE, SPEC)
         low_step, high_step = _neighbours(step[None, :])
         low_middle, high_middle = _neighbours(middle[None, :])
@@ -318,9 +355,8 @@ def _whole_words(part, span, chunk, tile, DTYPE: tl.constexpr, SPEC: tl.constexp
         low_step, high_step = _neighbours(step)
         low_middle, high_middle = _neighbours(middle)
     else:
-        group = tl.load(groups + start + chunk * SPEC.block, chunk * SPEC.block < width, 0)
-        offs = (token * scale_stride + group)[:, None]
-        low_step, low_middle = _parameters(part, slot, offs, (token >= 0)[:, None], DTYPE, SPEC)
+        low_step, low_middle = _token_parameters(part, span, chunk, slot, token, DTYPE, SPEC)
+        low_step, low_middle = low_step[:, None], low_middle[:, None]
         high_step, high_middle = low_step, low_middle
 
     # How far codes are from the middle of their range: exact in every type.
@@ -339,7 +375,12 @@ def _whole_words(part, span, chunk, tile, DTYPE: tl.constexpr, SPEC: tl.constexp
             high = ((codes >> 16) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0 - MIDDLE
         if PAIRED:
             x = _both(low, high)
-    if PAIRED:
+    if SPEC.weighted:
+        if PAIRED:
+            low, high = _halves(x)
+        else:
+            low, high = _operand(low, DTYPE), _operand(high, DTYPE)
+    elif PAIRED:
         if SPEC.token_scaled:
             factor = _factors(part, slot, token, token >= 0, head_group)
             x = _fma(x, _both(factor, factor)[:, None], 0x80008000 - (1 << 32))
@@ -480,6 +521,8 @@ def _constants(query, offsets, inv_freq, bias, spans, expand, DTYPE: tl.constexp
     turn, biases = (0, 0), (0, 0)
     if inv_freq is not None:
         turn = _cos_sin(offsets[:, None] * frequency[None, :], DTYPE)
+        if DTYPE.is_bf16():
+            turn = (_operand(turn[0], DTYPE), _operand(turn[1], DTYPE))
     if bias is not None:
         mask = f < half
         biases = (widen(tl.load(bias + row + f, mask, 0)), widen(tl.load(bias + row + half + f, mask, 0)))
@@ -533,7 +576,9 @@ def _add_scores(
         low, high = low + biases[0][None, :], high + biases[1][None, :]
     # Keys turn by their offset in the tile, queries back by the position of its first token.
     if inv_freq is not None:
-        low, high = low * turn[0] - high * turn[1], high * turn[0] + low * turn[1]
+        if DTYPE.is_bf16():
+            low, high = _operand(low, DTYPE), _operand(high, DTYPE)
+        low, high = _rotated(low, high, turn[0], turn[1], DTYPE)
         cos, sin = _cos_sin(start * frequency, DTYPE)
         cos, sin = cos[:, None], sin[:, None]
         q_low, q_high = q_low * cos + q_high * sin, q_high * cos - q_low * sin
@@ -558,13 +603,16 @@ def _query_tile(ptr, stride, inv_freq, positions, f, half, visible, DTYPE: tl.co
 
 
 @triton.jit
-def _no_values(SPEC: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Zeros for the sums of a piece's values, `[SPEC.block, BLOCK_M]` for each chunk."""
+def _no_values(SPEC: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Zeros for the sums of a piece's values: for each chunk `[SPEC.block, BLOCK_M]`, and what the middles add to it."""
     CHUNKS: tl.constexpr = SPEC.chunks
     BLOCK_R: tl.constexpr = SPEC.block
     sums = ()
     for _ in tl.static_range(CHUNKS):
-        sums += (tl.zeros((BLOCK_R, BLOCK_M), tl.float32),)
+        middles = 0
+        if SPEC.weighted:
+            middles = tl.zeros((BLOCK_T, BLOCK_M), tl.float32)
+        sums += ((tl.zeros((BLOCK_R, BLOCK_M), tl.float32), middles),)
     return sums
 
 
@@ -575,7 +623,13 @@ def _add_values(sums, part, span, weights, decay, tile, DTYPE: tl.constexpr, SPE
     added = ()
     for i in tl.static_range(CHUNKS):
         latents = _latents(part, span, SPEC.first + i, tile, DTYPE, SPEC, BLOCK_T)
-        added += (_dot(tl.trans(latents), weights, sums[i] * decay[None, :]),)
+        operand, middles = weights, sums[i][1]
+        if SPEC.weighted:
+            # The steps of the tokens go into their weights, the middles of their ranges are summed up by themselves.
+            token = tile[1] + tl.arange(0, BLOCK_T)
+            step, middle = _token_parameters(part, span, SPEC.first + i, tile[0], token, DTYPE, SPEC)
+            operand, middles = weights * step[:, None], middles * decay[None, :] + weights * middle[:, None]
+        added += ((_dot(tl.trans(latents), _operand(operand, DTYPE), sums[i][0] * decay[None, :]), middles),)
     return added
 
 
@@ -586,7 +640,10 @@ def _store_values(sums, ptr, visible, span, SPEC: tl.constexpr):
     for i in tl.static_range(CHUNKS):
         channel = (SPEC.first + i) * SPEC.block + tl.arange(0, SPEC.block)
         mask = (channel < width)[:, None] & visible[None, :]
-        tl.store(ptr[None, :] + (column + channel)[:, None], sums[i], mask)
+        summed = sums[i][0]
+        if SPEC.weighted:
+            summed += tl.sum(sums[i][1], 0)[None, :]
+        tl.store(ptr[None, :] + (column + channel)[:, None], summed, mask)
 
 
 @triton.jit
@@ -634,10 +691,10 @@ def _attend(
     for i in tl.static_range(len(queries)):
         constants += (_constants(queries[i], offsets, inv_freq, bias, key_spans, expand, DTYPE, KEYS),)
     highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
+    total = tl.zeros((BLOCK_T, BLOCK_M), tl.float32)
     summed = ()
     for i in tl.static_range(len(VALUES)):
-        summed += (_no_values(_known(VALUES[i]), BLOCK_M),)
+        summed += (_no_values(_known(VALUES[i]), BLOCK_T, BLOCK_M),)
 
     # Blocks without valid tokens are at the end of a row: the number of those with some, by bisection.
     number = tl.maximum(tl.cdiv(end - block, step), 0)
@@ -703,14 +760,14 @@ def _attend(
         reference = tl.where(higher == float("-inf"), 0.0, higher)
         weights = tl.exp2(scores - reference[None, :])
         decay = tl.exp2(highest - reference)
-        total = total * decay + tl.sum(weights, 0)
+        total = total * decay[None, :] + weights
         highest = higher
         # Values are summed up in the latent, weighted.
-        operand, gained = _operand(weights, DTYPE), ()
+        gained = ()
         for p in tl.static_range(len(VALUES)):
             gained += (
                 _add_values(
-                    summed[p], values[p], value_spans[p], operand, decay, tile, DTYPE, _known(VALUES[p]), BLOCK_T
+                    summed[p], values[p], value_spans[p], weights, decay, tile, DTYPE, _known(VALUES[p]), BLOCK_T
                 ),
             )
         summed = gained
@@ -718,7 +775,7 @@ def _attend(
     for p in tl.static_range(len(VALUES)):
         _store_values(summed[p], sums, visible, value_spans[p], _known(VALUES[p]))
     tl.store(stats, highest, visible)
-    tl.store(stats + 1, total, visible)
+    tl.store(stats + 1, tl.sum(total, 0), visible)
 
 
 @triton.jit
@@ -1178,7 +1235,7 @@ class _LaunchRecord:
         # and more threads, that all fits the registers.
         wide = shape.dtype == torch.float32
         long = max(shape.key_widths) > 64 or wide
-        block_t, exact_t, block_f, num_warps = 64, 64, 32, 4
+        block_t, exact_t, block_f, num_warps = 64, 64, 64, 4
         if long:
             block_t, exact_t, block_f, num_warps = 32, 32, 64, 8
         if wide:
@@ -1187,6 +1244,10 @@ class _LaunchRecord:
             block_t = 32
         key_pieces, key_specs = _side(keys, shape.key_widths, shape.block_length, block_t, device)
         value_pieces, value_specs = _side(values, shape.value_widths, shape.block_length, block_t, device)
+        # Weights times scales would leave the range of float16.
+        for i, spec in enumerate(value_specs):
+            by_token = spec.worded and not (spec.per_channel or spec.by_channel or spec.token_scaled)
+            value_specs[i] = replace(spec, weighted=by_token and shape.dtype != torch.float16)
         # Tokens in full precision are a piece with one span per head group.
         key_spans, exact_keys = _exact_layout(shape.key_widths, device)
         value_spans, exact_values = _exact_layout(shape.value_widths, device)
