@@ -230,59 +230,86 @@ def _halves(pairs):
 @triton.jit
 def _neighbours(x):
     """The even and the odd elements of the last dimension."""
-    return tl.split(tl.reshape(x, x.shape[:-1] + [x.shape[-1] // 2, 2]))
+    return tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
 
 
 @triton.jit
-def _fields(x, BITS: tl.constexpr, COUNT: tl.constexpr):
-    """`x [w, n]` shifted right by 0, 1, … `COUNT` - 1 times `BITS`: `[w * COUNT, n]`.
+def _and_or(x, y, MASK: tl.constexpr):
+    """`x & MASK | y` in one instruction, which the compiler does not find where `y` is a constant too."""
+    if _INTERPRETED:
+        return (x & MASK) | y
+    else:
+        return tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, $2, $3, 0xEA;", "=r,r,r,r", (x, MASK, y), dtype=tl.int32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def _fields(x, BITS: tl.constexpr, COUNT: tl.constexpr, AT: tl.constexpr):
+    """The `COUNT` fields of `BITS` bits of the halves of `x [w, n]`, each shifted to bit `AT`: `[w * COUNT, n]`.
 
     Each join adds a dimension that lies in the registers of one thread, so that nothing is exchanged.
     """
     WORDS: tl.constexpr = x.shape[0]
     N: tl.constexpr = x.shape[1]
+    fields = ()
+    for k in tl.static_range(COUNT):
+        if BITS * k >= AT:
+            fields += (x >> (BITS * k - AT),)
+        else:
+            fields += (x << (AT - BITS * k),)
     if COUNT == 2:
-        x = tl.permute(tl.join(x, x >> BITS), (0, 2, 1))
+        joined = tl.permute(tl.join(fields[0], fields[1]), (0, 2, 1))
     elif COUNT == 4:
-        x = tl.join(x, x >> 2 * BITS)
-        x = tl.permute(tl.join(x, x >> BITS), (0, 2, 3, 1))
+        joined = tl.permute(_joined(fields, 0, 4), (0, 3, 2, 1))
     elif COUNT == 8:
-        x = tl.join(x, x >> 4 * BITS)
-        x = tl.join(x, x >> 2 * BITS)
-        x = tl.permute(tl.join(x, x >> BITS), (0, 2, 3, 4, 1))
+        joined = tl.permute(tl.join(_joined(fields, 0, 4), _joined(fields, 4, 4)), (0, 4, 3, 2, 1))
     else:
-        x = tl.join(x, x >> 8 * BITS)
-        x = tl.join(x, x >> 4 * BITS)
-        x = tl.join(x, x >> 2 * BITS)
-        x = tl.permute(tl.join(x, x >> BITS), (0, 2, 3, 4, 5, 1))
-    return tl.reshape(x, (WORDS * COUNT, N))
+        low = tl.join(_joined(fields, 0, 4), _joined(fields, 4, 4))
+        high = tl.join(_joined(fields, 8, 4), _joined(fields, 12, 4))
+        joined = tl.permute(tl.join(low, high), (0, 5, 4, 3, 2, 1))
+    return tl.reshape(joined, (WORDS * COUNT, N))
 
 
 @triton.jit
-def _pairs(packed, where, exists, columns, stride, SPEC: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Codes of a tile of whole words, of two neighbouring channels in the halves of int32 `[BLOCK_T, n / 2]`."""
+def _joined(fields, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    """Four of the fields, in two dimensions more, the later ones in the last."""
+    low = tl.join(fields[FIRST], fields[FIRST + 1])
+    return tl.join(low, tl.join(fields[FIRST + 2], fields[FIRST + 3]))
+
+
+@triton.jit
+def _add_codes(
+    pairs, packed, where, exists, columns, stride, SPEC: tl.constexpr, BLOCK_T: tl.constexpr, AT: tl.constexpr
+):
+    """Codes of a tile of whole words, of two neighbouring channels in the halves of int32 `[BLOCK_T, n / 2]`.
+
+    They are or-ed into `pairs` from bit `AT` of each half on; of a trellis' window no more than its bits.
+    """
     first_word, first, tokens = where
     LOW: tl.constexpr = low_bits(SPEC.bits)
     PER: tl.constexpr = 32 // LOW
     WORDS: tl.constexpr = BLOCK_T // PER
     N: tl.constexpr = columns.shape[0] // 2
+    LIMIT: tl.constexpr = 0x7F if SPEC.trellis else 0xFFFF
     row = first_word + first // PER + tl.arange(0, WORDS)
     words = tl.load(packed + row[:, None] * stride + columns[None, :], exists[None, :], 0)
     # Halves of the words of both channels, side by side.
     even, odd = _neighbours(words)
     halves = tl.join((even & 0xFFFF) | (odd << 16), ((even >> 16) & 0xFFFF) | (odd & -65536))
     halves = tl.reshape(tl.permute(halves, (0, 2, 1)), (2 * WORDS, N))
-    codes = _fields(halves, LOW, PER // 2) & (((1 << LOW) - 1) * 0x10001)
+    pairs = _and_or(_fields(halves, LOW, PER // 2, AT), pairs, ((((1 << LOW) - 1) << AT) & LIMIT) * 0x10001)
     if SPEC.bits > LOW:
         # Of a word of the high plane the bits that belong to half a word of the low one.
         HIGH: tl.constexpr = SPEC.bits - LOW
         USED: tl.constexpr = (1 << (PER // 2 * HIGH)) - 1
+        MASK: tl.constexpr = (((1 << HIGH) - 1) << (AT + LOW)) & LIMIT
         token = first + tl.arange(0, 2 * WORDS) * (PER // 2)
         row = first_word + tl.cdiv(tokens, PER) + token // (32 // HIGH)
         words = tl.load(packed + row[:, None] * stride + columns[None, :], exists[None, :], 0)
         even, odd = _neighbours((words >> (token % (32 // HIGH) * HIGH)[:, None]) & USED)
-        codes |= (_fields(even | (odd << 16), HIGH, PER // 2) & (((1 << HIGH) - 1) * 0x10001)) << LOW
-    return codes
+        pairs = _and_or(_fields(even | (odd << 16), HIGH, PER // 2, AT + LOW), pairs, MASK * 0x10001)
+    return pairs
 
 
 @triton.jit
@@ -333,13 +360,16 @@ def _whole_words(part, span, chunk, tile, DTYPE: tl.constexpr, SPEC: tl.constexp
     packed += slot * stride_slot
     run = first // SPEC.run
     where = (run * SPEC.words, first - run * SPEC.run, tl.minimum(SPEC.run, SPEC.length - run * SPEC.run))
-    codes = _pairs(packed, where, exists, columns, stride, SPEC, BLOCK_T)
+    # Pairs of bfloat16 have their codes in the mantissas of 128, doubled: half of a code has a bit behind the point.
+    MANTISSA: tl.constexpr = PAIRED and SPEC.bits < 8 and not SPEC.trellis
+    codes = tl.full((), 0x43004300 if MANTISSA else 0, tl.int32)
+    codes = _add_codes(codes, packed, where, exists, columns, stride, SPEC, BLOCK_T, 1 if MANTISSA else 0)
     if SPEC.trellis:
         # `groups` are the points twice, then the place of each channel in its chain (`modules/trellis.py`).
         place = tl.load(groups + 256 + columns, exists, 0)
         for back in tl.static_range(1, (6 + SPEC.bits) // SPEC.bits):
             known = exists & (place >= back)
-            codes |= _pairs(packed, where, known, columns - back, stride, SPEC, BLOCK_T) << (SPEC.bits * back)
+            codes = _add_codes(codes, packed, where, known, columns - back, stride, SPEC, BLOCK_T, SPEC.bits * back)
 
     # Steps and middles, for both channels of a pair.
     if SPEC.weighted:
@@ -361,14 +391,13 @@ def _whole_words(part, span, chunk, tile, DTYPE: tl.constexpr, SPEC: tl.constexp
 
     # How far codes are from the middle of their range: exact in every type.
     if PAIRED and SPEC.trellis:
-        x = tl.load(groups + (codes & 127)) | tl.load(groups + 128 + ((codes >> 16) & 127))
-    elif PAIRED and SPEC.bits < 8:
-        # Two codes are or-ed into the mantissas of 128, doubled, for half of them has a bit behind the point.
-        x = _fma((codes << 1) | 0x43004300, 0x3F003F00, (0xC280 | (SPEC.levels - 1)) * 0x10001 - (1 << 32))
+        x = tl.load(groups + (codes & 0xFFFF)) | tl.load(groups + 128 + (codes >> 16))
+    elif MANTISSA:
+        x = _fma(codes, 0x3F003F00, (0xC280 | (SPEC.levels - 1)) * 0x10001 - (1 << 32))
     else:
         if SPEC.trellis:
-            low = tl.load(groups + 128 + (codes & 127)).to(tl.float32, bitcast=True)
-            high = tl.load(groups + 128 + ((codes >> 16) & 127)).to(tl.float32, bitcast=True)
+            low = tl.load(groups + 128 + (codes & 0xFFFF)).to(tl.float32, bitcast=True)
+            high = tl.load(groups + 128 + (codes >> 16)).to(tl.float32, bitcast=True)
         else:
             # A code or-ed into the mantissa of 2^23 is a float: a conversion takes four times as long on some devices.
             low = ((codes & 0xFFFF) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0 - MIDDLE
@@ -587,11 +616,11 @@ def _add_scores(
 
 
 @triton.jit
-def _query_tile(ptr, stride, inv_freq, positions, f, half, visible, DTYPE: tl.constexpr):
-    """Both halves `[len(f), M]` of the queries at frequencies `f`, rotated to their positions; `f`, and its turns."""
+def _query_tile(ptr, stride, inv_freq, positions, f, half, visible, scaling, DTYPE: tl.constexpr):
+    """Both halves `[len(f), M]` of the queries at frequencies `f`, scaled and rotated; `f`, and its turns."""
     mask = (f < half)[:, None] & visible[None, :]
-    low = widen(tl.load(ptr[None, :] + (f * stride)[:, None], mask, 0))
-    high = widen(tl.load(ptr[None, :] + ((half + f) * stride)[:, None], mask, 0))
+    low = widen(tl.load(ptr[None, :] + (f * stride)[:, None], mask, 0)) * scaling
+    high = widen(tl.load(ptr[None, :] + ((half + f) * stride)[:, None], mask, 0)) * scaling
     if inv_freq is None:
         return low, high, f, f
     else:
@@ -604,7 +633,7 @@ def _query_tile(ptr, stride, inv_freq, positions, f, half, visible, DTYPE: tl.co
 
 @triton.jit
 def _no_values(SPEC: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Zeros for the sums of a piece's values: for each chunk `[SPEC.block, BLOCK_M]`, and what the middles add to it."""
+    """Zeros for the sums of a piece's values: for each chunk `[SPEC.block, BLOCK_M]`, and of the middles."""
     CHUNKS: tl.constexpr = SPEC.chunks
     BLOCK_R: tl.constexpr = SPEC.block
     sums = ()
@@ -682,7 +711,8 @@ def _attend(
     queries = ()
     for i in tl.static_range(HALF // BLOCK_F):
         f = i * BLOCK_F + tl.arange(0, BLOCK_F)
-        queries += (_query_tile(query, query_stride, inv_freq, query_positions, f, expand[3], visible, DTYPE),)
+        part = _query_tile(query, query_stride, inv_freq, query_positions, f, expand[3], visible, scaling, DTYPE)
+        queries += (part,)
     slots, starts, counts, block, end, step = blocks
     key_spans, value_spans = _spans(keys, groups[0], KEYS), _spans(values, groups[1], VALUES)
     offsets = tl.arange(0, BLOCK_T)
@@ -718,59 +748,61 @@ def _attend(
     if TILES == 0:
         tiles = tl.cdiv(last, BLOCK_T)
 
-    # A tile a turn, and the tiles of a block one after the other.
-    for i in range(unseen * tiles, number * tiles):
-        j = block + i // tiles * step
-        first = i % tiles * BLOCK_T
-        start, count = tl.load(starts + j) + first, tl.load(counts + j)
+    for i in range(unseen, number):
+        j = block + i * step
+        block_start, count = tl.load(starts + j), tl.load(counts + j)
         slot = j
         if LISTED:
             slot = tl.load(slots + j)
-        tile = (slot.to(tl.int64), first, count)
+        slot = slot.to(tl.int64)
+        for t in range(tiles):
+            first = t * BLOCK_T
+            start = block_start + first
+            tile = (slot, first, count)
+            latents = ()
+            for p in tl.static_range(len(KEYS)):
+                latents += (_held_latents(keys[p], key_spans[p], tile, DTYPE, _known(KEYS[p]), BLOCK_T),)
+            # Keys are rebuilt, rotated and scored by pieces of frequencies, whose scores add up.
+            scores = tl.zeros((BLOCK_T, BLOCK_M), tl.float32)
+            for p in tl.static_range(len(queries)):
+                scores = _add_scores(
+                    scores,
+                    queries[p],
+                    constants[p],
+                    latents,
+                    keys,
+                    key_spans,
+                    expand,
+                    inv_freq,
+                    bias,
+                    tile,
+                    start,
+                    DTYPE,
+                    KEYS,
+                )
+            # A query sees the valid tokens up to its own position, and no more than fit its window.
+            distance = query_positions - start
+            seen = offsets[:, None] <= tl.minimum(distance, count - first - 1)[None, :]
+            if sliding_window is not None:
+                seen = seen & (offsets[:, None] > (distance - sliding_window)[None, :])
+            scores = tl.where(seen, scores, float("-inf"))
 
-        latents = ()
-        for p in tl.static_range(len(KEYS)):
-            latents += (_held_latents(keys[p], key_spans[p], tile, DTYPE, _known(KEYS[p]), BLOCK_T),)
-        # Keys are rebuilt, rotated and scored by pieces of frequencies, whose scores add up.
-        scores = tl.zeros((BLOCK_T, BLOCK_M), tl.float32)
-        for p in tl.static_range(len(queries)):
-            scores = _add_scores(
-                scores,
-                queries[p],
-                constants[p],
-                latents,
-                keys,
-                key_spans,
-                expand,
-                inv_freq,
-                bias,
-                tile,
-                start,
-                DTYPE,
-                KEYS,
-            )
-        # A query sees the valid tokens up to its own position, and no more than fit its window.
-        seen = (first + offsets < count)[:, None] & ((start + offsets)[:, None] <= query_positions[None, :])
-        if sliding_window is not None:
-            seen = seen & ((start + offsets)[:, None] > query_positions[None, :] - sliding_window)
-        scores = tl.where(seen, scores * scaling, float("-inf"))
-
-        # The sums so far go to the scale of the new highest score; with none yet, any scale will do.
-        higher = tl.maximum(highest, tl.max(scores, 0))
-        reference = tl.where(higher == float("-inf"), 0.0, higher)
-        weights = tl.exp2(scores - reference[None, :])
-        decay = tl.exp2(highest - reference)
-        total = total * decay[None, :] + weights
-        highest = higher
-        # Values are summed up in the latent, weighted.
-        gained = ()
-        for p in tl.static_range(len(VALUES)):
-            gained += (
-                _add_values(
-                    summed[p], values[p], value_spans[p], weights, decay, tile, DTYPE, _known(VALUES[p]), BLOCK_T
-                ),
-            )
-        summed = gained
+            # The sums so far go to the scale of the new highest score; with none yet, any scale will do.
+            higher = tl.maximum(highest, tl.max(scores, 0))
+            reference = tl.where(higher == float("-inf"), 0.0, higher)
+            weights = tl.exp2(scores - reference[None, :])
+            decay = tl.exp2(highest - reference)
+            total = total * decay[None, :] + weights
+            highest = higher
+            # Values are summed up in the latent, weighted.
+            gained = ()
+            for p in tl.static_range(len(VALUES)):
+                gained += (
+                    _add_values(
+                        summed[p], values[p], value_spans[p], weights, decay, tile, DTYPE, _known(VALUES[p]), BLOCK_T
+                    ),
+                )
+            summed = gained
 
     for p in tl.static_range(len(VALUES)):
         _store_values(summed[p], sums, visible, value_spans[p], _known(VALUES[p]))
