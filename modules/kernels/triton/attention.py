@@ -67,6 +67,7 @@ class _Spec:
         token_scaled: Whether tokens have scales of their own.
         trellis: Whether codes are those of a trellis.
         worded: Whether a tile are whole words of every plane.
+        calibrated: Whether the scales of all blocks are the same.
         weighted: Whether the scales of its tokens go into their weights.
         block, chunks, first: Channels of a chunk, how many chunks, and the first one.
         held: Whether the weight of its keys is kept from tile to tile.
@@ -90,6 +91,7 @@ class _Spec:
     token_scaled: bool = False
     trellis: bool = False
     worded: bool = False
+    calibrated: bool = False
     weighted: bool = False
     block: int = 64
     chunks: int = 1
@@ -245,42 +247,73 @@ def _and_or(x, y, MASK: tl.constexpr):
 
 
 @triton.jit
-def _fields(x, BITS: tl.constexpr, COUNT: tl.constexpr, AT: tl.constexpr):
-    """The `COUNT` fields of `BITS` bits of the halves of `x [w, n]`, each shifted to bit `AT`: `[w * COUNT, n]`.
-
-    Each join adds a dimension that lies in the registers of one thread, so that nothing is exchanged.
-    """
-    WORDS: tl.constexpr = x.shape[0]
-    N: tl.constexpr = x.shape[1]
-    fields = ()
-    for k in tl.static_range(COUNT):
-        if BITS * k >= AT:
-            fields += (x >> (BITS * k - AT),)
-        else:
-            fields += (x << (AT - BITS * k),)
-    if COUNT == 2:
-        joined = tl.permute(tl.join(fields[0], fields[1]), (0, 2, 1))
-    elif COUNT == 4:
-        joined = tl.permute(_joined(fields, 0, 4), (0, 3, 2, 1))
-    elif COUNT == 8:
-        joined = tl.permute(tl.join(_joined(fields, 0, 4), _joined(fields, 4, 4)), (0, 4, 3, 2, 1))
+def _looked_up(table, index):
+    """Elements of a table of int32; a load that the compiler knew as one it would give a layout of its own."""
+    if _INTERPRETED:
+        return tl.load(table + index)
     else:
-        low = tl.join(_joined(fields, 0, 4), _joined(fields, 4, 4))
-        high = tl.join(_joined(fields, 8, 4), _joined(fields, 12, 4))
-        joined = tl.permute(tl.join(low, high), (0, 5, 4, 3, 2, 1))
-    return tl.reshape(joined, (WORDS * COUNT, N))
+        return tl.inline_asm_elementwise(
+            "{ .reg .b64 a; mad.wide.u32 a, $1, 4, $2; ld.global.nc.b32 $0, [a]; }",
+            "=r,r,l",
+            (index, table.to(tl.int64)),
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
 
 
 @triton.jit
-def _joined(fields, FIRST: tl.constexpr, COUNT: tl.constexpr):
-    """Four of the fields, in two dimensions more, the later ones in the last."""
-    low = tl.join(fields[FIRST], fields[FIRST + 1])
-    return tl.join(low, tl.join(fields[FIRST + 2], fields[FIRST + 3]))
+def _joined(x, FIRST: tl.constexpr):
+    """Four of the tensors of a tuple, in two dimensions more, which lie in the registers of a thread."""
+    low = tl.join(x[FIRST], x[FIRST + 1])
+    return tl.join(low, tl.join(x[FIRST + 2], x[FIRST + 3]))
+
+
+@triton.jit
+def _add_plane(
+    pairs,
+    packed,
+    token,
+    mask,
+    columns,
+    stride,
+    BITS: tl.constexpr,
+    UNIT: tl.constexpr,
+    AT: tl.constexpr,
+    MASK: tl.constexpr,
+):
+    """`pairs` with the codes of a plane of `BITS` bits or-ed into its halves, in the bits `MASK`, from bit `AT` on.
+
+    `packed` points to the plane, `token` has the first of every `UNIT` tokens, which one thread unpacks.
+    """
+    PER_WORD: tl.constexpr = 32 // BITS
+    ROWS: tl.constexpr = token.shape[0] * UNIT
+    N: tl.constexpr = columns.shape[0] // 2
+    halves, fields = (), ()
+    for i in tl.static_range(max(UNIT // PER_WORD, 1)):
+        words = tl.load(packed + (token // PER_WORD + i)[:, None] * stride + columns[None, :], mask[None, :], 0)
+        if UNIT < PER_WORD:
+            words >>= (token % PER_WORD * BITS)[:, None]
+        # The codes of two neighbouring channels lie side by side, in the halves of a word.
+        even, odd = _neighbours(words)
+        halves += ((even & 0xFFFF) | (odd << 16), ((even >> 16) & 0xFFFF) | (odd & -65536))
+    for i in tl.static_range(UNIT):
+        if BITS * i % 16 >= AT:
+            fields += (halves[BITS * i // 16] >> (BITS * i % 16 - AT),)
+        else:
+            fields += (halves[BITS * i // 16] << (AT - BITS * i % 16),)
+    joined = tl.join(_joined(fields, 0), _joined(fields, 4))
+    if UNIT == 16:
+        joined = tl.join(joined, tl.join(_joined(fields, 8), _joined(fields, 12)))
+        joined = tl.permute(joined, (0, 5, 4, 3, 2, 1))
+    else:
+        joined = tl.permute(joined, (0, 4, 3, 2, 1))
+    return _and_or(tl.reshape(joined, (ROWS, N)), pairs, MASK * 0x10001)
 
 
 @triton.jit
 def _add_codes(
-    pairs, packed, where, exists, columns, stride, SPEC: tl.constexpr, BLOCK_T: tl.constexpr, AT: tl.constexpr
+    pairs, packed, where, mask, columns, stride, SPEC: tl.constexpr, BLOCK_T: tl.constexpr, AT: tl.constexpr
 ):
     """Codes of a tile of whole words, of two neighbouring channels in the halves of int32 `[BLOCK_T, n / 2]`.
 
@@ -288,27 +321,18 @@ def _add_codes(
     """
     first_word, first, tokens = where
     LOW: tl.constexpr = low_bits(SPEC.bits)
-    PER: tl.constexpr = 32 // LOW
-    WORDS: tl.constexpr = BLOCK_T // PER
-    N: tl.constexpr = columns.shape[0] // 2
+    HIGH: tl.constexpr = SPEC.bits - LOW
+    # Fewer tokens for each thread where the tile is small, that all have some.
+    UNIT: tl.constexpr = 16 if BLOCK_T * SPEC.block >= 4096 else 8
     LIMIT: tl.constexpr = 0x7F if SPEC.trellis else 0xFFFF
-    row = first_word + first // PER + tl.arange(0, WORDS)
-    words = tl.load(packed + row[:, None] * stride + columns[None, :], exists[None, :], 0)
-    # Halves of the words of both channels, side by side.
-    even, odd = _neighbours(words)
-    halves = tl.join((even & 0xFFFF) | (odd << 16), ((even >> 16) & 0xFFFF) | (odd & -65536))
-    halves = tl.reshape(tl.permute(halves, (0, 2, 1)), (2 * WORDS, N))
-    pairs = _and_or(_fields(halves, LOW, PER // 2, AT), pairs, ((((1 << LOW) - 1) << AT) & LIMIT) * 0x10001)
-    if SPEC.bits > LOW:
-        # Of a word of the high plane the bits that belong to half a word of the low one.
-        HIGH: tl.constexpr = SPEC.bits - LOW
-        USED: tl.constexpr = (1 << (PER // 2 * HIGH)) - 1
-        MASK: tl.constexpr = (((1 << HIGH) - 1) << (AT + LOW)) & LIMIT
-        token = first + tl.arange(0, 2 * WORDS) * (PER // 2)
-        row = first_word + tl.cdiv(tokens, PER) + token // (32 // HIGH)
-        words = tl.load(packed + row[:, None] * stride + columns[None, :], exists[None, :], 0)
-        even, odd = _neighbours((words >> (token % (32 // HIGH) * HIGH)[:, None]) & USED)
-        pairs = _and_or(_fields(even | (odd << 16), HIGH, PER // 2, AT + LOW), pairs, MASK * 0x10001)
+    token = first + tl.arange(0, BLOCK_T // UNIT) * UNIT
+    packed += first_word * stride
+    MASK: tl.constexpr = (((1 << LOW) - 1) << AT) & LIMIT
+    pairs = _add_plane(pairs, packed, token, mask, columns, stride, LOW, UNIT, AT, MASK)
+    if HIGH > 0:
+        packed += tl.cdiv(tokens, 32 // LOW) * stride
+        HIGH_MASK: tl.constexpr = (((1 << HIGH) - 1) << (AT + LOW)) & LIMIT
+        pairs = _add_plane(pairs, packed, token, mask, columns, stride, HIGH, UNIT, AT + LOW, HIGH_MASK)
     return pairs
 
 
@@ -362,8 +386,9 @@ def _whole_words(part, span, chunk, tile, DTYPE: tl.constexpr, SPEC: tl.constexp
     where = (run * SPEC.words, first - run * SPEC.run, tl.minimum(SPEC.run, SPEC.length - run * SPEC.run))
     # Pairs of bfloat16 have their codes in the mantissas of 128, doubled: half of a code has a bit behind the point.
     MANTISSA: tl.constexpr = PAIRED and SPEC.bits < 8 and not SPEC.trellis
+    DOUBLED: tl.constexpr = MANTISSA and not SPEC.calibrated
     codes = tl.full((), 0x43004300 if MANTISSA else 0, tl.int32)
-    codes = _add_codes(codes, packed, where, exists, columns, stride, SPEC, BLOCK_T, 1 if MANTISSA else 0)
+    codes = _add_codes(codes, packed, where, exists, columns, stride, SPEC, BLOCK_T, 1 if DOUBLED else 0)
     if SPEC.trellis:
         # `groups` are the points twice, then the place of each channel in its chain (`modules/trellis.py`).
         place = tl.load(groups + 256 + columns, exists, 0)
@@ -372,11 +397,17 @@ def _whole_words(part, span, chunk, tile, DTYPE: tl.constexpr, SPEC: tl.constexp
             codes = _add_codes(codes, packed, where, known, columns - back, stride, SPEC, BLOCK_T, SPEC.bits * back)
 
     # Steps and middles, for both channels of a pair.
+    low_origin, high_origin = MIDDLE, MIDDLE
     if SPEC.weighted:
         low_step, low_middle, high_step, high_middle = 0, 0, 0, 0
     elif SPEC.per_channel:
         step, middle = _parameters(part, slot, run * scale_stride + columns, exists, DTYPE, SPEC)
         low_step, high_step = _neighbours(step[None, :])
+        if SPEC.calibrated:
+            # Ranges of calibration need not be centred: codes count from the one that is nearest to zero.
+            origin = tl.load(groups + columns, exists, 0).to(tl.float32, bitcast=True)
+            middle += (origin - MIDDLE) * step
+            low_origin, high_origin = _neighbours(origin[None, :])
         low_middle, high_middle = _neighbours(middle[None, :])
     elif SPEC.by_channel:
         group = tl.load(groups + columns, exists, 0)[None, :]
@@ -389,19 +420,21 @@ def _whole_words(part, span, chunk, tile, DTYPE: tl.constexpr, SPEC: tl.constexp
         low_step, low_middle = low_step[:, None], low_middle[:, None]
         high_step, high_middle = low_step, low_middle
 
-    # How far codes are from the middle of their range: exact in every type.
+    # How far codes are from the middle of their range, or from another: exact in every type.
     if PAIRED and SPEC.trellis:
-        x = tl.load(groups + (codes & 0xFFFF)) | tl.load(groups + 128 + (codes >> 16))
+        x = _looked_up(groups, codes & 0xFFFF) | _looked_up(groups + 128, codes >> 16)
+    elif MANTISSA and SPEC.calibrated:
+        x = _fma(codes, 0x3F803F80, _both(-128.0 - low_origin, -128.0 - high_origin))
     elif MANTISSA:
         x = _fma(codes, 0x3F003F00, (0xC280 | (SPEC.levels - 1)) * 0x10001 - (1 << 32))
     else:
         if SPEC.trellis:
-            low = tl.load(groups + 128 + (codes & 0xFFFF)).to(tl.float32, bitcast=True)
-            high = tl.load(groups + 128 + (codes >> 16)).to(tl.float32, bitcast=True)
+            low = _looked_up(groups + 128, codes & 0xFFFF).to(tl.float32, bitcast=True)
+            high = _looked_up(groups + 128, codes >> 16).to(tl.float32, bitcast=True)
         else:
             # A code or-ed into the mantissa of 2^23 is a float: a conversion takes four times as long on some devices.
-            low = ((codes & 0xFFFF) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0 - MIDDLE
-            high = ((codes >> 16) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0 - MIDDLE
+            low = ((codes & 0xFFFF) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0 - low_origin
+            high = ((codes >> 16) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0 - high_origin
         if PAIRED:
             x = _both(low, high)
     if SPEC.weighted:
@@ -1091,7 +1124,8 @@ def _side_layout(
     """The pieces of a side.
 
     Args:
-        parts: For each part bits, channels, run, groups, whether it is symmetric, and the chains of a trellis.
+        parts: For each part bits, channels, run, groups, whether it is symmetric, the chains of a trellis, and whether
+            all blocks have the same scales.
         channels: As in `PackedSide`.
         token_scaled: Whether tokens have scales of their own.
         widths: Channels of each head group.
@@ -1100,7 +1134,7 @@ def _side_layout(
     layout, first = [], 0
     if channels is None:
         channels = range(sum(widths))
-    for index, (bits, n, run, groups, symmetric, chains) in enumerate(parts):
+    for index, (bits, n, run, groups, symmetric, chains, calibrated) in enumerate(parts):
         table, group_of = None, []
         if groups:
             for group, width in enumerate(groups):
@@ -1128,7 +1162,9 @@ def _side_layout(
             scaled = {"levels": levels, "spacing": spacing, "offset": offset, "words": packed_words(run, bits)}
             whole = length % block_t == 0
             worded = whole and spec.one_run and spec.bits > 0
-            spec = replace(spec, **scaled, whole=whole, worded=worded)
+            # Calibrated scales are those of all blocks; a token's scale multiplies the distance from the middle.
+            calibrated = calibrated and groups is None and not token_scaled and not chains
+            spec = replace(spec, **scaled, whole=whole, worded=worded, calibrated=calibrated)
         for spans in _pieces(channels[first : first + n], widths):
             _, all_widths, _ = zip(*spans)
             widest = max(all_widths)
@@ -1146,6 +1182,8 @@ def _side_layout(
                 by_channel=by_channel,
                 align=math.gcd(16, *chain.from_iterable(spans)),
                 filled=widest % block == 0 and set(all_widths) == {widest},
+                # Of smaller tiles not every thread would have whole units.
+                worded=spec.worded and block * block_t >= 2048,
             )
             layout.append(_Piece(index, own, torch.tensor(spans, dtype=torch.int32, device=device), table))
         first += n
@@ -1179,6 +1217,15 @@ def _storage(
     return (packed, scale, zero_point, spans, stand_in(groups, spans), *strides, *own)
 
 
+def _origins(part: PackedPart, spec: _Spec) -> torch.Tensor:
+    """`[channels of the part]`, float32 as int32: the calibrated code of what is nearest to 0."""
+    step, zero = part.scale.float().flatten() * spec.spacing, part.scale.float().flatten() * -spec.offset
+    if part.zero_point is not None:
+        zero = part.zero_point.float().flatten()
+    origins = (-zero / step).nan_to_num(0.0).clamp(0, spec.levels - 1).round()
+    return origins.view(torch.int32)
+
+
 def _side(side: PackedSide | None, widths: tuple[int, ...], length: int, block_t: int, device) -> tuple[list, list]:
     """Runtime arguments and `_Spec`s of the pieces of a side."""
     if side is None:
@@ -1188,13 +1235,17 @@ def _side(side: PackedSide | None, widths: tuple[int, ...], length: int, block_t
         # What a layout follows from, as values that can be compared.
         symmetric = part.bits != 16 and part.zero_point is None
         chains = part.widths if part.trellis else None
-        parts.append((part.bits, part.packed.shape[2], part.run or length, part.groups, symmetric, chains))
+        calibrated = part.bits != 16 and part.scale.shape[0] == 1
+        parts.append((part.bits, part.packed.shape[2], part.run or length, part.groups, symmetric, chains, calibrated))
     if side.channels is not None:
         channels = tuple(side.channels.tolist())
     arguments, specs = [], []
     token_scaled = side.token_scale is not None
     for piece in _side_layout(tuple(parts), channels, token_scaled, tuple(widths), length, block_t, device):
-        arguments.append(_storage(side.parts[piece.part], piece.spans, piece.groups, side.token_scale))
+        part, groups = side.parts[piece.part], piece.groups
+        if piece.spec.calibrated:
+            groups = _origins(part, piece.spec)
+        arguments.append(_storage(part, piece.spans, groups, side.token_scale))
         specs.append(piece.spec)
     return arguments, specs
 
@@ -1269,7 +1320,7 @@ class _LaunchRecord:
         long = max(shape.key_widths) > 64 or wide
         block_t, exact_t, block_f, num_warps = 64, 64, 64, 4
         if long:
-            block_t, exact_t, block_f, num_warps = 32, 32, 64, 8
+            block_t, exact_t, block_f, num_warps = 64, 64, 64, 4
         if wide:
             block_f = 16
         if shape.block_length <= 32:
