@@ -230,12 +230,6 @@ def _halves(pairs):
 
 
 @triton.jit
-def _neighbours(x):
-    """The even and the odd elements of the last dimension."""
-    return tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
-
-
-@triton.jit
 def _and_or(x, y, MASK: tl.constexpr):
     """`x & MASK | y` in one instruction, which the compiler does not find where `y` is a constant too."""
     if _INTERPRETED:
@@ -284,18 +278,21 @@ def _add_plane(
 ):
     """`pairs` with the codes of a plane of `BITS` bits or-ed into its halves, in the bits `MASK`, from bit `AT` on.
 
-    `packed` points to the plane, `token` has the first of every `UNIT` tokens, which one thread unpacks.
+    `packed` points to the plane, `token` has the first of every `UNIT` tokens, which one thread unpacks, `columns` the
+    even channels, `mask` which of them there are, and of the odd ones.
     """
     PER_WORD: tl.constexpr = 32 // BITS
     ROWS: tl.constexpr = token.shape[0] * UNIT
-    N: tl.constexpr = columns.shape[0] // 2
+    N: tl.constexpr = columns.shape[0]
+    even_known, odd_known = mask
     halves, fields = (), ()
     for i in tl.static_range(max(UNIT // PER_WORD, 1)):
-        words = tl.load(packed + (token // PER_WORD + i)[:, None] * stride + columns[None, :], mask[None, :], 0)
+        ptr = packed + (token // PER_WORD + i)[:, None] * stride + columns[None, :]
+        even, odd = tl.load(ptr, even_known[None, :], 0), tl.load(ptr + 1, odd_known[None, :], 0)
         if UNIT < PER_WORD:
-            words >>= (token % PER_WORD * BITS)[:, None]
+            shift = (token % PER_WORD * BITS)[:, None]
+            even, odd = even >> shift, odd >> shift
         # The codes of two neighbouring channels lie side by side, in the halves of a word.
-        even, odd = _neighbours(words)
         halves += ((even & 0xFFFF) | (odd << 16), ((even >> 16) & 0xFFFF) | (odd & -65536))
     for i in tl.static_range(UNIT):
         if BITS * i % 16 >= AT:
@@ -376,10 +373,11 @@ def _whole_words(part, span, chunk, tile, DTYPE: tl.constexpr, SPEC: tl.constexp
     slot, first, _ = tile
     MIDDLE: tl.constexpr = (SPEC.levels - 1) * 0.5
     PAIRED: tl.constexpr = DTYPE.is_bf16() and not _INTERPRETED
-    channel = chunk * SPEC.block + tl.arange(0, SPEC.block)
-    exists, columns = channel < width, start + channel
+    # The even channels; the odd ones are beside them.
+    channel = chunk * SPEC.block + 2 * tl.arange(0, SPEC.block // 2)
+    exists, odd_exists, columns = channel < width, channel + 1 < width, start + channel
     if SPEC.filled:
-        exists = channel >= 0
+        exists, odd_exists = channel >= 0, channel >= 0
     token = first + tl.arange(0, BLOCK_T)
     packed += slot * stride_slot
     run = first // SPEC.run
@@ -388,33 +386,36 @@ def _whole_words(part, span, chunk, tile, DTYPE: tl.constexpr, SPEC: tl.constexp
     MANTISSA: tl.constexpr = PAIRED and SPEC.bits < 8 and not SPEC.trellis
     DOUBLED: tl.constexpr = MANTISSA and not SPEC.calibrated
     codes = tl.full((), 0x43004300 if MANTISSA else 0, tl.int32)
-    codes = _add_codes(codes, packed, where, exists, columns, stride, SPEC, BLOCK_T, 1 if DOUBLED else 0)
+    both = (exists, odd_exists)
+    codes = _add_codes(codes, packed, where, both, columns, stride, SPEC, BLOCK_T, 1 if DOUBLED else 0)
     if SPEC.trellis:
         # `groups` are the points twice, then the place of each channel in its chain (`modules/trellis.py`).
         place = tl.load(groups + 256 + columns, exists, 0)
+        odd_place = tl.load(groups + 257 + columns, odd_exists, 0)
         for back in tl.static_range(1, (6 + SPEC.bits) // SPEC.bits):
-            known = exists & (place >= back)
-            codes = _add_codes(codes, packed, where, known, columns - back, stride, SPEC, BLOCK_T, SPEC.bits * back)
+            both = (exists & (place >= back), odd_exists & (odd_place >= back))
+            codes = _add_codes(codes, packed, where, both, columns - back, stride, SPEC, BLOCK_T, SPEC.bits * back)
 
     # Steps and middles, for both channels of a pair.
     low_origin, high_origin = MIDDLE, MIDDLE
     if SPEC.weighted:
         low_step, low_middle, high_step, high_middle = 0, 0, 0, 0
     elif SPEC.per_channel:
-        step, middle = _parameters(part, slot, run * scale_stride + columns, exists, DTYPE, SPEC)
-        low_step, high_step = _neighbours(step[None, :])
+        offs = (run * scale_stride + columns)[None, :]
+        low_step, low_middle = _parameters(part, slot, offs, exists[None, :], DTYPE, SPEC)
+        high_step, high_middle = _parameters(part, slot, offs + 1, odd_exists[None, :], DTYPE, SPEC)
         if SPEC.calibrated:
             # Ranges of calibration need not be centred: codes count from the one that is nearest to zero.
-            origin = tl.load(groups + columns, exists, 0).to(tl.float32, bitcast=True)
-            middle += (origin - MIDDLE) * step
-            low_origin, high_origin = _neighbours(origin[None, :])
-        low_middle, high_middle = _neighbours(middle[None, :])
+            low_origin = tl.load(groups + columns, exists, 0).to(tl.float32, bitcast=True)[None, :]
+            high_origin = tl.load(groups + columns + 1, odd_exists, 0).to(tl.float32, bitcast=True)[None, :]
+            low_middle += (low_origin - MIDDLE) * low_step
+            high_middle += (high_origin - MIDDLE) * high_step
     elif SPEC.by_channel:
-        group = tl.load(groups + columns, exists, 0)[None, :]
-        offs = token[:, None] * scale_stride + group
-        step, middle = _parameters(part, slot, offs, exists[None, :], DTYPE, SPEC)
-        low_step, high_step = _neighbours(step)
-        low_middle, high_middle = _neighbours(middle)
+        offs = token[:, None] * scale_stride
+        even = tl.load(groups + columns, exists, 0)[None, :]
+        odd = tl.load(groups + columns + 1, odd_exists, 0)[None, :]
+        low_step, low_middle = _parameters(part, slot, offs + even, exists[None, :], DTYPE, SPEC)
+        high_step, high_middle = _parameters(part, slot, offs + odd, odd_exists[None, :], DTYPE, SPEC)
     else:
         low_step, low_middle = _token_parameters(part, span, chunk, slot, token, DTYPE, SPEC)
         low_step, low_middle = low_step[:, None], low_middle[:, None]
