@@ -30,6 +30,7 @@ from weakref import WeakKeyDictionary
 import torch
 import triton
 import triton.language as tl
+from torch.utils.weak import WeakIdKeyDictionary
 from triton.language.extra import libdevice
 
 from modules import trellis
@@ -72,6 +73,7 @@ class _Spec:
         block, chunks, first: Channels of a chunk, how many chunks, and the first one.
         held: Whether the weight of its keys is kept from tile to tile.
         identity: Whether it holds the keys themselves, which no weight expands.
+        aligned, column: Whether the weight is that of `_aligned`, and the piece's first column in it.
         align: What divides where its channels start and how many they are, so that loads are wide.
     """
 
@@ -98,6 +100,8 @@ class _Spec:
     first: int = 0
     held: bool = False
     identity: bool = False
+    aligned: bool = False
+    column: int = 0
     align: int = 1
 
 
@@ -242,12 +246,12 @@ def _and_or(x, y, MASK: tl.constexpr):
 
 @triton.jit
 def _looked_up(table, index):
-    """Elements of a table of int32; a load that the compiler knew as one it would give a layout of its own."""
+    """Elements of a table of int32 at four times `index`; a known load the compiler would give a layout of its own."""
     if _INTERPRETED:
-        return tl.load(table + index)
+        return tl.load(table + index // 4)
     else:
         return tl.inline_asm_elementwise(
-            "{ .reg .b64 a; mad.wide.u32 a, $1, 4, $2; ld.global.nc.b32 $0, [a]; }",
+            "{ .reg .b64 a; cvt.u64.u32 a, $1; add.s64 a, a, $2; ld.global.nc.b32 $0, [a]; }",
             "=r,r,l",
             (index, table.to(tl.int64)),
             dtype=tl.int32,
@@ -321,7 +325,7 @@ def _add_codes(
     HIGH: tl.constexpr = SPEC.bits - LOW
     # Fewer tokens for each thread where the tile is small, that all have some.
     UNIT: tl.constexpr = 16 if BLOCK_T * SPEC.block >= 4096 else 8
-    LIMIT: tl.constexpr = 0x7F if SPEC.trellis else 0xFFFF
+    LIMIT: tl.constexpr = 0x7F << 2 if SPEC.trellis else 0xFFFF
     token = first + tl.arange(0, BLOCK_T // UNIT) * UNIT
     packed += first_word * stride
     MASK: tl.constexpr = (((1 << LOW) - 1) << AT) & LIMIT
@@ -387,14 +391,16 @@ def _whole_words(part, span, chunk, tile, DTYPE: tl.constexpr, SPEC: tl.constexp
     DOUBLED: tl.constexpr = MANTISSA and not SPEC.calibrated
     codes = tl.full((), 0x43004300 if MANTISSA else 0, tl.int32)
     both = (exists, odd_exists)
-    codes = _add_codes(codes, packed, where, both, columns, stride, SPEC, BLOCK_T, 1 if DOUBLED else 0)
+    # Those of a trellis are offsets into a table of four bytes each.
+    AT: tl.constexpr = 2 if SPEC.trellis else (1 if DOUBLED else 0)
+    codes = _add_codes(codes, packed, where, both, columns, stride, SPEC, BLOCK_T, AT)
     if SPEC.trellis:
         # `groups` are the points twice, then the place of each channel in its chain (`modules/trellis.py`).
         place = tl.load(groups + 256 + columns, exists, 0)
         odd_place = tl.load(groups + 257 + columns, odd_exists, 0)
         for back in tl.static_range(1, (6 + SPEC.bits) // SPEC.bits):
             both = (exists & (place >= back), odd_exists & (odd_place >= back))
-            codes = _add_codes(codes, packed, where, both, columns - back, stride, SPEC, BLOCK_T, SPEC.bits * back)
+            codes = _add_codes(codes, packed, where, both, columns - back, stride, SPEC, BLOCK_T, AT + SPEC.bits * back)
 
     # Steps and middles, for both channels of a pair.
     low_origin, high_origin = MIDDLE, MIDDLE
@@ -555,10 +561,15 @@ def _expander(weight, stride, span, chunk, row, f, half, DTYPE: tl.constexpr, SP
     """The weight of channels of a chunk for rows `row + f`, zero from row `row + half` on: `[SPEC.block, len(f)]`."""
     _, width, column, _ = span
     channel = chunk * SPEC.block + tl.arange(0, SPEC.block)
-    mask = (channel < width)[:, None] & (f < half)[None, :]
     if SPEC.identity:
+        mask = (channel < width)[:, None] & (f < half)[None, :]
         return _operand(tl.where(mask & ((column + channel)[:, None] == row + f[None, :]), 1.0, 0.0), DTYPE)
+    elif SPEC.aligned:
+        # Columns that no piece has are zeros.
+        offs = (row + f).to(tl.int64)[None, :] * stride + (SPEC.column + channel)[:, None]
+        return _operand(tl.load(weight + offs), DTYPE)
     else:
+        mask = (channel < width)[:, None] & (f < half)[None, :]
         offs = (row + f).to(tl.int64)[None, :] * stride + (column + channel)[:, None]
         return _operand(tl.load(weight + offs, mask, 0), DTYPE)
 
@@ -572,7 +583,7 @@ def _constants(query, offsets, inv_freq, bias, spans, expand, DTYPE: tl.constexp
         without one).
     """
     _, _, f, frequency = query
-    weight, stride, row, half = expand
+    weight, stride, row, half, size = expand
     held = ()
     for i in tl.static_range(len(SPECS)):
         # A weight that fits stays in registers for all tiles.
@@ -587,8 +598,8 @@ def _constants(query, offsets, inv_freq, bias, spans, expand, DTYPE: tl.constexp
         if DTYPE.is_bf16():
             turn = (_operand(turn[0], DTYPE), _operand(turn[1], DTYPE))
     if bias is not None:
-        mask = f < half
-        biases = (widen(tl.load(bias + row + f, mask, 0)), widen(tl.load(bias + row + half + f, mask, 0)))
+        mask = f < size
+        biases = (widen(tl.load(bias + f, mask, 0)), widen(tl.load(bias + size + f, mask, 0)))
     return held, turn, biases
 
 
@@ -596,7 +607,7 @@ def _constants(query, offsets, inv_freq, bias, spans, expand, DTYPE: tl.constexp
 def _add_keys(low, high, latents, part, span, held, f, expand, tile, DTYPE: tl.constexpr, SPEC: tl.constexpr):
     """Keys `[t, len(f)]` of the lower and the upper half of the head, with those of a piece added."""
     BLOCK_T: tl.constexpr = low.shape[0]
-    weight, stride, row, half = expand
+    weight, stride, row, half, _ = expand
     if SPEC.held:
         low, high = _dot(latents, held[0], low), _dot(latents, held[1], high)
     elif SPEC.chunks == 1:
@@ -745,7 +756,7 @@ def _attend(
     queries = ()
     for i in tl.static_range(HALF // BLOCK_F):
         f = i * BLOCK_F + tl.arange(0, BLOCK_F)
-        part = _query_tile(query, query_stride, inv_freq, query_positions, f, expand[3], visible, scaling, DTYPE)
+        part = _query_tile(query, query_stride, inv_freq, query_positions, f, expand[4], visible, scaling, DTYPE)
         queries += (part,)
     slots, starts, counts, block, end, step = blocks
     key_spans, value_spans = _spans(keys, groups[0], KEYS), _spans(values, groups[1], VALUES)
@@ -859,6 +870,7 @@ def _attention_kernel(
     positions,
     inv_freq,
     weight,
+    aligned,  # `_aligned` of it, for the packed blocks; None: they take the weight itself
     bias,
     sums,
     total,  # shares and tiles; behind the sums of all of them are the statistics
@@ -876,6 +888,7 @@ def _attention_kernel(
     query_strides,
     position_stride,
     weight_stride,
+    aligned_stride,
     table_strides,
     heads,
     size,
@@ -911,7 +924,14 @@ def _attention_kernel(
     first_row = head * size
     if KEYS_ARE_CACHED:
         first_row = 0
-    expand = (weight, weight_stride, first_row, half)
+    expand, expand_packed = (
+        (weight, weight_stride, first_row, half, half),
+        (weight, weight_stride, first_row, half, half),
+    )
+    if aligned is not None:
+        expand_packed = (aligned, aligned_stride, head * 2 * HALF, HALF, half)
+    if bias is not None:
+        bias += first_row
     groups = (head // KEY_HEADS, head // VALUE_HEADS)
     # The last programs, which have no block more than the others, take the tokens in full precision: a tile of them is
     # a block of 16 bits whose slot is the row.
@@ -965,7 +985,7 @@ def _attention_kernel(
                 query_strides[3],
                 positions,
                 visible,
-                expand,
+                expand_packed,
                 inv_freq,
                 bias,
                 keys,
@@ -1071,13 +1091,14 @@ class _Piece(NamedTuple):
     Attributes:
         part: Index of the part.
         spec: What the kernel knows of it.
-        spans: `[groups, 3]` int32, its `_Span` of each head group.
+        spans, places: `[groups, 3]` int32, its `_Span` of each head group; the same as numbers.
         groups: `[channels of the part]` int32, scale group of each channel; `None`: scales per channel.
     """
 
     part: int
     spec: _Spec
     spans: torch.Tensor
+    places: tuple[_Span, ...]
     groups: torch.Tensor | None
 
 
@@ -1186,7 +1207,9 @@ def _side_layout(
                 # Of smaller tiles not every thread would have whole units.
                 worded=spec.worded and block * block_t >= 2048,
             )
-            layout.append(_Piece(index, own, torch.tensor(spans, dtype=torch.int32, device=device), table))
+            layout.append(
+                _Piece(index, own, torch.tensor(spans, dtype=torch.int32, device=device), tuple(spans), table)
+            )
         first += n
     return tuple(layout)
 
@@ -1227,10 +1250,12 @@ def _origins(part: PackedPart, spec: _Spec) -> torch.Tensor:
     return origins.view(torch.int32)
 
 
-def _side(side: PackedSide | None, widths: tuple[int, ...], length: int, block_t: int, device) -> tuple[list, list]:
-    """Runtime arguments and `_Spec`s of the pieces of a side."""
+def _side(
+    side: PackedSide | None, widths: tuple[int, ...], length: int, block_t: int, device
+) -> tuple[list, list, list]:
+    """Runtime arguments and `_Spec`s of the pieces of a side, and their spans."""
     if side is None:
-        return [], []
+        return [], [], []
     parts, channels = [], None
     for part in side.parts:
         # What a layout follows from, as values that can be compared.
@@ -1240,7 +1265,7 @@ def _side(side: PackedSide | None, widths: tuple[int, ...], length: int, block_t
         parts.append((part.bits, part.packed.shape[2], part.run or length, part.groups, symmetric, chains, calibrated))
     if side.channels is not None:
         channels = tuple(side.channels.tolist())
-    arguments, specs = [], []
+    arguments, specs, places = [], [], []
     token_scaled = side.token_scale is not None
     for piece in _side_layout(tuple(parts), channels, token_scaled, tuple(widths), length, block_t, device):
         part, groups = side.parts[piece.part], piece.groups
@@ -1248,7 +1273,8 @@ def _side(side: PackedSide | None, widths: tuple[int, ...], length: int, block_t
             groups = _origins(part, piece.spec)
         arguments.append(_storage(part, piece.spans, groups, side.token_scale))
         specs.append(piece.spec)
-    return arguments, specs
+        places.append(piece.places)
+    return arguments, specs, places
 
 
 @lru_cache
@@ -1278,6 +1304,39 @@ def _launches(specs: list[_Spec], rows: int) -> list[dict[int, _Spec]]:
             launches[-1][index] = replace(spec, first=first, chunks=chunks)
             first, kept = first + chunks, kept + chunks * room
     return launches
+
+
+#: Aligned weights by the weight that they are copies of.
+_aligned_weights: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _aligned(weight: torch.Tensor, columns: tuple, heads: int, half: int) -> torch.Tensor:
+    """A copy of the keys' expansion whose pieces begin at columns that wide loads can read, made once for a weight.
+
+    Args:
+        weight: `[heads * d, r]`.
+        columns: Of each piece the first column, columns, and `_Span` of each head group.
+        heads: Key heads.
+        half: Rows for half a head, d / 2 at least.
+
+    Returns:
+        `[heads * 2 * half, columns of all pieces]`, zeros where a piece has none.
+    """
+    version = 0 if weight.is_inference() else weight._version
+    known = _aligned_weights.setdefault(weight, {})
+    key = (version, columns, weight.dtype)
+    if key not in known:
+        known.clear()
+        total = columns[-1][0] + columns[-1][1]
+        rows = weight.detach().view(heads, 2, -1, weight.shape[1])
+        aligned = weight.new_zeros((heads, 2, half, total), requires_grad=False)
+        for first, _, spans in columns:
+            for group, of_group in enumerate(zip(rows.chunk(len(spans)), aligned.chunk(len(spans)), strict=True)):
+                _, width, column = spans[group]
+                source, target = of_group
+                target[:, :, : source.shape[2], first : first + width] = source[..., column : column + width]
+        known[key] = aligned.view(-1, total)
+    return known[key]
 
 
 def _exact_arguments(tile: Tile) -> tuple:
@@ -1326,8 +1385,8 @@ class _LaunchRecord:
             block_f = 16
         if shape.block_length <= 32:
             block_t = 32
-        key_pieces, key_specs = _side(keys, shape.key_widths, shape.block_length, block_t, device)
-        value_pieces, value_specs = _side(values, shape.value_widths, shape.block_length, block_t, device)
+        key_pieces, key_specs, places = _side(keys, shape.key_widths, shape.block_length, block_t, device)
+        value_pieces, value_specs, _ = _side(values, shape.value_widths, shape.block_length, block_t, device)
         # Weights times scales would leave the range of float16.
         for i, spec in enumerate(value_specs):
             by_token = spec.worded and not (spec.per_channel or spec.by_channel or spec.token_scaled)
@@ -1337,6 +1396,14 @@ class _LaunchRecord:
         value_spans, exact_values = _exact_layout(shape.value_widths, device)
         half = power_of_two(size // 2, 16, size)
 
+        #: First column in an aligned weight and spans of each piece, where the weight itself has columns that are not.
+        self.half, self.columns = half, ()
+        if any(spec.align % 8 for spec in key_specs) and not shape.identity:
+            column = 0
+            for i, spec in enumerate(key_specs):
+                self.columns += ((column, spec.chunks * spec.block, places[i]),)
+                key_specs[i] = replace(spec, aligned=True, column=column)
+                column += spec.chunks * spec.block
         # The specs of the keys, those of the tokens in full precision last, with how they are expanded.
         expanded = []
         for spec in (*key_specs, exact_keys):
@@ -1451,6 +1518,9 @@ def latent_attention(query: LatentQuery, cache: PackedCache) -> Attended:
         expand_keys is None,
     )
     record = _record(cache, shape)
+    aligned = None
+    if record.columns:
+        aligned = _bits(_aligned(expand_keys.weight, record.columns, key_heads, record.half))
     blocks, table_strides = 0, (0, 0)
     if cache.table is not None:
         table_strides = cache.table.stride()[:2]
@@ -1468,6 +1538,7 @@ def latent_attention(query: LatentQuery, cache: PackedCache) -> Attended:
         "positions": positions,
         "inv_freq": inv_freq,
         "weight": weight,
+        "aligned": aligned,
         "bias": bias,
         "sums": sums,
         "total": total,
@@ -1480,6 +1551,7 @@ def latent_attention(query: LatentQuery, cache: PackedCache) -> Attended:
         "query_strides": states.stride(),
         "position_stride": positions.stride(0),
         "weight_stride": weight.stride(0),
+        "aligned_stride": 0 if aligned is None else aligned.stride(0),
         "table_strides": table_strides,
     }
     with torch.cuda.device_of(states):
