@@ -364,8 +364,19 @@ def _token_parameters(part, span, chunk, slot, token, DTYPE: tl.constexpr, SPEC:
 @triton.jit
 def _factors(part, slot, token, valid, head_group):
     """Float32 factors of tokens, by which their distance from the middles of the ranges is multiplied."""
-    own_scale, own_strides = part[9], part[10]
-    byte = tl.load(own_scale + slot * own_strides[0] + token * own_strides[1] + head_group, valid, 0)
+    ptr = part[9] + slot * part[10][0] + token * part[10][1] + head_group
+    if _INTERPRETED:
+        byte = tl.load(ptr, valid, 0).to(tl.int32)
+    else:
+        # Where the compiler sees that bytes are read, it reads the operands of products in an order that costs moves.
+        byte = tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.global.nc.u8 $0, [$1]; }",
+            "=&r,l,r",
+            (ptr.to(tl.int64), valid.to(tl.int32)),
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
     return tl.exp2((byte.to(tl.float32) - 128) / 16)
 
 
@@ -1063,7 +1074,7 @@ _DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16:
 
 #: Most queries of a tile (with 16, registers spill), and sums of values that a program keeps; more are done by further
 #: programs or launches.
-_MAX_ROWS, _MAX_SUMS = 8, 4096
+_MAX_ROWS, _MAX_SUMS = 8, 8192
 
 #: Tokens that are worth a program.
 _TOKENS_OF_SHARE = 256
