@@ -567,6 +567,28 @@ def _span(ptr, group, ALIGN: tl.constexpr):
     return tl.multiple_of(start, ALIGN), tl.multiple_of(width, ALIGN), tl.multiple_of(column, ALIGN), group
 
 
+@triton.constexpr_function
+def _chunks(specs):
+    return sum(spec.chunks for spec in specs)
+
+
+@triton.jit
+def _recomputed(spans, turn, SPECS: tl.constexpr):
+    """The spans, of many pieces as what changes with every turn of a loop.
+
+    Else the compiler keeps the addresses of all of them from turn to turn, in more registers than there are.
+    """
+    if _INTERPRETED or _chunks(SPECS) <= 2:
+        return spans
+    else:
+        zero = tl.inline_asm_elementwise("mov.b32 $0, 0;", "=r,r", (turn,), dtype=tl.int32, is_pure=False, pack=1)
+        result = ()
+        for i in tl.static_range(len(SPECS)):
+            start, width, column, group = spans[i]
+            result += ((tl.multiple_of(start + zero, _known(SPECS[i].align)), width, column, group),)
+        return result
+
+
 @triton.jit
 def _expander(weight, stride, span, chunk, row, f, half, DTYPE: tl.constexpr, SPEC: tl.constexpr):
     """The weight of channels of a chunk for rows `row + f`, zero from row `row + half` on: `[SPEC.block, len(f)]`."""
@@ -815,9 +837,10 @@ def _attend(
             first = t * BLOCK_T
             start = block_start + first
             tile = (slot, first, count)
+            keys_at, values_at = _recomputed(key_spans, t, KEYS), _recomputed(value_spans, t, VALUES)
             latents = ()
             for p in tl.static_range(len(KEYS)):
-                latents += (_held_latents(keys[p], key_spans[p], tile, DTYPE, _known(KEYS[p]), BLOCK_T),)
+                latents += (_held_latents(keys[p], keys_at[p], tile, DTYPE, _known(KEYS[p]), BLOCK_T),)
             # Keys are rebuilt, rotated and scored by pieces of frequencies, whose scores add up.
             scores = tl.zeros((BLOCK_T, BLOCK_M), tl.float32)
             for p in tl.static_range(len(queries)):
@@ -827,7 +850,7 @@ def _attend(
                     constants[p],
                     latents,
                     keys,
-                    key_spans,
+                    keys_at,
                     expand,
                     inv_freq,
                     bias,
@@ -855,7 +878,7 @@ def _attend(
             for p in tl.static_range(len(VALUES)):
                 gained += (
                     _add_values(
-                        summed[p], values[p], value_spans[p], weights, decay, tile, DTYPE, _known(VALUES[p]), BLOCK_T
+                        summed[p], values[p], values_at[p], weights, decay, tile, DTYPE, _known(VALUES[p]), BLOCK_T
                     ),
                 )
             summed = gained
@@ -1152,6 +1175,7 @@ def _side_layout(
     widths: tuple[int, ...],
     length: int,
     block_t: int,
+    wide_values: bool,
     device,
 ) -> tuple[_Piece, ...]:
     """The pieces of a side.
@@ -1163,6 +1187,7 @@ def _side_layout(
         token_scaled: Whether tokens have scales of their own.
         widths: Channels of each head group.
         length, block_t: Tokens of a block and of a tile.
+        wide_values: Whether these are values, of which chunks of 128 channels may be summed up.
     """
     layout, first = [], 0
     if channels is None:
@@ -1202,7 +1227,11 @@ def _side_layout(
             _, all_widths, _ = zip(*spans)
             widest = max(all_widths)
             # The widest chunk whose channels share a token's scale; if there is none, scales are read by channel.
-            block = fitting = power_of_two(widest, 16, 64)
+            # Of values whose tokens have scales larger ones are worth it: what the middles add is kept for each.
+            most = 64
+            if wide_values and groups and block_t == 64 and widest % 128 == 0:
+                most = 128
+            block = fitting = power_of_two(widest, 16, most)
             while fitting >= 16 and _straddles(spans, group_of, fitting):
                 fitting //= 2
             by_channel = fitting < 16
@@ -1262,7 +1291,7 @@ def _origins(part: PackedPart, spec: _Spec) -> torch.Tensor:
 
 
 def _side(
-    side: PackedSide | None, widths: tuple[int, ...], length: int, block_t: int, device
+    side: PackedSide | None, widths: tuple[int, ...], length: int, block_t: int, wide_values: bool, device
 ) -> tuple[list, list, list]:
     """Runtime arguments and `_Spec`s of the pieces of a side, and their spans."""
     if side is None:
@@ -1278,7 +1307,9 @@ def _side(
         channels = tuple(side.channels.tolist())
     arguments, specs, places = [], [], []
     token_scaled = side.token_scale is not None
-    for piece in _side_layout(tuple(parts), channels, token_scaled, tuple(widths), length, block_t, device):
+    for piece in _side_layout(
+        tuple(parts), channels, token_scaled, tuple(widths), length, block_t, wide_values, device
+    ):
         part, groups = side.parts[piece.part], piece.groups
         if piece.spec.calibrated:
             groups = _origins(part, piece.spec)
@@ -1385,19 +1416,20 @@ class _LaunchRecord:
         key_heads, device = shape.key_heads, shape.device
         shared, rows = heads // key_heads, batch * heads * length
         self.width, block_m = max(shape.value_widths), power_of_two(shared * length, 8, _MAX_ROWS)
-        # Keys of long latents are kept while their chunks pass by, and float32 takes more room: tiles of fewer tokens
-        # and more threads, that all fits the registers.
+        # Float32 takes more room: tiles of fewer tokens and more threads, that all fits the registers.
         wide = shape.dtype == torch.float32
         long = max(shape.key_widths) > 64 or wide
         block_t, exact_t, block_f, num_warps = 64, 64, 64, 4
         if long:
-            block_t, exact_t, block_f, num_warps = 64, 64, 64, 4
+            exact_t = 32
         if wide:
-            block_f = 16
+            block_t, block_f, num_warps = 32, 16, 8
         if shape.block_length <= 32:
             block_t = 32
-        key_pieces, key_specs, places = _side(keys, shape.key_widths, shape.block_length, block_t, device)
-        value_pieces, value_specs, _ = _side(values, shape.value_widths, shape.block_length, block_t, device)
+        key_pieces, key_specs, places = _side(keys, shape.key_widths, shape.block_length, block_t, False, device)
+        value_pieces, value_specs, _ = _side(
+            values, shape.value_widths, shape.block_length, block_t, shape.dtype == torch.bfloat16, device
+        )
         # Weights times scales would leave the range of float16.
         for i, spec in enumerate(value_specs):
             by_token = spec.worded and not (spec.per_channel or spec.by_channel or spec.token_scaled)
