@@ -573,20 +573,25 @@ def _chunks(specs):
 
 
 @triton.jit
-def _recomputed(spans, turn, SPECS: tl.constexpr):
-    """The spans, of many pieces as what changes with every turn of a loop.
+def _nothing(turn, LISTED: tl.constexpr, SPECS: tl.constexpr):
+    """0, of pieces of many chunks as what may change with every turn of a loop: what it is added to, is computed anew.
 
-    Else the compiler keeps the addresses of all of them from turn to turn, in more registers than there are.
+    Else the compiler keeps the addresses of all chunks from turn to turn, in more registers than there are.
     """
-    if _INTERPRETED or _chunks(SPECS) <= 2:
-        return spans
+    if _INTERPRETED or not LISTED or _chunks(SPECS) <= 2:
+        return 0
     else:
-        zero = tl.inline_asm_elementwise("mov.b32 $0, 0;", "=r,r", (turn,), dtype=tl.int32, is_pure=False, pack=1)
-        result = ()
-        for i in tl.static_range(len(SPECS)):
-            start, width, column, group = spans[i]
-            result += ((tl.multiple_of(start + zero, _known(SPECS[i].align)), width, column, group),)
-        return result
+        return tl.inline_asm_elementwise("mov.b32 $0, 0;", "=r,r", (turn,), dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def _moved(spans, by, SPECS: tl.constexpr):
+    """Spans that start as many channels later."""
+    result = ()
+    for i in tl.static_range(len(SPECS)):
+        start, width, column, group = spans[i]
+        result += ((tl.multiple_of(start + by, _known(SPECS[i].align)), width, column, group),)
+    return result
 
 
 @triton.jit
@@ -758,7 +763,7 @@ def _attend(
     query,
     query_stride,
     positions,
-    visible,
+    left,
     expand,
     inv_freq,
     bias,
@@ -775,6 +780,7 @@ def _attend(
     VALUES: tl.constexpr,
     TILES: tl.constexpr,  # of a block; 0: as many as its valid tokens fill
     LISTED: tl.constexpr,  # whether `slots` names the slot of each block; else block j stands in slot j
+    WIDTH: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -782,8 +788,10 @@ def _attend(
 ):
     """Attention of a tile of queries to every `step`-th block; writes its sums, highest score and total.
 
-    `query`, `positions`, `sums` and `stats` are pointers `[BLOCK_M]`, one for each query of the tile.
+    `query` and `positions` are pointers `[BLOCK_M]`, one for each query of the tile, `left` as many as there are from
+    the first one on, and `sums` and `stats` where the results of that one go.
     """
+    visible = tl.arange(0, BLOCK_M) < left
     # The queries stay in registers, rotated to their positions, by pieces of frequencies.
     query_positions = tl.load(positions, visible, 0).to(tl.int32)
     queries = ()
@@ -837,7 +845,9 @@ def _attend(
             first = t * BLOCK_T
             start = block_start + first
             tile = (slot, first, count)
-            keys_at, values_at = _recomputed(key_spans, t, KEYS), _recomputed(value_spans, t, VALUES)
+            zero = _nothing(t, LISTED, KEYS)
+            keys_at, values_at = _moved(key_spans, zero, KEYS), _moved(value_spans, _nothing(t, LISTED, VALUES), VALUES)
+            expand_at = (expand[0], expand[1], expand[2] + zero, expand[3], expand[4])
             latents = ()
             for p in tl.static_range(len(KEYS)):
                 latents += (_held_latents(keys[p], keys_at[p], tile, DTYPE, _known(KEYS[p]), BLOCK_T),)
@@ -851,7 +861,7 @@ def _attend(
                     latents,
                     keys,
                     keys_at,
-                    expand,
+                    expand_at,
                     inv_freq,
                     bias,
                     tile,
@@ -883,10 +893,11 @@ def _attend(
                 )
             summed = gained
 
+    row = tl.arange(0, BLOCK_M)
     for p in tl.static_range(len(VALUES)):
-        _store_values(summed[p], sums, visible, value_spans[p], _known(VALUES[p]))
-    tl.store(stats, highest, visible)
-    tl.store(stats + 1, tl.sum(total, 0), visible)
+        _store_values(summed[p], sums + row * WIDTH, visible, value_spans[p], _known(VALUES[p]))
+    tl.store(stats + row * 2, highest, visible)
+    tl.store(stats + row * 2 + 1, tl.sum(total, 0), visible)
 
 
 @triton.jit
@@ -946,12 +957,12 @@ def _attention_kernel(
     share, half = tl.program_id(1), size // 2
     batch, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     # The queries of a tile are heads that share a key head, and of each of them its tokens.
-    offs = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
-    visible = offs < SHARED * length
+    first_query = tl.program_id(2) * BLOCK_M
+    offs, left = first_query + tl.arange(0, BLOCK_M), SHARED * length - first_query
     query += batch.to(tl.int64) * query_strides[0]
     query += (head * SHARED + offs // length) * query_strides[1] + offs % length * query_strides[2]
     positions += batch * position_stride + offs % length
-    row = ((batch * heads + head) * SHARED * length + offs).to(tl.int64) + share.to(tl.int64) * rows
+    row = ((batch * heads + head) * SHARED * length + first_query).to(tl.int64) + share.to(tl.int64) * rows
     stats = sums + total.to(tl.int64) * rows * WIDTH + row * 2
     sums += row * WIDTH
     # Without a weight every head is a group of its own.
@@ -988,7 +999,7 @@ def _attention_kernel(
                 query,
                 query_strides[3],
                 positions,
-                visible,
+                left,
                 expand,
                 inv_freq,
                 bias,
@@ -1005,6 +1016,7 @@ def _attention_kernel(
                 EXACT_VALUES,
                 0,
                 False,
+                WIDTH,
                 HALF,
                 BLOCK_F,
                 BLOCK_M,
@@ -1018,7 +1030,7 @@ def _attention_kernel(
                 query,
                 query_strides[3],
                 positions,
-                visible,
+                left,
                 expand_packed,
                 inv_freq,
                 bias,
@@ -1035,6 +1047,7 @@ def _attention_kernel(
                 VALUES,
                 TILES,
                 True,
+                WIDTH,
                 HALF,
                 BLOCK_F,
                 BLOCK_M,
