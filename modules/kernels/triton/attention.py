@@ -771,8 +771,7 @@ def _attend(
     values,
     groups,
     blocks,
-    sums,
-    stats,
+    target,
     scaling,
     sliding_window,
     DTYPE: tl.constexpr,
@@ -780,6 +779,7 @@ def _attend(
     VALUES: tl.constexpr,
     TILES: tl.constexpr,  # of a block; 0: as many as its valid tokens fill
     LISTED: tl.constexpr,  # whether `slots` names the slot of each block; else block j stands in slot j
+    SHARED: tl.constexpr,
     WIDTH: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_F: tl.constexpr,
@@ -789,7 +789,8 @@ def _attend(
     """Attention of a tile of queries to every `step`-th block; writes its sums, highest score and total.
 
     `query` and `positions` are pointers `[BLOCK_M]`, one for each query of the tile, `left` as many as there are from
-    the first one on, and `sums` and `stats` where the results of that one go.
+    the first one on. `target`: the sums of all shares, how many there are, rows of each, tokens, and by how many shares
+    those of this one stand behind the program's number.
     """
     visible = tl.arange(0, BLOCK_M) < left
     # The queries stay in registers, rotated to their positions, by pieces of frequencies.
@@ -893,11 +894,19 @@ def _attend(
                 )
             summed = gained
 
-    row = tl.arange(0, BLOCK_M)
+    # Where the results go is computed now: kept during the loop, it would take registers.
+    sums, total_shares, rows, length, further = target
+    zero = _nothing(further, True, KEYS)
+    first = (tl.program_id(2) + zero) * BLOCK_M
+    row = (tl.program_id(0) + zero) * SHARED * length + first + tl.arange(0, BLOCK_M)
+    row = (tl.program_id(1) + zero + further).to(tl.int64) * rows + row
+    visible = first + tl.arange(0, BLOCK_M) < SHARED * length
+    stats = sums + total_shares.to(tl.int64) * rows * WIDTH + row * 2
+    sums += row * WIDTH
     for p in tl.static_range(len(VALUES)):
-        _store_values(summed[p], sums + row * WIDTH, visible, value_spans[p], _known(VALUES[p]))
-    tl.store(stats + row * 2, highest, visible)
-    tl.store(stats + row * 2 + 1, tl.sum(total, 0), visible)
+        _store_values(summed[p], sums, visible, value_spans[p], _known(VALUES[p]))
+    tl.store(stats, highest, visible)
+    tl.store(stats + 1, tl.sum(total, 0), visible)
 
 
 @triton.jit
@@ -962,9 +971,6 @@ def _attention_kernel(
     query += batch.to(tl.int64) * query_strides[0]
     query += (head * SHARED + offs // length) * query_strides[1] + offs % length * query_strides[2]
     positions += batch * position_stride + offs % length
-    row = ((batch * heads + head) * SHARED * length + first_query).to(tl.int64) + share.to(tl.int64) * rows
-    stats = sums + total.to(tl.int64) * rows * WIDTH + row * 2
-    sums += row * WIDTH
     # Without a weight every head is a group of its own.
     first_row = head * size
     if KEYS_ARE_CACHED:
@@ -994,7 +1000,6 @@ def _attention_kernel(
             start += batch * start_row - batch
             count += batch * count_row - batch
             # Its sums stand behind those of the packed blocks' shares.
-            further = (shares - share + nth).to(tl.int64) * rows
             _attend(
                 query,
                 query_strides[3],
@@ -1007,8 +1012,7 @@ def _attention_kernel(
                 value_part,
                 groups,
                 (start, start, count, batch, batch + 1, 1),
-                sums + further * WIDTH,
-                stats + further * 2,
+                (sums, total, rows, length, shares - share + nth),
                 scaling,
                 sliding_window,
                 DTYPE,
@@ -1016,6 +1020,7 @@ def _attention_kernel(
                 EXACT_VALUES,
                 0,
                 False,
+                SHARED,
                 WIDTH,
                 HALF,
                 BLOCK_F,
@@ -1038,8 +1043,7 @@ def _attention_kernel(
                 values,
                 groups,
                 listed,
-                sums,
-                stats,
+                (sums, total, rows, length, 0),
                 scaling,
                 sliding_window,
                 DTYPE,
@@ -1047,6 +1051,7 @@ def _attention_kernel(
                 VALUES,
                 TILES,
                 True,
+                SHARED,
                 WIDTH,
                 HALF,
                 BLOCK_F,
