@@ -1193,7 +1193,7 @@ def _side_layout(
     widths: tuple[int, ...],
     length: int,
     block_t: int,
-    wide_values: bool,
+    wide: bool,
     device,
 ) -> tuple[_Piece, ...]:
     """The pieces of a side.
@@ -1205,7 +1205,7 @@ def _side_layout(
         token_scaled: Whether tokens have scales of their own.
         widths: Channels of each head group.
         length, block_t: Tokens of a block and of a tile.
-        wide_values: Whether these are values, of which chunks of 128 channels may be summed up.
+        wide: Whether chunks of 128 channels are allowed.
     """
     layout, first = [], 0
     if channels is None:
@@ -1245,9 +1245,9 @@ def _side_layout(
             _, all_widths, _ = zip(*spans)
             widest = max(all_widths)
             # The widest chunk whose channels share a token's scale; if there is none, scales are read by channel.
-            # Of values whose tokens have scales larger ones are worth it: what the middles add is kept for each.
+            # Programs of long latents have eight warps: all have work where chunks are larger.
             most = 64
-            if wide_values and groups and block_t == 64 and widest % 128 == 0:
+            if block_t == 64 and wide:
                 most = 128
             block = fitting = power_of_two(widest, 16, most)
             while fitting >= 16 and _straddles(spans, group_of, fitting):
@@ -1309,7 +1309,7 @@ def _origins(part: PackedPart, spec: _Spec) -> torch.Tensor:
 
 
 def _side(
-    side: PackedSide | None, widths: tuple[int, ...], length: int, block_t: int, wide_values: bool, device
+    side: PackedSide | None, widths: tuple[int, ...], length: int, block_t: int, wide: bool, device
 ) -> tuple[list, list, list]:
     """Runtime arguments and `_Spec`s of the pieces of a side, and their spans."""
     if side is None:
@@ -1325,9 +1325,7 @@ def _side(
         channels = tuple(side.channels.tolist())
     arguments, specs, places = [], [], []
     token_scaled = side.token_scale is not None
-    for piece in _side_layout(
-        tuple(parts), channels, token_scaled, tuple(widths), length, block_t, wide_values, device
-    ):
+    for piece in _side_layout(tuple(parts), channels, token_scaled, tuple(widths), length, block_t, wide, device):
         part, groups = side.parts[piece.part], piece.groups
         if piece.spec.calibrated:
             groups = _origins(part, piece.spec)
@@ -1434,20 +1432,21 @@ class _LaunchRecord:
         key_heads, device = shape.key_heads, shape.device
         shared, rows = heads // key_heads, batch * heads * length
         self.width, block_m = max(shape.value_widths), power_of_two(shared * length, 8, _MAX_ROWS)
-        # Float32 takes more room: tiles of fewer tokens and more threads, that all fits the registers.
-        wide = shape.dtype == torch.float32
+        # Long latents take the registers of more threads; float32 takes more room still, and tiles of fewer tokens. In
+        # short blocks there is not enough work for as many.
+        wide, short = shape.dtype == torch.float32, shape.block_length <= 32
         long = max(shape.key_widths) > 64 or wide
         block_t, exact_t, block_f, num_warps = 64, 64, 64, 4
         if long:
-            exact_t = 32
+            exact_t, num_warps = 32, 8
         if wide:
-            block_t, block_f, num_warps = 32, 16, 8
-        if shape.block_length <= 32:
+            block_t, block_f = 32, 16
+        elif short:
+            num_warps = 4
+        if short:
             block_t = 32
-        key_pieces, key_specs, places = _side(keys, shape.key_widths, shape.block_length, block_t, False, device)
-        value_pieces, value_specs, _ = _side(
-            values, shape.value_widths, shape.block_length, block_t, shape.dtype == torch.bfloat16, device
-        )
+        key_pieces, key_specs, places = _side(keys, shape.key_widths, shape.block_length, block_t, long, device)
+        value_pieces, value_specs, _ = _side(values, shape.value_widths, shape.block_length, block_t, long, device)
         # Weights times scales would leave the range of float16.
         for i, spec in enumerate(value_specs):
             by_token = spec.worded and not (spec.per_channel or spec.by_channel or spec.token_scaled)
