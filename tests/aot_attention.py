@@ -18,6 +18,7 @@ import json
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -193,8 +194,8 @@ def main(everything: bool, architectures: list[int], only: str = "") -> list[dic
                 record |= usage(compiled)
                 del record["inexact"]
                 if architecture == 90 and "KEYS" in arguments:
-                    tiles = 64 / arguments["BLOCK_T"]
-                    record["instructions"] = tile_instructions(compiled, arguments) * tiles * record["warps"] / 4
+                    instructions, record["kinds"] = tile_instructions(compiled, arguments)
+                    record["instructions"] = instructions * 64 / arguments["BLOCK_T"] * record["warps"] / 4
                 records.append(record | {"shared_limit": SHARED_LIMIT[architecture]})
     return records
 
@@ -203,8 +204,8 @@ def main(everything: bool, architectures: list[int], only: str = "") -> list[dic
 H200 = {"bandwidth": 4.8e12, "flops": 989e12, "sms": 132, "clock": 1.7e9, "registers": 65536}
 
 
-def loops(compiled) -> list[tuple[int, int]]:
-    """First and last instruction of every loop of a binary, nested ones too."""
+def loops(compiled) -> tuple[list[tuple[int, int]], list[str]]:
+    """First and last instruction of every loop of a binary, nested ones too, and the kinds of all instructions."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(compiled.asm["cubin"])
         command = [triton.knobs.nvidia.cuobjdump.path, "-sass", file.name]
@@ -212,12 +213,16 @@ def loops(compiled) -> list[tuple[int, int]]:
     lines = [(int(m[1], 16), m[2]) for m in re.finditer(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", text)]
     places = {address: i for i, (address, _) in enumerate(lines)}
     targets = [(i, re.search(r"\bBRA\b.*?0x([0-9a-f]+)", line)) for i, (_, line) in enumerate(lines)]
-    return [(places[int(m[1], 16)], i) for i, m in targets if m and int(m[1], 16) < lines[i][0]]
+    found = [(places[int(m[1], 16)], i) for i, m in targets if m and int(m[1], 16) < lines[i][0]]
+    return found, [re.sub(r"^@!?U?P\w+\s+", "", line).split()[0].split(".")[0] for _, line in lines]
 
 
-def tile_instructions(compiled, arguments: dict) -> float:
-    """Instructions of a warp for a tile of packed tokens: its own, its share of the block's, those of all chunks."""
-    found = loops(compiled)
+def tile_instructions(compiled, arguments: dict) -> tuple[float, dict[str, int]]:
+    """Instructions of a warp for a tile of packed tokens: its own, its share of the block's, those of all chunks.
+
+    Then its own by kind.
+    """
+    found, kinds = loops(compiled)
 
     def within(outer: tuple[int, int]) -> list[tuple[int, int]]:
         inner = [x for x in found if outer[0] <= x[0] and x[1] <= outer[1] and x != outer]
@@ -237,7 +242,8 @@ def tile_instructions(compiled, arguments: dict) -> float:
     trips = [spec.chunks for spec in arguments["KEYS"] if spec.chunks > 1] * pieces
     chunks = sorted(within(tile))
     assert len(chunks) == len(trips), (chunks, trips)
-    return per_tile + sum((n - 1) * size(loop) for n, loop in zip(trips, chunks, strict=True))
+    per_tile += sum((n - 1) * size(loop) for n, loop in zip(trips, chunks, strict=True))
+    return per_tile, dict(Counter(kinds[tile[0] : tile[1] + 1]).most_common())
 
 
 def roofline(bits: int, tokens: int, batch: int) -> dict:
@@ -252,7 +258,7 @@ def roofline(bits: int, tokens: int, batch: int) -> dict:
     # Codes of both sides; keys: two parameters of two bytes per channel and block; values: per token and head.
     nbytes = tokens * batch * heads * (2 * rank * bits / 8 + 4 * rank / 128 + 4)
     work = tokens * batch * heads * 2 * (rank * size + size * queries + rank * queries)
-    issued = tokens * batch * heads / tile * used["warps"] * tile_instructions(compiled, arguments)
+    issued = tokens * batch * heads / tile * used["warps"] * tile_instructions(compiled, arguments)[0]
     resident = min(
         H200["registers"] // (-(-used["registers"] // 8) * 8 * 32 * used["warps"]), SHARED_LIMIT[90] // used["shared"]
     )
@@ -296,9 +302,11 @@ if __name__ == "__main__":
     if options.json:
         print(json.dumps(records))
     else:
-        print(f"{'kernel':18} {'case':34} {'sm':>3} {'regs':>4} {'stack':>5} {'local':>5} {'shared':>7} warps")
+        print(
+            f"{'kernel':18} {'case':34} {'sm':>3} {'regs':>4} {'stack':>5} {'local':>5} {'shared':>7} warps instructions"
+        )
         for r in records:
             print(
                 f"{r['kernel']:18} {r['case']:34} {r['architecture']:3} {r['registers']:4} {r['stack']:5} "
-                f"{r['local']:5} {r['shared']:7} {r['warps']:5}"
+                f"{r['local']:5} {r['shared']:7} {r['warps']:5} {r.get('instructions', 0):6.0f}"
             )

@@ -4,10 +4,14 @@ A program takes a key/value head of a row, the query heads that share it, and a 
 the sequence as in flash decoding); a second kernel merges the shares. It walks tiles of `BLOCK_T` tokens, transposed:
 tokens and channels, which are many, are rows of the matrix products, and queries, which are few, the columns.
 
-    latents   [t, r]   unpacked and scaled in registers; a code becomes a float by or-ing it into the mantissa of 2^23
+    latents   [t, r]   unpacked and scaled in registers, where the words allow it two codes at a time: a code becomes a
+                       float by or-ing it into the mantissa of 128 (bfloat16, in pairs) or 2^23
     keys      [t, d]   latents · A_headᵀ in two halves, rotated by their offset in the tile, a constant table
     scores    [t, M]   keys · qᵀ, with q rotated back by the position of the tile's first token
     values    [r, M]   latentsᵀ · weights, summed up in float32; never rebuilt
+
+Of bfloat16, pairs in int32 are scaled and rotated, each operation rounded: what plain PyTorch does in that type. Scales
+of tokens go into the weights of their values, so that codes stay whole numbers there.
 
 Tokens in full precision are blocks of 16 bits to it; each `Tile` of them is a share of its own.
 
