@@ -302,9 +302,7 @@ if __name__ == "__main__":
     if options.json:
         print(json.dumps(records))
     else:
-        print(
-            f"{'kernel':18} {'case':34} {'sm':>3} {'regs':>4} {'stack':>5} {'local':>5} {'shared':>7} warps instructions"
-        )
+        print(f"{'kernel':18} {'case':34} {'sm':>3} {'regs':>4} {'stack':>5} {'local':>5} {'shared':>7} warps  loop")
         for r in records:
             print(
                 f"{r['kernel']:18} {r['case']:34} {r['architecture']:3} {r['registers']:4} {r['stack']:5} "

@@ -928,7 +928,7 @@ def _attention_kernel(
     positions,
     inv_freq,
     weight,
-    aligned,  # `_aligned` of it, for the packed blocks; None: they take the weight itself
+    aligned,  # `_aligned` of it, for the packed blocks
     bias,
     sums,
     total,  # shares and tiles; behind the sums of all of them are the statistics
@@ -959,6 +959,7 @@ def _attention_kernel(
     KEY_HEADS: tl.constexpr,  # of a head group
     VALUE_HEADS: tl.constexpr,
     WIDTH: tl.constexpr,  # of the sums
+    ALIGNED: tl.constexpr,  # else the packed blocks take the weight itself
     KEYS_ARE_CACHED: tl.constexpr,  # not their latents: there is no weight
     TILES: tl.constexpr,
     HALF: tl.constexpr,
@@ -983,7 +984,7 @@ def _attention_kernel(
         (weight, weight_stride, first_row, half, half),
         (weight, weight_stride, first_row, half, half),
     )
-    if aligned is not None:
+    if ALIGNED:
         expand_packed = (aligned, aligned_stride, head * 2 * HALF, HALF, half)
     if bias is not None:
         bias += first_row
@@ -1491,6 +1492,7 @@ class _LaunchRecord:
             "KEY_HEADS": key_heads // len(shape.key_widths),
             "VALUE_HEADS": key_heads // len(shape.value_widths),
             "WIDTH": self.width,
+            "ALIGNED": bool(self.columns),
             "KEYS_ARE_CACHED": shape.identity,
             "TILES": -(-shape.block_length // block_t),
             "HALF": half,
@@ -1582,7 +1584,7 @@ def latent_attention(query: LatentQuery, cache: PackedCache) -> Attended:
         expand_keys is None,
     )
     record = _record(cache, shape)
-    aligned = None
+    aligned = weight
     if record.columns:
         aligned = _bits(_aligned(expand_keys.weight, record.columns, key_heads, record.half))
     blocks, table_strides = 0, (0, 0)
@@ -1615,7 +1617,7 @@ def latent_attention(query: LatentQuery, cache: PackedCache) -> Attended:
         "query_strides": states.stride(),
         "position_stride": positions.stride(0),
         "weight_stride": weight.stride(0),
-        "aligned_stride": 0 if aligned is None else aligned.stride(0),
+        "aligned_stride": aligned.stride(0),
         "table_strides": table_strides,
     }
     with torch.cuda.device_of(states):
