@@ -449,8 +449,11 @@ def assert_compiles(*options: str) -> None:
     records = json.loads(result.stdout)
     assert {r["kernel"] for r in records} == {"attention_kernel", "merge_kernel"}
     assert not [r for r in records if r["local"] or r["shared"] > r["shared_limit"]]
-    # Of six pieces a side the addresses do not all fit the registers: a few of them are spilled.
-    assert not [r for r in records if r["stack"] > (64 if "tiers" in r["case"] else 0)]
+    # Of six pieces a side the addresses do not all fit the registers: a few of them are spilled. Of SmolLM2's more are,
+    # before and behind the loop over the tiles.
+    for record in records:
+        spilled = 64 if "tiers" in record["case"] else 400 if "smollm2" in record["case"] else 0
+        assert record["stack"] <= spilled, record
     counted = [r for r in records if "instructions" in r]
     assert not [r for r in counted if r["instructions"] > INSTRUCTIONS.get(r["case"], 1e9)]
     # Two codes become bfloat16 by one shift and one LOP3, and pairs are multiplied: no code is converted by itself.
