@@ -435,7 +435,7 @@ INSTRUCTIONS = {
     "llama3 rank 64 4-bit": 569,
     "llama3 joint 512 2-bit token scale": 4390,
     "smollm2 eighth trellis": 22700,
-    "smollm2 eighth uniform": 18000,
+    "smollm2 eighth uniform": 14300,
 }
 
 

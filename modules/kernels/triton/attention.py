@@ -71,7 +71,7 @@ class _Spec:
         by_channel: Whether a chunk of channels lies in more than one scale group of a token.
         token_scaled: Whether tokens have scales of their own.
         trellis: Whether codes are those of a trellis.
-        worded: Whether a tile are whole words of every plane.
+        worded: Whether a tile are whole words of every plane, and states bfloat16.
         calibrated: Whether the scales of all blocks are the same.
         weighted: Whether the scales of its tokens go into their weights.
         block, chunks, first: Channels of a chunk, how many chunks, and the first one.
@@ -386,12 +386,12 @@ def _factors(part, slot, token, valid, head_group):
 
 @triton.jit
 def _whole_words(part, span, chunk, tile, DTYPE: tl.constexpr, SPEC: tl.constexpr, BLOCK_T: tl.constexpr):
-    """As `_latents`, of whole words, each of which is read once and unpacked two codes at a time."""
+    """As `_latents`, bfloat16 of whole words, each of which is read once and unpacked two codes at a time."""
     packed, _, _, _, groups, stride_slot, stride, _, scale_stride, _, _ = part
     start, width, _, head_group = span
     slot, first, _ = tile
     MIDDLE: tl.constexpr = (SPEC.levels - 1) * 0.5
-    PAIRED: tl.constexpr = DTYPE.is_bf16() and not _INTERPRETED
+    PAIRED: tl.constexpr = not _INTERPRETED
     # The even channels; the odd ones are beside them.
     channel = chunk * SPEC.block + 2 * tl.arange(0, SPEC.block // 2)
     exists, odd_exists, columns = channel < width, channel + 1 < width, start + channel
@@ -475,8 +475,6 @@ def _whole_words(part, span, chunk, tile, DTYPE: tl.constexpr, SPEC: tl.constexp
             low, high = _rounded(low * factor, DTYPE), _rounded(high * factor, DTYPE)
         low = low * _rounded(low_step, DTYPE) + _rounded(low_middle, DTYPE)
         high = high * _rounded(high_step, DTYPE) + _rounded(high_middle, DTYPE)
-        if SPEC.token_scaled and DTYPE.is_fp16():
-            low, high = tl.clamp(low, -65504.0, 65504.0), tl.clamp(high, -65504.0, 65504.0)
         low, high = _operand(low, DTYPE), _operand(high, DTYPE)
     return tl.reshape(tl.join(low, high), (BLOCK_T, SPEC.block))
 
@@ -1198,7 +1196,7 @@ def _side_layout(
     widths: tuple[int, ...],
     length: int,
     block_t: int,
-    wide: bool,
+    pairs: bool,
     device,
 ) -> tuple[_Piece, ...]:
     """The pieces of a side.
@@ -1210,7 +1208,7 @@ def _side_layout(
         token_scaled: Whether tokens have scales of their own.
         widths: Channels of each head group.
         length, block_t: Tokens of a block and of a tile.
-        wide: Whether chunks of 128 channels are allowed.
+        pairs: Whether states are bfloat16, of which two are computed at a time.
     """
     layout, first = [], 0
     if channels is None:
@@ -1252,7 +1250,7 @@ def _side_layout(
             # The widest chunk whose channels share a token's scale; if there is none, scales are read by channel.
             # Programs of long latents have eight warps: all have work where chunks are larger.
             most = 64
-            if block_t == 64 and wide:
+            if pairs and block_t == 64:
                 most = 128
             block = fitting = power_of_two(widest, 16, most)
             while fitting >= 16 and _straddles(spans, group_of, fitting):
@@ -1268,7 +1266,7 @@ def _side_layout(
                 align=math.gcd(16, *chain.from_iterable(spans)),
                 filled=widest % block == 0 and set(all_widths) == {widest},
                 # Of smaller tiles not every thread would have whole units.
-                worded=spec.worded and block * block_t >= 2048,
+                worded=spec.worded and pairs and block * block_t >= 2048,
             )
             layout.append(
                 _Piece(index, own, torch.tensor(spans, dtype=torch.int32, device=device), tuple(spans), table)
@@ -1314,7 +1312,7 @@ def _origins(part: PackedPart, spec: _Spec) -> torch.Tensor:
 
 
 def _side(
-    side: PackedSide | None, widths: tuple[int, ...], length: int, block_t: int, wide: bool, device
+    side: PackedSide | None, widths: tuple[int, ...], length: int, block_t: int, pairs: bool, device
 ) -> tuple[list, list, list]:
     """Runtime arguments and `_Spec`s of the pieces of a side, and their spans."""
     if side is None:
@@ -1330,7 +1328,7 @@ def _side(
         channels = tuple(side.channels.tolist())
     arguments, specs, places = [], [], []
     token_scaled = side.token_scale is not None
-    for piece in _side_layout(tuple(parts), channels, token_scaled, tuple(widths), length, block_t, wide, device):
+    for piece in _side_layout(tuple(parts), channels, token_scaled, tuple(widths), length, block_t, pairs, device):
         part, groups = side.parts[piece.part], piece.groups
         if piece.spec.calibrated:
             groups = _origins(part, piece.spec)
@@ -1438,24 +1436,27 @@ class _LaunchRecord:
         shared, rows = heads // key_heads, batch * heads * length
         self.width, block_m = max(shape.value_widths), power_of_two(shared * length, 8, _MAX_ROWS)
         # Long latents take the registers of more threads; float32 takes more room still, and tiles of fewer tokens. In
-        # short blocks there is not enough work for as many.
-        wide, short = shape.dtype == torch.float32, shape.block_length <= 32
+        # short blocks there is not enough work for as many. Pairs of bfloat16 take half of the room.
+        wide, pairs, short = shape.dtype == torch.float32, shape.dtype == torch.bfloat16, shape.block_length <= 32
         long = max(shape.key_widths) > 64 or wide
-        block_t, exact_t, block_f, num_warps = 64, 64, 64, 4
+        block_t, exact_t, block_f, num_warps = 64, 64, 32, 4
+        if pairs:
+            block_f = 64
         if long:
-            exact_t, num_warps = 32, 8
+            block_t, exact_t, block_f, num_warps = 32, 32, 64, 8
+        if long and pairs:
+            block_t = 64
+            if short:
+                num_warps = 4
         if wide:
-            block_t, block_f = 32, 16
-        elif short:
-            num_warps = 4
+            block_f = 16
         if short:
             block_t = 32
-        key_pieces, key_specs, places = _side(keys, shape.key_widths, shape.block_length, block_t, long, device)
-        value_pieces, value_specs, _ = _side(values, shape.value_widths, shape.block_length, block_t, long, device)
-        # Weights times scales would leave the range of float16.
+        key_pieces, key_specs, places = _side(keys, shape.key_widths, shape.block_length, block_t, pairs, device)
+        value_pieces, value_specs, _ = _side(values, shape.value_widths, shape.block_length, block_t, pairs, device)
         for i, spec in enumerate(value_specs):
             by_token = spec.worded and not (spec.per_channel or spec.by_channel or spec.token_scaled)
-            value_specs[i] = replace(spec, weighted=by_token and shape.dtype != torch.float16)
+            value_specs[i] = replace(spec, weighted=by_token)
         # Tokens in full precision are a piece with one span per head group.
         key_spans, exact_keys = _exact_layout(shape.key_widths, device)
         value_spans, exact_values = _exact_layout(shape.value_widths, device)
