@@ -464,6 +464,17 @@ def _whole_words(part, span, chunk, tile, DTYPE: tl.constexpr, SPEC: tl.constexp
             low, high = _halves(x)
         else:
             low, high = _operand(low, DTYPE), _operand(high, DTYPE)
+    elif SPEC.token_scaled and not SPEC.trellis:
+        # Ranges of calibration need not be centred, and codes that a token's scale multiplies are not moved: a range
+        # whose middle is far from the states would lose what float32 keeps.
+        factor = _factors(part, slot, token, token >= 0, head_group)[:, None]
+        if PAIRED:
+            low, high = (x << 16).to(tl.float32, bitcast=True), (x & -65536).to(tl.float32, bitcast=True)
+        low, high = low * factor * low_step + low_middle, high * factor * high_step + high_middle
+        if PAIRED:
+            low, high = _halves(_both(low, high))
+        else:
+            low, high = _operand(low, DTYPE), _operand(high, DTYPE)
     elif PAIRED:
         if SPEC.token_scaled:
             factor = _factors(part, slot, token, token >= 0, head_group)
@@ -1265,8 +1276,8 @@ def _side_layout(
                 by_channel=by_channel,
                 align=math.gcd(16, *chain.from_iterable(spans)),
                 filled=widest % block == 0 and set(all_widths) == {widest},
-                # Of smaller tiles not every thread would have whole units.
-                worded=spec.worded and pairs and block * block_t >= 2048,
+                # Of smaller tiles not every thread would have whole units, which the interpreter does not mind.
+                worded=spec.worded and pairs and (INTERPRETED or block * block_t >= 2048),
             )
             layout.append(
                 _Piece(index, own, torch.tensor(spans, dtype=torch.int32, device=device), tuple(spans), table)
