@@ -442,7 +442,7 @@ INSTRUCTIONS = {
     "llama3 rank 64 4-bit": 569,
     "llama3 joint 512 2-bit token scale": 5550,
     "smollm2 eighth trellis": 22700,
-    "smollm2 eighth uniform": 19500,
+    "smollm2 eighth uniform": 16200,
 }
 
 
