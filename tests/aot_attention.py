@@ -4,8 +4,9 @@
     python tests/aot_attention.py --roofline
 
 For each case, a layer and what its cache holds: registers of a thread, its stack and local memory (both 0 unless
-registers spill), shared memory of a program, and how much of it an architecture has. Not under TRITON_INTERPRET: run as
-a process of its own. `tests/test_attention_triton.py` asserts the record.
+registers spill), shared memory of a program, and how much of it an architecture has; on sm_90, a quarter of the
+instructions that the warps of a program take for 64 packed tokens: of four warps, those of each. Not under
+TRITON_INTERPRET: run as a process of its own. `tests/test_attention_triton.py` asserts the record.
 
 `--roofline`: bounds on paper for an H200, nothing of which is measured, from bytes, operations and the instructions of
 the compiled loop over the packed tiles.
@@ -17,6 +18,8 @@ import json
 import re
 import subprocess
 import tempfile
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -129,17 +132,30 @@ def tiny(length: int, dtype=torch.bfloat16):
     return layer(8, 4, 64, (112,), (112,), length, dtype, 2, **TINY)
 
 
+def smollm2(code: str):
+    """A block of the 1/8 checkpoint of SmolLM2: three layers, keys and values as one latent, seven widths."""
+    tiers = [(24, 8), (43, 6), (60, 5), (108, 4), (142, 3), (145, 2), (131, 1)]
+    rank = (sum(width for width, _ in tiers),)
+    arguments = layer(9, 3, 64, rank, rank, 1, torch.bfloat16, 2, tiers=[tiers], group_size=32, code=code, **SCALED)
+    cache = arguments["cache"]
+    before, after = ([replace(t, values=t.keys) for t in tiles] for tiles in (cache.before, cache.after))
+    return arguments | {"cache": replace(cache, before=tuple(before), after=tuple(after), values=cache.keys)}
+
+
 def cases(everything: bool):
     """Functions that make the arguments of `latent_attention`, by name."""
     yield "llama3 rank 64 2-bit", lambda: llama3(2)
+    yield "llama3 rank 64 4-bit", lambda: llama3(4)
     yield "llama3 joint 512 2-bit token scale", lambda: llama3(2, (512,), **SCALED)
     if not everything:
         return
+    yield "smollm2 eighth trellis", lambda: smollm2("trellis")
+    yield "smollm2 eighth uniform", lambda: smollm2("uniform")
     for length in (1, 16):
         suffix = f" L={length}" if length > 1 else ""
         if length > 1:
             yield f"llama3 rank 64 2-bit{suffix}", lambda n=length: llama3(2, length=n)
-        yield f"llama3 rank 64 4-bit{suffix}", lambda n=length: llama3(4, length=n)
+            yield f"llama3 rank 64 4-bit{suffix}", lambda n=length: llama3(4, length=n)
         yield f"llama3 joint 512 2-bit{suffix}", lambda n=length: llama3(2, (512,), n)
         yield f"llama2 groups of four 2-bit{suffix}", lambda n=length: llama2(n)
         yield f"tiny tiers static{suffix}", lambda n=length: tiny(n)
@@ -177,6 +193,9 @@ def main(everything: bool, architectures: list[int], only: str = "") -> list[dic
                 record = {"kernel": kernel.__name__.strip("_"), "case": name, "architecture": architecture}
                 record |= usage(compiled)
                 del record["inexact"]
+                if architecture == 90 and "KEYS" in arguments:
+                    instructions, record["kinds"] = tile_instructions(compiled, arguments)
+                    record["instructions"] = instructions * 64 / arguments["BLOCK_T"] * record["warps"] / 4
                 records.append(record | {"shared_limit": SHARED_LIMIT[architecture]})
     return records
 
@@ -185,8 +204,8 @@ def main(everything: bool, architectures: list[int], only: str = "") -> list[dic
 H200 = {"bandwidth": 4.8e12, "flops": 989e12, "sms": 132, "clock": 1.7e9, "registers": 65536}
 
 
-def loop_instructions(compiled) -> int:
-    """Instructions of the longest loop of the binary: that over the packed tiles."""
+def loops(compiled) -> tuple[list[tuple[int, int]], list[str]]:
+    """First and last instruction of every loop of a binary, nested ones too, and the kinds of all instructions."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(compiled.asm["cubin"])
         command = [triton.knobs.nvidia.cuobjdump.path, "-sass", file.name]
@@ -194,7 +213,37 @@ def loop_instructions(compiled) -> int:
     lines = [(int(m[1], 16), m[2]) for m in re.finditer(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", text)]
     places = {address: i for i, (address, _) in enumerate(lines)}
     targets = [(i, re.search(r"\bBRA\b.*?0x([0-9a-f]+)", line)) for i, (_, line) in enumerate(lines)]
-    return max(i - places[int(m[1], 16)] + 1 for i, m in targets if m and int(m[1], 16) < lines[i][0])
+    found = [(places[int(m[1], 16)], i) for i, m in targets if m and int(m[1], 16) < lines[i][0]]
+    return found, [re.sub(r"^@!?U?P\w+\s+", "", line).split()[0].split(".")[0] for _, line in lines]
+
+
+def tile_instructions(compiled, arguments: dict) -> tuple[float, dict[str, int]]:
+    """Instructions of a warp for a tile of packed tokens: its own, its share of the block's, those of all chunks.
+
+    Then its own by kind.
+    """
+    found, kinds = loops(compiled)
+
+    def within(outer: tuple[int, int]) -> list[tuple[int, int]]:
+        inner = [x for x in found if outer[0] <= x[0] and x[1] <= outer[1] and x != outer]
+        return sorted(inner, key=lambda x: x[0] - x[1])
+
+    def size(loop: tuple[int, int]) -> int:
+        return loop[1] - loop[0] + 1
+
+    # The longest loop is that over the blocks, the longest within it that over the tiles of a block.
+    tile = block = max(found, key=size)
+    per_tile = size(block)
+    if arguments["TILES"] > 1:
+        tile = within(block)[0]
+        per_tile = size(tile) + (size(block) - size(tile)) / arguments["TILES"]
+    # Pieces of several chunks have a loop over them for each piece of frequencies, in order.
+    pieces = arguments["HALF"] // arguments["BLOCK_F"]
+    trips = [spec.chunks for spec in arguments["KEYS"] if spec.chunks > 1] * pieces
+    chunks = sorted(within(tile))
+    assert len(chunks) == len(trips), (chunks, trips)
+    per_tile += sum((n - 1) * size(loop) for n, loop in zip(trips, chunks, strict=True))
+    return per_tile, dict(Counter(kinds[tile[0] : tile[1] + 1]).most_common())
 
 
 def roofline(bits: int, tokens: int, batch: int) -> dict:
@@ -209,7 +258,7 @@ def roofline(bits: int, tokens: int, batch: int) -> dict:
     # Codes of both sides; keys: two parameters of two bytes per channel and block; values: per token and head.
     nbytes = tokens * batch * heads * (2 * rank * bits / 8 + 4 * rank / 128 + 4)
     work = tokens * batch * heads * 2 * (rank * size + size * queries + rank * queries)
-    issued = tokens * batch * heads / tile * used["warps"] * loop_instructions(compiled)
+    issued = tokens * batch * heads / tile * used["warps"] * tile_instructions(compiled, arguments)[0]
     resident = min(
         H200["registers"] // (-(-used["registers"] // 8) * 8 * 32 * used["warps"]), SHARED_LIMIT[90] // used["shared"]
     )
@@ -253,9 +302,9 @@ if __name__ == "__main__":
     if options.json:
         print(json.dumps(records))
     else:
-        print(f"{'kernel':18} {'case':34} {'sm':>3} {'regs':>4} {'stack':>5} {'local':>5} {'shared':>7} warps")
+        print(f"{'kernel':18} {'case':34} {'sm':>3} {'regs':>4} {'stack':>5} {'local':>5} {'shared':>7} warps  loop")
         for r in records:
             print(
                 f"{r['kernel']:18} {r['case']:34} {r['architecture']:3} {r['registers']:4} {r['stack']:5} "
-                f"{r['local']:5} {r['shared']:7} {r['warps']:5}"
+                f"{r['local']:5} {r['shared']:7} {r['warps']:5} {r.get('instructions', 0):6.0f}"
             )

@@ -237,6 +237,13 @@ def test_every_width(device, name):
     check(device, dtype=(FP16, BF16, FP32)[case % 3], keys=keys, values=values, tokens=(75, 50), length=1 + case % 2)
 
 
+@pytest.mark.parametrize("bits", [1, 3, 4, 6, *(pytest.param(b, marks=pytest.mark.slow) for b in (2, 5, 8))])
+def test_words_of_pairs(device, bits):
+    """bfloat16 of whole words, chunks of an odd number of channels, and a weight whose columns are not aligned."""
+    keys, values = uniform(bits), uniform(bits, False)
+    check(device, dtype=BF16, keys=keys, values=values, tokens=(75, 40), key_ranks=(69,), value_ranks=(37,))
+
+
 SCALED = {"orientation": "per_channel", "static": True, "symmetric": False, "token_scale": True}
 
 #: Whole chunks and cut ones, runs shorter than a tile, every plane, tiers, and a block's rows of their own lengths.
@@ -428,8 +435,19 @@ def test_a_model_decodes_as_with_the_reference(tmp_path, name):
 # ---- GPUs that are not here
 
 
+#: Most instructions that the warps of a program may take for 64 packed tokens, a quarter of them, on sm_90: 4% more
+#: than the compiler of Triton 3.7 makes of the kernels.
+INSTRUCTIONS = {
+    "llama3 rank 64 2-bit": 548,
+    "llama3 rank 64 4-bit": 569,
+    "llama3 joint 512 2-bit token scale": 5550,
+    "smollm2 eighth trellis": 22700,
+    "smollm2 eighth uniform": 16200,
+}
+
+
 def assert_compiles(*options: str) -> None:
-    """The kernels compile for GPUs, spill nothing and fit their shared memory."""
+    """The kernels compile for GPUs without spills, fit the shared memory and take as few instructions as they did."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     root = Path(__file__).parent.parent
     command = [sys.executable, str(root / "tests" / "aot_attention.py"), "--json", *options]
@@ -438,8 +456,29 @@ def assert_compiles(*options: str) -> None:
     records = json.loads(result.stdout)
     assert {r["kernel"] for r in records} == {"attention_kernel", "merge_kernel"}
     assert not [r for r in records if r["local"] or r["shared"] > r["shared_limit"]]
-    # Of six pieces a side the addresses do not all fit the registers: a few of them are spilled.
-    assert not [r for r in records if r["stack"] > (64 if "tiers" in r["case"] else 0)]
+    # Of six pieces a side the addresses do not all fit the registers: a few of them are spilled. Of SmolLM2's more are,
+    # before and behind the loop over the tiles.
+    for record in records:
+        spilled = 64 if "tiers" in record["case"] else 400 if "smollm2" in record["case"] else 0
+        assert record["stack"] <= spilled, record
+    counted = [r for r in records if "instructions" in r]
+    assert not [r for r in counted if r["instructions"] > INSTRUCTIONS.get(r["case"], 1e9)]
+    # Two codes become bfloat16 by one shift and one LOP3, and pairs are multiplied: no code is converted by itself.
+    for record in counted:
+        if record["case"].startswith("llama3 rank 64 2-bit"):
+            kinds = record["kinds"]
+            assert kinds["HFMA2"] >= 64 and kinds["LOP3"] >= 32 and "I2F" not in kinds
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6])
+def test_codes_are_mantissas(bits):
+    """What the compiled kernel makes of codes: doubled in the mantissa of 128, halved, the middle subtracted."""
+    codes = torch.arange(1 << bits, dtype=torch.int32)
+    doubled = (0x4300 | (codes << 1)).to(torch.int16).view(BF16)
+    offset = torch.tensor(0xC280 | ((1 << bits) - 1)).to(torch.int16).view(BF16)
+    middle = ((1 << bits) - 1) / 2
+    assert torch.equal(doubled.float(), 128.0 + 2 * codes) and offset.item() == -64 - middle
+    assert torch.equal((doubled.double() / 2 + offset.double()).to(BF16).double(), codes.double() - middle)
 
 
 def test_kernels_compile_for_a_gpu():

@@ -4,10 +4,14 @@ A program takes a key/value head of a row, the query heads that share it, and a 
 the sequence as in flash decoding); a second kernel merges the shares. It walks tiles of `BLOCK_T` tokens, transposed:
 tokens and channels, which are many, are rows of the matrix products, and queries, which are few, the columns.
 
-    latents   [t, r]   unpacked and scaled in registers; a code becomes a float by or-ing it into the mantissa of 2^23
+    latents   [t, r]   unpacked and scaled in registers, where the words allow it two codes at a time: a code becomes a
+                       float by or-ing it into the mantissa of 128 (bfloat16, in pairs) or 2^23
     keys      [t, d]   latents · A_headᵀ in two halves, rotated by their offset in the tile, a constant table
     scores    [t, M]   keys · qᵀ, with q rotated back by the position of the tile's first token
     values    [r, M]   latentsᵀ · weights, summed up in float32; never rebuilt
+
+Of bfloat16, pairs in int32 are scaled and rotated, each operation rounded: what plain PyTorch does in that type. Scales
+of tokens go into the weights of their values, so that codes stay whole numbers there.
 
 Tokens in full precision are blocks of 16 bits to it; each `Tile` of them is a share of its own.
 
@@ -30,6 +34,7 @@ from weakref import WeakKeyDictionary
 import torch
 import triton
 import triton.language as tl
+from torch.utils.weak import WeakIdKeyDictionary
 from triton.language.extra import libdevice
 
 from modules import trellis
@@ -66,9 +71,13 @@ class _Spec:
         by_channel: Whether a chunk of channels lies in more than one scale group of a token.
         token_scaled: Whether tokens have scales of their own.
         trellis: Whether codes are those of a trellis.
+        worded: Whether a tile are whole words of every plane, and states bfloat16.
+        calibrated: Whether the scales of all blocks are the same.
+        weighted: Whether the scales of its tokens go into their weights.
         block, chunks, first: Channels of a chunk, how many chunks, and the first one.
         held: Whether the weight of its keys is kept from tile to tile.
         identity: Whether it holds the keys themselves, which no weight expands.
+        aligned, column: Whether the weight is that of `_aligned`, and the piece's first column in it.
         align: What divides where its channels start and how many they are, so that loads are wide.
     """
 
@@ -87,11 +96,16 @@ class _Spec:
     by_channel: bool = False
     token_scaled: bool = False
     trellis: bool = False
+    worded: bool = False
+    calibrated: bool = False
+    weighted: bool = False
     block: int = 64
     chunks: int = 1
     first: int = 0
     held: bool = False
     identity: bool = False
+    aligned: bool = False
+    column: int = 0
     align: int = 1
 
 
@@ -176,12 +190,322 @@ def _whole_codes(packed, where, mask, columns, stride, SPEC: tl.constexpr):
 
 
 @triton.jit
+def _fma(x, y, z):
+    """`x * y + z` of pairs of bfloat16 in int32, each rounded once."""
+    return tl.inline_asm_elementwise(
+        "fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", (x, y, z), dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _both(low, high):
+    """Pairs of bfloat16 in int32 of two tensors of float32."""
+    return tl.inline_asm_elementwise(
+        "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", (low, high), dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _rotated(low, high, cos, sin, DTYPE: tl.constexpr):
+    """Both halves of keys, operands in `DTYPE`, rotated; bfloat16 two at a time, each product rounded."""
+    if DTYPE.is_bf16() and not _INTERPRETED:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 zero, a, b;
+            mov.b32 zero, 0x80008000;
+            fma.rn.bf16x2 a, $3, $5, zero;
+            fma.rn.bf16x2 b, $2, $5, zero;
+            neg.bf16x2 a, a;
+            fma.rn.bf16x2 $0, $2, $4, a;
+            fma.rn.bf16x2 $1, $3, $4, b;
+            }""",
+            "=&r,=&r,r,r,r,r",
+            (low, high, cos, sin),
+            dtype=(tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        a, b = _rounded(high * sin, DTYPE), _rounded(low * sin, DTYPE)
+        return _operand(low * cos - a, DTYPE), _operand(high * cos + b, DTYPE)
+
+
+@triton.jit
+def _halves(pairs):
+    """Both bfloat16 of pairs in int32."""
+    low, high = pairs.to(tl.int16), (pairs >> 16).to(tl.int16)
+    return low.to(tl.bfloat16, bitcast=True), high.to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def _and_or(x, y, MASK: tl.constexpr):
+    """`x & MASK | y` in one instruction, which the compiler does not find where `y` is a constant too."""
+    if _INTERPRETED:
+        return (x & MASK) | y
+    else:
+        return tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, $2, $3, 0xEA;", "=r,r,r,r", (x, MASK, y), dtype=tl.int32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def _looked_up(table, index):
+    """Elements of a table of int32 at four times `index`; a known load the compiler would give a layout of its own."""
+    if _INTERPRETED:
+        return tl.load(table + index // 4)
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b64 a; cvt.u64.u32 a, $1; add.s64 a, a, $2; ld.global.nc.b32 $0, [a]; }",
+            "=r,r,l",
+            (index, table.to(tl.int64)),
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+
+
+@triton.jit
+def _joined(x, FIRST: tl.constexpr):
+    """Four of the tensors of a tuple, in two dimensions more, which lie in the registers of a thread."""
+    low = tl.join(x[FIRST], x[FIRST + 1])
+    return tl.join(low, tl.join(x[FIRST + 2], x[FIRST + 3]))
+
+
+@triton.jit
+def _add_plane(
+    pairs,
+    packed,
+    token,
+    mask,
+    columns,
+    stride,
+    BITS: tl.constexpr,
+    UNIT: tl.constexpr,
+    AT: tl.constexpr,
+    MASK: tl.constexpr,
+):
+    """`pairs` with the codes of a plane of `BITS` bits or-ed into its halves, in the bits `MASK`, from bit `AT` on.
+
+    `packed` points to the plane, `token` has the first of every `UNIT` tokens, which one thread unpacks, `columns` the
+    even channels, `mask` which of them there are, and of the odd ones.
+    """
+    PER_WORD: tl.constexpr = 32 // BITS
+    ROWS: tl.constexpr = token.shape[0] * UNIT
+    N: tl.constexpr = columns.shape[0]
+    even_known, odd_known = mask
+    halves, fields = (), ()
+    for i in tl.static_range(max(UNIT // PER_WORD, 1)):
+        ptr = packed + (token // PER_WORD + i)[:, None] * stride + columns[None, :]
+        even, odd = tl.load(ptr, even_known[None, :], 0), tl.load(ptr + 1, odd_known[None, :], 0)
+        if UNIT < PER_WORD:
+            shift = (token % PER_WORD * BITS)[:, None]
+            even, odd = even >> shift, odd >> shift
+        # The codes of two neighbouring channels lie side by side, in the halves of a word.
+        halves += ((even & 0xFFFF) | (odd << 16), ((even >> 16) & 0xFFFF) | (odd & -65536))
+    for i in tl.static_range(UNIT):
+        if BITS * i % 16 >= AT:
+            fields += (halves[BITS * i // 16] >> (BITS * i % 16 - AT),)
+        else:
+            fields += (halves[BITS * i // 16] << (AT - BITS * i % 16),)
+    joined = tl.join(_joined(fields, 0), _joined(fields, 4))
+    if UNIT == 16:
+        joined = tl.join(joined, tl.join(_joined(fields, 8), _joined(fields, 12)))
+        joined = tl.permute(joined, (0, 5, 4, 3, 2, 1))
+    else:
+        joined = tl.permute(joined, (0, 4, 3, 2, 1))
+    return _and_or(tl.reshape(joined, (ROWS, N)), pairs, MASK * 0x10001)
+
+
+@triton.jit
+def _add_codes(
+    pairs, packed, where, mask, columns, stride, SPEC: tl.constexpr, BLOCK_T: tl.constexpr, AT: tl.constexpr
+):
+    """Codes of a tile of whole words, of two neighbouring channels in the halves of int32 `[BLOCK_T, n / 2]`.
+
+    They are or-ed into `pairs` from bit `AT` of each half on; of a trellis' window no more than its bits.
+    """
+    first_word, first, tokens = where
+    LOW: tl.constexpr = low_bits(SPEC.bits)
+    HIGH: tl.constexpr = SPEC.bits - LOW
+    # Fewer tokens for each thread where the tile is small, that all have some.
+    UNIT: tl.constexpr = 16 if BLOCK_T * SPEC.block >= 4096 else 8
+    LIMIT: tl.constexpr = 0x7F << 2 if SPEC.trellis else 0xFFFF
+    token = first + tl.arange(0, BLOCK_T // UNIT) * UNIT
+    packed += first_word * stride
+    MASK: tl.constexpr = (((1 << LOW) - 1) << AT) & LIMIT
+    pairs = _add_plane(pairs, packed, token, mask, columns, stride, LOW, UNIT, AT, MASK)
+    if HIGH > 0:
+        packed += tl.cdiv(tokens, 32 // LOW) * stride
+        HIGH_MASK: tl.constexpr = (((1 << HIGH) - 1) << (AT + LOW)) & LIMIT
+        pairs = _add_plane(pairs, packed, token, mask, columns, stride, HIGH, UNIT, AT + LOW, HIGH_MASK)
+    return pairs
+
+
+@triton.jit
+def _parameters(part, slot, offs, mask, DTYPE: tl.constexpr, SPEC: tl.constexpr):
+    """Float32 steps of the codes at some offsets, and what the middle of their range stands for."""
+    _, scale, zero_point, _, _, _, _, scale_slot, _, _, _ = part
+    step = widen(tl.load(scale + slot * scale_slot + offs, mask, 0))
+    zero = step * -SPEC.offset
+    if not SPEC.symmetric:
+        zero = widen(tl.load(zero_point + slot * scale_slot + offs, mask, 0))
+    step *= SPEC.spacing
+    if DTYPE.is_fp16():
+        # The last level of a group may have been rounded beyond the type.
+        zero = tl.maximum(zero, -65504.0)
+        step = tl.minimum(step, (65504.0 - zero) * (1 / (SPEC.levels - 1)))
+    return step, zero + step * ((SPEC.levels - 1) * 0.5)
+
+
+@triton.jit
+def _token_parameters(part, span, chunk, slot, token, DTYPE: tl.constexpr, SPEC: tl.constexpr):
+    """As `_parameters`, of tokens, for a chunk that lies in one scale group."""
+    groups, scale_stride = part[4], part[8]
+    group = tl.load(groups + span[0] + chunk * SPEC.block, chunk * SPEC.block < span[1], 0)
+    return _parameters(part, slot, token * scale_stride + group, token < SPEC.length, DTYPE, SPEC)
+
+
+@triton.jit
+def _factors(part, slot, token, valid, head_group):
+    """Float32 factors of tokens, by which their distance from the middles of the ranges is multiplied."""
+    ptr = part[9] + slot * part[10][0] + token * part[10][1] + head_group
+    if _INTERPRETED:
+        byte = tl.load(ptr, valid, 0).to(tl.int32)
+    else:
+        # Where the compiler sees that bytes are read, it reads the operands of products in an order that costs moves.
+        byte = tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.global.nc.u8 $0, [$1]; }",
+            "=&r,l,r",
+            (ptr.to(tl.int64), valid.to(tl.int32)),
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    return tl.exp2((byte.to(tl.float32) - 128) / 16)
+
+
+@triton.jit
+def _whole_words(part, span, chunk, tile, DTYPE: tl.constexpr, SPEC: tl.constexpr, BLOCK_T: tl.constexpr):
+    """As `_latents`, bfloat16 of whole words, each of which is read once and unpacked two codes at a time."""
+    packed, _, _, _, groups, stride_slot, stride, _, scale_stride, _, _ = part
+    start, width, _, head_group = span
+    slot, first, _ = tile
+    MIDDLE: tl.constexpr = (SPEC.levels - 1) * 0.5
+    PAIRED: tl.constexpr = not _INTERPRETED
+    # The even channels; the odd ones are beside them.
+    channel = chunk * SPEC.block + 2 * tl.arange(0, SPEC.block // 2)
+    exists, odd_exists, columns = channel < width, channel + 1 < width, start + channel
+    if SPEC.filled:
+        exists, odd_exists = channel >= 0, channel >= 0
+    token = first + tl.arange(0, BLOCK_T)
+    packed += slot * stride_slot
+    run = first // SPEC.run
+    where = (run * SPEC.words, first - run * SPEC.run, tl.minimum(SPEC.run, SPEC.length - run * SPEC.run))
+    # Pairs of bfloat16 have their codes in the mantissas of 128, doubled: half of a code has a bit behind the point.
+    MANTISSA: tl.constexpr = PAIRED and SPEC.bits < 8 and not SPEC.trellis
+    DOUBLED: tl.constexpr = MANTISSA and not SPEC.calibrated
+    codes = tl.full((), 0x43004300 if MANTISSA else 0, tl.int32)
+    both = (exists, odd_exists)
+    # Those of a trellis are offsets into a table of four bytes each.
+    AT: tl.constexpr = 2 if SPEC.trellis else (1 if DOUBLED else 0)
+    codes = _add_codes(codes, packed, where, both, columns, stride, SPEC, BLOCK_T, AT)
+    if SPEC.trellis:
+        # `groups` are the points twice, then the place of each channel in its chain (`modules/trellis.py`).
+        place = tl.load(groups + 256 + columns, exists, 0)
+        odd_place = tl.load(groups + 257 + columns, odd_exists, 0)
+        for back in tl.static_range(1, (6 + SPEC.bits) // SPEC.bits):
+            both = (exists & (place >= back), odd_exists & (odd_place >= back))
+            codes = _add_codes(codes, packed, where, both, columns - back, stride, SPEC, BLOCK_T, AT + SPEC.bits * back)
+
+    # Steps and middles, for both channels of a pair.
+    low_origin, high_origin = MIDDLE, MIDDLE
+    if SPEC.weighted:
+        low_step, low_middle, high_step, high_middle = 0, 0, 0, 0
+    elif SPEC.per_channel:
+        offs = (run * scale_stride + columns)[None, :]
+        low_step, low_middle = _parameters(part, slot, offs, exists[None, :], DTYPE, SPEC)
+        high_step, high_middle = _parameters(part, slot, offs + 1, odd_exists[None, :], DTYPE, SPEC)
+        if SPEC.calibrated:
+            # Ranges of calibration need not be centred: codes count from the one that is nearest to zero.
+            low_origin = tl.load(groups + columns, exists, 0).to(tl.float32, bitcast=True)[None, :]
+            high_origin = tl.load(groups + columns + 1, odd_exists, 0).to(tl.float32, bitcast=True)[None, :]
+            low_middle += (low_origin - MIDDLE) * low_step
+            high_middle += (high_origin - MIDDLE) * high_step
+    elif SPEC.by_channel:
+        offs = token[:, None] * scale_stride
+        even = tl.load(groups + columns, exists, 0)[None, :]
+        odd = tl.load(groups + columns + 1, odd_exists, 0)[None, :]
+        low_step, low_middle = _parameters(part, slot, offs + even, exists[None, :], DTYPE, SPEC)
+        high_step, high_middle = _parameters(part, slot, offs + odd, odd_exists[None, :], DTYPE, SPEC)
+    else:
+        low_step, low_middle = _token_parameters(part, span, chunk, slot, token, DTYPE, SPEC)
+        low_step, low_middle = low_step[:, None], low_middle[:, None]
+        high_step, high_middle = low_step, low_middle
+
+    # How far codes are from the middle of their range, or from another: exact in every type.
+    if PAIRED and SPEC.trellis:
+        x = _looked_up(groups, codes & 0xFFFF) | _looked_up(groups + 128, codes >> 16)
+    elif MANTISSA and SPEC.calibrated:
+        x = _fma(codes, 0x3F803F80, _both(-128.0 - low_origin, -128.0 - high_origin))
+    elif MANTISSA:
+        x = _fma(codes, 0x3F003F00, (0xC280 | (SPEC.levels - 1)) * 0x10001 - (1 << 32))
+    else:
+        if SPEC.trellis:
+            low = _looked_up(groups + 128, codes & 0xFFFF).to(tl.float32, bitcast=True)
+            high = _looked_up(groups + 128, codes >> 16).to(tl.float32, bitcast=True)
+        else:
+            # A code or-ed into the mantissa of 2^23 is a float: a conversion takes four times as long on some devices.
+            low = ((codes & 0xFFFF) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0 - low_origin
+            high = ((codes >> 16) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0 - high_origin
+        if PAIRED:
+            x = _both(low, high)
+    if SPEC.weighted:
+        if PAIRED:
+            low, high = _halves(x)
+        else:
+            low, high = _operand(low, DTYPE), _operand(high, DTYPE)
+    elif SPEC.token_scaled and not SPEC.trellis:
+        # Ranges of calibration need not be centred, and codes that a token's scale multiplies are not moved: a range
+        # whose middle is far from the states would lose what float32 keeps.
+        factor = _factors(part, slot, token, token >= 0, head_group)[:, None]
+        if PAIRED:
+            low, high = (x << 16).to(tl.float32, bitcast=True), (x & -65536).to(tl.float32, bitcast=True)
+        low, high = low * factor * low_step + low_middle, high * factor * high_step + high_middle
+        if PAIRED:
+            low, high = _halves(_both(low, high))
+        else:
+            low, high = _operand(low, DTYPE), _operand(high, DTYPE)
+    elif PAIRED:
+        if SPEC.token_scaled:
+            factor = _factors(part, slot, token, token >= 0, head_group)
+            x = _fma(x, _both(factor, factor)[:, None], 0x80008000 - (1 << 32))
+        low, high = _halves(_fma(x, _both(low_step, high_step), _both(low_middle, high_middle)))
+    else:
+        if SPEC.token_scaled:
+            factor = _rounded(_factors(part, slot, token, token >= 0, head_group), DTYPE)[:, None]
+            low, high = _rounded(low * factor, DTYPE), _rounded(high * factor, DTYPE)
+        low = low * _rounded(low_step, DTYPE) + _rounded(low_middle, DTYPE)
+        high = high * _rounded(high_step, DTYPE) + _rounded(high_middle, DTYPE)
+        low, high = _operand(low, DTYPE), _operand(high, DTYPE)
+    return tl.reshape(tl.join(low, high), (BLOCK_T, SPEC.block))
+
+
+@triton.jit
+def _rounded(x, DTYPE: tl.constexpr):
+    """In the interpreter what pairs of bfloat16 are rounded to; other types are computed in float32."""
+    if DTYPE.is_bf16():
+        return _operand(x, DTYPE)
+    else:
+        return x
+
+
+@triton.jit
 def _latents(part, span, chunk, tile, DTYPE: tl.constexpr, SPEC: tl.constexpr, BLOCK_T: tl.constexpr):
     """Tile `[BLOCK_T, SPEC.block]` of states, as an operand.
 
     `tile`: slot of the block, the tile's first token in it, and valid tokens of the block.
     """
-    packed, scale, zero_point, _, groups, stride_slot, stride, scale_slot, scale_stride, own_scale, own_strides = part
+    packed, _, _, _, groups, stride_slot, stride, _, scale_stride, _, _ = part
     start, width, _, head_group = span
     slot, first, count = tile
     channel = chunk * SPEC.block + tl.arange(0, SPEC.block)
@@ -200,6 +524,8 @@ def _latents(part, span, chunk, tile, DTYPE: tl.constexpr, SPEC: tl.constexpr, B
     packed += slot * stride_slot
     if SPEC.bits == 16:
         return _operand(tl.load(packed + token[:, None] * stride + columns[None, :], mask, 0), DTYPE)
+    elif SPEC.worded:
+        return _whole_words(part, span, chunk, tile, DTYPE, SPEC, BLOCK_T)
     else:
         run = token // SPEC.run
         if SPEC.one_run:
@@ -208,12 +534,11 @@ def _latents(part, span, chunk, tile, DTYPE: tl.constexpr, SPEC: tl.constexpr, B
         where = (before, within, tl.minimum(SPEC.run, SPEC.length - run * SPEC.run))
         codes = _whole_codes(packed, where, mask, columns, stride, SPEC)
         if SPEC.trellis:
-            # `groups` are the points, then the place of each channel in its chain (`modules/trellis.py`).
-            place = tl.load(groups + 128 + columns, exists, 0)
+            # `groups` are the points twice, then the place of each channel in its chain (`modules/trellis.py`).
+            place = tl.load(groups + 256 + columns, exists, 0)
             for back in tl.static_range(1, (6 + SPEC.bits) // SPEC.bits):
                 known = mask & (place >= back)[None, :]
                 codes |= _whole_codes(packed, where, known, columns - back, stride, SPEC) << (SPEC.bits * back)
-            codes = tl.load(groups + (codes & 127))
 
         # The parameters are a row or a column of the tile where they can be, which is read by few threads.
         if SPEC.per_channel and SPEC.one_run:
@@ -225,25 +550,15 @@ def _latents(part, span, chunk, tile, DTYPE: tl.constexpr, SPEC: tl.constexpr, B
         else:
             group = tl.load(groups + start + chunk * SPEC.block, chunk * SPEC.block < width, 0)
             offs, mask = (token * scale_stride + group)[:, None], valid[:, None]
-        scale += slot * scale_slot
-        step = widen(tl.load(scale + offs, mask, 0))
-        zero = step * -SPEC.offset
-        if not SPEC.symmetric:
-            zero = widen(tl.load(zero_point + slot * scale_slot + offs, mask, 0))
-        step *= SPEC.spacing
-        if DTYPE.is_fp16():
-            # The last level of a group may have been rounded beyond the type.
-            zero = tl.maximum(zero, -65504.0)
-            step = tl.minimum(step, (65504.0 - zero) * (1 / (SPEC.levels - 1)))
-        # A code or-ed into the mantissa of 2^23 is a float: a conversion takes four times as long on some devices.
-        x = (codes | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+        step, middle = _parameters(part, slot, offs, mask, DTYPE, SPEC)
+        if SPEC.trellis:
+            x = tl.load(groups + 128 + (codes & 127)).to(tl.float32, bitcast=True)
+        else:
+            # A code or-ed into the mantissa of 2^23 is a float: a conversion takes four times as long on some devices.
+            x = (codes | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0 - (SPEC.levels - 1) * 0.5
         if SPEC.token_scaled:
-            # The scale of a token multiplies how far its codes are from the middle of their range, not that middle.
-            byte = tl.load(own_scale + slot * own_strides[0] + token * own_strides[1] + head_group, valid, 0)
-            middle = (SPEC.levels - 1) * 0.5
-            x = (x - middle) * tl.exp2((byte.to(tl.float32) - 128) / 16)[:, None]
-            zero += middle * step
-        x = x * step + zero
+            x *= _factors(part, slot, token, valid, head_group)[:, None]
+        x = x * step + middle
         if SPEC.token_scaled and DTYPE.is_fp16():
             x = tl.clamp(x, -65504.0, 65504.0)
         return _operand(x, DTYPE)
@@ -265,15 +580,47 @@ def _span(ptr, group, ALIGN: tl.constexpr):
     return tl.multiple_of(start, ALIGN), tl.multiple_of(width, ALIGN), tl.multiple_of(column, ALIGN), group
 
 
+@triton.constexpr_function
+def _chunks(specs):
+    return sum(spec.chunks for spec in specs)
+
+
+@triton.jit
+def _nothing(turn, LISTED: tl.constexpr, SPECS: tl.constexpr):
+    """0, of pieces of many chunks as what may change with every turn of a loop: what it is added to, is computed anew.
+
+    Else the compiler keeps the addresses of all chunks from turn to turn, in more registers than there are.
+    """
+    if _INTERPRETED or not LISTED or _chunks(SPECS) <= 2:
+        return 0
+    else:
+        return tl.inline_asm_elementwise("mov.b32 $0, 0;", "=r,r", (turn,), dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def _moved(spans, by, SPECS: tl.constexpr):
+    """Spans that start as many channels later."""
+    result = ()
+    for i in tl.static_range(len(SPECS)):
+        start, width, column, group = spans[i]
+        result += ((tl.multiple_of(start + by, _known(SPECS[i].align)), width, column, group),)
+    return result
+
+
 @triton.jit
 def _expander(weight, stride, span, chunk, row, f, half, DTYPE: tl.constexpr, SPEC: tl.constexpr):
     """The weight of channels of a chunk for rows `row + f`, zero from row `row + half` on: `[SPEC.block, len(f)]`."""
     _, width, column, _ = span
     channel = chunk * SPEC.block + tl.arange(0, SPEC.block)
-    mask = (channel < width)[:, None] & (f < half)[None, :]
     if SPEC.identity:
+        mask = (channel < width)[:, None] & (f < half)[None, :]
         return _operand(tl.where(mask & ((column + channel)[:, None] == row + f[None, :]), 1.0, 0.0), DTYPE)
+    elif SPEC.aligned:
+        # Columns that no piece has are zeros.
+        offs = (row + f).to(tl.int64)[None, :] * stride + (SPEC.column + channel)[:, None]
+        return _operand(tl.load(weight + offs), DTYPE)
     else:
+        mask = (channel < width)[:, None] & (f < half)[None, :]
         offs = (row + f).to(tl.int64)[None, :] * stride + (column + channel)[:, None]
         return _operand(tl.load(weight + offs, mask, 0), DTYPE)
 
@@ -287,7 +634,7 @@ def _constants(query, offsets, inv_freq, bias, spans, expand, DTYPE: tl.constexp
         without one).
     """
     _, _, f, frequency = query
-    weight, stride, row, half = expand
+    weight, stride, row, half, size = expand
     held = ()
     for i in tl.static_range(len(SPECS)):
         # A weight that fits stays in registers for all tiles.
@@ -299,9 +646,11 @@ def _constants(query, offsets, inv_freq, bias, spans, expand, DTYPE: tl.constexp
     turn, biases = (0, 0), (0, 0)
     if inv_freq is not None:
         turn = _cos_sin(offsets[:, None] * frequency[None, :], DTYPE)
+        if DTYPE.is_bf16():
+            turn = (_operand(turn[0], DTYPE), _operand(turn[1], DTYPE))
     if bias is not None:
-        mask = f < half
-        biases = (widen(tl.load(bias + row + f, mask, 0)), widen(tl.load(bias + row + half + f, mask, 0)))
+        mask = f < size
+        biases = (widen(tl.load(bias + f, mask, 0)), widen(tl.load(bias + size + f, mask, 0)))
     return held, turn, biases
 
 
@@ -309,7 +658,7 @@ def _constants(query, offsets, inv_freq, bias, spans, expand, DTYPE: tl.constexp
 def _add_keys(low, high, latents, part, span, held, f, expand, tile, DTYPE: tl.constexpr, SPEC: tl.constexpr):
     """Keys `[t, len(f)]` of the lower and the upper half of the head, with those of a piece added."""
     BLOCK_T: tl.constexpr = low.shape[0]
-    weight, stride, row, half = expand
+    weight, stride, row, half, _ = expand
     if SPEC.held:
         low, high = _dot(latents, held[0], low), _dot(latents, held[1], high)
     elif SPEC.chunks == 1:
@@ -352,7 +701,9 @@ def _add_scores(
         low, high = low + biases[0][None, :], high + biases[1][None, :]
     # Keys turn by their offset in the tile, queries back by the position of its first token.
     if inv_freq is not None:
-        low, high = low * turn[0] - high * turn[1], high * turn[0] + low * turn[1]
+        if DTYPE.is_bf16():
+            low, high = _operand(low, DTYPE), _operand(high, DTYPE)
+        low, high = _rotated(low, high, turn[0], turn[1], DTYPE)
         cos, sin = _cos_sin(start * frequency, DTYPE)
         cos, sin = cos[:, None], sin[:, None]
         q_low, q_high = q_low * cos + q_high * sin, q_high * cos - q_low * sin
@@ -361,11 +712,11 @@ def _add_scores(
 
 
 @triton.jit
-def _query_tile(ptr, stride, inv_freq, positions, f, half, visible, DTYPE: tl.constexpr):
-    """Both halves `[len(f), M]` of the queries at frequencies `f`, rotated to their positions; `f`, and its turns."""
+def _query_tile(ptr, stride, inv_freq, positions, f, half, visible, scaling, DTYPE: tl.constexpr):
+    """Both halves `[len(f), M]` of the queries at frequencies `f`, scaled and rotated; `f`, and its turns."""
     mask = (f < half)[:, None] & visible[None, :]
-    low = widen(tl.load(ptr[None, :] + (f * stride)[:, None], mask, 0))
-    high = widen(tl.load(ptr[None, :] + ((half + f) * stride)[:, None], mask, 0))
+    low = widen(tl.load(ptr[None, :] + (f * stride)[:, None], mask, 0)) * scaling
+    high = widen(tl.load(ptr[None, :] + ((half + f) * stride)[:, None], mask, 0)) * scaling
     if inv_freq is None:
         return low, high, f, f
     else:
@@ -377,13 +728,16 @@ def _query_tile(ptr, stride, inv_freq, positions, f, half, visible, DTYPE: tl.co
 
 
 @triton.jit
-def _no_values(SPEC: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Zeros for the sums of a piece's values, `[SPEC.block, BLOCK_M]` for each chunk."""
+def _no_values(SPEC: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Zeros for the sums of a piece's values: for each chunk `[SPEC.block, BLOCK_M]`, and of the middles."""
     CHUNKS: tl.constexpr = SPEC.chunks
     BLOCK_R: tl.constexpr = SPEC.block
     sums = ()
     for _ in tl.static_range(CHUNKS):
-        sums += (tl.zeros((BLOCK_R, BLOCK_M), tl.float32),)
+        middles = 0
+        if SPEC.weighted:
+            middles = tl.zeros((BLOCK_T, BLOCK_M), tl.float32)
+        sums += ((tl.zeros((BLOCK_R, BLOCK_M), tl.float32), middles),)
     return sums
 
 
@@ -394,7 +748,13 @@ def _add_values(sums, part, span, weights, decay, tile, DTYPE: tl.constexpr, SPE
     added = ()
     for i in tl.static_range(CHUNKS):
         latents = _latents(part, span, SPEC.first + i, tile, DTYPE, SPEC, BLOCK_T)
-        added += (_dot(tl.trans(latents), weights, sums[i] * decay[None, :]),)
+        operand, middles = weights, sums[i][1]
+        if SPEC.weighted:
+            # The steps of the tokens go into their weights, the middles of their ranges are summed up by themselves.
+            token = tile[1] + tl.arange(0, BLOCK_T)
+            step, middle = _token_parameters(part, span, SPEC.first + i, tile[0], token, DTYPE, SPEC)
+            operand, middles = weights * step[:, None], middles * decay[None, :] + weights * middle[:, None]
+        added += ((_dot(tl.trans(latents), _operand(operand, DTYPE), sums[i][0] * decay[None, :]), middles),)
     return added
 
 
@@ -405,7 +765,10 @@ def _store_values(sums, ptr, visible, span, SPEC: tl.constexpr):
     for i in tl.static_range(CHUNKS):
         channel = (SPEC.first + i) * SPEC.block + tl.arange(0, SPEC.block)
         mask = (channel < width)[:, None] & visible[None, :]
-        tl.store(ptr[None, :] + (column + channel)[:, None], sums[i], mask)
+        summed = sums[i][0]
+        if SPEC.weighted:
+            summed += tl.sum(sums[i][1], 0)[None, :]
+        tl.store(ptr[None, :] + (column + channel)[:, None], summed, mask)
 
 
 @triton.jit
@@ -413,7 +776,7 @@ def _attend(
     query,
     query_stride,
     positions,
-    visible,
+    left,
     expand,
     inv_freq,
     bias,
@@ -421,8 +784,7 @@ def _attend(
     values,
     groups,
     blocks,
-    sums,
-    stats,
+    target,
     scaling,
     sliding_window,
     DTYPE: tl.constexpr,
@@ -430,6 +792,8 @@ def _attend(
     VALUES: tl.constexpr,
     TILES: tl.constexpr,  # of a block; 0: as many as its valid tokens fill
     LISTED: tl.constexpr,  # whether `slots` names the slot of each block; else block j stands in slot j
+    SHARED: tl.constexpr,
+    WIDTH: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -437,14 +801,18 @@ def _attend(
 ):
     """Attention of a tile of queries to every `step`-th block; writes its sums, highest score and total.
 
-    `query`, `positions`, `sums` and `stats` are pointers `[BLOCK_M]`, one for each query of the tile.
+    `query` and `positions` are pointers `[BLOCK_M]`, one for each query of the tile, `left` as many as there are from
+    the first one on. `target`: the sums of all shares, how many there are, rows of each, tokens, and by how many shares
+    those of this one stand behind the program's number.
     """
+    visible = tl.arange(0, BLOCK_M) < left
     # The queries stay in registers, rotated to their positions, by pieces of frequencies.
     query_positions = tl.load(positions, visible, 0).to(tl.int32)
     queries = ()
     for i in tl.static_range(HALF // BLOCK_F):
         f = i * BLOCK_F + tl.arange(0, BLOCK_F)
-        queries += (_query_tile(query, query_stride, inv_freq, query_positions, f, expand[3], visible, DTYPE),)
+        part = _query_tile(query, query_stride, inv_freq, query_positions, f, expand[4], visible, scaling, DTYPE)
+        queries += (part,)
     slots, starts, counts, block, end, step = blocks
     key_spans, value_spans = _spans(keys, groups[0], KEYS), _spans(values, groups[1], VALUES)
     offsets = tl.arange(0, BLOCK_T)
@@ -453,10 +821,10 @@ def _attend(
     for i in tl.static_range(len(queries)):
         constants += (_constants(queries[i], offsets, inv_freq, bias, key_spans, expand, DTYPE, KEYS),)
     highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
+    total = tl.zeros((BLOCK_T, BLOCK_M), tl.float32)
     summed = ()
     for i in tl.static_range(len(VALUES)):
-        summed += (_no_values(_known(VALUES[i]), BLOCK_M),)
+        summed += (_no_values(_known(VALUES[i]), BLOCK_T, BLOCK_M),)
 
     # Blocks without valid tokens are at the end of a row: the number of those with some, by bisection.
     number = tl.maximum(tl.cdiv(end - block, step), 0)
@@ -480,64 +848,78 @@ def _attend(
     if TILES == 0:
         tiles = tl.cdiv(last, BLOCK_T)
 
-    # A tile a turn, and the tiles of a block one after the other.
-    for i in range(unseen * tiles, number * tiles):
-        j = block + i // tiles * step
-        first = i % tiles * BLOCK_T
-        start, count = tl.load(starts + j) + first, tl.load(counts + j)
+    for i in range(unseen, number):
+        j = block + i * step
+        block_start, count = tl.load(starts + j), tl.load(counts + j)
         slot = j
         if LISTED:
             slot = tl.load(slots + j)
-        tile = (slot.to(tl.int64), first, count)
+        slot = slot.to(tl.int64)
+        for t in range(tiles):
+            first = t * BLOCK_T
+            start = block_start + first
+            tile = (slot, first, count)
+            zero = _nothing(t, LISTED, KEYS)
+            keys_at, values_at = _moved(key_spans, zero, KEYS), _moved(value_spans, _nothing(t, LISTED, VALUES), VALUES)
+            expand_at = (expand[0], expand[1], expand[2] + zero, expand[3], expand[4])
+            latents = ()
+            for p in tl.static_range(len(KEYS)):
+                latents += (_held_latents(keys[p], keys_at[p], tile, DTYPE, _known(KEYS[p]), BLOCK_T),)
+            # Keys are rebuilt, rotated and scored by pieces of frequencies, whose scores add up.
+            scores = tl.zeros((BLOCK_T, BLOCK_M), tl.float32)
+            for p in tl.static_range(len(queries)):
+                scores = _add_scores(
+                    scores,
+                    queries[p],
+                    constants[p],
+                    latents,
+                    keys,
+                    keys_at,
+                    expand_at,
+                    inv_freq,
+                    bias,
+                    tile,
+                    start,
+                    DTYPE,
+                    KEYS,
+                )
+            # A query sees the valid tokens up to its own position, and no more than fit its window.
+            distance = query_positions - start
+            seen = offsets[:, None] <= tl.minimum(distance, count - first - 1)[None, :]
+            if sliding_window is not None:
+                seen = seen & (offsets[:, None] > (distance - sliding_window)[None, :])
+            scores = tl.where(seen, scores, float("-inf"))
 
-        latents = ()
-        for p in tl.static_range(len(KEYS)):
-            latents += (_held_latents(keys[p], key_spans[p], tile, DTYPE, _known(KEYS[p]), BLOCK_T),)
-        # Keys are rebuilt, rotated and scored by pieces of frequencies, whose scores add up.
-        scores = tl.zeros((BLOCK_T, BLOCK_M), tl.float32)
-        for p in tl.static_range(len(queries)):
-            scores = _add_scores(
-                scores,
-                queries[p],
-                constants[p],
-                latents,
-                keys,
-                key_spans,
-                expand,
-                inv_freq,
-                bias,
-                tile,
-                start,
-                DTYPE,
-                KEYS,
-            )
-        # A query sees the valid tokens up to its own position, and no more than fit its window.
-        seen = (first + offsets < count)[:, None] & ((start + offsets)[:, None] <= query_positions[None, :])
-        if sliding_window is not None:
-            seen = seen & ((start + offsets)[:, None] > query_positions[None, :] - sliding_window)
-        scores = tl.where(seen, scores * scaling, float("-inf"))
+            # The sums so far go to the scale of the new highest score; with none yet, any scale will do.
+            higher = tl.maximum(highest, tl.max(scores, 0))
+            reference = tl.where(higher == float("-inf"), 0.0, higher)
+            weights = tl.exp2(scores - reference[None, :])
+            decay = tl.exp2(highest - reference)
+            total = total * decay[None, :] + weights
+            highest = higher
+            # Values are summed up in the latent, weighted.
+            gained = ()
+            for p in tl.static_range(len(VALUES)):
+                gained += (
+                    _add_values(
+                        summed[p], values[p], values_at[p], weights, decay, tile, DTYPE, _known(VALUES[p]), BLOCK_T
+                    ),
+                )
+            summed = gained
 
-        # The sums so far go to the scale of the new highest score; with none yet, any scale will do.
-        higher = tl.maximum(highest, tl.max(scores, 0))
-        reference = tl.where(higher == float("-inf"), 0.0, higher)
-        weights = tl.exp2(scores - reference[None, :])
-        decay = tl.exp2(highest - reference)
-        total = total * decay + tl.sum(weights, 0)
-        highest = higher
-        # Values are summed up in the latent, weighted.
-        operand, gained = _operand(weights, DTYPE), ()
-        for p in tl.static_range(len(VALUES)):
-            gained += (
-                _add_values(
-                    summed[p], values[p], value_spans[p], operand, decay, tile, DTYPE, _known(VALUES[p]), BLOCK_T
-                ),
-            )
-        summed = gained
-
+    # Where the results go is computed now: kept during the loop, it would take registers.
+    sums, total_shares, rows, length, further = target
+    zero = _nothing(further, True, KEYS)
+    first = (tl.program_id(2) + zero) * BLOCK_M
+    row = (tl.program_id(0) + zero) * SHARED * length + first + tl.arange(0, BLOCK_M)
+    row = (tl.program_id(1) + zero + further).to(tl.int64) * rows + row
+    visible = first + tl.arange(0, BLOCK_M) < SHARED * length
+    stats = sums + total_shares.to(tl.int64) * rows * WIDTH + row * 2
+    sums += row * WIDTH
     for p in tl.static_range(len(VALUES)):
         _store_values(summed[p], sums, visible, value_spans[p], _known(VALUES[p]))
     tl.store(stats, highest, visible)
-    tl.store(stats + 1, total, visible)
+    tl.store(stats + 1, tl.sum(total, 0), visible)
 
 
 @triton.jit
@@ -555,6 +937,7 @@ def _attention_kernel(
     positions,
     inv_freq,
     weight,
+    aligned,  # `_aligned` of it, for the packed blocks
     bias,
     sums,
     total,  # shares and tiles; behind the sums of all of them are the statistics
@@ -572,6 +955,7 @@ def _attention_kernel(
     query_strides,
     position_stride,
     weight_stride,
+    aligned_stride,
     table_strides,
     heads,
     size,
@@ -584,6 +968,7 @@ def _attention_kernel(
     KEY_HEADS: tl.constexpr,  # of a head group
     VALUE_HEADS: tl.constexpr,
     WIDTH: tl.constexpr,  # of the sums
+    ALIGNED: tl.constexpr,  # else the packed blocks take the weight itself
     KEYS_ARE_CACHED: tl.constexpr,  # not their latents: there is no weight
     TILES: tl.constexpr,
     HALF: tl.constexpr,
@@ -595,19 +980,23 @@ def _attention_kernel(
     share, half = tl.program_id(1), size // 2
     batch, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     # The queries of a tile are heads that share a key head, and of each of them its tokens.
-    offs = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
-    visible = offs < SHARED * length
+    first_query = tl.program_id(2) * BLOCK_M
+    offs, left = first_query + tl.arange(0, BLOCK_M), SHARED * length - first_query
     query += batch.to(tl.int64) * query_strides[0]
     query += (head * SHARED + offs // length) * query_strides[1] + offs % length * query_strides[2]
     positions += batch * position_stride + offs % length
-    row = ((batch * heads + head) * SHARED * length + offs).to(tl.int64) + share.to(tl.int64) * rows
-    stats = sums + total.to(tl.int64) * rows * WIDTH + row * 2
-    sums += row * WIDTH
     # Without a weight every head is a group of its own.
     first_row = head * size
     if KEYS_ARE_CACHED:
         first_row = 0
-    expand = (weight, weight_stride, first_row, half)
+    expand, expand_packed = (
+        (weight, weight_stride, first_row, half, half),
+        (weight, weight_stride, first_row, half, half),
+    )
+    if ALIGNED:
+        expand_packed = (aligned, aligned_stride, head * 2 * HALF, HALF, half)
+    if bias is not None:
+        bias += first_row
     groups = (head // KEY_HEADS, head // VALUE_HEADS)
     # The last programs, which have no block more than the others, take the tokens in full precision: a tile of them is
     # a block of 16 bits whose slot is the row.
@@ -625,12 +1014,11 @@ def _attention_kernel(
             start += batch * start_row - batch
             count += batch * count_row - batch
             # Its sums stand behind those of the packed blocks' shares.
-            further = (shares - share + nth).to(tl.int64) * rows
             _attend(
                 query,
                 query_strides[3],
                 positions,
-                visible,
+                left,
                 expand,
                 inv_freq,
                 bias,
@@ -638,8 +1026,7 @@ def _attention_kernel(
                 value_part,
                 groups,
                 (start, start, count, batch, batch + 1, 1),
-                sums + further * WIDTH,
-                stats + further * 2,
+                (sums, total, rows, length, shares - share + nth),
                 scaling,
                 sliding_window,
                 DTYPE,
@@ -647,6 +1034,8 @@ def _attention_kernel(
                 EXACT_VALUES,
                 0,
                 False,
+                SHARED,
+                WIDTH,
                 HALF,
                 BLOCK_F,
                 BLOCK_M,
@@ -660,16 +1049,15 @@ def _attention_kernel(
                 query,
                 query_strides[3],
                 positions,
-                visible,
-                expand,
+                left,
+                expand_packed,
                 inv_freq,
                 bias,
                 keys,
                 values,
                 groups,
                 listed,
-                sums,
-                stats,
+                (sums, total, rows, length, 0),
                 scaling,
                 sliding_window,
                 DTYPE,
@@ -677,6 +1065,8 @@ def _attention_kernel(
                 VALUES,
                 TILES,
                 True,
+                SHARED,
+                WIDTH,
                 HALF,
                 BLOCK_F,
                 BLOCK_M,
@@ -739,7 +1129,7 @@ _DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16:
 
 #: Most queries of a tile (with 16, registers spill), and sums of values that a program keeps; more are done by further
 #: programs or launches.
-_MAX_ROWS, _MAX_SUMS = 8, 4096
+_MAX_ROWS, _MAX_SUMS = 8, 8192
 
 #: Tokens that are worth a program.
 _TOKENS_OF_SHARE = 256
@@ -767,13 +1157,14 @@ class _Piece(NamedTuple):
     Attributes:
         part: Index of the part.
         spec: What the kernel knows of it.
-        spans: `[groups, 3]` int32, its `_Span` of each head group.
+        spans, places: `[groups, 3]` int32, its `_Span` of each head group; the same as numbers.
         groups: `[channels of the part]` int32, scale group of each channel; `None`: scales per channel.
     """
 
     part: int
     spec: _Spec
     spans: torch.Tensor
+    places: tuple[_Span, ...]
     groups: torch.Tensor | None
 
 
@@ -816,21 +1207,24 @@ def _side_layout(
     widths: tuple[int, ...],
     length: int,
     block_t: int,
+    pairs: bool,
     device,
 ) -> tuple[_Piece, ...]:
     """The pieces of a side.
 
     Args:
-        parts: For each part bits, channels, run, groups, whether it is symmetric, and the chains of a trellis.
+        parts: For each part bits, channels, run, groups, whether it is symmetric, the chains of a trellis, and whether
+            all blocks have the same scales.
         channels: As in `PackedSide`.
         token_scaled: Whether tokens have scales of their own.
         widths: Channels of each head group.
         length, block_t: Tokens of a block and of a tile.
+        pairs: Whether states are bfloat16, of which two are computed at a time.
     """
     layout, first = [], 0
     if channels is None:
         channels = range(sum(widths))
-    for index, (bits, n, run, groups, symmetric, chains) in enumerate(parts):
+    for index, (bits, n, run, groups, symmetric, chains, calibrated) in enumerate(parts):
         table, group_of = None, []
         if groups:
             for group, width in enumerate(groups):
@@ -838,7 +1232,9 @@ def _side_layout(
             table = torch.tensor(group_of, dtype=torch.int32, device=device)
         if chains:
             places = torch.tensor(list(chain.from_iterable(map(range, chains))), dtype=torch.int32, device=device)
-            table = torch.cat([trellis.points_of(bits, device).to(torch.int32), places])
+            # Points are bfloat16, how far they are from the middle: in lower halves, and in upper ones, as float32.
+            points = (trellis.points_of(bits, device).float() - (trellis.LEVELS - 1) / 2).view(torch.int32)
+            table = torch.cat([(points >> 16) & 0xFFFF, points, places])
         spec = _Spec(
             bits=bits_of(bits),
             symmetric=symmetric,
@@ -854,12 +1250,20 @@ def _side_layout(
             if chains:
                 levels, spacing = trellis.LEVELS, 1
             scaled = {"levels": levels, "spacing": spacing, "offset": offset, "words": packed_words(run, bits)}
-            spec = replace(spec, **scaled, whole=length % block_t == 0)
+            whole = length % block_t == 0
+            worded = whole and spec.one_run and spec.bits > 0
+            # Calibrated scales are those of all blocks; a token's scale multiplies the distance from the middle.
+            calibrated = calibrated and groups is None and not token_scaled and not chains
+            spec = replace(spec, **scaled, whole=whole, worded=worded, calibrated=calibrated)
         for spans in _pieces(channels[first : first + n], widths):
             _, all_widths, _ = zip(*spans)
             widest = max(all_widths)
             # The widest chunk whose channels share a token's scale; if there is none, scales are read by channel.
-            block = fitting = power_of_two(widest, 16, 64)
+            # Programs of long latents have eight warps: all have work where chunks are larger.
+            most = 64
+            if pairs and block_t == 64:
+                most = 128
+            block = fitting = power_of_two(widest, 16, most)
             while fitting >= 16 and _straddles(spans, group_of, fitting):
                 fitting //= 2
             by_channel = fitting < 16
@@ -872,8 +1276,12 @@ def _side_layout(
                 by_channel=by_channel,
                 align=math.gcd(16, *chain.from_iterable(spans)),
                 filled=widest % block == 0 and set(all_widths) == {widest},
+                # Of smaller tiles not every thread would have whole units, which the interpreter does not mind.
+                worded=spec.worded and pairs and (INTERPRETED or block * block_t >= 2048),
             )
-            layout.append(_Piece(index, own, torch.tensor(spans, dtype=torch.int32, device=device), table))
+            layout.append(
+                _Piece(index, own, torch.tensor(spans, dtype=torch.int32, device=device), tuple(spans), table)
+            )
         first += n
     return tuple(layout)
 
@@ -905,24 +1313,40 @@ def _storage(
     return (packed, scale, zero_point, spans, stand_in(groups, spans), *strides, *own)
 
 
-def _side(side: PackedSide | None, widths: tuple[int, ...], length: int, block_t: int, device) -> tuple[list, list]:
-    """Runtime arguments and `_Spec`s of the pieces of a side."""
+def _origins(part: PackedPart, spec: _Spec) -> torch.Tensor:
+    """`[channels of the part]`, float32 as int32: the calibrated code of what is nearest to 0."""
+    step, zero = part.scale.float().flatten() * spec.spacing, part.scale.float().flatten() * -spec.offset
+    if part.zero_point is not None:
+        zero = part.zero_point.float().flatten()
+    origins = (-zero / step).nan_to_num(0.0).clamp(0, spec.levels - 1).round()
+    return origins.view(torch.int32)
+
+
+def _side(
+    side: PackedSide | None, widths: tuple[int, ...], length: int, block_t: int, pairs: bool, device
+) -> tuple[list, list, list]:
+    """Runtime arguments and `_Spec`s of the pieces of a side, and their spans."""
     if side is None:
-        return [], []
+        return [], [], []
     parts, channels = [], None
     for part in side.parts:
         # What a layout follows from, as values that can be compared.
         symmetric = part.bits != 16 and part.zero_point is None
         chains = part.widths if part.trellis else None
-        parts.append((part.bits, part.packed.shape[2], part.run or length, part.groups, symmetric, chains))
+        calibrated = part.bits != 16 and part.scale.shape[0] == 1
+        parts.append((part.bits, part.packed.shape[2], part.run or length, part.groups, symmetric, chains, calibrated))
     if side.channels is not None:
         channels = tuple(side.channels.tolist())
-    arguments, specs = [], []
+    arguments, specs, places = [], [], []
     token_scaled = side.token_scale is not None
-    for piece in _side_layout(tuple(parts), channels, token_scaled, tuple(widths), length, block_t, device):
-        arguments.append(_storage(side.parts[piece.part], piece.spans, piece.groups, side.token_scale))
+    for piece in _side_layout(tuple(parts), channels, token_scaled, tuple(widths), length, block_t, pairs, device):
+        part, groups = side.parts[piece.part], piece.groups
+        if piece.spec.calibrated:
+            groups = _origins(part, piece.spec)
+        arguments.append(_storage(part, piece.spans, groups, side.token_scale))
         specs.append(piece.spec)
-    return arguments, specs
+        places.append(piece.places)
+    return arguments, specs, places
 
 
 @lru_cache
@@ -952,6 +1376,39 @@ def _launches(specs: list[_Spec], rows: int) -> list[dict[int, _Spec]]:
             launches[-1][index] = replace(spec, first=first, chunks=chunks)
             first, kept = first + chunks, kept + chunks * room
     return launches
+
+
+#: Aligned weights by the weight that they are copies of.
+_aligned_weights: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _aligned(weight: torch.Tensor, columns: tuple, heads: int, half: int) -> torch.Tensor:
+    """A copy of the keys' expansion whose pieces begin at columns that wide loads can read, made once for a weight.
+
+    Args:
+        weight: `[heads * d, r]`.
+        columns: Of each piece the first column, columns, and `_Span` of each head group.
+        heads: Key heads.
+        half: Rows for half a head, d / 2 at least.
+
+    Returns:
+        `[heads * 2 * half, columns of all pieces]`, zeros where a piece has none.
+    """
+    version = 0 if weight.is_inference() else weight._version
+    known = _aligned_weights.setdefault(weight, {})
+    key = (version, columns, weight.dtype)
+    if key not in known:
+        known.clear()
+        total = columns[-1][0] + columns[-1][1]
+        rows = weight.detach().view(heads, 2, -1, weight.shape[1])
+        aligned = weight.new_zeros((heads, 2, half, total), requires_grad=False)
+        for first, _, spans in columns:
+            for group, of_group in enumerate(zip(rows.chunk(len(spans)), aligned.chunk(len(spans)), strict=True)):
+                _, width, column = spans[group]
+                source, target = of_group
+                target[:, :, : source.shape[2], first : first + width] = source[..., column : column + width]
+        known[key] = aligned.view(-1, total)
+    return known[key]
 
 
 def _exact_arguments(tile: Tile) -> tuple:
@@ -989,24 +1446,41 @@ class _LaunchRecord:
         key_heads, device = shape.key_heads, shape.device
         shared, rows = heads // key_heads, batch * heads * length
         self.width, block_m = max(shape.value_widths), power_of_two(shared * length, 8, _MAX_ROWS)
-        # Keys of long latents are kept while their chunks pass by, and float32 takes more room: tiles of fewer tokens
-        # and more threads, that all fits the registers.
-        wide = shape.dtype == torch.float32
+        # Long latents take the registers of more threads; float32 takes more room still, and tiles of fewer tokens. In
+        # short blocks there is not enough work for as many. Pairs of bfloat16 take half of the room.
+        wide, pairs, short = shape.dtype == torch.float32, shape.dtype == torch.bfloat16, shape.block_length <= 32
         long = max(shape.key_widths) > 64 or wide
         block_t, exact_t, block_f, num_warps = 64, 64, 32, 4
+        if pairs:
+            block_f = 64
         if long:
             block_t, exact_t, block_f, num_warps = 32, 32, 64, 8
+        if long and pairs:
+            block_t = 64
+            if short:
+                num_warps = 4
         if wide:
             block_f = 16
-        if shape.block_length <= 32:
+        if short:
             block_t = 32
-        key_pieces, key_specs = _side(keys, shape.key_widths, shape.block_length, block_t, device)
-        value_pieces, value_specs = _side(values, shape.value_widths, shape.block_length, block_t, device)
+        key_pieces, key_specs, places = _side(keys, shape.key_widths, shape.block_length, block_t, pairs, device)
+        value_pieces, value_specs, _ = _side(values, shape.value_widths, shape.block_length, block_t, pairs, device)
+        for i, spec in enumerate(value_specs):
+            by_token = spec.worded and not (spec.per_channel or spec.by_channel or spec.token_scaled)
+            value_specs[i] = replace(spec, weighted=by_token)
         # Tokens in full precision are a piece with one span per head group.
         key_spans, exact_keys = _exact_layout(shape.key_widths, device)
         value_spans, exact_values = _exact_layout(shape.value_widths, device)
         half = power_of_two(size // 2, 16, size)
 
+        #: First column in an aligned weight and spans of each piece, where the weight itself has columns that are not.
+        self.half, self.columns = half, ()
+        if any(spec.align % 8 for spec in key_specs) and not shape.identity:
+            column = 0
+            for i, spec in enumerate(key_specs):
+                self.columns += ((column, spec.chunks * spec.block, places[i]),)
+                key_specs[i] = replace(spec, aligned=True, column=column)
+                column += spec.chunks * spec.block
         # The specs of the keys, those of the tokens in full precision last, with how they are expanded.
         expanded = []
         for spec in (*key_specs, exact_keys):
@@ -1030,6 +1504,7 @@ class _LaunchRecord:
             "KEY_HEADS": key_heads // len(shape.key_widths),
             "VALUE_HEADS": key_heads // len(shape.value_widths),
             "WIDTH": self.width,
+            "ALIGNED": bool(self.columns),
             "KEYS_ARE_CACHED": shape.identity,
             "TILES": -(-shape.block_length // block_t),
             "HALF": half,
@@ -1121,6 +1596,9 @@ def latent_attention(query: LatentQuery, cache: PackedCache) -> Attended:
         expand_keys is None,
     )
     record = _record(cache, shape)
+    aligned = weight
+    if record.columns:
+        aligned = _bits(_aligned(expand_keys.weight, record.columns, key_heads, record.half))
     blocks, table_strides = 0, (0, 0)
     if cache.table is not None:
         table_strides = cache.table.stride()[:2]
@@ -1138,6 +1616,7 @@ def latent_attention(query: LatentQuery, cache: PackedCache) -> Attended:
         "positions": positions,
         "inv_freq": inv_freq,
         "weight": weight,
+        "aligned": aligned,
         "bias": bias,
         "sums": sums,
         "total": total,
@@ -1150,6 +1629,7 @@ def latent_attention(query: LatentQuery, cache: PackedCache) -> Attended:
         "query_strides": states.stride(),
         "position_stride": positions.stride(0),
         "weight_stride": weight.stride(0),
+        "aligned_stride": aligned.stride(0),
         "table_strides": table_strides,
     }
     with torch.cuda.device_of(states):
