@@ -47,6 +47,8 @@ real-results: .venv/wheels
 		--checkpoints $(REAL_BUDGETS:%=build/real/%) --before $(PLAIN_BUDGETS:%=build/plain/%) \
 		--text $(REAL_TEXTS) --calibration_text mixture --no_per_document --windows 3 --batch_size 3 --length 1920 --prefill 1792 \
 		--parts transformers KIVI Palu before checkpoints --output build/real_frontier.json
+	$(RUN) scripts/eval_perplexity.py --model build/real/0.25 --dense build/real/dense --bits config --dtype float32 \
+		--text $(REAL_TEXTS) --windows 3 --batch_size 3 --length 1920 --prefill 1792 --output build/real_float32.json
 	$(RUN) scripts/eval_retrieval.py --task ruler --dense build/real/dense --checkpoints $(REAL_BUDGETS:%=build/real/%) \
 		--chat --lengths 1024 2048 --trials 8 --questions 2 --new_tokens 16 --output build/real_ruler.json
 	$(RUN) scripts/benchmark_decode.py --random false --checkpoints $(REAL_BUDGETS:%=build/real/%) --model build/real/dense \
@@ -55,7 +57,7 @@ real-results: .venv/wheels
 		--output scripts/results/benchmark_chunk.json
 	$(RUN) scripts/rate_distortion.py --model build/real/dense --statistics build/real/statistics \
 		--output scripts/results/rate_distortion.json
-	cp build/real_frontier.* build/real_ruler.* build/real_decode.json scripts/results/
+	cp build/real_frontier.* build/real_float32.json build/real_ruler.* build/real_decode.json scripts/results/
 	$(RUN) scripts/results_tables.py
 
 # The surface of shapes of the same model, from which the default shape was chosen, and what each choice of it contributes

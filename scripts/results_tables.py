@@ -214,6 +214,14 @@ def real_frontier(record: dict) -> str:
     return "\n\n".join([*parts, _real_note(record), _weights_note(record)])
 
 
+def real_float32(record: dict) -> str:
+    c, tokens = record["config"], record["results"]["dense"]["tokens"]
+    return (
+        f"{perplexity_table(record['results'])}\n\n`{c['model']}` in {c['dtype']}: {tokens:,} scored tokens, "
+        f"{c['windows']} windows of {c['length']:,} of each text, a prefill of {c['prefill']:,}, then steps of one."
+    )
+
+
 def real_figure(record: dict) -> str:
     """The figure that `compare_peers.py` draws beside its record."""
     text = ", ".join(f"`{name}`" for name in text_names(record["key"]["text"]))
@@ -516,6 +524,7 @@ MADE_BY = {
     "projection": ("project_calibration.py", "results"),
     "rate_distortion": ("rate_distortion.py", "real-results"),
     "real_decode": ("benchmark_decode.py", "real-results"),
+    "real_float32": ("eval_perplexity.py", "real-results"),
     "real_frontier": ("compare_peers.py", "real-results"),
     "real_ruler": ("eval_retrieval.py", "real-results"),
     "recommended": ("compare_schemes.py", "schemes"),
@@ -542,6 +551,7 @@ RENDERERS = {
     "real_summary": (["real_frontier", "real_decode"], real_summary),
     "real_figure": (["real_frontier"], real_figure),
     "real_frontier": (["real_frontier"], real_frontier),
+    "real_float32": (["real_float32"], real_float32),
     "real_peers": (["real_frontier"], real_peers),
     "real_ruler": (["real_ruler"], real_retrieval),
     "real_decode": (["real_decode"], real_decode),
