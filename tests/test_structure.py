@@ -160,11 +160,11 @@ def test_no_tuple_of_a_kernel_holds_none():
 
 
 def test_elements_of_constant_tuples_reach_functions_as_known():
-    """Triton 3.6 hands them over bare, which a function does not take: `_known` makes constants of them."""
+    """Triton 3.6 hands them over bare, which a function does not take: `known` makes constants of them."""
     for path, function in jit_functions():
         constants = {a.arg for a in function.args.args if a.annotation and "constexpr" in ast.unparse(a.annotation)}
         for call in (node for node in ast.walk(function) if isinstance(node, ast.Call)):
-            if isinstance(call.func, ast.Name) and call.func.id != "_known":
+            if isinstance(call.func, ast.Name) and call.func.id != "known":
                 for node in within(call, lambda child: isinstance(child, ast.Call)):
                     bare = isinstance(node, ast.Subscript) and ast.unparse(node.value) in constants
                     assert not bare, f"{path}: {function.name} passes {ast.unparse(node)} to {call.func.id}"

@@ -4,28 +4,24 @@ A program takes a key/value head of a row, the query heads that share it, and a 
 the sequence as in flash decoding); a second kernel merges the shares. It walks tiles of `BLOCK_T` tokens, transposed:
 tokens and channels, which are many, are rows of the matrix products, and queries, which are few, the columns.
 
-    latents   [t, r]   unpacked and scaled in registers, where the words allow it two codes at a time: a code becomes a
-                       float by or-ing it into the mantissa of 128 (bfloat16, in pairs) or 2^23
+    latents   [t, r]   unpacked and scaled in registers (`latents.py`)
     keys      [t, d]   latents · A_headᵀ in two halves, rotated by their offset in the tile, a constant table
     scores    [t, M]   keys · qᵀ, with q rotated back by the position of the tile's first token
     values    [r, M]   latentsᵀ · weights, summed up in float32; never rebuilt
 
-Of bfloat16, pairs in int32 are scaled and rotated, each operation rounded: what plain PyTorch does in that type. Scales
-of tokens go into the weights of their values, so that codes stay whole numbers there.
+Keys in bfloat16 are rotated in pairs, each product rounded: what plain PyTorch does in that type. Scales of tokens go
+into the weights of their values, so that codes stay whole numbers there.
 
 Tokens in full precision are blocks of 16 bits to it; each `Tile` of them is a share of its own.
 
 Angles are integers in units of 2^-32 turns: a product with a position wraps around, and its error, that of the
 frequency, is a hundredth of what float32 makes of large angles.
-
-Triton's interpreter has bfloat16 in name only. There it goes in as the int16 of its bits, and operands of products are
-float32 rounded to it, which gives what tensor cores give.
 """
 
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from itertools import chain, repeat, zip_longest
 from typing import NamedTuple
@@ -40,90 +36,12 @@ from triton.language.extra import libdevice
 from modules import trellis
 from modules.kernels.attention import Attended
 from modules.kernels.packed import LatentQuery, PackedCache, PackedPart, PackedSide, Tile
-from modules.kernels.triton.common import (
-    INTERPRETED,
-    as_bits,
-    bits_of,
-    low_bits,
-    power_of_three,
-    power_of_two,
-    stand_in,
-    widen,
-)
+from modules.kernels.triton.common import INTERPRETED, as_bits, bits_of, power_of_two, stand_in, widen
+from modules.kernels.triton.latents import Spec, as_operand, known, latent_tile, rounded, token_parameters
 from modules.quant_utils import grid, group_starts, packed_words
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 _LOG2_E = math.log2(math.e)
-
-
-@dataclass(frozen=True)
-class _Spec:
-    """Constants with which a kernel is compiled for a piece of one side.
-
-    A piece is, of a `PackedPart` and for every head group, a run of channels that are neighbours in the group too.
-
-    Attributes:
-        bits: 0: ternary.
-        levels, spacing, offset: `modules.quant_utils.grid`.
-        run, words, length: Tokens and words of a run, tokens of a block.
-        one_run: Whether a tile lies in one run.
-        whole, filled: Whether tiles never overrun a block, and chunks never a group's channels.
-        by_channel: Whether a chunk of channels lies in more than one scale group of a token.
-        token_scaled: Whether tokens have scales of their own.
-        trellis: Whether codes are those of a trellis.
-        worded: Whether a tile are whole words of every plane, and states bfloat16.
-        calibrated: Whether the scales of all blocks are the same.
-        weighted: Whether the scales of its tokens go into their weights.
-        block, chunks, first: Channels of a chunk, how many chunks, and the first one.
-        held: Whether the weight of its keys is kept from tile to tile.
-        identity: Whether it holds the keys themselves, which no weight expands.
-        aligned, column: Whether the weight is that of `_aligned`, and the piece's first column in it.
-        align: What divides where its channels start and how many they are, so that loads are wide.
-    """
-
-    bits: int
-    levels: int = 0
-    spacing: int = 1
-    offset: int = 0
-    symmetric: bool = False
-    per_channel: bool = False
-    run: int = 0
-    words: int = 0
-    length: int = 0
-    one_run: bool = False
-    whole: bool = False
-    filled: bool = False
-    by_channel: bool = False
-    token_scaled: bool = False
-    trellis: bool = False
-    worded: bool = False
-    calibrated: bool = False
-    weighted: bool = False
-    block: int = 64
-    chunks: int = 1
-    first: int = 0
-    held: bool = False
-    identity: bool = False
-    aligned: bool = False
-    column: int = 0
-    align: int = 1
-
-
-@triton.constexpr_function
-def _known(value):
-    """An element of a constexpr tuple, as what is known when compiling: Triton 3.6 hands it over bare."""
-    return value
-
-
-@triton.jit
-def _operand(x, DTYPE: tl.constexpr):
-    """`x` as an operand of matrix products in `DTYPE`."""
-    if _INTERPRETED and DTYPE.is_bf16():
-        # Round to the upper 16 bits, halves to even.
-        bits = widen(x).to(tl.int32, bitcast=True)
-        return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
-    else:
-        return x.to(DTYPE)
 
 
 @triton.jit
@@ -160,52 +78,6 @@ def _cos_sin(angle, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _codes(packed, before, within, mask, columns, stride, BITS: tl.constexpr):
-    """Codes `[t, n]` of a plane that starts at row `before`, for the tokens `within` it; 0 bits: ternary."""
-    if BITS == 0:
-        PER_WORD: tl.constexpr = 20
-    else:
-        PER_WORD: tl.constexpr = 32 // BITS
-    row, element = before + within // PER_WORD, (within % PER_WORD)[:, None]
-    words = tl.load(packed + row[:, None] * stride + columns[None, :], mask, 0)
-    if BITS == 0:
-        # Digits of a byte without a division: see `modules/quant_utils.py`.
-        digits = ((words >> (element // 5 * 8)) & 255) * power_of_three(element % 5)
-        return ((digits & 255) * 3) >> 8
-    else:
-        return (words >> (element * BITS)) & ((1 << BITS) - 1)
-
-
-@triton.jit
-def _whole_codes(packed, where, mask, columns, stride, SPEC: tl.constexpr):
-    """Codes `[t, n]` of all planes; `where`: first row of the run, tokens within it, tokens of the run."""
-    before, within, tokens = where
-    LOW: tl.constexpr = low_bits(SPEC.bits)
-    codes = _codes(packed, before, within, mask, columns, stride, LOW)
-    if SPEC.bits > LOW:
-        # The high bits stand in a plane of their own behind that of the low ones.
-        before += tl.cdiv(tokens, 32 // LOW)
-        codes |= _codes(packed, before, within, mask, columns, stride, SPEC.bits - LOW) << LOW
-    return codes
-
-
-@triton.jit
-def _fma(x, y, z):
-    """`x * y + z` of pairs of bfloat16 in int32, each rounded once."""
-    return tl.inline_asm_elementwise(
-        "fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", (x, y, z), dtype=tl.int32, is_pure=True, pack=1
-    )
-
-
-@triton.jit
-def _both(low, high):
-    """Pairs of bfloat16 in int32 of two tensors of float32."""
-    return tl.inline_asm_elementwise(
-        "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", (low, high), dtype=tl.int32, is_pure=True, pack=1
-    )
-
-
-@triton.jit
 def _rotated(low, high, cos, sin, DTYPE: tl.constexpr):
     """Both halves of keys, operands in `DTYPE`, rotated; bfloat16 two at a time, each product rounded."""
     if DTYPE.is_bf16() and not _INTERPRETED:
@@ -226,342 +98,8 @@ def _rotated(low, high, cos, sin, DTYPE: tl.constexpr):
             pack=2,
         )
     else:
-        a, b = _rounded(high * sin, DTYPE), _rounded(low * sin, DTYPE)
-        return _operand(low * cos - a, DTYPE), _operand(high * cos + b, DTYPE)
-
-
-@triton.jit
-def _halves(pairs):
-    """Both bfloat16 of pairs in int32."""
-    low, high = pairs.to(tl.int16), (pairs >> 16).to(tl.int16)
-    return low.to(tl.bfloat16, bitcast=True), high.to(tl.bfloat16, bitcast=True)
-
-
-@triton.jit
-def _and_or(x, y, MASK: tl.constexpr):
-    """`x & MASK | y` in one instruction, which the compiler does not find where `y` is a constant too."""
-    if _INTERPRETED:
-        return (x & MASK) | y
-    else:
-        return tl.inline_asm_elementwise(
-            "lop3.b32 $0, $1, $2, $3, 0xEA;", "=r,r,r,r", (x, MASK, y), dtype=tl.int32, is_pure=True, pack=1
-        )
-
-
-@triton.jit
-def _looked_up(table, index):
-    """Elements of a table of int32 at four times `index`; a known load the compiler would give a layout of its own."""
-    if _INTERPRETED:
-        return tl.load(table + index // 4)
-    else:
-        return tl.inline_asm_elementwise(
-            "{ .reg .b64 a; cvt.u64.u32 a, $1; add.s64 a, a, $2; ld.global.nc.b32 $0, [a]; }",
-            "=r,r,l",
-            (index, table.to(tl.int64)),
-            dtype=tl.int32,
-            is_pure=True,
-            pack=1,
-        )
-
-
-@triton.jit
-def _joined(x, FIRST: tl.constexpr):
-    """Four of the tensors of a tuple, in two dimensions more, which lie in the registers of a thread."""
-    low = tl.join(x[FIRST], x[FIRST + 1])
-    return tl.join(low, tl.join(x[FIRST + 2], x[FIRST + 3]))
-
-
-@triton.jit
-def _add_plane(
-    pairs,
-    packed,
-    token,
-    mask,
-    columns,
-    stride,
-    BITS: tl.constexpr,
-    UNIT: tl.constexpr,
-    AT: tl.constexpr,
-    MASK: tl.constexpr,
-):
-    """`pairs` with the codes of a plane of `BITS` bits or-ed into its halves, in the bits `MASK`, from bit `AT` on.
-
-    `packed` points to the plane, `token` has the first of every `UNIT` tokens, which one thread unpacks, `columns` the
-    even channels, `mask` which of them there are, and of the odd ones.
-    """
-    PER_WORD: tl.constexpr = 32 // BITS
-    ROWS: tl.constexpr = token.shape[0] * UNIT
-    N: tl.constexpr = columns.shape[0]
-    even_known, odd_known = mask
-    halves, fields = (), ()
-    for i in tl.static_range(max(UNIT // PER_WORD, 1)):
-        ptr = packed + (token // PER_WORD + i)[:, None] * stride + columns[None, :]
-        even, odd = tl.load(ptr, even_known[None, :], 0), tl.load(ptr + 1, odd_known[None, :], 0)
-        if UNIT < PER_WORD:
-            shift = (token % PER_WORD * BITS)[:, None]
-            even, odd = even >> shift, odd >> shift
-        # The codes of two neighbouring channels lie side by side, in the halves of a word.
-        halves += ((even & 0xFFFF) | (odd << 16), ((even >> 16) & 0xFFFF) | (odd & -65536))
-    for i in tl.static_range(UNIT):
-        if BITS * i % 16 >= AT:
-            fields += (halves[BITS * i // 16] >> (BITS * i % 16 - AT),)
-        else:
-            fields += (halves[BITS * i // 16] << (AT - BITS * i % 16),)
-    joined = tl.join(_joined(fields, 0), _joined(fields, 4))
-    if UNIT == 16:
-        joined = tl.join(joined, tl.join(_joined(fields, 8), _joined(fields, 12)))
-        joined = tl.permute(joined, (0, 5, 4, 3, 2, 1))
-    else:
-        joined = tl.permute(joined, (0, 4, 3, 2, 1))
-    return _and_or(tl.reshape(joined, (ROWS, N)), pairs, MASK * 0x10001)
-
-
-@triton.jit
-def _add_codes(
-    pairs, packed, where, mask, columns, stride, SPEC: tl.constexpr, BLOCK_T: tl.constexpr, AT: tl.constexpr
-):
-    """Codes of a tile of whole words, of two neighbouring channels in the halves of int32 `[BLOCK_T, n / 2]`.
-
-    They are or-ed into `pairs` from bit `AT` of each half on; of a trellis' window no more than its bits.
-    """
-    first_word, first, tokens = where
-    LOW: tl.constexpr = low_bits(SPEC.bits)
-    HIGH: tl.constexpr = SPEC.bits - LOW
-    # Fewer tokens for each thread where the tile is small, that all have some.
-    UNIT: tl.constexpr = 16 if BLOCK_T * SPEC.block >= 4096 else 8
-    LIMIT: tl.constexpr = 0x7F << 2 if SPEC.trellis else 0xFFFF
-    token = first + tl.arange(0, BLOCK_T // UNIT) * UNIT
-    packed += first_word * stride
-    MASK: tl.constexpr = (((1 << LOW) - 1) << AT) & LIMIT
-    pairs = _add_plane(pairs, packed, token, mask, columns, stride, LOW, UNIT, AT, MASK)
-    if HIGH > 0:
-        packed += tl.cdiv(tokens, 32 // LOW) * stride
-        HIGH_MASK: tl.constexpr = (((1 << HIGH) - 1) << (AT + LOW)) & LIMIT
-        pairs = _add_plane(pairs, packed, token, mask, columns, stride, HIGH, UNIT, AT + LOW, HIGH_MASK)
-    return pairs
-
-
-@triton.jit
-def _parameters(part, slot, offs, mask, DTYPE: tl.constexpr, SPEC: tl.constexpr):
-    """Float32 steps of the codes at some offsets, and what the middle of their range stands for."""
-    _, scale, zero_point, _, _, _, _, scale_slot, _, _, _ = part
-    step = widen(tl.load(scale + slot * scale_slot + offs, mask, 0))
-    zero = step * -SPEC.offset
-    if not SPEC.symmetric:
-        zero = widen(tl.load(zero_point + slot * scale_slot + offs, mask, 0))
-    step *= SPEC.spacing
-    if DTYPE.is_fp16():
-        # The last level of a group may have been rounded beyond the type.
-        zero = tl.maximum(zero, -65504.0)
-        step = tl.minimum(step, (65504.0 - zero) * (1 / (SPEC.levels - 1)))
-    return step, zero + step * ((SPEC.levels - 1) * 0.5)
-
-
-@triton.jit
-def _token_parameters(part, span, chunk, slot, token, DTYPE: tl.constexpr, SPEC: tl.constexpr):
-    """As `_parameters`, of tokens, for a chunk that lies in one scale group."""
-    groups, scale_stride = part[4], part[8]
-    group = tl.load(groups + span[0] + chunk * SPEC.block, chunk * SPEC.block < span[1], 0)
-    return _parameters(part, slot, token * scale_stride + group, token < SPEC.length, DTYPE, SPEC)
-
-
-@triton.jit
-def _factors(part, slot, token, valid, head_group):
-    """Float32 factors of tokens, by which their distance from the middles of the ranges is multiplied."""
-    ptr = part[9] + slot * part[10][0] + token * part[10][1] + head_group
-    if _INTERPRETED:
-        byte = tl.load(ptr, valid, 0).to(tl.int32)
-    else:
-        # Where the compiler sees that bytes are read, it reads the operands of products in an order that costs moves.
-        byte = tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.global.nc.u8 $0, [$1]; }",
-            "=&r,l,r",
-            (ptr.to(tl.int64), valid.to(tl.int32)),
-            dtype=tl.int32,
-            is_pure=True,
-            pack=1,
-        )
-    return tl.exp2((byte.to(tl.float32) - 128) / 16)
-
-
-@triton.jit
-def _whole_words(part, span, chunk, tile, DTYPE: tl.constexpr, SPEC: tl.constexpr, BLOCK_T: tl.constexpr):
-    """As `_latents`, bfloat16 of whole words, each of which is read once and unpacked two codes at a time."""
-    packed, _, _, _, groups, stride_slot, stride, _, scale_stride, _, _ = part
-    start, width, _, head_group = span
-    slot, first, _ = tile
-    MIDDLE: tl.constexpr = (SPEC.levels - 1) * 0.5
-    PAIRED: tl.constexpr = not _INTERPRETED
-    # The even channels; the odd ones are beside them.
-    channel = chunk * SPEC.block + 2 * tl.arange(0, SPEC.block // 2)
-    exists, odd_exists, columns = channel < width, channel + 1 < width, start + channel
-    if SPEC.filled:
-        exists, odd_exists = channel >= 0, channel >= 0
-    token = first + tl.arange(0, BLOCK_T)
-    packed += slot * stride_slot
-    run = first // SPEC.run
-    where = (run * SPEC.words, first - run * SPEC.run, tl.minimum(SPEC.run, SPEC.length - run * SPEC.run))
-    # Pairs of bfloat16 have their codes in the mantissas of 128, doubled: half of a code has a bit behind the point.
-    MANTISSA: tl.constexpr = PAIRED and SPEC.bits < 8 and not SPEC.trellis
-    DOUBLED: tl.constexpr = MANTISSA and not SPEC.calibrated
-    codes = tl.full((), 0x43004300 if MANTISSA else 0, tl.int32)
-    both = (exists, odd_exists)
-    # Those of a trellis are offsets into a table of four bytes each.
-    AT: tl.constexpr = 2 if SPEC.trellis else (1 if DOUBLED else 0)
-    codes = _add_codes(codes, packed, where, both, columns, stride, SPEC, BLOCK_T, AT)
-    if SPEC.trellis:
-        # `groups` are the points twice, then the place of each channel in its chain (`modules/trellis.py`).
-        place = tl.load(groups + 256 + columns, exists, 0)
-        odd_place = tl.load(groups + 257 + columns, odd_exists, 0)
-        for back in tl.static_range(1, (6 + SPEC.bits) // SPEC.bits):
-            both = (exists & (place >= back), odd_exists & (odd_place >= back))
-            codes = _add_codes(codes, packed, where, both, columns - back, stride, SPEC, BLOCK_T, AT + SPEC.bits * back)
-
-    # Steps and middles, for both channels of a pair.
-    low_origin, high_origin = MIDDLE, MIDDLE
-    if SPEC.weighted:
-        low_step, low_middle, high_step, high_middle = 0, 0, 0, 0
-    elif SPEC.per_channel:
-        offs = (run * scale_stride + columns)[None, :]
-        low_step, low_middle = _parameters(part, slot, offs, exists[None, :], DTYPE, SPEC)
-        high_step, high_middle = _parameters(part, slot, offs + 1, odd_exists[None, :], DTYPE, SPEC)
-        if SPEC.calibrated:
-            # Ranges of calibration need not be centred: codes count from the one that is nearest to zero.
-            low_origin = tl.load(groups + columns, exists, 0).to(tl.float32, bitcast=True)[None, :]
-            high_origin = tl.load(groups + columns + 1, odd_exists, 0).to(tl.float32, bitcast=True)[None, :]
-            low_middle += (low_origin - MIDDLE) * low_step
-            high_middle += (high_origin - MIDDLE) * high_step
-    elif SPEC.by_channel:
-        offs = token[:, None] * scale_stride
-        even = tl.load(groups + columns, exists, 0)[None, :]
-        odd = tl.load(groups + columns + 1, odd_exists, 0)[None, :]
-        low_step, low_middle = _parameters(part, slot, offs + even, exists[None, :], DTYPE, SPEC)
-        high_step, high_middle = _parameters(part, slot, offs + odd, odd_exists[None, :], DTYPE, SPEC)
-    else:
-        low_step, low_middle = _token_parameters(part, span, chunk, slot, token, DTYPE, SPEC)
-        low_step, low_middle = low_step[:, None], low_middle[:, None]
-        high_step, high_middle = low_step, low_middle
-
-    # How far codes are from the middle of their range, or from another: exact in every type.
-    if PAIRED and SPEC.trellis:
-        x = _looked_up(groups, codes & 0xFFFF) | _looked_up(groups + 128, codes >> 16)
-    elif MANTISSA and SPEC.calibrated:
-        x = _fma(codes, 0x3F803F80, _both(-128.0 - low_origin, -128.0 - high_origin))
-    elif MANTISSA:
-        x = _fma(codes, 0x3F003F00, (0xC280 | (SPEC.levels - 1)) * 0x10001 - (1 << 32))
-    else:
-        if SPEC.trellis:
-            low = _looked_up(groups + 128, codes & 0xFFFF).to(tl.float32, bitcast=True)
-            high = _looked_up(groups + 128, codes >> 16).to(tl.float32, bitcast=True)
-        else:
-            # A code or-ed into the mantissa of 2^23 is a float: a conversion takes four times as long on some devices.
-            low = ((codes & 0xFFFF) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0 - low_origin
-            high = ((codes >> 16) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0 - high_origin
-        if PAIRED:
-            x = _both(low, high)
-    if SPEC.weighted:
-        if PAIRED:
-            low, high = _halves(x)
-        else:
-            low, high = _operand(low, DTYPE), _operand(high, DTYPE)
-    elif SPEC.token_scaled and not SPEC.trellis:
-        # Ranges of calibration need not be centred, and codes that a token's scale multiplies are not moved: a range
-        # whose middle is far from the states would lose what float32 keeps.
-        factor = _factors(part, slot, token, token >= 0, head_group)[:, None]
-        if PAIRED:
-            low, high = (x << 16).to(tl.float32, bitcast=True), (x & -65536).to(tl.float32, bitcast=True)
-        low, high = low * factor * low_step + low_middle, high * factor * high_step + high_middle
-        if PAIRED:
-            low, high = _halves(_both(low, high))
-        else:
-            low, high = _operand(low, DTYPE), _operand(high, DTYPE)
-    elif PAIRED:
-        if SPEC.token_scaled:
-            factor = _factors(part, slot, token, token >= 0, head_group)
-            x = _fma(x, _both(factor, factor)[:, None], 0x80008000 - (1 << 32))
-        low, high = _halves(_fma(x, _both(low_step, high_step), _both(low_middle, high_middle)))
-    else:
-        if SPEC.token_scaled:
-            factor = _rounded(_factors(part, slot, token, token >= 0, head_group), DTYPE)[:, None]
-            low, high = _rounded(low * factor, DTYPE), _rounded(high * factor, DTYPE)
-        low = low * _rounded(low_step, DTYPE) + _rounded(low_middle, DTYPE)
-        high = high * _rounded(high_step, DTYPE) + _rounded(high_middle, DTYPE)
-        low, high = _operand(low, DTYPE), _operand(high, DTYPE)
-    return tl.reshape(tl.join(low, high), (BLOCK_T, SPEC.block))
-
-
-@triton.jit
-def _rounded(x, DTYPE: tl.constexpr):
-    """In the interpreter what pairs of bfloat16 are rounded to; other types are computed in float32."""
-    if DTYPE.is_bf16():
-        return _operand(x, DTYPE)
-    else:
-        return x
-
-
-@triton.jit
-def _latents(part, span, chunk, tile, DTYPE: tl.constexpr, SPEC: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Tile `[BLOCK_T, SPEC.block]` of states, as an operand.
-
-    `tile`: slot of the block, the tile's first token in it, and valid tokens of the block.
-    """
-    packed, _, _, _, groups, stride_slot, stride, _, scale_stride, _, _ = part
-    start, width, _, head_group = span
-    slot, first, count = tile
-    channel = chunk * SPEC.block + tl.arange(0, SPEC.block)
-    exists, columns = channel < width, start + channel
-    if SPEC.filled:
-        exists = channel >= 0
-    token = first + tl.arange(0, BLOCK_T)
-    # Codes beyond the valid tokens are finite, whatever they are; states in full precision may be NaN there.
-    end = SPEC.length
-    if SPEC.bits == 16:
-        end = count
-    valid = token < end
-    if SPEC.whole:
-        valid = token >= 0
-    mask = valid[:, None] & exists[None, :]
-    packed += slot * stride_slot
-    if SPEC.bits == 16:
-        return _operand(tl.load(packed + token[:, None] * stride + columns[None, :], mask, 0), DTYPE)
-    elif SPEC.worded:
-        return _whole_words(part, span, chunk, tile, DTYPE, SPEC, BLOCK_T)
-    else:
-        run = token // SPEC.run
-        if SPEC.one_run:
-            run = first // SPEC.run
-        before, within = run * SPEC.words, token - run * SPEC.run
-        where = (before, within, tl.minimum(SPEC.run, SPEC.length - run * SPEC.run))
-        codes = _whole_codes(packed, where, mask, columns, stride, SPEC)
-        if SPEC.trellis:
-            # `groups` are the points twice, then the place of each channel in its chain (`modules/trellis.py`).
-            place = tl.load(groups + 256 + columns, exists, 0)
-            for back in tl.static_range(1, (6 + SPEC.bits) // SPEC.bits):
-                known = mask & (place >= back)[None, :]
-                codes |= _whole_codes(packed, where, known, columns - back, stride, SPEC) << (SPEC.bits * back)
-
-        # The parameters are a row or a column of the tile where they can be, which is read by few threads.
-        if SPEC.per_channel and SPEC.one_run:
-            offs, mask = (run * scale_stride + columns)[None, :], exists[None, :]
-        elif SPEC.per_channel:
-            offs = run[:, None] * scale_stride + columns[None, :]
-        elif SPEC.by_channel:
-            offs = token[:, None] * scale_stride + tl.load(groups + columns, exists, 0)[None, :]
-        else:
-            group = tl.load(groups + start + chunk * SPEC.block, chunk * SPEC.block < width, 0)
-            offs, mask = (token * scale_stride + group)[:, None], valid[:, None]
-        step, middle = _parameters(part, slot, offs, mask, DTYPE, SPEC)
-        if SPEC.trellis:
-            x = tl.load(groups + 128 + (codes & 127)).to(tl.float32, bitcast=True)
-        else:
-            # A code or-ed into the mantissa of 2^23 is a float: a conversion takes four times as long on some devices.
-            x = (codes | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0 - (SPEC.levels - 1) * 0.5
-        if SPEC.token_scaled:
-            x *= _factors(part, slot, token, valid, head_group)[:, None]
-        x = x * step + middle
-        if SPEC.token_scaled and DTYPE.is_fp16():
-            x = tl.clamp(x, -65504.0, 65504.0)
-        return _operand(x, DTYPE)
+        a, b = rounded(high * sin, DTYPE), rounded(low * sin, DTYPE)
+        return as_operand(low * cos - a, DTYPE), as_operand(high * cos + b, DTYPE)
 
 
 @triton.jit
@@ -569,7 +107,7 @@ def _spans(parts, group, SPECS: tl.constexpr):
     """First stored channel, width and first column in its group of every piece, and the group."""
     spans = ()
     for i in tl.static_range(len(SPECS)):
-        spans += (_span(parts[i][3], group, _known(SPECS[i].align)),)
+        spans += (_span(parts[i][3], group, known(SPECS[i].align)),)
     return spans
 
 
@@ -603,7 +141,7 @@ def _moved(spans, by, SPECS: tl.constexpr):
     result = ()
     for i in tl.static_range(len(SPECS)):
         start, width, column, group = spans[i]
-        result += ((tl.multiple_of(start + by, _known(SPECS[i].align)), width, column, group),)
+        result += ((tl.multiple_of(start + by, known(SPECS[i].align)), width, column, group),)
     return result
 
 
@@ -614,15 +152,15 @@ def _expander(weight, stride, span, chunk, row, f, half, DTYPE: tl.constexpr, SP
     channel = chunk * SPEC.block + tl.arange(0, SPEC.block)
     if SPEC.identity:
         mask = (channel < width)[:, None] & (f < half)[None, :]
-        return _operand(tl.where(mask & ((column + channel)[:, None] == row + f[None, :]), 1.0, 0.0), DTYPE)
+        return as_operand(tl.where(mask & ((column + channel)[:, None] == row + f[None, :]), 1.0, 0.0), DTYPE)
     elif SPEC.aligned:
         # Columns that no piece has are zeros.
         offs = (row + f).to(tl.int64)[None, :] * stride + (SPEC.column + channel)[:, None]
-        return _operand(tl.load(weight + offs), DTYPE)
+        return as_operand(tl.load(weight + offs), DTYPE)
     else:
         mask = (channel < width)[:, None] & (f < half)[None, :]
         offs = (row + f).to(tl.int64)[None, :] * stride + (column + channel)[:, None]
-        return _operand(tl.load(weight + offs, mask, 0), DTYPE)
+        return as_operand(tl.load(weight + offs, mask, 0), DTYPE)
 
 
 @triton.jit
@@ -639,15 +177,15 @@ def _constants(query, offsets, inv_freq, bias, spans, expand, DTYPE: tl.constexp
     for i in tl.static_range(len(SPECS)):
         # A weight that fits stays in registers for all tiles.
         if SPECS[i].held:
-            low = _expander(weight, stride, spans[i], 0, row, f, half, DTYPE, _known(SPECS[i]))
-            held += ((low, _expander(weight, stride, spans[i], 0, row + half, f, half, DTYPE, _known(SPECS[i]))),)
+            low = _expander(weight, stride, spans[i], 0, row, f, half, DTYPE, known(SPECS[i]))
+            held += ((low, _expander(weight, stride, spans[i], 0, row + half, f, half, DTYPE, known(SPECS[i]))),)
         else:
             held += (0,)
     turn, biases = (0, 0), (0, 0)
     if inv_freq is not None:
         turn = _cos_sin(offsets[:, None] * frequency[None, :], DTYPE)
         if DTYPE.is_bf16():
-            turn = (_operand(turn[0], DTYPE), _operand(turn[1], DTYPE))
+            turn = (as_operand(turn[0], DTYPE), as_operand(turn[1], DTYPE))
     if bias is not None:
         mask = f < size
         biases = (widen(tl.load(bias + f, mask, 0)), widen(tl.load(bias + size + f, mask, 0)))
@@ -666,7 +204,7 @@ def _add_keys(low, high, latents, part, span, held, f, expand, tile, DTYPE: tl.c
         high = _dot(latents, _expander(weight, stride, span, 0, row + half, f, half, DTYPE, SPEC), high)
     else:
         for chunk in range(tl.cdiv(span[1], SPEC.block)):
-            states = _latents(part, span, chunk, tile, DTYPE, SPEC, BLOCK_T)
+            states = latent_tile(part, span, chunk, tile, DTYPE, SPEC, BLOCK_T)
             low = _dot(states, _expander(weight, stride, span, chunk, row, f, half, DTYPE, SPEC), low)
             high = _dot(states, _expander(weight, stride, span, chunk, row + half, f, half, DTYPE, SPEC), high)
     return low, high
@@ -695,20 +233,20 @@ def _add_scores(
     high = low
     for i in tl.static_range(len(SPECS)):
         low, high = _add_keys(
-            low, high, latents[i], parts[i], spans[i], held[i], f, expand, tile, DTYPE, _known(SPECS[i])
+            low, high, latents[i], parts[i], spans[i], held[i], f, expand, tile, DTYPE, known(SPECS[i])
         )
     if bias is not None:
         low, high = low + biases[0][None, :], high + biases[1][None, :]
     # Keys turn by their offset in the tile, queries back by the position of its first token.
     if inv_freq is not None:
         if DTYPE.is_bf16():
-            low, high = _operand(low, DTYPE), _operand(high, DTYPE)
+            low, high = as_operand(low, DTYPE), as_operand(high, DTYPE)
         low, high = _rotated(low, high, turn[0], turn[1], DTYPE)
         cos, sin = _cos_sin(start * frequency, DTYPE)
         cos, sin = cos[:, None], sin[:, None]
         q_low, q_high = q_low * cos + q_high * sin, q_high * cos - q_low * sin
-    scores = _dot(_operand(low, DTYPE), _operand(q_low, DTYPE), scores)
-    return _dot(_operand(high, DTYPE), _operand(q_high, DTYPE), scores)
+    scores = _dot(as_operand(low, DTYPE), as_operand(q_low, DTYPE), scores)
+    return _dot(as_operand(high, DTYPE), as_operand(q_high, DTYPE), scores)
 
 
 @triton.jit
@@ -747,14 +285,14 @@ def _add_values(sums, part, span, weights, decay, tile, DTYPE: tl.constexpr, SPE
     CHUNKS: tl.constexpr = SPEC.chunks
     added = ()
     for i in tl.static_range(CHUNKS):
-        latents = _latents(part, span, SPEC.first + i, tile, DTYPE, SPEC, BLOCK_T)
+        latents = latent_tile(part, span, SPEC.first + i, tile, DTYPE, SPEC, BLOCK_T)
         operand, middles = weights, sums[i][1]
         if SPEC.weighted:
             # The steps of the tokens go into their weights, the middles of their ranges are summed up by themselves.
             token = tile[1] + tl.arange(0, BLOCK_T)
-            step, middle = _token_parameters(part, span, SPEC.first + i, tile[0], token, DTYPE, SPEC)
+            step, middle = token_parameters(part, span, SPEC.first + i, tile[0], token, DTYPE, SPEC)
             operand, middles = weights * step[:, None], middles * decay[None, :] + weights * middle[:, None]
-        added += ((_dot(tl.trans(latents), _operand(operand, DTYPE), sums[i][0] * decay[None, :]), middles),)
+        added += ((_dot(tl.trans(latents), as_operand(operand, DTYPE), sums[i][0] * decay[None, :]), middles),)
     return added
 
 
@@ -824,7 +362,7 @@ def _attend(
     total = tl.zeros((BLOCK_T, BLOCK_M), tl.float32)
     summed = ()
     for i in tl.static_range(len(VALUES)):
-        summed += (_no_values(_known(VALUES[i]), BLOCK_T, BLOCK_M),)
+        summed += (_no_values(known(VALUES[i]), BLOCK_T, BLOCK_M),)
 
     # Blocks without valid tokens are at the end of a row: the number of those with some, by bisection.
     number = tl.maximum(tl.cdiv(end - block, step), 0)
@@ -864,7 +402,7 @@ def _attend(
             expand_at = (expand[0], expand[1], expand[2] + zero, expand[3], expand[4])
             latents = ()
             for p in tl.static_range(len(KEYS)):
-                latents += (_held_latents(keys[p], keys_at[p], tile, DTYPE, _known(KEYS[p]), BLOCK_T),)
+                latents += (_held_latents(keys[p], keys_at[p], tile, DTYPE, known(KEYS[p]), BLOCK_T),)
             # Keys are rebuilt, rotated and scored by pieces of frequencies, whose scores add up.
             scores = tl.zeros((BLOCK_T, BLOCK_M), tl.float32)
             for p in tl.static_range(len(queries)):
@@ -902,7 +440,7 @@ def _attend(
             for p in tl.static_range(len(VALUES)):
                 gained += (
                     _add_values(
-                        summed[p], values[p], values_at[p], weights, decay, tile, DTYPE, _known(VALUES[p]), BLOCK_T
+                        summed[p], values[p], values_at[p], weights, decay, tile, DTYPE, known(VALUES[p]), BLOCK_T
                     ),
                 )
             summed = gained
@@ -917,16 +455,16 @@ def _attend(
     stats = sums + total_shares.to(tl.int64) * rows * WIDTH + row * 2
     sums += row * WIDTH
     for p in tl.static_range(len(VALUES)):
-        _store_values(summed[p], sums, visible, value_spans[p], _known(VALUES[p]))
+        _store_values(summed[p], sums, visible, value_spans[p], known(VALUES[p]))
     tl.store(stats, highest, visible)
     tl.store(stats + 1, tl.sum(total, 0), visible)
 
 
 @triton.jit
 def _held_latents(part, span, tile, DTYPE: tl.constexpr, SPEC: tl.constexpr, BLOCK_T: tl.constexpr):
-    """`_latents` of a piece of one chunk; longer ones are read chunk by chunk."""
+    """`latent_tile` of a piece of one chunk; longer ones are read chunk by chunk."""
     if SPEC.chunks == 1:
-        return _latents(part, span, 0, tile, DTYPE, SPEC, BLOCK_T)
+        return latent_tile(part, span, 0, tile, DTYPE, SPEC, BLOCK_T)
     else:
         return 0
 
@@ -1152,7 +690,7 @@ class _Span(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """A piece of a side: see `_Spec`.
+    """A piece of a side: see `Spec`.
 
     Attributes:
         part: Index of the part.
@@ -1162,7 +700,7 @@ class _Piece(NamedTuple):
     """
 
     part: int
-    spec: _Spec
+    spec: Spec
     spans: torch.Tensor
     places: tuple[_Span, ...]
     groups: torch.Tensor | None
@@ -1235,7 +773,7 @@ def _side_layout(
             # Points are bfloat16, how far they are from the middle: in lower halves, and in upper ones, as float32.
             points = (trellis.points_of(bits, device).float() - (trellis.LEVELS - 1) / 2).view(torch.int32)
             table = torch.cat([(points >> 16) & 0xFFFF, points, places])
-        spec = _Spec(
+        spec = Spec(
             bits=bits_of(bits),
             symmetric=symmetric,
             per_channel=groups is None,
@@ -1313,7 +851,7 @@ def _storage(
     return (packed, scale, zero_point, spans, stand_in(groups, spans), *strides, *own)
 
 
-def _origins(part: PackedPart, spec: _Spec) -> torch.Tensor:
+def _origins(part: PackedPart, spec: Spec) -> torch.Tensor:
     """`[channels of the part]`, float32 as int32: the calibrated code of what is nearest to 0."""
     step, zero = part.scale.float().flatten() * spec.spacing, part.scale.float().flatten() * -spec.offset
     if part.zero_point is not None:
@@ -1325,7 +863,7 @@ def _origins(part: PackedPart, spec: _Spec) -> torch.Tensor:
 def _side(
     side: PackedSide | None, widths: tuple[int, ...], length: int, block_t: int, pairs: bool, device
 ) -> tuple[list, list, list]:
-    """Runtime arguments and `_Spec`s of the pieces of a side, and their spans."""
+    """Runtime arguments and `Spec`s of the pieces of a side, and their spans."""
     if side is None:
         return [], [], []
     parts, channels = [], None
@@ -1350,17 +888,17 @@ def _side(
 
 
 @lru_cache
-def _exact_layout(widths: tuple[int, ...], device) -> tuple[torch.Tensor, _Spec]:
-    """Spans and `_Spec` of tokens in full precision."""
+def _exact_layout(widths: tuple[int, ...], device) -> tuple[torch.Tensor, Spec]:
+    """Spans and `Spec` of tokens in full precision."""
     spans = list(map(_Span, group_starts(widths), widths, repeat(0)))
     widest = max(widths)
     block = power_of_two(widest, 16, 64)
     filled = set(widths) == {widest} and widest % block == 0
-    spec = _Spec(bits=16, block=block, chunks=-(-widest // block), align=math.gcd(16, *widths), filled=filled)
+    spec = Spec(bits=16, block=block, chunks=-(-widest // block), align=math.gcd(16, *widths), filled=filled)
     return torch.tensor(spans, dtype=torch.int32, device=device), spec
 
 
-def _launches(specs: list[_Spec], rows: int) -> list[dict[int, _Spec]]:
+def _launches(specs: list[Spec], rows: int) -> list[dict[int, Spec]]:
     """Specs by the index of their piece, of the sums that each launch keeps: together at most `_MAX_SUMS`."""
     launches, kept = [{}], 0
     for index, spec in enumerate(specs):
