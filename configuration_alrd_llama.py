@@ -812,15 +812,18 @@ class ALRDLlamaConfig(LatentParts, LlamaConfig):
             self.truncation_ranks = {}
         if self.width_tiers is None:
             self.width_tiers = {}
+        default_rope = self.rope_parameters is None and not {"rope_theta", "rope_scaling"} & set(kwargs)
         super().__post_init__(**kwargs)
-        self._take_over_derived()
+        self._take_over_derived(default_rope)
         self.check_latent_cache()
 
-    def _take_over_derived(self) -> None:
+    def _take_over_derived(self, default_rope: bool) -> None:
         """Set what the library's code of the dense model reads where it was not given, or follows from other fields:
-        layer types, say, a window that is switched off, or a field by another name."""
+        layer types, say, a window that is switched off, a field by another name, or, with `default_rope`, RoPE."""
         if self.dense_model_type == LlamaConfig.model_type:
             return
+        if default_rope:
+            self.rope_parameters = None  # a Llama's, until here
         dense = self.to_dense()
         own = set(type(self).__dataclass_fields__) - {"rope_parameters"}  # those may be by layer type
         for name in {*vars(dense), *dense.attribute_map} - own:

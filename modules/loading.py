@@ -403,7 +403,8 @@ def gathers_outputs(config: ALRDLlamaConfig) -> bool:
 def check_tensor_parallel_plan(config: ALRDLlamaConfig, plan: dict[str, str]) -> None:
     """Reject a tensor-parallel plan, style by layer name, of which a rank does not get its heads."""
     style = _GATHERED if gathers_outputs(config) else "colwise"
-    for projection in {projection_name(config.traits, side) for side in ("q", *SIDES)}:
+    # Fused ones have one name.
+    for projection in dict.fromkeys([projection_name(config.traits, side) for side in ("q", *SIDES)]):
         styles = {found for name, found in plan.items() if name.endswith(f"self_attn.{projection}")}
         if styles != {style}:
             raise ValueError(

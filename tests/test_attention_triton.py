@@ -435,12 +435,12 @@ def test_a_model_decodes_as_with_the_reference(tmp_path, name):
 # ---- GPUs that are not here
 
 
-#: Most instructions that the warps of a program may take for 64 packed tokens, a quarter of them, on sm_90: 4% more
-#: than the compiler of Triton 3.7 makes of the kernels.
+#: Most instructions that the warps of a program may take for 64 packed tokens, a quarter of them, on sm_90: what the
+#: compiler of Triton 3.6 makes of the kernels, and 4 to 7% more than 3.7 does.
 INSTRUCTIONS = {
-    "llama3 rank 64 2-bit": 548,
-    "llama3 rank 64 4-bit": 569,
-    "llama3 joint 512 2-bit token scale": 5550,
+    "llama3 rank 64 2-bit": 560,
+    "llama3 rank 64 4-bit": 583,
+    "llama3 joint 512 2-bit token scale": 5600,
     "smollm2 eighth trellis": 22700,
     "smollm2 eighth uniform": 16200,
 }
