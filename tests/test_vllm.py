@@ -262,16 +262,16 @@ def test_other_architectures_by_layers_with_packed_latents(architecture, tmp_pat
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "ernie4_5"])
-def test_latents_of_finished_keys_give_the_tokens_of_stock_vllm(kind, tmp_path):
+def test_latents_of_finished_keys_give_the_tokens_of_stock_vllm(kind, tmp_path, engines):
     """Behind a norm, or in another order of the channels: lossless, blocks of two layers."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         dense = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**TINY_LLAMA | {"head_dim": 32})).eval()
         randomize_vectors(dense)
     prompts = prompts_of(97)
-    expected = tokens_of(run_engine(tmp_path, saved(dense, tmp_path / "stock"), [prompts]))
+    expected = tokens_of(run_engine(engines, saved(dense, tmp_path / "stock"), [prompts]))
     model = tiny_blocks(dense, layer_group_size=2, head_group_size=2, k_bits=16, v_bits=16)
-    assert tokens_of(run_engine(tmp_path, saved(model, tmp_path / "split"), [prompts])) == expected
+    assert tokens_of(run_engine(engines, saved(model, tmp_path / "split"), [prompts])) == expected
 
 
 @torch.no_grad()
