@@ -51,13 +51,17 @@ real-results: .venv/wheels
 		--text $(REAL_TEXTS) --windows 3 --batch_size 3 --length 1920 --prefill 1792 --output build/real_float32.json
 	$(RUN) scripts/eval_retrieval.py --task ruler --dense build/real/dense --checkpoints $(REAL_BUDGETS:%=build/real/%) \
 		--chat --lengths 1024 2048 --trials 8 --questions 2 --new_tokens 16 --output build/real_ruler.json
+	$(RUN) scripts/eval_retrieval.py --task ruler --dense build/real/dense --checkpoints build/real/0.125 \
+		--chat --lengths 4096 --variants niah_single_1 --trials 100 --questions 2 --new_tokens 16 --least_dense 0.6 \
+		--output build/real_ruler_4k.json
 	$(RUN) scripts/benchmark_decode.py --random false --checkpoints $(REAL_BUDGETS:%=build/real/%) --model build/real/dense \
 		--lengths 8192 --batches 1 --steps 32 --dense_steps 16 --prompts 0 --output build/real_decode.json
 	$(RUN) scripts/benchmark_chunk.py --model build/real/dense --checkpoints build/real/0.125 build/real/0.0625 \
 		--output scripts/results/benchmark_chunk.json
 	$(RUN) scripts/rate_distortion.py --model build/real/dense --statistics build/real/statistics \
 		--output scripts/results/rate_distortion.json
-	cp build/real_frontier.* build/real_float32.json build/real_ruler.* build/real_decode.json scripts/results/
+	cp build/real_frontier.* build/real_float32.json build/real_ruler.* build/real_ruler_4k.json build/real_decode.json \
+		scripts/results/
 	$(RUN) scripts/results_tables.py
 
 # The surface of shapes of the same model, from which the default shape was chosen, and what each choice of it contributes
