@@ -37,7 +37,7 @@ from modules import trellis
 from modules.kernels.attention import Attended
 from modules.kernels.packed import LatentQuery, PackedCache, PackedPart, PackedSide, Tile
 from modules.kernels.triton.common import INTERPRETED, as_bits, bits_of, power_of_two, stand_in, widen
-from modules.kernels.triton.latents import Spec, as_operand, known, latent_tile, rounded, token_parameters
+from modules.kernels.triton.latents import Spec, as_operand, known, latent_tile, parameters, read_ahead, rounded, stored_of_tokens
 from modules.quant_utils import grid, group_starts, packed_words
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
@@ -204,7 +204,7 @@ def _add_keys(low, high, latents, part, span, held, f, expand, tile, DTYPE: tl.c
         high = _dot(latents, _expander(weight, stride, span, 0, row + half, f, half, DTYPE, SPEC), high)
     else:
         for chunk in range(tl.cdiv(span[1], SPEC.block)):
-            states = latent_tile(part, span, chunk, tile, DTYPE, SPEC, BLOCK_T)
+            states = latent_tile(part, span, chunk, tile, 0, DTYPE, SPEC, BLOCK_T)
             low = _dot(states, _expander(weight, stride, span, chunk, row, f, half, DTYPE, SPEC), low)
             high = _dot(states, _expander(weight, stride, span, chunk, row + half, f, half, DTYPE, SPEC), high)
     return low, high
@@ -280,17 +280,20 @@ def _no_values(SPEC: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr)
 
 
 @triton.jit
-def _add_values(sums, part, span, weights, decay, tile, DTYPE: tl.constexpr, SPEC: tl.constexpr, BLOCK_T: tl.constexpr):
+def _add_values(
+    sums, part, span, weights, decay, tile, ahead, DTYPE: tl.constexpr, SPEC: tl.constexpr, BLOCK_T: tl.constexpr
+):
     """The sums of a piece's values, scaled by `decay`, with those of a tile added."""
     CHUNKS: tl.constexpr = SPEC.chunks
     added = ()
     for i in tl.static_range(CHUNKS):
-        latents = latent_tile(part, span, SPEC.first + i, tile, DTYPE, SPEC, BLOCK_T)
+        latents = latent_tile(part, span, SPEC.first + i, tile, ahead, DTYPE, SPEC, BLOCK_T)
         operand, middles = weights, sums[i][1]
         if SPEC.weighted:
             # The steps of the tokens go into their weights, the middles of their ranges are summed up by themselves.
             token = tile[1] + tl.arange(0, BLOCK_T)
-            step, middle = token_parameters(part, span, SPEC.first + i, tile[0], token, DTYPE, SPEC)
+            stored = stored_of_tokens(part, span, SPEC.first + i, tile[0], token, SPEC)
+            step, middle = parameters(stored, DTYPE, SPEC)
             operand, middles = weights * step[:, None], middles * decay[None, :] + weights * middle[:, None]
         added += ((_dot(tl.trans(latents), as_operand(operand, DTYPE), sums[i][0] * decay[None, :]), middles),)
     return added
@@ -386,23 +389,26 @@ def _attend(
     if TILES == 0:
         tiles = tl.cdiv(last, BLOCK_T)
 
+    next_slot = _slot(slots, block + unseen * step, number > unseen, LISTED)
+    next_ahead = _read_all(keys, values, key_spans, value_spans, (next_slot, 0, 0), KEYS, VALUES, BLOCK_T)
     for i in range(unseen, number):
         j = block + i * step
         block_start, count = tl.load(starts + j), tl.load(counts + j)
-        slot = j
-        if LISTED:
-            slot = tl.load(slots + j)
-        slot = slot.to(tl.int64)
+        slot, next_slot = next_slot, _slot(slots, j + step, i + 1 < number, LISTED)
         for t in range(tiles):
             first = t * BLOCK_T
             start = block_start + first
             tile = (slot, first, count)
+            # What is stored of the next tile, of the last one's nothing that is used, is on its way meanwhile.
+            ahead, within = next_ahead, t + 1 < tiles
+            next_tile = (tl.where(within, slot, next_slot), tl.where(within, first + BLOCK_T, 0), 0)
+            next_ahead = _read_all(keys, values, key_spans, value_spans, next_tile, KEYS, VALUES, BLOCK_T)
             zero = _nothing(t, LISTED, KEYS)
             keys_at, values_at = _moved(key_spans, zero, KEYS), _moved(value_spans, _nothing(t, LISTED, VALUES), VALUES)
             expand_at = (expand[0], expand[1], expand[2] + zero, expand[3], expand[4])
             latents = ()
             for p in tl.static_range(len(KEYS)):
-                latents += (_held_latents(keys[p], keys_at[p], tile, DTYPE, known(KEYS[p]), BLOCK_T),)
+                latents += (_held_latents(keys[p], keys_at[p], tile, ahead[0][p], DTYPE, known(KEYS[p]), BLOCK_T),)
             # Keys are rebuilt, rotated and scored by pieces of frequencies, whose scores add up.
             scores = tl.zeros((BLOCK_T, BLOCK_M), tl.float32)
             for p in tl.static_range(len(queries)):
@@ -440,7 +446,16 @@ def _attend(
             for p in tl.static_range(len(VALUES)):
                 gained += (
                     _add_values(
-                        summed[p], values[p], values_at[p], weights, decay, tile, DTYPE, known(VALUES[p]), BLOCK_T
+                        summed[p],
+                        values[p],
+                        values_at[p],
+                        weights,
+                        decay,
+                        tile,
+                        ahead[1][p],
+                        DTYPE,
+                        known(VALUES[p]),
+                        BLOCK_T,
                     ),
                 )
             summed = gained
@@ -461,10 +476,30 @@ def _attend(
 
 
 @triton.jit
-def _held_latents(part, span, tile, DTYPE: tl.constexpr, SPEC: tl.constexpr, BLOCK_T: tl.constexpr):
+def _slot(slots, block, exists, LISTED: tl.constexpr):
+    """Slot of a block, some slot where there is none."""
+    slot = block
+    if LISTED:
+        slot = tl.load(slots + block, exists, 0)
+    return slot.to(tl.int64)
+
+
+@triton.jit
+def _read_all(keys, values, key_spans, value_spans, tile, KEYS: tl.constexpr, VALUES: tl.constexpr, BLOCK_T: tl.constexpr):
+    """`read_ahead` of all pieces of both sides."""
+    of_keys, of_values = (), ()
+    for i in tl.static_range(len(KEYS)):
+        of_keys += (read_ahead(keys[i], key_spans[i], tile, known(KEYS[i]), BLOCK_T),)
+    for i in tl.static_range(len(VALUES)):
+        of_values += (read_ahead(values[i], value_spans[i], tile, known(VALUES[i]), BLOCK_T),)
+    return of_keys, of_values
+
+
+@triton.jit
+def _held_latents(part, span, tile, ahead, DTYPE: tl.constexpr, SPEC: tl.constexpr, BLOCK_T: tl.constexpr):
     """`latent_tile` of a piece of one chunk; longer ones are read chunk by chunk."""
     if SPEC.chunks == 1:
-        return latent_tile(part, span, 0, tile, DTYPE, SPEC, BLOCK_T)
+        return latent_tile(part, span, 0, tile, ahead, DTYPE, SPEC, BLOCK_T)
     else:
         return 0
 
@@ -898,6 +933,15 @@ def _exact_layout(widths: tuple[int, ...], device) -> tuple[torch.Tensor, Spec]:
     return torch.tensor(spans, dtype=torch.int32, device=device), spec
 
 
+def _read_ahead(specs: list[Spec]) -> list[Spec]:
+    """The specs of a side, of a single chunk as what is read ahead: there are registers for that of a tile."""
+    if len(specs) != 1:
+        return specs
+    (spec,) = specs
+    parameters = spec.weighted or spec.per_channel
+    return [replace(spec, ahead=spec.worded and spec.chunks == 1 and not spec.trellis and parameters)]
+
+
 def _launches(specs: list[Spec], rows: int) -> list[dict[int, Spec]]:
     """Specs by the index of their piece, of the sums that each launch keeps: together at most `_MAX_SUMS`."""
     launches, kept = [{}], 0
@@ -1006,6 +1050,7 @@ class _LaunchRecord:
         for i, spec in enumerate(value_specs):
             by_token = spec.worded and not (spec.per_channel or spec.by_channel or spec.token_scaled)
             value_specs[i] = replace(spec, weighted=by_token)
+        key_specs, value_specs = _read_ahead(key_specs), _read_ahead(value_specs)
         # Tokens in full precision are a piece with one span per head group.
         key_spans, exact_keys = _exact_layout(shape.key_widths, device)
         value_spans, exact_values = _exact_layout(shape.value_widths, device)

@@ -36,6 +36,7 @@ class Spec:
         worded: Whether a tile is whole words of every plane, and states bfloat16.
         calibrated: Whether the scales of all blocks are the same.
         weighted: Whether the scales of its tokens go into their weights.
+        ahead: Whether what is stored of a tile is read while the one before it is computed.
         block, chunks, first: Channels of a chunk, how many chunks, and the first one.
         held: Whether the weight of its keys is kept from tile to tile.
         identity: Whether it holds the keys themselves, which no weight expands.
@@ -61,6 +62,7 @@ class Spec:
     worded: bool = False
     calibrated: bool = False
     weighted: bool = False
+    ahead: bool = False
     block: int = 64
     chunks: int = 1
     first: int = 0
@@ -176,31 +178,45 @@ def _joined(x, FIRST: tl.constexpr):
 
 
 @triton.jit
-def _add_plane(
-    pairs,
-    packed,
-    token,
-    mask,
-    columns,
-    stride,
-    BITS: tl.constexpr,
-    UNIT: tl.constexpr,
-    AT: tl.constexpr,
-    MASK: tl.constexpr,
-):
-    """`pairs` with the codes of a plane of `BITS` bits or-ed into its halves, in the bits `MASK`, from bit `AT` on.
+def _pairs(ptr, column, rows, mask, N: tl.constexpr, WIDE: tl.constexpr):
+    """What `ptr` has at `rows`, and there at `N` even columns from `column` on, `[len(rows), N]`; and at the odd ones.
 
-    `packed` points to the plane, `token` has the first of every `UNIT` tokens, which one thread unpacks, `columns` the
-    even channels, `mask` which of them there are, and of the odd ones.
+    `mask`: which of the even columns there are, and of the odd ones. `WIDE`: whether two are read at once.
+    """
+    even_mask, odd_mask = mask
+    if WIDE:
+        columns = column + tl.arange(0, 2 * N)
+        known = tl.reshape(tl.join(even_mask, odd_mask), (2 * N,))
+        both = tl.load(ptr + rows[:, None] + columns[None, :], known[None, :], 0)
+        return tl.split(tl.reshape(both, (rows.shape[0], N, 2)))
+    else:
+        at = ptr + rows[:, None] + (column + 2 * tl.arange(0, N))[None, :]
+        return tl.load(at, even_mask[None, :], 0), tl.load(at + 1, odd_mask[None, :], 0)
+
+
+@triton.jit
+def _plane(
+    packed, token, mask, column, stride, BITS: tl.constexpr, UNIT: tl.constexpr, N: tl.constexpr, WIDE: tl.constexpr
+):
+    """Words of a plane of `BITS` bits, of the even and the odd channels, each `[len(token), N]`: `_pairs`.
+
+    `packed` points to the plane, `token` has the first of every `UNIT` tokens, which one thread unpacks.
     """
     PER_WORD: tl.constexpr = 32 // BITS
-    ROWS: tl.constexpr = token.shape[0] * UNIT
-    N: tl.constexpr = columns.shape[0]
-    even_known, odd_known = mask
-    halves, fields = (), ()
+    words = ()
     for i in tl.static_range(max(UNIT // PER_WORD, 1)):
-        ptr = packed + (token // PER_WORD + i)[:, None] * stride + columns[None, :]
-        even, odd = tl.load(ptr, even_known[None, :], 0), tl.load(ptr + 1, odd_known[None, :], 0)
+        words += (_pairs(packed, column, (token // PER_WORD + i) * stride, mask, N, WIDE),)
+    return words
+
+
+@triton.jit
+def _add_plane(pairs, words, token, BITS: tl.constexpr, UNIT: tl.constexpr, AT: tl.constexpr, MASK: tl.constexpr):
+    """`pairs` with the codes of `_plane` or-ed into its halves, in the bits `MASK`, from bit `AT` on."""
+    PER_WORD: tl.constexpr = 32 // BITS
+    ROWS: tl.constexpr = token.shape[0] * UNIT
+    halves, fields = (), ()
+    for i in tl.static_range(len(words)):
+        even, odd = words[i]
         if UNIT < PER_WORD:
             shift = (token % PER_WORD * BITS)[:, None]
             even, odd = even >> shift, odd >> shift
@@ -217,42 +233,72 @@ def _add_plane(
         joined = tl.permute(joined, (0, 5, 4, 3, 2, 1))
     else:
         joined = tl.permute(joined, (0, 4, 3, 2, 1))
-    return _and_or(tl.reshape(joined, (ROWS, N)), pairs, MASK * 0x10001)
+    return _and_or(tl.reshape(joined, (ROWS, words[0][0].shape[1])), pairs, MASK * 0x10001)
 
 
 @triton.jit
-def _add_codes(
-    pairs, packed, where, mask, columns, stride, SPEC: tl.constexpr, BLOCK_T: tl.constexpr, AT: tl.constexpr
-):
+def _units(first, SPEC: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Of the tokens of a tile that one thread unpacks, the first: fewer where the tile is small, that all have some."""
+    UNIT: tl.constexpr = 16 if BLOCK_T * SPEC.block >= 4096 else 8
+    return first + tl.arange(0, BLOCK_T // UNIT) * UNIT
+
+
+@triton.jit
+def _words(part, tile, mask, column, BACK: tl.constexpr, SPEC: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Words of all planes of a tile, `BACK` channels before `column`: `_plane`."""
+    packed, _, _, _, _, stride_slot, stride, _, _, _, _ = part
+    slot, first, _ = tile
+    LOW: tl.constexpr = low_bits(SPEC.bits)
+    N: tl.constexpr = SPEC.block // 2
+    WIDE: tl.constexpr = SPEC.align % 2 == 0 and BACK % 2 == 0
+    run = first // SPEC.run
+    packed += slot * stride_slot + run * SPEC.words * stride - BACK
+    token = _units(first - run * SPEC.run, SPEC, BLOCK_T)
+    UNIT: tl.constexpr = BLOCK_T // token.shape[0]
+    planes = (_plane(packed, token, mask, column, stride, LOW, UNIT, N, WIDE),)
+    if SPEC.bits > LOW:
+        # The high bits stand in a plane of their own behind that of the low ones.
+        packed += tl.cdiv(tl.minimum(SPEC.run, SPEC.length - run * SPEC.run), 32 // LOW) * stride
+        planes += (_plane(packed, token, mask, column, stride, SPEC.bits - LOW, UNIT, N, WIDE),)
+    return planes
+
+
+@triton.jit
+def _add_codes(pairs, planes, first, SPEC: tl.constexpr, BLOCK_T: tl.constexpr, AT: tl.constexpr):
     """Codes of a tile of whole words, of two neighbouring channels in the halves of int32 `[BLOCK_T, n / 2]`.
 
     They are or-ed into `pairs` from bit `AT` of each half on; of a trellis' window no more than its bits.
     """
-    first_word, first, tokens = where
     LOW: tl.constexpr = low_bits(SPEC.bits)
-    HIGH: tl.constexpr = SPEC.bits - LOW
-    # Fewer tokens for each thread where the tile is small, that all have some.
-    UNIT: tl.constexpr = 16 if BLOCK_T * SPEC.block >= 4096 else 8
     LIMIT: tl.constexpr = 0x7F << 2 if SPEC.trellis else 0xFFFF
-    token = first + tl.arange(0, BLOCK_T // UNIT) * UNIT
-    packed += first_word * stride
+    token = _units(first - first // SPEC.run * SPEC.run, SPEC, BLOCK_T)
+    UNIT: tl.constexpr = BLOCK_T // token.shape[0]
     MASK: tl.constexpr = (((1 << LOW) - 1) << AT) & LIMIT
-    pairs = _add_plane(pairs, packed, token, mask, columns, stride, LOW, UNIT, AT, MASK)
-    if HIGH > 0:
-        packed += tl.cdiv(tokens, 32 // LOW) * stride
-        HIGH_MASK: tl.constexpr = (((1 << HIGH) - 1) << (AT + LOW)) & LIMIT
-        pairs = _add_plane(pairs, packed, token, mask, columns, stride, HIGH, UNIT, AT + LOW, HIGH_MASK)
+    pairs = _add_plane(pairs, planes[0], token, LOW, UNIT, AT, MASK)
+    if SPEC.bits > LOW:
+        HIGH_MASK: tl.constexpr = (((1 << (SPEC.bits - LOW)) - 1) << (AT + LOW)) & LIMIT
+        pairs = _add_plane(pairs, planes[1], token, SPEC.bits - LOW, UNIT, AT + LOW, HIGH_MASK)
     return pairs
 
 
 @triton.jit
-def _parameters(part, slot, offs, mask, DTYPE: tl.constexpr, SPEC: tl.constexpr):
-    """Float32 steps of the codes at some offsets, and what the middle of their range stands for."""
+def _stored_parameters(part, slot, offs, mask, SPEC: tl.constexpr):
+    """Scales and zero points at some offsets, as they are stored."""
     _, scale, zero_point, _, _, _, _, scale_slot, _, _, _ = part
-    step = widen(tl.load(scale + slot * scale_slot + offs, mask, 0))
+    step = tl.load(scale + slot * scale_slot + offs, mask, 0)
+    if SPEC.symmetric:
+        return step, step
+    else:
+        return step, tl.load(zero_point + slot * scale_slot + offs, mask, 0)
+
+
+@triton.jit
+def parameters(stored, DTYPE: tl.constexpr, SPEC: tl.constexpr):
+    """Float32 steps of the codes, and what the middle of their range stands for, of what is stored."""
+    step = widen(stored[0])
     zero = step * -SPEC.offset
     if not SPEC.symmetric:
-        zero = widen(tl.load(zero_point + slot * scale_slot + offs, mask, 0))
+        zero = widen(stored[1])
     step *= SPEC.spacing
     if DTYPE.is_fp16():
         # The last level of a group may have been rounded beyond the type.
@@ -262,11 +308,52 @@ def _parameters(part, slot, offs, mask, DTYPE: tl.constexpr, SPEC: tl.constexpr)
 
 
 @triton.jit
-def token_parameters(part, span, chunk, slot, token, DTYPE: tl.constexpr, SPEC: tl.constexpr):
-    """As `_parameters`, of tokens, for a chunk that lies in one scale group."""
+def stored_of_tokens(part, span, chunk, slot, token, SPEC: tl.constexpr):
+    """As `_stored_parameters`, of tokens, for a chunk that lies in one scale group."""
     groups, scale_stride = part[4], part[8]
     group = tl.load(groups + span[0] + chunk * SPEC.block, chunk * SPEC.block < span[1], 0)
-    return _parameters(part, slot, token * scale_stride + group, token < SPEC.length, DTYPE, SPEC)
+    return _stored_parameters(part, slot, token * scale_stride + group, token < SPEC.length, SPEC)
+
+
+@triton.jit
+def _channels(span, chunk, SPEC: tl.constexpr):
+    """First channel of a chunk as stored, and which of its even channels there are, and of the odd ones beside them."""
+    start, width, _, _ = span
+    first = chunk * SPEC.block
+    channel = first + 2 * tl.arange(0, SPEC.block // 2)
+    exists = (channel < width, channel + 1 < width)
+    if SPEC.filled:
+        exists = (channel >= 0, channel >= 0)
+    return start + first, exists
+
+
+@triton.jit
+def _stored_of_pairs(part, tile, column, exists, SPEC: tl.constexpr):
+    """As `_stored_parameters`, of the run's even channels, and of the odd ones."""
+    _, scale, zero_point, _, _, _, _, scale_slot, scale_stride, _, _ = part
+    N: tl.constexpr = SPEC.block // 2
+    WIDE: tl.constexpr = SPEC.align % 2 == 0
+    at = tile[0] * scale_slot
+    row = tl.full((1,), tile[1] // SPEC.run, tl.int32) * scale_stride
+    even, odd = _pairs(scale + at, column, row, exists, N, WIDE)
+    if SPEC.symmetric:
+        return (even, even), (odd, odd)
+    else:
+        zeros = _pairs(zero_point + at, column, row, exists, N, WIDE)
+        return (even, zeros[0]), (odd, zeros[1])
+
+
+@triton.jit
+def read_ahead(part, span, tile, SPEC: tl.constexpr, BLOCK_T: tl.constexpr):
+    """What is stored of a tile of one chunk: its words, and the parameters of channels."""
+    if not SPEC.ahead:
+        return 0
+    else:
+        column, exists = _channels(span, 0, SPEC)
+        stored = 0
+        if SPEC.per_channel:
+            stored = _stored_of_pairs(part, tile, column, exists, SPEC)
+        return _words(part, tile, exists, column, 0, SPEC, BLOCK_T), stored
 
 
 @triton.jit
@@ -289,46 +376,47 @@ def _factors(part, slot, token, valid, head_group):
 
 
 @triton.jit
-def _whole_words(part, span, chunk, tile, DTYPE: tl.constexpr, SPEC: tl.constexpr, BLOCK_T: tl.constexpr):
+def _whole_words(part, span, chunk, tile, ahead, DTYPE: tl.constexpr, SPEC: tl.constexpr, BLOCK_T: tl.constexpr):
     """As `latent_tile`, bfloat16 of whole words, each of which is read once and unpacked two codes at a time."""
-    packed, _, _, _, groups, stride_slot, stride, _, scale_stride, _, _ = part
-    start, width, _, head_group = span
+    groups, scale_stride = part[4], part[8]
     slot, first, _ = tile
     MIDDLE: tl.constexpr = (SPEC.levels - 1) * 0.5
     PAIRED: tl.constexpr = not _INTERPRETED
-    # The even channels; the odd ones are beside them.
-    channel = chunk * SPEC.block + 2 * tl.arange(0, SPEC.block // 2)
-    exists, odd_exists, columns = channel < width, channel + 1 < width, start + channel
-    if SPEC.filled:
-        exists, odd_exists = channel >= 0, channel >= 0
+    column, both = _channels(span, chunk, SPEC)
+    exists, odd_exists = both
+    columns = column + 2 * tl.arange(0, SPEC.block // 2)
     token = first + tl.arange(0, BLOCK_T)
-    packed += slot * stride_slot
-    run = first // SPEC.run
-    where = (run * SPEC.words, first - run * SPEC.run, tl.minimum(SPEC.run, SPEC.length - run * SPEC.run))
     # Pairs of bfloat16 have their codes in the mantissas of 128, doubled: half of a code has a bit behind the point.
     MANTISSA: tl.constexpr = PAIRED and SPEC.bits < 8 and not SPEC.trellis
     DOUBLED: tl.constexpr = MANTISSA and not SPEC.calibrated
     codes = tl.full((), 0x43004300 if MANTISSA else 0, tl.int32)
-    both = (exists, odd_exists)
     # Those of a trellis are offsets into a table of four bytes each.
     AT: tl.constexpr = 2 if SPEC.trellis else (1 if DOUBLED else 0)
-    codes = _add_codes(codes, packed, where, both, columns, stride, SPEC, BLOCK_T, AT)
+    if SPEC.ahead:
+        planes = ahead[0]
+    else:
+        planes = _words(part, tile, both, column, 0, SPEC, BLOCK_T)
+    codes = _add_codes(codes, planes, first, SPEC, BLOCK_T, AT)
     if SPEC.trellis:
         # `groups` are the points twice, then the place of each channel in its chain (`modules/trellis.py`).
         place = tl.load(groups + 256 + columns, exists, 0)
         odd_place = tl.load(groups + 257 + columns, odd_exists, 0)
         for back in tl.static_range(1, (6 + SPEC.bits) // SPEC.bits):
-            both = (exists & (place >= back), odd_exists & (odd_place >= back))
-            codes = _add_codes(codes, packed, where, both, columns - back, stride, SPEC, BLOCK_T, AT + SPEC.bits * back)
+            known = (exists & (place >= back), odd_exists & (odd_place >= back))
+            planes = _words(part, tile, known, column, back, SPEC, BLOCK_T)
+            codes = _add_codes(codes, planes, first, SPEC, BLOCK_T, AT + SPEC.bits * back)
 
     # Steps and middles, for both channels of a pair.
     low_origin, high_origin = MIDDLE, MIDDLE
     if SPEC.weighted:
         low_step, low_middle, high_step, high_middle = 0, 0, 0, 0
     elif SPEC.per_channel:
-        offs = (run * scale_stride + columns)[None, :]
-        low_step, low_middle = _parameters(part, slot, offs, exists[None, :], DTYPE, SPEC)
-        high_step, high_middle = _parameters(part, slot, offs + 1, odd_exists[None, :], DTYPE, SPEC)
+        if SPEC.ahead:
+            even, odd = ahead[1]
+        else:
+            even, odd = _stored_of_pairs(part, tile, column, both, SPEC)
+        low_step, low_middle = parameters(even, DTYPE, SPEC)
+        high_step, high_middle = parameters(odd, DTYPE, SPEC)
         if SPEC.calibrated:
             # Ranges of calibration need not be centred: codes count from the one that is nearest to zero.
             low_origin = tl.load(groups + columns, exists, 0).to(tl.float32, bitcast=True)[None, :]
@@ -337,12 +425,16 @@ def _whole_words(part, span, chunk, tile, DTYPE: tl.constexpr, SPEC: tl.constexp
             high_middle += (high_origin - MIDDLE) * high_step
     elif SPEC.by_channel:
         offs = token[:, None] * scale_stride
-        even = tl.load(groups + columns, exists, 0)[None, :]
-        odd = tl.load(groups + columns + 1, odd_exists, 0)[None, :]
-        low_step, low_middle = _parameters(part, slot, offs + even, exists[None, :], DTYPE, SPEC)
-        high_step, high_middle = _parameters(part, slot, offs + odd, odd_exists[None, :], DTYPE, SPEC)
+        even = offs + tl.load(groups + columns, exists, 0)[None, :]
+        odd = offs + tl.load(groups + columns + 1, odd_exists, 0)[None, :]
+        low_step, low_middle = parameters(
+            _stored_parameters(part, slot, even, exists[None, :], SPEC), DTYPE, SPEC
+        )
+        high_step, high_middle = parameters(
+            _stored_parameters(part, slot, odd, odd_exists[None, :], SPEC), DTYPE, SPEC
+        )
     else:
-        low_step, low_middle = token_parameters(part, span, chunk, slot, token, DTYPE, SPEC)
+        low_step, low_middle = parameters(stored_of_tokens(part, span, chunk, slot, token, SPEC), DTYPE, SPEC)
         low_step, low_middle = low_step[:, None], low_middle[:, None]
         high_step, high_middle = low_step, low_middle
 
@@ -371,7 +463,7 @@ def _whole_words(part, span, chunk, tile, DTYPE: tl.constexpr, SPEC: tl.constexp
     elif SPEC.token_scaled and not SPEC.trellis:
         # Ranges of calibration need not be centred, and codes that a token's scale multiplies are not moved: a range
         # whose middle is far from the states would lose what float32 keeps.
-        factor = _factors(part, slot, token, token >= 0, head_group)[:, None]
+        factor = _factors(part, slot, token, token >= 0, span[3])[:, None]
         if PAIRED:
             low, high = (x << 16).to(tl.float32, bitcast=True), (x & -65536).to(tl.float32, bitcast=True)
         low, high = low * factor * low_step + low_middle, high * factor * high_step + high_middle
@@ -381,12 +473,12 @@ def _whole_words(part, span, chunk, tile, DTYPE: tl.constexpr, SPEC: tl.constexp
             low, high = as_operand(low, DTYPE), as_operand(high, DTYPE)
     elif PAIRED:
         if SPEC.token_scaled:
-            factor = _factors(part, slot, token, token >= 0, head_group)
+            factor = _factors(part, slot, token, token >= 0, span[3])
             x = _fma(x, _both(factor, factor)[:, None], 0x80008000 - (1 << 32))
         low, high = _halves(_fma(x, _both(low_step, high_step), _both(low_middle, high_middle)))
     else:
         if SPEC.token_scaled:
-            factor = rounded(_factors(part, slot, token, token >= 0, head_group), DTYPE)[:, None]
+            factor = rounded(_factors(part, slot, token, token >= 0, span[3]), DTYPE)[:, None]
             low, high = rounded(low * factor, DTYPE), rounded(high * factor, DTYPE)
         low = low * rounded(low_step, DTYPE) + rounded(low_middle, DTYPE)
         high = high * rounded(high_step, DTYPE) + rounded(high_middle, DTYPE)
@@ -404,10 +496,10 @@ def rounded(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def latent_tile(part, span, chunk, tile, DTYPE: tl.constexpr, SPEC: tl.constexpr, BLOCK_T: tl.constexpr):
+def latent_tile(part, span, chunk, tile, ahead, DTYPE: tl.constexpr, SPEC: tl.constexpr, BLOCK_T: tl.constexpr):
     """Tile `[BLOCK_T, SPEC.block]` of states, as an operand.
 
-    `tile`: slot of the block, the tile's first token in it, and valid tokens of the block.
+    `tile`: slot of the block, the tile's first token in it, and valid tokens of the block. `ahead`: `read_ahead`.
     """
     packed, _, _, _, groups, stride_slot, stride, _, scale_stride, _, _ = part
     start, width, _, head_group = span
@@ -429,7 +521,7 @@ def latent_tile(part, span, chunk, tile, DTYPE: tl.constexpr, SPEC: tl.constexpr
     if SPEC.bits == 16:
         return as_operand(tl.load(packed + token[:, None] * stride + columns[None, :], mask, 0), DTYPE)
     elif SPEC.worded:
-        return _whole_words(part, span, chunk, tile, DTYPE, SPEC, BLOCK_T)
+        return _whole_words(part, span, chunk, tile, ahead, DTYPE, SPEC, BLOCK_T)
     else:
         run = token // SPEC.run
         if SPEC.one_run:
@@ -454,7 +546,7 @@ def latent_tile(part, span, chunk, tile, DTYPE: tl.constexpr, SPEC: tl.constexpr
         else:
             group = tl.load(groups + start + chunk * SPEC.block, chunk * SPEC.block < width, 0)
             offs, mask = (token * scale_stride + group)[:, None], valid[:, None]
-        step, middle = _parameters(part, slot, offs, mask, DTYPE, SPEC)
+        step, middle = parameters(_stored_parameters(part, slot, offs, mask, SPEC), DTYPE, SPEC)
         if SPEC.trellis:
             x = tl.load(groups + 128 + (codes & 127)).to(tl.float32, bitcast=True)
         else:
