@@ -146,21 +146,27 @@ def _moved(spans, by, SPECS: tl.constexpr):
 
 
 @triton.jit
-def _expander(weight, stride, span, chunk, row, f, half, DTYPE: tl.constexpr, SPEC: tl.constexpr):
-    """The weight of channels of a chunk for rows `row + f`, zero from row `row + half` on: `[SPEC.block, len(f)]`."""
+def _expander(weight, stride, span, chunk, rows, known, DTYPE: tl.constexpr, SPEC: tl.constexpr):
+    """The weight of channels of a chunk for `rows`, zero where those are not `known`: `[SPEC.block, len(rows)]`."""
     _, width, column, _ = span
     channel = chunk * SPEC.block + tl.arange(0, SPEC.block)
     if SPEC.identity:
-        mask = (channel < width)[:, None] & (f < half)[None, :]
-        return as_operand(tl.where(mask & ((column + channel)[:, None] == row + f[None, :]), 1.0, 0.0), DTYPE)
+        mask = (channel < width)[:, None] & known[None, :]
+        return as_operand(tl.where(mask & ((column + channel)[:, None] == rows[None, :]), 1.0, 0.0), DTYPE)
     elif SPEC.aligned:
         # Columns that no piece has are zeros.
-        offs = (row + f).to(tl.int64)[None, :] * stride + (SPEC.column + channel)[:, None]
+        offs = rows.to(tl.int64)[None, :] * stride + (SPEC.column + channel)[:, None]
         return as_operand(tl.load(weight + offs), DTYPE)
     else:
-        mask = (channel < width)[:, None] & (f < half)[None, :]
-        offs = (row + f).to(tl.int64)[None, :] * stride + (column + channel)[:, None]
+        mask = (channel < width)[:, None] & known[None, :]
+        offs = rows.to(tl.int64)[None, :] * stride + (column + channel)[:, None]
         return as_operand(tl.load(weight + offs, mask, 0), DTYPE)
+
+
+@triton.jit
+def _both_halves(low, high):
+    """Two vectors as one."""
+    return tl.reshape(tl.permute(tl.join(low, high), (1, 0)), (2 * low.shape[0],))
 
 
 @triton.jit
@@ -177,8 +183,8 @@ def _constants(query, offsets, inv_freq, bias, spans, expand, DTYPE: tl.constexp
     for i in tl.static_range(len(SPECS)):
         # A weight that fits stays in registers for all tiles.
         if SPECS[i].held:
-            low = _expander(weight, stride, spans[i], 0, row, f, half, DTYPE, known(SPECS[i]))
-            held += ((low, _expander(weight, stride, spans[i], 0, row + half, f, half, DTYPE, known(SPECS[i]))),)
+            rows, exist = _both_halves(row + f, row + half + f), _both_halves(f < half, f < half)
+            held += (_expander(weight, stride, spans[i], 0, rows, exist, DTYPE, known(SPECS[i])),)
         else:
             held += (0,)
     turn, biases = (0, 0), (0, 0)
@@ -193,21 +199,20 @@ def _constants(query, offsets, inv_freq, bias, spans, expand, DTYPE: tl.constexp
 
 
 @triton.jit
-def _add_keys(low, high, latents, part, span, held, f, expand, tile, DTYPE: tl.constexpr, SPEC: tl.constexpr):
-    """Keys `[t, len(f)]` of the lower and the upper half of the head, with those of a piece added."""
-    BLOCK_T: tl.constexpr = low.shape[0]
+def _add_keys(keys, latents, part, span, held, f, expand, tile, DTYPE: tl.constexpr, SPEC: tl.constexpr):
+    """Keys `[t, 2 len(f)]`, of the lower half of the head and of the upper one, with those of a piece added."""
+    BLOCK_T: tl.constexpr = keys.shape[0]
     weight, stride, row, half, _ = expand
+    rows, exist = _both_halves(row + f, row + half + f), _both_halves(f < half, f < half)
     if SPEC.held:
-        low, high = _dot(latents, held[0], low), _dot(latents, held[1], high)
+        return _dot(latents, held, keys)
     elif SPEC.chunks == 1:
-        low = _dot(latents, _expander(weight, stride, span, 0, row, f, half, DTYPE, SPEC), low)
-        high = _dot(latents, _expander(weight, stride, span, 0, row + half, f, half, DTYPE, SPEC), high)
+        return _dot(latents, _expander(weight, stride, span, 0, rows, exist, DTYPE, SPEC), keys)
     else:
         for chunk in range(tl.cdiv(span[1], SPEC.block)):
             states = latent_tile(part, span, chunk, tile, 0, DTYPE, SPEC, BLOCK_T)
-            low = _dot(states, _expander(weight, stride, span, chunk, row, f, half, DTYPE, SPEC), low)
-            high = _dot(states, _expander(weight, stride, span, chunk, row + half, f, half, DTYPE, SPEC), high)
-    return low, high
+            keys = _dot(states, _expander(weight, stride, span, chunk, rows, exist, DTYPE, SPEC), keys)
+        return keys
 
 
 @triton.jit
@@ -229,12 +234,10 @@ def _add_scores(
     """Scores `[t, M]` with those of some frequencies added; `query`: its two halves, their numbers and frequencies."""
     q_low, q_high, f, frequency = query
     held, turn, biases = constants
-    low = tl.zeros((scores.shape[0], f.shape[0]), tl.float32)
-    high = low
+    both = tl.zeros((scores.shape[0], 2 * f.shape[0]), tl.float32)
     for i in tl.static_range(len(SPECS)):
-        low, high = _add_keys(
-            low, high, latents[i], parts[i], spans[i], held[i], f, expand, tile, DTYPE, known(SPECS[i])
-        )
+        both = _add_keys(both, latents[i], parts[i], spans[i], held[i], f, expand, tile, DTYPE, known(SPECS[i]))
+    low, high = tl.split(tl.permute(tl.reshape(both, (scores.shape[0], 2, f.shape[0])), (0, 2, 1)))
     if bias is not None:
         low, high = low + biases[0][None, :], high + biases[1][None, :]
     # Keys turn by their offset in the tile, queries back by the position of its first token.
@@ -390,7 +393,8 @@ def _attend(
         tiles = tl.cdiv(last, BLOCK_T)
 
     next_slot = _slot(slots, block + unseen * step, number > unseen, LISTED)
-    next_ahead = _read_all(keys, values, key_spans, value_spans, (next_slot, 0, 0), KEYS, VALUES, BLOCK_T)
+    sides = (keys, values, key_spans, value_spans)
+    next_ahead = _read_all(sides, (next_slot, next_slot), 0, True, KEYS, VALUES, BLOCK_T)
     for i in range(unseen, number):
         j = block + i * step
         block_start, count = tl.load(starts + j), tl.load(counts + j)
@@ -400,9 +404,9 @@ def _attend(
             start = block_start + first
             tile = (slot, first, count)
             # What is stored of the next tile, of the last one's nothing that is used, is on its way meanwhile.
-            ahead, within = next_ahead, t + 1 < tiles
-            next_tile = (tl.where(within, slot, next_slot), tl.where(within, first + BLOCK_T, 0), 0)
-            next_ahead = _read_all(keys, values, key_spans, value_spans, next_tile, KEYS, VALUES, BLOCK_T)
+            ahead, here = next_ahead, t + 1 < tiles
+            next_first = tl.where(here, first + BLOCK_T, 0)
+            next_ahead = _read_all(sides, (slot, next_slot), next_first, here, KEYS, VALUES, BLOCK_T)
             zero = _nothing(t, LISTED, KEYS)
             keys_at, values_at = _moved(key_spans, zero, KEYS), _moved(value_spans, _nothing(t, LISTED, VALUES), VALUES)
             expand_at = (expand[0], expand[1], expand[2] + zero, expand[3], expand[4])
@@ -485,13 +489,14 @@ def _slot(slots, block, exists, LISTED: tl.constexpr):
 
 
 @triton.jit
-def _read_all(keys, values, key_spans, value_spans, tile, KEYS: tl.constexpr, VALUES: tl.constexpr, BLOCK_T: tl.constexpr):
+def _read_all(sides, slots, first, here, KEYS: tl.constexpr, VALUES: tl.constexpr, BLOCK_T: tl.constexpr):
     """`read_ahead` of all pieces of both sides."""
+    keys, values, key_spans, value_spans = sides
     of_keys, of_values = (), ()
     for i in tl.static_range(len(KEYS)):
-        of_keys += (read_ahead(keys[i], key_spans[i], tile, known(KEYS[i]), BLOCK_T),)
+        of_keys += (read_ahead(keys[i], key_spans[i], slots, first, here, known(KEYS[i]), BLOCK_T),)
     for i in tl.static_range(len(VALUES)):
-        of_values += (read_ahead(values[i], value_spans[i], tile, known(VALUES[i]), BLOCK_T),)
+        of_values += (read_ahead(values[i], value_spans[i], slots, first, here, known(VALUES[i]), BLOCK_T),)
     return of_keys, of_values
 
 

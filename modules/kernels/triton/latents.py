@@ -181,17 +181,15 @@ def _joined(x, FIRST: tl.constexpr):
 def _pairs(ptr, column, rows, mask, N: tl.constexpr, WIDE: tl.constexpr):
     """What `ptr` has at `rows`, and there at `N` even columns from `column` on, `[len(rows), N]`; and at the odd ones.
 
-    `mask`: which of the even columns there are, and of the odd ones. `WIDE`: whether two are read at once.
+    `mask`: which of the even columns there are, of the odd ones, and of all in order. `WIDE`: whether two are read at
+    once.
     """
-    even_mask, odd_mask = mask
     if WIDE:
-        columns = column + tl.arange(0, 2 * N)
-        known = tl.reshape(tl.join(even_mask, odd_mask), (2 * N,))
-        both = tl.load(ptr + rows[:, None] + columns[None, :], known[None, :], 0)
+        both = tl.load(ptr + rows[:, None] + (column + tl.arange(0, 2 * N))[None, :], mask[2][None, :], 0)
         return tl.split(tl.reshape(both, (rows.shape[0], N, 2)))
     else:
         at = ptr + rows[:, None] + (column + 2 * tl.arange(0, N))[None, :]
-        return tl.load(at, even_mask[None, :], 0), tl.load(at + 1, odd_mask[None, :], 0)
+        return tl.load(at, mask[0][None, :], 0), tl.load(at + 1, mask[1][None, :], 0)
 
 
 @triton.jit
@@ -244,15 +242,14 @@ def _units(first, SPEC: tl.constexpr, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
-def _words(part, tile, mask, column, BACK: tl.constexpr, SPEC: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Words of all planes of a tile, `BACK` channels before `column`: `_plane`."""
-    packed, _, _, _, _, stride_slot, stride, _, _, _, _ = part
-    slot, first, _ = tile
+def _words(part, at, first, mask, column, BACK: tl.constexpr, SPEC: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Words of all planes of a tile, `BACK` channels before `column`: `_plane`. `at`: where the block's begin."""
+    packed, stride = part[0], part[6]
     LOW: tl.constexpr = low_bits(SPEC.bits)
     N: tl.constexpr = SPEC.block // 2
-    WIDE: tl.constexpr = SPEC.align % 2 == 0 and BACK % 2 == 0
+    WIDE: tl.constexpr = SPEC.align % 2 == 0 and BACK == 0
     run = first // SPEC.run
-    packed += slot * stride_slot + run * SPEC.words * stride - BACK
+    packed += at + run * SPEC.words * stride - BACK
     token = _units(first - run * SPEC.run, SPEC, BLOCK_T)
     UNIT: tl.constexpr = BLOCK_T // token.shape[0]
     planes = (_plane(packed, token, mask, column, stride, LOW, UNIT, N, WIDE),)
@@ -317,24 +314,23 @@ def stored_of_tokens(part, span, chunk, slot, token, SPEC: tl.constexpr):
 
 @triton.jit
 def _channels(span, chunk, SPEC: tl.constexpr):
-    """First channel of a chunk as stored, and which of its even channels there are, and of the odd ones beside them."""
+    """First channel of a chunk as stored; which of its even channels there are, of the odd ones, and of all in order."""
     start, width, _, _ = span
     first = chunk * SPEC.block
-    channel = first + 2 * tl.arange(0, SPEC.block // 2)
-    exists = (channel < width, channel + 1 < width)
+    even, both = first + 2 * tl.arange(0, SPEC.block // 2), first + tl.arange(0, SPEC.block)
+    exists = (even < width, even + 1 < width, both < width)
     if SPEC.filled:
-        exists = (channel >= 0, channel >= 0)
+        exists = (even >= 0, even >= 0, both >= 0)
     return start + first, exists
 
 
 @triton.jit
-def _stored_of_pairs(part, tile, column, exists, SPEC: tl.constexpr):
-    """As `_stored_parameters`, of the run's even channels, and of the odd ones."""
-    _, scale, zero_point, _, _, _, _, scale_slot, scale_stride, _, _ = part
+def _stored_of_pairs(part, at, first, column, exists, SPEC: tl.constexpr):
+    """As `_stored_parameters`, of the run's even channels, and of the odd ones. `at`: where the block's begin."""
+    _, scale, zero_point, _, _, _, _, _, scale_stride, _, _ = part
     N: tl.constexpr = SPEC.block // 2
     WIDE: tl.constexpr = SPEC.align % 2 == 0
-    at = tile[0] * scale_slot
-    row = tl.full((1,), tile[1] // SPEC.run, tl.int32) * scale_stride
+    row = tl.full((1,), first // SPEC.run, tl.int32) * scale_stride
     even, odd = _pairs(scale + at, column, row, exists, N, WIDE)
     if SPEC.symmetric:
         return (even, even), (odd, odd)
@@ -344,16 +340,22 @@ def _stored_of_pairs(part, tile, column, exists, SPEC: tl.constexpr):
 
 
 @triton.jit
-def read_ahead(part, span, tile, SPEC: tl.constexpr, BLOCK_T: tl.constexpr):
-    """What is stored of a tile of one chunk: its words, and the parameters of channels."""
+def read_ahead(part, span, slots, first, here, SPEC: tl.constexpr, BLOCK_T: tl.constexpr):
+    """What is stored of a tile of one chunk: its words, and the parameters of channels.
+
+    `slots`: of the block if it is `here`, and of the next one.
+    """
     if not SPEC.ahead:
         return 0
     else:
         column, exists = _channels(span, 0, SPEC)
         stored = 0
+        # Products of slots are those of a whole block.
         if SPEC.per_channel:
-            stored = _stored_of_pairs(part, tile, column, exists, SPEC)
-        return _words(part, tile, exists, column, 0, SPEC, BLOCK_T), stored
+            at = tl.where(here, slots[0] * part[7], slots[1] * part[7])
+            stored = _stored_of_pairs(part, at, first, column, exists, SPEC)
+        at = tl.where(here, slots[0] * part[5], slots[1] * part[5])
+        return _words(part, at, first, exists, column, 0, SPEC, BLOCK_T), stored
 
 
 @triton.jit
@@ -383,7 +385,7 @@ def _whole_words(part, span, chunk, tile, ahead, DTYPE: tl.constexpr, SPEC: tl.c
     MIDDLE: tl.constexpr = (SPEC.levels - 1) * 0.5
     PAIRED: tl.constexpr = not _INTERPRETED
     column, both = _channels(span, chunk, SPEC)
-    exists, odd_exists = both
+    exists, odd_exists, _ = both
     columns = column + 2 * tl.arange(0, SPEC.block // 2)
     token = first + tl.arange(0, BLOCK_T)
     # Pairs of bfloat16 have their codes in the mantissas of 128, doubled: half of a code has a bit behind the point.
@@ -395,15 +397,15 @@ def _whole_words(part, span, chunk, tile, ahead, DTYPE: tl.constexpr, SPEC: tl.c
     if SPEC.ahead:
         planes = ahead[0]
     else:
-        planes = _words(part, tile, both, column, 0, SPEC, BLOCK_T)
+        planes = _words(part, slot * part[5], first, both, column, 0, SPEC, BLOCK_T)
     codes = _add_codes(codes, planes, first, SPEC, BLOCK_T, AT)
     if SPEC.trellis:
         # `groups` are the points twice, then the place of each channel in its chain (`modules/trellis.py`).
         place = tl.load(groups + 256 + columns, exists, 0)
         odd_place = tl.load(groups + 257 + columns, odd_exists, 0)
         for back in tl.static_range(1, (6 + SPEC.bits) // SPEC.bits):
-            known = (exists & (place >= back), odd_exists & (odd_place >= back))
-            planes = _words(part, tile, known, column, back, SPEC, BLOCK_T)
+            known = (exists & (place >= back), odd_exists & (odd_place >= back), exists)
+            planes = _words(part, slot * part[5], first, known, column, back, SPEC, BLOCK_T)
             codes = _add_codes(codes, planes, first, SPEC, BLOCK_T, AT + SPEC.bits * back)
 
     # Steps and middles, for both channels of a pair.
@@ -414,7 +416,7 @@ def _whole_words(part, span, chunk, tile, ahead, DTYPE: tl.constexpr, SPEC: tl.c
         if SPEC.ahead:
             even, odd = ahead[1]
         else:
-            even, odd = _stored_of_pairs(part, tile, column, both, SPEC)
+            even, odd = _stored_of_pairs(part, slot * part[7], first, column, both, SPEC)
         low_step, low_middle = parameters(even, DTYPE, SPEC)
         high_step, high_middle = parameters(odd, DTYPE, SPEC)
         if SPEC.calibrated:
