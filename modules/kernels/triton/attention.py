@@ -284,7 +284,7 @@ def _no_values(SPEC: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr)
 
 @triton.jit
 def _add_values(
-    sums, part, span, weights, decay, tile, ahead, DTYPE: tl.constexpr, SPEC: tl.constexpr, BLOCK_T: tl.constexpr
+    sums, part, span, weights, decay, tile, ahead, stored, DTYPE: tl.constexpr, SPEC: tl.constexpr, BLOCK_T: tl.constexpr
 ):
     """The sums of a piece's values, scaled by `decay`, with those of a tile added."""
     CHUNKS: tl.constexpr = SPEC.chunks
@@ -294,8 +294,8 @@ def _add_values(
         operand, middles = weights, sums[i][1]
         if SPEC.weighted:
             # The steps of the tokens go into their weights, the middles of their ranges are summed up by themselves.
-            token = tile[1] + tl.arange(0, BLOCK_T)
-            stored = stored_of_tokens(part, span, SPEC.first + i, tile[0], token, SPEC)
+            if not SPEC.ahead:
+                stored = stored_of_tokens(part, span, SPEC.first + i, tile, SPEC, BLOCK_T)
             step, middle = parameters(stored, DTYPE, SPEC)
             operand, middles = weights * step[:, None], middles * decay[None, :] + weights * middle[:, None]
         added += ((_dot(tl.trans(latents), as_operand(operand, DTYPE), sums[i][0] * decay[None, :]), middles),)
@@ -413,6 +413,10 @@ def _attend(
             latents = ()
             for p in tl.static_range(len(KEYS)):
                 latents += (_held_latents(keys[p], keys_at[p], tile, ahead[0][p], DTYPE, known(KEYS[p]), BLOCK_T),)
+            # What the tokens of the values need is on its way while keys are rebuilt.
+            of_tokens = ()
+            for p in tl.static_range(len(VALUES)):
+                of_tokens += (_stored_of_tokens(values[p], values_at[p], tile, known(VALUES[p]), BLOCK_T),)
             # Keys are rebuilt, rotated and scored by pieces of frequencies, whose scores add up.
             scores = tl.zeros((BLOCK_T, BLOCK_M), tl.float32)
             for p in tl.static_range(len(queries)):
@@ -457,6 +461,7 @@ def _attend(
                         decay,
                         tile,
                         ahead[1][p],
+                        of_tokens[p],
                         DTYPE,
                         known(VALUES[p]),
                         BLOCK_T,
@@ -477,6 +482,15 @@ def _attend(
         _store_values(summed[p], sums, visible, value_spans[p], known(VALUES[p]))
     tl.store(stats, highest, visible)
     tl.store(stats + 1, tl.sum(total, 0), visible)
+
+
+@triton.jit
+def _stored_of_tokens(part, span, tile, SPEC: tl.constexpr, BLOCK_T: tl.constexpr):
+    """`stored_of_tokens` of a piece of one chunk, which is read ahead, for its weights."""
+    if SPEC.ahead and SPEC.weighted:
+        return stored_of_tokens(part, span, 0, tile, SPEC, BLOCK_T)
+    else:
+        return 0
 
 
 @triton.jit
@@ -943,8 +957,8 @@ def _read_ahead(specs: list[Spec]) -> list[Spec]:
     if len(specs) != 1:
         return specs
     (spec,) = specs
-    parameters = spec.weighted or spec.per_channel
-    return [replace(spec, ahead=spec.worded and spec.chunks == 1 and not spec.trellis and parameters)]
+    known_at_once = spec.weighted or spec.per_channel
+    return [replace(spec, ahead=spec.worded and spec.chunks == 1 and not spec.trellis and known_at_once)]
 
 
 def _launches(specs: list[Spec], rows: int) -> list[dict[int, Spec]]:

@@ -178,6 +178,25 @@ def _joined(x, FIRST: tl.constexpr):
 
 
 @triton.jit
+def _read(ptr, known):
+    """What is at pointers, 0 where it is not `known`, in the layout of what it is combined with.
+
+    `tl.load` has a layout of its own, for which the compiler follows whatever depends on it: hundreds take it minutes.
+    """
+    if _INTERPRETED or ptr.dtype.element_ty.primitive_bitwidth < 32:
+        return tl.load(ptr, known, 0)
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.global.nc.b32 $0, [$1]; }",
+            "=&r,l,r",
+            (ptr.to(tl.int64), known.to(tl.int32)),
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        ).to(ptr.dtype.element_ty, bitcast=True)
+
+
+@triton.jit
 def _pairs(ptr, column, rows, mask, N: tl.constexpr, WIDE: tl.constexpr):
     """What `ptr` has at `rows`, and there at `N` even columns from `column` on, `[len(rows), N]`; and at the odd ones.
 
@@ -189,30 +208,43 @@ def _pairs(ptr, column, rows, mask, N: tl.constexpr, WIDE: tl.constexpr):
         return tl.split(tl.reshape(both, (rows.shape[0], N, 2)))
     else:
         at = ptr + rows[:, None] + (column + 2 * tl.arange(0, N))[None, :]
-        return tl.load(at, mask[0][None, :], 0), tl.load(at + 1, mask[1][None, :], 0)
+        return tl.load(at, mask[0][None, :], 0), _read(at + 1, mask[1][None, :])
 
 
 @triton.jit
 def _plane(
-    packed, token, mask, column, stride, BITS: tl.constexpr, UNIT: tl.constexpr, N: tl.constexpr, WIDE: tl.constexpr
+    packed,
+    token,
+    mask,
+    column,
+    stride,
+    BACK: tl.constexpr,
+    BITS: tl.constexpr,
+    UNIT: tl.constexpr,
+    N: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
-    """Words of a plane of `BITS` bits, of the even and the odd channels, each `[len(token), N]`: `_pairs`.
+    """Words of a plane of `BITS` bits, `BACK` before the even and the odd channels, each `[len(token), N]`: `_pairs`.
 
     `packed` points to the plane, `token` has the first of every `UNIT` tokens, which one thread unpacks.
     """
     PER_WORD: tl.constexpr = 32 // BITS
     words = ()
     for i in tl.static_range(max(UNIT // PER_WORD, 1)):
-        words += (_pairs(packed, column, (token // PER_WORD + i) * stride, mask, N, WIDE),)
+        row = (token // PER_WORD + i) * stride
+        if BACK == 0:
+            words += (_pairs(packed, column, row, mask, N, WIDE),)
+        else:
+            at = packed + row[:, None] + (column - BACK + 2 * tl.arange(0, N))[None, :]
+            words += ((_read(at, mask[0][None, :]), _read(at + 1, mask[1][None, :])),)
     return words
 
 
 @triton.jit
-def _add_plane(pairs, words, token, BITS: tl.constexpr, UNIT: tl.constexpr, AT: tl.constexpr, MASK: tl.constexpr):
-    """`pairs` with the codes of `_plane` or-ed into its halves, in the bits `MASK`, from bit `AT` on."""
+def _add_plane(fields, words, token, BITS: tl.constexpr, UNIT: tl.constexpr, AT: tl.constexpr, MASK: tl.constexpr):
+    """`fields` with the codes of `_plane` or-ed into their halves, in the bits `MASK`, from bit `AT` on."""
     PER_WORD: tl.constexpr = 32 // BITS
-    ROWS: tl.constexpr = token.shape[0] * UNIT
-    halves, fields = (), ()
+    halves, added = (), ()
     for i in tl.static_range(len(words)):
         even, odd = words[i]
         if UNIT < PER_WORD:
@@ -222,16 +254,24 @@ def _add_plane(pairs, words, token, BITS: tl.constexpr, UNIT: tl.constexpr, AT: 
         halves += ((even & 0xFFFF) | (odd << 16), ((even >> 16) & 0xFFFF) | (odd & -65536))
     for i in tl.static_range(UNIT):
         if BITS * i % 16 >= AT:
-            fields += (halves[BITS * i // 16] >> (BITS * i % 16 - AT),)
+            field = halves[BITS * i // 16] >> (BITS * i % 16 - AT)
         else:
-            fields += (halves[BITS * i // 16] << (AT - BITS * i % 16),)
+            field = halves[BITS * i // 16] << (AT - BITS * i % 16)
+        added += (_and_or(field, fields[i], MASK * 0x10001),)
+    return added
+
+
+@triton.jit
+def _in_order(fields, N: tl.constexpr):
+    """The fields of all units of tokens, in the order of the tokens: `[tokens, N]`."""
+    UNIT: tl.constexpr = len(fields)
     joined = tl.join(_joined(fields, 0), _joined(fields, 4))
     if UNIT == 16:
         joined = tl.join(joined, tl.join(_joined(fields, 8), _joined(fields, 12)))
         joined = tl.permute(joined, (0, 5, 4, 3, 2, 1))
     else:
         joined = tl.permute(joined, (0, 4, 3, 2, 1))
-    return _and_or(tl.reshape(joined, (ROWS, words[0][0].shape[1])), pairs, MASK * 0x10001)
+    return tl.reshape(joined, (joined.shape[0] * UNIT, N))
 
 
 @triton.jit
@@ -243,39 +283,39 @@ def _units(first, SPEC: tl.constexpr, BLOCK_T: tl.constexpr):
 
 @triton.jit
 def _words(part, at, first, mask, column, BACK: tl.constexpr, SPEC: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Words of all planes of a tile, `BACK` channels before `column`: `_plane`. `at`: where the block's begin."""
+    """Words of all planes of a tile: `_plane`. `at`: where the block's begin."""
     packed, stride = part[0], part[6]
     LOW: tl.constexpr = low_bits(SPEC.bits)
     N: tl.constexpr = SPEC.block // 2
-    WIDE: tl.constexpr = SPEC.align % 2 == 0 and BACK == 0
+    WIDE: tl.constexpr = SPEC.align % 2 == 0
     run = first // SPEC.run
-    packed += at + run * SPEC.words * stride - BACK
+    packed += at + run * SPEC.words * stride
     token = _units(first - run * SPEC.run, SPEC, BLOCK_T)
     UNIT: tl.constexpr = BLOCK_T // token.shape[0]
-    planes = (_plane(packed, token, mask, column, stride, LOW, UNIT, N, WIDE),)
+    planes = (_plane(packed, token, mask, column, stride, BACK, LOW, UNIT, N, WIDE),)
     if SPEC.bits > LOW:
         # The high bits stand in a plane of their own behind that of the low ones.
         packed += tl.cdiv(tl.minimum(SPEC.run, SPEC.length - run * SPEC.run), 32 // LOW) * stride
-        planes += (_plane(packed, token, mask, column, stride, SPEC.bits - LOW, UNIT, N, WIDE),)
+        planes += (_plane(packed, token, mask, column, stride, BACK, SPEC.bits - LOW, UNIT, N, WIDE),)
     return planes
 
 
 @triton.jit
-def _add_codes(pairs, planes, first, SPEC: tl.constexpr, BLOCK_T: tl.constexpr, AT: tl.constexpr):
-    """Codes of a tile of whole words, of two neighbouring channels in the halves of int32 `[BLOCK_T, n / 2]`.
+def _add_codes(fields, planes, first, SPEC: tl.constexpr, BLOCK_T: tl.constexpr, AT: tl.constexpr):
+    """`fields` with the codes of a tile of whole words, of neighbouring channels in their halves, or-ed into them.
 
-    They are or-ed into `pairs` from bit `AT` of each half on; of a trellis' window no more than its bits.
+    From bit `AT` of each half on; of a trellis' window no more than its bits. A field is one of each unit of tokens.
     """
     LOW: tl.constexpr = low_bits(SPEC.bits)
     LIMIT: tl.constexpr = 0x7F << 2 if SPEC.trellis else 0xFFFF
     token = _units(first - first // SPEC.run * SPEC.run, SPEC, BLOCK_T)
     UNIT: tl.constexpr = BLOCK_T // token.shape[0]
     MASK: tl.constexpr = (((1 << LOW) - 1) << AT) & LIMIT
-    pairs = _add_plane(pairs, planes[0], token, LOW, UNIT, AT, MASK)
+    fields = _add_plane(fields, planes[0], token, LOW, UNIT, AT, MASK)
     if SPEC.bits > LOW:
         HIGH_MASK: tl.constexpr = (((1 << (SPEC.bits - LOW)) - 1) << (AT + LOW)) & LIMIT
-        pairs = _add_plane(pairs, planes[1], token, SPEC.bits - LOW, UNIT, AT + LOW, HIGH_MASK)
-    return pairs
+        fields = _add_plane(fields, planes[1], token, SPEC.bits - LOW, UNIT, AT + LOW, HIGH_MASK)
+    return fields
 
 
 @triton.jit
@@ -305,11 +345,12 @@ def parameters(stored, DTYPE: tl.constexpr, SPEC: tl.constexpr):
 
 
 @triton.jit
-def stored_of_tokens(part, span, chunk, slot, token, SPEC: tl.constexpr):
-    """As `_stored_parameters`, of tokens, for a chunk that lies in one scale group."""
+def stored_of_tokens(part, span, chunk, tile, SPEC: tl.constexpr, BLOCK_T: tl.constexpr):
+    """As `_stored_parameters`, of the tokens of a tile, for a chunk that lies in one scale group."""
     groups, scale_stride = part[4], part[8]
+    token = tile[1] + tl.arange(0, BLOCK_T)
     group = tl.load(groups + span[0] + chunk * SPEC.block, chunk * SPEC.block < span[1], 0)
-    return _stored_parameters(part, slot, token * scale_stride + group, token < SPEC.length, SPEC)
+    return _stored_parameters(part, tile[0], token * scale_stride + group, token < SPEC.length, SPEC)
 
 
 @triton.jit
@@ -391,22 +432,25 @@ def _whole_words(part, span, chunk, tile, ahead, DTYPE: tl.constexpr, SPEC: tl.c
     # Pairs of bfloat16 have their codes in the mantissas of 128, doubled: half of a code has a bit behind the point.
     MANTISSA: tl.constexpr = PAIRED and SPEC.bits < 8 and not SPEC.trellis
     DOUBLED: tl.constexpr = MANTISSA and not SPEC.calibrated
-    codes = tl.full((), 0x43004300 if MANTISSA else 0, tl.int32)
+    fields = ()
+    for _ in tl.static_range(BLOCK_T // _units(first, SPEC, BLOCK_T).shape[0]):
+        fields += (tl.full((), 0x43004300 if MANTISSA else 0, tl.int32),)
     # Those of a trellis are offsets into a table of four bytes each.
     AT: tl.constexpr = 2 if SPEC.trellis else (1 if DOUBLED else 0)
     if SPEC.ahead:
         planes = ahead[0]
     else:
         planes = _words(part, slot * part[5], first, both, column, 0, SPEC, BLOCK_T)
-    codes = _add_codes(codes, planes, first, SPEC, BLOCK_T, AT)
+    fields = _add_codes(fields, planes, first, SPEC, BLOCK_T, AT)
     if SPEC.trellis:
         # `groups` are the points twice, then the place of each channel in its chain (`modules/trellis.py`).
-        place = tl.load(groups + 256 + columns, exists, 0)
-        odd_place = tl.load(groups + 257 + columns, odd_exists, 0)
+        place = _read(groups + 256 + columns, exists)
+        odd_place = _read(groups + 257 + columns, odd_exists)
         for back in tl.static_range(1, (6 + SPEC.bits) // SPEC.bits):
             known = (exists & (place >= back), odd_exists & (odd_place >= back), exists)
             planes = _words(part, slot * part[5], first, known, column, back, SPEC, BLOCK_T)
-            codes = _add_codes(codes, planes, first, SPEC, BLOCK_T, AT + SPEC.bits * back)
+            fields = _add_codes(fields, planes, first, SPEC, BLOCK_T, AT + SPEC.bits * back)
+    codes = _in_order(fields, SPEC.block // 2)
 
     # Steps and middles, for both channels of a pair.
     low_origin, high_origin = MIDDLE, MIDDLE
@@ -436,7 +480,7 @@ def _whole_words(part, span, chunk, tile, ahead, DTYPE: tl.constexpr, SPEC: tl.c
             _stored_parameters(part, slot, odd, odd_exists[None, :], SPEC), DTYPE, SPEC
         )
     else:
-        low_step, low_middle = parameters(stored_of_tokens(part, span, chunk, slot, token, SPEC), DTYPE, SPEC)
+        low_step, low_middle = parameters(stored_of_tokens(part, span, chunk, tile, SPEC, BLOCK_T), DTYPE, SPEC)
         low_step, low_middle = low_step[:, None], low_middle[:, None]
         high_step, high_middle = low_step, low_middle
 
