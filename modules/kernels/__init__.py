@@ -135,13 +135,14 @@ def _triton(field: str, device: torch.device) -> Backend:
     from modules.kernels.triton import common
     from modules.kernels.triton.append import FusedAppend
     from modules.kernels.triton.attention import latent_attention as fused_attention
+    from modules.kernels.triton.trellis import encode
 
     if device.type != "cuda" and not common.INTERPRETED:
         raise ValueError(
             f"{field}='triton': must be 'reference' or 'cpu' for tensors on {device}: triton runs on CUDA devices, and "
             "elsewhere only in its interpreter (TRITON_INTERPRET=1, set before the kernels are imported)"
         )
-    functions = (kernels.quantize_and_pack, kernels.unpack_and_dequantize)
+    functions = (kernels.quantize_and_pack, kernels.unpack_and_dequantize, encode)
     return Backend("triton", *functions, fused_attention=fused_attention, fused_append=FusedAppend)
 
 

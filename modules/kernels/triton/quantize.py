@@ -550,7 +550,7 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 
 @lru_cache
-def _group_table(widths: tuple[int, ...], device: torch.device) -> torch.Tensor:
+def group_table(widths: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """First channel and width of each group, `[2, len(widths)]` int32."""
     return torch.tensor([group_starts(widths), widths], dtype=torch.int32, device=device)
 
@@ -605,7 +605,7 @@ def _cut(n: int, token_blocks: int, blocks: int, widths, align: int, tile, devic
     groups = widths or (1,)
     block_t, block_c, num_warps = tile
     arguments = {
-        "table": _group_table(groups, device),
+        "table": group_table(groups, device),
         "groups": len(groups),
         "blocks": blocks,
         "token_blocks": token_blocks,
