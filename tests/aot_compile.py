@@ -2,10 +2,10 @@
 
     python tests/aot_compile.py [--all] [--architectures 80 90]
 
-For each kernel that the functions of `modules/kernels/triton/quantize.py` and `trellis.py` would launch: registers of a
-thread, its stack and local memory (both 0 unless registers spill), shared memory of a program, and instructions that
-would round differently from the reference. Not under TRITON_INTERPRET: run as a process of its own.
-`tests/test_kernels.py` asserts the record.
+For each kernel that the functions of `quantize.py`, `trellis.py` and `token_scales.py` of `modules/kernels/triton`
+would launch: registers of a thread, its stack and local memory (both 0 unless registers spill), shared memory of a
+program, and instructions that would round differently from the reference. Not under TRITON_INTERPRET: run as a process
+of its own. `tests/test_kernels.py` asserts the record.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from modules.kernels.triton import quantize
+from modules.kernels.triton import quantize, token_scales
 from modules.kernels.triton import trellis as trellis_triton
 from modules.trellis import TRELLIS_BITS
 
@@ -33,7 +33,7 @@ INEXACT = re.compile(r"div\.(?:full|approx)|rcp\.approx|fma\.|\S*\.ftz")
 FLOOR = "cvt.rmi.ftz.f32.f32"
 
 TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.int16: "*i16", torch.int32: "*i32"}
-TYPES |= {torch.int64: "*i64", torch.uint8: "*u8"}
+TYPES |= {torch.int64: "*i64", torch.uint8: "*u8", torch.float64: "*fp64"}
 
 
 class Recorder:
@@ -89,6 +89,10 @@ def run_case(n_bits, widths, symmetric, method, dtype=torch.float16, length=128,
     if method == "trellis":
         trellis_triton.encode(x[0], n_bits, widths)
         return
+    if method == "token scales":
+        energy = torch.ones(len(widths), dtype=torch.float64)
+        token_scales.scale_tokens(x, widths, (torch.ones(channels),) * 5, energy, ((-8, 0, 8), (-2, 2)))
+        return
     parameters = (torch.zeros(channels), None if symmetric else torch.zeros(channels)) if static else None
     packed, scale, zero_point = quantize.quantize_and_pack(x, n_bits, widths, symmetric, method, static=parameters)
     scale, zero_point = (t[None] if static and t is not None else t for t in (scale, zero_point))
@@ -116,6 +120,10 @@ def cases(everything: bool):
     for bits in TRELLIS_BITS if everything else (1, 2):
         case = {"n_bits": bits, "widths": (48, 0, 7), "symmetric": False, "method": "trellis"}
         yield f"{bits}-bit trellis", case
+    for widths in ((7, 1), (128, 128), (653,), (4000,)) if everything else ((653,),):
+        case = {"n_bits": 2, "widths": widths, "symmetric": False, "method": "token scales"}
+        yield f"token scales of {max(widths)} channels", case
+        yield f"token scales of {max(widths)} channels bf16", case | {"dtype": torch.bfloat16}
     yield "one token, one channel", {"n_bits": 2, "widths": (1,), "symmetric": False, "method": "mse", "length": 1}
 
 
@@ -126,6 +134,7 @@ def main(everything: bool, architectures: list[int], only: str = "") -> list[dic
     for name in ("quantize_kernel", "_dequantize_kernel"):
         setattr(quantize, name, Recorder(getattr(quantize, name), launches))
     trellis_triton.trellis_kernel = Recorder(trellis_triton.trellis_kernel, launches)
+    token_scales.scale_tokens_kernel = Recorder(token_scales.scale_tokens_kernel, launches)
     records, seen = [], set()
     for name, case in cases(everything):
         if only not in name:

@@ -268,7 +268,8 @@ def assert_compiles(*options: str) -> None:
     result = subprocess.run(command, capture_output=True, text=True, env=environment | {"PYTHONPATH": str(root)})
     assert result.returncode == 0, result.stderr
     records = json.loads(result.stdout)
-    assert {r["kernel"] for r in records} == {"quantize_kernel", "dequantize_kernel", "trellis_kernel"}
+    kernels = {"quantize_kernel", "dequantize_kernel", "trellis_kernel", "scale_tokens_kernel"}
+    assert {r["kernel"] for r in records} == kernels
     assert not [r for r in records if r["stack"] or r["local"] or r["inexact"]]
 
 

@@ -347,7 +347,9 @@ class TokenScaledCodec(BlockCodec):
                 spacing, middle = GAUSSIAN_STEPS[bits] / trellis.UNITS[bits], (trellis.LEVELS - 1) / 2
             table.append((levels, spacing, middle, GAUSSIAN_STEPS[bits]))
         scale, zero_point = static_scales
-        self.levels, spacing, middle, gaussian = torch.tensor(table, dtype=torch.float32, device=scale.device).T
+        self.levels, spacing, middle, gaussian = torch.tensor(
+            table, dtype=torch.float32, device=scale.device
+        ).T.contiguous()
         self.step = scale * spacing
         self.middle = zero_point + middle * scale
         #: One over the variance of each channel, and over the square of its step. Channels that are constant but for

@@ -135,6 +135,7 @@ def _triton(field: str, device: torch.device) -> Backend:
     from modules.kernels.triton import common
     from modules.kernels.triton.append import FusedAppend
     from modules.kernels.triton.attention import latent_attention as fused_attention
+    from modules.kernels.triton.token_scales import scale_tokens
     from modules.kernels.triton.trellis import encode
 
     if device.type != "cuda" and not common.INTERPRETED:
@@ -143,7 +144,9 @@ def _triton(field: str, device: torch.device) -> Backend:
             "elsewhere only in its interpreter (TRITON_INTERPRET=1, set before the kernels are imported)"
         )
     functions = (kernels.quantize_and_pack, kernels.unpack_and_dequantize, encode)
-    return Backend("triton", *functions, fused_attention=fused_attention, fused_append=FusedAppend)
+    return Backend(
+        "triton", *functions, fused_attention=fused_attention, fused_append=FusedAppend, scale_tokens=scale_tokens
+    )
 
 
 def _cpu(field: str, device: torch.device) -> Backend:

@@ -538,7 +538,7 @@ def _slots(length: int, n_bits: float) -> int:
     return length
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
+def readable_rows(x: torch.Tensor) -> torch.Tensor:
     """`x` in a type that kernels read, its last dimension without gaps."""
     # Other types, float64 say, are quantized in float32 by the reference too.
     if x.dtype not in (*_DTYPES, torch.int32):
@@ -684,7 +684,7 @@ def quantize_and_pack(
 ):
     """As `quantize_and_pack` in `modules/quant_utils.py`."""
     n, length, channels = x.shape
-    dtype, x = scale_dtype or parameter_dtype(x.dtype), _rows(x)
+    dtype, x = scale_dtype or parameter_dtype(x.dtype), readable_rows(x)
     packed = torch.empty((n, packed_words(length, n_bits), channels), dtype=torch.int32, device=x.device)
     finite = torch.ones((), dtype=torch.int32, device=x.device)
     zero_point = None
@@ -730,7 +730,7 @@ def unpack_and_dequantize(
     """As `unpack_and_dequantize` in `modules/quant_utils.py`."""
     n, _, channels = packed.shape
     _, spacing, offset = grid(n_bits)
-    packed, scale = _rows(packed), scale.contiguous()
+    packed, scale = readable_rows(packed), scale.contiguous()
     zero_points, scale_stride = stand_in(zero_point, scale).contiguous(), channels
     if scale.shape[0] == 1:  # one scale for all blocks
         scale_stride = 0
