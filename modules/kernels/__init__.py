@@ -48,7 +48,7 @@ class Backend:
         quantize_and_pack, unpack_and_dequantize: With the signatures, results and errors of `modules/quant_utils.py`.
         trellis_codes: As `encode` in `modules/trellis.py`.
         folded: For `chunk_attention`; `None`: there is none for this processor.
-        scale_tokens: That of `modules/kernels/cpu/quantize.py`; `None`: PyTorch chooses the scales of tokens.
+        scale_tokens: As that of `modules/kernels/cpu/quantize.py`; `None`: PyTorch chooses the scales of tokens.
         fused_attention: As `latent_attention` without `weights_length`; `None`: there is none.
         fused_append: `FusedAppend` of `modules/kernels/triton/append.py`, for caches of fixed capacity; `None`: there
             is none.
