@@ -332,7 +332,7 @@ def test_every_shape(device, name):
 @pytest.mark.parametrize("programs", [pytest.param(1, marks=pytest.mark.slow), 100])
 def test_shares_of_any_size(device, programs, monkeypatch):
     """One program for all blocks of a row, and one for every block."""
-    monkeypatch.setattr(kernels, "_wanted_programs", lambda device: programs)
+    monkeypatch.setattr(kernels, "_wanted_programs", lambda device, resident: programs)
     monkeypatch.setattr(kernels, "_TOKENS_OF_SHARE", 32)
     check(device, dtype=FP16, tokens=(110, 70), length=2)
 
@@ -382,7 +382,7 @@ def test_launches_follow_from_shapes_and_copy_nothing(monkeypatch):
     launches = []
     for name in ("_attention_kernel", "_merge_kernel"):
         monkeypatch.setattr(kernels, name, Recorder(launches))
-    monkeypatch.setattr(kernels, "_wanted_programs", lambda device: 100)
+    monkeypatch.setattr(kernels, "_wanted_programs", lambda device, resident: 100)
     arguments = step(tokens=(300, 70))
     parts = arguments["cache"].keys.parts
     attend(kernels.latent_attention, **arguments)
@@ -439,8 +439,8 @@ def test_a_model_decodes_as_with_the_reference(tmp_path, name):
 #: Most instructions that the warps of a program may take for 64 packed tokens, a quarter of them, on sm_90: what the
 #: compiler of Triton 3.6 makes of the kernels, and 4 to 7% more than 3.7 does.
 INSTRUCTIONS = {
-    "llama3 rank 64 2-bit": 560,
-    "llama3 rank 64 4-bit": 583,
+    "llama3 rank 64 2-bit": 615,
+    "llama3 rank 64 4-bit": 665,
     "llama3 joint 512 2-bit token scale": 5600,
     "smollm2 eighth trellis": 22700,
     "smollm2 eighth uniform": 16200,
@@ -458,9 +458,11 @@ def assert_compiles(*options: str) -> None:
     assert {r["kernel"] for r in records} == {"attention_kernel", "merge_kernel"}
     assert not [r for r in records if r["local"] or r["shared"] > r["shared_limit"]]
     # Of six pieces a side the addresses do not all fit the registers: a few of them are spilled. Of SmolLM2's more are,
-    # before and behind the loop over the tiles.
+    # before and behind the loop over the tiles; as are a few where registers are bounded, so that three programs fit.
     for record in records:
         spilled = 64 if "tiers" in record["case"] else 400 if "smollm2" in record["case"] else 0
+        if record["registers"] == 168:
+            spilled = 40 if record["architecture"] >= 90 else 128
         assert record["stack"] <= spilled, record
     counted = [r for r in records if "instructions" in r]
     assert not [r for r in counted if r["instructions"] > INSTRUCTIONS.get(r["case"], 1e9)]

@@ -394,7 +394,7 @@ def _attend(
 
     next_slot = _slot(slots, block + unseen * step, number > unseen, LISTED)
     sides = (keys, values, key_spans, value_spans)
-    next_ahead = _read_all(sides, (next_slot, next_slot), 0, True, KEYS, VALUES, BLOCK_T)
+    next_ahead = _read_all(sides, next_slot.to(tl.int64), 0, KEYS, VALUES, BLOCK_T)
     for i in range(unseen, number):
         j = block + i * step
         block_start, count = tl.load(starts + j), tl.load(counts + j)
@@ -402,11 +402,11 @@ def _attend(
         for t in range(tiles):
             first = t * BLOCK_T
             start = block_start + first
-            tile = (slot, first, count)
+            tile = (slot.to(tl.int64), first, count)
             # What is stored of the next tile, of the last one's nothing that is used, is on its way meanwhile.
             ahead, here = next_ahead, t + 1 < tiles
-            next_first = tl.where(here, first + BLOCK_T, 0)
-            next_ahead = _read_all(sides, (slot, next_slot), next_first, here, KEYS, VALUES, BLOCK_T)
+            at = tl.where(here, slot, next_slot).to(tl.int64)
+            next_ahead = _read_all(sides, at, tl.where(here, first + BLOCK_T, 0), KEYS, VALUES, BLOCK_T)
             zero = _nothing(t, LISTED, KEYS)
             keys_at, values_at = _moved(key_spans, zero, KEYS), _moved(value_spans, _nothing(t, LISTED, VALUES), VALUES)
             expand_at = (expand[0], expand[1], expand[2] + zero, expand[3], expand[4])
@@ -499,18 +499,18 @@ def _slot(slots, block, exists, LISTED: tl.constexpr):
     slot = block
     if LISTED:
         slot = tl.load(slots + block, exists, 0)
-    return slot.to(tl.int64)
+    return slot
 
 
 @triton.jit
-def _read_all(sides, slots, first, here, KEYS: tl.constexpr, VALUES: tl.constexpr, BLOCK_T: tl.constexpr):
+def _read_all(sides, slot, first, KEYS: tl.constexpr, VALUES: tl.constexpr, BLOCK_T: tl.constexpr):
     """`read_ahead` of all pieces of both sides."""
     keys, values, key_spans, value_spans = sides
     of_keys, of_values = (), ()
     for i in tl.static_range(len(KEYS)):
-        of_keys += (read_ahead(keys[i], key_spans[i], slots, first, here, known(KEYS[i]), BLOCK_T),)
+        of_keys += (read_ahead(keys[i], key_spans[i], slot, first, known(KEYS[i]), BLOCK_T),)
     for i in tl.static_range(len(VALUES)):
-        of_values += (read_ahead(values[i], value_spans[i], slots, first, here, known(VALUES[i]), BLOCK_T),)
+        of_values += (read_ahead(values[i], value_spans[i], slot, first, known(VALUES[i]), BLOCK_T),)
     return of_keys, of_values
 
 
@@ -724,15 +724,15 @@ _DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16:
 _MAX_ROWS, _MAX_SUMS = 8, 8192
 
 #: Tokens that are worth a program.
-_TOKENS_OF_SHARE = 256
+_TOKENS_OF_SHARE = 128
 
 
 @lru_cache
-def _wanted_programs(device: torch.device) -> int:
-    """Programs that fill a device."""
+def _wanted_programs(device: torch.device, resident: int) -> int:
+    """Programs that fill a device, of which each multiprocessor takes so many."""
     if device.type != "cuda":
         return 4
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    return resident * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 class _Span(NamedTuple):
@@ -1070,6 +1070,10 @@ class _LaunchRecord:
             by_token = spec.worded and not (spec.per_channel or spec.by_channel or spec.token_scaled)
             value_specs[i] = replace(spec, weighted=by_token)
         key_specs, value_specs = _read_ahead(key_specs), _read_ahead(value_specs)
+        # With fewer frequencies at a time a third program fits a multiprocessor, whose warps wait less.
+        registers, resident = None, 2
+        if all(spec.ahead for spec in (*key_specs, *value_specs)) and not long:
+            block_f, registers, resident = 32, 168, 3
         # Tokens in full precision are a piece with one span per head group.
         key_spans, exact_keys = _exact_layout(shape.key_widths, device)
         value_spans, exact_values = _exact_layout(shape.value_widths, device)
@@ -1090,7 +1094,8 @@ class _LaunchRecord:
 
         #: Grid without the shares, and programs that fit the device for each of them.
         self.grid = (batch * key_heads, -(-shared * length // block_m))
-        self.fitting = max(_wanted_programs(device) // (self.grid[0] * self.grid[1]), 1)
+        wanted = _wanted_programs(device, resident)
+        self.fitting = max(wanted // (self.grid[0] * self.grid[1]), 1)
         self.block_length, self.rows, self.packed = shape.block_length, rows, bool(key_pieces)
         common = {
             "keys": tuple(key_pieces),
@@ -1115,7 +1120,8 @@ class _LaunchRecord:
             "BLOCK_T": block_t,
             "EXACT_T": exact_t,
             "num_warps": num_warps,
-            "num_stages": 1,  # what reading ahead would gain, it loses in registers
+            "num_stages": 1,  # the compiler's own reading ahead takes more registers than ours
+            "maxnreg": registers,
         }
         #: Keyword arguments of each launch.
         self.launches = []

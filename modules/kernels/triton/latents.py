@@ -381,22 +381,17 @@ def _stored_of_pairs(part, at, first, column, exists, SPEC: tl.constexpr):
 
 
 @triton.jit
-def read_ahead(part, span, slots, first, here, SPEC: tl.constexpr, BLOCK_T: tl.constexpr):
-    """What is stored of a tile of one chunk: its words, and the parameters of channels.
-
-    `slots`: of the block if it is `here`, and of the next one.
-    """
+def read_ahead(part, span, slot, first, SPEC: tl.constexpr, BLOCK_T: tl.constexpr):
+    """What is stored of a tile of one chunk, of the block in a slot: its words, and the parameters of channels."""
     if not SPEC.ahead:
         return 0
     else:
         column, exists = _channels(span, 0, SPEC)
         stored = 0
-        # Products of slots are those of a whole block.
         if SPEC.per_channel:
-            at = tl.where(here, slots[0] * part[7], slots[1] * part[7])
+            at = slot * part[7]
             stored = _stored_of_pairs(part, at, first, column, exists, SPEC)
-        at = tl.where(here, slots[0] * part[5], slots[1] * part[5])
-        return _words(part, at, first, exists, column, 0, SPEC, BLOCK_T), stored
+        return _words(part, slot * part[5], first, exists, column, 0, SPEC, BLOCK_T), stored
 
 
 @triton.jit
