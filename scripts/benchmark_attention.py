@@ -222,7 +222,10 @@ class LatentLayer:
         self.new_keys, self.new_values = new
         self.query = self._states((batch, config.num_attention_heads, 1, config.head_dim))
         block = self.layer.scheme.block_length
-        self._fill(length - 1 - block)
+        warm_up = block if self.device.type == "cuda" else 0  # which compiles the kernels
+        self._fill(length - 1 - block - warm_up)
+        for _ in range(warm_up):
+            self._append()
         self.append = self._time_appends(block)
 
     def _states(self, shape: tuple[int, ...]) -> torch.Tensor:

@@ -461,8 +461,10 @@ def assert_compiles(*options: str) -> None:
     # before and behind the loop over the tiles; as are a few where registers are bounded, so that three programs fit.
     for record in records:
         spilled = 64 if "tiers" in record["case"] else 400 if "smollm2" in record["case"] else 0
-        if record["registers"] == 168:
-            spilled = 40 if record["architecture"] >= 90 else 128
+        if record["registers"] == 168 or "fp32" in record["case"]:
+            spilled = 160
+        if record["registers"] == 168 and record["architecture"] == 90 and "-bit" == record["case"][-4:]:
+            spilled = 80
         assert record["stack"] <= spilled, record
     counted = [r for r in records if "instructions" in r]
     assert not [r for r in counted if r["instructions"] > INSTRUCTIONS.get(r["case"], 1e9)]

@@ -37,7 +37,16 @@ from modules import trellis
 from modules.kernels.attention import Attended
 from modules.kernels.packed import LatentQuery, PackedCache, PackedPart, PackedSide, Tile
 from modules.kernels.triton.common import INTERPRETED, as_bits, bits_of, power_of_two, stand_in, widen
-from modules.kernels.triton.latents import Spec, as_operand, known, latent_tile, parameters, read_ahead, rounded, stored_of_tokens
+from modules.kernels.triton.latents import (
+    Spec,
+    as_operand,
+    known,
+    latent_tile,
+    parameters,
+    read_ahead,
+    rounded,
+    stored_of_tokens,
+)
 from modules.quant_utils import grid, group_starts, packed_words
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
@@ -284,7 +293,17 @@ def _no_values(SPEC: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr)
 
 @triton.jit
 def _add_values(
-    sums, part, span, weights, decay, tile, ahead, stored, DTYPE: tl.constexpr, SPEC: tl.constexpr, BLOCK_T: tl.constexpr
+    sums,
+    part,
+    span,
+    weights,
+    decay,
+    tile,
+    ahead,
+    stored,
+    DTYPE: tl.constexpr,
+    SPEC: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):
     """The sums of a piece's values, scaled by `decay`, with those of a tile added."""
     CHUNKS: tl.constexpr = SPEC.chunks

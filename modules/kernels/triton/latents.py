@@ -468,12 +468,8 @@ def _whole_words(part, span, chunk, tile, ahead, DTYPE: tl.constexpr, SPEC: tl.c
         offs = token[:, None] * scale_stride
         even = offs + tl.load(groups + columns, exists, 0)[None, :]
         odd = offs + tl.load(groups + columns + 1, odd_exists, 0)[None, :]
-        low_step, low_middle = parameters(
-            _stored_parameters(part, slot, even, exists[None, :], SPEC), DTYPE, SPEC
-        )
-        high_step, high_middle = parameters(
-            _stored_parameters(part, slot, odd, odd_exists[None, :], SPEC), DTYPE, SPEC
-        )
+        low_step, low_middle = parameters(_stored_parameters(part, slot, even, exists[None, :], SPEC), DTYPE, SPEC)
+        high_step, high_middle = parameters(_stored_parameters(part, slot, odd, odd_exists[None, :], SPEC), DTYPE, SPEC)
     else:
         low_step, low_middle = parameters(stored_of_tokens(part, span, chunk, tile, SPEC, BLOCK_T), DTYPE, SPEC)
         low_step, low_middle = low_step[:, None], low_middle[:, None]
