@@ -5,11 +5,11 @@ Rows; each is written when it is done, so a short lease is enough:
     attention   one step of one layer of Llama-3-8B (`benchmark_attention.py`): ours and PyTorch's flash attention, each
                 in a CUDA graph, L2 cold
     model       8 layers of Llama-3-8B's shape, random, greedy, one row, through `generate`: ours as it runs by default,
-                ours eager (`disable_compile=True`), the dense model with `DynamicCache`, eager, and with `StaticCache`,
-                which `generate` compiles; and ours with tiers of 8, 4 and 2 bits in place of one width. Seconds of a step are those of --new_tokens N1 less those of N0 over N1 - N0,
-                on the same prompt and with room for N1 tokens in both; beside them the time to the first token, and
-                what the first call took: compilation, capture and N1 tokens (the first row of all finds the caches of
-                the compilers empty)
+                ours eager (`disable_compile=True`), ours with tiers of 8, 4 and 2 bits in place of one width, the dense
+                model with `DynamicCache`, eager, and with `StaticCache`, which `generate` compiles. Seconds of a step
+                are those of --new_tokens N1 less those of N0 over N1 - N0, on the same prompt and with room for N1
+                tokens in both; beside them the time to the first token, and what the first call took: compilation,
+                capture and N1 tokens (the first row of all finds the caches of the compilers empty)
     append      one token per row into one layer, growing and of fixed capacity: the device's time and the host's
     pack        quantize-and-pack against a copy of the same states (`benchmark_quantize.py`)
 

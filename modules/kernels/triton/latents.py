@@ -355,7 +355,7 @@ def stored_of_tokens(part, span, chunk, tile, SPEC: tl.constexpr, BLOCK_T: tl.co
 
 @triton.jit
 def _channels(span, chunk, SPEC: tl.constexpr):
-    """First channel of a chunk as stored; which of its even channels there are, of the odd ones, and of all in order."""
+    """First channel of a chunk as stored; which of its even channels there are, of the odd ones, of all in order."""
     start, width, _, _ = span
     first = chunk * SPEC.block
     even, both = first + 2 * tl.arange(0, SPEC.block // 2), first + tl.arange(0, SPEC.block)
@@ -432,11 +432,9 @@ def _whole_words(part, span, chunk, tile, ahead, DTYPE: tl.constexpr, SPEC: tl.c
         fields += (tl.full((), 0x43004300 if MANTISSA else 0, tl.int32),)
     # Those of a trellis are offsets into a table of four bytes each.
     AT: tl.constexpr = 2 if SPEC.trellis else (1 if DOUBLED else 0)
-    if SPEC.ahead:
-        planes = ahead[0]
-    else:
-        planes = _words(part, slot * part[5], first, both, column, 0, SPEC, BLOCK_T)
-    fields = _add_codes(fields, planes, first, SPEC, BLOCK_T, AT)
+    if not SPEC.ahead:
+        ahead = (_words(part, slot * part[5], first, both, column, 0, SPEC, BLOCK_T), 0)
+    fields = _add_codes(fields, ahead[0], first, SPEC, BLOCK_T, AT)
     if SPEC.trellis:
         # `groups` are the points twice, then the place of each channel in its chain (`modules/trellis.py`).
         place = _read(groups + 256 + columns, exists)
