@@ -191,8 +191,8 @@ def check(device, **case) -> None:
     # A few units of float32 for results that the plain steps happen to get exactly.
     assert error.max() <= 2 * plain.max() + 1e-6
     assert error.mean() <= 2 * plain.mean() + 1e-7
-    # Plain logarithms, of which a query has only one, may be good by luck: they are held to the type's own precision, in
-    # bfloat16 to that of two roundings: a GPU turns pairs.
+    # Plain logarithms, of which a query has only one, may be good by luck: they are held to the type's own precision,
+    # in bfloat16 to that of two roundings: a GPU turns pairs.
     unit = {FP32: 1e-6, FP16: torch.finfo(FP16).eps, BF16: 2 * torch.finfo(BF16).eps}[dtype]
     torch.testing.assert_close(log_sum.double(), exact_log_sum, rtol=unit, atol=unit)
 

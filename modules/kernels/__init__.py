@@ -52,6 +52,7 @@ class Backend:
         fused_attention: As `latent_attention` without `weights_length`; `None`: there is none.
         fused_append: `FusedAppend` of `modules/kernels/triton/append.py`, for caches of fixed capacity; `None`: there
             is none.
+        compiled_together: A context in which attention is not computed, but compiled, side by side; `None`: no need to.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Backend:
     fused_append: Callable | None = None
     scale_tokens: Callable | None = None
     folded: Callable | None = None
+    compiled_together: Callable | None = None
 
     def __repr__(self) -> str:
         return self.name
@@ -134,6 +136,7 @@ def _triton(field: str, device: torch.device) -> Backend:
     import modules.kernels.triton.quantize as kernels
     from modules.kernels.triton import common
     from modules.kernels.triton.append import FusedAppend
+    from modules.kernels.triton.attention import compiled_together
     from modules.kernels.triton.attention import latent_attention as fused_attention
 
     if device.type != "cuda" and not common.INTERPRETED:
@@ -142,7 +145,8 @@ def _triton(field: str, device: torch.device) -> Backend:
             "elsewhere only in its interpreter (TRITON_INTERPRET=1, set before the kernels are imported)"
         )
     functions = (kernels.quantize_and_pack, kernels.unpack_and_dequantize)
-    return Backend("triton", *functions, fused_attention=fused_attention, fused_append=FusedAppend)
+    fused = {"fused_attention": fused_attention, "fused_append": FusedAppend}
+    return Backend("triton", *functions, **fused, compiled_together=compiled_together)
 
 
 def _cpu(field: str, device: torch.device) -> Backend:

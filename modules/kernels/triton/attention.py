@@ -19,8 +19,12 @@ frequency, is a hundredth of what float32 makes of large angles.
 """
 
 import math
+import os
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from functools import lru_cache
 from itertools import chain, repeat, zip_longest
@@ -1191,6 +1195,31 @@ def _record(cache: PackedCache, shape: _Shape) -> _LaunchRecord:
     return records[shape]
 
 
+#: Whether launches only compile: `compiled_together`.
+_compiles_only: ContextVar[bool] = ContextVar("compiles_only", default=False)
+
+
+@contextmanager
+def compiled_together() -> Iterator[None]:
+    """Within, nothing is launched: the kernels of `latent_attention` are compiled side by side, by the end at last.
+
+    What is returned meanwhile is not computed.
+    """
+    token = _compiles_only.set(True)
+    try:
+        with ThreadPoolExecutor(os.cpu_count()) as threads, triton.AsyncCompileMode(threads):
+            yield
+    finally:
+        _compiles_only.reset(token)
+
+
+def _launch(kernel, grid: tuple[int, ...], arguments: dict) -> None:
+    if not _compiles_only.get():
+        kernel[grid](**arguments)
+    elif not INTERPRETED:
+        kernel.warmup(grid=grid, **arguments)
+
+
 def latent_attention(query: LatentQuery, cache: PackedCache) -> Attended:
     """As `latent_attention` in `modules/kernels/attention.py`, all in float32, without weights.
 
@@ -1262,6 +1291,7 @@ def latent_attention(query: LatentQuery, cache: PackedCache) -> Attended:
     with torch.cuda.device_of(states):
         if programs:
             for launch in record.launches:
-                _attention_kernel[(record.grid[0], programs, record.grid[1])](**step, **launch)
-        _merge_kernel[record.merge_grid](sums=sums, output=output, log_sum=log_sum, shares=total, **record.merge)
+                _launch(_attention_kernel, (record.grid[0], programs, record.grid[1]), step | launch)
+        merged = {"sums": sums, "output": output, "log_sum": log_sum, "shares": total}
+        _launch(_merge_kernel, record.merge_grid, merged | record.merge)
     return Attended(output, log_sum)
