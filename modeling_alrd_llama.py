@@ -131,11 +131,8 @@ class ALRDLlamaAttention(nn.Module):
         few = query.shape[2] <= MAX_QUERY_LENGTH
         if step.has_past and few and step.slots is None and not scores_attention:
             new = step.new_tokens(key_latents, value_latents)
-            output = layer.attend_and_append(self._latent_query(query, step), new).to(query.dtype)
-            if self.expand_values is not None:
-                # The sum of latents is expanded, not the value of every token.
-                output = self.expand_values(output, per_head=True)
-            return self._output(output.transpose(1, 2).flatten(2)), None
+            output = layer.attend_and_append(self._latent_query(query, step), new, self.expand_values)
+            return self._output(output.to(query.dtype).transpose(1, 2).flatten(2)), None
 
         # Attention over latents: for the output, or in a first chunk only to see which tokens receive most.
         arguments = received = None

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -340,6 +341,26 @@ def test_shares_of_any_size(device, programs, monkeypatch):
 def test_sums_of_several_launches(device, monkeypatch):
     monkeypatch.setattr(kernels, "_MAX_SUMS", 300)
     check(device, dtype=BF16, heads=(2, 2), value_ranks=(75, 20), tokens=(45,), key_ranks=(6,))
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+@pytest.mark.parametrize("ranks, bias", [((75, 20), True), ((7, 9, 3, 8), False)])
+def test_sums_are_expanded(device, dtype, ranks, bias):
+    """To what the module makes of the sums, but for one rounding of the type."""
+    arguments = step(dtype=dtype, heads=(8, 4), value_ranks=ranks, tokens=(75, 40), length=3)
+    expand = ALinear(ranks, 4 * 50, 4, bias).to(dtype).requires_grad_(False)
+    expand.weight.normal_()
+    if bias:
+        expand.bias.normal_()
+    of_head = partial(kernels.latent_attention, expand_values=copy.deepcopy(expand).to(device))
+    given = moved(arguments, device)
+    found, log_sum = to(attend(of_head, **given)[:2], torch.device("cpu"))
+    summed, expected_log_sum = to(attend(kernels.latent_attention, **given)[:2], torch.device("cpu"))
+    exact = copy.deepcopy(expand).double()(summed.to(dtype).double(), per_head=True)
+    assert found.dtype == dtype and found.shape == (2, 8, 3, 50)
+    # The sums of 75 products are float32, and rounded once.
+    torch.testing.assert_close(found.double(), exact, rtol=torch.finfo(dtype).eps, atol=75 * torch.finfo(FP32).eps)
+    assert torch.equal(log_sum, expected_log_sum)
 
 
 def test_a_query_that_sees_nothing_gets_zeros(device):

@@ -21,7 +21,7 @@ frequency, is a hundredth of what float32 makes of large angles.
 import math
 import os
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -698,27 +698,11 @@ def _choose(condition, chosen, other):
     return result
 
 
-@triton.jit(do_not_specialize=["shares", "rows", "length"])
-def _merge_kernel(
-    sums,
-    output,
-    log_sum,
-    spans,
-    shares,
-    rows,
-    length,
-    heads,
-    WIDTH: tl.constexpr,
-    SHARED_HEADS: tl.constexpr,  # query heads of a value head group
-    BLOCK_S: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """The sums of all shares of a row of queries on one scale, over their total, and the logarithm of the total."""
-    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    width = tl.load(spans + row // length % heads // SHARED_HEADS * 3 + 1)
-    stats = sums + shares.to(tl.int64) * rows * WIDTH
+@triton.jit
+def _merged(sums, stats, row, column, width, shares, rows, WIDTH: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Columns of the sums of all shares of a row of queries on one scale, their highest score and their total."""
     highest, total = tl.full((), float("-inf"), tl.float32), tl.zeros((), tl.float32)
-    summed = tl.zeros((BLOCK_N,), tl.float32)
+    summed = tl.zeros((column.shape[0],), tl.float32)
     # Shares are brought to one scale, a few at a time, as tiles are in `_attend`.
     for first in range(0, shares, BLOCK_S):
         share = first + tl.arange(0, BLOCK_S)
@@ -733,8 +717,52 @@ def _merge_kernel(
         tile = tl.load(sums + offs[:, None] * WIDTH + column[None, :], mask[:, None] & (column < width)[None, :], 0)
         summed = summed * decay + tl.sum(tile * factor[:, None], 0)
         highest = higher
-    total = tl.where(total == 0, 1.0, total)
-    tl.store(output + row * WIDTH + column, summed / total, column < WIDTH)
+    return summed, highest, tl.where(total == 0, 1.0, total)
+
+
+@triton.jit(do_not_specialize=["shares", "rows", "length"])
+def _merge_kernel(
+    sums,
+    output,
+    log_sum,
+    spans,
+    weight,
+    bias,
+    weight_stride,
+    size,  # rows of the weight for a head
+    shares,
+    rows,
+    length,
+    heads,
+    DTYPE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SHARED_HEADS: tl.constexpr,  # query heads of a value head group
+    SHARED: tl.constexpr,  # and of a value head, whose rows of the weight expand the sums; 0: they are not expanded
+    BLOCK_S: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The sums of all shares of a row over their total, or what they expand to, and the total's logarithm."""
+    row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    head = row // length % heads
+    width = tl.load(spans + head // SHARED_HEADS * 3 + 1)
+    stats = sums + shares.to(tl.int64) * rows * WIDTH
+    if SHARED == 0:
+        summed, highest, total = _merged(sums, stats, row, at, width, shares, rows, WIDTH, BLOCK_S)
+        tl.store(output + row * WIDTH + at, summed / total, at < WIDTH)
+    else:
+        # Rows of the weight `[BLOCK_N]` times the sums, whose columns are merged a few at a time.
+        which, exists = head // SHARED * size + at, at < size
+        expanded = tl.zeros((BLOCK_N,), tl.float32)
+        highest, total = tl.full((), float("-inf"), tl.float32), tl.full((), 1.0, tl.float32)
+        for first in range(0, width, BLOCK_N):
+            column = first + tl.arange(0, BLOCK_N)
+            summed, highest, total = _merged(sums, stats, row, column, width, shares, rows, WIDTH, BLOCK_S)
+            mask = exists[:, None] & (column < width)[None, :]
+            rows_of_it = widen(tl.load(weight + which[:, None] * weight_stride + column[None, :], mask, 0))
+            expanded += tl.sum(rows_of_it * widen(as_operand(summed / total, DTYPE))[None, :], 1)
+        if bias is not None:
+            expanded += widen(tl.load(bias + which, exists, 0))
+        tl.store(output + row * size + at, expanded, exists)
     # Scores are exponents of two; log(2) makes a natural logarithm of theirs.
     tl.store(log_sum + row, (highest + tl.log2(total)) * 0.6931471805599453, tl.program_id(1) == 0)
 
@@ -1156,19 +1184,31 @@ class _LaunchRecord:
                 "EXACT_VALUES": tuple(exact.values()),
             }
             self.launches.append(common | own)
-        # A program merges 64 sums of a query head's row.
-        self.merge_grid = (rows, -(-self.width // 64))
+        # A program merges 64 sums of a query head's row, or expands them to 64 of its outputs.
+        self.heads = heads
         self.merge = {
             "spans": value_spans,
             "rows": rows,
             "length": length,
             "heads": heads,
+            "DTYPE": _DTYPES[shape.dtype],
             "WIDTH": self.width,
             "SHARED_HEADS": heads // len(shape.value_widths),
             "BLOCK_S": 16,
             "BLOCK_N": 64,
             "num_warps": 4,
         }
+
+    def merge_with(self, expand_values: Callable | None, states: torch.Tensor) -> tuple[tuple[int, int], dict]:
+        """Grid of the merge, and its arguments but for the sums, with a tensor for the outputs."""
+        channels, dtype, expansion = self.width, torch.float32, {"weight": _bits(states), "bias": None, "SHARED": 0}
+        if expand_values is not None:
+            weight, shared = expand_values.weight, self.heads // expand_values.num_heads
+            channels, dtype = len(weight) // expand_values.num_heads, torch.float32 if INTERPRETED else states.dtype
+            expansion = {"weight": _bits(weight), "bias": _bits(expand_values.bias), "SHARED": shared}
+        output = torch.empty((*states.shape[:3], channels), dtype=dtype, device=states.device)
+        sizes = {"output": output, "size": channels, "weight_stride": expansion["weight"].stride(0)}
+        return (self.rows, -(-channels // 64)), self.merge | expansion | sizes
 
     def shares(self, blocks: int, exact: int) -> tuple[int, int]:
         """Shares into which the packed blocks are dealt, and programs: one wave, if there are enough blocks."""
@@ -1220,8 +1260,10 @@ def _launch(kernel, grid: tuple[int, ...], arguments: dict) -> None:
         kernel.warmup(grid=grid, **arguments)
 
 
-def latent_attention(query: LatentQuery, cache: PackedCache) -> Attended:
+def latent_attention(query: LatentQuery, cache: PackedCache, expand_values: Callable | None = None) -> Attended:
     """As `latent_attention` in `modules/kernels/attention.py`, all in float32, without weights.
+
+    With `expand_values`, an `ALinear`, the sums are expanded to the outputs of the heads, in the queries' type.
 
     Matrix products are in the type of the query, sums in float32. The device is not waited for: how the work is cut
     follows from the shapes alone.
@@ -1263,7 +1305,6 @@ def latent_attention(query: LatentQuery, cache: PackedCache) -> Attended:
     # Every tile in full precision has a share of its own, behind those of the packed blocks.
     shares, programs = record.shares(blocks, len(exact))
     total = shares + len(exact)
-    output = torch.empty((*states.shape[:3], record.width), dtype=torch.float32, device=states.device)
     log_sum = torch.empty(states.shape[:3], dtype=torch.float32, device=states.device)
     # Sums and, behind those of all shares, the highest score and the total of each.
     sums = torch.empty(total * record.rows * (record.width + 2), dtype=torch.float32, device=states.device)
@@ -1292,6 +1333,7 @@ def latent_attention(query: LatentQuery, cache: PackedCache) -> Attended:
         if programs:
             for launch in record.launches:
                 _launch(_attention_kernel, (record.grid[0], programs, record.grid[1]), step | launch)
-        merged = {"sums": sums, "output": output, "log_sum": log_sum, "shares": total}
-        _launch(_merge_kernel, record.merge_grid, merged | record.merge)
-    return Attended(output, log_sum)
+        grid, merge = record.merge_with(expand_values, states)
+        _launch(_merge_kernel, grid, merge | {"sums": sums, "log_sum": log_sum, "shares": total})
+    output = merge["output"]
+    return Attended(output if expand_values is None else output.to(query.states.dtype), log_sum)
