@@ -1194,7 +1194,7 @@ class _LaunchRecord:
             "DTYPE": _DTYPES[shape.dtype],
             "WIDTH": self.width,
             "SHARED_HEADS": heads // len(shape.value_widths),
-            "BLOCK_S": 16,
+            "BLOCK_S": 64,
             "BLOCK_N": 64,
             "num_warps": 4,
         }
