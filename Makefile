@@ -124,7 +124,7 @@ schemes: .venv/installed
 # package index: without a .venv its own Python is taken.
 gpu:
 	@started=$$(date +%s); export PYTHONPATH=.; set -x; \
-	$(GPU_RUN) -m pytest -q -m gpu -n 8 --dist worksteal $$(grep -l 'mark\.gpu' tests/test_*.py) && \
+	$(GPU_RUN) -m pytest -q -m gpu -n 8 --dist worksteal $$(grep -lE 'mark\.gpu|def test_.*\(device' tests/test_*.py) && \
 	$(GPU_RUN) scripts/benchmark_gpu.py --budget_s $$((330 - $$(date +%s) + started)) --output $(GPU_OUTPUT)
 
 GPU_RUN = $(if $(wildcard $(RUN)),$(RUN),$(PYTHON))

@@ -131,11 +131,8 @@ class ALRDLlamaAttention(nn.Module):
         few = query.shape[2] <= MAX_QUERY_LENGTH
         if step.has_past and few and step.slots is None and not scores_attention:
             new = step.new_tokens(key_latents, value_latents)
-            output = layer.attend_and_append(self._latent_query(query, step), new).to(query.dtype)
-            if self.expand_values is not None:
-                # The sum of latents is expanded, not the value of every token.
-                output = self.expand_values(output, per_head=True)
-            return self._output(output.transpose(1, 2).flatten(2)), None
+            output = layer.attend_and_append(self._latent_query(query, step), new, self.expand_values)
+            return self._output(output.to(query.dtype).transpose(1, 2).flatten(2)), None
 
         # Attention over latents: for the output, or in a first chunk only to see which tokens receive most.
         arguments = received = None
@@ -151,6 +148,12 @@ class ALRDLlamaAttention(nn.Module):
             )
         layer.append(key_latents, value_latents, step.real, received)
         return self._output(output.flatten(2)), weights
+
+    def attend(self, hidden_states: torch.Tensor, cache: KIVILatentCache, step: LatentStep):
+        """Attention of new tokens, which are not appended, to a cache; `[B, L, H_q, d]` and weights."""
+        query, *latents = self._project(hidden_states)
+        layer = cache.layer(self.layer_idx, self.widths, self.sliding_window)
+        return self._attend_cache(*self._attention_arguments(query, *latents, layer, step), layer.backend, step)
 
     def _project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries `[B, H_q, L, d]`, and keys and values `[B, L, C]` as the cache stores them, all before RoPE."""
@@ -360,6 +363,10 @@ class ALRDLlamaBlockAttention(ALRDLlamaAttention):
                 latents[side] = latent.to(keys.dtype)
             layer.append(**latents, real=step.real, dense=step.sums.members())
         return self._output(output.flatten(2)), weights
+
+    def attend(self, hidden_states: torch.Tensor, cache: KIVILatentCache, step: LatentStep):
+        layer = cache.layer(self.config.cache_layer(self.layer_idx), self.widths, self.sliding_window)
+        return self._attend_block(*self._project(hidden_states), layer, step)
 
     def shard_heads(self, rank: int, size: int, process_group=None) -> None:
         """As `ALRDLlamaAttention.shard_heads`, of the factors beside the dense projections."""
@@ -638,6 +645,27 @@ class ALRDLlamaPreTrainedModel(LlamaPreTrainedModel):
         """Attention of each active layer by index; a stage of a pipeline has some of the layers only."""
         layers = enumerate(self.get_decoder().layers[: self.config.num_hidden_layers])
         return {i: layer.self_attn for i, layer in layers if hasattr(layer, "self_attn")}
+
+    @torch.no_grad()
+    def compile_step(self, input_ids: torch.Tensor, cache: KIVILatentCache) -> None:
+        """Compile the kernels by which new tokens attend to a cache, those of all layers side by side.
+
+        Nothing is computed, and the cache stays as it is. Where attention is not compiled, nothing is done.
+
+        Args:
+            input_ids: `[B, L]`, L of 16 at most: others do not matter.
+            cache: On one device.
+        """
+        compiled_together = cache.layers[0].backend.compiled_together
+        if compiled_together is None:
+            return
+        decoder = self.get_decoder()
+        embeds = decoder.embed_tokens(input_ids)
+        step = LatentStep.after(cache, embeds, None, None)
+        step = replace(step, rope=decoder._ropes(embeds, step.positions))
+        with compiled_together():
+            for attention in self.local_attentions().values():
+                attention.attend(embeds, cache, step)
 
     def check_blocks(self) -> None:
         """Raise a `ValueError` unless the layers of each block are together, on one device."""
@@ -948,7 +976,7 @@ class ALRDLlamaForCausalLM(ALRDLlamaPreTrainedModel, LlamaForCausalLM, Generatio
         compiled = super().get_compiled_call
         if compile_config is not None or not captures_graphs(self):
             return compiled(compile_config)
-        replayed = DecodeGraph(self)
+        replayed = DecodeGraph(self, self.compile_step)
 
         def step(**inputs):
             if isinstance(inputs.get("past_key_values"), KIVILatentCache):

@@ -13,7 +13,7 @@ _SETTINGS = ("use_cache", "return_dict", "logits_to_keep")
 class DecodeGraph:
     """A decode step over a cache of fixed capacity. Called like the model, by whose side it lives for one `generate`.
 
-    The first step runs as it is, which compiles what must be compiled; the second is captured, and it and all that
+    The first step runs as it is, once `prepare` has compiled its kernels; the second is captured, and it and all that
     follow are replayed. Nothing is captured of a step that is more than the ids of new tokens, such as one with a mask:
     it runs as it is, and so do all if the device refuses the capture, with a warning.
 
@@ -21,10 +21,11 @@ class DecodeGraph:
 
     Args:
         model: The model, on one CUDA device.
+        prepare: Called with the ids of new tokens and the cache before the first step.
     """
 
-    def __init__(self, model: Callable):
-        self.model = model
+    def __init__(self, model: Callable, prepare: Callable):
+        self.model, self.prepare = model, prepare
         self._step: tuple | None = None  # what the last step was called with, but for its tokens
         self._graph: torch.cuda.CUDAGraph | None = None
         self._refused = False
@@ -38,6 +39,7 @@ class DecodeGraph:
         step = (past_key_values, tuple(input_ids.shape), arguments)
         if step != self._step:
             self._step, self._graph = step, None
+            self.prepare(input_ids, past_key_values)
             return self.model(input_ids=input_ids, past_key_values=past_key_values, **arguments)
         if self._graph is None:
             try:

@@ -222,7 +222,10 @@ class LatentLayer:
         self.new_keys, self.new_values = new
         self.query = self._states((batch, config.num_attention_heads, 1, config.head_dim))
         block = self.layer.scheme.block_length
-        self._fill(length - 1 - block)
+        warm_up = block if self.device.type == "cuda" else 0  # which compiles the kernels
+        self._fill(length - 1 - block - warm_up)
+        for _ in range(warm_up):
+            self._append()
         self.append = self._time_appends(block)
 
     def _states(self, shape: tuple[int, ...]) -> torch.Tensor:
@@ -249,8 +252,8 @@ class LatentLayer:
         """The same with what the host prepares made once, as a CUDA graph wants it."""
         states = (self.query, self.new_keys, self.new_values)
         arguments = self.attention._attention_arguments(*states, self.layer, self.position())
-        attend, expand = self.layer.backend.attend, self.attention.v_proj.ALinear
-        return lambda: expand(attend(*arguments)[0].to(self.dtype), per_head=True)[:, :, 0]
+        attend, expand = self.layer.backend.attend_values, self.attention.v_proj.ALinear
+        return lambda: attend(*arguments, expand)[0][:, :, 0]
 
     def _time_appends(self, block: int) -> dict[str, Any]:
         """Seconds of appending a token and making what attention reads, over the last block of the tokens."""

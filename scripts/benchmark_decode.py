@@ -135,12 +135,14 @@ class Subject:
     Attributes:
         checkpoint: Folder of the split model; `None`: the random one.
         shape: Arguments of the random model's `LlamaConfig`; `None`: `RANDOM`, or `SMALL` in a quick run.
+        tiers: Of the random model's latents, pairs of a share of a head's channels and their bits; `None`: one width.
     """
 
     options: DecodeBenchmarkConfig
     name: str
     checkpoint: str | None = None
     shape: dict[str, Any] | None = None
+    tiers: tuple[tuple[float, int], ...] | None = None
 
     #: Tokens and rows of the gate.
     gate_size = (1024, 2)
@@ -170,6 +172,14 @@ class Subject:
             return load_model(self.checkpoint, dtype=self.dtype)[0].to(self.options.device)
         config = ALRDLlamaConfig.from_llama(self._random_config(), k_bits=self.options.bits, v_bits=self.options.bits)
         set_ranks(config, self.options.rank, self.options.head_group_size)
+        if self.tiers:
+            config.width_tiers = {
+                projection.name: [
+                    [(round(share * rank), bits) for share, bits in self.tiers]
+                    for rank in config.group_ranks(projection)
+                ]
+                for projection in config.projections()
+            }
         return self._random_model(config)
 
     @cached_property

@@ -5,11 +5,11 @@ Rows; each is written when it is done, so a short lease is enough:
     attention   one step of one layer of Llama-3-8B (`benchmark_attention.py`): ours and PyTorch's flash attention, each
                 in a CUDA graph, L2 cold
     model       8 layers of Llama-3-8B's shape, random, greedy, one row, through `generate`: ours as it runs by default,
-                ours eager (`disable_compile=True`), the dense model with `DynamicCache`, eager, and with `StaticCache`,
-                which `generate` compiles. Seconds of a step are those of --new_tokens N1 less those of N0 over N1 - N0,
-                on the same prompt and with room for N1 tokens in both; beside them the time to the first token, and
-                what the first call took: compilation, capture and N1 tokens (the first row of all finds the caches of
-                the compilers empty)
+                ours eager (`disable_compile=True`), ours with tiers of 8, 4 and 2 bits in place of one width, the dense
+                model with `DynamicCache`, eager, and with `StaticCache`, which `generate` compiles. Seconds of a step
+                are those of --new_tokens N1 less those of N0 over N1 - N0, on the same prompt and with room for N1
+                tokens in both; beside them the time to the first token, and what the first call took: compilation,
+                capture and N1 tokens (the first row of all finds the caches of the compilers empty)
     append      one token per row into one layer, growing and of fixed capacity: the device's time and the host's
     pack        quantize-and-pack against a copy of the same states (`benchmark_quantize.py`)
 
@@ -58,10 +58,14 @@ LLAMA_3_8B = {
     "tie_word_embeddings": False,
 }
 
+#: Tiers of a head's channels, as the budget command deals them out: shares, and their bits.
+TIERS = ((0.125, 8), (0.375, 4), (0.5, 2))
+
 #: How a model is run: which one, arguments of `generate`, and seconds that its row takes at most.
 WAYS = {
     "ours": ("latent", {}, 40),
     "ours, eager": ("latent", {"disable_compile": True}, 30),
+    "ours, tiers": ("tiers", {}, 60),
     "DynamicCache": ("dense", {}, 20),
     "StaticCache": ("dense", {"cache_implementation": "static"}, 90),
 }
@@ -128,8 +132,8 @@ class GpuBenchmarkConfig:
         options.rounds = self.rounds
         return options
 
-    def subject(self) -> Subject:
-        """The random model, split and dense."""
+    def subject(self, tiers: tuple | None = None) -> Subject:
+        """The random model, split and dense; split into one width, or into tiers."""
         options = benchmark_decode.DecodeBenchmarkConfig(
             lengths=[max(self.contexts) + self.new_tokens[1]],
             rank=self.rank,
@@ -139,7 +143,7 @@ class GpuBenchmarkConfig:
             threads=self.threads,
             seed=self.seed,
         )
-        return Subject(options, "8 layers of Llama-3-8B", shape=SMALL if self.quick else LLAMA_3_8B)
+        return Subject(options, "8 layers of Llama-3-8B", shape=SMALL if self.quick else LLAMA_3_8B, tiers=tiers)
 
 
 def size_of(text: str) -> tuple[int, int]:
@@ -184,12 +188,18 @@ class Models:
         self.options, self.device = options, torch.device(options.device)
 
     @cached_property
-    def subject(self) -> Subject:
-        return self.options.subject()
+    def subjects(self) -> dict[str, Subject]:
+        one_width = self.options.subject()
+        return {"latent": one_width, "dense": one_width, "tiers": self.options.subject(TIERS)}
 
     @cached_property
-    def gate(self) -> dict[str, float]:
-        return benchmark_decode.check(self.subject)
+    def gates(self) -> dict[str, dict[str, float]]:
+        """Of the models that were measured, filled as they are."""
+        return {}
+
+    def model(self, which: str) -> PreTrainedModel:
+        subject = self.subjects[which]
+        return subject.dense if which == "dense" else subject.latent
 
     def generate(self, model: PreTrainedModel, context: int, tokens: int, **how):
         """`generate` of so many tokens after a random prompt, with room for as many as are generated at most."""
@@ -210,13 +220,16 @@ class Models:
         which, how, _ = WAYS[way]
         record: dict[str, Any] = {"kind": "model", "way": way, "context": context}
         few, many = self.options.new_tokens
-        run = partial(self.generate, getattr(self.subject, which), context, **how)
+        run = partial(self.generate, self.model(which), context, **how)
         record["first_call_s"], ids = timed_by_host(partial(run, many), self.device)
-        if which == "latent":
-            record["gate"] = self.gate  # not before the first call, for which it would compile the kernels
+        if which != "dense":
+            # Not before the first call, for which it would compile the kernels.
+            if which not in self.gates:
+                self.gates[which] = benchmark_decode.check(self.subjects[which])
+            record["gate"] = self.gates[which]
         if way == "ours":
             eager = self.generate(
-                self.subject.latent,
+                self.model(which),
                 context,
                 many,
                 disable_compile=True,
@@ -224,7 +237,9 @@ class Models:
                 return_dict_in_generate=True,
             )
             found, expected = ids[0, context:], eager.sequences[0, context:]
-            record["equal_tokens"] = check_tokens(found, expected, eager.logits, torch.finfo(self.subject.dtype).eps)
+            record["equal_tokens"] = check_tokens(
+                found, expected, eager.logits, torch.finfo(self.subjects[which].dtype).eps
+            )
         first, steps = [], []
         for _ in range(self.options.model_rounds):
             one, short, long = (timed_by_host(partial(run, n), self.device)[0] for n in (1, few, many))

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -191,8 +192,8 @@ def check(device, **case) -> None:
     # A few units of float32 for results that the plain steps happen to get exactly.
     assert error.max() <= 2 * plain.max() + 1e-6
     assert error.mean() <= 2 * plain.mean() + 1e-7
-    # Plain logarithms, of which a query has only one, may be good by luck: they are held to the type's own precision, of
-    # two roundings of products in bfloat16, whose pairs a GPU turns.
+    # Plain logarithms, of which a query has only one, may be good by luck: they are held to the type's own precision,
+    # in bfloat16 to that of two roundings: a GPU turns pairs.
     unit = {FP32: 1e-6, FP16: torch.finfo(FP16).eps, BF16: 2 * torch.finfo(BF16).eps}[dtype]
     torch.testing.assert_close(log_sum.double(), exact_log_sum, rtol=unit, atol=unit)
 
@@ -332,7 +333,7 @@ def test_every_shape(device, name):
 @pytest.mark.parametrize("programs", [pytest.param(1, marks=pytest.mark.slow), 100])
 def test_shares_of_any_size(device, programs, monkeypatch):
     """One program for all blocks of a row, and one for every block."""
-    monkeypatch.setattr(kernels, "_wanted_programs", lambda device: programs)
+    monkeypatch.setattr(kernels, "_wanted_programs", lambda device, resident: programs)
     monkeypatch.setattr(kernels, "_TOKENS_OF_SHARE", 32)
     check(device, dtype=FP16, tokens=(110, 70), length=2)
 
@@ -340,6 +341,26 @@ def test_shares_of_any_size(device, programs, monkeypatch):
 def test_sums_of_several_launches(device, monkeypatch):
     monkeypatch.setattr(kernels, "_MAX_SUMS", 300)
     check(device, dtype=BF16, heads=(2, 2), value_ranks=(75, 20), tokens=(45,), key_ranks=(6,))
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+@pytest.mark.parametrize("ranks, bias", [((75, 20), True), ((7, 9, 3, 8), False)])
+def test_sums_are_expanded(device, dtype, ranks, bias):
+    """To what the module makes of the sums, but for one rounding of the type."""
+    arguments = step(dtype=dtype, heads=(8, 4), value_ranks=ranks, tokens=(75, 40), length=3)
+    expand = ALinear(ranks, 4 * 50, 4, bias).to(dtype).requires_grad_(False)
+    expand.weight.normal_()
+    if bias:
+        expand.bias.normal_()
+    of_head = partial(kernels.latent_attention, expand_values=copy.deepcopy(expand).to(device))
+    given = moved(arguments, device)
+    found, log_sum = to(attend(of_head, **given)[:2], torch.device("cpu"))
+    summed, expected_log_sum = to(attend(kernels.latent_attention, **given)[:2], torch.device("cpu"))
+    exact = copy.deepcopy(expand).double()(summed.to(dtype).double(), per_head=True)
+    assert found.dtype == dtype and found.shape == (2, 8, 3, 50)
+    # The sums of 75 products are float32, and rounded once.
+    torch.testing.assert_close(found.double(), exact, rtol=torch.finfo(dtype).eps, atol=75 * torch.finfo(FP32).eps)
+    assert torch.equal(log_sum, expected_log_sum)
 
 
 def test_a_query_that_sees_nothing_gets_zeros(device):
@@ -382,7 +403,7 @@ def test_launches_follow_from_shapes_and_copy_nothing(monkeypatch):
     launches = []
     for name in ("_attention_kernel", "_merge_kernel"):
         monkeypatch.setattr(kernels, name, Recorder(launches))
-    monkeypatch.setattr(kernels, "_wanted_programs", lambda device: 100)
+    monkeypatch.setattr(kernels, "_wanted_programs", lambda device, resident: 100)
     arguments = step(tokens=(300, 70))
     parts = arguments["cache"].keys.parts
     attend(kernels.latent_attention, **arguments)
@@ -439,8 +460,8 @@ def test_a_model_decodes_as_with_the_reference(tmp_path, name):
 #: Most instructions that the warps of a program may take for 64 packed tokens, a quarter of them, on sm_90: what the
 #: compiler of Triton 3.6 makes of the kernels, and 4 to 7% more than 3.7 does.
 INSTRUCTIONS = {
-    "llama3 rank 64 2-bit": 560,
-    "llama3 rank 64 4-bit": 583,
+    "llama3 rank 64 2-bit": 615,
+    "llama3 rank 64 4-bit": 665,
     "llama3 joint 512 2-bit token scale": 5600,
     "smollm2 eighth trellis": 22700,
     "smollm2 eighth uniform": 16200,
@@ -458,9 +479,13 @@ def assert_compiles(*options: str) -> None:
     assert {r["kernel"] for r in records} == {"attention_kernel", "merge_kernel"}
     assert not [r for r in records if r["local"] or r["shared"] > r["shared_limit"]]
     # Of six pieces a side the addresses do not all fit the registers: a few of them are spilled. Of SmolLM2's more are,
-    # before and behind the loop over the tiles.
+    # before and behind the loop over the tiles; as are a few where registers are bounded, so that three programs fit.
     for record in records:
         spilled = 64 if "tiers" in record["case"] else 400 if "smollm2" in record["case"] else 0
+        if record["registers"] == 168 or "fp32" in record["case"]:
+            spilled = 160
+        if record["registers"] == 168 and record["architecture"] == 90 and record["case"].endswith("-bit"):
+            spilled = 80
         assert record["stack"] <= spilled, record
     counted = [r for r in records if "instructions" in r]
     assert not [r for r in counted if r["instructions"] > INSTRUCTIONS.get(r["case"], 1e9)]

@@ -336,6 +336,29 @@ def test_replayed_steps_on_a_gpu(model, how):
 
 
 @pytest.mark.gpu
+def test_kernels_are_compiled_before_their_step(model):
+    """All that the step needs, and the cache is as it was."""
+    from modules.kernels.triton import attention  # the mode of Triton is settled by now
+
+    model = model.cuda()
+    ids = torch.randint(1, 97, (2, 91), device="cuda")
+    cache = model.create_kivi_cache(capacity=120)
+    compiled = [kernel.device_caches[0][0] for kernel in (attention._attention_kernel, attention._merge_kernel)]
+    with torch.no_grad():
+        model(ids[:, :90], past_key_values=cache)
+        for kernels in compiled:
+            kernels.clear()
+        model.compile_step(ids[:, 90:], cache)
+        counts = list(map(len, compiled))
+        logits = model(ids[:, 90:], past_key_values=cache).logits
+        again = model.create_kivi_cache(capacity=120)
+        model(ids[:, :90], past_key_values=again)
+        expected = model(ids[:, 90:], past_key_values=again).logits
+    assert min(counts) and list(map(len, compiled)) == counts
+    assert torch.equal(logits, expected)
+
+
+@pytest.mark.gpu
 def test_a_compiled_step_on_a_gpu(model):
     """One graph, also inside CUDA graphs, the tokens of eager steps."""
     model = model.cuda()

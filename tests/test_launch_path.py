@@ -90,3 +90,31 @@ def test_globals_are_compared_at_every_launch(tmp_path):
     result = run(str(tmp_path / "changed.py"))
     assert result.stdout == "[2]\n"
     assert "Global variable OFFSET has changed since we compiled this kernel, from constexpr[1]" in result.stderr
+
+
+TOGETHER = """
+import triton
+from functools import partial
+from modules.kernels.triton import attention
+from tests.aot_attention import llama3
+from tests.helpers import attend
+from tests.launch_path import CountingDriver
+
+driver = CountingDriver()
+driver.device = 90
+triton.runtime.driver.set_active(driver)
+compiled = [kernel.device_caches[90][0] for kernel in (attention._attention_kernel, attention._merge_kernel)]
+calls = [partial(attend, attention.latent_attention, **llama3(bits)) for bits in (2, 4)]
+with attention.compiled_together():
+    for call in calls:
+        call()
+assert list(map(len, compiled)) == [2, 1] and not driver.records
+for call in calls:
+    call()
+assert list(map(len, compiled)) == [2, 1] and [record["launches"] for record in driver.records] == [1, 2, 1]
+"""
+
+
+def test_kernels_are_compiled_together_before_they_are_launched():
+    result = run("-c", TOGETHER)
+    assert result.returncode == 0, result.stderr

@@ -101,10 +101,12 @@ class FixedLatentLayer(LatentLayer):
             raise
         self.pads, self.is_fed = pads, True
 
-    def attend_and_append(self, query: LatentQuery, new: NewTokens) -> torch.Tensor:
+    def attend_and_append(
+        self, query: LatentQuery, new: NewTokens, expand_values: Callable | None = None
+    ) -> torch.Tensor:
         self.check_states(new.keys, new.values, new.real)
         pads = self._pads_after(new.real)
-        summed = self.store.attend_and_append(query, new)
+        summed = self.store.attend_and_append(query, new, expand_values)
         self.pads = pads
         return summed
 

@@ -413,16 +413,18 @@ class FixedStore:
         records = {side: codec.records() for side, codec in self.plan.codecs.items()}
         return self._backend.fused_append(self.layout, records, self.tensors)
 
-    def attend_and_append(self, query: LatentQuery, new: NewTokens) -> torch.Tensor:
+    def attend_and_append(
+        self, query: LatentQuery, new: NewTokens, expand_values: Callable | None = None
+    ) -> torch.Tensor:
         """`KIVILatentLayer.attend_and_append`, which in a graph is one node."""
         if not torch.compiler.is_compiling():
-            summed = self._backend.attend(query, self.packed(new.tile())).summed
+            summed = self._backend.attend_values(query, self.packed(new.tile()), expand_values).summed
             self.append(new.keys.detach(), new.values.detach(), new.real)
             return summed
         rope, expand_keys, expansion = query.rope, query.expand_keys, (None, None, [], 0)
         if expand_keys is not None:
             expansion = (expand_keys.weight, expand_keys.bias, list(expand_keys.ranks), expand_keys.num_heads)
-        return _attend_in_graph(
+        summed = _attend_in_graph(
             list(self.tensors.values()),
             query.states,
             query.positions,
@@ -435,6 +437,7 @@ class FixedStore:
             query.sliding_window,
             self.plan_name,
         )
+        return summed if expand_values is None else expand_values(summed.to(query.states.dtype), per_head=True)
 
     def packed(self, *new: Tile) -> PackedCache:
         """As `KIVILatentLayer.packed`. Tokens beyond the counts are finite in the tiles, and anything in the blocks."""

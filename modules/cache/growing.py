@@ -183,9 +183,11 @@ class KIVILatentLayer(LatentLayer):
             self.exact.window["score"] = scores
         self.is_initialized = True
 
-    def attend_and_append(self, query: LatentQuery, new: NewTokens) -> torch.Tensor:
+    def attend_and_append(
+        self, query: LatentQuery, new: NewTokens, expand_values: Callable | None = None
+    ) -> torch.Tensor:
         self.check_states(new.keys, new.values)  # before a kernel takes them at their word
-        summed = self.backend.attend(query, self.packed(new.tile())).summed
+        summed = self.backend.attend_values(query, self.packed(new.tile()), expand_values).summed
         self._store({"keys": new.keys.detach(), "values": new.values.detach()}, new.real)
         return summed
 

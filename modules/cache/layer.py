@@ -142,15 +142,19 @@ class LayerStorage(ABC):
         """`append` to a layer that may have to be started first, with `widths`."""
 
     @abstractmethod
-    def attend_and_append(self, query: LatentQuery, new: NewTokens) -> torch.Tensor:
+    def attend_and_append(
+        self, query: LatentQuery, new: NewTokens, expand_values: Callable | None = None
+    ) -> torch.Tensor:
         """Attention of new tokens to all that is cached and to themselves, who are cached then.
 
         Args:
             query: Queries of the new tokens.
             new: The new tokens.
+            expand_values: An `ALinear` of the values.
 
         Returns:
-            `[B, H_q, L, max(value_widths)]` float32, the weighted sums of the values' latents.
+            `[B, H_q, L, d]`, the heads' outputs; without `expand_values` `[B, H_q, L, max(value_widths)]` float32, the
+            weighted sums of what is cached of the values.
 
         Raises:
             ValueError: As for `append`.

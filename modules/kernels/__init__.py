@@ -50,8 +50,10 @@ class Backend:
         folded: For `chunk_attention`; `None`: there is none for this processor.
         scale_tokens: As that of `modules/kernels/cpu/quantize.py`; `None`: PyTorch chooses the scales of tokens.
         fused_attention: As `latent_attention` without `weights_length`; `None`: there is none.
+        expands_values: Whether `fused_attention` also takes what expands values, and returns the heads' outputs.
         fused_append: `FusedAppend` of `modules/kernels/triton/append.py`, for caches of fixed capacity; `None`: there
             is none.
+        compiled_together: A context in which attention is not computed, but compiled, side by side; `None`: no need to.
     """
 
     name: str
@@ -59,9 +61,11 @@ class Backend:
     unpack_and_dequantize: Callable
     trellis_codes: Callable = trellis.encode
     fused_attention: Callable | None = None
+    expands_values: bool = False
     fused_append: Callable | None = None
     scale_tokens: Callable | None = None
     folded: Callable | None = None
+    compiled_together: Callable | None = None
 
     def __repr__(self) -> str:
         return self.name
@@ -72,6 +76,11 @@ class Backend:
 
     def attend(self, query: LatentQuery, cache: PackedCache, weights_length: int | None = None) -> Attended:
         """As `latent_attention`: by the fused kernel where there is one for what is asked, else by the reference."""
+        if not self._is_fused(query, cache, weights_length):
+            return latent_attention(query, cache, weights_length)
+        return _without_gradient(query, self.fused_attention(query, cache))
+
+    def _is_fused(self, query: LatentQuery, cache: PackedCache, weights_length: int | None) -> bool:
         states, expansion, sides = query.states, query.expand_keys, ()
         if cache.keys is not None:
             sides = (cache.keys, cache.values)
@@ -80,15 +89,7 @@ class Backend:
         if cache.hidden and self.name == "triton":
             fused = False
         # An offloaded weight is in memory only while its module is called, as the reference does.
-        if expansion is not None and expansion.weight.is_meta:
-            fused = False
-        if not fused:
-            return latent_attention(query, cache, weights_length)
-        attended = self.fused_attention(query, cache)
-        if states.requires_grad:
-            summed, log_sum = _WithoutGradient.apply(states, attended.summed, attended.log_sum)
-            attended = Attended(summed, log_sum)
-        return attended
+        return fused and not (expansion is not None and expansion.weight.is_meta)
 
     def attend_values(
         self,
@@ -106,11 +107,20 @@ class Backend:
         states = query.states
         if states.shape[2] > MAX_QUERY_LENGTH and weights_length is None and not states.requires_grad:
             return chunk_attention(query, cache, expand_values, self.folded)
+        fused = expand_values is not None and self.expands_values and not expand_values.weight.is_meta
+        if fused and self._is_fused(query, cache, weights_length):
+            return _without_gradient(query, self.fused_attention(query, cache, expand_values))
         attended = self.attend(query, cache, weights_length)
         if expand_values is None:
             return attended
         # The sum of latents is expanded, not the value of every token.
         return attended._replace(summed=expand_values(attended.summed.to(states.dtype), per_head=True))
+
+
+def _without_gradient(query: LatentQuery, attended: Attended) -> Attended:
+    if not query.states.requires_grad:
+        return attended
+    return Attended(*_WithoutGradient.apply(query.states, attended.summed, attended.log_sum))
 
 
 class _WithoutGradient(torch.autograd.Function):
@@ -134,6 +144,7 @@ def _triton(field: str, device: torch.device) -> Backend:
     import modules.kernels.triton.quantize as kernels
     from modules.kernels.triton import common
     from modules.kernels.triton.append import FusedAppend
+    from modules.kernels.triton.attention import compiled_together
     from modules.kernels.triton.attention import latent_attention as fused_attention
     from modules.kernels.triton.token_scales import scale_tokens
     from modules.kernels.triton.trellis import encode
@@ -144,9 +155,8 @@ def _triton(field: str, device: torch.device) -> Backend:
             "elsewhere only in its interpreter (TRITON_INTERPRET=1, set before the kernels are imported)"
         )
     functions = (kernels.quantize_and_pack, kernels.unpack_and_dequantize, encode)
-    return Backend(
-        "triton", *functions, fused_attention=fused_attention, fused_append=FusedAppend, scale_tokens=scale_tokens
-    )
+    fused = {"fused_attention": fused_attention, "expands_values": True, "fused_append": FusedAppend}
+    return Backend("triton", *functions, **fused, scale_tokens=scale_tokens, compiled_together=compiled_together)
 
 
 def _cpu(field: str, device: torch.device) -> Backend:

@@ -19,8 +19,12 @@ frequency, is a hundredth of what float32 makes of large angles.
 """
 
 import math
+import os
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from functools import lru_cache
 from itertools import chain, repeat, zip_longest
@@ -37,7 +41,16 @@ from modules import trellis
 from modules.kernels.attention import Attended
 from modules.kernels.packed import LatentQuery, PackedCache, PackedPart, PackedSide, Tile
 from modules.kernels.triton.common import INTERPRETED, as_bits, bits_of, power_of_two, stand_in, widen
-from modules.kernels.triton.latents import Spec, as_operand, known, latent_tile, parameters, read_ahead, rounded, stored_of_tokens
+from modules.kernels.triton.latents import (
+    Spec,
+    as_operand,
+    known,
+    latent_tile,
+    parameters,
+    read_ahead,
+    rounded,
+    stored_of_tokens,
+)
 from modules.quant_utils import grid, group_starts, packed_words
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
@@ -284,7 +297,17 @@ def _no_values(SPEC: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr)
 
 @triton.jit
 def _add_values(
-    sums, part, span, weights, decay, tile, ahead, stored, DTYPE: tl.constexpr, SPEC: tl.constexpr, BLOCK_T: tl.constexpr
+    sums,
+    part,
+    span,
+    weights,
+    decay,
+    tile,
+    ahead,
+    stored,
+    DTYPE: tl.constexpr,
+    SPEC: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):
     """The sums of a piece's values, scaled by `decay`, with those of a tile added."""
     CHUNKS: tl.constexpr = SPEC.chunks
@@ -394,7 +417,7 @@ def _attend(
 
     next_slot = _slot(slots, block + unseen * step, number > unseen, LISTED)
     sides = (keys, values, key_spans, value_spans)
-    next_ahead = _read_all(sides, (next_slot, next_slot), 0, True, KEYS, VALUES, BLOCK_T)
+    next_ahead = _read_all(sides, next_slot.to(tl.int64), 0, KEYS, VALUES, BLOCK_T)
     for i in range(unseen, number):
         j = block + i * step
         block_start, count = tl.load(starts + j), tl.load(counts + j)
@@ -402,11 +425,11 @@ def _attend(
         for t in range(tiles):
             first = t * BLOCK_T
             start = block_start + first
-            tile = (slot, first, count)
+            tile = (slot.to(tl.int64), first, count)
             # What is stored of the next tile, of the last one's nothing that is used, is on its way meanwhile.
             ahead, here = next_ahead, t + 1 < tiles
-            next_first = tl.where(here, first + BLOCK_T, 0)
-            next_ahead = _read_all(sides, (slot, next_slot), next_first, here, KEYS, VALUES, BLOCK_T)
+            at = tl.where(here, slot, next_slot).to(tl.int64)
+            next_ahead = _read_all(sides, at, tl.where(here, first + BLOCK_T, 0), KEYS, VALUES, BLOCK_T)
             zero = _nothing(t, LISTED, KEYS)
             keys_at, values_at = _moved(key_spans, zero, KEYS), _moved(value_spans, _nothing(t, LISTED, VALUES), VALUES)
             expand_at = (expand[0], expand[1], expand[2] + zero, expand[3], expand[4])
@@ -499,18 +522,18 @@ def _slot(slots, block, exists, LISTED: tl.constexpr):
     slot = block
     if LISTED:
         slot = tl.load(slots + block, exists, 0)
-    return slot.to(tl.int64)
+    return slot
 
 
 @triton.jit
-def _read_all(sides, slots, first, here, KEYS: tl.constexpr, VALUES: tl.constexpr, BLOCK_T: tl.constexpr):
+def _read_all(sides, slot, first, KEYS: tl.constexpr, VALUES: tl.constexpr, BLOCK_T: tl.constexpr):
     """`read_ahead` of all pieces of both sides."""
     keys, values, key_spans, value_spans = sides
     of_keys, of_values = (), ()
     for i in tl.static_range(len(KEYS)):
-        of_keys += (read_ahead(keys[i], key_spans[i], slots, first, here, known(KEYS[i]), BLOCK_T),)
+        of_keys += (read_ahead(keys[i], key_spans[i], slot, first, known(KEYS[i]), BLOCK_T),)
     for i in tl.static_range(len(VALUES)):
-        of_values += (read_ahead(values[i], value_spans[i], slots, first, here, known(VALUES[i]), BLOCK_T),)
+        of_values += (read_ahead(values[i], value_spans[i], slot, first, known(VALUES[i]), BLOCK_T),)
     return of_keys, of_values
 
 
@@ -675,27 +698,11 @@ def _choose(condition, chosen, other):
     return result
 
 
-@triton.jit(do_not_specialize=["shares", "rows", "length"])
-def _merge_kernel(
-    sums,
-    output,
-    log_sum,
-    spans,
-    shares,
-    rows,
-    length,
-    heads,
-    WIDTH: tl.constexpr,
-    SHARED_HEADS: tl.constexpr,  # query heads of a value head group
-    BLOCK_S: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """The sums of all shares of a row of queries on one scale, over their total, and the logarithm of the total."""
-    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    width = tl.load(spans + row // length % heads // SHARED_HEADS * 3 + 1)
-    stats = sums + shares.to(tl.int64) * rows * WIDTH
+@triton.jit
+def _merged(sums, stats, row, column, width, shares, rows, WIDTH: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Columns of the sums of all shares of a row of queries on one scale, their highest score and their total."""
     highest, total = tl.full((), float("-inf"), tl.float32), tl.zeros((), tl.float32)
-    summed = tl.zeros((BLOCK_N,), tl.float32)
+    summed = tl.zeros((column.shape[0],), tl.float32)
     # Shares are brought to one scale, a few at a time, as tiles are in `_attend`.
     for first in range(0, shares, BLOCK_S):
         share = first + tl.arange(0, BLOCK_S)
@@ -710,8 +717,52 @@ def _merge_kernel(
         tile = tl.load(sums + offs[:, None] * WIDTH + column[None, :], mask[:, None] & (column < width)[None, :], 0)
         summed = summed * decay + tl.sum(tile * factor[:, None], 0)
         highest = higher
-    total = tl.where(total == 0, 1.0, total)
-    tl.store(output + row * WIDTH + column, summed / total, column < WIDTH)
+    return summed, highest, tl.where(total == 0, 1.0, total)
+
+
+@triton.jit(do_not_specialize=["shares", "rows", "length"])
+def _merge_kernel(
+    sums,
+    output,
+    log_sum,
+    spans,
+    weight,
+    bias,
+    weight_stride,
+    size,  # rows of the weight for a head
+    shares,
+    rows,
+    length,
+    heads,
+    DTYPE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SHARED_HEADS: tl.constexpr,  # query heads of a value head group
+    SHARED: tl.constexpr,  # and of a value head, whose rows of the weight expand the sums; 0: they are not expanded
+    BLOCK_S: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The sums of all shares of a row over their total, or what they expand to, and the total's logarithm."""
+    row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    head = row // length % heads
+    width = tl.load(spans + head // SHARED_HEADS * 3 + 1)
+    stats = sums + shares.to(tl.int64) * rows * WIDTH
+    if SHARED == 0:
+        summed, highest, total = _merged(sums, stats, row, at, width, shares, rows, WIDTH, BLOCK_S)
+        tl.store(output + row * WIDTH + at, summed / total, at < WIDTH)
+    else:
+        # Rows of the weight `[BLOCK_N]` times the sums, whose columns are merged a few at a time.
+        which, exists = head // SHARED * size + at, at < size
+        expanded = tl.zeros((BLOCK_N,), tl.float32)
+        highest, total = tl.full((), float("-inf"), tl.float32), tl.full((), 1.0, tl.float32)
+        for first in range(0, width, BLOCK_N):
+            column = first + tl.arange(0, BLOCK_N)
+            summed, highest, total = _merged(sums, stats, row, column, width, shares, rows, WIDTH, BLOCK_S)
+            mask = exists[:, None] & (column < width)[None, :]
+            rows_of_it = widen(tl.load(weight + which[:, None] * weight_stride + column[None, :], mask, 0))
+            expanded += tl.sum(rows_of_it * widen(as_operand(summed / total, DTYPE))[None, :], 1)
+        if bias is not None:
+            expanded += widen(tl.load(bias + which, exists, 0))
+        tl.store(output + row * size + at, expanded, exists)
     # Scores are exponents of two; log(2) makes a natural logarithm of theirs.
     tl.store(log_sum + row, (highest + tl.log2(total)) * 0.6931471805599453, tl.program_id(1) == 0)
 
@@ -724,15 +775,15 @@ _DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16:
 _MAX_ROWS, _MAX_SUMS = 8, 8192
 
 #: Tokens that are worth a program.
-_TOKENS_OF_SHARE = 256
+_TOKENS_OF_SHARE = 128
 
 
 @lru_cache
-def _wanted_programs(device: torch.device) -> int:
-    """Programs that fill a device."""
+def _wanted_programs(device: torch.device, resident: int) -> int:
+    """Programs that fill a device, of which each multiprocessor takes so many."""
     if device.type != "cuda":
         return 4
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    return resident * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 class _Span(NamedTuple):
@@ -1070,6 +1121,10 @@ class _LaunchRecord:
             by_token = spec.worded and not (spec.per_channel or spec.by_channel or spec.token_scaled)
             value_specs[i] = replace(spec, weighted=by_token)
         key_specs, value_specs = _read_ahead(key_specs), _read_ahead(value_specs)
+        # With fewer frequencies at a time a third program fits a multiprocessor, whose warps wait less.
+        registers, resident = None, 2
+        if all(spec.ahead for spec in (*key_specs, *value_specs)) and not long:
+            block_f, registers, resident = 32, 168, 3
         # Tokens in full precision are a piece with one span per head group.
         key_spans, exact_keys = _exact_layout(shape.key_widths, device)
         value_spans, exact_values = _exact_layout(shape.value_widths, device)
@@ -1090,7 +1145,8 @@ class _LaunchRecord:
 
         #: Grid without the shares, and programs that fit the device for each of them.
         self.grid = (batch * key_heads, -(-shared * length // block_m))
-        self.fitting = max(_wanted_programs(device) // (self.grid[0] * self.grid[1]), 1)
+        wanted = _wanted_programs(device, resident)
+        self.fitting = max(wanted // (self.grid[0] * self.grid[1]), 1)
         self.block_length, self.rows, self.packed = shape.block_length, rows, bool(key_pieces)
         common = {
             "keys": tuple(key_pieces),
@@ -1115,7 +1171,8 @@ class _LaunchRecord:
             "BLOCK_T": block_t,
             "EXACT_T": exact_t,
             "num_warps": num_warps,
-            "num_stages": 1,  # what reading ahead would gain, it loses in registers
+            "num_stages": 1,  # the compiler's own reading ahead takes more registers than ours
+            "maxnreg": registers,
         }
         #: Keyword arguments of each launch.
         self.launches = []
@@ -1127,19 +1184,31 @@ class _LaunchRecord:
                 "EXACT_VALUES": tuple(exact.values()),
             }
             self.launches.append(common | own)
-        # A program merges 64 sums of a query head's row.
-        self.merge_grid = (rows, -(-self.width // 64))
+        # A program merges 64 sums of a query head's row, or expands them to 64 of its outputs.
+        self.heads = heads
         self.merge = {
             "spans": value_spans,
             "rows": rows,
             "length": length,
             "heads": heads,
+            "DTYPE": _DTYPES[shape.dtype],
             "WIDTH": self.width,
             "SHARED_HEADS": heads // len(shape.value_widths),
-            "BLOCK_S": 16,
+            "BLOCK_S": 64,
             "BLOCK_N": 64,
             "num_warps": 4,
         }
+
+    def merge_with(self, expand_values: Callable | None, states: torch.Tensor) -> tuple[tuple[int, int], dict]:
+        """Grid of the merge, and its arguments but for the sums, with a tensor for the outputs."""
+        channels, dtype, expansion = self.width, torch.float32, {"weight": _bits(states), "bias": None, "SHARED": 0}
+        if expand_values is not None:
+            weight, shared = expand_values.weight, self.heads // expand_values.num_heads
+            channels, dtype = len(weight) // expand_values.num_heads, torch.float32 if INTERPRETED else states.dtype
+            expansion = {"weight": _bits(weight), "bias": _bits(expand_values.bias), "SHARED": shared}
+        output = torch.empty((*states.shape[:3], channels), dtype=dtype, device=states.device)
+        sizes = {"output": output, "size": channels, "weight_stride": expansion["weight"].stride(0)}
+        return (self.rows, -(-channels // 64)), self.merge | expansion | sizes
 
     def shares(self, blocks: int, exact: int) -> tuple[int, int]:
         """Shares into which the packed blocks are dealt, and programs: one wave, if there are enough blocks."""
@@ -1166,8 +1235,35 @@ def _record(cache: PackedCache, shape: _Shape) -> _LaunchRecord:
     return records[shape]
 
 
-def latent_attention(query: LatentQuery, cache: PackedCache) -> Attended:
+#: Whether launches only compile: `compiled_together`.
+_compiles_only: ContextVar[bool] = ContextVar("compiles_only", default=False)
+
+
+@contextmanager
+def compiled_together() -> Iterator[None]:
+    """Within, nothing is launched: the kernels of `latent_attention` are compiled side by side, by the end at last.
+
+    What is returned meanwhile is not computed.
+    """
+    token = _compiles_only.set(True)
+    try:
+        with ThreadPoolExecutor(os.cpu_count()) as threads, triton.AsyncCompileMode(threads):
+            yield
+    finally:
+        _compiles_only.reset(token)
+
+
+def _launch(kernel, grid: tuple[int, ...], arguments: dict) -> None:
+    if not _compiles_only.get():
+        kernel[grid](**arguments)
+    elif not INTERPRETED:
+        kernel.warmup(grid=grid, **arguments)
+
+
+def latent_attention(query: LatentQuery, cache: PackedCache, expand_values: Callable | None = None) -> Attended:
     """As `latent_attention` in `modules/kernels/attention.py`, all in float32, without weights.
+
+    With `expand_values`, an `ALinear`, the sums are expanded to the outputs of the heads, in the queries' type.
 
     Matrix products are in the type of the query, sums in float32. The device is not waited for: how the work is cut
     follows from the shapes alone.
@@ -1209,7 +1305,6 @@ def latent_attention(query: LatentQuery, cache: PackedCache) -> Attended:
     # Every tile in full precision has a share of its own, behind those of the packed blocks.
     shares, programs = record.shares(blocks, len(exact))
     total = shares + len(exact)
-    output = torch.empty((*states.shape[:3], record.width), dtype=torch.float32, device=states.device)
     log_sum = torch.empty(states.shape[:3], dtype=torch.float32, device=states.device)
     # Sums and, behind those of all shares, the highest score and the total of each.
     sums = torch.empty(total * record.rows * (record.width + 2), dtype=torch.float32, device=states.device)
@@ -1237,6 +1332,8 @@ def latent_attention(query: LatentQuery, cache: PackedCache) -> Attended:
     with torch.cuda.device_of(states):
         if programs:
             for launch in record.launches:
-                _attention_kernel[(record.grid[0], programs, record.grid[1])](**step, **launch)
-        _merge_kernel[record.merge_grid](sums=sums, output=output, log_sum=log_sum, shares=total, **record.merge)
-    return Attended(output, log_sum)
+                _launch(_attention_kernel, (record.grid[0], programs, record.grid[1]), step | launch)
+        grid, merge = record.merge_with(expand_values, states)
+        _launch(_merge_kernel, grid, merge | {"sums": sums, "log_sum": log_sum, "shares": total})
+    output = merge["output"]
+    return Attended(output if expand_values is None else output.to(query.states.dtype), log_sum)

@@ -355,7 +355,7 @@ def stored_of_tokens(part, span, chunk, tile, SPEC: tl.constexpr, BLOCK_T: tl.co
 
 @triton.jit
 def _channels(span, chunk, SPEC: tl.constexpr):
-    """First channel of a chunk as stored; which of its even channels there are, of the odd ones, and of all in order."""
+    """First channel of a chunk as stored; which of its even channels there are, of the odd ones, of all in order."""
     start, width, _, _ = span
     first = chunk * SPEC.block
     even, both = first + 2 * tl.arange(0, SPEC.block // 2), first + tl.arange(0, SPEC.block)
@@ -381,22 +381,17 @@ def _stored_of_pairs(part, at, first, column, exists, SPEC: tl.constexpr):
 
 
 @triton.jit
-def read_ahead(part, span, slots, first, here, SPEC: tl.constexpr, BLOCK_T: tl.constexpr):
-    """What is stored of a tile of one chunk: its words, and the parameters of channels.
-
-    `slots`: of the block if it is `here`, and of the next one.
-    """
+def read_ahead(part, span, slot, first, SPEC: tl.constexpr, BLOCK_T: tl.constexpr):
+    """What is stored of a tile of one chunk, of the block in a slot: its words, and the parameters of channels."""
     if not SPEC.ahead:
         return 0
     else:
         column, exists = _channels(span, 0, SPEC)
         stored = 0
-        # Products of slots are those of a whole block.
         if SPEC.per_channel:
-            at = tl.where(here, slots[0] * part[7], slots[1] * part[7])
+            at = slot * part[7]
             stored = _stored_of_pairs(part, at, first, column, exists, SPEC)
-        at = tl.where(here, slots[0] * part[5], slots[1] * part[5])
-        return _words(part, at, first, exists, column, 0, SPEC, BLOCK_T), stored
+        return _words(part, slot * part[5], first, exists, column, 0, SPEC, BLOCK_T), stored
 
 
 @triton.jit
@@ -437,11 +432,9 @@ def _whole_words(part, span, chunk, tile, ahead, DTYPE: tl.constexpr, SPEC: tl.c
         fields += (tl.full((), 0x43004300 if MANTISSA else 0, tl.int32),)
     # Those of a trellis are offsets into a table of four bytes each.
     AT: tl.constexpr = 2 if SPEC.trellis else (1 if DOUBLED else 0)
-    if SPEC.ahead:
-        planes = ahead[0]
-    else:
-        planes = _words(part, slot * part[5], first, both, column, 0, SPEC, BLOCK_T)
-    fields = _add_codes(fields, planes, first, SPEC, BLOCK_T, AT)
+    if not SPEC.ahead:
+        ahead = (_words(part, slot * part[5], first, both, column, 0, SPEC, BLOCK_T), 0)
+    fields = _add_codes(fields, ahead[0], first, SPEC, BLOCK_T, AT)
     if SPEC.trellis:
         # `groups` are the points twice, then the place of each channel in its chain (`modules/trellis.py`).
         place = _read(groups + 256 + columns, exists)
@@ -473,12 +466,8 @@ def _whole_words(part, span, chunk, tile, ahead, DTYPE: tl.constexpr, SPEC: tl.c
         offs = token[:, None] * scale_stride
         even = offs + tl.load(groups + columns, exists, 0)[None, :]
         odd = offs + tl.load(groups + columns + 1, odd_exists, 0)[None, :]
-        low_step, low_middle = parameters(
-            _stored_parameters(part, slot, even, exists[None, :], SPEC), DTYPE, SPEC
-        )
-        high_step, high_middle = parameters(
-            _stored_parameters(part, slot, odd, odd_exists[None, :], SPEC), DTYPE, SPEC
-        )
+        low_step, low_middle = parameters(_stored_parameters(part, slot, even, exists[None, :], SPEC), DTYPE, SPEC)
+        high_step, high_middle = parameters(_stored_parameters(part, slot, odd, odd_exists[None, :], SPEC), DTYPE, SPEC)
     else:
         low_step, low_middle = parameters(stored_of_tokens(part, span, chunk, tile, SPEC, BLOCK_T), DTYPE, SPEC)
         low_step, low_middle = low_step[:, None], low_middle[:, None]
