@@ -38,6 +38,12 @@ LONG_TEXTS := speech:test stdlib:test manual cyrillic
 # Budgets at which each projection by itself, without blocks, is measured too.
 PLAIN_BUDGETS := 0.25 0.125 0.0625
 
+define LONG
+	$(RUN) scripts/eval_perplexity.py --model build/real/$(1) --dense build/real/dense --bits config --text $(LONG_TEXTS) \
+		--windows 3 --batch_size 1 --length $(2) --prefill $(shell expr $(2) - 128) --output build/real_long_$(1)_$(2).json
+
+endef
+
 # The language model's frontier beside the peers on the same tokens, and RULER's needles (some five hours on one core;
 # goes on where it stopped).
 real-results: .venv/wheels
@@ -51,10 +57,7 @@ real-results: .venv/wheels
 		--parts transformers KIVI Palu before checkpoints --output build/real_frontier.json
 	$(RUN) scripts/eval_perplexity.py --model build/real/0.25 --dense build/real/dense --bits config --dtype float32 \
 		--text $(REAL_TEXTS) --windows 3 --batch_size 3 --length 1920 --prefill 1792 --output build/real_float32.json
-	for budget in 0.125 0.0625; do for length in 2048 4096 8192; do \
-		$(RUN) scripts/eval_perplexity.py --model build/real/$$budget --dense build/real/dense --bits config --text $(LONG_TEXTS) \
-		--windows 3 --batch_size 1 --length $$length --prefill $$((length - 128)) \
-		--output build/real_long_$${budget}_$$length.json || exit 1; done; done
+	$(foreach budget,0.125 0.0625,$(foreach length,2048 4096 8192,$(call LONG,$(budget),$(length))))
 	$(RUN) scripts/eval_retrieval.py --task ruler --dense build/real/dense --checkpoints $(REAL_BUDGETS:%=build/real/%) \
 		--chat --lengths 1024 2048 --trials 8 --questions 2 --new_tokens 16 --output build/real_ruler.json
 	$(RUN) scripts/eval_retrieval.py --task ruler --dense build/real/dense --checkpoints build/real/0.125 \

@@ -354,20 +354,19 @@ def blocks(record: dict) -> str:
 
 def real_long(*records: dict) -> str:
     """KL divergence of the last tokens of windows of several lengths, by checkpoint and text."""
-    texts = list(records[0]["results"]["config"]["domains"])
+    first = records[0]
+    texts = list(first["results"]["config"]["domains"])
     lines = []
     for record in records:
         result, length = record["results"]["config"], record["config"]["length"]
         by_text = [f"{result['domains'][text]['kl_mean']:.4f}" for text in texts]
-        spread = sorted(result["kl_by_window"])
-        lines.append(
-            f"| {1 / result['ratio']['4096']:.2%} | {length:,} | {result['kl_mean']:.4f} | {statistics.median(spread):.4f} | "
-            f"{spread[-1]:.4f} | {' | '.join(by_text)} |"
-        )
-    c = records[0]["config"]
+        windows, smaller = result["kl_by_window"], result["ratio"]["4096"]
+        cells = [f"{1 / smaller:.2%}", f"{length:,}", f"{result['kl_mean']:.4f}", f"{statistics.median(windows):.4f}"]
+        lines.append(f"| {' | '.join([*cells, f'{max(windows):.4f}', *by_text])} |")
     header = ["bytes", "tokens before", "mean KL", "median window", "worst window", *(f"`{text}`" for text in texts)]
     table = "\n".join([f"| {' | '.join(header)} |", f"|{'---|' * len(header)}", *lines])
-    return f"{table}\n\nThe last {records[0]['scored_tokens_per_window']} tokens of {c['windows']} windows of each text, one token at a time."
+    tokens, windows = first["scored_tokens_per_window"], first["config"]["windows"]
+    return f"{table}\n\nThe last {tokens} tokens of {windows} windows of each text, one token at a time."
 
 
 def gpu(record: dict) -> str:

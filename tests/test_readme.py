@@ -60,7 +60,7 @@ def test_the_translation_says_the_same():
     english, chinese = ((ROOT / name).read_text() for name in ("README.md", "README.zh-CN.md"))
     assert figures(english) == figures(chinese)
     tables = [re.findall(r"<!-- table: (\w+) -->", text) for text in (english, chinese)]
-    assert tables[0] == tables[1] == ["real_summary", "real_figure", "published"]
+    assert tables[0] == tables[1] == ["real_summary", "gpu_summary", "real_figure", "published"]
     code = [[re.sub(r"  # .*", "", block) for block in CODE.findall(text)] for text in (english, chinese)]
     python = [[block for block in blocks if block.startswith("```python")] for blocks in code]
     assert python[0] == python[1] != []
