@@ -363,7 +363,7 @@ def real_long(*records: dict) -> str:
         windows, smaller = result["kl_by_window"], result["ratio"]["4096"]
         cells = [f"{1 / smaller:.2%}", f"{length:,}", f"{result['kl_mean']:.4f}", f"{statistics.median(windows):.4f}"]
         lines.append(f"| {' | '.join([*cells, f'{max(windows):.4f}', *by_text])} |")
-    header = ["bytes", "tokens before", "mean KL", "median window", "worst window", *(f"`{text}`" for text in texts)]
+    header = ["bytes", "tokens", "mean KL", "median window", "worst window", *(f"`{text}`" for text in texts)]
     table = "\n".join([f"| {' | '.join(header)} |", f"|{'---|' * len(header)}", *lines])
     tokens, windows = first["scored_tokens_per_window"], first["config"]["windows"]
     return f"{table}\n\nThe last {tokens} tokens of {windows} windows of each text, one token at a time."
@@ -627,7 +627,7 @@ def with_tables(text: str) -> str:
             commands = " and ".join(sorted({f"`make {MADE_BY[source][1]}`" for source in missing}))
             return f"<!-- table: {name} -->\n*Not measured yet: {commands} measures it.*\n<!-- end -->"
         records = [json.loads((RESULTS / f"{source}.json").read_text()) for source in sources]
-        parts = [renderer(*records), "\n".join(map(made_by, sources, records))]
+        parts = [renderer(*records), "\n".join(dict.fromkeys(map(made_by, sources, records)))]
         return f"<!-- table: {name} -->\n" + "\n\n".join(filter(None, parts)) + "\n<!-- end -->"
 
     return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", render, text, flags=re.DOTALL)
