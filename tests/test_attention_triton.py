@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from configuration_alrd_llama import QuantScheme
+from modules.kernels import get_backend
 from modules.kernels.attention import latent_attention as reference
 from modules.kernels.packed import PackedCache, PackedPart, Rope, Tile
 from modules.kivi_cache import CacheScheme, KIVILatentLayer
@@ -366,6 +367,17 @@ def test_sums_are_expanded(device, dtype, ranks, bias):
     unit = torch.finfo(dtype).eps / 2
     assert ((found.double() - exact).abs() <= unit * (bound + exact.abs()) * 1.01 + 75 * 6e-8 * bound).all()
     torch.testing.assert_close(log_sum, expected_log_sum, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.interpreter
+def test_a_weight_that_gets_a_gradient_is_not_fused():
+    arguments = step(tokens=(45,), value_ranks=(6, 6))
+    expand = ALinear((6, 6), 2 * arguments["query"].shape[-1], 2, bias=False).to(arguments["query"].dtype)
+    backend = get_backend("triton", torch.device("cpu"))
+    attend(backend.attend_values, expand, **arguments).summed.float().sum().backward()
+    assert expand.weight.grad.abs().sum() > 0
+    with torch.no_grad():
+        assert backend._expands(expand)
 
 
 def test_a_query_that_sees_nothing_gets_zeros(device):

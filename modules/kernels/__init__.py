@@ -80,6 +80,13 @@ class Backend:
             return latent_attention(query, cache, weights_length)
         return _without_gradient(query, self.fused_attention(query, cache))
 
+    def _expands(self, expand_values: Callable | None) -> bool:
+        """Whether the fused kernel may expand the sums: not with a weight that is offloaded, or gets a gradient."""
+        if expand_values is None or not self.expands_values:
+            return False
+        weight = expand_values.weight
+        return not weight.is_meta and not (weight.requires_grad and torch.is_grad_enabled())
+
     def _is_fused(self, query: LatentQuery, cache: PackedCache, weights_length: int | None) -> bool:
         states, expansion, sides = query.states, query.expand_keys, ()
         if cache.keys is not None:
@@ -107,8 +114,7 @@ class Backend:
         states = query.states
         if states.shape[2] > MAX_QUERY_LENGTH and weights_length is None and not states.requires_grad:
             return chunk_attention(query, cache, expand_values, self.folded)
-        fused = expand_values is not None and self.expands_values and not expand_values.weight.is_meta
-        if fused and self._is_fused(query, cache, weights_length):
+        if self._expands(expand_values) and self._is_fused(query, cache, weights_length):
             return _without_gradient(query, self.fused_attention(query, cache, expand_values))
         attended = self.attend(query, cache, weights_length)
         if expand_values is None:

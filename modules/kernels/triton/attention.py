@@ -159,19 +159,19 @@ def _moved(spans, by, SPECS: tl.constexpr):
 
 
 @triton.jit
-def _expander(weight, stride, span, chunk, rows, known, DTYPE: tl.constexpr, SPEC: tl.constexpr):
-    """The weight of channels of a chunk for `rows`, zero where those are not `known`: `[SPEC.block, len(rows)]`."""
+def _expander(weight, stride, span, chunk, rows, exist, DTYPE: tl.constexpr, SPEC: tl.constexpr):
+    """The weight of channels of a chunk for `rows`, zero where those do not `exist`: `[SPEC.block, len(rows)]`."""
     _, width, column, _ = span
     channel = chunk * SPEC.block + tl.arange(0, SPEC.block)
     if SPEC.identity:
-        mask = (channel < width)[:, None] & known[None, :]
+        mask = (channel < width)[:, None] & exist[None, :]
         return as_operand(tl.where(mask & ((column + channel)[:, None] == rows[None, :]), 1.0, 0.0), DTYPE)
     elif SPEC.aligned:
         # Columns that no piece has are zeros.
         offs = rows.to(tl.int64)[None, :] * stride + (SPEC.column + channel)[:, None]
         return as_operand(tl.load(weight + offs), DTYPE)
     else:
-        mask = (channel < width)[:, None] & known[None, :]
+        mask = (channel < width)[:, None] & exist[None, :]
         offs = rows.to(tl.int64)[None, :] * stride + (column + channel)[:, None]
         return as_operand(tl.load(weight + offs, mask, 0), DTYPE)
 
