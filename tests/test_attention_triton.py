@@ -193,9 +193,10 @@ def check(device, **case) -> None:
     # A few units of float32 for results that the plain steps happen to get exactly.
     assert error.max() <= 2 * plain.max() + 1e-6
     assert error.mean() <= 2 * plain.mean() + 1e-7
-    # Plain logarithms, of which a query has only one, may be good by luck: they are held to the type's own precision,
-    # in bfloat16 to that of two roundings: a GPU turns pairs.
-    unit = {FP32: 1e-6, FP16: torch.finfo(FP16).eps, BF16: 2 * torch.finfo(BF16).eps}[dtype]
+    # Plain logarithms, of which a query has only one, may be good by luck: they are held to the type's own precision.
+    unit = torch.finfo(dtype).eps if dtype != FP32 else 1e-6
+    if device.type == "cuda" and dtype == BF16:
+        unit *= 2  # an H200 was 1.4 units off: of one key, whose two halves are turned as pairs
     torch.testing.assert_close(log_sum.double(), exact_log_sum, rtol=unit, atol=unit)
 
 
@@ -347,7 +348,7 @@ def test_sums_of_several_launches(device, monkeypatch):
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
 @pytest.mark.parametrize("ranks, bias", [((75, 20), True), ((7, 9, 3, 8), False)])
 def test_sums_are_expanded(device, dtype, ranks, bias):
-    """To what the module makes of the sums, but for roundings: of each sum, and of the output, to the type."""
+    """To what the module makes of the sums, but for one rounding of the type."""
     arguments = step(dtype=dtype, heads=(8, 4), value_ranks=ranks, tokens=(75, 40), length=3)
     expand = ALinear(ranks, 4 * 50, 4, bias).to(dtype).requires_grad_(False)
     expand.weight.normal_()
@@ -357,16 +358,11 @@ def test_sums_are_expanded(device, dtype, ranks, bias):
     given = moved(arguments, device)
     found, log_sum = to(attend(of_head, **given)[:2], torch.device("cpu"))
     summed, expected_log_sum = to(attend(kernels.latent_attention, **given)[:2], torch.device("cpu"))
-    exact_module, magnitude = copy.deepcopy(expand).double(), copy.deepcopy(expand).double()
-    exact = exact_module(summed.double(), per_head=True)
-    magnitude.weight.abs_()
-    magnitude.bias = None
-    bound = magnitude(summed.double().abs(), per_head=True)
+    exact = copy.deepcopy(expand).double()(summed.to(dtype).double(), per_head=True)
     assert found.dtype == dtype and found.shape == (2, 8, 3, 50)
-    # The sums of up to 75 products are float32.
-    unit = torch.finfo(dtype).eps / 2
-    assert ((found.double() - exact).abs() <= unit * (bound + exact.abs()) * 1.01 + 75 * 6e-8 * bound).all()
-    torch.testing.assert_close(log_sum, expected_log_sum, rtol=1e-6, atol=1e-6)
+    # The sums of 75 products are float32, and rounded once.
+    torch.testing.assert_close(found.double(), exact, rtol=torch.finfo(dtype).eps, atol=75 * torch.finfo(FP32).eps)
+    assert torch.equal(log_sum, expected_log_sum)
 
 
 @pytest.mark.interpreter
@@ -499,8 +495,10 @@ def assert_compiles(*options: str) -> None:
     # before and behind the loop over the tiles; as are a few where registers are bounded, so that three programs fit.
     for record in records:
         spilled = 64 if "tiers" in record["case"] else 400 if "smollm2" in record["case"] else 0
-        if record["registers"] == 168 or "fp32" in record["case"]:
+        if record["registers"] == 168:
             spilled = 160
+        if "fp32" in record["case"] and record["architecture"] in (89, 100):
+            spilled = 112
         if record["registers"] == 168 and record["architecture"] == 90 and record["case"].endswith("-bit"):
             spilled = 80
         assert record["stack"] <= spilled, record
