@@ -126,8 +126,8 @@ class ALRDLlamaAttention(nn.Module):
         layer = past_key_values.layer(self.layer_idx, self.widths, self.sliding_window)
         step = latent_step.on(query.device)
 
-        # The common step of few tokens: the cache attends and appends at one go. The sum of latents is expanded to values,
-        # not every token.
+        # The common step of few tokens: the cache attends and appends at one go. The sum of latents is expanded, not
+        # the value of every token.
         scores_attention = layer.score == "attention"
         few = query.shape[2] <= MAX_QUERY_LENGTH
         if step.has_past and few and step.slots is None and not scores_attention:
