@@ -73,6 +73,7 @@ BLOCK_VARIANTS: dict[str, dict] = {
     "codes: uniform": {"code": "uniform"},
     "text: code alone": {"text": ["stdlib:calibration"]},
     "text: half as many windows": {"windows": 16},
+    "text: twice as many windows": {"windows": 64},
     "sinks: none": {"sink_length": 0},
     "window: none": {"residual_length": 0},
     f"window: {WINDOW} tokens": {"residual_length": WINDOW},

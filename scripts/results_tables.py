@@ -42,7 +42,7 @@ from scripts.frontier import surface_table
 from scripts.measure_distortion import distortion_table
 from scripts.project_calibration import projection_table
 from scripts.published import PUBLISHED
-from scripts.rate_distortion import rate_table
+from scripts.rate_distortion import estimates_table, rate_table
 from scripts.timing import bounds_note, milliseconds
 
 RESULTS = ROOT / "scripts" / "results"
@@ -306,6 +306,13 @@ def rate_distortion(record: dict) -> str:
     return (
         f"{rate_table(record)}\n\nThe energies are those of {c['windows']} windows of {c['length']:,} tokens of the "
         f"default calibration text; {_machine(record['environment'])}."
+    )
+
+
+def estimates(record: dict) -> str:
+    return (
+        f"{estimates_table(record)}\n\nPredicted to second order, over the blocks of the budget command, on every "
+        f"fourth of {record['config']['windows']} windows; {_machine(record['environment'])}."
     )
 
 
@@ -589,6 +596,7 @@ RENDERERS = {
     "real_decode": (["real_decode"], real_decode),
     "chunk": (["benchmark_chunk"], chunk),
     "rate_distortion": (["rate_distortion"], rate_distortion),
+    "estimates": (["rate_distortion"], estimates),
     "published": ([], published),
     "ablation": (["ablation"], ablation),
     "real_ablation": (["real_ablation"], ablation),

@@ -7,7 +7,17 @@ import string
 import pytest
 import torch
 
-from scripts.rate_distortion import SHAPES, RateConfig, main, rate, rate_table
+from scripts.rate_distortion import (
+    BITS,
+    SHAPES,
+    RateConfig,
+    divergences,
+    estimates,
+    estimates_table,
+    main,
+    rate,
+    rate_table,
+)
 from tests.helpers import save_byte_tokenizer, tiny_dense
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -35,3 +45,29 @@ def test_what_sharing_is_worth(tmp_path):
     assert 0 < bits["3 layers, k + v"] < bits["2 layers, k + v"] < bits["k + v"] < bits["separate"]
     assert bits["separate"] < bits["per head: separate"]
     assert f"{bits['k + v']:.2f}" in rate_table(record)
+    # What is estimated from less text costs more on other text; a table says by how much.
+    found = record["estimates"]
+    (first, shares), *_ = found.items()
+    assert shares == [1.0] * len(BITS)
+    assert min(found["half of the windows"]) > 1
+    assert f"| {first} | +0.0% |" in estimates_table(record)
+
+
+def test_the_divergence_of_directions():
+    """Directions of the text itself cost least, and what they cost is what reverse water-filling says."""
+    generator = torch.Generator().manual_seed(0)
+    states, gradients = (torch.randn(2, 400, 12, dtype=torch.float64, generator=generator) for _ in range(2))
+    states[..., 6:] = states[..., :6] + 0.1 * states[..., 6:]
+    states *= torch.linspace(0.2, 2, 12, dtype=torch.float64)
+    by_name = estimates(states, gradients, torch.eye(12, dtype=torch.float64), 6, 3)
+    covariance, metric = next(iter(by_name.values()))
+    assert torch.equal(metric[:6, 6:], torch.zeros(6, 6, dtype=torch.float64))
+    best = divergences(covariance, metric, covariance, metric)
+    # All of it: the energies are those of the metric's root, and the bits are the rate of that distortion.
+    values, vectors = torch.linalg.eigh(metric)
+    root = (vectors * values.sqrt()) @ vectors.T
+    energy = torch.linalg.eigvalsh(root @ covariance @ root)
+    for bits, nats in zip(BITS, best, strict=True):
+        assert rate(energy, nats / energy.sum().item())[0] / 12 == pytest.approx(bits, rel=1e-6)
+    for name, other in by_name.items():
+        assert min(divergences(*other, covariance, metric)) >= min(best) * (1 - 1e-9), name
