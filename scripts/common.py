@@ -13,7 +13,14 @@ from typing import Any, TypeVar
 import torch
 import transformers
 from accelerate import PartialState
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 import modeling_alrd_llama  # noqa: F401  (makes the auto classes know the model)
 from configuration_alrd_llama import ALRDLlamaConfig, parse_json
@@ -26,6 +33,12 @@ ROOT = Path(__file__).resolve().parent.parent
 BUNDLED_MODEL = os.path.relpath(ROOT / "models" / "tiny-python-llama")
 
 DTYPES = ("float32", "bfloat16", "float16")
+
+#: What the option says in the evaluations of long texts.
+ROPE_HELP = (
+    "RoPE of every model in place of its own, as JSON, to go beyond the length they were trained for: "
+    '{"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 2048}.'
+)
 
 Config = TypeVar("Config")
 
@@ -132,6 +145,14 @@ def load_model(
     ALRDLlamaConfig.get_config_dict(path)  # refuses other architectures by name
     model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, device_map=device_map)
     return model.eval(), AutoTokenizer.from_pretrained(path)
+
+
+def stretched(config: PreTrainedConfig, rope_parameters: str | None) -> PreTrainedConfig:
+    """A configuration with other RoPE, JSON, and by its `factor` more positions; `None` leaves it as it is."""
+    if rope_parameters is not None:
+        config.rope_parameters = parse_json("rope_parameters", rope_parameters)
+        config.max_position_embeddings = int(config.max_position_embeddings * config.rope_parameters.get("factor", 1))
+    return config
 
 
 def latent_config(name_or_path: str, rank: float, head_group_size: int | None = None) -> tuple[ALRDLlamaConfig, bool]:

@@ -4,7 +4,6 @@ The dense model has a `DynamicCache`; beside it stand checkpoints of scripts/cal
 that it asks for, and plain splits of the dense model at one rank and several widths.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
@@ -16,7 +15,17 @@ from transformers import AutoConfig, Cache, DynamicCache, PreTrainedModel
 from configuration_alrd_llama import ALRDLlamaConfig, parse_json
 from modules.fit.budget import dense_nbytes
 from modules.kivi_cache import CacheScheme, KIVILatentCache
-from scripts.common import BUNDLED_MODEL, DTYPES, environment, find_model, folder_sha256, latent_config, load_model
+from scripts.common import (
+    BUNDLED_MODEL,
+    DTYPES,
+    ROPE_HELP,
+    environment,
+    find_model,
+    folder_sha256,
+    latent_config,
+    load_model,
+    stretched,
+)
 from scripts.eval_perplexity import parse_bits, token_bytes
 from scripts.records import ResultsFile
 
@@ -47,13 +56,7 @@ class ComparedCaches:
     )
     residual_length: int | None = field(default=None, metadata={"help": "Window. None: the checkpoint's, or 32."})
     sink_length: int | None = field(default=None, metadata={"help": "Sinks. None: the checkpoint's, or 4."})
-    rope_parameters: str | None = field(
-        default=None,
-        metadata={
-            "help": "RoPE of every model in place of its own, as JSON, to go beyond the length they were trained for: "
-            '{"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 2048}.'
-        },
-    )
+    rope_parameters: str | None = field(default=None, metadata={"help": ROPE_HELP})
     dtype: str = field(default="auto", metadata={"help": "Type of the models: float32, bfloat16, float16, auto."})
     device_map: str | None = field(
         default=None, metadata={"help": "Where the models go: auto, cuda, …. None: the CPU."}
@@ -134,10 +137,7 @@ def _load(path: str, rank: float | None, latent: bool, dtype: str, device_map, r
         config = ALRDLlamaConfig.from_pretrained(path) if rank is None else latent_config(path, rank)[0]
         if not config.truncation_ranks:
             raise ValueError(f"checkpoints: {path!r} must be a split checkpoint; give a dense one widths in bits")
-    if rope_parameters is not None:
-        config.rope_parameters = json.loads(rope_parameters)
-        config.max_position_embeddings = int(config.max_position_embeddings * config.rope_parameters.get("factor", 1))
-    return load_model(path, dtype, device_map, config)[0]
+    return load_model(path, dtype, device_map, stretched(config, rope_parameters))[0]
 
 
 def packed_tokens(scheme: CacheScheme, held: int) -> int:

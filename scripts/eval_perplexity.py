@@ -24,15 +24,24 @@ from functools import partial
 import torch
 from accelerate import PartialState
 from tqdm import tqdm
-from transformers import AutoTokenizer, DynamicCache
+from transformers import AutoConfig, AutoTokenizer, DynamicCache
 
-from configuration_alrd_llama import check_choice, parse_json
+from configuration_alrd_llama import ALRDLlamaConfig, check_choice, parse_json
 from modeling_alrd_llama import ALRDLlamaForCausalLM
 from modules.files import write_json
 from modules.fit.budget import dense_nbytes
 from modules.fit.distributed import device_map, gather, is_main, join_processes, rounds
 from modules.kivi_cache import KIVILatentCache
-from scripts.common import BUNDLED_MODEL, environment, find_model, load_model, parse_config, whole
+from scripts.common import (
+    BUNDLED_MODEL,
+    ROPE_HELP,
+    environment,
+    find_model,
+    load_model,
+    parse_config,
+    stretched,
+    whole,
+)
 from scripts.corpus import describe, document_windows, evenly_spread, load_documents, tokenize_windows
 
 
@@ -72,6 +81,7 @@ class EvalConfig:
     prefill: int = field(default=1664, metadata={"help": "Tokens of a window that are fed at once."})
     chunk: int = field(default=1, metadata={"help": "Tokens per step after the prefill; 1 is decoding."})
     batch_size: int = field(default=8, metadata={"help": "Windows at a time, in each process."})
+    rope_parameters: str | None = field(default=None, metadata={"help": ROPE_HELP})
     dtype: str = field(default="auto", metadata={"help": "Type of the models: float32, bfloat16, float16, auto."})
     device: str = field(default="cpu", metadata={"help": "Where they run: cpu or cuda."})
     output: str | None = field(default=None, metadata={"help": "JSON file for the results."})
@@ -79,6 +89,7 @@ class EvalConfig:
     def __post_init__(self):
         check_choice("device", self.device, ("cpu", "cuda"))
         self.text = text_names(self.text)
+        parse_json("rope_parameters", self.rope_parameters)
 
 
 def text_names(text: str | list[str]) -> list[str]:
@@ -184,8 +195,12 @@ def main(config: EvalConfig) -> dict:
     processes = join_processes(config.device)
     path, where = find_model(config.model), device_map(processes, config.device)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    model = ALRDLlamaForCausalLM.from_pretrained(path, dtype=config.dtype, device_map=where)
-    dense = load_model(config.dense, config.dtype, where)[0] if config.dense not in (None, "none") else None
+    settings = stretched(ALRDLlamaConfig.from_pretrained(path), config.rope_parameters)
+    model = ALRDLlamaForCausalLM.from_pretrained(path, config=settings, dtype=config.dtype, device_map=where)
+    dense = None
+    if config.dense not in (None, "none"):
+        settings = stretched(AutoConfig.from_pretrained(find_model(config.dense)), config.rope_parameters)
+        dense, _ = load_model(config.dense, config.dtype, where, settings)
 
     overrides = {n: getattr(config, n) for n in ("group_size", "residual_length", "sink_length")}
     overrides = {name: value for name, value in overrides.items() if value is not None}

@@ -10,11 +10,11 @@ import yaml
 from transformers import AutoTokenizer, DynamicCache
 
 from modules.kivi_cache import CacheScheme
-from scripts import eval_long_documents, eval_retrieval, results_tables, ruler
+from scripts import eval_long_documents, eval_perplexity, eval_retrieval, results_tables, ruler
 from scripts.common import BUNDLED_MODEL, load_model
 from scripts.compared_caches import ComparedCaches, PackedContext, packed_tokens
 from scripts.eval_long_documents import LongDocumentsConfig
-from scripts.eval_perplexity import cache_bytes
+from scripts.eval_perplexity import EvalConfig, cache_bytes
 from scripts.eval_retrieval import RetrievalConfig, Text
 from tests.helpers import save_byte_tokenizer, tiny_dense, tiny_split
 
@@ -303,6 +303,19 @@ class TestLongDocuments:
             LongDocumentsConfig(**long_options | {"length": 4096})
         with pytest.raises(ValueError, match="nothing would be packed in 'split'"):
             LongDocumentsConfig(**long_options, residual_length=320)
+
+
+def test_perplexity_of_stretched_positions(folder, long_options):
+    """Both models get the other frequencies: the dense one scores otherwise, the lossless cache as it does."""
+    how = {"text": long_options["text"], "length": 320, "prefill": 250, "windows": 1, "bits": ["16"]}
+    folders = {"model": str(folder / "split"), "dense": str(folder / "dense")}
+    rope = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 2048}
+    plain = eval_perplexity.main(EvalConfig(**folders, **how))["results"]
+    found = eval_perplexity.main(EvalConfig(**folders, **how, rope_parameters=json.dumps(rope)))["results"]
+    assert abs(found["dense"]["nll"] - plain["dense"]["nll"]) > 1e-3
+    assert found["16"]["kl_mean"] < 1e-6
+    with pytest.raises(ValueError, match="rope_parameters="):
+        EvalConfig(**folders, rope_parameters="{")
 
 
 class TestRetrieval:
