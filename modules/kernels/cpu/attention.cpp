@@ -127,7 +127,7 @@ struct Worker {
   const Arguments& a;
   const Division &division, &exact_division;
   std::vector<Head> heads;
-  std::vector<uint8_t> codes;
+  std::vector<uint8_t> codes;  // [quad][code_stride] with four channels each, from `first_code` on
   std::vector<float> column_numbers, scores, tile_scores, scales, key_scales;
   Columns columns;
   std::vector<float> sums, exact_sums, highest, total;  // values [query][column], [query][channel]; softmax
@@ -136,7 +136,10 @@ struct Worker {
   std::vector<Words> piece_words;
   int packed = 0;
   std::vector<float> steps, plain, scaled, value_numbers;
-  std::vector<int32_t> point_words, quads;  // of a trellis: [word][channel], and [quad][token] with four channels each
+  std::vector<uint8_t> points;  // of a trellis, as `codes`
+  // Whether values are the keys' codes, of which all those of a batch are kept; and the first of the tile.
+  bool shares_codes = false;
+  int code_stride = STRIDE, first_code = 0;
   // Queries of a head, and of all heads of the item: [head][query].
   int row = -1, first_head = -1, group = 0, value_group = 0, queries = 0, all_queries = 0;
   int next_block = 0, end_of_next = 0;  // of the next batch, not prefetched yet
@@ -298,7 +301,7 @@ struct Worker {
   // Scores of the n tokens of the buffers, at most TILE, whose offsets from the anchor of the heads' `rows` start at
   // `offset`.
   void score_tile(ExpansionRows Head::* rows, int n, int offset) {
-    const Tokens tokens = {codes.data(), column_numbers.data(), STRIDE};
+    const Tokens tokens = {first_code_of(0), column_numbers.data(), code_stride, STRIDE};
     std::fill(tile_scores.begin(), tile_scores.end(), 0.0f);
     float* out = tile_scores.data();
     for (const Head& head : heads) {
@@ -389,21 +392,41 @@ struct Worker {
       }
       const Run run = run_of(part, slot, first);
       const bool as_codes = i - s0 < side.integers[group];
-      uint8_t* to_codes = codes.data() + ((int64_t)(as_codes ? segment.position / 4 : 0) * STRIDE + to) * 4;
-      if (!as_codes) to_codes = codes.data() + (int64_t)code_columns() * STRIDE + 4 * to;
+      uint8_t* to_codes = first_code_of(as_codes ? segment.position : code_columns()) + 4 * to;
       const int shift = as_codes ? code_shift(part.levels) : 0;
-      unpack(part, run.words, run.length, first - run.start, n, segment.channel, segment.count, to_codes, STRIDE,
+      unpack(part, run.words, run.length, first - run.start, n, segment.channel, segment.count, to_codes, code_stride,
              shift);
       if (as_codes && segment.column < 0 && side.by_block) load_scales(segment, slot, first);
       if (as_codes && segment.column >= 0) load_token_scales(part, slot, first, n, segment, i - s0, to);
       if (!as_codes)
-        dequantize(part, slot, first, n, segment, scale_of, to_codes, STRIDE, [&](int t, int c) -> float& {
+        dequantize(part, slot, first, n, segment, scale_of, to_codes, code_stride, [&](int t, int c) -> float& {
           return column_numbers[(size_t)(segment.position - columns.first_float + c) * STRIDE + to + t];
         });
     }
   }
 
   int code_columns() const { return round_up(a.keys.width, 4); }
+
+  // The tile's codes of the four columns from `column` on.
+  uint8_t* first_code_of(int column) {
+    const uintptr_t start = ((uintptr_t)codes.data() + 63) / 64 * 64;  // vectors that straddle two lines take longer
+    return (uint8_t*)start + ((int64_t)(column / 4) * code_stride + first_code) * 4;
+  }
+
+  // Whether the values are stored as the keys, all as codes with calibrated scales.
+  bool values_are_keys() const {
+    const Side &keys = a.keys, &values = a.values;
+    const int k0 = keys.first_segment[group], v0 = values.first_segment[value_group], n = keys.integers[group];
+    if (!ALRD_AVX512 || keys.by_block || values.by_block || values.token_scale != keys.token_scale) return false;
+    if (keys.first_segment[group + 1] - k0 != n || values.first_segment[value_group + 1] - v0 != n) return false;
+    for (int i = 0; i < n; i++) {
+      const Segment &key = keys.segments[k0 + i], &value = values.segments[v0 + i];
+      if (keys.parts[key.part].packed != values.parts[value.part].packed || key.channel != value.channel ||
+          key.count != value.count || key.column >= 0)
+        return false;
+    }
+    return true;
+  }
 
   // Scale and centre of n tokens in a scale group, for `Columns::groups`.
   void load_token_scales(const Part& part, int slot, int first, int n, const Segment& segment, int index, int to) {
@@ -483,7 +506,9 @@ struct Worker {
         columns.groups.push_back({segment.position / 4, (segment.position + round_up(segment.count, 4)) / 4, scale,
                                   scale + STRIDE, largest * 0.5f});
     }
-    codes.resize((size_t)(2 * code_columns() + 16) * STRIDE);
+    shares_codes = values_are_keys();
+    code_stride = shares_codes ? SPAN + 32 : STRIDE;
+    codes.resize((size_t)(2 * code_columns() + 16) * code_stride + 64);
     column_numbers.resize((size_t)std::max(1, std::max(columns.floats, a.exact_width)) * STRIDE);
   }
 
@@ -521,11 +546,13 @@ struct Worker {
           score_tile(&Head::expansion, in_tile, first);
           first += in_tile;
           in_tile = 0;
+          if (shares_codes) first_code = first;
         }
         load_keys(piece.slot, piece.first, piece.count, in_tile);
         in_tile += piece.count;
       }
       score_tile(&Head::expansion, in_tile, first);
+      first_code = 0;
     }
     weigh(n, anchor);
     const std::vector<Piece> pieces = pieces_of(batch, a.values.run);
@@ -620,11 +647,26 @@ struct Worker {
       for (int t = 0; t < n; t++) rounded_sum += integers[t];
       scaled[j] = rounded_sum * steps[j];
       uint8_t *to_high = &high_bytes[(size_t)j * SPAN], *to_low = &low_bytes[(size_t)j * SPAN];
-      for (int t = 0; t < n; t++) {
+      for (int t = 0; t < round_up(n, 16); t++) {
         to_high[t] = (integers[t] + 128) >> 8;
         to_low[t] = integers[t];
       }
     }
+  }
+
+  // Put the rounded probabilities of n tokens in the order of `codes`: those of four tokens in four lanes.
+  void spread_probabilities(int n) {
+    packed = round_up(n, 16);
+    packed_high.resize((size_t)all_queries * packed);
+    packed_low.resize((size_t)all_queries * packed);
+    for (int j = 0; j < all_queries; j++)
+      for (int t = 0; t < packed; t += 4) {
+        uint32_t high, low;
+        memcpy(&high, &high_bytes[(size_t)j * SPAN + t], 4);
+        memcpy(&low, &low_bytes[(size_t)j * SPAN + t], 4);
+        std::fill_n(&packed_high[(size_t)j * packed + t], 4, high);
+        std::fill_n(&packed_low[(size_t)j * packed + t], 4, low);
+      }
   }
 
   // Put the rounded probabilities of pieces of a batch, its tokens from `from` on, in the order of a layout: of each
@@ -706,6 +748,19 @@ struct Worker {
     each<J>([&](auto j) INLINE { out[j] = addi(shl(high[j], 8), low[j]); });
   }
 
+  // Add sums over codes of 16 channels, as numbers, to those of J queries from `query` on.
+  template <int J>
+  INLINE inline void add_totals(const vi (&totals)[J], int query, float weight, const float* scale, const float* zero,
+                                const float* first_level, float* out, int stride) {
+    each<J>([&](auto j) INLINE {
+      float* to = out + (size_t)(query + j) * stride;
+      vf y = fma(mul(to_float(totals[j]), set1(steps[query + j] * weight)), load(scale), load(to));
+      if (zero) y = fma(load(zero), set1(plain[query + j]), y);
+      if (first_level) y = fma(load(first_level), set1(scaled[query + j]), y);
+      store(to, y);
+    });
+  }
+
   template <int BITS>
   void add_codes(const Part& part, int channel, int count, float weight, const float* scale, const float* zero,
                  const float* first_level, float* out, int stride) {
@@ -715,13 +770,7 @@ struct Worker {
       for (; j + some <= all_queries; j += some) {
         vi totals[some];
         sum_codes<BITS, some>(part, channel, count, j, totals);
-        each<some>([&](auto k) INLINE {
-          float* to = out + (size_t)(j + k) * stride;
-          vf y = fma(mul(to_float(totals[k]), set1(steps[j + k] * weight)), load(scale), load(to));
-          if (zero) y = fma(load(zero), set1(plain[j + k]), y);
-          if (first_level) y = fma(load(first_level), set1(scaled[j + k]), y);
-          store(to, y);
-        });
+        add_totals(totals, j, weight, scale, zero, first_level, out, stride);
       }
     };
     add_some(std::integral_constant<int, ALRD_AVX512 ? 9 : 4>());
@@ -741,6 +790,17 @@ struct Worker {
       for (size_t i = 0; i < n_pieces; i++)
         token_scales(side, value_group, pieces[i].slot, pieces[i].first, pieces[i].count,
                      own_scale + pieces[i].at - from);
+    if (shares_codes) {
+      round_probabilities(from, n, scale_of, nullptr);
+      spread_probabilities(n);
+      for (int s = s0; s < s1; s++) {
+        const Segment& segment = side.segments[s];
+        const uint8_t* of_segment = first_code_of(a.keys.segments[a.keys.first_segment[group] + s - s0].position);
+        add_unpacked(side.parts[segment.part], pieces[0].slot, segment, of_segment, code_stride,
+                     code_shift(side.parts[segment.part].levels), scale_of, stride);
+      }
+      return;
+    }
     bool rounded = false;
     int arranged = 0;
     for (int s = s0; s < s1; s++) {
@@ -766,9 +826,16 @@ struct Worker {
         arranged = 0;
       }
       if (part.points) {
-        if (arranged != 8) arrange(layout_of(8), pieces, n_pieces, from);
-        arranged = 8;
-        add_points(part, pieces, n_pieces, segment, scale_of, stride);
+        constexpr int room = SPAN + 32;  // tokens, and what is unpacked behind them
+        points.resize((size_t)round_up(segment.count, 16) * room);
+        for (size_t i = 0; i < n_pieces; i++) {
+          const Run run = run_of(part, pieces[i].slot, pieces[i].first);
+          unpack(part, run.words, run.length, pieces[i].first - run.start, pieces[i].count, segment.channel,
+                 segment.count, &points[4 * (pieces[i].at - from)], room);
+        }
+        spread_probabilities(n);
+        arranged = 0;
+        add_unpacked(part, pieces[0].slot, segment, points.data(), room, 0, scale_of, stride);
         continue;
       }
       Plane planes[2];
@@ -803,39 +870,51 @@ struct Worker {
     }
   }
 
-  // Values of a trellis code, whose points are made words of 8 bits, four tokens each.
-  void add_points(const Part& part, const Piece* pieces, size_t n_pieces, const Segment& segment, const float* scale_of,
-                  int stride) {
-    constexpr int room = SPAN + 64;  // tokens, and what is unpacked behind them
-    const int width = round_up(segment.count, 16);
-    int words = 0;
-    for (const Words& piece : piece_words) words += piece.count;
-    point_words.resize((size_t)words * width);
-    quads.resize((size_t)width / 4 * room);
-    int32_t* to = point_words.data();
-    for (size_t i = 0; i < n_pieces; i++, to += (size_t)piece_words[i - 1].count * width) {
-      const Run run = run_of(part, pieces[i].slot, pieces[i].first);
-      const int lead = pieces[i].first % a.values.run % 4, count = piece_words[i].count;
-      unpack(part, run.words, run.length, pieces[i].first - lead - run.start, 4 * count, segment.channel, segment.count,
-             (uint8_t*)quads.data(), room);
-      for (int c = 0; c < width; c += 16)
-        for (int w = 0; w < count; w++) {
-          alignas(64) int32_t four[16];
-          for (int q = 0; q < 4; q++) memcpy(four + 4 * q, &quads[(size_t)(c / 4 + q) * room + 4 * w], 16);
-          storei(to + (size_t)w * width + c, transpose_bytes(loadi(four)));
-        }
-      piece_words[i].first = to;
+  // Sums of rounded probability times unpacked code, for 16 channels and J queries from `query` on.
+  template <int J>
+  INLINE inline void sum_unpacked(const uint8_t* from, int tokens, int query, vi (&out)[J]) {
+    vi high[J][4], low[J][4];
+    each<J>([&](auto j) INLINE { each<4>([&](auto q) INLINE { high[j][q] = low[j][q] = seti(0); }); });
+    for (int t = 0; t < packed; t += 16) {
+      vi code[4];  // lane 4 i + c: channel c of tokens 4 i to 4 i + 3
+      each<4>([&](auto q) INLINE { code[q] = transpose_bytes(loadi(from + ((int64_t)q * tokens + t) * 4)); });
+      each<J>([&](auto j) INLINE {
+        const vi weights_high = loadi(&packed_high[(size_t)(query + j) * packed + t]),
+                 weights_low = loadi(&packed_low[(size_t)(query + j) * packed + t]);
+        each<4>([&](auto q) INLINE {
+          high[j][q] = dot4(high[j][q], code[q], weights_high);
+          low[j][q] = dot4(low[j][q], code[q], weights_low);
+        });
+      });
     }
-    Part points = {};
-    points.token_stride = width;
-    for (int c = 0; c < width; c += 16) {
+    each<J>([&](auto j) INLINE {
+      vi total[4];
+      each<4>([&](auto q) INLINE { total[q] = addi(shl(high[j][q], 8), low[j][q]); });
+      out[j] = sum_fours(total);
+    });
+  }
+
+  // Add to the sums the values of a segment's unpacked codes, [quad][tokens][4], which were moved up by `shift`.
+  void add_unpacked(const Part& part, int slot, const Segment& segment, const uint8_t* from, int tokens, int shift,
+                    const float* scale_of, int stride) {
+    for (int c = 0; c < segment.count; c += 16, from += (int64_t)16 * tokens) {
       const int left = std::min(16, segment.count - c);
       alignas(64) float scale[16], zero[16], first_level[16];
-      parameters(part, pieces[0].slot, 0, segment.channel + c, left, scale_of, scale, zero);
+      parameters(part, slot, 0, segment.channel + c, left, scale_of, scale, zero);
       for (int k = left; k < 16; k++) scale[k] = zero[k] = 0;
       for (int k = 0; k < 16; k++) first_level[k] = -0.5f * (part.levels - 1) * scale[k];
-      add_codes<8>(points, c, 16, 1, scale, zero, scale_of ? first_level : nullptr, &sums[segment.position + c],
-                   stride);
+      int j = 0;
+      auto add_some = [&](auto some) INLINE {
+        for (; j + some <= all_queries; j += some) {
+          vi totals[some];
+          sum_unpacked<some>(from, tokens, j, totals);
+          add_totals(totals, j, 1.0f / (1 << shift), scale, zero, scale_of ? first_level : nullptr,
+                     &sums[segment.position + c], stride);
+        }
+      };
+      add_some(std::integral_constant<int, 3>());
+      add_some(std::integral_constant<int, 2>());
+      add_some(std::integral_constant<int, 1>());
     }
   }
 

@@ -226,9 +226,9 @@ void round_weights(const float* weights, int lanes, int together, const Columns&
 
 // The span's codes and numbers.
 struct Tokens {
-  const uint8_t* codes;  // [quad][token][4]
-  const float* numbers;  // [column][token]
-  int stride;            // tokens
+  const uint8_t* codes;            // [quad][token][4]
+  const float* numbers;            // [column][token]
+  int code_stride, number_stride;  // tokens
 };
 
 // Codes of quads [first, last) times M expansion rows, for 16 V tokens.
@@ -258,10 +258,10 @@ INLINE inline void multiply_rounded(const Rounded& rounded, const Tokens& tokens
   const int heavy = of_lanes[0], end = of_lanes[1];
   for (int k = heavy; k < end; k++) {
     const int32_t* high = rounded.high.data() + (size_t)rounded.heavy[k].row * rounded.lanes + lane;
-    multiply_codes<M, V>(high, 0, codes + (size_t)rounded.heavy[k].quad * tokens.stride * 4, 0, 0, 1, sum);
+    multiply_codes<M, V>(high, 0, codes + (size_t)rounded.heavy[k].quad * tokens.code_stride * 4, 0, 0, 1, sum);
   }
   if (heavy < end) each<M>([&](auto m) INLINE { each<V>([&](auto v) INLINE { sum[m][v] = shl(sum[m][v], 8); }); });
-  multiply_codes<M, V>(weights, rounded.lanes, codes, tokens.stride, first, last, sum);
+  multiply_codes<M, V>(weights, rounded.lanes, codes, tokens.code_stride, first, last, sum);
 }
 
 // M expansion rows times 16 V tokens from `token` on.
@@ -305,7 +305,7 @@ INLINE inline void multiply(const Rounded& rounded, const float* weights, int la
   }
   const float* of_lane = weights + (int64_t)columns.first_float * lanes + lane;
   const float* number = tokens.numbers + token;
-  for (int c = 0; c < columns.floats; c++, of_lane += lanes, number += tokens.stride) {
+  for (int c = 0; c < columns.floats; c++, of_lane += lanes, number += tokens.number_stride) {
     vf x[V];
     each<V>([&](auto v) INLINE { x[v] = load(number + 16 * v); });
     each<M>([&](auto m) INLINE {

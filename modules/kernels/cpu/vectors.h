@@ -52,6 +52,12 @@ inline vi transpose_bytes(vi x) {
   const vi order = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
   return _mm512_shuffle_epi8(x, order);
 }
+// Lane 4 i + c: the sum of lanes c, 4 + c, 8 + c and 12 + c of x[i].
+inline vi sum_fours(const vi (&x)[4]) {
+  const vi first = addi(_mm512_shuffle_i32x4(x[0], x[1], 0x44), _mm512_shuffle_i32x4(x[0], x[1], 0xEE));
+  const vi second = addi(_mm512_shuffle_i32x4(x[2], x[3], 0x44), _mm512_shuffle_i32x4(x[2], x[3], 0xEE));
+  return addi(_mm512_shuffle_i32x4(first, second, 0x88), _mm512_shuffle_i32x4(first, second, 0xDD));
+}
 // 128 bytes, and those that bytes below 128 number.
 struct ByteTable {
 #if defined(__AVX512VBMI__)
@@ -144,6 +150,15 @@ inline vi transpose_bytes(vi x) {
   const __m256i order =
       _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
   return {_mm256_shuffle_epi8(x.a, order), _mm256_shuffle_epi8(x.b, order)};
+}
+inline vi sum_fours(const vi (&x)[4]) {
+  __m256i pair[4];
+  for (int i = 0; i < 4; i++) pair[i] = _mm256_add_epi32(x[i].a, x[i].b);
+  const auto both = [&](int i) {
+    return _mm256_add_epi32(_mm256_permute2x128_si256(pair[i], pair[i + 1], 0x20),
+                            _mm256_permute2x128_si256(pair[i], pair[i + 1], 0x31));
+  };
+  return {both(0), both(2)};
 }
 struct ByteTable {
   __m256i piece[8];
