@@ -118,7 +118,7 @@ const TokenScales TOKEN_SCALES;
 
 // A key head of an item.
 struct Head {
-  std::vector<float> weight, exact_weight;  // of its expansion
+  Floats weight, exact_weight;  // of its expansion
   ExpansionRows expansion, exact_expansion;
   Rounded fast, nodes;
 };
@@ -210,25 +210,37 @@ struct Worker {
 
   // Weights of a head's expansion, [half][2][width + 1], the last column the bias, for the channels of `channel`, or
   // all of the group if it is null.
-  void expand(int head, int width, const int32_t* channel, std::vector<float>& out) {
-    const int channels = a.key_count[group];
-    std::vector<float> of_dimension(round_up(channels, 16));
-    out.assign((size_t)a.half * 2 * (width + 1), 0);
+  void expand(int head, int width, const int32_t* channel, Floats& out) {
+    // Columns whose channels follow each other are read together.
+    struct Stretch {
+      int column, channel, count;
+    };
+    std::vector<Stretch> stretches;
+    for (int c = 0; c < width; c++) {
+      const int from = channel ? channel[c] : c < a.key_count[group] ? c : -1;
+      if (from < 0) continue;
+      if (!stretches.empty() && stretches.back().column + stretches.back().count == c &&
+          stretches.back().channel + stretches.back().count == from)
+        stretches.back().count++;
+      else
+        stretches.push_back({c, from, 1});
+    }
+    out.resize((size_t)a.half * 2 * (width + 1) + 16);  // what is read goes on to whole vectors
     float* to = out.data();
     for (int f = 0; f < a.half; f++)
       for (int i = 0; i < 2; i++, to += width + 1) {
         const int dimension = i * a.half + a.order[f];
         const int64_t r = (int64_t)head * 2 * a.half + dimension;
-        if (a.weight) {
-          numbers(a.weight, r * a.weight_stride, channels, a.weight_type, of_dimension.data());
-        } else {
-          std::fill(of_dimension.begin(), of_dimension.end(), 0.0f);
-          of_dimension[dimension] = 1;
+        int next = 0;
+        for (const Stretch& stretch : stretches) {
+          std::fill(to + next, to + stretch.column, 0.0f);
+          next = stretch.column + stretch.count;
+          if (a.weight)
+            numbers(a.weight, r * a.weight_stride + stretch.channel, stretch.count, a.weight_type, to + stretch.column);
+          else
+            for (int c = 0; c < stretch.count; c++) to[stretch.column + c] = stretch.channel + c == dimension;
         }
-        for (int c = 0; c < width; c++) {
-          const int from = channel ? channel[c] : c < channels ? c : -1;
-          to[c] = from < 0 ? 0 : of_dimension[from];
-        }
+        std::fill(to + next, to + width, 0.0f);
         to[width] = a.bias ? number(a.bias, r, a.weight_type) : 0;
       }
   }

@@ -449,7 +449,7 @@ struct ExpansionRows {
   int columns, queries, fast_lanes, node_lanes;
   int64_t reference;              // position to which the queries below are rotated
   std::vector<float> query;       // [half][2][queries]
-  std::vector<float> fast;        // [columns + 1][fast_lanes], lanes a_0, b_0, a_1, b_1, …
+  Floats fast;                    // [columns + 1][fast_lanes], lanes a_0, b_0, a_1, b_1, …
   std::vector<float> pair_query;  // [queries][2][fast, padded]: of the fast pairs
   std::vector<float> fast_query;  // [2][queries][2][fast, padded]: rotated to the distance from the anchor, and + HALF
   int padded;                     // fast, padded
@@ -476,10 +476,12 @@ struct ExpansionRows {
     queries = n_queries;
     fast_lanes = round_up(2 * round_up(d.fast, 3), 16);
     node_lanes = round_up(d.nodes * queries, 16);
-    fast.assign((size_t)(columns + 1) * fast_lanes, 0);
-    for (int c = 0; c <= columns; c++)
-      for (int lane = 0; lane < 2 * d.fast; lane++)
-        fast[(size_t)c * fast_lanes + lane] = expansion[(int64_t)lane * (columns + 1) + c];
+    fast.resize((size_t)(columns + 1) * fast_lanes);
+    for (int c = 0; c <= columns; c++) {
+      float* to = &fast[(size_t)c * fast_lanes];
+      for (int lane = 0; lane < 2 * d.fast; lane++) to[lane] = expansion[(int64_t)lane * (columns + 1) + c];
+      std::fill(to + 2 * d.fast, to + fast_lanes, 0.0f);
+    }
     padded = round_up(d.fast + 2, 16);
     pair_query.assign((size_t)queries * 2 * padded, 0);
     fast_query.assign((size_t)queries * 4 * padded, 0);

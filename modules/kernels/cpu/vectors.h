@@ -3,10 +3,27 @@
 #pragma once
 
 #include <algorithm>
+#include <memory>
+#include <vector>
 
 #include "numbers.h"
 
 namespace {
+
+// Memory that is not filled with zeros before it is written.
+template <class T>
+struct Unfilled : std::allocator<T> {
+  template <class U>
+  struct rebind {
+    typedef Unfilled<U> other;
+  };
+  template <class U>
+  void construct(U* p) {
+    ::new ((void*)p) U;
+  }
+};
+
+typedef std::vector<float, Unfilled<float>> Floats;
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__) && defined(__AVX512DQ__)
 #define ALRD_AVX512 1
