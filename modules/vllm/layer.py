@@ -4,6 +4,7 @@ One object, `LatentPages`, stands for all layers that share a latent: it owns th
 last of them has run, and vLLM knows of no other cache. A layer by itself is a block of one.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
 from modules.cache.scheme import CacheScheme, LayerScales, LayerWidths
 from modules.kernels import get_backend
 from modules.kernels.attention import merge_attended
-from modules.kernels.packed import LatentQuery, PackedCache, Rope
+from modules.kernels.packed import LatentQuery, PackedCache
 from modules.vllm.pages import PAGE_MULTIPLE, PageLayout, Pages, check_page_length
 from modules.vllm.step import Requests, SinkStore, Step, make_step
 
@@ -80,11 +81,13 @@ class Member:
     """One layer of those that share pages.
 
     Attributes:
+        query: Queries `[n, H_q, L, d]` of requests, and how they meet keys, by `expand_keys` and widths of head groups.
         expand_keys, expand_values: Latents to its keys and values, `ALinear`; `None`: the states themselves are cached.
         project: Its parts of the latents, by side of the cache, from its keys and values; `None`: what it gives is
             cached as it is.
     """
 
+    query: Callable[..., LatentQuery]
     expand_keys: torch.nn.Module | None
     expand_values: torch.nn.Module | None
     project: tuple[tuple[str, torch.nn.Module], ...] | None = None
@@ -98,7 +101,6 @@ class LatentPages(AttentionLayerBase):
         scheme, widths, sink_channels: What is stored, as in a `KIVILatentCache`.
         heads: Key/value heads.
         head_dim: Their size.
-        rope: Rotary embedding of keys and queries.
         dtype: Type of the states.
     """
 
@@ -112,11 +114,10 @@ class LatentPages(AttentionLayerBase):
         sink_channels: dict[str, int],
         heads: int,
         head_dim: int,
-        rope: Rope,
         dtype: torch.dtype,
     ):
         self.name, self.scheme, self.widths, self.sink_channels = name, scheme, widths, sink_channels
-        self.heads, self.head_dim, self.rope, self.dtype = heads, head_dim, rope, dtype
+        self.heads, self.head_dim, self.dtype = heads, head_dim, dtype
         #: Layer by layer, in their order.
         self.members: list[Member] = []
         #: Calibrated scales, which are known when the weights are loaded.
@@ -184,9 +185,6 @@ class LatentPages(AttentionLayerBase):
             yield requests, attend(member, states, keys, values, requests, pages)
         self._collect(member, keys, values, step)
 
-    def _query(self, states: torch.Tensor, requests: Requests, expand_keys, widths: tuple[int, ...]) -> LatentQuery:
-        return LatentQuery(states, requests.positions, expand_keys, widths, self.rope, self.head_dim**-0.5)
-
     def _packed(self, requests: Requests, pages: Pages, **tiles) -> PackedCache:
         """The history of requests in the pages, with tiles beside it."""
         if requests.table is None:
@@ -198,7 +196,7 @@ class LatentPages(AttentionLayerBase):
     def _attend_latents(self, member: int, states, keys, values, requests: Requests, pages: Pages) -> torch.Tensor:
         """Attention to latents, packed and new ones."""
         own, new = self.members[member], requests.new_tiles(keys, values)
-        query = self._query(states, requests, own.expand_keys, self.widths[-1])
+        query = own.query(states, requests, own.expand_keys, self.widths[-1])
         cache = self._packed(requests, pages, before=self.sinks.tiles(requests), after=new)
         return self.backend.attend_values(query, cache, own.expand_values).summed.to(states.dtype)
 
@@ -206,11 +204,11 @@ class LatentPages(AttentionLayerBase):
         """Attention to sinks and new tokens as they are, and to latents; as `ALRDLlamaBlockAttention` does it."""
         own, size = self.members[member], self.heads * self.head_dim
         sinks = self.sinks.tiles(requests, slice(member * size, (member + 1) * size))
-        query = self._query(states, requests, None, (self.head_dim,) * self.heads)
+        query = own.query(states, requests, None, (self.head_dim,) * self.heads)
         attended = self.backend.attend_values(query, PackedCache(sinks, requests.new_tiles(keys, values)), None)
         # A text that begins has no history.
         if requests.table is not None:
-            query = self._query(states, requests, own.expand_keys, self.widths[-1])
+            query = own.query(states, requests, own.expand_keys, self.widths[-1])
             latent = self.backend.attend_values(query, self._packed(requests, pages), own.expand_values)
             attended = merge_attended(attended, latent)
         return attended.summed.to(states.dtype)
