@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size, get_tp_group
@@ -16,7 +17,7 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import init_vllm_registered_model
 
 from configuration_alrd_llama import SIDES
-from modeling_alrd_llama import ALRDLlamaAttention, ALRDLlamaModel, take_over, waits_for_length
+from modeling_alrd_llama import ALRDLlamaAttention, ALRDLlamaModel, dense_classes, take_over, waits_for_length
 from modules.cache.scheme import SIDES as CACHE_SIDES
 from modules.kernels.packed import LatentQuery, Rope
 from modules.kivi_cache import config_sink_channels
@@ -158,7 +159,7 @@ class ALRDLlamaForCausalLM(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
         check_served(vllm_config)
-        config = vllm_config.model_config.hf_config
+        self.config = config = vllm_config.model_config.hf_config
         # Its weights are read by its own rules, whose names ours keep but for the attentions'.
         self.dense = init_vllm_registered_model(
             vllm_config,
@@ -194,25 +195,26 @@ class ALRDLlamaForCausalLM(nn.Module):
         return self.dense.compute_logits(hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        loaded = set()
-        loaded |= {f"dense.{name}" for name in self.dense.load_weights(self._others(weights, loaded))}
+        loaded: set[str] = set()
+        others = self.dense.load_weights(self._others(weights, loaded))
         # The quantizers of the pages take the scales that have just been read.
         for attention in self.attentions.values():
             attention.keep_shard()
             if attention.member == 0:
                 attention.pages.scales = attention.scales()
-        return loaded
+        return loaded | {f"dense.{name}" for name in others}
 
     def _others(self, weights: Iterable[tuple[str, torch.Tensor]], loaded: set[str]) -> Iterator[tuple]:
-        """All weights but those of attentions, which are read on the way, and added to the names of the loaded ones."""
+        """The weights that are not an attention's; those are read on the way, and their names added to `loaded`."""
+        with torch.device("meta"):
+            library = dense_classes(self.config.dense_model_type)[1](self.config.to_dense())
         for name, weight in weights:
-            prefix, found, rest = name.partition(".self_attn.")
-            if not found:
-                yield name, weight
-                continue
-            attention = self.attentions[f"{prefix}.self_attn"]
-            tensor = attention.get_parameter(rest) if rest in dict(attention.named_parameters()) else None
-            if tensor is None:
-                tensor = attention.get_buffer(rest)
-            getattr(tensor, "weight_loader", default_weight_loader)(tensor, weight)
-            loaded.add(f"dense.{name}")
+            layer, is_own, own_name = name.partition(".self_attn.")
+            if is_own:
+                attention = self.attentions[f"{layer}.self_attn"]
+                tensor = {**dict(attention.named_parameters()), **dict(attention.named_buffers())}[own_name]
+                getattr(tensor, "weight_loader", default_weight_loader)(tensor, weight)
+                loaded.add(f"dense.{name}")
+            else:
+                # vLLM reads experts one by one, as dense checkpoints have them; ours are saved as the library has them.
+                yield from revert_weight_conversion(library, {name: weight}).items()
