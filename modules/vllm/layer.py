@@ -185,11 +185,16 @@ class LatentPages(AttentionLayerBase):
             yield requests, attend(member, states, keys, values, requests, pages)
         self._collect(member, keys, values, step)
 
-    def _packed(self, requests: Requests, pages: Pages, **tiles) -> PackedCache:
+    def _packed(self, requests: Requests, pages: Pages, window: int | None, **tiles) -> PackedCache:
         """The history of requests in the pages, with tiles beside it."""
-        if requests.table is None:
+        table, length = requests.table, pages.layout.length
+        if table is None:
             return PackedCache(**tiles)
-        packed = {"block_length": pages.layout.length, "table": requests.table, "full": requests.full}
+        if window is not None:
+            # Pages that none of the queries sees are not read, but kept: to vLLM all layers are alike.
+            unseen = max(0, requests.least_held - window + 1) // length
+            table = table[:, :, min(unseen, table.shape[2] - 1) :].contiguous()
+        packed = {"block_length": length, "table": table, "full": requests.full}
         hidden = self.scheme.sink_length
         return PackedCache(keys=pages.keys, values=pages.values, hidden=hidden, **packed, **tiles)
 
@@ -197,7 +202,7 @@ class LatentPages(AttentionLayerBase):
         """Attention to latents, packed and new ones."""
         own, new = self.members[member], requests.new_tiles(keys, values)
         query = own.query(states, requests, own.expand_keys, self.widths[-1])
-        cache = self._packed(requests, pages, before=self.sinks.tiles(requests), after=new)
+        cache = self._packed(requests, pages, query.sliding_window, before=self.sinks.tiles(requests), after=new)
         return self.backend.attend_values(query, cache, own.expand_values).summed.to(states.dtype)
 
     def _attend_block(self, member: int, states, keys, values, requests: Requests, pages: Pages) -> torch.Tensor:
@@ -209,7 +214,8 @@ class LatentPages(AttentionLayerBase):
         # A text that begins has no history.
         if requests.table is not None:
             query = own.query(states, requests, own.expand_keys, self.widths[-1])
-            latent = self.backend.attend_values(query, self._packed(requests, pages), own.expand_values)
+            history = self._packed(requests, pages, query.sliding_window)
+            latent = self.backend.attend_values(query, history, own.expand_values)
             attended = merge_attended(attended, latent)
         return attended.summed.to(states.dtype)
 

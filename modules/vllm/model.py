@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size, get_tp_group
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-from vllm.model_executor.layers.linear import ColumnParallelLinear
+from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import init_vllm_registered_model
 
@@ -29,22 +29,35 @@ from modules.vllm.pages import page_schemes
 from modules.vllm.step import Requests
 
 
+#: Dense model types that are not served, by the reason.
+_NOT_SERVED = {
+    "aria_text": "vLLM's adapter of the library's models does not run its experts",
+    "minimax_m2": "vLLM's router on a CPU does not know its scores, so it was not tried",
+    "phimoe": "vLLM's adapter of the library's models does not run its router",
+}
+
+
 def check_served(vllm_config: VllmConfig) -> None:
     """Refuse what the plug-in does not serve, by field, value and rule."""
     config, parallel = vllm_config.model_config.hf_config, vllm_config.parallel_config
     if not config.truncation_ranks:
-        raise ValueError(
-            "truncation_ranks={}: must name split projections; serve a dense checkpoint as the Llama it is"
-        )
+        raise ValueError("truncation_ranks={}: must name split projections; vLLM serves a dense checkpoint as it is")
+    if config.dense_model_type in _NOT_SERVED:
+        reason = _NOT_SERVED[config.dense_model_type]
+        raise ValueError(f"dense_model_type={config.dense_model_type!r}: must be another one in vLLM: {reason}")
     if waits_for_length(config):
         raise ValueError(
-            f"rope_parameters={config.rope_parameters}: must have frequencies that are the same for all texts, so that "
-            "cached keys stay right"
+            f"rope_parameters={config.rope_parameters}: must have frequencies that are the same for all texts"
         )
     if parallel.pipeline_parallel_size != 1:
         raise ValueError(f"pipeline_parallel_size={parallel.pipeline_parallel_size}: must be 1 for packed latents")
     if parallel.tensor_parallel_size > 1:
         check_tensor_parallel(config, parallel.tensor_parallel_size, 1)
+        if config.traits.norm == "all" or config.traits.fused or config.dense_model_type == "cohere":
+            raise ValueError(
+                f"tensor_parallel_size={parallel.tensor_parallel_size}: must be 1 for {config.dense_model_type!r}, "
+                "which has a norm or a projection over all heads"
+            )
     speculative = vllm_config.speculative_config
     if speculative is not None and speculative.method != "ngram":
         raise ValueError(f"speculative_config: method={speculative.method!r}: must be 'ngram' for packed latents")
@@ -63,7 +76,7 @@ class LatentAttention(ALRDLlamaAttention):
 
     Args:
         own: This layer's attention in our own model, on no device: forms, names and numbers are its.
-        stock: That of vLLM's layer, whose output projection is kept.
+        stock: That of vLLM's layer, which is replaced.
         ropes: Rotary embedding, or several by layer type.
         prefix: Name of the module.
     """
@@ -75,15 +88,15 @@ class LatentAttention(ALRDLlamaAttention):
         #: This process and how many there are, which deal out the heads, and with them the head groups.
         self.shard = (get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size())
         for name, module in own.named_children():
-            if isinstance(module, nn.Linear):
-                # A dense projection is vLLM's, which cuts it for the processes.
-                size, bias = (module.in_features, module.out_features), module.bias is not None
-                linear = ColumnParallelLinear(*size, bias=bias, prefix=f"{prefix}.{name}", return_bias=False)
-                setattr(self, name, linear)
-            else:
+            if not isinstance(module, nn.Linear):
                 module.to_empty(device=torch.get_default_device())
-        # Whether it sums up over the processes is for the layer to say.
-        self.o_proj = stock.o_proj
+                continue
+            # A dense projection is vLLM's, which cuts it for the processes.
+            kind, how = ColumnParallelLinear, {"bias": module.bias is not None, "return_bias": False}
+            if name == "o_proj":
+                # Whether to sum up over the processes is for the layer to say.
+                kind, how["reduce_results"] = RowParallelLinear, getattr(stock.o_proj, "reduce_results", True)
+            setattr(self, name, kind(module.in_features, module.out_features, prefix=f"{prefix}.{name}", **how))
 
         # The first layer of a block makes the pages, which the others find by its name.
         first = self.layer_idx // config.layer_group_size * config.layer_group_size
@@ -147,9 +160,6 @@ class LatentAttention(ALRDLlamaAttention):
         output = torch.empty_like(query)
         torch.ops.alrd.latent_attention(query, keys[0], values[0], output, self.pages_name, self.member)
         output = self.o_proj(output.view(*hidden_states.shape[:-1], -1))
-        # vLLM's layers may give a bias beside it, for others to add.
-        if isinstance(output, tuple):
-            output = output[0]
         return output if hidden_states.dim() == 2 else (output, None)
 
 
@@ -160,13 +170,12 @@ class ALRDLlamaForCausalLM(nn.Module):
         super().__init__()
         check_served(vllm_config)
         self.config = config = vllm_config.model_config.hf_config
-        # Its weights are read by its own rules, whose names ours keep but for the attentions'.
-        self.dense = init_vllm_registered_model(
-            vllm_config,
-            prefix=prefix,
-            hf_config=config.to_dense(),
-            architectures=[MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.dense_model_type]],
-        )
+        dense, architecture = config.to_dense(), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.dense_model_type]
+        # vLLM's models read the one, which not every class has; by the other its Qwen2 would refuse windows in some layers,
+        # which are those of the attention that is replaced.
+        dense.head_dim, dense.max_window_layers = config.head_dim, config.num_hidden_layers
+        args = {"prefix": prefix, "hf_config": dense, "architectures": [architecture]}
+        self.dense = init_vllm_registered_model(vllm_config, **args)
         with torch.device("meta"):
             own = ALRDLlamaModel(config)
         # Frequencies, not weights: a kernel rotates by them, no table of cosines is needed.

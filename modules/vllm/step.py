@@ -41,6 +41,7 @@ class Requests:
         count: n.
         positions: `[n, L]` int64.
         start, added: `[n, 1]` int32: tokens before the new ones, and L.
+        least_held: Least of `start`, as the host knows it.
         table, full: `[3, n, blocks]` int32 and a flag, as in `PackedCache`; `None`: there is no history.
         first_pages: Page of the first token of each request's history, -1: it has none.
         borrowed: Runs of other requests' tokens that are history here (n = 1).
@@ -51,6 +52,7 @@ class Requests:
     positions: torch.Tensor
     start: torch.Tensor
     added: torch.Tensor
+    least_held: int
     table: torch.Tensor | None
     full: bool
     first_pages: list[int]
@@ -141,6 +143,7 @@ def make_step(
                 positions=before.long() + torch.arange(length, dtype=torch.int64, device=device),
                 start=before,
                 added=torch.full_like(before, length),
+                least_held=int(held[members].min()),
                 table=None if table is None else torch.from_numpy(table).to(device),
                 full=table is not None and bool((table[2] == page_length).all()),
                 first_pages=first_pages,
