@@ -28,13 +28,8 @@ from modules.vllm.layer import LatentPages, Member
 from modules.vllm.pages import page_schemes
 from modules.vllm.step import Requests
 
-
-#: Dense model types that are not served, by the reason.
-_NOT_SERVED = {
-    "aria_text": "vLLM's adapter of the library's models does not run its experts",
-    "minimax_m2": "vLLM's router on a CPU does not know its scores, so it was not tried",
-    "phimoe": "vLLM's adapter of the library's models does not run its router",
-}
+#: Dense model types whose experts vLLM's own models, or its adapter of the library's, do not run on a CPU.
+_NOT_SERVED = ("aria_text", "minimax_m2", "phimoe")
 
 
 def check_served(vllm_config: VllmConfig) -> None:
@@ -42,21 +37,18 @@ def check_served(vllm_config: VllmConfig) -> None:
     config, parallel = vllm_config.model_config.hf_config, vllm_config.parallel_config
     if not config.truncation_ranks:
         raise ValueError("truncation_ranks={}: must name split projections; vLLM serves a dense checkpoint as it is")
-    if config.dense_model_type in _NOT_SERVED:
-        reason = _NOT_SERVED[config.dense_model_type]
-        raise ValueError(f"dense_model_type={config.dense_model_type!r}: must be another one in vLLM: {reason}")
+    kind, ranks = config.dense_model_type, parallel.tensor_parallel_size
+    if kind in _NOT_SERVED:
+        raise ValueError(f"dense_model_type={kind!r}: must be none of {', '.join(_NOT_SERVED)}, which vLLM fails with")
     if waits_for_length(config):
-        raise ValueError(
-            f"rope_parameters={config.rope_parameters}: must have frequencies that are the same for all texts"
-        )
+        raise ValueError(f"rope_parameters={config.rope_parameters}: must not depend on the length of a text")
     if parallel.pipeline_parallel_size != 1:
         raise ValueError(f"pipeline_parallel_size={parallel.pipeline_parallel_size}: must be 1 for packed latents")
-    if parallel.tensor_parallel_size > 1:
-        check_tensor_parallel(config, parallel.tensor_parallel_size, 1)
-        if config.traits.norm == "all" or config.traits.fused or config.dense_model_type == "cohere":
+    if ranks > 1:
+        check_tensor_parallel(config, ranks, 1)
+        if config.traits.norm == "all" or config.traits.fused or kind == "cohere":
             raise ValueError(
-                f"tensor_parallel_size={parallel.tensor_parallel_size}: must be 1 for {config.dense_model_type!r}, "
-                "which has a norm or a projection over all heads"
+                f"tensor_parallel_size={ranks}: must be 1 for {kind!r}, whose heads share a norm or a weight"
             )
     speculative = vllm_config.speculative_config
     if speculative is not None and speculative.method != "ngram":
@@ -66,9 +58,7 @@ def check_served(vllm_config: VllmConfig) -> None:
             raise ValueError(f"{name}: must be None for packed latents")
     cache_dtype = vllm_config.cache_config.cache_dtype
     if cache_dtype != "auto":
-        raise ValueError(
-            f"kv_cache_dtype={cache_dtype!r}: must be 'auto', for the checkpoint says how latents are packed"
-        )
+        raise ValueError(f"kv_cache_dtype={cache_dtype!r}: must be 'auto': the checkpoint says how latents are packed")
 
 
 class LatentAttention(ALRDLlamaAttention):
@@ -171,8 +161,7 @@ class ALRDLlamaForCausalLM(nn.Module):
         check_served(vllm_config)
         self.config = config = vllm_config.model_config.hf_config
         dense, architecture = config.to_dense(), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.dense_model_type]
-        # vLLM's models read the one, which not every class has; by the other its Qwen2 would refuse windows in some layers,
-        # which are those of the attention that is replaced.
+        # vLLM's models read a size that not every class has. Its Qwen2 refuses windows in some layers: not its own here.
         dense.head_dim, dense.max_window_layers = config.head_dim, config.num_hidden_layers
         args = {"prefix": prefix, "hf_config": dense, "architectures": [architecture]}
         self.dense = init_vllm_registered_model(vllm_config, **args)
