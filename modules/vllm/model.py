@@ -47,9 +47,7 @@ def check_served(vllm_config: VllmConfig) -> None:
     if ranks > 1:
         check_tensor_parallel(config, ranks, 1)
         if config.traits.norm == "all" or config.traits.fused or kind == "cohere":
-            raise ValueError(
-                f"tensor_parallel_size={ranks}: must be 1 for {kind!r}, whose heads share a norm or a weight"
-            )
+            raise ValueError(f"tensor_parallel_size={ranks}: must be 1 for {kind!r}, whose heads share a norm")
     speculative = vllm_config.speculative_config
     if speculative is not None and speculative.method != "ngram":
         raise ValueError(f"speculative_config: method={speculative.method!r}: must be 'ngram' for packed latents")
@@ -161,7 +159,7 @@ class ALRDLlamaForCausalLM(nn.Module):
         check_served(vllm_config)
         self.config = config = vllm_config.model_config.hf_config
         dense, architecture = config.to_dense(), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.dense_model_type]
-        # vLLM's models read a size that not every class has. Its Qwen2 refuses windows in some layers: not its own here.
+        # vLLM's models read a size that not every class has. Its Qwen2 refuses windows in some layers, not its own.
         dense.head_dim, dense.max_window_layers = config.head_dim, config.num_hidden_layers
         args = {"prefix": prefix, "hf_config": dense, "architectures": [architecture]}
         self.dense = init_vllm_registered_model(vllm_config, **args)
