@@ -334,25 +334,30 @@ def test_sliding_windows(kind, fields, blocks, beside_stock, tmp_path, engines):
         model = tiny_split(tmp_path, dense.config.num_key_value_heads * 32, 2, dense, k_bits=16, v_bits=16)
     else:
         model = tiny_blocks(dense, k_bits=16, v_bits=16, **blocks)
-    assert any(model.config.layer_window(layer) for layer in range(3))
-    result = run_engine(engines, saved(model, tmp_path / "split"), [prompts])
-    assert min(cached for _, cached in result["batches"][0][13:]) >= PAGE
+    windows = [model.config.layer_window(layer) for layer in range(3)]
+    assert any(windows)
+    result = run_engine(engines, saved(model, tmp_path / "split"), [prompts, prompts[13:]])
+    # Where all layers have a window, vLLM shares what has been computed, not what is.
+    assert all(windows) or min(cached for _, cached in result["batches"][0][13:]) >= PAGE
+    assert [cached for _, cached in result["batches"][1]] == [192, 224, 256]
     assert tokens_of(result) == own_tokens(model, prompts)
+    assert tokens_of(result, 1) == tokens_of(result)[13:]
     if beside_stock:
         assert tokens_of(result) == tokens_of(run_engine(engines, saved(dense, tmp_path / "stock"), [prompts]))
 
 
 def test_windows_of_packed_latents(tmp_path, engines):
-    """An eighth of the bytes; a text of twelve windows, of which the longest pieces are of eight."""
+    """An eighth of the bytes; pieces of eight windows; and texts of 1,100 tokens in 14 pages, which hold 448."""
     dense = dense_for_vllm("mistral", sliding_window=48)
     text = torch.randint(1, 97, (8, 140), generator=torch.Generator().manual_seed(1))
     fitted(dense, text, tmp_path, 0.125, layer_group_size=3, joint_kv=True).split().save_pretrained(tmp_path / "eighth")
     model = ALRDLlamaForCausalLM.from_pretrained(tmp_path / "eighth")
-    prompts = [
-        torch.randint(5, 97, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (600, 47, 48, 49)
-    ]
+    prompts = [text.flatten()[:n].tolist() for n in (600, 47, 48, 49)]
     result = run_engine(engines, tmp_path / "eighth", [prompts], long_prefill_token_threshold=384)
     assert tokens_of(result) == own_tokens(model, prompts, piece=384)
+    prompts = [text.flatten()[:1100].tolist(), text.flatten()[5:1105].tolist()]
+    few = {"num_gpu_blocks_override": 14, "max_num_batched_tokens": 128, "max_num_seqs": 2}
+    assert tokens_of(run_engine(engines, tmp_path / "eighth", [prompts], **few)) == own_tokens(model, prompts)
 
 
 @torch.no_grad()

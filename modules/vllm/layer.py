@@ -16,7 +16,7 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder, CommonAttentionMetadata
 from vllm.v1.attention.backend import MultipleOf as Multiple
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, SlidingWindowSpec
 
 from modules.cache.scheme import CacheScheme, LayerScales, LayerWidths
 from modules.kernels import get_backend
@@ -45,6 +45,7 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
                 batch.block_table_tensor[:n].cpu().numpy(),
                 batch.slot_mapping,
                 self.kv_cache_spec.block_size,
+                getattr(self.kv_cache_spec, "sliding_window", None),
             )
             StepBuilder._last = (batch, step)
         return StepBuilder._last[1]
@@ -134,20 +135,19 @@ class LatentPages(AttentionLayerBase):
     def get_attn_backend(self) -> type[AttentionBackend]:
         return LatentBackend
 
-    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> FullAttentionSpec:
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> FullAttentionSpec | SlidingWindowSpec:
         """A page is one state, of all its tokens: its bytes need not divide by them."""
         length = vllm_config.cache_config.block_size
         check_page_length(length)
         layout = PageLayout(self.scheme, self.widths, length, self.dtype)
-        return FullAttentionSpec(
-            block_size=length,
-            num_kv_heads=1,
-            head_size=self.head_dim,
-            dtype=torch.uint8,
-            num_head_slots=1,
-            tokens_per_state=length,
-            state_content_bytes=layout.nbytes,
-        )
+        kind, how = FullAttentionSpec, {}
+        config = vllm_config.model_config.hf_config
+        windows = set(map(config.layer_window, range(config.num_hidden_layers)))
+        # Pages of different bytes must be of one kind. So those before a window are only let go if all layers have it.
+        if len(windows) == 1 and None not in windows:
+            kind, how["sliding_window"] = SlidingWindowSpec, windows.pop()
+        how |= {"block_size": length, "num_kv_heads": 1, "head_size": self.head_dim, "dtype": torch.uint8}
+        return kind(**how, num_head_slots=1, tokens_per_state=length, state_content_bytes=layout.nbytes)
 
     def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
         """Take the pages `[pages, 1, 1, bytes]` that vLLM has allocated."""
@@ -191,12 +191,11 @@ class LatentPages(AttentionLayerBase):
         if table is None:
             return PackedCache(**tiles)
         if window is not None:
-            # Pages that none of the queries sees are not read, but kept: to vLLM all layers are alike.
+            # Pages that none of the queries sees are not read.
             unseen = max(0, requests.least_held - window + 1) // length
             table = table[:, :, min(unseen, table.shape[2] - 1) :].contiguous()
-        packed = {"block_length": length, "table": table, "full": requests.full}
-        hidden = self.scheme.sink_length
-        return PackedCache(keys=pages.keys, values=pages.values, hidden=hidden, **packed, **tiles)
+        packed = {"block_length": length, "table": table, "full": requests.full, "hidden": self.scheme.sink_length}
+        return PackedCache(keys=pages.keys, values=pages.values, **packed, **tiles)
 
     def _attend_latents(self, member: int, states, keys, values, requests: Requests, pages: Pages) -> torch.Tensor:
         """Attention to latents, packed and new ones."""

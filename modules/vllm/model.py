@@ -109,10 +109,8 @@ class LatentAttention(ALRDLlamaAttention):
         i = config.cache_layer(self.layer_idx)
         widths = tuple(shard_groups(groups, *self.shard) for groups in config.layer_widths(self.layer_idx))
         sinks = config_sink_channels(config)[i]
-        if sinks is None:
-            sinks = dict(zip(CACHE_SIDES, map(sum, widths), strict=True))
-        else:
-            sinks = {side: channels // self.shard[1] for side, channels in sinks.items()}
+        sinks = {side: channels // self.shard[1] for side, channels in (sinks or {}).items()}
+        sinks = sinks or dict(zip(CACHE_SIDES, map(sum, widths), strict=True))
         scheme = page_schemes(config)[i].shard(*self.shard)
         heads = config.num_key_value_heads // self.shard[1]
         pages = LatentPages(self.pages_name, scheme, widths, sinks, heads, self.head_dim, dtype)

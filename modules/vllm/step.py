@@ -104,7 +104,12 @@ class Step:
 
 
 def make_step(
-    starts: np.ndarray, lengths: np.ndarray, pages: np.ndarray, slots: torch.Tensor, page_length: int
+    starts: np.ndarray,
+    lengths: np.ndarray,
+    pages: np.ndarray,
+    slots: torch.Tensor,
+    page_length: int,
+    window: int | None = None,
 ) -> Step:
     """The step of a batch.
 
@@ -114,9 +119,13 @@ def make_step(
         pages: `[requests, …]` int32, pages of each request in order.
         slots: `[tokens]` int64, where the new tokens are to be stored.
         page_length: Tokens of a page, T.
+        window: Tokens that a query sees; pages before it may have been given to others since. `None`: all.
     """
     new = np.diff(starts)
     held = lengths - new
+    if window is not None:
+        # Page 0 is nobody's.
+        pages = pages * (np.arange(1, pages.shape[1] + 1) * page_length > (held - window + 1)[:, None])
     shared = _shared_runs(starts, held, new, pages, page_length)
     # Requests of one length are rows of one call of the kernel.
     by_length: dict[tuple, list[int]] = {}
