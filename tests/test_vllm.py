@@ -14,10 +14,11 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
-from configuration_alrd_llama import ALRDLlamaConfig
+from configuration_alrd_llama import ARCHITECTURES, ALRDLlamaConfig
 from modeling_alrd_llama import ALRDLlamaForCausalLM
 from scripts.corpus import load_documents
 from tests.helpers import TINY_LLAMA, all_ranks, randomize_vectors, tiny_blocks, tiny_dense, tiny_split
+from tests.test_architectures import dense_config, fitted, random_model
 
 pytestmark = pytest.mark.vllm
 
@@ -121,13 +122,13 @@ def tokens_of(result, batch: int = 0) -> list[list[int]]:
 
 
 @torch.no_grad()
-def own_tokens(model, prompts, max_tokens: int = 16) -> list[list[int]]:
+def own_tokens(model, prompts, max_tokens: int = 16, piece: int = PIECE) -> list[list[int]]:
     """Greedy tokens of our own `generate()` with the engine's cache: sinks, no window, every token packed at once."""
     tokens = []
     for prompt in prompts:
         cache = model.create_kivi_cache(residual_length=0, group_size=1)
         ids = torch.tensor([prompt])
-        limits = {"max_new_tokens": max_tokens, "min_new_tokens": max_tokens, "prefill_chunk_size": PIECE}
+        limits = {"max_new_tokens": max_tokens, "min_new_tokens": max_tokens, "prefill_chunk_size": piece}
         out = model.generate(
             ids, attention_mask=torch.ones_like(ids), past_key_values=cache, do_sample=False, pad_token_id=0, **limits
         )
@@ -261,17 +262,102 @@ def test_other_architectures_by_layers_with_packed_latents(architecture, tmp_pat
     assert tokens_of(result) + tokens_of(result, 1) == own_tokens(model, prompts)
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "ernie4_5"])
-def test_latents_of_finished_keys_give_the_tokens_of_stock_vllm(kind, tmp_path, engines):
-    """Behind a norm, or in another order of the channels: lossless, blocks of two layers."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        dense = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**TINY_LLAMA | {"head_dim": 32})).eval()
-        randomize_vectors(dense)
-    prompts = prompts_of(97)
+#: Models of vLLM's own, and of the library's run by vLLM: experts, multipliers, norms of heads and over all of them,
+#: norms behind the layers, fused projections, layers without RoPE, RoPE of neighbours and of a part of the channels.
+BESIDE_STOCK = ("qwen3", "ernie4_5", "mixtral", "qwen3_moe", "granite", "granitemoe", "olmo2", "olmoe", "gemma")
+BESIDE_STOCK += ("gemma3_text", "phi3", "smollm3", "cohere", "glm4", "apertus")
+
+#: What vLLM's models read of a configuration beside the fields of its class, or otherwise than these, of sizes that fit
+#: its attention on a CPU.
+VLLM_FIELDS = {
+    "apertus": {"hidden_size": 256},
+    "flex_olmo": {"moe_intermediate_size": 96},
+    "helium": {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4},
+    "hy_v3": {"expert_hidden_dim": 32, "route_norm": True, "qk_norm": True},
+    "starcoder2": {"hidden_size": 256},
+}
+
+
+def dense_for_vllm(kind: str, **fields):
+    """A random model of a size that vLLM's attention takes; where its heads share the hidden channels, of more."""
+    config = dense_config(kind, **{"head_dim": 32} | VLLM_FIELDS.get(kind, {}) | fields)
+    if "head_dim" not in type(config).__dataclass_fields__:
+        config = dense_config(kind, **{"hidden_size": 256, "head_dim": None} | VLLM_FIELDS.get(kind, {}) | fields)
+    return random_model(config)
+
+
+@pytest.mark.parametrize("kind", BESIDE_STOCK)
+def test_architectures_give_the_tokens_of_stock_vllm(kind, tmp_path, engines):
+    """Lossless, blocks of two layers; then an eighth of the bytes, against our own cache."""
+    dense, prompts = dense_for_vllm(kind), prompts_of(97)
     expected = tokens_of(run_engine(engines, saved(dense, tmp_path / "stock"), [prompts]))
-    model = tiny_blocks(dense, layer_group_size=2, head_group_size=2, k_bits=16, v_bits=16)
+    model = tiny_blocks(dense, layer_group_size=2, k_bits=16, v_bits=16)
     assert tokens_of(run_engine(engines, saved(model, tmp_path / "split"), [prompts])) == expected
+    text = torch.randint(1, 97, (8, 140), generator=torch.Generator().manual_seed(1))
+    model = fitted(dense, text, tmp_path, 0.125, layer_group_size=3, joint_kv=True).split()
+    model.save_pretrained(tmp_path / "eighth")
+    model = ALRDLlamaForCausalLM.from_pretrained(tmp_path / "eighth")
+    few = prompts[3:12:2]
+    assert tokens_of(run_engine(engines, tmp_path / "eighth", [few], 8)) == own_tokens(model, few, 8)
+
+
+#: The others of the table, of those that this release of the library has.
+OTHERS = [kind for kind in ARCHITECTURES if kind in CONFIG_MAPPING and kind not in BESIDE_STOCK]
+OTHERS = [kind for kind in OTHERS if kind not in ("llama", "mistral", "qwen2", "aria_text", "minimax_m2", "phimoe")]
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_architectures_give_the_tokens_of_our_own_cache(kind, tmp_path, engines):
+    dense, prompts = dense_for_vllm(kind), prompts_of(97)
+    model = tiny_blocks(dense, layer_group_size=2, head_group_size=2, k_bits=16, v_bits=16)
+    assert tokens_of(run_engine(engines, saved(model, tmp_path), [prompts], 8)) == own_tokens(model, prompts, 8)
+
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "blocks", "beside_stock"),
+    [
+        ("mistral", {"sliding_window": 40}, {}, True),
+        ("mistral", {"sliding_window": 100}, {"layer_group_size": 3, "joint_kv": True}, True),
+        ("gemma3_text", {"sliding_window": 48, "layer_types": [SLIDING, FULL, SLIDING]}, {}, True),
+        # vLLM's own refuses windows in some of the layers; the other one's are a token longer than the library's.
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 48}, None, False),
+        ("cohere2", {"sliding_window": 48, "layer_types": [SLIDING, FULL, SLIDING]}, {}, False),
+    ],
+)
+def test_sliding_windows(kind, fields, blocks, beside_stock, tmp_path, engines):
+    """Shorter than the prompts and their pieces, and longer ones; shared prefixes are read while they are computed."""
+    dense, prompts = dense_for_vllm(kind, **fields), prompts_of(97)
+    if blocks is None:
+        model = tiny_split(tmp_path, dense.config.num_key_value_heads * 32, 2, dense, k_bits=16, v_bits=16)
+    else:
+        model = tiny_blocks(dense, k_bits=16, v_bits=16, **blocks)
+    windows = [model.config.layer_window(layer) for layer in range(3)]
+    assert any(windows)
+    result = run_engine(engines, saved(model, tmp_path / "split"), [prompts, prompts[13:]])
+    # Where all layers have a window, vLLM shares what has been computed, not what is.
+    assert all(windows) or min(cached for _, cached in result["batches"][0][13:]) >= PAGE
+    assert [cached for _, cached in result["batches"][1]] == [192, 224, 256]
+    assert tokens_of(result) == own_tokens(model, prompts)
+    assert tokens_of(result, 1) == tokens_of(result)[13:]
+    if beside_stock:
+        assert tokens_of(result) == tokens_of(run_engine(engines, saved(dense, tmp_path / "stock"), [prompts]))
+
+
+def test_windows_of_packed_latents(tmp_path, engines):
+    """An eighth of the bytes; pieces of eight windows; and texts of 1,100 tokens in 14 pages, which hold 448."""
+    dense = dense_for_vllm("mistral", sliding_window=48)
+    text = torch.randint(1, 97, (8, 140), generator=torch.Generator().manual_seed(1))
+    fitted(dense, text, tmp_path, 0.125, layer_group_size=3, joint_kv=True).split().save_pretrained(tmp_path / "eighth")
+    model = ALRDLlamaForCausalLM.from_pretrained(tmp_path / "eighth")
+    prompts = [text.flatten()[:n].tolist() for n in (600, 47, 48, 49)]
+    result = run_engine(engines, tmp_path / "eighth", [prompts], long_prefill_token_threshold=384)
+    assert tokens_of(result) == own_tokens(model, prompts, piece=384)
+    prompts = [text.flatten()[:1100].tolist(), text.flatten()[5:1105].tolist()]
+    few = {"num_gpu_blocks_override": 14, "max_num_batched_tokens": 128, "max_num_seqs": 2}
+    assert tokens_of(run_engine(engines, tmp_path / "eighth", [prompts], **few)) == own_tokens(model, prompts)
 
 
 @torch.no_grad()
@@ -323,13 +409,16 @@ def test_what_is_not_served_is_refused_at_the_start(tmp_path, engines, fields, s
 
 
 @pytest.mark.parametrize(
-    ("kind", "fields", "rule"),
+    ("kind", "settings", "rule"),
     [
-        ("mistral", {"sliding_window": 64}, "sliding_window=64: must be None or at least max_model_len=2048"),
-        ("granite", {}, "dense_model_type='granite': must be one of llama, mistral, qwen2, qwen3, ernie4_5"),
+        ("phimoe", {}, "dense_model_type='phimoe': must be none of aria_text, minimax_m2, phimoe"),
+        ("olmo2", {"tensor_parallel_size": 2}, "tensor_parallel_size=2: must be 1 for 'olmo2'"),
     ],
 )
-def test_architectures_that_are_not_served(tmp_path, engines, kind, fields, rule):
-    dense = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**TINY_LLAMA | fields))
-    split = tiny_split(tmp_path, 8, dense=dense, k_bits=16, v_bits=16)
-    assert rule in run_engine(engines, saved(split, tmp_path / "split"), [[[1, 2, 3]]], fails=True)
+def test_architectures_that_are_not_served(tmp_path, kind, settings, rule):
+    model = tiny_blocks(dense_for_vllm(kind), k_bits=16, v_bits=16)
+    # An engine with processes of its own, whose errors are in what they print.
+    engines = Engines(tmp_path)
+    run_engine(engines, saved(model, tmp_path / "split"), [[[1, 2, 3]]], fails=True, **settings)
+    engines.close()
+    assert rule in engines.log.read_text()

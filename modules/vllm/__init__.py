@@ -1,7 +1,7 @@
 """Latent models served by vLLM, their packed latents in its pages: a plug-in, which vLLM calls by its entry point."""
 
 #: Releases of vLLM whose interfaces the plug-in was tested with: from the first on, before the second.
-SUPPORTED = ((0, 32), (0, 33))
+SUPPORTED = ((0, 31), (0, 33))
 
 
 def register() -> None:

@@ -4,6 +4,7 @@ One object, `LatentPages`, stands for all layers that share a latent: it owns th
 last of them has run, and vLLM knows of no other cache. A layer by itself is a block of one.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,12 +16,12 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder, CommonAttentionMetadata
 from vllm.v1.attention.backend import MultipleOf as Multiple
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, SlidingWindowSpec
 
 from modules.cache.scheme import CacheScheme, LayerScales, LayerWidths
 from modules.kernels import get_backend
 from modules.kernels.attention import merge_attended
-from modules.kernels.packed import LatentQuery, PackedCache, Rope
+from modules.kernels.packed import LatentQuery, PackedCache
 from modules.vllm.pages import PAGE_MULTIPLE, PageLayout, Pages, check_page_length
 from modules.vllm.step import Requests, SinkStore, Step, make_step
 
@@ -44,6 +45,7 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
                 batch.block_table_tensor[:n].cpu().numpy(),
                 batch.slot_mapping,
                 self.kv_cache_spec.block_size,
+                getattr(self.kv_cache_spec, "sliding_window", None),
             )
             StepBuilder._last = (batch, step)
         return StepBuilder._last[1]
@@ -80,11 +82,13 @@ class Member:
     """One layer of those that share pages.
 
     Attributes:
+        query: Queries `[n, H_q, L, d]` of requests, and how they meet keys, by `expand_keys` and widths of head groups.
         expand_keys, expand_values: Latents to its keys and values, `ALinear`; `None`: the states themselves are cached.
         project: Its parts of the latents, by side of the cache, from its keys and values; `None`: what it gives is
             cached as it is.
     """
 
+    query: Callable[..., LatentQuery]
     expand_keys: torch.nn.Module | None
     expand_values: torch.nn.Module | None
     project: tuple[tuple[str, torch.nn.Module], ...] | None = None
@@ -98,7 +102,6 @@ class LatentPages(AttentionLayerBase):
         scheme, widths, sink_channels: What is stored, as in a `KIVILatentCache`.
         heads: Key/value heads.
         head_dim: Their size.
-        rope: Rotary embedding of keys and queries.
         dtype: Type of the states.
     """
 
@@ -112,11 +115,10 @@ class LatentPages(AttentionLayerBase):
         sink_channels: dict[str, int],
         heads: int,
         head_dim: int,
-        rope: Rope,
         dtype: torch.dtype,
     ):
         self.name, self.scheme, self.widths, self.sink_channels = name, scheme, widths, sink_channels
-        self.heads, self.head_dim, self.rope, self.dtype = heads, head_dim, rope, dtype
+        self.heads, self.head_dim, self.dtype = heads, head_dim, dtype
         #: Layer by layer, in their order.
         self.members: list[Member] = []
         #: Calibrated scales, which are known when the weights are loaded.
@@ -133,20 +135,19 @@ class LatentPages(AttentionLayerBase):
     def get_attn_backend(self) -> type[AttentionBackend]:
         return LatentBackend
 
-    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> FullAttentionSpec:
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> FullAttentionSpec | SlidingWindowSpec:
         """A page is one state, of all its tokens: its bytes need not divide by them."""
         length = vllm_config.cache_config.block_size
         check_page_length(length)
         layout = PageLayout(self.scheme, self.widths, length, self.dtype)
-        return FullAttentionSpec(
-            block_size=length,
-            num_kv_heads=1,
-            head_size=self.head_dim,
-            dtype=torch.uint8,
-            num_head_slots=1,
-            tokens_per_state=length,
-            state_content_bytes=layout.nbytes,
-        )
+        kind, how = FullAttentionSpec, {}
+        config = vllm_config.model_config.hf_config
+        windows = set(map(config.layer_window, range(config.num_hidden_layers)))
+        # Pages of different bytes must be of one kind. So those before a window are only let go if all layers have it.
+        if len(windows) == 1 and None not in windows:
+            kind, how["sliding_window"] = SlidingWindowSpec, windows.pop()
+        how |= {"block_size": length, "num_kv_heads": 1, "head_size": self.head_dim, "dtype": torch.uint8}
+        return kind(**how, num_head_slots=1, tokens_per_state=length, state_content_bytes=layout.nbytes)
 
     def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
         """Take the pages `[pages, 1, 1, bytes]` that vLLM has allocated."""
@@ -184,34 +185,36 @@ class LatentPages(AttentionLayerBase):
             yield requests, attend(member, states, keys, values, requests, pages)
         self._collect(member, keys, values, step)
 
-    def _query(self, states: torch.Tensor, requests: Requests, expand_keys, widths: tuple[int, ...]) -> LatentQuery:
-        return LatentQuery(states, requests.positions, expand_keys, widths, self.rope, self.head_dim**-0.5)
-
-    def _packed(self, requests: Requests, pages: Pages, **tiles) -> PackedCache:
+    def _packed(self, requests: Requests, pages: Pages, window: int | None, **tiles) -> PackedCache:
         """The history of requests in the pages, with tiles beside it."""
-        if requests.table is None:
+        table, length = requests.table, pages.layout.length
+        if table is None:
             return PackedCache(**tiles)
-        packed = {"block_length": pages.layout.length, "table": requests.table, "full": requests.full}
-        hidden = self.scheme.sink_length
-        return PackedCache(keys=pages.keys, values=pages.values, hidden=hidden, **packed, **tiles)
+        if window is not None:
+            # Pages that none of the queries sees are not read.
+            unseen = max(0, requests.least_held - window + 1) // length
+            table = table[:, :, min(unseen, table.shape[2] - 1) :].contiguous()
+        packed = {"block_length": length, "table": table, "full": requests.full, "hidden": self.scheme.sink_length}
+        return PackedCache(keys=pages.keys, values=pages.values, **packed, **tiles)
 
     def _attend_latents(self, member: int, states, keys, values, requests: Requests, pages: Pages) -> torch.Tensor:
         """Attention to latents, packed and new ones."""
         own, new = self.members[member], requests.new_tiles(keys, values)
-        query = self._query(states, requests, own.expand_keys, self.widths[-1])
-        cache = self._packed(requests, pages, before=self.sinks.tiles(requests), after=new)
+        query = own.query(states, requests, own.expand_keys, self.widths[-1])
+        cache = self._packed(requests, pages, query.sliding_window, before=self.sinks.tiles(requests), after=new)
         return self.backend.attend_values(query, cache, own.expand_values).summed.to(states.dtype)
 
     def _attend_block(self, member: int, states, keys, values, requests: Requests, pages: Pages) -> torch.Tensor:
         """Attention to sinks and new tokens as they are, and to latents; as `ALRDLlamaBlockAttention` does it."""
         own, size = self.members[member], self.heads * self.head_dim
         sinks = self.sinks.tiles(requests, slice(member * size, (member + 1) * size))
-        query = self._query(states, requests, None, (self.head_dim,) * self.heads)
+        query = own.query(states, requests, None, (self.head_dim,) * self.heads)
         attended = self.backend.attend_values(query, PackedCache(sinks, requests.new_tiles(keys, values)), None)
         # A text that begins has no history.
         if requests.table is not None:
-            query = self._query(states, requests, own.expand_keys, self.widths[-1])
-            latent = self.backend.attend_values(query, self._packed(requests, pages), own.expand_values)
+            query = own.query(states, requests, own.expand_keys, self.widths[-1])
+            history = self._packed(requests, pages, query.sliding_window)
+            latent = self.backend.attend_values(query, history, own.expand_values)
             attended = merge_attended(attended, latent)
         return attended.summed.to(states.dtype)
 

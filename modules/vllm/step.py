@@ -41,6 +41,7 @@ class Requests:
         count: n.
         positions: `[n, L]` int64.
         start, added: `[n, 1]` int32: tokens before the new ones, and L.
+        least_held: Least of `start`, as the host knows it.
         table, full: `[3, n, blocks]` int32 and a flag, as in `PackedCache`; `None`: there is no history.
         first_pages: Page of the first token of each request's history, -1: it has none.
         borrowed: Runs of other requests' tokens that are history here (n = 1).
@@ -51,6 +52,7 @@ class Requests:
     positions: torch.Tensor
     start: torch.Tensor
     added: torch.Tensor
+    least_held: int
     table: torch.Tensor | None
     full: bool
     first_pages: list[int]
@@ -102,7 +104,12 @@ class Step:
 
 
 def make_step(
-    starts: np.ndarray, lengths: np.ndarray, pages: np.ndarray, slots: torch.Tensor, page_length: int
+    starts: np.ndarray,
+    lengths: np.ndarray,
+    pages: np.ndarray,
+    slots: torch.Tensor,
+    page_length: int,
+    window: int | None = None,
 ) -> Step:
     """The step of a batch.
 
@@ -112,9 +119,13 @@ def make_step(
         pages: `[requests, …]` int32, pages of each request in order.
         slots: `[tokens]` int64, where the new tokens are to be stored.
         page_length: Tokens of a page, T.
+        window: Tokens that a query sees; pages before it may have been given to others since. `None`: all.
     """
     new = np.diff(starts)
     held = lengths - new
+    if window is not None:
+        # Page 0 is nobody's.
+        pages = pages * (np.arange(1, pages.shape[1] + 1) * page_length > (held - window + 1)[:, None])
     shared = _shared_runs(starts, held, new, pages, page_length)
     # Requests of one length are rows of one call of the kernel.
     by_length: dict[tuple, list[int]] = {}
@@ -141,6 +152,7 @@ def make_step(
                 positions=before.long() + torch.arange(length, dtype=torch.int64, device=device),
                 start=before,
                 added=torch.full_like(before, length),
+                least_held=int(held[members].min()),
                 table=None if table is None else torch.from_numpy(table).to(device),
                 full=table is not None and bool((table[2] == page_length).all()),
                 first_pages=first_pages,
