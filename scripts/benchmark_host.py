@@ -4,8 +4,8 @@ What a user of an eager step waits for at short contexts is Python: the preparat
 Here a random model of tiny layers decodes on the CPU by the `triton` back end, in two ways:
 
     prepared    every launch `kernel[grid](**arguments)` of ours does nothing; all that comes before it is done
-    launched    the launches go through Triton's own launcher (arguments bound and specialised, the compiled kernel
-                looked up) up to the launch itself, which is left out
+    launched    the launches are made as on a GPU (arguments bound and specialised, the compiled kernel looked up) up to
+                the driver's own, which a function that does nothing stands for
 
 The kernels of PyTorch run, on states of a few numbers. Against both, in turns: the dense model of the same shape with a
 `DynamicCache`, whose time is that of its operators' dispatch. Ratios are of the rounds, with their 20th and 80th
@@ -18,19 +18,21 @@ First comes a gate: each layer's step must have launched kernels; otherwise noth
 
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from typing import Any
 from unittest.mock import patch
+from weakref import WeakKeyDictionary
 
 import torch
 import triton
 from tqdm import tqdm
 from transformers import Cache, DynamicCache, PreTrainedModel
 from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import JITFunction, KernelInterface
+from triton.runtime.jit import KernelInterface
 
 from configuration_alrd_llama import ALRDLlamaConfig, check_positive
 from modeling_alrd_llama import ALRDLlamaForCausalLM
@@ -93,7 +95,21 @@ class NoLaunch:
 
 
 class StandInDriver:
-    """A driver for Triton, which answers as on an H100 what is asked before a launch."""
+    """A driver for Triton, which answers as on an H100 what is asked before a launch, and launches nothing."""
+
+    def __init__(self):
+        self.utils = self
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 227 * 1024}
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple:
+        """Module, function, registers of a thread, what it spills, and threads that a program may have."""
+        return name, name, 0, 0, 1024
+
+    def launcher_cls(self, source, metadata) -> Callable:
+        """What Triton makes once for each compiled kernel, and calls to launch it."""
+        return lambda *arguments: None
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
@@ -105,14 +121,6 @@ class StandInDriver:
         return 0
 
 
-def _run_without_launch(self: JITFunction, *args, grid, warmup: bool, **kwargs):
-    """`JITFunction.run` up to the launch, which it leaves out to compile only."""
-    return _run(self, *args, grid=grid, warmup=True, **kwargs)
-
-
-_run = JITFunction.run
-
-
 @contextmanager
 def without_launches(launcher: bool) -> Iterator[None]:
     """The `triton` back end takes CPU tensors, and launches nothing; with `launcher` Triton prepares each launch."""
@@ -122,11 +130,14 @@ def without_launches(launcher: bool) -> Iterator[None]:
             stack.enter_context(patch.object(owner, name, value))
 
         replaced(common, "INTERPRETED", True)
+        # What is kept of earlier launches is that of other kernels.
+        replaced(attention_triton, "_records", WeakKeyDictionary())
+        kept = lru_cache(attention_triton._record_without_blocks.__wrapped__)
+        replaced(attention_triton, "_record_without_blocks", kept)
         for name in ("check_scale", "require"):  # of what no kernel has written
             replaced(quantize_triton, name, lambda *_: None)
         if launcher:
             replaced(triton.runtime.driver, "_active", StandInDriver())
-            replaced(JITFunction, "run", _run_without_launch)
         else:
             for module in KERNEL_MODULES:
                 for name, kernel in list(vars(module).items()):

@@ -75,6 +75,16 @@ def test_every_step_is_the_same_launches(launches):
     assert blocks[0] == [0, 0] and blocks[-1] == [1, 1] and [0, 1] in blocks
 
 
+def test_a_step_is_checked_once(monkeypatch):
+    """Each check is a launch on a GPU."""
+    checks = []
+    monkeypatch.setattr(append_triton, "require", lambda *check: checks.append(check))
+    _, fixed = pair(SCHEMES["tiers"], backend="triton")
+    fixed.append(*random_states(2, 3))
+    ((ok, message),) = checks
+    assert ok.shape == () and ok and "values to quantize must be finite" in message and "capacity=" in message
+
+
 @pytest.mark.parametrize("scheme", [CacheScheme(2, 3, 5, 21, 0), CacheScheme(3, 1, 4, 9, 1)], ids=str)
 def test_windows_longer_than_a_block_move_up(scheme):
     ordinary, fixed = pair(scheme, backend="triton")

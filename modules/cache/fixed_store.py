@@ -307,8 +307,8 @@ class FixedStore:
         lengths = (layout.sink_length, layout.window + MAX_QUERY_LENGTH)
         channels = {side: sum(codec.widths) for side, codec in codecs.items()}
         self.exact = ExactTokens.zeros(batch, lengths, channels, dtype, device, sink_channels)
-        #: For the kernels: whether all values could be quantized, and no row has exceeded its capacity.
-        self.ok = torch.ones(2, dtype=torch.bool, device=device)
+        #: For the kernels: whether all values could be quantized and no row has exceeded its capacity.
+        self.ok = torch.ones((), dtype=torch.bool, device=device)
         self.plan_name, self.plan = _shared_plan(codecs, layout, device)
         self._name_tensors()
         self._register()

@@ -294,7 +294,7 @@ class KIVILatentLayer(LatentLayer):
         # Those of a block are no latents: each of its layers has its own.
         sinks = ()
         if self.sink_channels is None:
-            sinks = self.sinks()
+            sinks = self.exact.tiles("sinks", (0,) * len(table.sinks), table.sinks)
         window = self.exact.tiles("window", table.window_starts, column(self.rows, "window"))
         # Before the first block a kernel has nothing to unpack.
         if not entries.shape[2]:

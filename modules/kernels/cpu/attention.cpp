@@ -174,17 +174,24 @@ struct Worker {
     if (a.blocks && other_heads) set_columns();
     query_position.resize(all_queries);
     int64_t reference = 0;
-    for (int l = 0; l < a.length; l++) reference = std::max(reference, a.positions[(int64_t)row * a.length + l]);
+    const int64_t* positions = a.positions + (int64_t)row * a.length;
+    for (int l = 0; l < a.length; l++) reference = std::max(reference, positions[l]);
+    // All heads turn alike.
+    std::vector<double> cosine((size_t)a.length * a.half), sine(cosine.size());
+    for (int l = 0; l < a.length; l++)
+      for (int f = 0; f < a.half; f++) {
+        const double angle = a.frequency[f] * (double)(positions[l] - reference);
+        cosine[(size_t)l * a.half + f] = std::cos(angle) * a.scaling;
+        sine[(size_t)l * a.half + f] = std::sin(angle) * a.scaling;
+      }
     for (int h = 0; h < n_heads; h++) {
       std::vector<float> query((size_t)a.half * 2 * queries);
       for (int j = 0; j < queries; j++) {
         const int l = j % a.length, q_head = (first_head + h) * shared + j / a.length;
-        const int64_t position = a.positions[(int64_t)row * a.length + l];
-        query_position[h * queries + j] = position;
+        query_position[h * queries + j] = positions[l];
         const float* q = a.query + (((int64_t)row * a.query_heads + q_head) * a.length + l) * 2 * a.half;
         for (int f = 0; f < a.half; f++) {
-          const double angle = a.frequency[f] * (double)(position - reference);
-          const double c = std::cos(angle) * a.scaling, s = std::sin(angle) * a.scaling;
+          const double c = cosine[(size_t)l * a.half + f], s = sine[(size_t)l * a.half + f];
           const float q1 = q[a.order[f]], q2 = q[a.half + a.order[f]];
           query[(size_t)f * 2 * queries + j] = q1 * c - q2 * s;
           query[((size_t)f * 2 + 1) * queries + j] = q2 * c + q1 * s;

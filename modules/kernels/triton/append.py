@@ -5,8 +5,7 @@ do, so most of them end at once: a block is due once in as many steps as it has 
 kernel of `modules/kernels/triton/quantize.py`, so the bytes are those of any cache.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -14,6 +13,7 @@ import triton.language as tl
 
 from modules.kernels.packed import PackRecord
 from modules.kernels.triton.common import as_bits, stand_in
+from modules.kernels.triton.launch import Launcher
 from modules.kernels.triton.quantize import Format, quantize_kernel, quantize_launch
 from modules.quant_utils import packed_words, require
 
@@ -315,7 +315,7 @@ def _advance_kernel(
         tl.store(state + 3 * batch + b, blocks + flushed)
     else:
         # A row that would exceed its capacity stays as it is; the host learns of it later.
-        tl.store(ok + 1, 0)
+        tl.store(ok, 0)
 
 
 def _raw(x: torch.Tensor) -> torch.Tensor:
@@ -331,13 +331,13 @@ def _copied(x: torch.Tensor) -> torch.Tensor:
 
 
 class _Launch(NamedTuple):
-    """A kernel on its grid, and the arguments that no step changes."""
+    """A kernel with the arguments that no step changes, and its grid."""
 
-    run: Callable
-    arguments: dict[str, Any]
+    launcher: Launcher
+    grid: tuple[int, ...]
 
-    def start(self, **arguments) -> None:
-        self.run(**self.arguments, **arguments)
+    def start(self, tensors: dict[str, torch.Tensor] | None = None, numbers: dict[str, int] | None = None) -> None:
+        self.launcher.start(self.grid, tensors or {}, numbers or {})
 
 
 class _Flush(NamedTuple):
@@ -391,7 +391,9 @@ class FusedAppend:
             "WIDTH": _WIDTH,
         }
         self.sinks = {"sink_keys": exact["sink_keys"], "sink_values": exact["sink_values"]}
-        self.finite, self.fits = tensors["ok"]
+        # One check for all that can fail, since each is launched as well.
+        unfit = "x: values to quantize must be finite and fit their scales; see check_scale"
+        self.message = f"{unfit}; or {layout.full_message}"
         self.prepared: dict[int, tuple[_Launch, list[_Flush], _Launch]] = {}
 
     def __call__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -402,31 +404,30 @@ class FusedAppend:
         append, flushes, advance = self.prepared[length]
         keys, values = _copied(keys), _copied(values)
         with torch.cuda.device_of(keys):
-            append.start(
-                keys=keys,
-                values=values,
-                key_stride_b=keys.stride(0),
-                key_stride_t=keys.stride(1),
-                value_stride_b=values.stride(0),
-                value_stride_t=values.stride(1),
-            )
+            (key_b, key_t, _), (value_b, value_t, _) = keys.stride(), values.stride()
+            strides = {
+                "key_stride_b": key_b,
+                "key_stride_t": key_t,
+                "value_stride_b": value_b,
+                "value_stride_t": value_t,
+            }
+            append.start({"keys": keys, "values": values}, strides)
             for flush in flushes:
                 self._start(flush)
             advance.start()
-        require(self.finite, "x: values to quantize must be finite and fit their scales; see check_scale")
-        require(self.fits, self.layout.full_message)
+        require(self.tensors["ok"], self.message)
 
     def _start(self, flush: _Flush) -> None:
         copied = {}
         # Channels that lie apart are copied side by side, and quantized from there.
         if flush.scratch is not None:
             x = torch.empty(flush.scratch, dtype=self.tensors["window_keys"].dtype, device=self.device)
-            flush.take.start(taken=_raw(x))
+            flush.take.start({"taken": _raw(x)})
             copied = {"x": as_bits(x)}
         elif flush.take is not None:
             flush.take.start()
         for launch in flush.quantize:
-            launch.start(**copied)
+            launch.start(copied)
 
     def _prepare(self, length: int) -> tuple[_Launch, list[_Flush], _Launch]:
         """The launches of a step of `length` tokens per row."""
@@ -446,9 +447,9 @@ class FusedAppend:
             for record in records:
                 flushes.append(self._flush(side, record, length))
         return (
-            _Launch(_append_kernel[(self.batch * length, blocks)], append),
+            _Launch(Launcher(_append_kernel, append), (self.batch * length, blocks)),
             flushes,
-            _Launch(_advance_kernel[(self.batch,)], advance),
+            _Launch(Launcher(_advance_kernel, advance), (self.batch,)),
         )
 
     def _take(self, window: torch.Tensor, channels: tuple[int, ...], length: int, to_slots: bool) -> _Launch:
@@ -469,7 +470,7 @@ class FusedAppend:
             "WIDTH": _WIDTH,
             "num_warps": 4,
         }
-        return _Launch(_take_kernel[grid], arguments)
+        return _Launch(Launcher(_take_kernel, arguments), grid)
 
     def _flush(self, side: str, record: PackRecord, new_tokens: int) -> _Flush:
         window, due, prefix = self.tensors[f"window_{side}"], self.layout.due(new_tokens), f"{side}.{record.prefix}"
@@ -477,7 +478,7 @@ class FusedAppend:
         # At 16 bits there is nothing to quantize: the states go to their slots.
         if record.bits == 16:
             take = self._take(window, channels, new_tokens, True)
-            take.arguments["taken"] = _raw(self.tensors[f"{prefix}states"])
+            take.launcher.constant["taken"] = _raw(self.tensors[f"{prefix}states"])
             return _Flush(take, None, [])
         # The kernel reads a range of channels of the window itself, and other channels from a copy.
         x, take, scratch = window[..., channels[0] : channels[0] + len(channels)], None, None
@@ -509,7 +510,8 @@ class FusedAppend:
         for count, run in record.runs:
             rows = self.batch * due * count
             grid, arguments = quantize_launch(x, rows, run, form, self.device, crowded=True)
-            launches.append(_Launch(_flush_kernel[grid], constant | first | arguments | {"runs": count}))
+            launcher = Launcher(_flush_kernel, constant | first | arguments | {"runs": count})
+            launches.append(_Launch(launcher, grid))
             first["first_run"] += count
             first["first_token"] += count * run
             first["first_word"] += count * packed_words(run, record.bits)

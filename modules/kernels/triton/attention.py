@@ -51,6 +51,7 @@ from modules.kernels.triton.latents import (
     rounded,
     stored_of_tokens,
 )
+from modules.kernels.triton.launch import Launcher
 from modules.quant_utils import grid, group_starts, packed_words
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
@@ -559,7 +560,7 @@ def _attention_kernel(
     keys,  # for each piece: packed, scale, zero point, spans, scale groups, four strides, scales of tokens, strides
     values,
     table,
-    exact,  # for each tile: keys, values, start, count, and strides of their rows, and of the tokens of the first two
+    exact,  # for each tile: keys, values, start, count
     exact_spans,
     scaling,
     sliding_window,  # positions that a query sees at most; None: all up to its own
@@ -572,6 +573,7 @@ def _attention_kernel(
     weight_stride,
     aligned_stride,
     table_strides,
+    exact_strides,  # for each tile: of rows and tokens of keys, and of values, and of rows of start and count
     heads,
     size,
     DTYPE: tl.constexpr,
@@ -619,10 +621,11 @@ def _attention_kernel(
         # Number, from the last program on, of the tile that this program takes.
         nth = tl.num_programs(1) - 1 - share
         if nth < len(exact):
-            tile = exact[0]
+            tile, strides = exact[0], exact_strides[0]
             for i in tl.static_range(1, len(exact)):
-                tile = _choose(nth == i, exact[i], tile)
-            key, value, start, count, key_row, key_stride, value_row, value_stride, start_row, count_row = tile
+                tile, strides = _choose(nth == i, exact[i], tile), _choose(nth == i, exact_strides[i], strides)
+            key, value, start, count = tile
+            key_row, key_stride, value_row, value_stride, start_row, count_row = strides
             key_spans, value_spans = exact_spans
             key_part = ((key, key, key, key_spans, key_spans, key_row, key_stride, 0, 0, key, (0, 0)),)
             value_part = ((value, value, value, value_spans, value_spans, value_row, value_stride, 0, 0, key, (0, 0)),)
@@ -1063,10 +1066,13 @@ def _aligned(weight: torch.Tensor, columns: tuple, heads: int, half: int) -> tor
     return known[key]
 
 
-def _exact_arguments(tile: Tile) -> tuple:
+def _exact_tensors(tile: Tile) -> tuple[torch.Tensor, ...]:
+    return (_bits(tile.keys), _bits(tile.values), tile.start, tile.count)
+
+
+def _exact_strides(tile: Tile) -> tuple[int, ...]:
     key, value = tile.keys.stride(), tile.values.stride()
-    strides = (key[0], key[2], value[0], value[2], tile.start.stride(0), tile.count.stride(0))
-    return (_bits(tile.keys), _bits(tile.values), tile.start, tile.count, *strides)
+    return (key[0], key[2], value[0], value[2], tile.start.stride(0), tile.count.stride(0))
 
 
 class _Shape(NamedTuple):
@@ -1174,8 +1180,7 @@ class _LaunchRecord:
             "num_stages": 1,  # the compiler's own reading ahead takes more registers than ours
             "maxnreg": registers,
         }
-        #: Keyword arguments of each launch.
-        self.launches = []
+        self.launches: list[Launcher] = []
         packed_launches, exact_launches = _launches(value_specs, block_m), _launches([exact_values], block_m)
         for packed, exact in zip_longest(packed_launches, exact_launches, fillvalue={}):
             own = {
@@ -1183,10 +1188,10 @@ class _LaunchRecord:
                 "VALUES": tuple(packed.values()),
                 "EXACT_VALUES": tuple(exact.values()),
             }
-            self.launches.append(common | own)
+            self.launches.append(Launcher(_attention_kernel, common | own))
         # A program merges 64 sums of a query head's row, or expands them to 64 of its outputs.
         self.heads = heads
-        self.merge = {
+        merge = {
             "spans": value_spans,
             "rows": rows,
             "length": length,
@@ -1198,17 +1203,19 @@ class _LaunchRecord:
             "BLOCK_N": 64,
             "num_warps": 4,
         }
+        self.merge = Launcher(_merge_kernel, merge)
 
-    def merge_with(self, expand_values: Callable | None, states: torch.Tensor) -> tuple[tuple[int, int], dict]:
-        """Grid of the merge, and its arguments but for the sums, with a tensor for the outputs."""
-        channels, dtype, expansion = self.width, torch.float32, {"weight": _bits(states), "bias": None, "SHARED": 0}
+    def merge_with(self, expand_values: Callable | None, states: torch.Tensor) -> tuple[tuple[int, int], dict, dict]:
+        """Grid of the merge, its tensors but for the sums, among them one for the outputs, and its numbers."""
+        channels, dtype, weight, bias, shared = self.width, torch.float32, states, None, 0
         if expand_values is not None:
-            weight, shared = expand_values.weight, self.heads // expand_values.num_heads
-            channels, dtype = len(weight) // expand_values.num_heads, torch.float32 if INTERPRETED else states.dtype
-            expansion = {"weight": _bits(weight), "bias": _bits(expand_values.bias), "SHARED": shared}
+            weight, bias, heads = expand_values.weight, expand_values.bias, expand_values.num_heads
+            channels, shared = weight.shape[0] // heads, self.heads // heads
+            dtype = torch.float32 if INTERPRETED else states.dtype
         output = torch.empty((*states.shape[:3], channels), dtype=dtype, device=states.device)
-        sizes = {"output": output, "size": channels, "weight_stride": expansion["weight"].stride(0)}
-        return (self.rows, -(-channels // 64)), self.merge | expansion | sizes
+        tensors = {"output": output, "weight": _bits(weight), "bias": _bits(bias)}
+        numbers = {"size": channels, "weight_stride": weight.stride(0), "SHARED": shared}
+        return (self.rows, -(-channels // 64)), tensors, numbers
 
     def shares(self, blocks: int, exact: int) -> tuple[int, int]:
         """Shares into which the packed blocks are dealt, and programs: one wave, if there are enough blocks."""
@@ -1253,11 +1260,11 @@ def compiled_together() -> Iterator[None]:
         _compiles_only.reset(token)
 
 
-def _launch(kernel, grid: tuple[int, ...], arguments: dict) -> None:
+def _launch(launcher: Launcher, grid: tuple[int, ...], tensors: dict, numbers: dict) -> None:
     if not _compiles_only.get():
-        kernel[grid](**arguments)
+        launcher.start(grid, tensors, numbers)
     elif not INTERPRETED:
-        kernel.warmup(grid=grid, **arguments)
+        launcher.compile(grid, tensors, numbers)
 
 
 def latent_attention(query: LatentQuery, cache: PackedCache, expand_values: Callable | None = None) -> Attended:
@@ -1308,7 +1315,7 @@ def latent_attention(query: LatentQuery, cache: PackedCache, expand_values: Call
     log_sum = torch.empty(states.shape[:3], dtype=torch.float32, device=states.device)
     # Sums and, behind those of all shares, the highest score and the total of each.
     sums = torch.empty(total * record.rows * (record.width + 2), dtype=torch.float32, device=states.device)
-    step = {
+    tensors = {
         "query": _bits(states),
         "positions": positions,
         "inv_freq": inv_freq,
@@ -1316,9 +1323,11 @@ def latent_attention(query: LatentQuery, cache: PackedCache, expand_values: Call
         "aligned": aligned,
         "bias": bias,
         "sums": sums,
-        "total": total,
         "table": cache.table,
-        "exact": tuple(map(_exact_arguments, exact)),
+        "exact": tuple(map(_exact_tensors, exact)),
+    }
+    numbers = {
+        "total": total,
         "scaling": scaling,
         "sliding_window": sliding_window,
         "shares": shares,
@@ -1328,12 +1337,13 @@ def latent_attention(query: LatentQuery, cache: PackedCache, expand_values: Call
         "weight_stride": weight.stride(0),
         "aligned_stride": aligned.stride(0),
         "table_strides": table_strides,
+        "exact_strides": tuple(map(_exact_strides, exact)),
     }
     with torch.cuda.device_of(states):
         if programs:
             for launch in record.launches:
-                _launch(_attention_kernel, (record.grid[0], programs, record.grid[1]), step | launch)
-        grid, merge = record.merge_with(expand_values, states)
-        _launch(_merge_kernel, grid, merge | {"sums": sums, "log_sum": log_sum, "shares": total})
-    output = merge["output"]
+                _launch(launch, (record.grid[0], programs, record.grid[1]), tensors, numbers)
+        grid, merged, numbers = record.merge_with(expand_values, states)
+        _launch(record.merge, grid, merged | {"sums": sums, "log_sum": log_sum}, numbers | {"shares": total})
+    output = merged["output"]
     return Attended(output if expand_values is None else output.to(query.states.dtype), log_sum)
