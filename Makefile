@@ -1,8 +1,8 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: install demo real real-results surface test test-real test-oldest check results schemes gpu vllm vllm-results test-vllm \
-	test-vllm-oldest
+.PHONY: install demo real real-results surface test test-real test-oldest check results schemes gpu vllm vllm-results \
+	test-vllm test-vllm-oldest
 
 # One installation, made again when the requirements change.
 .venv/installed: requirements.txt pyproject.toml
