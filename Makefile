@@ -45,6 +45,11 @@ define LONG
 
 endef
 
+define FLOAT32
+	$(RUN) scripts/eval_perplexity.py --model build/real/$(1) --dense build/real/dense --bits config --dtype float32 \
+		--text $(REAL_TEXTS) --windows 3 --batch_size 3 --length 1920 --prefill 1792 --output build/$(2).json
+endef
+
 # The language model's frontier beside the peers on the same tokens, and RULER's needles (some five hours on one core;
 # goes on where it stopped).
 real-results: .venv/wheels
@@ -56,21 +61,24 @@ real-results: .venv/wheels
 		--checkpoints $(REAL_BUDGETS:%=build/real/%) --before $(PLAIN_BUDGETS:%=build/plain/%) \
 		--text $(REAL_TEXTS) --calibration_text mixture --no_per_document --windows 3 --batch_size 3 --length 1920 --prefill 1792 \
 		--parts transformers KIVI Palu before checkpoints --output build/real_frontier.json
-	$(RUN) scripts/eval_perplexity.py --model build/real/0.25 --dense build/real/dense --bits config --dtype float32 \
-		--text $(REAL_TEXTS) --windows 3 --batch_size 3 --length 1920 --prefill 1792 --output build/real_float32.json
+	$(call FLOAT32,0.25,real_float32)
+	$(RUN) scripts/calibrate_svd_ranks.py --model build/real/dense --text mixture --statistics build/real/statistics \
+		--budget 0.25 --code trellis --layer_group_size 1 --output build/real/0.25-one-layer
+	$(call FLOAT32,0.25-one-layer,real_float32_one_layer)
 	$(foreach budget,0.125 0.0625,$(foreach length,2048 4096 8192,$(call LONG,$(budget),$(length))))
 	$(RUN) scripts/eval_retrieval.py --task ruler --dense build/real/dense --checkpoints $(REAL_BUDGETS:%=build/real/%) \
 		--chat --lengths 1024 2048 --trials 8 --questions 2 --new_tokens 16 --output build/real_ruler.json
 	$(RUN) scripts/eval_retrieval.py --task ruler --dense build/real/dense --checkpoints build/real/0.125 \
 		--chat --lengths 4096 --variants niah_single_1 --trials 100 --questions 2 --new_tokens 16 --least_dense 0.6 \
 		--output build/real_ruler_4k.json
-	$(RUN) scripts/benchmark_decode.py --random false --checkpoints $(REAL_BUDGETS:%=build/real/%) --model build/real/dense \
-		--lengths 8192 --batches 1 --steps 32 --dense_steps 16 --prompts 0 --output build/real_decode.json
+	$(RUN) scripts/benchmark_decode.py --random false --model build/real/dense \
+		--checkpoints build/real/0.25-one-layer $(REAL_BUDGETS:%=build/real/%) --lengths 8192 --batches 1 \
+		--steps 32 --dense_steps 16 --prompts 0 --output build/real_decode.json
 	$(RUN) scripts/benchmark_chunk.py --model build/real/dense --checkpoints build/real/0.125 build/real/0.0625 \
 		--output scripts/results/benchmark_chunk.json
 	$(RUN) scripts/rate_distortion.py --model build/real/dense --statistics build/real/statistics \
 		--output scripts/results/rate_distortion.json
-	cp build/real_frontier.* build/real_float32.json build/real_long_*.json build/real_ruler.* build/real_ruler_4k.json build/real_decode.json \
+	cp build/real_frontier.* build/real_float32*.json build/real_long_*.json build/real_ruler.* build/real_ruler_4k.json build/real_decode.json \
 		scripts/results/
 	$(RUN) scripts/results_tables.py
 
