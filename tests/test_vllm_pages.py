@@ -147,9 +147,9 @@ def test_another_release_of_vllm_is_refused(monkeypatch):
     register()
     register()
     assert registered == [("ALRDLlamaForCausalLM", "modules.vllm.model:ALRDLlamaForCausalLM")] * 2
-    for version in ("0.31.2", "0.33.0", "1.0.0"):
+    for version in ("0.30.2", "0.33.0", "1.0.0"):
         engine.__version__ = version
-        with pytest.raises(ValueError, match=f"vllm={version}: must be at least 0.32 and below 0.33"):
+        with pytest.raises(ValueError, match=f"vllm={version}: must be at least 0.31 and below 0.33"):
             register()
 
 
