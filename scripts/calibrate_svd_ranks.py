@@ -26,6 +26,7 @@ from configuration_alrd_llama import ALRDLlamaConfig, check_choice, check_positi
 from modeling_alrd_llama import ALRDLlamaForCausalLM
 from modules.files import write_json
 from modules.fit.budget import (
+    AMPLE_BUDGET,
     Calibration,
     FitConfig,
     break_even,
@@ -105,6 +106,8 @@ class CalibrationConfig(FitConfig, SourceOptions):  # options of the last base c
         if self.keep_dense is None and self.probe:
             self.keep_dense = False
         super().__post_init__()
+        if self.layer_group_size is None and self.keep_dense and min(self.budgets) >= AMPLE_BUDGET:
+            self.layer_group_size = 1
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("device", self.device, ("cpu", "cuda", "auto"))
         if self.keep_dense and self.probe:

@@ -613,6 +613,13 @@ def test_a_budget_makes_blocks_unless_other_options_are_for_projections(fields, 
     assert CalibrationConfig(budget=0.1, probe=True).keep_dense is False
 
 
+def test_ample_budgets_have_one_layer_to_a_latent():
+    assert CalibrationConfig(budget=0.25).layer_group_size == CalibrationConfig(sweep=[0.2, 0.5]).layer_group_size == 1
+    assert CalibrationConfig(budget=0.25, layer_group_size=3).layer_group_size == 3
+    for smaller in ({"budget": 0.125}, {"sweep": [0.25, 0.125]}, {"budget": 0.25, "keep_dense": False}):
+        assert CalibrationConfig(**smaller).layer_group_size is None
+
+
 def test_layers_of_a_block_follow_from_the_text(dense):
     """Ten sampled tokens for each output of a latent."""
     source = ALRDLlamaConfig.from_llama(dense.config)

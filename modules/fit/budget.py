@@ -84,6 +84,9 @@ BLOCK_LENGTHS = (32, 64, 128)
 #: Layers that share a latent where none are asked for, at most: the best measured on SmolLM2 (LOG.md).
 MOST_LAYERS = 3
 
+#: Budget from which on one layer to a latent is as good as several, and faster (RESULTS.md, the surface of SmolLM2).
+AMPLE_BUDGET = 0.2
+
 #: Sampled tokens that each output of a latent should have, for the covariance by which its directions are chosen.
 TOKENS_PER_OUTPUT = 10
 
@@ -120,7 +123,8 @@ class FitConfig:
     layer_group_size: int | None = _option(
         None,
         f"Layers that share a latent (with keep_dense). None: up to {MOST_LAYERS} of one sliding window while the text "
-        f"has {TOKENS_PER_OUTPUT} sampled tokens for each output of a latent.",
+        f"has {TOKENS_PER_OUTPUT} sampled tokens for each output of a latent; by the command 1 where no budget is "
+        f"below {AMPLE_BUDGET:g}.",
     )
     joint_kv: bool | None = _option(None, "Keys and values share a latent. None: with keep_dense.", **_SWITCH)
     max_rebuild: int | None = _option(
