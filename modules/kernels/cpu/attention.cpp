@@ -852,8 +852,8 @@ struct Worker {
           unpack(part, run.words, run.length, pieces[i].first - run.start, pieces[i].count, segment.channel,
                  segment.count, &points[4 * (pieces[i].at - from)], room);
         }
-        spread_probabilities(n);
-        arranged = 0;
+        if (arranged >= 0) spread_probabilities(n);
+        arranged = -1;  // in the order of unpacked codes
         add_unpacked(part, pieces[0].slot, segment, points.data(), room, 0, scale_of, stride);
         continue;
       }
