@@ -1118,21 +1118,29 @@ def test_any_step_many(step):
 # ---- other instructions
 
 
+#: What the C++ kernels are compiled for here, and whether they multiply codes of 8 bits.
+OTHER_PROCESSORS = {"haswell": 0, "icelake-server": 1}
+
+
 def test_instructions():
     """What the subprocess below runs on."""
-    if os.environ.get(MARCH_VARIABLE) == "haswell":
-        assert library().alrd_takes_bytes() == 0
+    if (march := os.environ.get(MARCH_VARIABLE)) in OTHER_PROCESSORS:
+        assert library().alrd_takes_bytes() == OTHER_PROCESSORS[march]
+        assert library().alrd_has_tiles() == 0
 
 
-@pytest.mark.skipif(os.environ.get(MARCH_VARIABLE) == "haswell", reason="this is the subprocess")
-def test_avx2():
-    """Some of these tests with the instructions of a processor without AVX-512."""
+@pytest.mark.skipif(os.environ.get(MARCH_VARIABLE) in OTHER_PROCESSORS, reason="this is the subprocess")
+@pytest.mark.parametrize("march", OTHER_PROCESSORS)
+def test_other_processors(march):
+    """Some of these tests with the instructions of a processor without AVX-512, and of one without AMX."""
+    if march != "haswell" and not library().alrd_has_tiles():
+        pytest.skip("the other tests run without AMX here")
     chosen = "instructions or (widths and bfloat16) or (beyond and True) or (tiers and bfloat16) or yarn or any_step"
     chosen += " or sliding"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, __file__],
         cwd=ROOT,
-        env={**os.environ, MARCH_VARIABLE: "haswell", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, MARCH_VARIABLE: march, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )

@@ -103,7 +103,6 @@ int unseen_blocks(const Arguments& a, int row) {
 }
 
 constexpr float LN2 = 0.693147181f;
-constexpr int TILE = 64;       // tokens that are unpacked together
 constexpr int MOST_HEADS = 8;  // whose expansion rows stay in the cache side by side
 
 // The scales of tokens by their bytes (`decode_token_scale` of modules/quant_utils.py).
@@ -127,7 +126,7 @@ struct Worker {
   const Arguments& a;
   const Division &division, &exact_division;
   std::vector<Head> heads;
-  std::vector<uint8_t> codes;  // [quad][code_stride] with four channels each, from `first_code` on
+  Bytes codes;  // [quad][code_stride] with four channels each, from `first_code` on
   std::vector<float> column_numbers, scores, tile_scores, scales, key_scales;
   Columns columns;
   std::vector<float> sums, exact_sums, highest, total;  // values [query][column], [query][channel]; softmax
@@ -139,6 +138,9 @@ struct Worker {
   std::vector<uint8_t> points;  // of a trellis, as `codes`
   // Whether values are the keys' codes, of which all those of a batch are kept; and the first of the tile.
   bool shares_codes = false;
+#if ALRD_TILES
+  std::vector<TileRows> tile_rows;
+#endif
   int code_stride = STRIDE, first_code = 0;
   // Queries of a head, and of all heads of the item: [head][query].
   int row = -1, first_head = -1, group = 0, value_group = 0, queries = 0, all_queries = 0;
@@ -317,12 +319,19 @@ struct Worker {
     }
   }
 
+  // Whether the products of the codes are those of tile registers.
+  bool takes_tiles() const { return has_tiles() && columns.groups.empty() && columns.quads; }
+
   // Scores of the n tokens of the buffers, at most TILE, whose offsets from the anchor of the heads' `rows` start at
   // `offset`.
   void score_tile(ExpansionRows Head::* rows, int n, int offset) {
-    const Tokens tokens = {first_code_of(0), column_numbers.data(), code_stride, STRIDE};
+    const bool by_tiles = n > 32 && takes_tiles();
+    const Tokens tokens = {first_code_of(0), column_numbers.data(), code_stride, STRIDE, by_tiles};
     std::fill(tile_scores.begin(), tile_scores.end(), 0.0f);
     float* out = tile_scores.data();
+#if ALRD_TILES
+    if (by_tiles) multiply_tiles(tile_rows, tokens.codes, 4 * code_stride);
+#endif
     for (const Head& head : heads) {
       if (n > 32)
         score_tokens<4>(head.*rows, head.fast, head.nodes, tokens, 0, offset, out);
@@ -427,10 +436,7 @@ struct Worker {
   int code_columns() const { return round_up(a.keys.width, 4); }
 
   // The tile's codes of the four columns from `column` on.
-  uint8_t* first_code_of(int column) {
-    const uintptr_t start = ((uintptr_t)codes.data() + 63) / 64 * 64;  // vectors that straddle two lines take longer
-    return (uint8_t*)start + ((int64_t)(column / 4) * code_stride + first_code) * 4;
-  }
+  uint8_t* first_code_of(int column) { return codes.data() + ((int64_t)(column / 4) * code_stride + first_code) * 4; }
 
   // Whether the values are stored as the keys, all as codes with calibrated scales.
   bool values_are_keys() const {
@@ -527,7 +533,7 @@ struct Worker {
     }
     shares_codes = values_are_keys();
     code_stride = shares_codes ? SPAN + 32 : STRIDE;
-    codes.resize((size_t)(2 * code_columns() + 16) * code_stride + 64);
+    codes.resize((size_t)(2 * code_columns() + 64) * code_stride);  // tiles are multiplied whole
     column_numbers.resize((size_t)std::max(1, std::max(columns.floats, a.exact_width)) * STRIDE);
   }
 
@@ -548,6 +554,16 @@ struct Worker {
       }
       fast_is_rounded = nodes_are_rounded = true;
       rounded_anchor = anchor;
+#if ALRD_TILES
+      if (!takes_tiles()) return;
+      tile_rows.clear();
+      for (Head& head : heads) {
+        if (division.fast) head.fast.list_tiles(tile_rows);
+        if (division.nodes) head.nodes.list_tiles(tile_rows);
+      }
+      // Those that can be multiplied together follow each other.
+      std::sort(tile_rows.begin(), tile_rows.end(), [](auto& a, auto& b) { return a.steps < b.steps; });
+#endif
     };
     if (by_block) {
       for (const Piece& piece : pieces_of(batch, a.keys.run))
@@ -639,8 +655,8 @@ struct Worker {
   // Round the probabilities times `scale` (null: 1) of tokens [from, from + n) to integers, in `steps` of each query;
   // `plain`: the sum of the probabilities times `zero` (null: 1); `scaled`: that of the probabilities times `scale`.
   void round_probabilities(int from, int n, const float* scale, const float* zero) {
-    high_bytes.resize((size_t)all_queries * SPAN);
-    low_bytes.resize((size_t)all_queries * SPAN);
+    high_bytes.resize((size_t)round_up(all_queries, 16) * SPAN);  // tiles are read whole
+    low_bytes.resize(high_bytes.size());
     steps.resize(all_queries);
     plain.resize(all_queries);
     scaled.resize(all_queries);
@@ -670,6 +686,8 @@ struct Worker {
         to_high[t] = (integers[t] + 128) >> 8;
         to_low[t] = integers[t];
       }
+      std::fill(to_high + round_up(n, 16), to_high + round_up(n, TILE), 0);
+      std::fill(to_low + round_up(n, 16), to_low + round_up(n, TILE), 0);
     }
   }
 
@@ -811,11 +829,11 @@ struct Worker {
                      own_scale + pieces[i].at - from);
     if (shares_codes) {
       round_probabilities(from, n, scale_of, nullptr);
-      spread_probabilities(n);
+      if (!has_tiles()) spread_probabilities(n);
       for (int s = s0; s < s1; s++) {
         const Segment& segment = side.segments[s];
         const uint8_t* of_segment = first_code_of(a.keys.segments[a.keys.first_segment[group] + s - s0].position);
-        add_unpacked(side.parts[segment.part], pieces[0].slot, segment, of_segment, code_stride,
+        add_unpacked(side.parts[segment.part], pieces[0].slot, segment, of_segment, code_stride, n,
                      code_shift(side.parts[segment.part].levels), scale_of, stride);
       }
       return;
@@ -852,9 +870,9 @@ struct Worker {
           unpack(part, run.words, run.length, pieces[i].first - run.start, pieces[i].count, segment.channel,
                  segment.count, &points[4 * (pieces[i].at - from)], room);
         }
-        if (arranged >= 0) spread_probabilities(n);
+        if (arranged >= 0 && !has_tiles()) spread_probabilities(n);
         arranged = -1;  // in the order of unpacked codes
-        add_unpacked(part, pieces[0].slot, segment, points.data(), room, 0, scale_of, stride);
+        add_unpacked(part, pieces[0].slot, segment, points.data(), room, n, 0, scale_of, stride);
         continue;
       }
       Plane planes[2];
@@ -913,22 +931,51 @@ struct Worker {
     });
   }
 
+#if ALRD_TILES
+  // As `sum_unpacked`, over n tokens for all queries; `use(query, totals)` takes the sums of one.
+  template <class Use>
+  void sum_by_tiles(const uint8_t* from, int tokens, int n, Use use) {
+    const int steps = ceil_div(n, TILE);
+    alignas(64) uint8_t turned[SPAN * 16];
+    for (int step = 0; step < steps; step++)
+      turn_codes(from + (int64_t)step * TILE * 4, (int64_t)4 * tokens, turned + step * TILE * 16);
+    alignas(64) int32_t high[256], low[256];
+    for (int first = 0; first < all_queries; first += 16) {
+      sum_tiles(&high_bytes[(size_t)first * SPAN], &low_bytes[(size_t)first * SPAN], SPAN, turned, steps, high, low);
+      for (int j = first; j < std::min(all_queries, first + 16); j++)
+        use(j, addi(shl(loadi(high + 16 * (j - first)), 8), loadi(low + 16 * (j - first))));
+    }
+  }
+#endif
+
   // Add to the sums the values of a segment's unpacked codes, [quad][tokens][4], which were moved up by `shift`.
-  void add_unpacked(const Part& part, int slot, const Segment& segment, const uint8_t* from, int tokens, int shift,
-                    const float* scale_of, int stride) {
+  void add_unpacked(const Part& part, int slot, const Segment& segment, const uint8_t* from, int tokens, int n,
+                    int shift, const float* scale_of, int stride) {
     for (int c = 0; c < segment.count; c += 16, from += (int64_t)16 * tokens) {
       const int left = std::min(16, segment.count - c);
       alignas(64) float scale[16], zero[16], first_level[16];
       parameters(part, slot, 0, segment.channel + c, left, scale_of, scale, zero);
       for (int k = left; k < 16; k++) scale[k] = zero[k] = 0;
       for (int k = 0; k < 16; k++) first_level[k] = -0.5f * (part.levels - 1) * scale[k];
+      const auto add = [&](const auto& totals, int query) INLINE {
+        add_totals(totals, query, 1.0f / (1 << shift), scale, zero, scale_of ? first_level : nullptr,
+                   &sums[segment.position + c], stride);
+      };
+#if ALRD_TILES
+      if (has_tiles()) {
+        sum_by_tiles(from, tokens, n, [&](int query, vi total) {
+          const vi totals[1] = {total};
+          add(totals, query);
+        });
+        continue;
+      }
+#endif
       int j = 0;
       auto add_some = [&](auto some) INLINE {
         for (; j + some <= all_queries; j += some) {
           vi totals[some];
           sum_unpacked<some>(from, tokens, j, totals);
-          add_totals(totals, j, 1.0f / (1 << shift), scale, zero, scale_of ? first_level : nullptr,
-                     &sums[segment.position + c], stride);
+          add(totals, j);
         }
       };
       add_some(std::integral_constant<int, 3>());
@@ -1081,13 +1128,15 @@ extern "C" int alrd_attention(const Arguments* arguments) {
   const int items = a.batch * a.heads / of_item;
   int splits = 1;
   if (items % a.threads) splits = std::min<int>(ceil_div(4 * a.threads, items), batches);
-  const Division& division = division_of(a.frequency, a.half, a.tolerance, a.keys.width, queries);
-  const Division& exact_division = division_of(a.frequency, a.half, a.tolerance, 8 * a.exact_width, queries);
+  const Division& division =
+      division_of(a.frequency, a.half, a.tolerance, a.keys.width, queries, has_tiles() && !a.keys.by_block);
+  const Division& exact_division = division_of(a.frequency, a.half, a.tolerance, 8 * a.exact_width, queries, false);
   // [item][split][query of the item]
   const int64_t width = a.output_width + 2, share = of_item * queries * width;
   std::vector<float> partial((size_t)items * splits * share);
 #pragma omp parallel num_threads(a.threads)
   {
+    const Tiles tiles;
     Worker worker(a, division, exact_division);
 #pragma omp for schedule(dynamic)
     for (int i = 0; i < items * splits; i++) {
@@ -1118,3 +1167,6 @@ extern "C" int alrd_attention(const Arguments* arguments) {
 
 // Whether codes of 8 bits can be multiplied as such.
 extern "C" int alrd_takes_bytes() { return ALRD_AVX512; }
+
+// Whether codes are multiplied by tile registers.
+extern "C" int alrd_has_tiles() { return has_tiles(); }

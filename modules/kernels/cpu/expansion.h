@@ -10,10 +10,12 @@
 #include <vector>
 
 #include "packed_codes.h"
+#include "tiles.h"
 
 namespace {
 
 constexpr int SPAN = 256;  // tokens of a batch
+constexpr int TILE = 64;   // tokens that are unpacked together
 constexpr int HALF = 128;  // tokens for which cosines and sines are tabulated
 constexpr int LEVELS = 4;
 constexpr float LIMIT = 0.008f;      // relative error of an expansion row of 8 bits
@@ -64,11 +66,17 @@ struct Rounded {
   std::vector<float> constant;       // [lane]: score = step * product + constant
   std::vector<float> shift;          // with scales of tokens: score = scale * (step * product + shift) + constant
   std::vector<float> totals, sums;   // per token, [scale group][lane]: sum of the integers, and of the weights
+  // Where there are tile registers, 16 lanes at a time: the low bytes of all quads, and the high ones up to the last
+  // that has some, [quad / 16][16 lanes][16 quads], and their products with the codes of a tile, [lane][TILE].
+  Integers tiles, high_tiles, products, high_products;
+  int steps = 0;
+  std::vector<int> high_steps;  // [lane / 16]
 
   void reserve(int n_lanes, int quads, int n_groups) {
     lanes = n_lanes;
     groups = std::max(1, n_groups);
-    weights.resize((size_t)quads * lanes);
+    weights.resize((size_t)round_up(quads, 16) * lanes);
+    std::fill(weights.begin() + (size_t)quads * lanes, weights.end(), 0);
     high.resize((size_t)quads * lanes);
     quad_of.clear();
     in_lanes.resize((size_t)(quads + 1) * (lanes / 16));
@@ -78,6 +86,37 @@ struct Rounded {
     totals.resize((size_t)n_groups * lanes);
     sums.resize((size_t)n_groups * lanes);
   }
+
+#if ALRD_TILES
+  void lay_out_tiles(int quads) {
+    steps = ceil_div(quads, 16);
+    tiles.resize((size_t)lanes * steps * 16);
+    high_tiles.resize(tiles.size());
+    products.resize((size_t)lanes * TILE);
+    high_products.resize(products.size());
+    high_steps.assign(lanes / 16, 0);
+    std::vector<int32_t> by_quad((size_t)steps * 16 * lanes, 0);
+    for (size_t row = 0; row < quad_of.size(); row++) {
+      std::copy_n(&high[row * lanes], lanes, &by_quad[(size_t)quad_of[row] * lanes]);
+      for (int v = 0; v < lanes / 16; v++)
+        if (in_lanes[row * (lanes / 16) + v]) high_steps[v] = quad_of[row] / 16 + 1;
+    }
+    for (int v = 0; v < lanes / 16; v++)
+      for (int step = 0; step < steps; step++) {
+        const size_t from = (size_t)step * 16 * lanes + 16 * v, to = ((size_t)v * steps + step) * 256;
+        transpose_words(&weights[from], lanes, &tiles[to]);
+        if (step < high_steps[v]) transpose_words(&by_quad[from], lanes, &high_tiles[to]);
+      }
+  }
+
+  void list_tiles(std::vector<TileRows>& rows) {
+    for (int v = 0; v < lanes / 16; v++) {
+      const size_t tile = (size_t)v * steps * 256, product = (size_t)v * 16 * TILE;
+      rows.push_back({(const int8_t*)&tiles[tile], steps, &products[product]});
+      if (high_steps[v]) rows.push_back({(const int8_t*)&high_tiles[tile], high_steps[v], &high_products[product]});
+    }
+  }
+#endif
 
   void list_heavy(int together, const Columns& columns) {
     heavy.clear();
@@ -210,6 +249,9 @@ void round_rows(const float* weights, int lanes, int together, const Columns& co
   }
   out.list_heavy(together, columns);
   if (per_token) return;
+#if ALRD_TILES
+  out.lay_out_tiles(quads);
+#endif
   for (int l = 0; l < lanes; l += 16) {
     const vf of_middles = to_float(addi(shl(loadi(&total[lanes + l]), 8), loadi(&total[l])));
     const vf shift = mul(mul(of_middles, set1(-0.5f)), load(&out.step[l]));
@@ -229,6 +271,7 @@ struct Tokens {
   const uint8_t* codes;            // [quad][token][4]
   const float* numbers;            // [column][token]
   int code_stride, number_stride;  // tokens
+  bool by_tiles;                   // whether the products of codes are computed already
 };
 
 // Codes of quads [first, last) times M expansion rows, for 16 V tokens.
@@ -251,6 +294,16 @@ INLINE inline void multiply_codes(const int32_t* weights, int lanes, const uint8
 template <int M, int V>
 INLINE inline void multiply_rounded(const Rounded& rounded, const Tokens& tokens, int lane, int token, int group,
                                     int first, int last, vi (&sum)[M][V]) {
+  if (V == TILE / 16 && tokens.by_tiles) {
+    each<M>([&](auto m) INLINE {
+      const int product = (lane + m) * TILE;
+      each<V>([&](auto v) INLINE { sum[m][v] = loadi(&rounded.products[product + 16 * v]); });
+      if (!rounded.high_steps[(lane + m) / 16]) return;
+      each<V>([&](auto v)
+                  INLINE { sum[m][v] = addi(shl(loadi(&rounded.high_products[product + 16 * v]), 8), sum[m][v]); });
+    });
+    return;
+  }
   const int32_t* weights = rounded.weights.data() + lane;
   const uint8_t* codes = tokens.codes + (int64_t)token * 4;
   each<M>([&](auto m) INLINE { each<V>([&](auto v) INLINE { sum[m][v] = seti(0); }); });
@@ -340,11 +393,12 @@ struct Division {
   }
 };
 
-// The cheapest division for `columns` products per expansion row and token, and `queries` that share a key head.
-Division divide(const double* frequency, int half, double tolerance, int columns, int queries) {
+// The cheapest division for `columns` products per expansion row and token, and `queries` that share a key head;
+// `by_tiles`: products are those of tile registers, and rows of rebuilt pairs are rounded once.
+Division divide(const double* frequency, int half, double tolerance, int columns, int queries, bool by_tiles) {
   Division best;
   double best_cost = std::numeric_limits<double>::infinity();
-  const double quads = columns / 4.0;
+  const double quads = columns / 4.0 * (by_tiles ? 0.3 : 1);
   for (int nodes : {0, 1, 4, 6, 8}) {
     if (nodes == 1 && frequency[0] != 0) continue;
     // |error| of a pair of angle z at the ends of the interval: z^K / (2^(K-1) K!)
@@ -359,7 +413,7 @@ Division divide(const double* frequency, int half, double tolerance, int columns
     const double sums = node_lanes * (nodes + 16) / 12.0 * (node_lanes > 16 ? 2.5 : 1);
     // Products and their rotations, per 16 tokens; rounding, and the sums at the nodes, per batch of SPAN.
     const double cost = fast * (2 * quads + 8 + 2 * queries) + nodes * queries * (quads + 2) +
-                        columns * (lanes / 2.0 + sums) / (SPAN / 16);
+                        columns * ((by_tiles ? node_lanes : lanes) / 2.0 + sums) / (SPAN / 16);
     if (cost >= best_cost) continue;
     best_cost = cost;
     Division d;
@@ -419,11 +473,13 @@ Division divide(const double* frequency, int half, double tolerance, int columns
 }
 
 // The division for these arguments, made once.
-const Division& division_of(const double* frequency, int half, double tolerance, int columns, int queries) {
+const Division& division_of(const double* frequency, int half, double tolerance, int columns, int queries,
+                            bool by_tiles) {
   struct Kept {
     std::vector<double> frequency;
     double tolerance;
     int columns, queries;
+    bool by_tiles;
     std::unique_ptr<Division> division;
   };
   static std::mutex mutex;
@@ -431,13 +487,15 @@ const Division& division_of(const double* frequency, int half, double tolerance,
   const std::lock_guard<std::mutex> guard(mutex);
   for (const Kept& kept : all)
     if (kept.tolerance == tolerance && kept.columns == columns && kept.queries == queries &&
-        kept.frequency.size() == (size_t)half && std::equal(frequency, frequency + half, kept.frequency.begin()))
+        kept.by_tiles == by_tiles && kept.frequency.size() == (size_t)half &&
+        std::equal(frequency, frequency + half, kept.frequency.begin()))
       return *kept.division;
   all.push_back({{frequency, frequency + half},
                  tolerance,
                  columns,
                  queries,
-                 std::make_unique<Division>(divide(frequency, half, tolerance, columns, queries))});
+                 by_tiles,
+                 std::make_unique<Division>(divide(frequency, half, tolerance, columns, queries, by_tiles))});
   return *all.back().division;
 }
 

@@ -10,13 +10,15 @@
 
 namespace {
 
-// Memory that is not filled with zeros before it is written.
+// Memory that starts with a line of the cache and is not filled with zeros before it is written.
 template <class T>
 struct Unfilled : std::allocator<T> {
   template <class U>
   struct rebind {
     typedef Unfilled<U> other;
   };
+  T* allocate(size_t n) { return (T*)::operator new(n * sizeof(T), std::align_val_t(64)); }
+  void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
   template <class U>
   void construct(U* p) {
     ::new ((void*)p) U;
@@ -24,6 +26,8 @@ struct Unfilled : std::allocator<T> {
 };
 
 typedef std::vector<float, Unfilled<float>> Floats;
+typedef std::vector<int32_t, Unfilled<int32_t>> Integers;
+typedef std::vector<uint8_t, Unfilled<uint8_t>> Bytes;
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__) && defined(__AVX512DQ__)
 #define ALRD_AVX512 1

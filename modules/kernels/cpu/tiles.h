@@ -1,0 +1,169 @@
+// Products of bytes by the tile registers of AMX, where the processor has them and the system lends them.
+
+#pragma once
+
+#include "vectors.h"
+
+#if ALRD_AVX512 && defined(__AMX_INT8__)
+#define ALRD_TILES 1
+#include <sys/syscall.h>
+#include <unistd.h>
+#else
+#define ALRD_TILES 0
+#endif
+
+namespace {
+
+#if ALRD_TILES
+
+// Whether the process may use tiles; Linux wants to be asked (arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
+inline bool has_tiles() {
+  static const bool lent = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+  return lent;
+}
+
+// The thread's tiles as 16 rows of 64 bytes each while it lives; then as they were, which others keep account of.
+class Tiles {
+  struct alignas(64) Config {
+    uint8_t palette = 0, first_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+  } before;
+
+ public:
+  Tiles() {
+    if (!has_tiles()) return;
+    _tile_storeconfig(&before);
+    Config ours;
+    ours.palette = 1;
+    for (int i = 0; i < 8; i++) ours.row_bytes[i] = 64, ours.rows[i] = 16;
+    load_config(ours);
+  }
+  ~Tiles() {
+    if (!has_tiles()) return;
+    if (before.palette)
+      load_config(before);
+    else
+      _tile_release();
+  }
+  Tiles(const Tiles&) = delete;
+
+ private:
+  static void load_config(const Config& config) {
+    asm volatile("" ::: "memory");  // GCC 12 takes the instruction to read eight bytes only
+    _tile_loadconfig(&config);
+  }
+};
+
+// Words [16][16], whose rows are `stride` apart, transposed.
+inline void transpose_words(const int32_t* from, int64_t stride, int32_t* to) {
+  vi x[16], y[16];
+  each<16>([&](auto i) INLINE { x[i] = loadi(from + i * stride); });
+  each<16>([&](auto i) INLINE {
+    constexpr int first = i / 2 * 2;
+    y[i] = i % 2 ? _mm512_unpackhi_epi32(x[first], x[first + 1]) : _mm512_unpacklo_epi32(x[first], x[first + 1]);
+  });
+  each<16>([&](auto i) INLINE {
+    constexpr int first = i / 4 * 4 + i % 4 / 2;
+    x[i] = i % 2 ? _mm512_unpackhi_epi64(y[first], y[first + 2]) : _mm512_unpacklo_epi64(y[first], y[first + 2]);
+  });
+  // x[4 k + i]: in each fourth of the vector column 4 * fourth + i of rows 4 k to 4 k + 3.
+  each<4>([&](auto i) INLINE {
+    const vi low = _mm512_shuffle_i32x4(x[i], x[4 + i], 0x88), low_odd = _mm512_shuffle_i32x4(x[i], x[4 + i], 0xDD);
+    const vi high = _mm512_shuffle_i32x4(x[8 + i], x[12 + i], 0x88),
+             high_odd = _mm512_shuffle_i32x4(x[8 + i], x[12 + i], 0xDD);
+    storei(to + i * 16, _mm512_shuffle_i32x4(low, high, 0x88));
+    storei(to + (8 + i) * 16, _mm512_shuffle_i32x4(low, high, 0xDD));
+    storei(to + (4 + i) * 16, _mm512_shuffle_i32x4(low_odd, high_odd, 0x88));
+    storei(to + (12 + i) * 16, _mm512_shuffle_i32x4(low_odd, high_odd, 0xDD));
+  });
+}
+
+// 16 rows of signed bytes, in tiles [steps][16][64], and where their products with 64 tokens go, [16][64].
+struct TileRows {
+  const int8_t* bytes;
+  int steps;
+  int32_t* products;
+};
+
+// The products of ROWS such rows, equally long, with 32 tokens of codes, [quad][token][4].
+template <int ROWS>
+inline void multiply_tiles(const TileRows* rows, const uint8_t* codes, int64_t quad_bytes, int token) {
+  _tile_zero(0);
+  _tile_zero(1);
+  if (ROWS == 2) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  codes += 4 * token;
+  for (int step = 0; step < rows[0].steps; step++, codes += 16 * quad_bytes) {
+    _tile_loadd(6, codes, quad_bytes);
+    _tile_loadd(7, codes + 64, quad_bytes);
+    _tile_loadd(4, rows[0].bytes + 1024 * step, 64);
+    _tile_dpbsud(0, 4, 6);
+    _tile_dpbsud(1, 4, 7);
+    if (ROWS == 2) {
+      _tile_loadd(5, rows[1].bytes + 1024 * step, 64);
+      _tile_dpbsud(2, 5, 6);
+      _tile_dpbsud(3, 5, 7);
+    }
+  }
+  _tile_stored(0, rows[0].products + token, 256);
+  _tile_stored(1, rows[0].products + token + 16, 256);
+  if (ROWS == 2) {
+    _tile_stored(2, rows[1].products + token, 256);
+    _tile_stored(3, rows[1].products + token + 16, 256);
+  }
+}
+
+// The products of all rows with 64 tokens; half of them at a time, whose codes stay in the first cache meanwhile.
+inline void multiply_tiles(const std::vector<TileRows>& rows, const uint8_t* codes, int64_t quad_bytes) {
+  for (int token = 0; token < 64; token += 32)
+    for (size_t i = 0; i < rows.size();) {
+      const bool two = i + 1 < rows.size() && rows[i].steps == rows[i + 1].steps;
+      (two ? multiply_tiles<2> : multiply_tiles<1>)(&rows[i], codes, quad_bytes, token);
+      i += 1 + two;
+    }
+}
+
+// Bytes [quad][token][4] of 16 channels and 64 tokens as a tile, [token / 4][channel][4].
+inline void turn_codes(const uint8_t* from, int64_t quad_bytes, uint8_t* to) {
+  for (int t = 0; t < 64; t += 16) {
+    vi x[4];  // lane 4 i + c: channel c of tokens 4 i to 4 i + 3
+    each<4>([&](auto q) INLINE { x[q] = transpose_bytes(loadi(from + q * quad_bytes + 4 * t)); });
+    const vi a = _mm512_shuffle_i32x4(x[0], x[1], 0x44), b = _mm512_shuffle_i32x4(x[2], x[3], 0x44),
+             c = _mm512_shuffle_i32x4(x[0], x[1], 0xEE), d = _mm512_shuffle_i32x4(x[2], x[3], 0xEE);
+    storei(to + 16 * t, _mm512_shuffle_i32x4(a, b, 0x88));
+    storei(to + 16 * t + 64, _mm512_shuffle_i32x4(a, b, 0xDD));
+    storei(to + 16 * t + 128, _mm512_shuffle_i32x4(c, d, 0x88));
+    storei(to + 16 * t + 192, _mm512_shuffle_i32x4(c, d, 0xDD));
+  }
+}
+
+// Sums over `steps` times 64 tokens of 16 rows' weights, high and low bytes [16][row_bytes], times turned codes
+// [step][16][64]: [16 rows][16 channels] for each of both.
+inline void sum_tiles(const uint8_t* high, const uint8_t* low, int row_bytes, const uint8_t* codes, int steps,
+                      int32_t* high_sums, int32_t* low_sums) {
+  _tile_zero(0);
+  _tile_zero(1);
+  for (int step = 0; step < steps; step++) {
+    _tile_loadd(4, high + 64 * step, row_bytes);
+    _tile_loadd(5, low + 64 * step, row_bytes);
+    _tile_loadd(6, codes + 1024 * step, 64);
+    _tile_dpbsud(0, 4, 6);
+    _tile_dpbsud(1, 5, 6);
+  }
+  _tile_stored(0, high_sums, 64);
+  _tile_stored(1, low_sums, 64);
+}
+
+#else
+
+inline bool has_tiles() { return false; }
+struct Tiles {
+  Tiles() {}  // not a trivial type, so that an unused one is no warning
+};
+
+#endif
+
+}  // namespace
