@@ -276,15 +276,15 @@ struct Worker {
 
   static constexpr int STRIDE = TILE + 32;  // tokens of the buffers, and what is unpacked behind them
 
-  template <int V>
+  template <int V, int PAIRS>
   void score_tokens(const ExpansionRows& rows, const Rounded& fast, const Rounded& nodes, const Tokens& tokens,
                     int token, int offset, float* out) {
     const Division& d = *rows.division;
     const float* q = &rows.fast_query[offset / HALF * (size_t)queries * 2 * rows.padded];
-    for (int f = 0; f < d.fast; f += 3) {
-      vf k[6][V];
-      multiply<6, V>(fast, rows.fast.data(), rows.fast_lanes, columns, tokens, 2 * f, token, k);
-      each<3>([&](auto p) INLINE {
+    for (int f = 0; f < d.fast; f += PAIRS) {
+      vf k[2 * PAIRS][V];
+      multiply<2 * PAIRS, V>(fast, rows.fast.data(), rows.fast_lanes, columns, tokens, 2 * f, token, k);
+      each<PAIRS>([&](auto p) INLINE {
         const float* cosine = &d.cosine[(size_t)(f + p) * 2 * HALF + offset % HALF];
         const float* sine = &d.sine[(size_t)(f + p) * 2 * HALF + offset % HALF];
         each<V>([&](auto v) INLINE {
@@ -297,7 +297,7 @@ struct Worker {
         float* score = out + (size_t)j * TILE;
         vf sum[V];
         each<V>([&](auto v) INLINE { sum[v] = load(score + 16 * v); });
-        each<3>([&](auto p) INLINE {
+        each<PAIRS>([&](auto p) INLINE {
           const vf q1 = set1(q[(size_t)j * 2 * rows.padded + f + p]),
                    q2 = set1(q[((size_t)j * 2 + 1) * rows.padded + f + p]);
           each<V>([&](auto v) INLINE { sum[v] = fma(q2, k[2 * p + 1][v], fma(q1, k[2 * p][v], sum[v])); });
@@ -333,11 +333,15 @@ struct Worker {
     if (by_tiles) multiply_tiles(tile_rows, tokens.codes, 4 * code_stride);
 #endif
     for (const Head& head : heads) {
+      const auto score = [&](auto vectors, int token) INLINE {
+        const bool two = (head.*rows).division->together == 2;
+        (this->*(two ? &Worker::score_tokens<vectors, 2> : &Worker::score_tokens<vectors, 3>))(
+            head.*rows, head.fast, head.nodes, tokens, token, offset + token, out + token);
+      };
       if (n > 32)
-        score_tokens<4>(head.*rows, head.fast, head.nodes, tokens, 0, offset, out);
+        score(std::integral_constant<int, 4>(), 0);
       else
-        for (int t = 0; t < n; t += 16)
-          score_tokens<1>(head.*rows, head.fast, head.nodes, tokens, t, offset + t, out + t);
+        for (int t = 0; t < n; t += 16) score(std::integral_constant<int, 1>(), t);
       out += (size_t)queries * TILE;
       prefetch_next();
     }
@@ -548,7 +552,7 @@ struct Worker {
       for (Head& head : heads) {
         const ExpansionRows& rows = head.expansion;
         if (division.fast && (by_block || !fast_is_rounded))
-          round_weights(rows.fast.data(), rows.fast_lanes, 6, columns, a.planes, head.fast);
+          round_weights(rows.fast.data(), rows.fast_lanes, 2 * division.together, columns, a.planes, head.fast);
         if (division.nodes && (by_block || !nodes_are_rounded))
           round_weights(rows.nodes.data(), rows.node_lanes, 4, columns, a.planes, head.nodes);
       }
@@ -561,8 +565,7 @@ struct Worker {
         if (division.fast) head.fast.list_tiles(tile_rows);
         if (division.nodes) head.nodes.list_tiles(tile_rows);
       }
-      // Those that can be multiplied together follow each other.
-      std::sort(tile_rows.begin(), tile_rows.end(), [](auto& a, auto& b) { return a.steps < b.steps; });
+      std::sort(tile_rows.begin(), tile_rows.end(), [](auto& a, auto& b) { return a.steps > b.steps; });
 #endif
     };
     if (by_block) {

@@ -104,8 +104,8 @@ struct Rounded {
     for (int v = 0; v < lanes / 16; v++)
       for (int step = 0; step < steps; step++) {
         const size_t from = (size_t)step * 16 * lanes + 16 * v, to = ((size_t)v * steps + step) * 256;
-        transpose_words(&weights[from], lanes, &tiles[to]);
-        if (step < high_steps[v]) transpose_words(&by_quad[from], lanes, &high_tiles[to]);
+        transpose_words(&weights[from], lanes, &tiles[to], 16);
+        if (step < high_steps[v]) transpose_words(&by_quad[from], lanes, &high_tiles[to], 16);
       }
   }
 
@@ -371,6 +371,7 @@ INLINE inline void multiply(const Rounded& rounded, const float* weights, int la
 // Division of the pairs: the first `fast` are rebuilt, the next ones belong to level 0, 1, …; tables of cosines.
 struct Division {
   int half, fast, nodes, levels;
+  int together;           // pairs that are rebuilt together
   int first[LEVELS + 1];  // pairs of level l: [first[l], first[l + 1])
   double span[LEVELS], interval[LEVELS], node[LEVELS][MAX_NODES];
   std::vector<float> cosine, sine;            // [fast, padded][2 HALF] of offsets
@@ -399,6 +400,7 @@ Division divide(const double* frequency, int half, double tolerance, int columns
   Division best;
   double best_cost = std::numeric_limits<double>::infinity();
   const double quads = columns / 4.0 * (by_tiles ? 0.3 : 1);
+  const int together = by_tiles ? 2 : 3;  // three load fewer codes, two leave fewer lanes of a tile empty
   for (int nodes : {0, 1, 4, 6, 8}) {
     if (nodes == 1 && frequency[0] != 0) continue;
     // |error| of a pair of angle z at the ends of the interval: z^K / (2^(K-1) K!)
@@ -407,7 +409,7 @@ Division divide(const double* frequency, int half, double tolerance, int columns
     const double z = nodes > 1 ? std::pow(bound, 1.0 / nodes) : 0;
     int fast = 0;
     while (fast < half && (nodes == 0 || frequency[fast] * SPAN / 2 > z)) fast++;
-    fast = std::min(half, round_up(fast, 3));
+    fast = std::min(half, round_up(fast, together));
     const int node_lanes = round_up(nodes * queries, 16), lanes = round_up(2 * fast, 16) + node_lanes;
     // Sums at more nodes than a vector holds took five times as long (16 lanes against 32).
     const double sums = node_lanes * (nodes + 16) / 12.0 * (node_lanes > 16 ? 2.5 : 1);
@@ -419,6 +421,7 @@ Division divide(const double* frequency, int half, double tolerance, int columns
     Division d;
     d.half = half;
     d.fast = fast;
+    d.together = together;
     d.nodes = fast == half ? 0 : nodes;
     d.levels = nodes > 1 ? LEVELS : 1;
     d.first[0] = fast;
@@ -437,7 +440,7 @@ Division divide(const double* frequency, int half, double tolerance, int columns
   for (int l = 0; l < LEVELS; l++)
     for (int k = 0; k < d.nodes; k++)
       d.node[l][k] = d.nodes == 1 ? 0 : d.interval[l] / 2 * (1 + std::cos((2 * k + 1) * pi / (2 * d.nodes)));
-  const int fast = round_up(d.fast, 3);
+  const int fast = round_up(d.fast, together);
   for (int l = 0; l < LEVELS; l++)
     for (int k = 0; k < d.nodes; k++) {
       d.scale[l][k] = 1;
@@ -532,10 +535,17 @@ struct ExpansionRows {
     expansion = expansion_;
     columns = columns_;
     queries = n_queries;
-    fast_lanes = round_up(2 * round_up(d.fast, 3), 16);
+    fast_lanes = round_up(2 * round_up(d.fast, d.together), 16);
     node_lanes = round_up(d.nodes * queries, 16);
     fast.resize((size_t)(columns + 1) * fast_lanes);
-    for (int c = 0; c <= columns; c++) {
+    int first = 0;
+#if ALRD_AVX512
+    for (; 2 * d.fast == fast_lanes && first + 16 <= columns; first += 16)
+      for (int lane = 0; lane < fast_lanes; lane += 16)
+        transpose_words(expansion + (int64_t)lane * (columns + 1) + first, columns + 1,
+                        &fast[(size_t)first * fast_lanes + lane], fast_lanes);
+#endif
+    for (int c = first; c <= columns; c++) {
       float* to = &fast[(size_t)c * fast_lanes];
       for (int lane = 0; lane < 2 * d.fast; lane++) to[lane] = expansion[(int64_t)lane * (columns + 1) + c];
       std::fill(to + 2 * d.fast, to + fast_lanes, 0.0f);

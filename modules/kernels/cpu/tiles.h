@@ -55,30 +55,6 @@ class Tiles {
   }
 };
 
-// Words [16][16], whose rows are `stride` apart, transposed.
-inline void transpose_words(const int32_t* from, int64_t stride, int32_t* to) {
-  vi x[16], y[16];
-  each<16>([&](auto i) INLINE { x[i] = loadi(from + i * stride); });
-  each<16>([&](auto i) INLINE {
-    constexpr int first = i / 2 * 2;
-    y[i] = i % 2 ? _mm512_unpackhi_epi32(x[first], x[first + 1]) : _mm512_unpacklo_epi32(x[first], x[first + 1]);
-  });
-  each<16>([&](auto i) INLINE {
-    constexpr int first = i / 4 * 4 + i % 4 / 2;
-    x[i] = i % 2 ? _mm512_unpackhi_epi64(y[first], y[first + 2]) : _mm512_unpacklo_epi64(y[first], y[first + 2]);
-  });
-  // x[4 k + i]: in each fourth of the vector column 4 * fourth + i of rows 4 k to 4 k + 3.
-  each<4>([&](auto i) INLINE {
-    const vi low = _mm512_shuffle_i32x4(x[i], x[4 + i], 0x88), low_odd = _mm512_shuffle_i32x4(x[i], x[4 + i], 0xDD);
-    const vi high = _mm512_shuffle_i32x4(x[8 + i], x[12 + i], 0x88),
-             high_odd = _mm512_shuffle_i32x4(x[8 + i], x[12 + i], 0xDD);
-    storei(to + i * 16, _mm512_shuffle_i32x4(low, high, 0x88));
-    storei(to + (8 + i) * 16, _mm512_shuffle_i32x4(low, high, 0xDD));
-    storei(to + (4 + i) * 16, _mm512_shuffle_i32x4(low_odd, high_odd, 0x88));
-    storei(to + (12 + i) * 16, _mm512_shuffle_i32x4(low_odd, high_odd, 0xDD));
-  });
-}
-
 // 16 rows of signed bytes, in tiles [steps][16][64], and where their products with 64 tokens go, [16][64].
 struct TileRows {
   const int8_t* bytes;
@@ -86,7 +62,7 @@ struct TileRows {
   int32_t* products;
 };
 
-// The products of ROWS such rows, equally long, with 32 tokens of codes, [quad][token][4].
+// The products of ROWS such rows, the first of them the longest, with 32 tokens of codes, [quad][token][4].
 template <int ROWS>
 inline void multiply_tiles(const TileRows* rows, const uint8_t* codes, int64_t quad_bytes, int token) {
   _tile_zero(0);
@@ -102,7 +78,7 @@ inline void multiply_tiles(const TileRows* rows, const uint8_t* codes, int64_t q
     _tile_loadd(4, rows[0].bytes + 1024 * step, 64);
     _tile_dpbsud(0, 4, 6);
     _tile_dpbsud(1, 4, 7);
-    if (ROWS == 2) {
+    if (ROWS == 2 && step < rows[1].steps) {
       _tile_loadd(5, rows[1].bytes + 1024 * step, 64);
       _tile_dpbsud(2, 5, 6);
       _tile_dpbsud(3, 5, 7);
@@ -116,14 +92,12 @@ inline void multiply_tiles(const TileRows* rows, const uint8_t* codes, int64_t q
   }
 }
 
-// The products of all rows with 64 tokens; half of them at a time, whose codes stay in the first cache meanwhile.
+// The products of all rows, the longest first, with 64 tokens; half of them at a time, whose codes stay in the first
+// cache meanwhile.
 inline void multiply_tiles(const std::vector<TileRows>& rows, const uint8_t* codes, int64_t quad_bytes) {
   for (int token = 0; token < 64; token += 32)
-    for (size_t i = 0; i < rows.size();) {
-      const bool two = i + 1 < rows.size() && rows[i].steps == rows[i + 1].steps;
-      (two ? multiply_tiles<2> : multiply_tiles<1>)(&rows[i], codes, quad_bytes, token);
-      i += 1 + two;
-    }
+    for (size_t i = 0; i < rows.size(); i += 2)
+      (i + 1 < rows.size() ? multiply_tiles<2> : multiply_tiles<1>)(&rows[i], codes, quad_bytes, token);
 }
 
 // Bytes [quad][token][4] of 16 channels and 64 tokens as a tile, [token / 4][channel][4].

@@ -79,6 +79,31 @@ inline vi sum_fours(const vi (&x)[4]) {
   const vi second = addi(_mm512_shuffle_i32x4(x[2], x[3], 0x44), _mm512_shuffle_i32x4(x[2], x[3], 0xEE));
   return addi(_mm512_shuffle_i32x4(first, second, 0x88), _mm512_shuffle_i32x4(first, second, 0xDD));
 }
+// Words [16][16], whose rows are `stride` apart there and `to_stride` here, transposed.
+inline void transpose_words(const void* from_, int64_t stride, void* to_, int64_t to_stride) {
+  const int32_t* from = (const int32_t*)from_;
+  int32_t* to = (int32_t*)to_;
+  vi x[16], y[16];
+  each<16>([&](auto i) INLINE { x[i] = loadi(from + i * stride); });
+  each<16>([&](auto i) INLINE {
+    constexpr int first = i / 2 * 2;
+    y[i] = i % 2 ? _mm512_unpackhi_epi32(x[first], x[first + 1]) : _mm512_unpacklo_epi32(x[first], x[first + 1]);
+  });
+  each<16>([&](auto i) INLINE {
+    constexpr int first = i / 4 * 4 + i % 4 / 2;
+    x[i] = i % 2 ? _mm512_unpackhi_epi64(y[first], y[first + 2]) : _mm512_unpacklo_epi64(y[first], y[first + 2]);
+  });
+  // x[4 k + i]: in each fourth of the vector column 4 * fourth + i of rows 4 k to 4 k + 3.
+  each<4>([&](auto i) INLINE {
+    const vi low = _mm512_shuffle_i32x4(x[i], x[4 + i], 0x88), low_odd = _mm512_shuffle_i32x4(x[i], x[4 + i], 0xDD);
+    const vi high = _mm512_shuffle_i32x4(x[8 + i], x[12 + i], 0x88),
+             high_odd = _mm512_shuffle_i32x4(x[8 + i], x[12 + i], 0xDD);
+    storei(to + i * to_stride, _mm512_shuffle_i32x4(low, high, 0x88));
+    storei(to + (8 + i) * to_stride, _mm512_shuffle_i32x4(low, high, 0xDD));
+    storei(to + (4 + i) * to_stride, _mm512_shuffle_i32x4(low_odd, high_odd, 0x88));
+    storei(to + (12 + i) * to_stride, _mm512_shuffle_i32x4(low_odd, high_odd, 0xDD));
+  });
+}
 // 128 bytes, and those that bytes below 128 number.
 struct ByteTable {
 #if defined(__AVX512VBMI__)
