@@ -538,18 +538,17 @@ struct ExpansionRows {
     fast_lanes = round_up(2 * round_up(d.fast, d.together), 16);
     node_lanes = round_up(d.nodes * queries, 16);
     fast.resize((size_t)(columns + 1) * fast_lanes);
-    int first = 0;
+    int c = 0;
 #if ALRD_AVX512
-    for (; 2 * d.fast == fast_lanes && first + 16 <= columns; first += 16)
-      for (int lane = 0; lane < fast_lanes; lane += 16)
-        transpose_words(expansion + (int64_t)lane * (columns + 1) + first, columns + 1,
-                        &fast[(size_t)first * fast_lanes + lane], fast_lanes);
-#endif
-    for (int c = first; c <= columns; c++) {
+    const int whole = 2 * d.fast / 16 * 16;
+    for (; c + 16 <= columns; c += 16) {
       float* to = &fast[(size_t)c * fast_lanes];
-      for (int lane = 0; lane < 2 * d.fast; lane++) to[lane] = expansion[(int64_t)lane * (columns + 1) + c];
-      std::fill(to + 2 * d.fast, to + fast_lanes, 0.0f);
+      for (int lane = 0; lane < whole; lane += 16)
+        transpose_words(expansion + (int64_t)lane * (columns + 1) + c, columns + 1, to + lane, fast_lanes);
+      for (int i = 0; i < 16; i++, to += fast_lanes) fill_lanes(c + i, whole, to);
     }
+#endif
+    for (; c <= columns; c++) fill_lanes(c, 0, &fast[(size_t)c * fast_lanes]);
     padded = round_up(d.fast + 2, 16);
     pair_query.assign((size_t)queries * 2 * padded, 0);
     fast_query.assign((size_t)queries * 4 * padded, 0);
@@ -564,6 +563,13 @@ struct ExpansionRows {
         to[2 * node_lanes] = d.node_cosine[f * MAX_NODES + lane / queries];
         to[3 * node_lanes] = d.node_sine[f * MAX_NODES + lane / queries];
       }
+  }
+
+  // A column of the fast pairs' rows, from lane `first` on.
+  void fill_lanes(int column, int first, float* to) const {
+    const int n = 2 * division->fast;
+    for (int lane = first; lane < n; lane++) to[lane] = expansion[(int64_t)lane * (columns + 1) + column];
+    std::fill(to + n, to + fast_lanes, 0.0f);
   }
 
   // Other queries of the same head.
