@@ -1,7 +1,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: install demo real real-results surface test test-real test-oldest check results schemes gpu vllm vllm-results \
+.PHONY: install demo real real-results real-amx surface test test-real test-oldest check results schemes gpu vllm vllm-results \
 	test-vllm test-vllm-oldest
 
 # One installation, made again when the requirements change.
@@ -45,6 +45,16 @@ define LONG
 
 endef
 
+# The same beyond SmolLM2's 8,192 tokens, stretched by YaRN; the texts that hold a window of 32,768.
+YARN := {"rope_type": "yarn", "factor": 4.0, "rope_theta": 100000.0, "original_max_position_embeddings": 8192}
+
+define STRETCHED
+	$(RUN) scripts/eval_perplexity.py --model build/real/0.125 --dense build/real/dense --bits config \
+		--text speech:test stdlib:test manual --windows 1 --batch_size 1 --length $(1) --prefill $(shell expr $(1) - 128) \
+		--rope_parameters '$(YARN)' --output build/real_yarn_$(1).json
+
+endef
+
 define FLOAT32
 	$(RUN) scripts/eval_perplexity.py --model build/real/$(1) --dense build/real/dense --bits config --dtype float32 \
 		--text $(REAL_TEXTS) --windows 3 --batch_size 3 --length 1920 --prefill 1792 --output build/$(2).json
@@ -66,11 +76,15 @@ real-results: .venv/wheels
 		--budget 0.25 --code trellis --layer_group_size 1 --output build/real/0.25-one-layer
 	$(call FLOAT32,0.25-one-layer,real_float32_one_layer)
 	$(foreach budget,0.125 0.0625,$(foreach length,2048 4096 8192,$(call LONG,$(budget),$(length))))
+	$(foreach length,16384 32768,$(call STRETCHED,$(length)))
 	$(RUN) scripts/eval_retrieval.py --task ruler --dense build/real/dense --checkpoints $(REAL_BUDGETS:%=build/real/%) \
 		--chat --lengths 1024 2048 --trials 8 --questions 2 --new_tokens 16 --output build/real_ruler.json
 	$(RUN) scripts/eval_retrieval.py --task ruler --dense build/real/dense --checkpoints build/real/0.125 \
 		--chat --lengths 4096 --variants niah_single_1 --trials 100 --questions 2 --new_tokens 16 --least_dense 0.6 \
 		--output build/real_ruler_4k.json
+	$(RUN) scripts/eval_retrieval.py --task ruler --dense build/real/dense --checkpoints build/real/0.125 \
+		--chat --lengths 8192 --variants niah_single_1 --trials 100 --questions 2 --new_tokens 16 --least_dense 0.6 \
+		--output build/real_ruler_8k.json
 	$(RUN) scripts/benchmark_decode.py --random false --model build/real/dense \
 		--checkpoints build/real/0.25-one-layer $(REAL_BUDGETS:%=build/real/%) --lengths 8192 --batches 1 \
 		--steps 32 --dense_steps 16 --prompts 0 --output build/real_decode.json
@@ -78,8 +92,15 @@ real-results: .venv/wheels
 		--output scripts/results/benchmark_chunk.json
 	$(RUN) scripts/rate_distortion.py --model build/real/dense --statistics build/real/statistics \
 		--output scripts/results/rate_distortion.json
-	cp build/real_frontier.* build/real_float32*.json build/real_long_*.json build/real_ruler.* build/real_ruler_4k.json build/real_decode.json \
-		scripts/results/
+	cp build/real_frontier.* build/real_float32*.json build/real_long_*.json build/real_yarn_*.json build/real_ruler.* \
+		build/real_ruler_4k.json build/real_ruler_8k.json build/real_decode.json scripts/results/
+	$(RUN) scripts/results_tables.py
+
+# Decode speed alone, of the checkpoints of `make real-results`, on a processor with AMX.
+real-amx: .venv/wheels
+	$(RUN) scripts/benchmark_decode.py --random false --model build/real/dense \
+		--checkpoints build/real/0.25-one-layer $(REAL_BUDGETS:%=build/real/%) --lengths 8192 --batches 1 \
+		--steps 32 --dense_steps 16 --prompts 0 --output scripts/results/real_decode_amx.json
 	$(RUN) scripts/results_tables.py
 
 # The surface of shapes of the same model, from which the default shape was chosen, and what each choice of it contributes

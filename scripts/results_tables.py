@@ -373,7 +373,8 @@ def real_long(*records: dict) -> str:
     header = ["bytes", "tokens", "mean KL", "median window", "worst window", *(f"`{text}`" for text in texts)]
     table = "\n".join([f"| {' | '.join(header)} |", f"|{'---|' * len(header)}", *lines])
     tokens, windows = first["scored_tokens_per_window"], first["config"]["windows"]
-    return f"{table}\n\nThe last {tokens} tokens of {windows} windows of each text, one token at a time."
+    windows = "one window" if windows == 1 else f"{windows} windows"
+    return f"{table}\n\nThe last {tokens} tokens of {windows} of each text, one token at a time."
 
 
 def gpu(record: dict) -> str:
@@ -534,6 +535,7 @@ def surface(record: dict) -> str:
 
 #: Windows of SmolLM2 by share of the bytes and length.
 REAL_LONG = [f"real_long_{budget}_{length}" for budget in (0.125, 0.0625) for length in (2048, 4096, 8192)]
+REAL_YARN = [f"real_yarn_{length}" for length in (16384, 32768)]
 
 #: The script and the `make` target that write each JSON file of scripts/results.
 MADE_BY = {
@@ -554,17 +556,19 @@ MADE_BY = {
     "copying": ("eval_retrieval.py", "results"),
     "distortion": ("measure_distortion.py", "schemes"),
     "lm_eval_harness": ("lm_eval_harness.py", "results"),
-    **{name: ("eval_perplexity.py", "real-results") for name in REAL_LONG},
+    **{name: ("eval_perplexity.py", "real-results") for name in REAL_LONG + REAL_YARN},
     "long_documents": ("eval_long_documents.py", "results"),
     "peers": ("compare_peers.py", "results"),
     "projection": ("project_calibration.py", "results"),
     "rate_distortion": ("rate_distortion.py", "real-results"),
     "real_decode": ("benchmark_decode.py", "real-results"),
+    "real_decode_amx": ("benchmark_decode.py", "real-amx"),
     "real_float32": ("eval_perplexity.py", "real-results"),
     "real_float32_one_layer": ("eval_perplexity.py", "real-results"),
     "real_frontier": ("compare_peers.py", "real-results"),
     "real_ruler": ("eval_retrieval.py", "real-results"),
     "real_ruler_4k": ("eval_retrieval.py", "real-results"),
+    "real_ruler_8k": ("eval_retrieval.py", "real-results"),
     "recommended": ("compare_schemes.py", "schemes"),
     "surface": ("frontier.py", "surface"),
     "schemes": ("compare_schemes.py", "schemes"),
@@ -593,9 +597,12 @@ RENDERERS = {
     "real_float32_one_layer": (["real_float32_one_layer"], real_float32),
     "real_peers": (["real_frontier"], real_peers),
     "real_long": (REAL_LONG, real_long),
+    "real_yarn": (REAL_YARN, real_long),
     "real_ruler": (["real_ruler"], real_retrieval),
     "real_ruler_4k": (["real_ruler_4k"], real_retrieval),
+    "real_ruler_8k": (["real_ruler_8k"], real_retrieval),
     "real_decode": (["real_decode"], real_decode),
+    "real_decode_amx": (["real_decode_amx"], real_decode),
     "chunk": (["benchmark_chunk"], chunk),
     "rate_distortion": (["rate_distortion"], rate_distortion),
     "estimates": (["rate_distortion"], estimates),

@@ -33,7 +33,7 @@ class Tiles {
  public:
   Tiles() {
     if (!has_tiles()) return;
-    _tile_storeconfig(&before);
+    asm volatile("sttilecfg %0" : "=m"(before));
     Config ours;
     ours.palette = 1;
     for (int i = 0; i < 8; i++) ours.row_bytes[i] = 64, ours.rows[i] = 16;
@@ -49,11 +49,12 @@ class Tiles {
   Tiles(const Tiles&) = delete;
 
  private:
-  static void load_config(const Config& config) {
-    asm volatile("" ::: "memory");  // GCC 12 takes the instruction to read eight bytes only
-    _tile_loadconfig(&config);
-  }
+  // With the intrinsics GCC 12 takes a configuration to have eight bytes.
+  static void load_config(const Config& config) { asm volatile("ldtilecfg %0" : : "m"(config)); }
 };
+
+// Before tiles are loaded: what was stored is in memory. With the intrinsics GCC 12 does not know that they read it.
+inline void finish_stores() { asm volatile("" : : : "memory"); }
 
 // 16 rows of signed bytes, in tiles [steps][16][64], and where their products with 64 tokens go, [16][64].
 struct TileRows {
@@ -65,6 +66,7 @@ struct TileRows {
 // The products of ROWS such rows, the first of them the longest, with 32 tokens of codes, [quad][token][4].
 template <int ROWS>
 inline void multiply_tiles(const TileRows* rows, const uint8_t* codes, int64_t quad_bytes, int token) {
+  finish_stores();
   _tile_zero(0);
   _tile_zero(1);
   if (ROWS == 2) {
@@ -118,6 +120,7 @@ inline void turn_codes(const uint8_t* from, int64_t quad_bytes, uint8_t* to) {
 // [step][16][64]: [16 rows][16 channels] for each of both.
 inline void sum_tiles(const uint8_t* high, const uint8_t* low, int row_bytes, const uint8_t* codes, int steps,
                       int32_t* high_sums, int32_t* low_sums) {
+  finish_stores();
   _tile_zero(0);
   _tile_zero(1);
   for (int step = 0; step < steps; step++) {
@@ -136,6 +139,7 @@ inline void sum_tiles(const uint8_t* high, const uint8_t* low, int row_bytes, co
 template <int ROWS>
 inline void multiply_pairs(const uint32_t* numbers, int stride, const uint32_t* rows, int pairs, float* out,
                            int out_stride) {
+  finish_stores();
   _tile_loadd(0, out, 4 * out_stride);
   _tile_loadd(1, out + 16, 4 * out_stride);
   if (ROWS == 2) {
