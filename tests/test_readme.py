@@ -23,6 +23,8 @@ def test_tables_are_those_of_the_results():
     of_real = {"real_summary", "real_figure", "real_frontier", "real_peers", "real_ruler", "real_decode", "chunk"} | {
         "real_float32",
         "real_ruler_4k",
+        "real_ruler_8k",
+        "real_decode_amx",
         "surface",
         "real_ablation",
     }
