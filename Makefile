@@ -83,8 +83,8 @@ real-results: .venv/wheels
 		--chat --lengths 4096 --variants niah_single_1 --trials 100 --questions 2 --new_tokens 16 --least_dense 0.6 \
 		--output build/real_ruler_4k.json
 	$(RUN) scripts/eval_retrieval.py --task ruler --dense build/real/dense --checkpoints build/real/0.125 \
-		--chat --lengths 8192 --variants niah_single_1 --trials 100 --questions 2 --new_tokens 16 --least_dense 0.6 \
-		--output build/real_ruler_8k.json
+		--chat --lengths 8192 --variants niah_single_1 --trials 40 --questions 5 --chunk 16 --new_tokens 16 \
+		--least_dense 0.5 --output build/real_ruler_8k.json
 	$(RUN) scripts/benchmark_decode.py --random false --model build/real/dense \
 		--checkpoints build/real/0.25-one-layer $(REAL_BUDGETS:%=build/real/%) --lengths 8192 --batches 1 \
 		--steps 32 --dense_steps 16 --prompts 0 --output build/real_decode.json
