@@ -165,8 +165,9 @@ class TestMeasure:
         assert reference["nll_by_window"] == pytest.approx(expected, rel=0.01)
         assert sum(reference["nll_by_window"]) / 2 == pytest.approx(reference["nll"])
 
-    def test_batches_do_not_mix_windows(self, bundled):
-        dense, tokenizer = bundled
+    def test_batches_do_not_mix_windows(self):
+        # In bfloat16 the processor's products for one row and for two may round differently.
+        dense, tokenizer = load_model(BUNDLED_MODEL, torch.float32)
         caches = {"2": (dense, partial(create_kivi_cache, group_size=16, residual_length=0))}
         found = [
             measure(
@@ -177,7 +178,7 @@ class TestMeasure:
             )["results"]["dense"]["nll_by_window"]
             for n in (1, 2)
         ]
-        assert found[0] == pytest.approx(found[1], rel=2e-3) and len(set(found[0])) == 3
+        assert found[0] == pytest.approx(found[1], rel=1e-5) and len(set(found[0])) == 3
 
     def test_several_texts(self, bundled, tmp_path):
         """Each text is measured as if it were alone, and all together by the tokens of all."""
