@@ -1118,8 +1118,11 @@ def test_any_step_many(step):
 # ---- other instructions
 
 
-#: What the C++ kernels are compiled for here, and whether they multiply codes of 8 bits.
-OTHER_PROCESSORS = {"haswell": 0, "icelake-server": 1}
+#: What the C++ kernels are compiled for below, and whether they multiply codes of 8 bits then: without AVX-512, and,
+#: where the tests above run with AMX, without that.
+OTHER_PROCESSORS = {"haswell": 0}
+if "amx_int8" in Path("/proc/cpuinfo").read_text().split():
+    OTHER_PROCESSORS["icelake-server"] = 1
 
 
 def test_instructions():
@@ -1132,9 +1135,7 @@ def test_instructions():
 @pytest.mark.skipif(os.environ.get(MARCH_VARIABLE) in OTHER_PROCESSORS, reason="this is the subprocess")
 @pytest.mark.parametrize("march", OTHER_PROCESSORS)
 def test_other_processors(march):
-    """Some of these tests with the instructions of a processor without AVX-512, and of one without AMX."""
-    if march != "haswell" and not library().alrd_has_tiles():
-        pytest.skip("the other tests run without AMX here")
+    """Some of these tests with the instructions of such a processor."""
     chosen = "instructions or (widths and bfloat16) or (beyond and True) or (tiers and bfloat16) or yarn or any_step"
     chosen += " or sliding"
     done = subprocess.run(

@@ -250,7 +250,7 @@ void round_rows(const float* weights, int lanes, int together, const Columns& co
   out.list_heavy(together, columns);
   if (per_token) return;
 #if ALRD_TILES
-  out.lay_out_tiles(quads);
+  if (has_tiles()) out.lay_out_tiles(quads);
 #endif
   for (int l = 0; l < lanes; l += 16) {
     const vf of_middles = to_float(addi(shl(loadi(&total[lanes + l]), 8), loadi(&total[l])));

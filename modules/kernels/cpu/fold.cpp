@@ -9,7 +9,6 @@
 #include <vector>
 
 #include "softmax.h"
-#include "tiles.h"
 
 // modules/kernels/cpu/fold.py has the same structure.
 extern "C" struct Fold {
@@ -74,22 +73,6 @@ INLINE inline void multiply(const uint32_t* numbers, int stride, const uint32_t*
   each<J>([&](auto j) INLINE { each<4>([&](auto v) INLINE { store(out + j * out_stride + 16 * v, sums[j][v]); }); });
 }
 
-// The same for `count` numbers at a time, at most BLOCK.
-void multiply_block(const uint32_t* numbers, int stride, int count, const uint32_t* rows, int pairs, float* out,
-                    int out_stride) {
-#if ALRD_TILES
-  if (has_tiles() && pairs % 16 == 0) {
-    for (int lane = 0; lane < WIDE; lane += 32)
-      for (int j = 0; j < count; j += 32)
-        (j + 16 < count ? multiply_pairs<2> : multiply_pairs<1>)(numbers + j * stride, stride, rows + lane, pairs,
-                                                                 out + j * out_stride + lane, out_stride);
-    return;
-  }
-#endif
-  for (int j = 0; j < count; j += SOME)
-    multiply<SOME>(numbers + j * stride, stride, rows, pairs, out + j * out_stride, out_stride);
-}
-
 // The queries of a block against a tile: rooms for both, which a thread keeps.
 struct Block {
   std::vector<uint32_t> query, weights;  // [48][d / 2], [48][n / 2]
@@ -119,15 +102,18 @@ struct Block {
     begin = begin / WIDE * WIDE;
     end = round_up(end, WIDE);
     for (int t = begin; t < end; t += WIDE)
-      multiply_block(query.data(), pairs, count, &packed.keys[(size_t)t * pairs], pairs, &scores[t], n);
+      for (int j = 0; j < count; j += SOME)
+        multiply<SOME>(&query[(size_t)j * pairs], pairs, &packed.keys[(size_t)t * pairs], pairs,
+                       &scores[(size_t)j * n + t], n);
     for (int j = 0; j < count; j++) {
       const int h = head * f.shared + (first + j) / f.length, l = (first + j) % f.length;
       weigh(f, row, h, l, begin, end, &scores[(size_t)j * n], (uint16_t*)&weights[(size_t)j * n / 2],
             &sums[(size_t)j * channels]);
     }
     for (int c = 0; c < channels; c += WIDE)
-      multiply_block(&weights[begin / 2], n / 2, count, &packed.values[((size_t)c * n + begin * WIDE) / 2],
-                     (end - begin) / 2, &sums[c], channels);
+      for (int j = 0; j < count; j += SOME)
+        multiply<SOME>(&weights[((size_t)j * n + begin) / 2], n / 2, &packed.values[((size_t)c * n + begin * WIDE) / 2],
+                       (end - begin) / 2, &sums[(size_t)j * channels + c], channels);
     for (int j = 0; j < count; j++) {
       const int h = head * f.shared + (first + j) / f.length, l = (first + j) % f.length;
       memcpy(of(f, row, h, l), &sums[(size_t)j * channels], 4 * f.size);
@@ -191,7 +177,6 @@ extern "C" int alrd_fold(const Fold* fold) {
   {
 #pragma omp for schedule(dynamic)
     for (int i = 0; i < heads; i++) packed[i].pack(f, i / f.heads, i % f.heads, f.size / 2, n, channels);
-    const Tiles tiles;
     Block block;
 #pragma omp for schedule(dynamic)
     for (int i = 0; i < heads * blocks; i++) {

@@ -4,7 +4,7 @@
 
 #include "vectors.h"
 
-#if ALRD_AVX512 && defined(__AMX_INT8__) && defined(__AMX_BF16__)
+#if ALRD_AVX512 && defined(__AMX_INT8__)
 #define ALRD_TILES 1
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -132,38 +132,6 @@ inline void sum_tiles(const uint8_t* high, const uint8_t* low, int row_bytes, co
   }
   _tile_stored(0, high_sums, 64);
   _tile_stored(1, low_sums, 64);
-}
-
-// Add to sums [ROWS * 16][32] the products of pairs of bfloat16 [ROWS * 16][stride] with those of 32 lanes, [pair][64];
-// 16 divides the number of pairs.
-template <int ROWS>
-inline void multiply_pairs(const uint32_t* numbers, int stride, const uint32_t* rows, int pairs, float* out,
-                           int out_stride) {
-  finish_stores();
-  _tile_loadd(0, out, 4 * out_stride);
-  _tile_loadd(1, out + 16, 4 * out_stride);
-  if (ROWS == 2) {
-    _tile_loadd(2, out + 16 * out_stride, 4 * out_stride);
-    _tile_loadd(3, out + 16 * out_stride + 16, 4 * out_stride);
-  }
-  for (int p = 0; p < pairs; p += 16, rows += 16 * 64) {
-    _tile_loadd(6, rows, 256);
-    _tile_loadd(7, rows + 16, 256);
-    _tile_loadd(4, numbers + p, 4 * stride);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    if (ROWS == 2) {
-      _tile_loadd(5, numbers + 16 * stride + p, 4 * stride);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-    }
-  }
-  _tile_stored(0, out, 4 * out_stride);
-  _tile_stored(1, out + 16, 4 * out_stride);
-  if (ROWS == 2) {
-    _tile_stored(2, out + 16 * out_stride, 4 * out_stride);
-    _tile_stored(3, out + 16 * out_stride + 16, 4 * out_stride);
-  }
 }
 
 #else
