@@ -42,7 +42,7 @@ from configuration_alrd_llama import SIDES, ALRDLlamaConfig, Projection, rotary_
 from modules import loading
 from modules.decode_graph import DecodeGraph
 from modules.kernels import MAX_QUERY_LENGTH, Backend
-from modules.kernels.attention import attention_received, merge_attended
+from modules.kernels.attention import attention_received
 from modules.kernels.packed import LatentQuery, PackedCache, Rope
 from modules.kivi_cache import (
     CacheScheme,
@@ -354,8 +354,9 @@ class ALRDLlamaBlockAttention(ALRDLlamaAttention):
         # The latents of the new tokens are sums over the layers of the block: the last layer has them whole.
         if self.layer_idx == self.block.first:
             step.sums.begin(self.layer_idx, layer.sink_slots(step.real, keys.shape[1]))
-        parts = (self.k_latent.BLinear(keys), self.v_latent.BLinear(values))
-        step.sums.add(self.layer_idx, self.cache_sides, parts, (keys.detach(), values.detach()))
+        projections = (self.k_latent.BLinear, self.v_latent.BLinear)
+        backend = layer.backend if step.has_past else None
+        step.sums.add(self.layer_idx, self.cache_sides, projections, (keys, values), backend)
         if self.layer_idx == self.block.last:
             latents = {}
             for side, latent in step.sums.latents.items():
@@ -385,27 +386,15 @@ class ALRDLlamaBlockAttention(ALRDLlamaAttention):
         return self._query_of(query, step, self.k_latent.ALinear, self.widths[-1])
 
     def _attend_block(self, query, keys, values, layer, step: LatentStep):
-        """Attention of new tokens to sinks and to themselves as they are, and to latents; `[B, L, H_q, d]` and weights.
-
-        The two parts are merged behind the expansion of the values, so that its bias counts for the latents only.
-        """
+        """Attention of new tokens to sinks and to themselves as they are, and to latents; `[B, L, H_q, d]` and weights."""
         length = None if step.slots is None else step.slots.shape[1]
         layer.check_type(keys)  # before a kernel takes it at its word
         # Sinks lie side by side, layer by layer.
         size, member = keys.shape[2], self.layer_idx - self.block.first
         sinks = layer.sinks(slice(member * size, (member + 1) * size))
-        heads = (self.head_dim,) * (size // self.head_dim)
-        exact_query = self._query_of(query, step, None, heads)
-        new = step.new_tokens(keys, values).tile()
-        attended = layer.backend.attend_values(exact_query, PackedCache(sinks, (new,)), None, length)
-
-        # A short text has no latents yet.
-        history = layer.packed()
-        if not history.is_empty:
-            latent = self._latent_query(query, step)
-            attended = merge_attended(
-                attended, layer.backend.attend_values(latent, history, self.expand_values, length)
-            )
+        plain = (*sinks, step.new_tokens(keys, values).tile())
+        latent = self._latent_query(query, step)
+        attended = layer.backend.attend_block(latent, plain, layer.packed(), self.expand_values, length)
         weights = attended.weights
         if weights is not None:
             weights = step.weights_by_slot(weights).to(query.dtype)

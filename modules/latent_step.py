@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from modules.kernels import MAX_QUERY_LENGTH
+from modules.kernels import MAX_QUERY_LENGTH, Backend, add_latents
 from modules.kernels.packed import NewTokens, Rope, counts_of_rows
 from modules.kivi_cache import KIVILatentCache
 from modules.quant_utils import require
@@ -25,14 +25,17 @@ class LatentSums:
         self.latents, self.dense = {}, {"keys": [], "values": []}
         self._next, self._sink_slots = layer, sink_slots
 
-    def add(self, layer: int, sides: tuple[str, str], parts: tuple, states: tuple) -> None:
+    def add(
+        self, layer: int, sides: tuple[str, str], projections: tuple, states: tuple, backend: Backend | None
+    ) -> None:
         """Add what a layer gives.
 
         Args:
             layer: Its index.
             sides: Side of the cache that holds the latents of its keys, and of its values.
-            parts: Its parts of the two latents, float32.
+            projections: What makes its parts of the two latents, `MemberBLinear`.
             states: Its keys and values `[B, L, H_kv * d]`.
+            backend: That of the cache; `None`: it has not begun.
 
         Raises:
             ValueError: A layer of the block before this one is missing.
@@ -43,14 +46,11 @@ class LatentSums:
                 "in the same forward pass; a pipeline's stage must have whole blocks"
             )
         self._next += 1
-        for side, part in zip(sides, parts, strict=True):
-            if side in self.latents:
-                self.latents[side] += part
-            else:
-                self.latents[side] = part
+        for side, projection, state in zip(sides, projections, states, strict=True):
+            self.latents[side] = add_latents(backend, projection, state, self.latents.get(side))
         for kept, state in zip(self.dense.values(), states, strict=True):
             # A copy, so that the tokens of a long prompt are not held till the block is complete.
-            kept.append(state[:, : self._sink_slots].clone())
+            kept.append(state.detach()[:, : self._sink_slots].clone())
 
     def members(self) -> dict[str, torch.Tensor]:
         """The layers' own keys and values side by side, `[B, n, layers * H_kv * d]`."""

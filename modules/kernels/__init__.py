@@ -18,15 +18,16 @@ tile by tile (`modules/kernels/chunk.py`). Every back end uses the reference ins
 import os
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from configuration_alrd_llama import check_choice
 from modules import quant_utils, trellis
-from modules.kernels.attention import Attended, latent_attention
+from modules.kernels.attention import Attended, latent_attention, merge_attended
 from modules.kernels.chunk import chunk_attention
-from modules.kernels.packed import LatentQuery, PackedCache, PackedSide
+from modules.kernels.packed import LatentQuery, PackedCache, PackedSide, Tile
+from modules.svd_linear import ALinear, MemberBLinear
 
 BACKENDS = ("reference", "triton", "cpu")
 
@@ -51,6 +52,8 @@ class Backend:
         scale_tokens: As that of `modules/kernels/cpu/quantize.py`; `None`: PyTorch chooses the scales of tokens.
         fused_attention: As `latent_attention` without `weights_length`; `None`: there is none.
         expands_values: Whether `fused_attention` also takes what expands values, and returns the heads' outputs.
+        takes_plain: Whether it then also takes tokens beside the latents (`attend_block`).
+        fused_latents: As `add_latents` of `modules/kernels/cpu/latents.py`; `None`: PyTorch multiplies.
         fused_append: `FusedAppend` of `modules/kernels/triton/append.py`, for caches of fixed capacity; `None`: there
             is none.
         compiled_together: A context in which attention is not computed, but compiled, side by side; `None`: no need to.
@@ -62,6 +65,8 @@ class Backend:
     trellis_codes: Callable = trellis.encode
     fused_attention: Callable | None = None
     expands_values: bool = False
+    takes_plain: bool = False
+    fused_latents: Callable | None = None
     fused_append: Callable | None = None
     scale_tokens: Callable | None = None
     folded: Callable | None = None
@@ -98,6 +103,13 @@ class Backend:
         # An offloaded weight is in memory only while its module is called, as the reference does.
         return fused and not (expansion is not None and expansion.weight.is_meta)
 
+    def multiplies(self, linear: MemberBLinear, outputs: torch.Tensor) -> bool:
+        """Whether `fused_latents` takes a member's projection and its `[B, L, H_kv * d]` inputs."""
+        weight = linear.weight
+        gradient = torch.is_grad_enabled() and (weight.requires_grad or outputs.requires_grad)
+        fused = self.fused_latents is not None and outputs.shape[1] <= MAX_QUERY_LENGTH
+        return fused and not gradient and not weight.is_meta and {outputs.dtype, weight.dtype} <= set(FUSED_DTYPES)
+
     def attend_values(
         self,
         query: LatentQuery,
@@ -121,6 +133,53 @@ class Backend:
             return attended
         # The sum of latents is expanded, not the value of every token.
         return attended._replace(summed=expand_values(attended.summed.to(states.dtype), per_head=True))
+
+    def attend_block(
+        self,
+        query: LatentQuery,
+        plain: tuple[Tile, ...],
+        history: PackedCache,
+        expand_values: ALinear,
+        weights_length: int | None = None,
+    ) -> Attended:
+        """As `attend_values`, to tokens that have no latents beside those that have.
+
+        Args:
+            query, expand_values, weights_length: As for `attend_values`, of the latents.
+            plain: The other tokens: keys before RoPE and values, head by head.
+            history: The tokens that have latents; there may be none.
+        """
+        few = query.states.shape[2] <= MAX_QUERY_LENGTH
+        if self.takes_plain and few and self._expands(expand_values) and self._is_fused(query, history, weights_length):
+            return _without_gradient(query, self.fused_attention(query, history, expand_values, plain))
+        size = query.states.shape[3]
+        heads = plain[-1].keys.shape[3] // size
+        as_they_are = replace(query, expand_keys=None, value_widths=(size,) * heads)
+        attended = self.attend_values(as_they_are, PackedCache(after=plain), None, weights_length)
+        # A short text has no latents yet.
+        if history.is_empty:
+            return attended
+        # Merged behind the expansion of the values, so that its bias counts for the latents only.
+        return merge_attended(attended, self.attend_values(query, history, expand_values, weights_length))
+
+
+def add_latents(
+    backend: Backend | None, linear: MemberBLinear, outputs: torch.Tensor, latents: torch.Tensor | None
+) -> torch.Tensor:
+    """A member's part of the latents of its block `[B, L, Σ r]` float32, added to those of the members before it.
+
+    Args:
+        backend: Of a cache that has begun; `None`: PyTorch multiplies.
+        linear, outputs: What makes the part, of `[B, L, H_kv * d]`.
+        latents: The sums so far, which may be written; `None`: it is the first part.
+    """
+    if backend is None or not backend.multiplies(linear, outputs):
+        part = linear(outputs)
+        return part if latents is None else latents + part
+    if latents is None:
+        latents = outputs.new_zeros((*outputs.shape[:2], sum(linear.ranks)), dtype=torch.float32)
+    backend.fused_latents(linear, outputs, latents)
+    return latents
 
 
 def _without_gradient(query: LatentQuery, attended: Attended) -> Attended:
@@ -172,6 +231,7 @@ def _cpu(field: str, device: torch.device) -> Backend:
     from modules.kernels.cpu import quantize as kernels
     from modules.kernels.cpu.attention import latent_attention as fused_attention
     from modules.kernels.cpu.fold import Folded, folds
+    from modules.kernels.cpu.latents import add_latents
     from modules.kernels.cpu.library import library
     from modules.kernels.cpu.trellis import encode
 
@@ -179,7 +239,8 @@ def _cpu(field: str, device: torch.device) -> Backend:
     functions = (kernels.quantize_and_pack, kernels.unpack_and_dequantize, encode)
     # Where there are tile registers the library's flash attention takes them, and is the faster one.
     folded = Folded if folds() and not library().alrd_has_tiles() else None
-    return Backend("cpu", *functions, fused_attention=fused_attention, scale_tokens=kernels.scale_tokens, folded=folded)
+    fused = {"fused_attention": fused_attention, "expands_values": True, "takes_plain": True, "fused_latents": add_latents}
+    return Backend("cpu", *functions, **fused, scale_tokens=kernels.scale_tokens, folded=folded)
 
 
 _MAKERS = {"reference": _reference, "triton": _triton, "cpu": _cpu}

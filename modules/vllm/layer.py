@@ -19,8 +19,7 @@ from vllm.v1.attention.backend import MultipleOf as Multiple
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, SlidingWindowSpec
 
 from modules.cache.scheme import CacheScheme, LayerScales, LayerWidths
-from modules.kernels import get_backend
-from modules.kernels.attention import merge_attended
+from modules.kernels import add_latents, get_backend
 from modules.kernels.packed import LatentQuery, PackedCache
 from modules.vllm.pages import PAGE_MULTIPLE, PageLayout, Pages, check_page_length
 from modules.vllm.step import Requests, SinkStore, Step, make_step
@@ -208,14 +207,10 @@ class LatentPages(AttentionLayerBase):
         """Attention to sinks and new tokens as they are, and to latents; as `ALRDLlamaBlockAttention` does it."""
         own, size = self.members[member], self.heads * self.head_dim
         sinks = self.sinks.tiles(requests, slice(member * size, (member + 1) * size))
-        query = own.query(states, requests, None, (self.head_dim,) * self.heads)
-        attended = self.backend.attend_values(query, PackedCache(sinks, requests.new_tiles(keys, values)), None)
-        # A text that begins has no history.
-        if requests.table is not None:
-            query = own.query(states, requests, own.expand_keys, self.widths[-1])
-            history = self._packed(requests, pages, query.sliding_window)
-            latent = self.backend.attend_values(query, history, own.expand_values)
-            attended = merge_attended(attended, latent)
+        query = own.query(states, requests, own.expand_keys, self.widths[-1])
+        history = self._packed(requests, pages, query.sliding_window)
+        plain = (*sinks, *requests.new_tiles(keys, values))
+        attended = self.backend.attend_block(query, plain, history, own.expand_values)
         return attended.summed.to(states.dtype)
 
     def _collect(self, member: int, keys: torch.Tensor, values: torch.Tensor, step: Step) -> None:
@@ -230,8 +225,8 @@ class LatentPages(AttentionLayerBase):
         if member == 0:
             self._latents, self._dense = {}, {"keys": [], "values": []}
         for (side, project), x in zip(own.project, (keys, values), strict=True):
-            part = project(x)
-            self._latents[side] = self._latents[side] + part if side in self._latents else part
+            before = self._latents.get(side)
+            self._latents[side] = add_latents(self.backend, project, x[None], before)
         for side, of_member in sinks.items():
             self._dense[side].append(of_member)
         if member == len(self.members) - 1:
@@ -239,7 +234,7 @@ class LatentPages(AttentionLayerBase):
             for side, latent in self._latents.items():
                 if self.is_summed:
                     latent = tensor_model_parallel_all_reduce(latent)
-                latents[side] = latent.to(keys.dtype)
+                latents[side] = latent[0].to(keys.dtype)
             self._pages.write(step.slots, latents)
             self.sinks.write(step, rows, {side: torch.cat(parts, dim=-1) for side, parts in self._dense.items()})
             self._latents, self._dense = {}, {}

@@ -20,53 +20,9 @@
 // are exact, minus their middle level; products are summed up exactly. Probabilities are rounded to 15 bits. Numbers
 // that are not codes (16 bits, sinks, window, float32 models) are multiplied in float32.
 
+#include "arguments.h"
 #include "expansion.h"
-#include "softmax.h"
-
-// attention.py has the same structures.
-extern "C" {
-
-// Consecutive channels of a head group in a part, with one scale group if scales are per token (column >= 0).
-struct Segment {
-  int32_t part, channel, count, column;
-  int32_t position;  // where they stand among the columns of the group
-};
-
-struct Side {
-  const Part* parts;
-  const Segment* segments;       // segments multiplied as codes come first
-  const int32_t* first_segment;  // [groups + 1]
-  const int32_t* integers;       // [groups] segments that are multiplied as codes
-  const int32_t* columns;        // [groups] columns in use
-  const uint8_t* token_scale;    // [slots][block_length, groups], powers of 2^(1/16) from 128 on; null: 1
-  int64_t token_scale_stride;    // from slot to slot
-  int32_t groups, width;         // columns of the widest group
-  int32_t run;                   // tokens of a block that share scales per channel
-  int32_t by_block;              // whether scales per channel belong to blocks
-};
-
-struct Arguments {
-  const float* query;          // [B, H_q, L, 2 half]
-  const int64_t* positions;    // [B, L]
-  const double* frequency;     // [half], falling; 0: no rotation
-  const int32_t* order;        // [half], the pair of each frequency
-  const void *weight, *bias;   // of the expansion, [H_kv * 2 half, weight_stride], [H_kv * 2 half]; may be null
-  const int32_t* key_channel;  // [groups, keys.width] channel of the group in a column, -1: none
-  const int32_t* table;        // [3, B, blocks]
-  const Exact* exact;
-  const int32_t *key_start, *key_count, *value_start, *value_count;  // channels of each head group
-  const int32_t* value_channel;  // [groups, values.width] channel of the group in a column, -1: none
-  float* output;                 // [B, H_q, L, output_width]
-  float* log_sum;                // [B, H_q, L]
-  int64_t window;                // positions that a query sees at most, its own included
-  Side keys, values;
-  int32_t batch, query_heads, heads, length, half, blocks, block_length, exact_width, output_width, n_exact;
-  int32_t hidden;  // packed tokens at positions below it are not seen
-  int32_t state_type, weight_type, weight_stride, planes, threads;
-  float scaling, tolerance;
-};
-
-}  // extern "C"
+#include "heads.h"
 
 namespace {
 
@@ -85,6 +41,11 @@ struct Piece {
 struct Words {
   const int32_t* first;
   int count, weights;
+};
+
+// Columns whose channels follow each other, which are read together.
+struct Stretch {
+  int column, channel, count;
 };
 
 // First position that a query of a row sees.
@@ -117,9 +78,10 @@ const TokenScales TOKEN_SCALES;
 
 // A key head of an item.
 struct Head {
-  Floats weight, exact_weight;  // of its expansion
+  Floats weight;  // of its expansion; none if its rows are only rounded
   ExpansionRows expansion, exact_expansion;
   Rounded fast, nodes;
+  std::vector<float> query;  // [half][2][queries], rotated to the reference
 };
 
 struct Worker {
@@ -146,15 +108,18 @@ struct Worker {
   int row = -1, first_head = -1, group = 0, value_group = 0, queries = 0, all_queries = 0;
   int next_block = 0, end_of_next = 0;  // of the next batch, not prefetched yet
   bool fast_is_rounded = false, nodes_are_rounded = false;
-  int64_t rounded_anchor = 0;
+  bool exact_is_expanded = false, exact_is_started = false, is_exact = false;
+  int64_t rounded_anchor = 0, reference = 0;  // `reference`: position to which the queries are rotated
   std::vector<int64_t> query_position;
+  std::vector<Stretch> stretches;
+  Floats some_rows;  // of the expansion for tokens in full precision
 
   Worker(const Arguments& arguments, const Division& d, const Division& e)
       : a(arguments), division(d), exact_division(e) {}
 
   void start(int row_, int first_head_, int n_heads) {
     if (row != row_ || first_head != first_head_) start_heads(row_, first_head_, n_heads);
-    for (Head& head : heads) head.expansion.restart(), head.exact_expansion.restart();
+    for (Head& head : heads) head.expansion.restart();
     nodes_are_rounded = false;
     sums.assign((size_t)all_queries * round_up(a.values.width, 16), 0);
     exact_sums.assign((size_t)all_queries * round_up(a.output_width, 16), 0);
@@ -173,9 +138,12 @@ struct Worker {
     queries = shared * a.length;
     all_queries = n_heads * queries;
     heads.resize(n_heads);
-    if (a.blocks && other_heads) set_columns();
+    if (a.blocks && other_heads) {
+      set_columns();
+      stretches = key_stretches();
+    }
     query_position.resize(all_queries);
-    int64_t reference = 0;
+    reference = 0;
     const int64_t* positions = a.positions + (int64_t)row * a.length;
     for (int l = 0; l < a.length; l++) reference = std::max(reference, positions[l]);
     // All heads turn alike.
@@ -202,56 +170,81 @@ struct Worker {
       Head& head = heads[h];
       if (other_heads) {
         if (a.blocks) {
-          expand(first_head + h, a.keys.width, a.key_channel + (int64_t)group * a.keys.width, head.weight);
-          if (!a.keys.by_block) scale_weights(head.weight.data());
+          head.weight.clear();
+          if (!rounds_once()) {
+            expand(first_head + h, head.weight);
+            if (!a.keys.by_block) scale_weights(head.weight.data());
+          }
           head.expansion.of(division, a.frequency, head.weight.data(), a.keys.width, queries);
         }
-        expand(first_head + h, a.exact_width, nullptr, head.exact_weight);
-        head.exact_expansion.of(exact_division, a.frequency, head.exact_weight.data(), a.exact_width, queries);
       }
       if (a.blocks) head.expansion.start(reference, query);
-      head.exact_expansion.start(reference, query);
+      head.query = std::move(query);
     }
+    if (other_heads) exact_is_expanded = false;
+    exact_is_started = false;
     scores.resize((size_t)all_queries * (SPAN + 16));
     tile_scores.resize((size_t)all_queries * TILE);
     if (other_heads) fast_is_rounded = false;
   }
 
-  // Weights of a head's expansion, [half][2][width + 1], the last column the bias, for the channels of `channel`, or
-  // all of the group if it is null.
-  void expand(int head, int width, const int32_t* channel, Floats& out) {
-    // Columns whose channels follow each other are read together.
-    struct Stretch {
-      int column, channel, count;
-    };
-    std::vector<Stretch> stretches;
-    for (int c = 0; c < width; c++) {
-      const int from = channel ? channel[c] : c < a.key_count[group] ? c : -1;
-      if (from < 0) continue;
-      if (!stretches.empty() && stretches.back().column + stretches.back().count == c &&
-          stretches.back().channel + stretches.back().count == from)
-        stretches.back().count++;
-      else
-        stretches.push_back({c, from, 1});
-    }
-    out.resize((size_t)a.half * 2 * (width + 1) + 16);  // what is read goes on to whole vectors
-    float* to = out.data();
-    for (int f = 0; f < a.half; f++)
-      for (int i = 0; i < 2; i++, to += width + 1) {
-        const int dimension = i * a.half + a.order[f];
-        const int64_t r = (int64_t)head * 2 * a.half + dimension;
-        int next = 0;
-        for (const Stretch& stretch : stretches) {
-          std::fill(to + next, to + stretch.column, 0.0f);
-          next = stretch.column + stretch.count;
-          if (a.weight)
-            numbers(a.weight, r * a.weight_stride + stretch.channel, stretch.count, a.weight_type, to + stretch.column);
-          else
-            for (int c = 0; c < stretch.count; c++) to[stretch.column + c] = stretch.channel + c == dimension;
-        }
-        std::fill(to + next, to + width, 0.0f);
-        to[width] = a.bias ? number(a.bias, r, a.weight_type) : 0;
+  // The heads' expansion for tokens in full precision, which only an item's first split has.
+  void start_exact() {
+    for (size_t h = 0; h < heads.size(); h++) {
+      Head& head = heads[h];
+      if (!exact_is_expanded) {
+        head.exact_expansion.of(exact_division, a.frequency, nullptr, a.exact_width, queries);
       }
+      if (!exact_is_started) head.exact_expansion.start(reference, head.query);
+    }
+    exact_is_expanded = exact_is_started = true;
+  }
+
+  // The stretches of the packed keys' columns.
+  std::vector<Stretch> key_stretches() const {
+    std::vector<Stretch> found;
+    const int32_t* channel = a.key_channel + (int64_t)group * a.keys.width;
+    for (int c = 0; c < a.keys.width; c++) {
+      if (channel[c] < 0) continue;
+      if (!found.empty() && found.back().column + found.back().count == c &&
+          found.back().channel + found.back().count == channel[c])
+        found.back().count++;
+      else
+        found.push_back({c, channel[c], 1});
+    }
+    return found;
+  }
+
+  // Row 2 f + i of a head's expansion, whose last column is the bias. What is written goes on to a whole vector.
+  void expand_row(int head, int row, int width, const std::vector<Stretch>& stretches, float* to) const {
+    const int dimension = row % 2 * a.half + a.order[row / 2];
+    const int64_t r = (int64_t)head * 2 * a.half + dimension;
+    int next = 0;
+    for (const Stretch& stretch : stretches) {
+      std::fill(to + next, to + stretch.column, 0.0f);
+      next = stretch.column + stretch.count;
+      if (a.weight)
+        numbers(a.weight, r * a.weight_stride + stretch.channel, stretch.count, a.weight_type, to + stretch.column);
+      else
+        for (int c = 0; c < stretch.count; c++) to[stretch.column + c] = stretch.channel + c == dimension;
+    }
+    std::fill(to + next, to + width, 0.0f);
+    to[width] = a.bias ? number(a.bias, r, a.weight_type) : 0;
+  }
+
+  // Weights of a head's expansion for the packed keys, [half][2][columns + 1], then rows of zeros.
+  void expand(int head, Floats& out) const {
+    const int width = a.keys.width + 1;
+    const size_t rows = round_up(2 * round_up(a.half, 3), 16);  // what is read goes on to whole vectors
+    out.resize(rows * width + 16);
+    for (int row = 0; row < 2 * a.half; row++)
+      expand_row(head, row, a.keys.width, stretches, out.data() + (size_t)row * width);
+    std::fill(out.begin() + (size_t)2 * a.half * width, out.end(), 0.0f);
+  }
+
+  // Whether expansion rows are only rounded, once, and need not be kept as they are.
+  bool rounds_once() const {
+    return !a.keys.by_block && !division.nodes && columns.groups.empty() && columns.quads && !columns.floats;
   }
 
   // Calibrated scales go into the expansion rows, centres into their bias, once.
@@ -276,14 +269,29 @@ struct Worker {
 
   static constexpr int STRIDE = TILE + 32;  // tokens of the buffers, and what is unpacked behind them
 
+  // Rows [row, row + n) of the expansion of a head of the item for tokens in full precision.
+  Lanes exact_rows(int head, int row, int n) {
+    const std::vector<Stretch> all = {{0, 0, std::min<int>(a.key_count[group], a.exact_width)}};
+    const int width = a.exact_width + 1;
+    some_rows.resize((size_t)n * width + 16);
+    for (int i = 0; i < n; i++) {
+      if (row + i < 2 * a.half)
+        expand_row(first_head + head, row + i, a.exact_width, all, &some_rows[(size_t)i * width]);
+      else
+        std::fill_n(&some_rows[(size_t)i * width], width, 0.0f);
+    }
+    return {some_rows.data(), width, 1};
+  }
+
   template <int V, int PAIRS>
-  void score_tokens(const ExpansionRows& rows, const Rounded& fast, const Rounded& nodes, const Tokens& tokens,
-                    int token, int offset, float* out) {
+  void score_tokens(int head, const ExpansionRows& rows, const Rounded& fast, const Rounded& nodes,
+                    const Tokens& tokens, int token, int offset, float* out) {
     const Division& d = *rows.division;
     const float* q = &rows.fast_query[offset / HALF * (size_t)queries * 2 * rows.padded];
     for (int f = 0; f < d.fast; f += PAIRS) {
       vf k[2 * PAIRS][V];
-      multiply<2 * PAIRS, V>(fast, rows.fast.data(), rows.fast_lanes, columns, tokens, 2 * f, token, k);
+      const Lanes lanes = is_exact ? exact_rows(head, 2 * f, 2 * PAIRS) : rows.fast().from(2 * f);
+      multiply<2 * PAIRS, V>(fast, lanes, columns, tokens, 2 * f, token, k);
       each<PAIRS>([&](auto p) INLINE {
         const float* cosine = &d.cosine[(size_t)(f + p) * 2 * HALF + offset % HALF];
         const float* sine = &d.sine[(size_t)(f + p) * 2 * HALF + offset % HALF];
@@ -308,7 +316,7 @@ struct Worker {
     const int n_lanes = d.nodes * queries;
     for (int lane = 0; lane < n_lanes; lane += 4) {
       vf y[4][V];
-      multiply<4, V>(nodes, rows.nodes.data(), rows.node_lanes, columns, tokens, lane, token, y);
+      multiply<4, V>(nodes, rows.node_rows().from(lane), columns, tokens, lane, token, y);
       each<4>([&](auto m) INLINE {
         if (lane + m >= n_lanes) return;
         float* score = out + (size_t)((lane + m) % queries) * TILE;
@@ -325,18 +333,19 @@ struct Worker {
   // Scores of the n tokens of the buffers, at most TILE, whose offsets from the anchor of the heads' `rows` start at
   // `offset`.
   void score_tile(ExpansionRows Head::* rows, int n, int offset) {
-    const bool by_tiles = n > 32 && takes_tiles();
+    const bool by_tiles = takes_tiles();
     const Tokens tokens = {first_code_of(0), column_numbers.data(), code_stride, STRIDE, by_tiles};
     std::fill(tile_scores.begin(), tile_scores.end(), 0.0f);
     float* out = tile_scores.data();
 #if ALRD_TILES
     if (by_tiles) multiply_tiles(tile_rows, tokens.codes, 4 * code_stride);
 #endif
-    for (const Head& head : heads) {
+    for (size_t h = 0; h < heads.size(); h++) {
+      const Head& head = heads[h];
       const auto score = [&](auto vectors, int token) INLINE {
         const bool two = (head.*rows).division->together == 2;
         (this->*(two ? &Worker::score_tokens<vectors, 2> : &Worker::score_tokens<vectors, 3>))(
-            head.*rows, head.fast, head.nodes, tokens, token, offset + token, out + token);
+            h, head.*rows, head.fast, head.nodes, tokens, token, offset + token, out + token);
       };
       if (n > 32)
         score(std::integral_constant<int, 4>(), 0);
@@ -511,10 +520,11 @@ struct Worker {
     columns.first_float = used;
     columns.floats = side.columns[group] - used;
     columns.scaled = side.by_block;
-    columns.scale.assign(used, 1);
-    columns.centre.assign(used, 0);
+    columns.scale.assign(round_up(used, 64), 1);
+    columns.centre.assign(round_up(used, 64), 0);
     columns.twice_middle.assign(columns.quads, 0);
-    columns.variance.assign(used, 0);
+    columns.middle.assign(round_up(used, 64), 0);
+    columns.variance.assign(round_up(used, 64), 0);
     scales.assign((size_t)std::max(1, n) * 2 * STRIDE, 0);
     key_scales.assign(STRIDE, 1);
     columns.token_scale = side.token_scale ? key_scales.data() : nullptr;
@@ -524,7 +534,7 @@ struct Worker {
       const int shift = code_shift(part.levels), largest = (part.levels - 1) << shift;
       const float variance = (part.levels * part.levels - 1) / 12.0f * (1 << 2 * shift);
       for (int c = 0; c < round_up(segment.count, 4); c++) {
-        columns.twice_middle[(segment.position + c) / 4] = largest;
+        columns.twice_middle[(segment.position + c) / 4] = columns.middle[segment.position + c] = largest;
         columns.variance[segment.position + c] = variance;
       }
       columns.all_variance += segment.count * variance;
@@ -538,7 +548,24 @@ struct Worker {
     shares_codes = values_are_keys();
     code_stride = shares_codes ? SPAN + 32 : STRIDE;
     codes.resize((size_t)(2 * code_columns() + 64) * code_stride);  // tiles are multiplied whole
-    column_numbers.resize((size_t)std::max(1, std::max(columns.floats, a.exact_width)) * STRIDE);
+    column_numbers.resize((size_t)round_up(std::max(1, std::max(columns.floats, a.exact_width)), 16) * STRIDE);
+  }
+
+  // Round the expansion rows of a head's fast pairs.
+  void round_fast(Head& head) {
+    const int rows = 2 * division.fast, together = 2 * division.together, width = a.keys.width + 1;
+    const int lanes = head.expansion.fast_lanes;
+    if (head.weight.empty()) {
+      const int number = first_head + (&head - heads.data());
+      round_lanes<true>([&](int row, float* to) { expand_row(number, row, a.keys.width, stretches, to); }, rows, lanes,
+                        together, columns, a.planes, head.fast);
+      return;
+    }
+    const auto copy = [&](int row, float* to) { std::copy_n(&head.weight[(size_t)row * width], width, to); };
+    if (columns.scaled)
+      round_lanes<true>(copy, rows, lanes, together, columns, a.planes, head.fast);
+    else
+      round_lanes<false>(copy, rows, lanes, together, columns, a.planes, head.fast);
   }
 
   void attend_batch(const std::vector<Chunk>& batch) {
@@ -551,10 +578,10 @@ struct Worker {
     auto round = [&] {
       for (Head& head : heads) {
         const ExpansionRows& rows = head.expansion;
-        if (division.fast && (by_block || !fast_is_rounded))
-          round_weights(rows.fast.data(), rows.fast_lanes, 2 * division.together, columns, a.planes, head.fast);
+        if (division.fast && (by_block || !fast_is_rounded)) round_fast(head);
         if (division.nodes && (by_block || !nodes_are_rounded))
-          round_weights(rows.nodes.data(), rows.node_lanes, 4, columns, a.planes, head.nodes);
+          (columns.scaled ? round_rows<true> : round_rows<false>)(rows.nodes.data(), rows.node_lanes, 4, columns,
+                                                                  a.planes, head.nodes);
       }
       fast_is_rounded = nodes_are_rounded = true;
       rounded_anchor = anchor;
@@ -1020,12 +1047,14 @@ struct Worker {
 
   void attend_exact(const Exact& exact) {
     const int channels = a.key_count[group], value_channels = a.value_count[value_group];
+    start_exact();
     // The columns of the packed keys come back when it is done.
     Columns packed_columns = std::move(columns);
     columns = Columns();
     columns.last = a.exact_width;
     columns.floats = channels;
-    column_numbers.resize((size_t)std::max(1, a.exact_width) * STRIDE);
+    is_exact = true;
+    column_numbers.resize((size_t)round_up(std::max(1, a.exact_width), 16) * STRIDE);
     for (int first = 0; first < exact.count[row]; first += SPAN) {
       const int n = std::min(SPAN, exact.count[row] - first);
       const int64_t position = exact.start[row] + first;
@@ -1033,10 +1062,15 @@ struct Worker {
       for (Head& head : heads) head.exact_expansion.move(position);
       for (int tile = 0; tile < n; tile += TILE) {
         const int in_tile = std::min(TILE, n - tile);
-        for (int t = 0; t < in_tile; t++) {
+        for (int t = 0; t < in_tile; t += 16) {
           const int64_t at = row * exact.key_row + (first + tile + t) * exact.key_token + a.key_start[group];
-          for (int c = 0; c < channels; c++)
-            column_numbers[(size_t)c * STRIDE + t] = number(exact.keys, at + c, a.state_type);
+          for (int c = 0; c < channels; c += 16) {
+            alignas(64) float states[16 * 16];
+            for (int i = 0; i < 16; i++)
+              numbers(exact.keys, at + std::min(i, in_tile - t - 1) * exact.key_token + c, std::min(16, channels - c),
+                      a.state_type, states + 16 * i);
+            transpose_words(states, 16, &column_numbers[(size_t)c * STRIDE + t], STRIDE);
+          }
         }
         score_tile(&Head::exact_expansion, in_tile, tile);
       }
@@ -1049,6 +1083,7 @@ struct Worker {
       accumulate(n, 0, width, exact_sums.data(), round_up(a.output_width, 16));
     }
     columns = std::move(packed_columns);
+    is_exact = false;
   }
 
   // Start to read one block of the next batch; called again and again while this one is computed.
@@ -1128,12 +1163,13 @@ extern "C" int alrd_attention(const Arguments* arguments) {
   const int sharing = a.keys.groups == a.values.groups ? a.heads / a.keys.groups : 1;
   int of_item = std::min(sharing, MOST_HEADS);
   while (sharing % of_item || (of_item > 1 && a.batch * a.heads / of_item * batches < a.threads)) of_item--;
-  const int items = a.batch * a.heads / of_item;
+  const int items = a.blocks || a.n_exact ? a.batch * a.heads / of_item : 0;
   int splits = 1;
   if (items % a.threads) splits = std::min<int>(ceil_div(4 * a.threads, items), batches);
   const Division& division =
       division_of(a.frequency, a.half, a.tolerance, a.keys.width, queries, has_tiles() && !a.keys.by_block);
-  const Division& exact_division = division_of(a.frequency, a.half, a.tolerance, 8 * a.exact_width, queries, false);
+  // Of the few exact tokens all pairs are rebuilt.
+  const Division& exact_division = division_of(a.frequency, a.half, -1, a.exact_width, queries, false);
   // [item][split][query of the item]
   const int64_t width = a.output_width + 2, share = of_item * queries * width;
   std::vector<float> partial((size_t)items * splits * share);
@@ -1153,16 +1189,16 @@ extern "C" int alrd_attention(const Arguments* arguments) {
       if (a.blocks) worker.attend_blocks(first, std::min(last, a.blocks));
       worker.finish(&partial[(size_t)i * share]);
     }
-  }
-  for (int head = 0; head < a.batch * a.heads; head++) {
-    const int b = head / a.heads, h = head % a.heads;
-    for (int j = 0; j < queries; j++) {
-      const int q_head = h * shared + j / a.length, l = j % a.length;
-      const int64_t to = ((int64_t)b * a.query_heads + q_head) * a.length + l;
-      const int item = h / of_item * a.batch + b, in_item = h % of_item * queries + j;
-      const float* parts = &partial[(size_t)item * splits * share + in_item * width];
-      float* out = a.output + to * a.output_width;
-      a.log_sum[to] = merge_splits(parts, splits, share, a.output_width, [](float x) { return std::exp(x); }, out);
+    HeadOutput output(a);
+#pragma omp for
+    for (int head = 0; head < a.batch * a.heads; head++) {
+      const int b = head / a.heads, h = head % a.heads;
+      output.start(b, h);
+      if (items)
+        output.add_latents(
+            &partial[((size_t)(h / of_item * a.batch + b) * splits * of_item + h % of_item) * queries * width], splits,
+            share);
+      output.finish();
     }
   }
   return 0;

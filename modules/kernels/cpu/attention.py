@@ -12,7 +12,8 @@ from modules.kernels.attention import Attended
 from modules.kernels.cpu import structures
 from modules.kernels.cpu.library import library
 from modules.kernels.cpu.structures import TYPES, address, ints, starts, structure
-from modules.kernels.packed import LatentQuery, PackedCache, PackedSide
+from modules.kernels.packed import LatentQuery, PackedCache, PackedSide, Tile
+from modules.svd_linear import ALinear
 
 #: By the type of the queries: bound of the relative error of a frequency's share in a score where scores are
 #: interpolated (0: they are not), and bytes of a rounded expansion row (0: nothing is rounded).
@@ -21,7 +22,7 @@ _PRECISION = {torch.float32: (0.0, 0), torch.float16: (1e-4, 2), torch.bfloat16:
 #: A window that no text fills.
 _NO_WINDOW = 1 << 62
 
-# attention.cpp says what the fields mean.
+# arguments.h says what the fields mean.
 _Segment = structure("int32 part channel count column position")
 _Side = structure("""
     pointer parts segments first_segment integers columns token_scale
@@ -30,13 +31,14 @@ _Side = structure("""
 """)
 _Arguments = structure(
     """
-    pointer query positions frequency order weight bias key_channel table exact
-    pointer key_start key_count value_start value_count value_channel output log_sum
+    pointer query positions frequency order weight bias key_channel table exact plain
+    pointer key_start key_count value_start value_count value_channel value_weight value_bias output log_sum
     int64 window
     Side keys values
     int32 batch query_heads heads length half blocks block_length exact_width output_width n_exact
+    int32 n_plain head_width
     int32 hidden
-    int32 state_type weight_type weight_stride planes threads
+    int32 state_type weight_type weight_stride value_type value_stride planes threads
     float scaling tolerance
     """,
     Side=_Side,
@@ -174,8 +176,16 @@ def _as_codes() -> frozenset:
     return frozenset(widths)
 
 
-def latent_attention(query: LatentQuery, cache: PackedCache) -> Attended:
-    """`modules.kernels.attention.latent_attention`, all in float32, without weights."""
+def latent_attention(
+    query: LatentQuery, cache: PackedCache, expand_values: ALinear | None = None, plain: tuple[Tile, ...] = ()
+) -> Attended:
+    """`modules.kernels.attention.latent_attention`, all in float32, without weights.
+
+    Args:
+        query, cache: As there.
+        expand_values: Expands the sums to the outputs of the heads `[B, H_q, L, d]`.
+        plain: With `expand_values`, tokens beside the latents, as for `Backend.attend_block`.
+    """
     expand_keys, value_widths, rope = query.expand_keys, query.value_widths, query.rope
     batch, query_heads, length, size = query.states.shape
     tolerance, planes = _PRECISION[query.states.dtype]
@@ -185,29 +195,38 @@ def latent_attention(query: LatentQuery, cache: PackedCache) -> Attended:
         frequencies, scaling = tuple(rope.inv_freq.tolist()), scaling * rope.attention_scaling**2
     frequency, order = _pairs(frequencies)
     states, positions = query.states.detach().float().contiguous(), query.positions.to(torch.int64).contiguous()
-    output = torch.empty((batch, query_heads, length, max(value_widths)), dtype=torch.float32, device="cpu")
+    output_width = head_width = max(value_widths)
+    if expand_values is not None:
+        head_width = expand_values.weight.shape[0] // expand_values.num_heads
+    output = torch.empty((batch, query_heads, length, head_width), dtype=torch.float32, device="cpu")
     log_sum = torch.empty(output.shape[:3], dtype=torch.float32, device="cpu")
     heads, key_widths = query.key_layout(cache)
     # Everything that the arguments point to has a name here, and so lives until the kernel is done.
     exact = (*cache.before, *cache.after)
     exact_tiles, _kept = structures.exact_structures(exact)
+    plain_tiles, _kept_plain = structures.exact_structures(plain)
     key_groups, value_groups = _head_groups(key_widths), _head_groups(value_widths)
     key_start, value_start = ctypes.addressof(key_groups), ctypes.addressof(value_groups)
     arguments = _Arguments(
         query=address(states), positions=address(positions), frequency=address(frequency), order=address(order),
-        exact=ctypes.addressof(exact_tiles), key_start=key_start, key_count=key_start + 4 * len(key_widths),
+        exact=ctypes.addressof(exact_tiles), plain=ctypes.addressof(plain_tiles), key_start=key_start, key_count=key_start + 4 * len(key_widths),
         value_start=value_start, value_count=value_start + 4 * len(value_widths), output=address(output),
         log_sum=address(log_sum), window=query.sliding_window or _NO_WINDOW, batch=batch, query_heads=query_heads,
         heads=heads, length=length, half=len(order),
-        exact_width=max(key_widths), output_width=max(value_widths), n_exact=len(exact), planes=max(1, planes),
+        exact_width=max(key_widths), output_width=output_width, n_exact=len(exact), n_plain=len(plain),
+        head_width=head_width, planes=max(1, planes),
         threads=torch.get_num_threads(), scaling=scaling, tolerance=tolerance,
     )  # fmt: skip
     if expand_keys is not None:
         weight, bias = structures.dense(expand_keys.weight), expand_keys.bias
         arguments.weight, arguments.bias = weight.data_ptr(), address(bias)
         arguments.weight_type, arguments.weight_stride = TYPES[weight.dtype], weight.stride(0)
-    if exact:
-        arguments.state_type = TYPES[exact[0].keys.dtype]
+    if expand_values is not None:
+        value_weight, value_bias = structures.dense(expand_values.weight), expand_values.bias
+        arguments.value_weight, arguments.value_bias = value_weight.data_ptr(), address(value_bias)
+        arguments.value_type, arguments.value_stride = TYPES[value_weight.dtype], value_weight.stride(0)
+    if exact or plain:
+        arguments.state_type = TYPES[(*exact, *plain)[0].keys.dtype]
     arguments.keys.groups, arguments.values.groups = len(key_widths), len(value_widths)
     if cache.keys is not None:
         as_codes = frozenset()

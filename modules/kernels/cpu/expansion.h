@@ -36,6 +36,7 @@ struct Columns {
   std::vector<float> scale, centre;                      // of each column: x = scale * (code - middle) + centre
   bool scaled = false;                                   // whether expansion rows must be multiplied with these yet
   std::vector<int32_t> twice_middle;                     // of the columns of each quad
+  std::vector<int32_t> middle;                           // of each column, twice
   std::vector<float> variance;                           // of the codes of each column, if all are equally frequent
   float all_variance = 0;
   struct Group {
@@ -66,8 +67,8 @@ struct Rounded {
   std::vector<float> constant;       // [lane]: score = step * product + constant
   std::vector<float> shift;          // with scales of tokens: score = scale * (step * product + shift) + constant
   std::vector<float> totals, sums;   // per token, [scale group][lane]: sum of the integers, and of the weights
-  // Where there are tile registers, 16 lanes at a time: the low bytes of all quads, and the high ones up to the last
-  // that has some, [quad / 16][16 lanes][16 quads], and their products with the codes of a tile, [lane][TILE].
+  // As tile registers take them, 16 lanes at a time: the low bytes of all quads, and the high ones up to the last that
+  // has some, [quad / 16][16 lanes][16 quads], and their products with the codes of a tile, [lane][TILE].
   Integers tiles, high_tiles, products, high_products;
   int steps = 0;
   std::vector<int> high_steps;  // [lane / 16]
@@ -87,14 +88,46 @@ struct Rounded {
     sums.resize((size_t)n_groups * lanes);
   }
 
-#if ALRD_TILES
-  void lay_out_tiles(int quads) {
+  void reserve_tiles(int quads) {
     steps = ceil_div(quads, 16);
     tiles.resize((size_t)lanes * steps * 16);
     high_tiles.resize(tiles.size());
-    products.resize((size_t)lanes * TILE);
-    high_products.resize(products.size());
     high_steps.assign(lanes / 16, 0);
+  }
+
+  // Where the bytes of a lane's quads from 16 * step on start in the tiles.
+  size_t place(int lane, int step) const { return ((size_t)(lane / 16 * steps + step) * 16 + lane % 16) * 64; }
+
+  // The quads of the tiles as rows of words, for processors without tile registers.
+  void spread_tiles(int quads) {
+    std::vector<int32_t> any(16 * steps, 0);
+    for (int v = 0; v < lanes / 16; v++)
+      for (int step = 0; step < steps; step++) {
+        const size_t from = place(16 * v, step) / 4;
+        transpose_words(&tiles[from], 16, &weights[(size_t)16 * step * lanes + 16 * v], lanes);
+        for (int i = 0; i < 256 && step < high_steps[v]; i++) any[16 * step + i % 16] |= high_tiles[from + i];
+      }
+    for (int q = 0; q < quads; q++) {
+      if (!any[q]) continue;
+      const size_t row = quad_of.size();
+      for (int v = 0; v < lanes / 16; v++) {
+        uint16_t& some = in_lanes[row * (lanes / 16) + v] = 0;
+        int32_t* to = &high[row * lanes + 16 * v];
+        std::fill_n(to, 16, 0);
+        if (q / 16 >= high_steps[v]) continue;
+        for (int lane = 0; lane < 16; lane++) {
+          to[lane] = high_tiles[place(16 * v + lane, q / 16) / 4 + q % 16];
+          some |= (to[lane] != 0) << lane;
+        }
+      }
+      quad_of.push_back(q);
+    }
+  }
+
+#if ALRD_TILES
+  // The tiles of quads that are rows of words.
+  void gather_tiles(int quads) {
+    reserve_tiles(quads);
     std::vector<int32_t> by_quad((size_t)steps * 16 * lanes, 0);
     for (size_t row = 0; row < quad_of.size(); row++) {
       std::copy_n(&high[row * lanes], lanes, &by_quad[(size_t)quad_of[row] * lanes]);
@@ -103,13 +136,15 @@ struct Rounded {
     }
     for (int v = 0; v < lanes / 16; v++)
       for (int step = 0; step < steps; step++) {
-        const size_t from = (size_t)step * 16 * lanes + 16 * v, to = ((size_t)v * steps + step) * 256;
+        const size_t from = (size_t)step * 16 * lanes + 16 * v, to = place(16 * v, step) / 4;
         transpose_words(&weights[from], lanes, &tiles[to], 16);
         if (step < high_steps[v]) transpose_words(&by_quad[from], lanes, &high_tiles[to], 16);
       }
   }
 
   void list_tiles(std::vector<TileRows>& rows) {
+    products.resize((size_t)lanes * TILE);
+    high_products.resize(products.size());
     for (int v = 0; v < lanes / 16; v++) {
       const size_t tile = (size_t)v * steps * 256, product = (size_t)v * 16 * TILE;
       rows.push_back({(const int8_t*)&tiles[tile], steps, &products[product]});
@@ -250,7 +285,7 @@ void round_rows(const float* weights, int lanes, int together, const Columns& co
   out.list_heavy(together, columns);
   if (per_token) return;
 #if ALRD_TILES
-  if (has_tiles()) out.lay_out_tiles(quads);
+  if (has_tiles()) out.gather_tiles(quads);
 #endif
   for (int l = 0; l < lanes; l += 16) {
     const vf of_middles = to_float(addi(shl(loadi(&total[lanes + l]), 8), loadi(&total[l])));
@@ -261,9 +296,80 @@ void round_rows(const float* weights, int lanes, int together, const Columns& co
   }
 }
 
-// `together`: lanes that are multiplied together.
-void round_weights(const float* weights, int lanes, int together, const Columns& columns, int planes, Rounded& out) {
-  (columns.scaled ? round_rows<true> : round_rows<false>)(weights, lanes, together, columns, planes, out);
+// The same of `rows` rows, the first of `lanes` lanes; `expand(row, to)` writes the columns and the bias of one.
+template <bool SCALED, class Expand>
+void round_lanes(Expand expand, int rows, int lanes, int together, const Columns& columns, int planes, Rounded& out) {
+  const bool per_token = !columns.groups.empty();
+  const int used = 4 * columns.quads;
+  out.reserve(lanes, columns.quads, columns.groups.size());
+  out.reserve_tiles(columns.quads);
+  const int width = 64 * out.steps;
+  alignas(64) float step[16], inverse[16];
+  Floats scaled((size_t)16 * width), rows_((size_t)16 * (columns.last + 17));
+  std::fill(scaled.begin(), scaled.end(), 0.0f);
+  for (int first = 0; first < lanes; first += 16) {
+    Range range = {set1(1e-30f), set1(0), set1(0)};
+    const int n = std::clamp(rows - first, 0, 16);
+    for (int i = 0; i < n; i++) {
+      float *row = &rows_[(size_t)i * (columns.last + 17)], *to = &scaled[(size_t)i * width];
+      expand(first + i, row);
+      std::copy_n(row, used, to);
+      vf highest = set1(1e-30f), of_centres = set1(0), norm = set1(0);
+      for (int c = 0; c < width; c += 16) {
+        const vf weight = load(to + c), x = SCALED ? mul(weight, load(&columns.scale[c])) : weight;
+        if (SCALED) of_centres = fma(weight, load(&columns.centre[c]), of_centres);
+        highest = max(highest, abs(x));
+        norm = fma(mul(x, x), load(&columns.variance[c]), norm);
+        store(to + c, x);
+      }
+      ((float*)&range.highest)[i] = maximum(highest);
+      ((float*)&range.norm)[i] = sum(norm);
+      ((float*)&range.constant)[i] = sum(of_centres) + row[columns.last];
+    }
+    std::fill(scaled.begin() + (size_t)n * width, scaled.end(), 0.0f);
+    set_steps(range, columns, planes, step, inverse);
+    store(&out.step[first], load(step));
+    store(&out.constant[first], range.constant);
+    for (int i = 0; i < 16; i++) {
+      float* row = &scaled[(size_t)i * width];
+      const vf by = set1(inverse[i]);
+      vi of_middles = seti(0);
+      for (int s = 0; s < out.steps; s++) {
+        uint8_t* low = (uint8_t*)out.tiles.data() + out.place(first + i, s);
+        uint8_t* high = (uint8_t*)out.high_tiles.data() + out.place(first + i, s);
+        int above = 0;
+        each<4>([&](auto k) INLINE {
+          const int c = 64 * s + 16 * k;
+          const vi x = to_int(fma(load(row + c), by, set1(128))), integer = subi(x, seti(128));
+          store_bytes(low + 16 * k, integer);
+          store_bytes(high + 16 * k, sar(x, 8));
+          above |= above_a_byte(x);
+          of_middles = addi(of_middles, muli(integer, loadi(&columns.middle[c])));
+          if (per_token) storei(row + c, integer);
+        });
+        if (above) out.high_steps[first / 16] = std::max(out.high_steps[first / 16], s + 1);
+      }
+      out.shift[first + i] = -0.5f * (float)sum(of_middles) * step[i];
+      for (size_t g = 0; g < columns.groups.size(); g++) {
+        const float* weight = &rows_[(size_t)i * (columns.last + 17)];
+        int64_t total = 0;
+        float of_weights = 0;
+        for (int c = 4 * columns.groups[g].first; c < 4 * columns.groups[g].last; c++) {
+          total += ((const int32_t*)row)[c];
+          if (i < n) of_weights += weight[c];
+        }
+        out.totals[g * lanes + first + i] = total;
+        out.sums[g * lanes + first + i] = of_weights;
+      }
+    }
+  }
+  if (!has_tiles() || per_token) {
+    out.spread_tiles(columns.quads);
+    out.list_heavy(together, columns);
+  }
+  if (per_token || columns.token_scale) return;
+  // The scale of a token multiplies what its codes are beside their middle, not the bias and the centres.
+  for (int l = 0; l < lanes; l++) out.constant[l] += out.shift[l];
 }
 
 // The span's codes and numbers.
@@ -294,9 +400,9 @@ INLINE inline void multiply_codes(const int32_t* weights, int lanes, const uint8
 template <int M, int V>
 INLINE inline void multiply_rounded(const Rounded& rounded, const Tokens& tokens, int lane, int token, int group,
                                     int first, int last, vi (&sum)[M][V]) {
-  if (V == TILE / 16 && tokens.by_tiles) {
+  if (tokens.by_tiles) {
     each<M>([&](auto m) INLINE {
-      const int product = (lane + m) * TILE;
+      const int product = (lane + m) * TILE + token;
       each<V>([&](auto v) INLINE { sum[m][v] = loadi(&rounded.products[product + 16 * v]); });
       if (!rounded.high_steps[(lane + m) / 16]) return;
       each<V>([&](auto v)
@@ -317,10 +423,17 @@ INLINE inline void multiply_rounded(const Rounded& rounded, const Tokens& tokens
   multiply_codes<M, V>(weights, rounded.lanes, codes, tokens.code_stride, first, last, sum);
 }
 
-// M expansion rows times 16 V tokens from `token` on.
+// Expansion rows before rounding: how far their lanes, and their columns, are apart.
+struct Lanes {
+  const float* weights;
+  int64_t lane, column;
+  Lanes from(int first) const { return {weights + first * lane, lane, column}; }
+};
+
+// M expansion rows times 16 V tokens from `token` on; `lanes`: from the first of them on.
 template <int M, int V>
-INLINE inline void multiply(const Rounded& rounded, const float* weights, int lanes, const Columns& columns,
-                            const Tokens& tokens, int lane, int token, vf (&out)[M][V]) {
+INLINE inline void multiply(const Rounded& rounded, const Lanes& lanes, const Columns& columns, const Tokens& tokens,
+                            int lane, int token, vf (&out)[M][V]) {
   if (columns.groups.empty() && columns.quads) {
     vi sum[M][V];
     multiply_rounded<M, V>(rounded, tokens, lane, token, 0, 0, columns.quads, sum);
@@ -338,7 +451,7 @@ INLINE inline void multiply(const Rounded& rounded, const float* weights, int la
     });
   } else {
     each<M>([&](auto m) INLINE {
-      const vf constant = set1(weights[(int64_t)columns.last * lanes + lane + m]);
+      const vf constant = set1(lanes.weights[columns.last * lanes.column + m * lanes.lane]);
       each<V>([&](auto v) INLINE { out[m][v] = constant; });
     });
     for (size_t g = 0; g < columns.groups.size(); g++) {
@@ -346,8 +459,8 @@ INLINE inline void multiply(const Rounded& rounded, const float* weights, int la
       vi sum[M][V];
       multiply_rounded<M, V>(rounded, tokens, lane, token, g, group.first, group.last, sum);
       each<M>([&](auto m) INLINE {
-        const vf step = set1(rounded.step[lane + m]), weight_sum = set1(rounded.sums[g * lanes + lane + m]);
-        const vf all = set1(-group.middle * rounded.totals[g * lanes + lane + m]);
+        const vf step = set1(rounded.step[lane + m]), weight_sum = set1(rounded.sums[g * rounded.lanes + lane + m]);
+        const vf all = set1(-group.middle * rounded.totals[g * rounded.lanes + lane + m]);
         each<V>([&](auto v) INLINE {
           const vf centred = mul(add(to_float(sum[m][v]), all), step);
           out[m][v] = fma(centred, load(group.scale + token + 16 * v), out[m][v]);
@@ -356,13 +469,13 @@ INLINE inline void multiply(const Rounded& rounded, const float* weights, int la
       });
     }
   }
-  const float* of_lane = weights + (int64_t)columns.first_float * lanes + lane;
+  const float* of_lane = lanes.weights + columns.first_float * lanes.column;
   const float* number = tokens.numbers + token;
-  for (int c = 0; c < columns.floats; c++, of_lane += lanes, number += tokens.number_stride) {
+  for (int c = 0; c < columns.floats; c++, of_lane += lanes.column, number += tokens.number_stride) {
     vf x[V];
     each<V>([&](auto v) INLINE { x[v] = load(number + 16 * v); });
     each<M>([&](auto m) INLINE {
-      const vf r = set1(of_lane[m]);
+      const vf r = set1(of_lane[m * lanes.lane]);
       each<V>([&](auto v) INLINE { out[m][v] = fma(r, x[v], out[m][v]); });
     });
   }
@@ -395,13 +508,15 @@ struct Division {
 };
 
 // The cheapest division for `columns` products per expansion row and token, and `queries` that share a key head;
-// `by_tiles`: products are those of tile registers, and rows of rebuilt pairs are rounded once.
+// `by_tiles`: products are those of tile registers, and rows of rebuilt pairs are rounded once. A negative tolerance:
+// all pairs are rebuilt.
 Division divide(const double* frequency, int half, double tolerance, int columns, int queries, bool by_tiles) {
   Division best;
   double best_cost = std::numeric_limits<double>::infinity();
   const double quads = columns / 4.0 * (by_tiles ? 0.3 : 1);
   const int together = by_tiles ? 2 : 3;  // three load fewer codes, two leave fewer lanes of a tile empty
   for (int nodes : {0, 1, 4, 6, 8}) {
+    if (nodes && tolerance < 0) continue;
     if (nodes == 1 && frequency[0] != 0) continue;
     // |error| of a pair of angle z at the ends of the interval: z^K / (2^(K-1) K!)
     double bound = nodes ? tolerance * std::ldexp(1.0, nodes - 1) : 0;
@@ -506,11 +621,10 @@ const Division& division_of(const double* frequency, int half, double tolerance,
 struct ExpansionRows {
   const Division* division;
   const double* frequency;
-  const float* expansion;  // [half][2][columns + 1]
+  const float* expansion;  // [half][2][columns + 1], then rows of zeros up to whole vectors of lanes; null: not kept
   int columns, queries, fast_lanes, node_lanes;
   int64_t reference;              // position to which the queries below are rotated
   std::vector<float> query;       // [half][2][queries]
-  Floats fast;                    // [columns + 1][fast_lanes], lanes a_0, b_0, a_1, b_1, …
   std::vector<float> pair_query;  // [queries][2][fast, padded]: of the fast pairs
   std::vector<float> fast_query;  // [2][queries][2][fast, padded]: rotated to the distance from the anchor, and + HALF
   int padded;                     // fast, padded
@@ -537,18 +651,6 @@ struct ExpansionRows {
     queries = n_queries;
     fast_lanes = round_up(2 * round_up(d.fast, d.together), 16);
     node_lanes = round_up(d.nodes * queries, 16);
-    fast.resize((size_t)(columns + 1) * fast_lanes);
-    int c = 0;
-#if ALRD_AVX512
-    const int whole = 2 * d.fast / 16 * 16;
-    for (; c + 16 <= columns; c += 16) {
-      float* to = &fast[(size_t)c * fast_lanes];
-      for (int lane = 0; lane < whole; lane += 16)
-        transpose_words(expansion + (int64_t)lane * (columns + 1) + c, columns + 1, to + lane, fast_lanes);
-      for (int i = 0; i < 16; i++, to += fast_lanes) fill_lanes(c + i, whole, to);
-    }
-#endif
-    for (; c <= columns; c++) fill_lanes(c, 0, &fast[(size_t)c * fast_lanes]);
     padded = round_up(d.fast + 2, 16);
     pair_query.assign((size_t)queries * 2 * padded, 0);
     fast_query.assign((size_t)queries * 4 * padded, 0);
@@ -565,12 +667,9 @@ struct ExpansionRows {
       }
   }
 
-  // A column of the fast pairs' rows, from lane `first` on.
-  void fill_lanes(int column, int first, float* to) const {
-    const int n = 2 * division->fast;
-    for (int lane = first; lane < n; lane++) to[lane] = expansion[(int64_t)lane * (columns + 1) + column];
-    std::fill(to + n, to + fast_lanes, 0.0f);
-  }
+  // Lanes a_0, b_0, a_1, b_1, … of the fast pairs; and those of the nodes.
+  Lanes fast() const { return {expansion, columns + 1, 1}; }
+  Lanes node_rows() const { return {nodes.data(), 1, node_lanes}; }
 
   // Other queries of the same head.
   void start(int64_t reference_, std::vector<float> query_) {

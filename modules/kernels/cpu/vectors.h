@@ -59,6 +59,7 @@ inline uint16_t above_a_byte(vi x) { return _mm512_test_epi32_mask(x, seti(~255)
 inline vi shl(vi a, int n) { return _mm512_slli_epi32(a, n); }
 inline vi shr(vi a, int n) { return _mm512_srli_epi32(a, n); }
 inline vi sar(vi a, int n) { return _mm512_srai_epi32(a, n); }
+inline vi muli(vi a, vi b) { return _mm512_mullo_epi32(a, b); }
 inline vi mul16(vi a, vi b) { return _mm512_mullo_epi16(a, b); }
 inline vi shr16(vi a, int n) { return _mm512_srli_epi16(a, n); }
 // Bytes of a lane: four codes (unsigned) times four weights (signed), added to the lane. With the intrinsic GCC 12
@@ -126,6 +127,9 @@ struct ByteTable {
   }
 #endif
 };
+// The lowest byte of each lane.
+inline void store_bytes(void* p, vi x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(x)); }
+inline int sum(vi x) { return _mm512_reduce_add_epi32(x); }
 inline float sum(vf x) { return _mm512_reduce_add_ps(x); }
 inline float maximum(vf x) { return _mm512_reduce_max_ps(x); }
 inline vf from_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
@@ -180,6 +184,7 @@ inline uint16_t above_a_byte(vi x) {
 inline vi shl(vi x, int n) { return {_mm256_slli_epi32(x.a, n), _mm256_slli_epi32(x.b, n)}; }
 inline vi shr(vi x, int n) { return {_mm256_srli_epi32(x.a, n), _mm256_srli_epi32(x.b, n)}; }
 inline vi sar(vi x, int n) { return {_mm256_srai_epi32(x.a, n), _mm256_srai_epi32(x.b, n)}; }
+inline vi muli(vi x, vi y) { return {_mm256_mullo_epi32(x.a, y.a), _mm256_mullo_epi32(x.b, y.b)}; }
 inline vi mul16(vi x, vi y) { return {_mm256_mullo_epi16(x.a, y.a), _mm256_mullo_epi16(x.b, y.b)}; }
 inline vi shr16(vi x, int n) { return {_mm256_srli_epi16(x.a, n), _mm256_srli_epi16(x.b, n)}; }
 // As above, for codes of at most 7 bits: two products are summed up in 16 bits on the way.
@@ -223,6 +228,24 @@ struct ByteTable {
   }
   vi of(vi index) const { return {half(index.a), half(index.b)}; }
 };
+inline void store_bytes(void* p, vi x) {
+  const __m256i byte = _mm256_set1_epi32(255);
+  // Sixteen 16-bit numbers: lanes 0 to 3 and 8 to 11 of x, then the others.
+  const __m256i halves = _mm256_packus_epi32(_mm256_and_si256(x.a, byte), _mm256_and_si256(x.b, byte));
+  const __m256i ordered = _mm256_permute4x64_epi64(halves, 0xD8);
+  _mm_storeu_si128((__m128i*)p,
+                   _mm_packus_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1)));
+}
+inline void transpose_words(const void* from, int64_t stride, void* to, int64_t to_stride) {
+  for (int i = 0; i < 16; i++)
+    for (int k = 0; k < 16; k++) ((int32_t*)to)[k * to_stride + i] = ((const int32_t*)from)[i * stride + k];
+}
+inline int sum(vi x) {
+  int lanes[16], total = 0;
+  storei(lanes, x);
+  for (int lane : lanes) total += lane;
+  return total;
+}
 inline float sum(vf x) {
   float lanes[8], total = 0;
   _mm256_storeu_ps(lanes, _mm256_add_ps(x.a, x.b));
