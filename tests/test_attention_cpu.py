@@ -26,16 +26,17 @@ from hypothesis import strategies as st
 from configuration_alrd_llama import QuantScheme
 from modeling_alrd_llama import LatentStep
 from modules.cache.codecs import channel_bits
+from modules.kernels import add_latents, get_backend
 from modules.kernels.attention import Attended, merge_attended
 from modules.kernels.attention import latent_attention as reference_attention
 from modules.kernels.cpu.attention import latent_attention
 from modules.kernels.cpu.library import MARCH_VARIABLE, library
-from modules.kernels.packed import PackedCache, Rope, Tile
+from modules.kernels.packed import LatentQuery, PackedCache, Rope, Tile
 from modules.kivi_cache import CacheScheme, KIVILatentLayer
-from modules.svd_linear import ALinear, split_groups
+from modules.svd_linear import ALinear, MemberBLinear, split_groups
 from tests.helpers import attend
 
-ROOT = Path(__file__).parent.parent
+ROOT, CPU = Path(__file__).parent.parent, torch.device("cpu")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WIDTHS = (1, 1.58, 2, 3, 4, 5, 6, 8, 16)
 ORIENTATIONS = ("per_channel", "per_token")
@@ -1137,7 +1138,7 @@ def test_instructions():
 def test_other_processors(march):
     """Some of these tests with the instructions of such a processor."""
     chosen = "instructions or (widths and bfloat16) or (beyond and True) or (tiers and bfloat16) or yarn or any_step"
-    chosen += " or sliding"
+    chosen += " or sliding or (beside_the and not float16) or latents_of_new"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, __file__],
         cwd=ROOT,
@@ -1147,3 +1148,101 @@ def test_other_processors(march):
     )
     assert done.returncode == 0, done.stdout[-5000:]
     assert " passed" in done.stdout
+
+
+# ---- tokens beside the latents, and the latents of new tokens
+
+
+def beside(step: Step, sinks: int, size: int) -> tuple[Tile, ...]:
+    """The first tokens of the rows, if there are some, and the new ones as they are, with random states."""
+    query, new = step.arguments["query"], step.cache.after[-1]
+    batch, dtype = len(query), query.dtype
+    count = torch.full((batch, 1), sinks, dtype=torch.int32)
+    count[0] = min(1, sinks)
+    channels = step.arguments["expand_keys"].num_heads * size
+    tiles = []
+    own = (query.shape[2], new.start, new.count)
+    for tokens, start, counted in ((sinks, torch.zeros_like(count), count), own)[sinks == 0 :]:
+        keys, values = (torch.randn(batch, 1, tokens, channels).to(dtype) for _ in range(2))
+        tiles.append(Tile(keys, values, start, counted).masked())
+    return tuple(tiles)
+
+
+def block_distance(step: Step, tiles: tuple[Tile, ...], expand: ALinear) -> tuple[float, float, Attended]:
+    """Relative errors of the fused step of a block, and of the reference in the type of the model, against float64."""
+    fields = {name: x for name, x in step.arguments.items() if name not in ("query", "cache")}
+    # Without the tokens of this step, which are beside the latents.
+    history = step.on(after=step.cache.after[:-1]).cache
+    query = step.arguments["query"]
+    found = get_backend("cpu", query.device).attend_block(LatentQuery(query, **fields), tiles, history, expand)
+    reference = get_backend("reference", query.device)
+    coarse = reference.attend_block(LatentQuery(query, **fields), tiles, history, expand)
+
+    def wide(tile):
+        return replace(tile, keys=tile.keys.double(), values=tile.values.double())
+
+    double = {**fields, "expand_keys": copy.deepcopy(fields["expand_keys"]).double()}
+    packed = exact(step.on(after=step.cache.after[:-1]))
+    summed = copy.deepcopy(expand).double()(packed.summed, per_head=True)
+    heads = double.pop("expand_keys").num_heads
+    size = query.shape[3]
+    how = {**double, "expand_keys": None, "value_widths": (size,) * heads}
+    others = reference_attention(LatentQuery(query.double(), **how), PackedCache(after=tuple(map(wide, tiles))))
+    expected = merge_attended(Attended(summed, packed.log_sum), others)
+    assert (found.summed.dtype, found.summed.shape) == (torch.float32, expected.summed.shape)
+    assert log_distance(found.log_sum, expected.log_sum) <= (1e-5 if query.dtype == torch.float32 else 2e-2)
+    return distance(found.summed, expected.summed), distance(coarse.summed, expected.summed), found
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("new", (1, 5, 16))
+@pytest.mark.parametrize("window", (None, 37))
+def test_tokens_beside_the_latents(window, new, dtype):
+    """One call gives what two attentions give that are merged behind the expansion of the values, bias included."""
+    ours, plainly = 0.0, 0.0
+    for heads, size, ranks in (((4, 2), 16, (12, 12)), ((3, 3), 6, (20,)), ((6, 2), 64, (33, 20))):
+        for sinks, tokens in ((4, (300, 41)), (0, (90, 90))):
+            step = make_step(dtype=dtype, heads=heads, size=size, ranks=(ranks, ranks), tokens=tokens, new=new, sinks=0)
+            step = step.but(sliding_window=window)
+            expand = copy.deepcopy(step.arguments["expand_keys"])
+            expand.bias = torch.nn.Parameter(torch.randn(len(expand.weight)).to(dtype), requires_grad=False)
+            error, other, _ = block_distance(step, beside(step, sinks, size), expand)
+            ours, plainly = ours + error**2, plainly + other**2
+    if dtype == torch.float32:
+        assert ours**0.5 <= 1e-5
+    else:
+        assert ours <= 4 * plainly, (ours / plainly) ** 0.5
+
+
+def test_tokens_beside_no_latents():
+    """A short text has no latents yet; a query that sees nothing gets zeros."""
+    step = make_step(dtype=torch.float32, tokens=(30, 30), new=2, sinks=0)
+    expand = copy.deepcopy(step.arguments["expand_keys"])
+    tiles = beside(step, 0, 16)
+    fields = {name: x for name, x in step.arguments.items() if name not in ("query", "cache")}
+    fields["positions"] = fields["positions"].clone()
+    fields["positions"][1] = -1
+    query = LatentQuery(step.arguments["query"], **fields)
+    found = get_backend("cpu", CPU).attend_block(query, tiles, PackedCache(), expand)
+    expected = get_backend("reference", CPU).attend_block(query, tiles, PackedCache(), expand)
+    assert distance(found.summed, expected.summed) <= 1e-5
+    assert not found.summed[1].any() and (found.log_sum[1] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("ranks", ((40,), (7, 18, 3)))
+def test_latents_of_new_tokens(ranks, dtype):
+    """Added to those of the members before, in float32; what gets a gradient, or is many tokens, by PyTorch."""
+    torch.manual_seed(0)
+    linear = MemberBLinear(ranks, 3 * 20).to(dtype)
+    linear.bias.data.normal_()
+    backend, outputs = get_backend("cpu", CPU), torch.randn(2, 16, 100).to(dtype)[..., 20:80]
+    assert backend.multiplies(linear.requires_grad_(False), outputs)
+    expected = copy.deepcopy(linear).double()(outputs.double())
+    first = add_latents(backend, linear, outputs, None)
+    assert first.dtype == torch.float32 and distance(first, expected) <= 1e-6
+    both = add_latents(backend, linear, outputs, first.clone())
+    assert distance(both, 2 * expected) <= 1e-6
+    for other in (outputs.repeat(1, 2, 1), outputs.clone().requires_grad_()):
+        assert not backend.multiplies(linear, other)
+        assert distance(add_latents(backend, linear, other, None), linear(other).detach()) == 0
