@@ -77,7 +77,7 @@ class SourceOptions:
         default=None,
         metadata={
             "help": "Most milliseconds of a decode step of one row, measured on this machine and device; none if not "
-            "given. With blocks."
+            "given. With blocks, of fewer layers first, then of fewer channels."
         },
     )
     decode_tokens: int | None = field(

@@ -1,8 +1,9 @@
 """A budget with a bound on the time of a decode step: every choice is timed on this machine before it is taken.
 
-Time is nearly a straight line in the multiply-adds of attention (`multiply_adds`), whose slope and start depend on the
-machine, its back end and the model. So each choice of channels is made into a model and its step measured, and the line
-through two of them says how many multiply-adds to allow in the next one.
+Layers that share a latent are quality for work, so their number comes down first. Then time is nearly a straight line in
+the multiply-adds of attention (`multiply_adds`), whose slope and start depend on the machine, its back end and the model.
+So each choice of channels is made into a model and its step measured, and the line through two of them says how many
+multiply-adds to allow in the next one.
 """
 
 import math
@@ -12,7 +13,7 @@ import torch
 
 from configuration_alrd_llama import ALRDLlamaConfig
 from modeling_alrd_llama import ALRDLlamaForCausalLM
-from modules.fit.budget import Calibration, FitConfig, fit_budget, multiply_adds, rebuild_costs
+from modules.fit.budget import Calibration, FitConfig, fit_budget, multiply_adds, rebuild_costs, regroup
 from scripts.benchmark_decode import DecodeBenchmarkConfig, Decoder, Subject
 from scripts.timing import percentiles
 
@@ -36,7 +37,10 @@ def step_ms(model: ALRDLlamaForCausalLM, tokens: int) -> float:
 def fit_in_time(
     config: FitConfig, calibration: Calibration, budget: float, limit_ms: float, tokens: int, device: torch.device
 ) -> Calibration:
-    """`fit_budget` with as many multiply-adds as a measured decode step has time for.
+    """`fit_budget` with as much work as a measured decode step has time for.
+
+    Fewer layers to a latent come first, if their number is left open (`config.layer_group_size`): they cost less quality
+    than fewer channels of larger width, which come then.
 
     Args:
         config, calibration, budget: As for `fit_budget`, with `config.keep_dense`.
@@ -45,35 +49,56 @@ def fit_in_time(
         device: Where the split model is timed.
 
     Returns:
-        The calibration, whose `decode` holds the bound, the tokens, the measured time, and the `[multiply-adds, ms]` of
-        every choice that was tried.
+        The calibration, whose `decode` holds the bound, the tokens, the layers to a latent, the measured time, and the
+        `[multiply-adds, ms]` of every choice that was tried.
 
     Raises:
         ValueError: As `fit_budget`; no choice is fast enough.
     """
-    tried: dict[float, float] = {}
-    best, bound, least = None, config.max_rebuild, _least_macs(calibration.target)
-    while len(tried) < MOST_TRIES:
-        fitted = fit_budget(replace(config, max_rebuild=bound), calibration, budget)
-        macs = multiply_adds(fitted.target)
-        if macs in tried:
+    tried: list[list[float]] = []
+
+    def timed(shape: Calibration, bound: int | None) -> tuple[Calibration, float]:
+        """A choice and its multiply-adds, whose time is among those tried."""
+        fitted = fit_budget(replace(config, max_rebuild=bound), shape, budget)
+        macs, layers = multiply_adds(fitted.target), fitted.target.layer_group_size
+        if macs not in dict(tried):
+            ms = step_ms(fitted.split().eval().to(device), tokens)
+            tried.append([macs, ms])
+            print(
+                f"budget={budget:g}: layer_group_size={layers}, {macs:,.0f} multiply-adds per cached token and layer, "
+                f"{ms:.1f} ms a step"
+            )
+        return fitted, macs
+
+    def chosen(fitted: Calibration, macs: float) -> Calibration:
+        about = {"limit_ms": limit_ms, "tokens": tokens, "layer_group_size": fitted.target.layer_group_size}
+        return replace(fitted, decode=about | {"ms": dict(tried)[macs], "tried": tried})
+
+    most = calibration.target.layer_group_size
+    fewest = 1 if config.layer_group_size is None else most
+    for layers in range(most, fewest - 1, -1):
+        shape = calibration if layers == most else regroup(calibration, layers)
+        fitted, macs = timed(shape, config.max_rebuild)
+        if dict(tried)[macs] <= limit_ms:
+            return chosen(fitted, macs)
+
+    # Fewer channels of the shape that has least work.
+    first, best, least = len(tried) - 1, None, _least_macs(shape.target)
+    while len(tried) - first < MOST_TRIES:
+        bound = max(least, min(_next_bound(dict(tried[first:]), limit_ms), int(tried[first][0])))
+        before = len(tried)
+        fitted, macs = timed(shape, bound)
+        if len(tried) == before:
             break
-        tried[macs] = ms = step_ms(fitted.split().eval().to(device), tokens)
-        print(f"budget={budget:g}: {macs:,.0f} multiply-adds per cached token and layer, {ms:.1f} ms a step")
+        ms = dict(tried)[macs]
         if ms <= limit_ms and (best is None or macs > best[1]):
             best = (fitted, macs)
-        # The first choice had no bound of time: none has more work.
-        if NEAR * limit_ms <= ms <= limit_ms or (ms <= limit_ms and len(tried) == 1):
+        if NEAR * limit_ms <= ms <= limit_ms:
             break
-        bound = max(least, min(_next_bound(tried, limit_ms), int(next(iter(tried)))))
     if best is None:
-        fastest = min(tried.values())
+        fastest = min(ms for _, ms in tried)
         raise ValueError(f"decode_ms={limit_ms:g}: must be at least {fastest:.1f}, the fastest step that was measured")
-    fitted, macs = best
-    return replace(
-        fitted,
-        decode={"limit_ms": limit_ms, "tokens": tokens, "ms": tried[macs], "tried": list(map(list, tried.items()))},
-    )
+    return chosen(*best)
 
 
 def _least_macs(config: ALRDLlamaConfig) -> int:

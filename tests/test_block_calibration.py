@@ -6,6 +6,7 @@ import random
 import re
 import string
 import sys
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -305,6 +306,27 @@ def test_a_bound_on_the_time_of_a_step(folder, dense, tokens, monkeypatch):
         assert (len(tried) == 1) == (share == 1)
     with pytest.raises(ValueError, match=r"decode_ms=15: must be at least 20\.\d, the fastest step"):
         of(15)
+
+
+def test_a_bound_takes_fewer_layers_first(folder, dense, tokens, monkeypatch):
+    timed_by_line(monkeypatch)
+    config = fit_config(folder, (None, True, None))
+    calibration = calibrated(replace(config, layer_group_size=3), dense, tokens)
+    free = {}
+    for layers in (3, 2, 1):
+        free[layers] = fit.multiply_adds(fit.fit_budget(config, fit.regroup(calibration, layers), 0.4).target)
+    assert free[3] > free[2] > free[1]
+    of = partial(decode_bound.fit_in_time, config, calibration, 0.4, tokens=64, device="cpu")
+    for layers in (3, 2, 1):
+        fitted = of(20.0 + 1.01 * free[layers] / 50)
+        assert fitted.target.layer_group_size == fitted.decode["layer_group_size"] == layers
+        assert fit.multiply_adds(fitted.target) == free[layers] and len(fitted.decode["tried"]) == 4 - layers
+        # As if this number of layers had been asked for.
+        asked = fit.fit_budget(config, calibrated(replace(config, layer_group_size=layers), dense, tokens), 0.4)
+        assert asked.target.to_dict() == fitted.target.to_dict()
+    # Below that, fewer channels of one layer each.
+    fitted = of(20.0 + 0.8 * free[1] / 50)
+    assert fitted.target.layer_group_size == 1 and 0 < fit.multiply_adds(fitted.target) < free[1]
 
 
 def test_the_command_times_its_choice(place, tmp_path):

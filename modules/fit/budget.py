@@ -324,6 +324,12 @@ def calibrate(
     return calibration
 
 
+def regroup(calibration: Calibration, layers: int) -> Calibration:
+    """The calibration, with `keep_dense`, of blocks of another number of layers, from the same statistics."""
+    target = ALRDLlamaConfig.from_llama(calibration.target, layer_group_size=layers)
+    return replace(calibration, target=target, factors=block_factors(target, calibration.statistics))
+
+
 def _sampled_tokens(config: FitConfig, length: int) -> int:
     """Consecutive tokens of a window of `length` that are sampled: whole blocks of 128, at most two.
 
