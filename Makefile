@@ -98,9 +98,11 @@ real-results: .venv/wheels
 
 # Decode speed alone, of the checkpoints of `make real-results`, on a processor with AMX.
 real-amx: .venv/wheels
+	$(RUN) scripts/calibrate_svd_ranks.py --model build/real/dense --statistics build/real/statistics \
+		--budget 0.125 --code trellis --layer_group_size 1 --output build/real/0.125-one-layer
 	$(RUN) scripts/benchmark_decode.py --random false --model build/real/dense \
-		--checkpoints build/real/0.25-one-layer $(REAL_BUDGETS:%=build/real/%) --lengths 8192 --batches 1 \
-		--steps 32 --dense_steps 16 --prompts 0 --output scripts/results/real_decode_amx.json
+		--checkpoints build/real/0.25-one-layer build/real/0.125-one-layer \
+		$(REAL_BUDGETS:%=build/real/%) --lengths 8192 --batches 1 --steps 32 --dense_steps 16 --prompts 0 --output scripts/results/real_decode_amx.json
 	$(RUN) scripts/results_tables.py
 
 # The surface of shapes of the same model, from which the default shape was chosen, and what each choice of it contributes
