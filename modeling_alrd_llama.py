@@ -386,7 +386,7 @@ class ALRDLlamaBlockAttention(ALRDLlamaAttention):
         return self._query_of(query, step, self.k_latent.ALinear, self.widths[-1])
 
     def _attend_block(self, query, keys, values, layer, step: LatentStep):
-        """Attention of new tokens to sinks and to themselves as they are, and to latents; `[B, L, H_q, d]` and weights."""
+        """Attention of new tokens to sinks, to themselves and to latents; `[B, L, H_q, d]` and weights."""
         length = None if step.slots is None else step.slots.shape[1]
         layer.check_type(keys)  # before a kernel takes it at its word
         # Sinks lie side by side, layer by layer.

@@ -1,9 +1,9 @@
 """A budget with a bound on the time of a decode step: every choice is timed on this machine before it is taken.
 
-Layers that share a latent are quality for work, so their number comes down first. Then time is nearly a straight line in
-the multiply-adds of attention (`multiply_adds`), whose slope and start depend on the machine, its back end and the model.
-So each choice of channels is made into a model and its step measured, and the line through two of them says how many
-multiply-adds to allow in the next one.
+More layers to a latent are quality for work, so their number comes down first. Then time is nearly a straight line in
+the multiply-adds of attention (`multiply_adds`), whose slope and start depend on the machine, its back end and the
+model. So each choice of channels is made into a model and its step measured, and the line through two of them says how
+many multiply-adds to allow in the next one.
 """
 
 import math
@@ -39,8 +39,8 @@ def fit_in_time(
 ) -> Calibration:
     """`fit_budget` with as much work as a measured decode step has time for.
 
-    Fewer layers to a latent come first, if their number is left open (`config.layer_group_size`): they cost less quality
-    than fewer channels of larger width, which come then.
+    Fewer layers to a latent come first, if their number is left open (`config.layer_group_size`): they cost less
+    quality than fewer channels of larger width, which come then.
 
     Args:
         config, calibration, budget: As for `fit_budget`, with `config.keep_dense`.

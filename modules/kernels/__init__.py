@@ -239,7 +239,8 @@ def _cpu(field: str, device: torch.device) -> Backend:
     functions = (kernels.quantize_and_pack, kernels.unpack_and_dequantize, encode)
     # Where there are tile registers the library's flash attention takes them, and is the faster one.
     folded = Folded if folds() and not library().alrd_has_tiles() else None
-    fused = {"fused_attention": fused_attention, "expands_values": True, "takes_plain": True, "fused_latents": add_latents}
+    fused = {"fused_attention": fused_attention, "expands_values": True, "takes_plain": True}
+    fused["fused_latents"] = add_latents
     return Backend("cpu", *functions, **fused, scale_tokens=kernels.scale_tokens, folded=folded)
 
 

@@ -209,7 +209,8 @@ def latent_attention(
     key_start, value_start = ctypes.addressof(key_groups), ctypes.addressof(value_groups)
     arguments = _Arguments(
         query=address(states), positions=address(positions), frequency=address(frequency), order=address(order),
-        exact=ctypes.addressof(exact_tiles), plain=ctypes.addressof(plain_tiles), key_start=key_start, key_count=key_start + 4 * len(key_widths),
+        exact=ctypes.addressof(exact_tiles), plain=ctypes.addressof(plain_tiles),
+        key_start=key_start, key_count=key_start + 4 * len(key_widths),
         value_start=value_start, value_count=value_start + 4 * len(value_widths), output=address(output),
         log_sum=address(log_sum), window=query.sliding_window or _NO_WINDOW, batch=batch, query_heads=query_heads,
         heads=heads, length=length, half=len(order),

@@ -28,7 +28,7 @@ def _group_of(ranks: tuple[int, ...]) -> ctypes.Array:
 
 
 def add_latents(linear: MemberBLinear, outputs: torch.Tensor, latents: torch.Tensor) -> None:
-    """Add `linear(outputs)` to `latents` `[B, L, Σ r]` float32, contiguous; PyTorch would convert the weight each time."""
+    """Add `linear(outputs)` to `latents` `[B, L, Σ r]` float32; PyTorch would convert the weight each time."""
     outputs, weight, group_of = dense(outputs.flatten(0, 1)), linear.weight.contiguous(), _group_of(linear.ranks)
     parts = _Parts(
         address(outputs), weight.data_ptr(), linear.bias.data_ptr(), latents.data_ptr(), ctypes.addressof(group_of),
