@@ -65,6 +65,7 @@ int unseen_blocks(const Arguments& a, int row) {
 
 constexpr float LN2 = 0.693147181f;
 constexpr int MOST_HEADS = 8;  // whose expansion rows stay in the cache side by side
+constexpr int FEW = 64;        // tokens in full precision
 
 // The scales of tokens by their bytes (`decode_token_scale` of modules/quant_utils.py).
 struct TokenScales {
@@ -78,7 +79,8 @@ const TokenScales TOKEN_SCALES;
 
 // A key head of an item.
 struct Head {
-  Floats weight;  // of its expansion; none if its rows are only rounded
+  Floats weight, exact_weight;  // of its expansion; none where rows are only rounded, or multiplied once
+  Floats turned;                // `weight` as `round_rows` takes it, [columns + 1][lanes], for scales of blocks
   ExpansionRows expansion, exact_expansion;
   Rounded fast, nodes;
   std::vector<float> query;  // [half][2][queries], rotated to the reference
@@ -172,8 +174,9 @@ struct Worker {
         if (a.blocks) {
           head.weight.clear();
           if (!rounds_once()) {
-            expand(first_head + h, head.weight);
+            expand(first_head + h, a.keys.width, stretches, head.weight);
             if (!a.keys.by_block) scale_weights(head.weight.data());
+            if (a.keys.by_block && !has_tiles()) turn_weights(head);
           }
           head.expansion.of(division, a.frequency, head.weight.data(), a.keys.width, queries);
         }
@@ -193,7 +196,9 @@ struct Worker {
     for (size_t h = 0; h < heads.size(); h++) {
       Head& head = heads[h];
       if (!exact_is_expanded) {
-        head.exact_expansion.of(exact_division, a.frequency, nullptr, a.exact_width, queries);
+        head.exact_weight.clear();
+        if (exact_division.nodes) expand(first_head + h, a.exact_width, exact_stretch(), head.exact_weight);
+        head.exact_expansion.of(exact_division, a.frequency, head.exact_weight.data(), a.exact_width, queries);
       }
       if (!exact_is_started) head.exact_expansion.start(reference, head.query);
     }
@@ -232,15 +237,26 @@ struct Worker {
     to[width] = a.bias ? number(a.bias, r, a.weight_type) : 0;
   }
 
-  // Weights of a head's expansion for the packed keys, [half][2][columns + 1], then rows of zeros.
-  void expand(int head, Floats& out) const {
-    const int width = a.keys.width + 1;
+  // Weights of a head's expansion, [half][2][width + 1], then rows of zeros.
+  void expand(int head, int width, const std::vector<Stretch>& stretches, Floats& out) const {
     const size_t rows = round_up(2 * round_up(a.half, 3), 16);  // what is read goes on to whole vectors
-    out.resize(rows * width + 16);
+    out.resize(rows * (width + 1) + 16);
     for (int row = 0; row < 2 * a.half; row++)
-      expand_row(head, row, a.keys.width, stretches, out.data() + (size_t)row * width);
-    std::fill(out.begin() + (size_t)2 * a.half * width, out.end(), 0.0f);
+      expand_row(head, row, width, stretches, out.data() + (size_t)row * (width + 1));
+    std::fill(out.begin() + (size_t)2 * a.half * (width + 1), out.end(), 0.0f);
   }
+
+  // Rows are rounded for every block: 16 of them side by side are faster than one after the other, but for tiles.
+  void turn_weights(Head& head) const {
+    const int width = a.keys.width + 1, lanes = round_up(2 * round_up(division.fast, division.together), 16);
+    head.turned.resize((size_t)round_up(width, 16) * lanes);
+    for (int c = 0; c < width; c += 16)
+      for (int lane = 0; lane < lanes; lane += 16)
+        transpose_words(&head.weight[(size_t)lane * width + c], width, &head.turned[(size_t)c * lanes + lane], lanes);
+  }
+
+  // The columns of tokens in full precision.
+  std::vector<Stretch> exact_stretch() const { return {{0, 0, std::min<int>(a.key_count[group], a.exact_width)}}; }
 
   // Whether expansion rows are only rounded, once, and need not be kept as they are.
   bool rounds_once() const {
@@ -271,7 +287,7 @@ struct Worker {
 
   // Rows [row, row + n) of the expansion of a head of the item for tokens in full precision.
   Lanes exact_rows(int head, int row, int n) {
-    const std::vector<Stretch> all = {{0, 0, std::min<int>(a.key_count[group], a.exact_width)}};
+    const std::vector<Stretch> all = exact_stretch();
     const int width = a.exact_width + 1;
     some_rows.resize((size_t)n * width + 16);
     for (int i = 0; i < n; i++) {
@@ -290,7 +306,8 @@ struct Worker {
     const float* q = &rows.fast_query[offset / HALF * (size_t)queries * 2 * rows.padded];
     for (int f = 0; f < d.fast; f += PAIRS) {
       vf k[2 * PAIRS][V];
-      const Lanes lanes = is_exact ? exact_rows(head, 2 * f, 2 * PAIRS) : rows.fast().from(2 * f);
+      const bool is_kept = !is_exact || exact_division.nodes;
+      const Lanes lanes = is_kept ? rows.fast().from(2 * f) : exact_rows(head, 2 * f, 2 * PAIRS);
       multiply<2 * PAIRS, V>(fast, lanes, columns, tokens, 2 * f, token, k);
       each<PAIRS>([&](auto p) INLINE {
         const float* cosine = &d.cosine[(size_t)(f + p) * 2 * HALF + offset % HALF];
@@ -338,7 +355,7 @@ struct Worker {
     std::fill(tile_scores.begin(), tile_scores.end(), 0.0f);
     float* out = tile_scores.data();
 #if ALRD_TILES
-    if (by_tiles) multiply_tiles(tile_rows, tokens.codes, 4 * code_stride);
+    if (by_tiles) multiply_tiles(tile_rows, tokens.codes, 4 * code_stride, n);
 #endif
     for (size_t h = 0; h < heads.size(); h++) {
       const Head& head = heads[h];
@@ -559,6 +576,10 @@ struct Worker {
       const int number = first_head + (&head - heads.data());
       round_lanes<true>([&](int row, float* to) { expand_row(number, row, a.keys.width, stretches, to); }, rows, lanes,
                         together, columns, a.planes, head.fast);
+      return;
+    }
+    if (a.keys.by_block && !has_tiles()) {
+      round_rows<true>(head.turned.data(), lanes, together, columns, a.planes, head.fast);
       return;
     }
     const auto copy = [&](int row, float* to) { std::copy_n(&head.weight[(size_t)row * width], width, to); };
@@ -1168,8 +1189,12 @@ extern "C" int alrd_attention(const Arguments* arguments) {
   if (items % a.threads) splits = std::min<int>(ceil_div(4 * a.threads, items), batches);
   const Division& division =
       division_of(a.frequency, a.half, a.tolerance, a.keys.width, queries, has_tiles() && !a.keys.by_block);
-  // Of the few exact tokens all pairs are rebuilt.
-  const Division& exact_division = division_of(a.frequency, a.half, -1, a.exact_width, queries, false);
+  // Of few exact tokens all pairs are rebuilt: sums at nodes would be for more.
+  int exact_tokens = 0;
+  for (int e = 0; e < a.n_exact; e++) exact_tokens += *std::max_element(a.exact[e].count, a.exact[e].count + a.batch);
+  const bool few = exact_tokens <= FEW && a.frequency[0] != 0;
+  const Division& exact_division =
+      division_of(a.frequency, a.half, few ? -1 : a.tolerance, 8 * a.exact_width, queries, false);
   // [item][split][query of the item]
   const int64_t width = a.output_width + 2, share = of_item * queries * width;
   std::vector<float> partial((size_t)items * splits * share);

@@ -99,28 +99,33 @@ struct Rounded {
   size_t place(int lane, int step) const { return ((size_t)(lane / 16 * steps + step) * 16 + lane % 16) * 64; }
 
   // The quads of the tiles as rows of words, for processors without tile registers.
-  void spread_tiles(int quads) {
-    std::vector<int32_t> any(16 * steps, 0);
-    for (int v = 0; v < lanes / 16; v++)
-      for (int step = 0; step < steps; step++) {
+  void spread_tiles() {
+    alignas(64) int32_t any[16];
+    Integers words((size_t)16 * lanes);
+    for (int step = 0; step < steps; step++) {
+      vi some = seti(0);
+      for (int v = 0; v < lanes / 16; v++) {
         const size_t from = place(16 * v, step) / 4;
         transpose_words(&tiles[from], 16, &weights[(size_t)16 * step * lanes + 16 * v], lanes);
-        for (int i = 0; i < 256 && step < high_steps[v]; i++) any[16 * step + i % 16] |= high_tiles[from + i];
+        for (int i = 0; i < 16 && step < high_steps[v]; i++) some = ori(some, loadi(&high_tiles[from + 16 * i]));
       }
-    for (int q = 0; q < quads; q++) {
-      if (!any[q]) continue;
-      const size_t row = quad_of.size();
-      for (int v = 0; v < lanes / 16; v++) {
-        uint16_t& some = in_lanes[row * (lanes / 16) + v] = 0;
-        int32_t* to = &high[row * lanes + 16 * v];
-        std::fill_n(to, 16, 0);
-        if (q / 16 >= high_steps[v]) continue;
-        for (int lane = 0; lane < 16; lane++) {
-          to[lane] = high_tiles[place(16 * v + lane, q / 16) / 4 + q % 16];
-          some |= (to[lane] != 0) << lane;
+      storei(any, some);
+      if (std::all_of(any, any + 16, [](int32_t x) { return x == 0; })) continue;
+      for (int v = 0; v < lanes / 16; v++)
+        if (step < high_steps[v])
+          transpose_words(&high_tiles[place(16 * v, step) / 4], 16, &words[16 * v], lanes);
+        else
+          for (int q = 0; q < 16; q++) storei(&words[(size_t)q * lanes + 16 * v], seti(0));
+      for (int q = 0; q < 16; q++) {
+        if (!any[q]) continue;
+        const size_t row = quad_of.size();
+        for (int v = 0; v < lanes / 16; v++) {
+          const vi x = loadi(&words[(size_t)q * lanes + 16 * v]);
+          storei(&high[row * lanes + 16 * v], x);
+          in_lanes[row * (lanes / 16) + v] = above_a_byte(x) | above_a_byte(shl(x, 8));
         }
+        quad_of.push_back(16 * step + q);
       }
-      quad_of.push_back(q);
     }
   }
 
@@ -304,15 +309,18 @@ void round_lanes(Expand expand, int rows, int lanes, int together, const Columns
   out.reserve(lanes, columns.quads, columns.groups.size());
   out.reserve_tiles(columns.quads);
   const int width = 64 * out.steps;
-  alignas(64) float step[16], inverse[16];
+  alignas(64) float step[16], inverse[16], highs[256], norms[256], constants[256], biases[16];
+  alignas(64) int32_t middles[256];
   Floats scaled((size_t)16 * width), rows_((size_t)16 * (columns.last + 17));
   std::fill(scaled.begin(), scaled.end(), 0.0f);
   for (int first = 0; first < lanes; first += 16) {
-    Range range = {set1(1e-30f), set1(0), set1(0)};
     const int n = std::clamp(rows - first, 0, 16);
-    for (int i = 0; i < n; i++) {
+    for (int i = 0; i < 16; i++) {
       float *row = &rows_[(size_t)i * (columns.last + 17)], *to = &scaled[(size_t)i * width];
-      expand(first + i, row);
+      if (i < n)
+        expand(first + i, row);
+      else
+        std::fill_n(row, columns.last + 1, 0.0f);
       std::copy_n(row, used, to);
       vf highest = set1(1e-30f), of_centres = set1(0), norm = set1(0);
       for (int c = 0; c < width; c += 16) {
@@ -322,11 +330,14 @@ void round_lanes(Expand expand, int rows, int lanes, int together, const Columns
         norm = fma(mul(x, x), load(&columns.variance[c]), norm);
         store(to + c, x);
       }
-      ((float*)&range.highest)[i] = maximum(highest);
-      ((float*)&range.norm)[i] = sum(norm);
-      ((float*)&range.constant)[i] = sum(of_centres) + row[columns.last];
+      store(highs + 16 * i, highest);
+      store(norms + 16 * i, norm);
+      store(constants + 16 * i, of_centres);
+      biases[i] = row[columns.last];
     }
-    std::fill(scaled.begin() + (size_t)n * width, scaled.end(), 0.0f);
+    const auto plus = [](auto x, auto y) { return add(x, y); };
+    const Range range = {fold(highs, [](vf x, vf y) { return max(x, y); }), add(fold(constants, plus), load(biases)),
+                         fold(norms, plus)};
     set_steps(range, columns, planes, step, inverse);
     store(&out.step[first], load(step));
     store(&out.constant[first], range.constant);
@@ -349,22 +360,24 @@ void round_lanes(Expand expand, int rows, int lanes, int together, const Columns
         });
         if (above) out.high_steps[first / 16] = std::max(out.high_steps[first / 16], s + 1);
       }
-      out.shift[first + i] = -0.5f * (float)sum(of_middles) * step[i];
+      storei(middles + 16 * i, of_middles);
       for (size_t g = 0; g < columns.groups.size(); g++) {
         const float* weight = &rows_[(size_t)i * (columns.last + 17)];
         int64_t total = 0;
         float of_weights = 0;
         for (int c = 4 * columns.groups[g].first; c < 4 * columns.groups[g].last; c++) {
           total += ((const int32_t*)row)[c];
-          if (i < n) of_weights += weight[c];
+          of_weights += weight[c];
         }
         out.totals[g * lanes + first + i] = total;
         out.sums[g * lanes + first + i] = of_weights;
       }
     }
+    const vf of_middles = to_float(fold(middles, [](vi x, vi y) { return addi(x, y); }));
+    store(&out.shift[first], mul(mul(of_middles, set1(-0.5f)), load(step)));
   }
   if (!has_tiles() || per_token) {
-    out.spread_tiles(columns.quads);
+    out.spread_tiles();
     out.list_heavy(together, columns);
   }
   if (per_token || columns.token_scale) return;

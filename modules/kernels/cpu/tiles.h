@@ -94,10 +94,10 @@ inline void multiply_tiles(const TileRows* rows, const uint8_t* codes, int64_t q
   }
 }
 
-// The products of all rows, the longest first, with 64 tokens; half of them at a time, whose codes stay in the first
-// cache meanwhile.
-inline void multiply_tiles(const std::vector<TileRows>& rows, const uint8_t* codes, int64_t quad_bytes) {
-  for (int token = 0; token < 64; token += 32)
+// The products of all rows, the longest first, with n of 64 tokens; half of them at a time, whose codes stay in the
+// first cache meanwhile.
+inline void multiply_tiles(const std::vector<TileRows>& rows, const uint8_t* codes, int64_t quad_bytes, int n) {
+  for (int token = 0; token < n; token += 32)
     for (size_t i = 0; i < rows.size(); i += 2)
       (i + 1 < rows.size() ? multiply_tiles<2> : multiply_tiles<1>)(&rows[i], codes, quad_bytes, token);
 }

@@ -129,7 +129,6 @@ struct ByteTable {
 };
 // The lowest byte of each lane.
 inline void store_bytes(void* p, vi x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(x)); }
-inline int sum(vi x) { return _mm512_reduce_add_epi32(x); }
 inline float sum(vf x) { return _mm512_reduce_add_ps(x); }
 inline float maximum(vf x) { return _mm512_reduce_max_ps(x); }
 inline vf from_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
@@ -236,15 +235,29 @@ inline void store_bytes(void* p, vi x) {
   _mm_storeu_si128((__m128i*)p,
                    _mm_packus_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1)));
 }
-inline void transpose_words(const void* from, int64_t stride, void* to, int64_t to_stride) {
-  for (int i = 0; i < 16; i++)
-    for (int k = 0; k < 16; k++) ((int32_t*)to)[k * to_stride + i] = ((const int32_t*)from)[i * stride + k];
-}
-inline int sum(vi x) {
-  int lanes[16], total = 0;
-  storei(lanes, x);
-  for (int lane : lanes) total += lane;
-  return total;
+inline void transpose_words(const void* from_, int64_t stride, void* to_, int64_t to_stride) {
+  // Fourths of 8 x 8.
+  for (int row = 0; row < 16; row += 8)
+    for (int column = 0; column < 16; column += 8) {
+      const int32_t* from = (const int32_t*)from_ + row * stride + column;
+      int32_t* to = (int32_t*)to_ + column * to_stride + row;
+      __m256i x[8], y[8];
+      for (int i = 0; i < 8; i++) x[i] = _mm256_loadu_si256((const __m256i*)(from + i * stride));
+      for (int i = 0; i < 8; i += 2) {
+        y[i] = _mm256_unpacklo_epi32(x[i], x[i + 1]);
+        y[i + 1] = _mm256_unpackhi_epi32(x[i], x[i + 1]);
+      }
+      // x[4 k + i]: columns i and 4 + i of rows 4 k to 4 k + 3.
+      for (int k = 0; k < 8; k += 4)
+        for (int i = 0; i < 2; i++) {
+          x[k + 2 * i] = _mm256_unpacklo_epi64(y[k + i], y[k + 2 + i]);
+          x[k + 2 * i + 1] = _mm256_unpackhi_epi64(y[k + i], y[k + 2 + i]);
+        }
+      for (int i = 0; i < 4; i++) {
+        _mm256_storeu_si256((__m256i*)(to + i * to_stride), _mm256_permute2x128_si256(x[i], x[4 + i], 0x20));
+        _mm256_storeu_si256((__m256i*)(to + (4 + i) * to_stride), _mm256_permute2x128_si256(x[i], x[4 + i], 0x31));
+      }
+    }
 }
 inline float sum(vf x) {
   float lanes[8], total = 0;
@@ -280,6 +293,24 @@ inline void numbers(const void* p, int64_t i, int n, int32_t type, float* out) {
   }
   for (; k < n; k++) out[k] = number(p, i + k, type);
   for (; k % 16; k++) out[k] = 0;
+}
+
+// f over the lanes of each of sixteen vectors.
+template <class F>
+inline vf fold(const float* x, F f) {
+  alignas(64) float y[256];
+  transpose_words(x, 16, y, 16);
+  vf total = load(y);
+  for (int i = 1; i < 16; i++) total = f(total, load(y + 16 * i));
+  return total;
+}
+template <class F>
+inline vi fold(const int32_t* x, F f) {
+  alignas(64) int32_t y[256];
+  transpose_words(x, 16, y, 16);
+  vi total = loadi(y);
+  for (int i = 1; i < 16; i++) total = f(total, loadi(y + 16 * i));
+  return total;
 }
 
 // n numbers `stride` apart, as float32.
