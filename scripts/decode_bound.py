@@ -8,6 +8,7 @@ many multiply-adds to allow in the next one.
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -75,8 +76,10 @@ def fit_in_time(
         return replace(fitted, decode=about | {"ms": dict(tried)[macs], "tried": tried})
 
     most = calibration.target.layer_group_size
-    fewest = 1 if config.layer_group_size is None else most
-    for layers in range(most, fewest - 1, -1):
+    counts = [most]
+    if config.layer_group_size is None:
+        counts += filter(partial(_may_share, calibration.target), range(most - 1, 0, -1))
+    for layers in counts:
         shape = calibration if layers == most else regroup(calibration, layers)
         fitted, macs = timed(shape, config.max_rebuild)
         if dict(tried)[macs] <= limit_ms:
@@ -99,6 +102,11 @@ def fit_in_time(
         fastest = min(ms for _, ms in tried)
         raise ValueError(f"decode_ms={limit_ms:g}: must be at least {fastest:.1f}, the fastest step that was measured")
     return chosen(*best)
+
+
+def _may_share(config: ALRDLlamaConfig, layers: int) -> bool:
+    """Whether blocks of so many layers have one sliding window each."""
+    return all([len(set(windows)) == 1 for windows in config.group_windows(layers)])
 
 
 def _least_macs(config: ALRDLlamaConfig) -> int:

@@ -1246,3 +1246,5 @@ def test_latents_of_new_tokens(ranks, dtype):
     for other in (outputs.repeat(1, 2, 1), outputs.clone().requires_grad_()):
         assert not backend.multiplies(linear, other)
         assert distance(add_latents(backend, linear, other, None), linear(other).detach()) == 0
+    linear.bias.data = linear.bias.data.double()
+    assert not backend.multiplies(linear, outputs)

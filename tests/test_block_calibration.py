@@ -324,6 +324,9 @@ def test_a_bound_takes_fewer_layers_first(folder, dense, tokens, monkeypatch):
         # As if this number of layers had been asked for.
         asked = fit.fit_budget(config, calibrated(replace(config, layer_group_size=layers), dense, tokens), 0.4)
         assert asked.target.to_dict() == fitted.target.to_dict()
+    # Two layers of different windows share nothing.
+    monkeypatch.setattr(decode_bound, "_may_share", lambda config, layers: layers != 2)
+    assert of(20.0 + 1.01 * free[2] / 50).target.layer_group_size == 1
     # Below that, fewer channels of one layer each.
     fitted = of(20.0 + 0.8 * free[1] / 50)
     assert fitted.target.layer_group_size == 1 and 0 < fit.multiply_adds(fitted.target) < free[1]

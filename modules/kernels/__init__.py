@@ -107,8 +107,9 @@ class Backend:
         """Whether `fused_latents` takes a member's projection and its `[B, L, H_kv * d]` inputs."""
         weight = linear.weight
         gradient = torch.is_grad_enabled() and (weight.requires_grad or outputs.requires_grad)
-        fused = self.fused_latents is not None and outputs.shape[1] <= MAX_QUERY_LENGTH
-        return fused and not gradient and not weight.is_meta and {outputs.dtype, weight.dtype} <= set(FUSED_DTYPES)
+        fused = self.fused_latents is not None and outputs.shape[1] <= MAX_QUERY_LENGTH and not weight.is_meta
+        alike = weight.dtype == linear.bias.dtype and weight.dtype in FUSED_DTYPES
+        return fused and alike and not gradient and outputs.dtype in FUSED_DTYPES
 
     def attend_values(
         self,
