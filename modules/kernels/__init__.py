@@ -52,7 +52,7 @@ class Backend:
         scale_tokens: As that of `modules/kernels/cpu/quantize.py`; `None`: PyTorch chooses the scales of tokens.
         fused_attention: As `latent_attention` without `weights_length`; `None`: there is none.
         expands_values: Whether `fused_attention` also takes what expands values, and returns the heads' outputs.
-        takes_plain: Whether it then also takes tokens beside the latents (`attend_block`).
+        fused_block: As `attend_block` without `weights_length`, the tokens without latents last; `None`: there is none.
         fused_latents: As `add_latents` of `modules/kernels/cpu/latents.py`; `None`: PyTorch multiplies.
         fused_append: `FusedAppend` of `modules/kernels/triton/append.py`, for caches of fixed capacity; `None`: there
             is none.
@@ -65,7 +65,7 @@ class Backend:
     trellis_codes: Callable = trellis.encode
     fused_attention: Callable | None = None
     expands_values: bool = False
-    takes_plain: bool = False
+    fused_block: Callable | None = None
     fused_latents: Callable | None = None
     fused_append: Callable | None = None
     scale_tokens: Callable | None = None
@@ -85,10 +85,9 @@ class Backend:
             return latent_attention(query, cache, weights_length)
         return _without_gradient(query, self.fused_attention(query, cache))
 
-    def _expands(self, expand_values: Callable | None) -> bool:
-        """Whether the fused kernel may expand the sums: not with a weight that is offloaded, or gets a gradient."""
-        if expand_values is None or not self.expands_values:
-            return False
+    @staticmethod
+    def _is_readable(expand_values: ALinear) -> bool:
+        """Whether a fused kernel may expand the sums: not with a weight that is offloaded, or gets a gradient."""
         weight = expand_values.weight
         return not weight.is_meta and not (weight.requires_grad and torch.is_grad_enabled())
 
@@ -127,7 +126,8 @@ class Backend:
         states = query.states
         if states.shape[2] > MAX_QUERY_LENGTH and weights_length is None and not states.requires_grad:
             return chunk_attention(query, cache, expand_values, self.folded)
-        if self._expands(expand_values) and self._is_fused(query, cache, weights_length):
+        expands = self.expands_values and expand_values is not None and self._is_readable(expand_values)
+        if expands and self._is_fused(query, cache, weights_length):
             return _without_gradient(query, self.fused_attention(query, cache, expand_values))
         attended = self.attend(query, cache, weights_length)
         if expand_values is None:
@@ -150,9 +150,9 @@ class Backend:
             plain: The other tokens: keys before RoPE and values, head by head.
             history: The tokens that have latents; there may be none.
         """
-        few = query.states.shape[2] <= MAX_QUERY_LENGTH
-        if self.takes_plain and few and self._expands(expand_values) and self._is_fused(query, history, weights_length):
-            return _without_gradient(query, self.fused_attention(query, history, expand_values, plain))
+        fused = self.fused_block is not None and self._is_readable(expand_values)
+        if fused and self._is_fused(query, history, weights_length):
+            return _without_gradient(query, self.fused_block(query, history, expand_values, plain))
         size = query.states.shape[3]
         heads = plain[-1].keys.shape[3] // size
         as_they_are = replace(query, expand_keys=None, value_widths=(size,) * heads)
@@ -240,8 +240,7 @@ def _cpu(field: str, device: torch.device) -> Backend:
     functions = (kernels.quantize_and_pack, kernels.unpack_and_dequantize, encode)
     # Where there are tile registers the library's flash attention takes them, and is the faster one.
     folded = Folded if folds() and not library().alrd_has_tiles() else None
-    fused = {"fused_attention": fused_attention, "expands_values": True, "takes_plain": True}
-    fused["fused_latents"] = add_latents
+    fused = {"fused_attention": fused_attention, "fused_block": fused_attention, "fused_latents": add_latents}
     return Backend("cpu", *functions, **fused, scale_tokens=kernels.scale_tokens, folded=folded)
 
 
