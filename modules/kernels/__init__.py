@@ -85,6 +85,9 @@ class Backend:
             return latent_attention(query, cache, weights_length)
         return _without_gradient(query, self.fused_attention(query, cache))
 
+    def _expands(self, expand_values: ALinear | None) -> bool:
+        return self.expands_values and expand_values is not None and self._is_readable(expand_values)
+
     @staticmethod
     def _is_readable(expand_values: ALinear) -> bool:
         """Whether a fused kernel may expand the sums: not with a weight that is offloaded, or gets a gradient."""
@@ -126,8 +129,7 @@ class Backend:
         states = query.states
         if states.shape[2] > MAX_QUERY_LENGTH and weights_length is None and not states.requires_grad:
             return chunk_attention(query, cache, expand_values, self.folded)
-        expands = self.expands_values and expand_values is not None and self._is_readable(expand_values)
-        if expands and self._is_fused(query, cache, weights_length):
+        if self._expands(expand_values) and self._is_fused(query, cache, weights_length):
             return _without_gradient(query, self.fused_attention(query, cache, expand_values))
         attended = self.attend(query, cache, weights_length)
         if expand_values is None:

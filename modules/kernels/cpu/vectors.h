@@ -295,21 +295,15 @@ inline void numbers(const void* p, int64_t i, int n, int32_t type, float* out) {
   for (; k % 16; k++) out[k] = 0;
 }
 
+inline vi load(const int32_t* p) { return loadi(p); }
+
 // f over the lanes of each of sixteen vectors.
-template <class F>
-inline vf fold(const float* x, F f) {
-  alignas(64) float y[256];
+template <class T, class F>
+inline auto fold(const T* x, F f) {
+  alignas(64) T y[256];
   transpose_words(x, 16, y, 16);
-  vf total = load(y);
+  auto total = load(y);
   for (int i = 1; i < 16; i++) total = f(total, load(y + 16 * i));
-  return total;
-}
-template <class F>
-inline vi fold(const int32_t* x, F f) {
-  alignas(64) int32_t y[256];
-  transpose_words(x, 16, y, 16);
-  vi total = loadi(y);
-  for (int i = 1; i < 16; i++) total = f(total, loadi(y + 16 * i));
   return total;
 }
 
