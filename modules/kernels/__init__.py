@@ -86,6 +86,7 @@ class Backend:
         return _without_gradient(query, self.fused_attention(query, cache))
 
     def _expands(self, expand_values: ALinear | None) -> bool:
+        """Whether `fused_attention` expands the sums."""
         return self.expands_values and expand_values is not None and self._is_readable(expand_values)
 
     @staticmethod

@@ -539,8 +539,7 @@ struct Worker {
     columns.scaled = side.by_block;
     columns.scale.assign(round_up(used, 64), 1);
     columns.centre.assign(round_up(used, 64), 0);
-    columns.twice_middle.assign(columns.quads, 0);
-    columns.middle.assign(round_up(used, 64), 0);
+    columns.twice_middle.assign(round_up(used, 64), 0);
     columns.variance.assign(round_up(used, 64), 0);
     scales.assign((size_t)std::max(1, n) * 2 * STRIDE, 0);
     key_scales.assign(STRIDE, 1);
@@ -551,7 +550,7 @@ struct Worker {
       const int shift = code_shift(part.levels), largest = (part.levels - 1) << shift;
       const float variance = (part.levels * part.levels - 1) / 12.0f * (1 << 2 * shift);
       for (int c = 0; c < round_up(segment.count, 4); c++) {
-        columns.twice_middle[(segment.position + c) / 4] = columns.middle[segment.position + c] = largest;
+        columns.twice_middle[segment.position + c] = largest;
         columns.variance[segment.position + c] = variance;
       }
       columns.all_variance += segment.count * variance;

@@ -35,8 +35,7 @@ struct Columns {
   int quads = 0, floats = 0, first_float = 0, last = 0;  // `last`: the bias
   std::vector<float> scale, centre;                      // of each column: x = scale * (code - middle) + centre
   bool scaled = false;                                   // whether expansion rows must be multiplied with these yet
-  std::vector<int32_t> twice_middle;                     // of the columns of each quad
-  std::vector<int32_t> middle;                           // of each column, twice
+  std::vector<int32_t> twice_middle;                     // of the codes of each column; a quad has one
   std::vector<float> variance;                           // of the codes of each column, if all are equally frequent
   float all_variance = 0;
   struct Group {
@@ -251,7 +250,7 @@ void round_rows(const float* weights, int lanes, int together, const Columns& co
   std::vector<int32_t> total(2 * lanes, 0);
   std::vector<float> weight_sum(lanes, 0);
   for (int q = 0; q < quads; q++) {
-    const vi middle = seti(0x01010101 * (per_token ? 1 : columns.twice_middle[q]));
+    const vi middle = seti(0x01010101 * (per_token ? 1 : columns.twice_middle[4 * q]));
     const size_t row = out.quad_of.size();
     uint16_t* in_lanes = &out.in_lanes[row * vectors];
     bool is_heavy = false;
@@ -355,7 +354,7 @@ void round_lanes(Expand expand, int rows, int lanes, int together, const Columns
           store_bytes(low + 16 * k, integer);
           store_bytes(high + 16 * k, sar(x, 8));
           above |= above_a_byte(x);
-          of_middles = addi(of_middles, muli(integer, loadi(&columns.middle[c])));
+          of_middles = addi(of_middles, muli(integer, loadi(&columns.twice_middle[c])));
           if (per_token) storei(row + c, integer);
         });
         if (above) out.high_steps[first / 16] = std::max(out.high_steps[first / 16], s + 1);

@@ -32,7 +32,7 @@ def add_latents(linear: MemberBLinear, outputs: torch.Tensor, latents: torch.Ten
     outputs, weight, group_of = dense(outputs.flatten(0, 1)), linear.weight.contiguous(), _group_of(linear.ranks)
     parts = _Parts(
         address(outputs), weight.data_ptr(), linear.bias.data_ptr(), latents.data_ptr(), ctypes.addressof(group_of),
-        outputs.stride(0), len(outputs), *weight.shape[:1], len(linear.ranks), weight.shape[1],
+        outputs.stride(0), len(outputs), weight.shape[0], len(linear.ranks), weight.shape[1],
         TYPES[outputs.dtype], TYPES[weight.dtype], torch.get_num_threads(),
     )  # fmt: skip
     library().alrd_add_latents(ctypes.byref(parts))
