@@ -17,6 +17,7 @@ from modules.cache.fingerprint import DIGESTS, differences, model_fingerprint
 from modules.cache.fixed import FixedLatentLayer
 from modules.cache.growing import KIVILatentLayer
 from modules.cache.layer import LatentLayer, TokenScore, in_any_mode, settle_model, storage_nbytes
+from modules.cache.pages import needs_whole
 from modules.cache.quantization_config import parse_quantization_config
 from modules.cache.rows import column
 from modules.cache.scheme import SIDES, CacheScheme, LayerScales, LayerWidths, SinkChannels
@@ -483,3 +484,24 @@ def create_kivi_cache(
         check_token_score(config, token_score)
         widths = config_widths(config)
     return KIVILatentCache(scheme, widths, layer_schemes, static_scales, backend, token_score, capacity)
+
+
+def page_schemes(config: ALRDLlamaConfig) -> list[CacheScheme]:
+    """What each layer of a cache stores in the pages of a serving engine.
+
+    Raises:
+        ValueError: The model keeps no packed latents.
+    """
+    if not config.use_kivi:
+        raise ValueError("use_kivi=False: must be True, for pages hold packed latents")
+    shared, layers = config_schemes(config)
+    return [layers.get(i, shared) for i in range(config.num_cache_layers)]
+
+
+def needs_whole_pages(config: ALRDLlamaConfig) -> bool:
+    """Whether some layer of a cache packs pages when they are full, as all of them do then."""
+    sides = [scheme.keys for scheme in page_schemes(config)]
+    # A latent of keys and values is stored as keys are.
+    if not config.joint_kv:
+        sides += [scheme.values for scheme in page_schemes(config)]
+    return any(map(needs_whole, sides))

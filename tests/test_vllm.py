@@ -122,11 +122,14 @@ def tokens_of(result, batch: int = 0) -> list[list[int]]:
 
 
 @torch.no_grad()
-def own_tokens(model, prompts, max_tokens: int = 16, piece: int = PIECE) -> list[list[int]]:
-    """Greedy tokens of our own `generate()` with the engine's cache: sinks, no window, every token packed at once."""
+def own_tokens(model, prompts, max_tokens: int = 16, piece: int = PIECE, block: int = 1) -> list[list[int]]:
+    """Greedy tokens of our own `generate()` with the engine's cache: sinks, no window, blocks packed when full.
+
+    A block is one token where its codes depend on no other.
+    """
     tokens = []
     for prompt in prompts:
-        cache = model.create_kivi_cache(residual_length=0, group_size=1)
+        cache = model.create_kivi_cache(residual_length=0, group_size=block)
         ids = torch.tensor([prompt])
         limits = {"max_new_tokens": max_tokens, "min_new_tokens": max_tokens, "prefill_chunk_size": piece}
         out = model.generate(
@@ -146,6 +149,11 @@ def prompts_of(vocabulary: int) -> list[list[int]]:
     shared = random(3 * PIECE)
     lengths = (1, 2, 3, 4, 5, 17, 31, 32, 64, 65, 130, 300)
     return [*map(random, lengths), *(shared + random(n) for n in (3, 9, 40, 70))]
+
+
+def look_up(drafts: int) -> dict:
+    """So many drafts at a time, which are looked up in the text."""
+    return {"method": "ngram", "num_speculative_tokens": drafts, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
 
 
 def saved(model, path: Path) -> Path:
@@ -194,6 +202,9 @@ def lossless(tmp_path_factory, engines):
     return dense, prompts, tokens_of(run_engine(engines, saved(dense, path / "stock"), [prompts]))
 
 
+ROTATED = {"k_scheme": {"rotation": True}, "v_scheme": {"rotation": True}}
+
+
 @pytest.mark.parametrize(
     ("blocks", "pages", "drafts"),
     [
@@ -201,6 +212,9 @@ def lossless(tmp_path_factory, engines):
         ({"layer_group_size": 3, "head_group_size": 2, "k_bits": 16, "v_bits": 16, "sink_length": 0}, 17, None),
         (None, None, None),
         ({"joint_kv": True, "layer_group_size": 3, "k_bits": 16}, None, 4),
+        # Rotated: packed when a page is full. With few pages, and with drafts.
+        ({"layer_group_size": 3, "head_group_size": 2, "k_bits": 16, "v_bits": 16, **ROTATED}, 17, None),
+        ({"joint_kv": True, "layer_group_size": 2, "k_bits": 16, "k_scheme": {"rotation": True}}, None, 20),
     ],
 )
 def test_lossless_settings_give_the_tokens_of_stock_vllm(lossless, tmp_path, engines, blocks, pages, drafts):
@@ -218,8 +232,7 @@ def test_lossless_settings_give_the_tokens_of_stock_vllm(lossless, tmp_path, eng
         model = tiny_blocks(dense, **blocks)
     few = {} if pages is None else {"num_gpu_blocks_override": pages, "max_model_len": 32 * (pages - 1)}
     if drafts is not None:
-        look_up = {"method": "ngram", "num_speculative_tokens": drafts, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
-        few["speculative_config"] = look_up
+        few["speculative_config"] = look_up(drafts)
         # Such an engine leaves a process in which no other one starts.
         engines = Engines(tmp_path, VLLM_ENABLE_V1_MULTIPROCESSING="0")
     result = run_engine(engines, saved(model, tmp_path / "split"), [prompts], **few)
@@ -228,6 +241,20 @@ def test_lossless_settings_give_the_tokens_of_stock_vllm(lossless, tmp_path, eng
     assert tokens_of(result) == expected
     shared = [cached for _, cached in result["batches"][0][13:]]
     assert pages or min(shared) >= PAGE
+
+
+@pytest.mark.parametrize("blocks", [None, {"layer_group_size": 3, "joint_kv": True}])
+def test_scales_that_are_measured(tmp_path, engines, blocks):
+    """The default scheme, by layers and by blocks: pages are packed when they are full, and read as they are before."""
+    dense, prompts = tiny_dense(head_dim=32), prompts_of(97)
+    fields = {"k_bits": 4, "group_size": PAGE, "sink_length": 0}
+    if blocks is None:
+        model = tiny_split(tmp_path, 24, head_group_size=2, dense=dense, v_bits=4, **fields)
+    else:
+        model = tiny_blocks(dense, **blocks, **fields)
+    result = run_engine(engines, saved(model, tmp_path / "split"), [prompts[:13], prompts[13:]])
+    assert tokens_of(result) + tokens_of(result, 1) == own_tokens(model, prompts, block=PAGE)
+    assert [cached for _, cached in result["batches"][1]] == [3 * PIECE] * 3
 
 
 @pytest.mark.parametrize("head_group_size", [None, 2])
@@ -398,9 +425,15 @@ def test_tokens_that_fit_in_a_gibibyte(sixteenth, engines):
 @pytest.mark.parametrize(
     ("fields", "settings", "rule"),
     [
-        ({}, {}, "k_scheme: static=False with orientation='per_channel': must be static=True"),
+        ({"use_kivi": False}, {}, "use_kivi=False: must be True"),
         ({"k_bits": 16, "v_bits": 16}, {"block_size": 16}, "block_size=16: must be a multiple of 32"),
         ({"k_bits": 16, "v_bits": 16}, {"kv_cache_dtype": "fp8"}, "kv_cache_dtype='fp8': must be 'auto'"),
+        # The last one: such an engine leaves a process in which no other one starts.
+        (
+            {},
+            {"speculative_config": look_up(32)},
+            "num_speculative_tokens=32: must be at most 31 where pages are packed",
+        ),
     ],
 )
 def test_what_is_not_served_is_refused_at_the_start(tmp_path, engines, fields, settings, rule):

@@ -9,14 +9,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from configuration_alrd_llama import ALRDLlamaConfig, QuantScheme
+from modules.cache.pages import PageLayout, Pages
 from modules.cache.scheme import CacheScheme
 from modules.kernels import get_backend
 from modules.kernels.attention import latent_attention
 from modules.kernels.packed import LatentQuery, PackedCache, Rope, Tile
+from modules.kivi_cache import needs_whole_pages, page_schemes
 from modules.svd_linear import ALinear
 from modules.vllm import register
-from modules.vllm.pages import PageLayout, Pages, page_schemes
-from modules.vllm.step import SinkStore, make_step
+from modules.vllm.step import make_step
+from modules.vllm.stores import OpenStore, SinkStore
 from tests.helpers import TINY_LLAMA, all_ranks
 
 CPU = torch.device("cpu")
@@ -167,7 +169,7 @@ def test_a_query_that_sees_hidden_tokens_only_gets_nothing():
         assert (attended.log_sum == -torch.inf).all()
 
 
-def step_of(new, held, pages, length=32):
+def step_of(new, held, pages, length=32, **how):
     starts = np.cumsum([0, *new])
     slots = []
     for n, h, row in zip(new, held, pages, strict=True):
@@ -175,7 +177,7 @@ def step_of(new, held, pages, length=32):
     table = np.zeros((len(new), max(map(len, pages))), dtype=np.int32)
     for row, used in zip(table, pages, strict=True):
         row[: len(used)] = used
-    return make_step(starts, np.array(held) + np.array(new), table, torch.tensor(slots), length)
+    return make_step(starts, np.array(held) + np.array(new), table, torch.tensor(slots), length, **how)
 
 
 def test_requests_of_one_length_go_together():
@@ -226,17 +228,145 @@ def test_sinks_follow_the_pages_that_begin_texts():
     assert store.tiles(step_of([1], [2], [[5]]).requests[0]) == ()
 
 
+#: Schemes by which codes depend on the other tokens of a block, or have no bits of their own.
+WHOLE = {
+    "measured": QuantScheme(bits=2, group_size=32),
+    "short runs": QuantScheme(bits=3, group_size=12),
+    "ternary": QuantScheme(bits=1.58, orientation="per_token", group_size=16),
+    "mixed": QuantScheme(bits=1.5, group_size=32),
+    "rotated": QuantScheme(bits=2, rotation=True),
+    "protected": QuantScheme(bits=2, orientation="per_token", group_size=16, protected=0.1),
+    "tiers": QuantScheme(tiers=TIERS, group_size=32),
+}
+
+
+class WholePages:
+    """What a layer of the engine does with tokens whose pages are packed when they are full, without an engine."""
+
+    def __init__(self, name: str, length: int, pages: int, sinks: int = 0, limit: int = 8):
+        scheme = CacheScheme.of(WHOLE[name], SCHEMES["exact"])
+        self.layout = PageLayout(scheme, (WIDTHS,), length, torch.float32, get_backend("cpu", CPU))
+        self.raw = rubbish(self.layout, pages)
+        self.pages = Pages(self.layout, self.raw)
+        self.store = OpenStore(length, {"keys": sum(WIDTHS)}, torch.empty(0), limit, sinks)
+
+    def step(self, new, held, pages):
+        return step_of(new, held, pages, self.layout.length, whole_pages=True)
+
+    def write(self, step, states: torch.Tensor) -> None:
+        self.pages.write_whole(*self.store.write(step, {"keys": states}))
+
+
+@pytest.mark.parametrize("sinks", [0, 4])
+@pytest.mark.parametrize("length", [32, 64])
+@pytest.mark.parametrize("name", WHOLE)
+def test_full_pages_are_blocks_whatever_way_their_tokens_came(name, length, sinks):
+    """Two texts in pieces of many lengths, with drafts before many a piece that are rejected."""
+    torch.manual_seed(0)
+    engine, texts = WholePages(name, length, 12, sinks), torch.randn(2, 5 * length, sum(WIDTHS)) * 2
+    pages, held, random = [[7, 1, 9, 4, 3, 2], [5, 11, 6, 8, 10, 0]], [0, 0], np.random.default_rng(1)
+    # Sinks must not stretch the scales of their block.
+    blocks = texts.clone().unflatten(1, (5, length))
+    blocks[:, 0, :sinks] = blocks[:, 0, sinks : sinks + 1]
+    codec = engine.layout.codecs["keys"]
+    encoded = codec.encode(blocks.flatten(0, 1))
+    decoded = codec.decode(encoded).view_as(texts)
+    while max(held) < 4 * length:
+        # Of the drafts of a step only its first token is right.
+        n = int(random.integers(1, 32))
+        step = engine.step([1 + n, 1], held, pages)
+        check_history(engine, step, texts, decoded, sinks)
+        first = [text[h : h + 1] for text, h in zip(texts, held, strict=True)]
+        engine.write(step, torch.cat([first[0], torch.randn(n, sum(WIDTHS)), first[1]]))
+        new = random.choice([0, 1, 2, 31, length, 2 * length + 5], 2).tolist()
+        new = [min(n, 5 * length - h) for n, h in zip(new, held, strict=True)]
+        step = engine.step(new, held, pages)
+        check_history(engine, step, texts, decoded, sinks)
+        engine.write(step, torch.cat([text[h : h + n] for text, h, n in zip(texts, held, new, strict=True)]))
+        held = [h + n for h, n in zip(held, new, strict=True)]
+    assert max(held) > 4 * length and len(engine.store.row_of) <= 4
+    for i, (row, n) in enumerate(zip(pages, held, strict=True)):
+        full = row[: n // length]
+        for field, expected in encoded.items():
+            expected = expected[5 * i : 5 * i + len(full)]
+            assert torch.equal(engine.pages.storage["keys"][field][full], expected), field
+
+
+def check_history(engine, step, texts, decoded, sinks) -> None:
+    """What a step reads of the history of two texts is their full blocks, decoded, and the tokens behind them."""
+    length, expand = engine.layout.length, ALinear(WIDTHS, 4 * 16, 4, bias=True)
+    for requests in step.requests:
+        held = requests.start
+        if not (held > sinks).all():
+            continue
+        states = torch.randn(requests.count, 8, 1, 16)
+        query = LatentQuery(states, held.long(), expand, WIDTHS, Rope(torch.rand(8)), 0.25)
+        packed = {"block_length": length, "full": requests.full, "hidden": sinks}
+        if requests.table is not None:
+            packed |= {"keys": engine.pages.keys, "values": engine.pages.keys, "table": requests.table}
+        got = get_backend("cpu", CPU).attend(query, PackedCache(after=engine.store.tiles(requests), **packed))
+        # Page 7 begins the first text.
+        which = [0 if page == 7 else 1 for page in requests.first_pages]
+        offsets = torch.arange(texts.shape[1])
+        seen = torch.where((offsets < held // length * length)[..., None], decoded[which], texts[which])
+        tile = Tile(seen[:, None, sinks:], seen[:, None, sinks:], torch.full_like(held, sinks), held - sinks)
+        expected = latent_attention(query, PackedCache(after=(tile,)))
+        torch.testing.assert_close(got.summed, expected.summed, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got.log_sum, expected.log_sum, rtol=1e-4, atol=1e-5)
+
+
+def test_a_text_has_two_open_pages_at_most():
+    engine, pages, seen = WholePages("measured", 32, 12), list(range(1, 9)), set()
+    for held in range(200):
+        engine.write(engine.step([1 + held % 7], [held], [pages]), torch.randn(1 + held % 7, sum(WIDTHS)))
+        seen.add(len(engine.store.row_of))
+    assert seen == {1, 2}
+
+
+def test_open_pages_that_are_left_behind_go_when_there_are_too_many():
+    engine = WholePages("measured", 32, 12, limit=4)
+    for page in range(8):
+        engine.write(engine.step([1, 3], [page, 0], [[9], [page]]), torch.randn(4, sum(WIDTHS)))
+    assert list(engine.store.row_of) == [5, 6, 9, 7]
+    step = engine.step([1], [3], [[2]])
+    (requests,) = step.requests
+    for touch in (lambda: engine.store.tiles(requests), lambda: engine.write(step, torch.randn(1, sum(WIDTHS)))):
+        with pytest.raises(RuntimeError, match="page 2: its tokens are gone"):
+            touch()
+
+
+def test_an_open_page_that_is_being_filled_is_shared():
+    """The first request has 40 tokens and writes 60; the second shares its first 96, of which eight are not packed."""
+    engine = WholePages("measured", 32, 12)
+    states = torch.randn(40, sum(WIDTHS))
+    engine.write(engine.step([40], [0], [[5, 6]]), states)
+    step = engine.step([60, 3], [40, 96], [[5, 6, 7, 8], [5, 6, 7, 9]])
+    borrowing = next(requests for requests in step.requests if requests.borrowed)
+    assert borrowing.table[2].tolist() == [[32]]
+    (tile,) = engine.store.tiles(borrowing)
+    assert (int(tile.start), int(tile.count)) == (32, 8)
+    assert torch.equal(tile.keys[0, 0], states[32:])
+    (run,) = borrowing.borrowed
+    assert (run.start, run.count) == (40, 56)
+
+
 @pytest.mark.parametrize(
-    ("fields", "rule"),
+    ("fields", "whole"),
     [
-        ({"k_bits": 2}, r"cache layer 0, k_scheme: static=False .*must be static=True"),
-        ({"k_bits": 16, "v_bits": 1.58, "v_scheme": {"orientation": "per_token"}}, r"v_scheme: bits=\[1.58\]"),
-        ({"k_bits": 16, "v_bits": 2, "v_scheme": {"protected": 0.1}}, r"v_scheme: protected=0.1: must be 0.0"),
-        ({"k_bits": 16, "v_bits": 2, "v_scheme": {"rotation": True}}, r"v_scheme: rotation=True: must be False"),
-        ({"use_kivi": False}, "use_kivi=False: must be True"),
+        ({"k_bits": 2}, True),
+        ({"k_bits": 16, "v_bits": 1.58, "v_scheme": {"orientation": "per_token"}}, True),
+        ({"k_bits": 16, "v_bits": 2, "v_scheme": {"protected": 0.1}}, True),
+        ({"k_bits": 16, "v_bits": 2, "v_scheme": {"rotation": True}}, True),
+        ({"k_bits": 16, "v_bits": 2}, False),
+        ({"k_bits": 16, "v_bits": 16}, False),
     ],
 )
-def test_schemes_that_need_other_tokens_are_refused(fields, rule):
+def test_which_schemes_pack_whole_pages(fields, whole):
     config = ALRDLlamaConfig(**TINY_LLAMA, truncation_ranks=all_ranks(3, 8), **fields)
-    with pytest.raises(ValueError, match=rule):
+    assert needs_whole_pages(config) == whole
+
+
+def test_a_model_without_packed_latents_is_refused():
+    config = ALRDLlamaConfig(**TINY_LLAMA, truncation_ranks=all_ranks(3, 8), use_kivi=False)
+    with pytest.raises(ValueError, match="use_kivi=False: must be True"):
         page_schemes(config)

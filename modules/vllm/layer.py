@@ -18,11 +18,13 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder
 from vllm.v1.attention.backend import MultipleOf as Multiple
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, SlidingWindowSpec
 
+from modules.cache.pages import PAGE_MULTIPLE, PageLayout, Pages, check_page_length
 from modules.cache.scheme import CacheScheme, LayerScales, LayerWidths
 from modules.kernels import add_latents, get_backend
 from modules.kernels.packed import LatentQuery, PackedCache
-from modules.vllm.pages import PAGE_MULTIPLE, PageLayout, Pages, check_page_length
-from modules.vllm.step import Requests, SinkStore, Step, make_step
+from modules.kivi_cache import needs_whole_pages
+from modules.vllm.step import Requests, Step, make_step
+from modules.vllm.stores import OpenStore, SinkStore
 
 
 class StepBuilder(AttentionMetadataBuilder[Step]):
@@ -32,6 +34,7 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._whole_pages = needs_whole_pages(vllm_config.model_config.hf_config)
 
     def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build=False) -> Step:
         batch = common_attn_metadata
@@ -45,6 +48,7 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
                 batch.slot_mapping,
                 self.kv_cache_spec.block_size,
                 getattr(self.kv_cache_spec, "sliding_window", None),
+                self._whole_pages,
             )
             StepBuilder._last = (batch, step)
         return StepBuilder._last[1]
@@ -126,7 +130,10 @@ class LatentPages(AttentionLayerBase):
         self.is_summed = False
         self.kv_cache = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._pages: Pages | None = None
-        layers = get_current_vllm_config().compilation_config.static_forward_context
+        config = get_current_vllm_config()
+        #: If pages are packed when they are full: most pages that are not; 0: each token is packed by itself.
+        self.open_limit = 2 * config.scheduler_config.max_num_seqs * needs_whole_pages(config.model_config.hf_config)
+        layers = config.compilation_config.static_forward_context
         if name in layers:
             raise ValueError(f"{name!r}: must be the name of one layer only")
         layers[name] = self
@@ -162,6 +169,8 @@ class LatentPages(AttentionLayerBase):
             self._pages = Pages(layout, raw)
             like = torch.empty(0, dtype=self.dtype, device=raw.device)
             self.sinks = SinkStore(self.scheme.sink_length, self.sink_channels, like)
+            channels = dict(zip(layout.codecs, map(sum, self.widths), strict=True))
+            self.open = OpenStore(layout.length, channels, like, self.open_limit, self.scheme.sink_length)
         return self._pages
 
     def attend(self, member: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, step: Step):
@@ -184,9 +193,10 @@ class LatentPages(AttentionLayerBase):
             yield requests, attend(member, states, keys, values, requests, pages)
         self._collect(member, keys, values, step)
 
-    def _packed(self, requests: Requests, pages: Pages, window: int | None, **tiles) -> PackedCache:
-        """The history of requests in the pages, with tiles beside it."""
+    def _packed(self, requests: Requests, pages: Pages, window: int | None, before=(), after=()) -> PackedCache:
+        """The latents of the history of requests, those in the pages and those that wait, with tiles beside them."""
         table, length = requests.table, pages.layout.length
+        tiles = {"before": before, "after": (*self.open.tiles(requests), *after)}
         if table is None:
             return PackedCache(**tiles)
         if window is not None:
@@ -218,7 +228,7 @@ class LatentPages(AttentionLayerBase):
         own, rows = self.members[member], self.sinks.among(step)
         sinks = {"keys": keys[rows], "values": values[rows]}
         if own.project is None:
-            self._pages.write(step.slots, {"keys": keys, "values": values})
+            self._write(step, {"keys": keys, "values": values})
             self.sinks.write(step, rows, sinks)
             return
         # The first layer starts the sums, to which each one adds its keys and its values.
@@ -235,9 +245,16 @@ class LatentPages(AttentionLayerBase):
                 if self.is_summed:
                     latent = tensor_model_parallel_all_reduce(latent)
                 latents[side] = latent[0].to(keys.dtype)
-            self._pages.write(step.slots, latents)
+            self._write(step, latents)
             self.sinks.write(step, rows, {side: torch.cat(parts, dim=-1) for side, parts in self._dense.items()})
             self._latents, self._dense = {}, {}
+
+    def _write(self, step: Step, states: dict[str, torch.Tensor]) -> None:
+        """Pack new tokens, or the pages that they fill."""
+        if self.open_limit:
+            self._pages.write_whole(*self.open.write(step, states))
+        else:
+            self._pages.write(step.slots, states)
 
 
 def latent_attention(

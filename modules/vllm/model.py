@@ -20,13 +20,12 @@ from configuration_alrd_llama import SIDES
 from modeling_alrd_llama import ALRDLlamaAttention, ALRDLlamaModel, dense_classes, take_over, waits_for_length
 from modules.cache.scheme import SIDES as CACHE_SIDES
 from modules.kernels.packed import LatentQuery, Rope
-from modules.kivi_cache import config_sink_channels
+from modules.kivi_cache import config_sink_channels, needs_whole_pages, page_schemes
 from modules.latent_step import LatentStep
 from modules.loading import check_tensor_parallel
 from modules.svd_linear import LatentFactors, SVDLinear, shard_groups
 from modules.vllm.layer import LatentPages, Member
-from modules.vllm.pages import page_schemes
-from modules.vllm.step import Requests
+from modules.vllm.step import MAX_DRAFTS, Requests
 
 #: Dense model types whose experts vLLM's own models, or its adapter of the library's, do not run on a CPU.
 _NOT_SERVED = ("aria_text", "minimax_m2", "phimoe")
@@ -51,6 +50,11 @@ def check_served(vllm_config: VllmConfig) -> None:
     speculative = vllm_config.speculative_config
     if speculative is not None and speculative.method != "ngram":
         raise ValueError(f"speculative_config: method={speculative.method!r}: must be 'ngram' for packed latents")
+    if speculative is not None and needs_whole_pages(config) and speculative.num_speculative_tokens > MAX_DRAFTS:
+        raise ValueError(
+            f"speculative_config: num_speculative_tokens={speculative.num_speculative_tokens}: must be at most "
+            f"{MAX_DRAFTS} where pages are packed when they are full"
+        )
     for name in ("kv_transfer_config", "lora_config", "quant_config"):
         if getattr(vllm_config, name) is not None:
             raise ValueError(f"{name}: must be None for packed latents")

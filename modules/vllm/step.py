@@ -5,16 +5,21 @@ are. vLLM also lets a request share pages which another one is writing in this v
 the last layer of their block has run, so what is new in them is read from the other request's new tokens.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
+from modules.cache.pages import PAGE_MULTIPLE
 from modules.kernels import MAX_QUERY_LENGTH
 from modules.kernels.packed import Tile
 
 #: New tokens in a tile of those that attend to each other.
 _TILE = 512
+
+#: Drafts that may stand at the end of a request's new tokens, and be rejected.
+MAX_DRAFTS = PAGE_MULTIPLE - 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +38,22 @@ class Run:
 
 
 @dataclass(frozen=True, eq=False)
+class OpenPages:
+    """A page of each of n requests that is not packed yet.
+
+    Attributes:
+        pages: Which ones, -1: none.
+        start, count: `[n, 1]` int32, position of its first token, and the tokens that it holds.
+        longest: Most of `count`, as the host knows it.
+    """
+
+    pages: list[int]
+    start: torch.Tensor
+    count: torch.Tensor
+    longest: int
+
+
+@dataclass(frozen=True, eq=False)
 class Requests:
     """Requests of a step that have equally many new tokens, n of L each.
 
@@ -44,6 +65,7 @@ class Requests:
         least_held: Least of `start`, as the host knows it.
         table, full: `[3, n, blocks]` int32 and a flag, as in `PackedCache`; `None`: there is no history.
         first_pages: Page of the first token of each request's history, -1: it has none.
+        open_pages: History that is not packed yet and not in `table`.
         borrowed: Runs of other requests' tokens that are history here (n = 1).
     """
 
@@ -56,6 +78,7 @@ class Requests:
     table: torch.Tensor | None
     full: bool
     first_pages: list[int]
+    open_pages: tuple[OpenPages, ...] = ()
     borrowed: tuple[Run, ...] = ()
 
     def gathered(self, states: torch.Tensor) -> torch.Tensor:
@@ -85,6 +108,27 @@ def _tiles(keys: torch.Tensor, values: torch.Tensor, start: torch.Tensor, step: 
 
 
 @dataclass(frozen=True, eq=False)
+class Piece:
+    """New tokens of the step in one page.
+
+    Attributes:
+        page: Which one.
+        start: Position of its first token.
+        row: Row of the first of the new ones among the step's tokens.
+        place: Its place in the page.
+        count: How many, one after the other.
+        stays_open: Whether more is to come, or some may be drafts, which are written anew if they are rejected.
+    """
+
+    page: int
+    start: int
+    row: int
+    place: int
+    count: int
+    stays_open: bool
+
+
+@dataclass(frozen=True, eq=False)
 class Step:
     """All new tokens of a step.
 
@@ -94,6 +138,8 @@ class Step:
         slots: `[tokens]` int64, page * T + place.
         positions: `[tokens]` int64.
         page_length: Tokens of a page, T.
+        pieces: The same tokens page by page, where pages are packed when they are full.
+        closed: Then also pages that are full for good.
     """
 
     requests: tuple[Requests, ...]
@@ -101,6 +147,8 @@ class Step:
     slots: torch.Tensor
     positions: torch.Tensor
     page_length: int
+    pieces: tuple[Piece, ...] = ()
+    closed: frozenset[int] = frozenset()
 
 
 def make_step(
@@ -110,6 +158,7 @@ def make_step(
     slots: torch.Tensor,
     page_length: int,
     window: int | None = None,
+    whole_pages: bool = False,
 ) -> Step:
     """The step of a batch.
 
@@ -120,6 +169,7 @@ def make_step(
         slots: `[tokens]` int64, where the new tokens are to be stored.
         page_length: Tokens of a page, T.
         window: Tokens that a query sees; pages before it may have been given to others since. `None`: all.
+        whole_pages: Whether a page is packed when it is full, not token by token.
     """
     new = np.diff(starts)
     held = lengths - new
@@ -145,6 +195,8 @@ def make_step(
         # Only a request that is by itself has tokens of others.
         hidden, borrowed = shared.get(members[0], ({}, ()))
         table, first_pages = _table(held[members], pages[members], page_length, hidden)
+        is_open = whole_pages and table is not None
+        table, open_pages = _open_pages(table, page_length, device) if is_open else (table, ())
         requests.append(
             Requests(
                 rows=rows,
@@ -156,6 +208,7 @@ def make_step(
                 table=None if table is None else torch.from_numpy(table).to(device),
                 full=table is not None and bool((table[2] == page_length).all()),
                 first_pages=first_pages,
+                open_pages=open_pages,
                 borrowed=borrowed,
             )
         )
@@ -163,7 +216,42 @@ def make_step(
     tokens = int(starts[-1])
     positions = np.repeat(held - starts[:-1], new) + np.arange(tokens)
     positions = torch.from_numpy(positions.astype(np.int64)).to(device)
-    return Step(tuple(requests), tokens, slots[:tokens].long(), positions, page_length)
+    step = Step(tuple(requests), tokens, slots[:tokens].long(), positions, page_length)
+    if not whole_pages:
+        return step
+    # The last full page of a history may have been filled by drafts, of which it is known only now that they are right.
+    last_full = pages[np.arange(len(held)), np.maximum(held // page_length - 1, 0)]
+    closed = frozenset(last_full[held >= page_length].tolist())
+    return replace(step, pieces=tuple(_pieces(starts, held, new, pages, page_length)), closed=closed)
+
+
+def _pieces(
+    starts: np.ndarray, held: np.ndarray, new: np.ndarray, pages: np.ndarray, page_length: int
+) -> Iterator[Piece]:
+    """The new tokens of a step page by page; arguments as for `make_step`."""
+    for i in np.flatnonzero(new).tolist():
+        first, end = int(held[i]), int(held[i] + new[i])
+        settled = max(first, end - MAX_DRAFTS)
+        for place in range(first // page_length, -(-end // page_length)):
+            start = place * page_length
+            own, stop = max(first, start), min(end, start + page_length)
+            row, stays_open = int(starts[i]) + own - first, start + page_length > settled
+            yield Piece(int(pages[i, place]), start, row, own - start, stop - own, stays_open)
+
+
+def _open_pages(table: np.ndarray, page_length: int, device: torch.device) -> tuple[np.ndarray | None, list[OpenPages]]:
+    """Take the pages that are not full out of a table `[3, n, blocks]`; one of each request at a time."""
+    is_open, rows, taken = (table[2] > 0) & (table[2] < page_length), np.arange(table.shape[1]), []
+    while is_open.any():
+        place = is_open.argmax(axis=1)
+        found = is_open[rows, place]
+        pages, start, count = table[:, rows, place] * found
+        where = (torch.from_numpy(numbers[:, None]).to(device) for numbers in (start, count))
+        taken.append(OpenPages(np.where(found, pages, -1).tolist(), *where, int(count.max())))
+        table[2, rows[found], place[found]] = 0
+        is_open[rows, place] = False
+    packed = np.flatnonzero(table[2].any(axis=0))
+    return np.ascontiguousarray(table[:, :, : packed[-1] + 1]) if len(packed) else None, tuple(taken)
 
 
 def _table(
@@ -220,70 +308,3 @@ def _shared_runs(
             runs.append(run)
         shared[i] = (counts, tuple(runs))
     return shared
-
-
-class SinkStore:
-    """The first tokens of texts as they are, by the page that holds them.
-
-    A page that begins a text has a row here as long as it is not written anew, by another text or another part of one.
-    So a shared prefix shares its sinks, and there are at most as many rows as pages.
-
-    Args:
-        length: Sinks of a text, S.
-        channels: Of keys and of values.
-        like: Tensor of the type and on the device of the states.
-    """
-
-    def __init__(self, length: int, channels: dict[str, int], like: torch.Tensor):
-        self.length, self.row_of, self.free = length, {}, []
-        self.states = {side: like.new_zeros((0, length, width)) for side, width in channels.items()}
-
-    def _row(self, page: int) -> int:
-        if page not in self.row_of:
-            if not self.free:
-                self._grow()
-            self.row_of[page] = self.free.pop()
-        return self.row_of[page]
-
-    def _grow(self) -> None:
-        for side, old in self.states.items():
-            rows = len(old)
-            added = max(8, rows)
-            self.states[side] = torch.cat([old, old.new_zeros((added, *old.shape[1:]))])
-        self.free = list(range(rows, rows + added))
-
-    def among(self, step: Step) -> torch.Tensor:
-        """Rows of the new tokens of a step that are sinks, `[n]` int64."""
-        return torch.nonzero(step.positions < self.length)[:, 0]
-
-    def write(self, step: Step, rows: torch.Tensor, states: dict[str, torch.Tensor]) -> None:
-        """Keep the sinks of a step, and drop those of pages that are written anew.
-
-        Args:
-            step: The step.
-            rows: `[n]`, as `among` gives them.
-            states: By side `[n, C]`.
-        """
-        pages = step.slots // step.page_length
-        for page in set(pages[step.positions >= step.page_length].tolist()) & set(self.row_of):
-            self.free.append(self.row_of.pop(page))
-        if not len(rows):
-            return
-        # A page may have come with the sinks of another text, whose row it keeps.
-        kept_rows = [self._row(page) for page in pages[rows].tolist()]
-        index = torch.tensor(kept_rows, dtype=torch.int64, device=pages.device)
-        for side, kept in self.states.items():
-            kept[index, step.positions[rows]] = states[side]
-
-    def tiles(self, requests: Requests, channels: slice = slice(None)) -> tuple[Tile, ...]:
-        """The sinks of requests as attention reads them, of some of their channels; none if there are none."""
-        # Those that another request is computing in this step are borrowed from it.
-        rows = [self.row_of.get(page, -1) for page in requests.first_pages]
-        if max(rows) < 0:
-            return ()
-        index = torch.tensor(rows, dtype=torch.int64, device=requests.start.device)
-        keys, values = (states[index][:, None, :, channels] for states in self.states.values())
-        count = requests.start.clamp(max=self.length)
-        if requests.borrowed:
-            count = count.clamp(max=min(run.start for run in requests.borrowed))
-        return (Tile(keys, values, torch.zeros_like(count), count),)

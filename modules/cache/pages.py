@@ -1,23 +1,22 @@
-"""A page of vLLM as a packed block of ours: the layout in bytes, and the writer of single tokens.
+"""A page of a serving engine as a packed block of ours: the layout in bytes, and the writer of single tokens.
 
-vLLM deals out pages of T tokens and knows nothing but their size. A page holds one block of the cache's codecs, field
-after field, so that views into the pages are what attention reads (`PackedPart`), and vLLM's table of pages is the
-table of a `PackedCache`.
+An engine deals out pages of T tokens and knows nothing but their size. A page holds one block of the cache's codecs,
+field after field, so that views into the pages are what attention reads (`PackedPart`), and the engine's table of pages
+is the table of a `PackedCache`.
 
-Requests come and go, and a page fills up token by token. So the codes of a token must not depend on the others of its
-block: calibrated scales, scales by token, or 16 bits. Then a token is packed when it comes, and its bits are set in the
-words of its page, which are those of another text before.
+Requests come and go, and a page fills up token by token. Where the codes of a token do not depend on the others of its
+block (calibrated scales, scales by token, 16 bits), a token is packed when it comes, and its bits are set in the words
+of its page, which are those of another text before. By other schemes a page is packed when it is full (`needs_whole`).
 """
 
 import torch
 
-from configuration_alrd_llama import ALRDLlamaConfig, QuantScheme
+from configuration_alrd_llama import QuantScheme
 from modules.cache.codecs import BlockCodec, Fields, channel_bits, make_codec
 from modules.cache.pool import BlockPool
 from modules.cache.scheme import SIDES, CacheScheme, LayerScales, LayerWidths
 from modules.kernels import Backend
 from modules.kernels.packed import PackedSide
-from modules.kivi_cache import config_schemes
 from modules.quant_utils import require
 
 #: Tokens of a page are a multiple of it: so many fill whole words at any width.
@@ -33,38 +32,13 @@ def check_page_length(length: int) -> None:
         raise ValueError(f"block_size={length}: must be a multiple of {PAGE_MULTIPLE} tokens for packed pages")
 
 
-def page_schemes(config: ALRDLlamaConfig) -> list[CacheScheme]:
-    """What each layer of a cache stores in its pages.
-
-    Raises:
-        ValueError: A token could not be stored without the others of its block; the message names field and rule.
-    """
-    if not config.use_kivi:
-        raise ValueError("use_kivi=False: must be True, for pages hold packed latents")
-    shared, layers = config_schemes(config)
-    schemes = [layers.get(i, shared) for i in range(config.num_cache_layers)]
-    for i, scheme in enumerate(schemes):
-        for side, name in zip("kv", SIDES, strict=True):
-            # A latent of keys and values is stored as keys are.
-            if not (side == "v" and config.joint_kv):
-                _check_scheme(f"cache layer {i}, {side}_scheme", getattr(scheme, name))
-    return schemes
-
-
-def _check_scheme(field: str, scheme: QuantScheme) -> None:
-    """Refuse a scheme by which the codes of a token depend on other tokens, or have no bits of their own."""
-    for name, right in (("quantizer", None), ("rotation", False), ("protected", 0.0)):
-        if getattr(scheme, name) != right:
-            raise ValueError(f"{field}: {name}={getattr(scheme, name)!r}: must be {right!r} in pages")
-    bits = sorted(set(channel_bits(scheme, 1)))
-    if set(bits) & {1.5, 1.58}:
-        raise ValueError(f"{field}: bits={bits}: must be whole bits in pages, whose tokens are written one by one")
-    if scheme.per_channel and not scheme.static and bits != [16]:
-        raise ValueError(
-            f"{field}: static=False with orientation='per_channel': must be static=True, orientation='per_token' or 16 "
-            "bits in pages, for scales that are measured per channel depend on the other tokens of a block; calibrate "
-            "with a budget (scripts/calibrate_svd_ranks.py --budget), which makes static scales"
-        )
+def needs_whole(scheme: QuantScheme) -> bool:
+    """Whether the codes of a token depend on other tokens of its block, or have no bits of their own."""
+    if scheme.quantizer is not None or scheme.rotation or scheme.protected:
+        return True
+    bits = set(channel_bits(scheme, 1))
+    measured = scheme.per_channel and not scheme.static and bits != {16}
+    return measured or bool(bits & {1.5, 1.58})
 
 
 class PageLayout:
@@ -93,9 +67,12 @@ class PageLayout:
     ):
         check_page_length(length)
         self.length = length
-        #: Of blocks of T tokens, as they are read, and of one token, as they are written.
+        #: Of blocks of T tokens.
         self.codecs = _codecs(scheme, length, widths, dtype, backend, scales)
-        self.token_codecs = _codecs(scheme, 1, widths, dtype, backend, scales)
+        #: Of one token, for codes that depend on nothing else.
+        self.token_codecs: dict[str, BlockCodec] = {}
+        if not any([needs_whole(codec.scheme) for codec in self.codecs.values()]):
+            self.token_codecs = _codecs(scheme, 1, widths, dtype, backend, scales)
         # Wide types come first, so that every field starts where its type may.
         fields = []
         for side, codec in self.codecs.items():
@@ -130,7 +107,7 @@ def _codecs(
     backend: Backend | None,
     scales: LayerScales | None,
 ) -> dict[str, BlockCodec]:
-    """The codecs of a layer for blocks of so many tokens; by no scheme of a page do the codes depend on that."""
+    """The codecs of a layer for blocks of so many tokens."""
     codecs, scales = {}, scales or {}
     for side, width in zip(SIDES, widths):
         codecs[side] = make_codec(getattr(scheme, side), length, width, dtype, backend, scales.get(side))
@@ -154,8 +131,21 @@ class Pages:
         self.keys: PackedSide = sides[0]
         self.values: PackedSide = sides[-1]
 
+    def write_whole(self, pages: list[int], states: dict[str, torch.Tensor]) -> None:
+        """Store the tokens of whole pages, of each side `[m, T, C]`.
+
+        Raises:
+            ValueError: A value is not finite.
+        """
+        if not pages:
+            return
+        for side, codec in self.layout.codecs.items():
+            require(torch.isfinite(states[side]).all(), f"{side}: must be finite; NaN or Inf were found")
+            for name, value in codec.encode(states[side]).items():
+                self.storage[side][name][pages] = value
+
     def write(self, slots: torch.Tensor, states: dict[str, torch.Tensor]) -> None:
-        """Store tokens, in whatever order and company they come.
+        """Store tokens, in whatever order and company they come, by a scheme that does not need whole pages.
 
         Args:
             slots: `[N]` int64, each once: page * T + place in the page.
