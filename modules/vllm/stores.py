@@ -153,6 +153,5 @@ class OpenStore(PageRows):
             skipped = (self.sinks - of.start).clamp(min=0, max=self.length)
             places = (skipped + torch.arange(of.longest, device=index.device)).clamp(max=self.length - 1)
             states = [kept[index, places][:, None] for kept in self.states.values()]
-            start, count = of.start + skipped, (of.count - skipped).clamp(min=0)
-            tiles.append(Tile(states[0], states[-1], start, count))
+            tiles.append(Tile(states[0], states[-1], of.start + skipped, (of.count - skipped).clamp(min=0)))
         return tuple(tiles)
