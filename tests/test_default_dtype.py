@@ -218,7 +218,7 @@ def expected(tmp_path_factory):
     return results(tmp_path_factory.mktemp("default") / "float32", "float32")
 
 
-@pytest.mark.parametrize("default", ["float64", "bfloat16", "float16"])
+@pytest.mark.parametrize("default", ["float64", "bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_everything_is_the_same_under_any_default_dtype(default, expected, tmp_path):
     assert differing(results(tmp_path / default, default), expected) == []
 

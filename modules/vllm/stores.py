@@ -151,7 +151,9 @@ class OpenStore(PageRows):
         for of in requests.open_pages:
             index = self._index(list(map(self._row_of, of.pages)))[:, None]
             skipped = (self.sinks - of.start).clamp(min=0, max=self.length)
-            places = (skipped + torch.arange(of.longest, device=index.device)).clamp(max=self.length - 1)
+            places = (skipped + torch.arange(of.longest, dtype=torch.int64, device=index.device)).clamp(
+                max=self.length - 1
+            )
             states = [kept[index, places][:, None] for kept in self.states.values()]
             tiles.append(Tile(states[0], states[-1], of.start + skipped, (of.count - skipped).clamp(min=0)))
         return tuple(tiles)
