@@ -346,29 +346,32 @@ class ALRDLlamaBlockAttention(ALRDLlamaAttention):
         query, keys, values = self._project(hidden_states)
         layer = past_key_values.layer(self.config.cache_layer(self.layer_idx), self.widths, self.sliding_window)
         step = latent_step.on(query.device)
+        sums, held = step.sums, (None, ())
+        if self.layer_idx == self.block.first:
+            if step.has_past:
+                held = (layer.packed(), layer.sinks())
+            sums.begin(self.layer_idx, layer.sink_slots(step.real, keys.shape[1]), *held)
+        sums.enter(self.layer_idx)
         if step.has_past:
-            output, weights = self._attend_block(query, keys, values, layer, step)
+            output, weights = self._attend_block(query, keys, values, layer, step, sums.history, sums.sinks)
         else:
             output, weights = self._attend_dense(query, keys, values, position_embeddings, attention_mask, **kwargs)
 
         # The latents of the new tokens are sums over the layers of the block: the last layer has them whole.
-        if self.layer_idx == self.block.first:
-            step.sums.begin(self.layer_idx, layer.sink_slots(step.real, keys.shape[1]))
         projections = (self.k_latent.BLinear, self.v_latent.BLinear)
-        backend = layer.backend if step.has_past else None
-        step.sums.add(self.layer_idx, self.cache_sides, projections, (keys, values), backend)
+        sums.add(self.cache_sides, projections, (keys, values), layer.backend if step.has_past else None)
         if self.layer_idx == self.block.last:
             latents = {}
-            for side, latent in step.sums.latents.items():
+            for side, latent in sums.latents.items():
                 if self.k_latent.is_joint:
                     dist.all_reduce(latent, group=self.tp_group)  # each rank has added its own heads
                 latents[side] = latent.to(keys.dtype)
-            layer.append(**latents, real=step.real, dense=step.sums.members())
+            layer.append(**latents, real=step.real, dense=sums.members())
         return self._output(output.flatten(2)), weights
 
     def attend(self, hidden_states: torch.Tensor, cache: KIVILatentCache, step: LatentStep):
         layer = cache.layer(self.config.cache_layer(self.layer_idx), self.widths, self.sliding_window)
-        return self._attend_block(*self._project(hidden_states), layer, step)
+        return self._attend_block(*self._project(hidden_states), layer, step, layer.packed(), layer.sinks())
 
     def shard_heads(self, rank: int, size: int, process_group=None) -> None:
         """As `ALRDLlamaAttention.shard_heads`, of the factors beside the dense projections."""
@@ -385,16 +388,16 @@ class ALRDLlamaBlockAttention(ALRDLlamaAttention):
     def _latent_query(self, query: torch.Tensor, step: LatentStep) -> LatentQuery:
         return self._query_of(query, step, self.k_latent.ALinear, self.widths[-1])
 
-    def _attend_block(self, query, keys, values, layer, step: LatentStep):
+    def _attend_block(self, query, keys, values, layer, step: LatentStep, history: PackedCache, sinks: tuple):
         """Attention of new tokens to sinks, to themselves and to latents; `[B, L, H_q, d]` and weights."""
         length = None if step.slots is None else step.slots.shape[1]
         layer.check_type(keys)  # before a kernel takes it at its word
         # Sinks lie side by side, layer by layer.
         size, member = keys.shape[2], self.layer_idx - self.block.first
-        sinks = layer.sinks(slice(member * size, (member + 1) * size))
-        plain = (*sinks, step.new_tokens(keys, values).tile())
+        own = slice(member * size, (member + 1) * size)
+        plain = (*[sink.of_channels(own) for sink in sinks], step.new_tokens(keys, values).tile())
         latent = self._latent_query(query, step)
-        attended = layer.backend.attend_block(latent, plain, layer.packed(), self.expand_values, length)
+        attended = layer.backend.attend_block(latent, plain, history, self.expand_values, length)
         weights = attended.weights
         if weights is not None:
             weights = step.weights_by_slot(weights).to(query.dtype)

@@ -5,52 +5,55 @@ from dataclasses import dataclass, replace
 import torch
 
 from modules.kernels import MAX_QUERY_LENGTH, Backend, add_latents
-from modules.kernels.packed import NewTokens, Rope, counts_of_rows
+from modules.kernels.packed import NewTokens, PackedCache, Rope, Tile, counts_of_rows
 from modules.kivi_cache import KIVILatentCache
 from modules.quant_utils import require
 
 
 class LatentSums:
-    """Latents of a step's new tokens while the members of a block add to them, and the members' own states.
+    """What the members of a block share in a step: what they attend to, and the latents that they add to.
 
-    `begin` at the first layer of a block, `add` at each of them; the cache is given the sums at the last one.
+    `begin` at the first layer of a block, `enter` and `add` at each of them; the cache is given the sums at the last
+    one.
 
     Attributes:
+        history: The tokens that have latents; `None`: the cache is empty.
+        sinks: Those that have none, keys and values of all members side by side.
         latents: By side of the cache `[B, L, Σ r]` float32.
         dense: By "keys" and "values", of each layer so far `[B, n, H_kv * d]`: the first n slots, which may be sinks.
     """
 
-    def begin(self, layer: int, sink_slots: int) -> None:
-        """Start with no tokens; of the layers' own states keep those of the first `sink_slots` slots."""
+    def begin(self, layer: int, sink_slots: int, history: PackedCache | None, sinks: tuple[Tile, ...]) -> None:
+        """Start with no new tokens; of the layers' own states keep those of the first `sink_slots` slots."""
+        self.history, self.sinks = history, sinks
         self.latents, self.dense = {}, {"keys": [], "values": []}
         self._next, self._sink_slots = layer, sink_slots
 
-    def add(
-        self, layer: int, sides: tuple[str, str], projections: tuple, states: tuple, backend: Backend | None
-    ) -> None:
-        """Add what a layer gives.
-
-        Args:
-            layer: Its index.
-            sides: Side of the cache that holds the latents of its keys, and of its values.
-            projections: What makes its parts of the two latents, `MemberBLinear`.
-            states: Its keys and values `[B, L, H_kv * d]`.
-            backend: That of the cache; `None`: it has not begun.
-
-        Raises:
-            ValueError: A layer of the block before this one is missing.
-        """
+    def enter(self, layer: int) -> None:
+        """Raise a `ValueError` if a layer of the block before this one is missing."""
         if getattr(self, "_next", None) != layer:
             raise ValueError(
                 f"layer_group_size: layer {layer} shares its latents with the layers before it, which are not computed "
                 "in the same forward pass; a pipeline's stage must have whole blocks"
             )
         self._next += 1
-        for side, projection, state in zip(sides, projections, states, strict=True):
-            self.latents[side] = add_latents(backend, projection, state, self.latents.get(side))
+
+    def add(self, sides: tuple[str, str], projections: tuple, states: tuple, backend: Backend | None) -> None:
+        """Add what a layer gives.
+
+        Args:
+            sides: Side of the cache that holds the latents of its keys, and of its values.
+            projections: What makes its parts of the two latents, `MemberBLinear`.
+            states: Its keys and values `[B, L, H_kv * d]`.
+            backend: That of the cache; `None`: it has not begun.
+        """
+        add_latents(backend, sides, projections, states, self.latents)
         for kept, state in zip(self.dense.values(), states, strict=True):
             # A copy, so that the tokens of a long prompt are not held till the block is complete.
-            kept.append(state.detach()[:, : self._sink_slots].clone())
+            if self._sink_slots:
+                kept.append(state.detach()[:, : self._sink_slots].clone())
+            else:
+                kept.append(state.new_empty((len(state), 0, state.shape[2])))
 
     def members(self) -> dict[str, torch.Tensor]:
         """The layers' own keys and values side by side, `[B, n, layers * H_kv * d]`."""

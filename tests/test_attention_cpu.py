@@ -1230,21 +1230,33 @@ def test_tokens_beside_no_latents():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("values_width", (20, 36))
 @pytest.mark.parametrize("ranks", ((40,), (7, 18, 3)))
-def test_latents_of_new_tokens(ranks, dtype):
-    """Added to those of the members before, in float32; what gets a gradient, or is many tokens, by PyTorch."""
+def test_latents_of_new_tokens(ranks, values_width, dtype):
+    """Added to those of the members before, in float32, of one latent or two; what gets a gradient, or is many tokens,
+    by PyTorch."""
     torch.manual_seed(0)
-    linear = MemberBLinear(ranks, 3 * 20).to(dtype)
-    linear.bias.data.normal_()
-    backend, outputs = get_backend("cpu", CPU), torch.randn(2, 16, 100).to(dtype)[..., 20:80]
-    assert backend.multiplies(linear.requires_grad_(False), outputs)
-    expected = copy.deepcopy(linear).double()(outputs.double())
-    first = add_latents(backend, linear, outputs, None)
-    assert first.dtype == torch.float32 and distance(first, expected) <= 1e-6
-    both = add_latents(backend, linear, outputs, first.clone())
-    assert distance(both, 2 * expected) <= 1e-6
-    for other in (outputs.repeat(1, 2, 1), outputs.clone().requires_grad_()):
-        assert not backend.multiplies(linear, other)
-        assert distance(add_latents(backend, linear, other, None), linear(other).detach()) == 0
-    linear.bias.data = linear.bias.data.double()
-    assert not backend.multiplies(linear, outputs)
+    linears, outputs = [], []
+    for width in (20, values_width):
+        linears.append(MemberBLinear(ranks, len(ranks) * width).to(dtype).requires_grad_(False))
+        linears[-1].bias.data.normal_()
+        outputs.append(torch.randn(2, 16, len(ranks) * width + 40).to(dtype)[..., 20:-20])
+    backend = get_backend("cpu", CPU)
+    assert all(map(backend.multiplies, linears, outputs))
+    keys, values = (copy.deepcopy(x).double()(y.double()) for x, y in zip(linears, outputs, strict=True))
+
+    def added(sides, latents, given=outputs):
+        add_latents(backend, sides, linears, given, latents)
+        return latents
+
+    apart = added(("keys", "values"), {})
+    assert apart["keys"].dtype == torch.float32
+    assert distance(apart["keys"], keys) <= 1e-6 and distance(apart["values"], values) <= 1e-6
+    joint = added(("keys", "keys"), {"keys": apart["keys"].clone()})
+    assert distance(joint["keys"], 2 * keys + values) <= 1e-6
+    for others in ([x.repeat(1, 2, 1) for x in outputs], [outputs[0], outputs[1].clone().requires_grad_()]):
+        assert not all(map(backend.multiplies, linears, others))
+        by_library = added(("keys", "values"), {}, others)
+        assert distance(by_library["values"], linears[1](others[1]).detach()) == 0
+    linears[0].bias.data = linears[0].bias.data.double()
+    assert not backend.multiplies(linears[0], outputs[0])

@@ -130,10 +130,8 @@ class FixedLatentLayer(LatentLayer):
     def packed(self, *new: Tile) -> PackedCache:
         return self.store.packed(*new) if self.is_fed else PackedCache(after=new)
 
-    def sinks(self, channels: slice = slice(None)) -> tuple[Tile, ...]:
-        if not self.is_fed:
-            return ()
-        return tuple(tile.of_channels(channels) for tile in self.store.sink_tiles)
+    def sinks(self) -> tuple[Tile, ...]:
+        return self.store.sink_tiles if self.is_fed else ()
 
     def sink_slots(self, real: torch.Tensor | None, new_slots: int) -> int:
         # The device alone knows the sinks that there are: as many as if there were none.

@@ -275,16 +275,19 @@ class KIVILatentLayer(LatentLayer):
     def row_lengths(self) -> list[int]:
         return list(column(self.rows, "tokens"))
 
-    @in_any_mode
     def block_table(self) -> torch.Tensor:
         if self._table is None:
-            # Attention skips the counts of a table in which every row has as many blocks, all of them whole.
-            rows = self.rows
-            entries = block_table(rows, self.device)
-            whole = (self.scheme.block_length,) * entries.shape[2]
-            full = set(column(rows, "counts")) == {whole}
-            self._table = _Table(entries, full, column(rows, "sinks"), column(rows, "window_start"))
+            self._table = self._make_table()
         return self._table.entries
+
+    @in_any_mode
+    def _make_table(self) -> _Table:
+        # Attention skips the counts of a table in which every row has as many blocks, all of them whole.
+        rows = self.rows
+        entries = block_table(rows, self.device)
+        whole = (self.scheme.block_length,) * entries.shape[2]
+        full = set(column(rows, "counts")) == {whole}
+        return _Table(entries, full, column(rows, "sinks"), column(rows, "window_start"))
 
     def packed(self, *new: Tile) -> PackedCache:
         if not self.is_initialized:
@@ -303,10 +306,9 @@ class KIVILatentLayer(LatentLayer):
         keys, values = sides[0], sides[-1]
         return PackedCache(sinks, window + new, keys, values, self.scheme.block_length, entries, table.full)
 
-    def sinks(self, channels: slice = slice(None)) -> tuple[Tile, ...]:
+    def sinks(self) -> tuple[Tile, ...]:
         counts = column(self.rows, "sinks")
-        tiles = self.exact.tiles("sinks", (0,) * len(counts), counts)
-        return tuple(tile.of_channels(channels) for tile in tiles)
+        return self.exact.tiles("sinks", (0,) * len(counts), counts)
 
     def sink_slots(self, real: torch.Tensor | None, new_slots: int) -> int:
         return sink_slots(self.rows, self.scheme, real, new_slots)

@@ -165,8 +165,8 @@ class LayerStorage(ABC):
         """What new tokens attend to: all that is cached, and the `new` tokens themselves."""
 
     @abstractmethod
-    def sinks(self, channels: slice = slice(None)) -> tuple[Tile, ...]:
-        """The sinks as attention reads them, of some of their channels; none if there are none."""
+    def sinks(self) -> tuple[Tile, ...]:
+        """The sinks as attention reads them; none if there are none."""
 
     @abstractmethod
     def sink_slots(self, real: torch.Tensor | None, new_slots: int) -> int:

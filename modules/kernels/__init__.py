@@ -168,22 +168,25 @@ class Backend:
 
 
 def add_latents(
-    backend: Backend | None, linear: MemberBLinear, outputs: torch.Tensor, latents: torch.Tensor | None
-) -> torch.Tensor:
-    """A member's part of the latents of its block `[B, L, Σ r]` float32, added to those of the members before it.
+    backend: Backend | None, sides: tuple[str, ...], linears: tuple, outputs: tuple, latents: dict[str, torch.Tensor]
+) -> None:
+    """Add a member's parts of the latents of its block, `[B, L, Σ r]` float32, to those of the members before it.
 
     Args:
         backend: Of a cache that has begun; `None`: PyTorch multiplies.
-        linear, outputs: What makes the part, of `[B, L, H_kv * d]`.
-        latents: The sums so far, which may be written; `None`: it is the first part.
+        sides: Of the cache, to which the parts belong; twice the same where a latent is of keys and values.
+        linears, outputs: What makes each part, `MemberBLinear`, of `[B, L, H_kv * d]`.
+        latents: By side the sums so far, changed; no entry: it is the first part.
     """
-    if backend is None or not backend.multiplies(linear, outputs):
-        part = linear(outputs)
-        return part if latents is None else latents + part
-    if latents is None:
-        latents = outputs.new_zeros((*outputs.shape[:2], sum(linear.ranks)), dtype=torch.float32)
-    backend.fused_latents(linear, outputs, latents)
-    return latents
+    if backend is None or not all(map(backend.multiplies, linears, outputs)):
+        for side, linear, x in zip(sides, linears, outputs, strict=True):
+            part = linear(x)
+            latents[side] = latents[side] + part if side in latents else part
+        return
+    for side, linear, x in zip(sides, linears, outputs, strict=True):
+        if side not in latents:
+            latents[side] = x.new_zeros((*x.shape[:2], sum(linear.ranks)), dtype=torch.float32)
+    backend.fused_latents(linears, outputs, tuple([latents[side] for side in sides]))
 
 
 def _without_gradient(query: LatentQuery, attended: Attended) -> Attended:

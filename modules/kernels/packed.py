@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -46,6 +46,11 @@ class Rope:
     inv_freq: torch.Tensor
     attention_scaling: float = 1.0
 
+    @cached_property
+    def frequencies(self) -> tuple[float, ...]:
+        """`inv_freq` on the host."""
+        return tuple(self.inv_freq.tolist())
+
     def on(self, device: torch.device) -> "Rope":
         """The same on a device."""
         return replace(self, inv_freq=self.inv_freq.to(device))
@@ -87,7 +92,7 @@ class Tile:
 
     def of_channels(self, channels: slice) -> "Tile":
         """The tile of some channels of the keys, and of the values."""
-        return replace(self, keys=self.keys[..., channels], values=self.values[..., channels])
+        return Tile(self.keys[..., channels], self.values[..., channels], self.start, self.count, self.hidden)
 
 
 class NewTokens(NamedTuple):

@@ -234,9 +234,8 @@ class LatentPages(AttentionLayerBase):
         # The first layer starts the sums, to which each one adds its keys and its values.
         if member == 0:
             self._latents, self._dense = {}, {"keys": [], "values": []}
-        for (side, project), x in zip(own.project, (keys, values), strict=True):
-            before = self._latents.get(side)
-            self._latents[side] = add_latents(self.backend, project, x[None], before)
+        sides, linears = zip(*own.project, strict=True)
+        add_latents(self.backend, sides, linears, (keys[None], values[None]), self._latents)
         for side, of_member in sinks.items():
             self._dense[side].append(of_member)
         if member == len(self.members) - 1:

@@ -192,7 +192,7 @@ def latent_attention(
     # Without RoPE every pair stands still.
     frequencies, scaling = (0.0,) * (size // 2), query.scaling
     if rope is not None:
-        frequencies, scaling = tuple(rope.inv_freq.tolist()), scaling * rope.attention_scaling**2
+        frequencies, scaling = rope.frequencies, scaling * rope.attention_scaling**2
     frequency, order = _pairs(frequencies)
     states, positions = query.states.detach().float().contiguous(), query.positions.to(torch.int64).contiguous()
     output_width = head_width = max(value_widths)

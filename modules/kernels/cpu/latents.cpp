@@ -9,30 +9,45 @@ struct Parts {
   const int32_t* group_of;              // [rows]
   int64_t token_stride;                 // of the outputs
   int32_t tokens, rows, groups, width;
-  int32_t output_type, weight_type, threads;
+  int32_t output_type, weight_type;
 };
 
-extern "C" int alrd_add_latents(const Parts* parts) {
-  const Parts& p = *parts;
-  const int padded = round_up(p.width, 16);
-  Floats outputs((size_t)p.tokens * p.groups * padded);
-  for (int t = 0; t < p.tokens; t++)
-    for (int g = 0; g < p.groups; g++)
-      numbers(p.outputs, t * p.token_stride + (int64_t)g * p.width, p.width, p.output_type,
-              &outputs[((size_t)t * p.groups + g) * padded]);
-#pragma omp parallel num_threads(p.threads)
+extern "C" int alrd_add_latents(const Parts* parts, int count, int threads) {
+  int longest = 0;
+  size_t size = 0;
+  for (int i = 0; i < count; i++) {
+    longest = std::max(longest, round_up(parts[i].width, 16));
+    size += (size_t)parts[i].tokens * parts[i].groups * round_up(parts[i].width, 16);
+  }
+  Floats outputs(size);
+  float* to = outputs.data();
+  for (int i = 0; i < count; i++) {
+    const Parts& p = parts[i];
+    for (int t = 0; t < p.tokens; t++)
+      for (int g = 0; g < p.groups; g++, to += round_up(p.width, 16))
+        numbers(p.outputs, t * p.token_stride + (int64_t)g * p.width, p.width, p.output_type, to);
+  }
+#pragma omp parallel num_threads(threads)
   {
-    Floats row(padded);
-#pragma omp for
-    for (int r = 0; r < p.rows; r++) {
-      numbers(p.weight, (int64_t)r * p.width, p.width, p.weight_type, row.data());
-      const float bias = number(p.bias, r, p.weight_type);
-      for (int t = 0; t < p.tokens; t++) {
-        const float* x = &outputs[((size_t)t * p.groups + p.group_of[r]) * padded];
-        vf total = set1(0);
-        for (int c = 0; c < padded; c += 16) total = fma(load(&row[c]), load(x + c), total);
-        p.latents[(int64_t)t * p.rows + r] += sum(total) + bias;
+    Floats row(longest);
+    const float* of_part = outputs.data();
+    // A thread has the same rows of each part, so that no two add to one latent.
+    for (int i = 0; i < count; i++) {
+      const Parts& p = parts[i];
+      const int padded = round_up(p.width, 16);
+      std::fill(row.begin(), row.end(), 0.f);
+#pragma omp for schedule(static) nowait
+      for (int r = 0; r < p.rows; r++) {
+        numbers(p.weight, (int64_t)r * p.width, p.width, p.weight_type, row.data());
+        const float bias = number(p.bias, r, p.weight_type);
+        for (int t = 0; t < p.tokens; t++) {
+          const float* x = of_part + ((size_t)t * p.groups + p.group_of[r]) * padded;
+          vf total = set1(0);
+          for (int c = 0; c < padded; c += 16) total = fma(load(&row[c]), load(x + c), total);
+          p.latents[(int64_t)t * p.rows + r] += sum(total) + bias;
+        }
       }
+      of_part += (size_t)p.tokens * p.groups * padded;
     }
   }
   return 0;
