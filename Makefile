@@ -49,9 +49,9 @@ endef
 YARN := {"rope_type": "yarn", "factor": 4.0, "rope_theta": 100000.0, "original_max_position_embeddings": 8192}
 
 define STRETCHED
-	$(RUN) scripts/eval_perplexity.py --model build/real/0.125 --dense build/real/dense --bits config \
-		--text speech:test stdlib:test manual --windows 1 --batch_size 1 --length $(1) --prefill $(shell expr $(1) - 128) \
-		--rope_parameters '$(YARN)' --output build/real_yarn_$(1).json
+	$(RUN) scripts/eval_perplexity.py --model build/real/$(1) --dense build/real/dense --bits config \
+		--text speech:test stdlib:test manual --windows 1 --batch_size 1 --length $(2) --prefill $(shell expr $(2) - 128) \
+		--rope_parameters '$(YARN)' --output build/real_yarn_$(1)_$(2).json
 
 endef
 
@@ -76,7 +76,7 @@ real-results: .venv/wheels
 		--budget 0.25 --code trellis --layer_group_size 1 --output build/real/0.25-one-layer
 	$(call FLOAT32,0.25-one-layer,real_float32_one_layer)
 	$(foreach budget,0.125 0.0625,$(foreach length,2048 4096 8192,$(call LONG,$(budget),$(length))))
-	$(foreach length,16384 32768,$(call STRETCHED,$(length)))
+	$(foreach budget,0.125 0.0625,$(foreach length,16384 32768,$(call STRETCHED,$(budget),$(length))))
 	$(RUN) scripts/eval_retrieval.py --task ruler --dense build/real/dense --checkpoints $(REAL_BUDGETS:%=build/real/%) \
 		--chat --lengths 1024 2048 --trials 8 --questions 2 --new_tokens 16 --output build/real_ruler.json
 	$(RUN) scripts/eval_retrieval.py --task ruler --dense build/real/dense --checkpoints build/real/0.125 \

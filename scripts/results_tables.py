@@ -535,7 +535,7 @@ def surface(record: dict) -> str:
 
 #: Windows of SmolLM2 by share of the bytes and length.
 REAL_LONG = [f"real_long_{budget}_{length}" for budget in (0.125, 0.0625) for length in (2048, 4096, 8192)]
-REAL_YARN = [f"real_yarn_{length}" for length in (16384, 32768)]
+REAL_YARN = [f"real_yarn_{budget}_{length}" for budget in (0.125, 0.0625) for length in (16384, 32768)]
 
 #: The script and the `make` target that write each JSON file of scripts/results.
 MADE_BY = {
