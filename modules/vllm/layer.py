@@ -234,8 +234,7 @@ class LatentPages(AttentionLayerBase):
         # The first layer starts the sums, to which each one adds its keys and its values.
         if member == 0:
             self._latents, self._dense = {}, {"keys": [], "values": []}
-        sides, linears = zip(*own.project, strict=True)
-        add_latents(self.backend, sides, linears, (keys[None], values[None]), self._latents)
+        add_latents(self.backend, *zip(*own.project, strict=True), (keys[None], values[None]), self._latents)
         for side, of_member in sinks.items():
             self._dense[side].append(of_member)
         if member == len(self.members) - 1:
