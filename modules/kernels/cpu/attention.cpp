@@ -115,6 +115,9 @@ struct Worker {
   std::vector<int64_t> query_position;
   std::vector<Stretch> stretches;
   Floats some_rows;  // of the expansion for tokens in full precision
+  // By tile registers: such tokens as pairs of bfloat16 [channels / 2][TILE], and a head's keys [2 half][TILE].
+  std::vector<uint32_t> exact_pairs;
+  Floats exact_keys;
 
   Worker(const Arguments& arguments, const Division& d, const Division& e)
       : a(arguments), division(d), exact_division(e) {}
@@ -299,6 +302,54 @@ struct Worker {
     return {some_rows.data(), width, 1};
   }
 
+  // Whether keys of tokens in full precision are products of tile registers.
+  bool exact_by_tiles() const {
+    return ALRD_TILES && has_tiles() && !exact_division.nodes && a.weight && 2 * a.half % 16 == 0 &&
+           a.weight_type == BFLOAT16 && a.state_type == BFLOAT16;
+  }
+
+#if ALRD_TILES
+  // n tokens of an exact tile, at most TILE, from `first` on, as pairs.
+  void load_pairs(const Exact& exact, int first, int n) {
+    const int channels = a.key_count[group];
+    exact_pairs.resize((size_t)round_up(channels, 32) / 2 * TILE);
+    for (int t = 0; t < n; t += 16) {
+      const uint16_t* tokens = (const uint16_t*)exact.keys + row * exact.key_row + a.key_start[group];
+      for (int c = 0; c < channels; c += 32) {
+        const __mmask32 held = channels - c < 32 ? (1u << (channels - c)) - 1 : ~0u;
+        alignas(64) uint32_t words[16 * 16];
+        for (int i = 0; i < 16; i++) {
+          const int64_t token = first + std::min(t + i, n - 1);
+          storei(words + 16 * i, _mm512_maskz_loadu_epi16(held, tokens + token * exact.key_token + c));
+        }
+        transpose_words(words, 16, &exact_pairs[(size_t)c / 2 * TILE + t], TILE);
+      }
+    }
+  }
+
+  // The keys of n tokens of the pairs for a head of the item, without their bias.
+  void multiply_exact(int head, int n) {
+    exact_keys.resize((size_t)2 * a.half * TILE);
+    const uint16_t* rows = (const uint16_t*)a.weight + (int64_t)(first_head + head) * 2 * a.half * a.weight_stride;
+    for (int r = 0; r < 2 * a.half; r += 16)
+      (n > 32 ? multiply_pairs<4> : multiply_pairs<2>)(rows + r * a.weight_stride, a.weight_stride, a.key_count[group],
+                                                       exact_pairs.data(), &exact_keys[(size_t)r * TILE]);
+  }
+#endif
+
+  // Their rows for pairs from f on, and 16 V tokens.
+  template <int M, int V>
+  void load_exact(int head, int f, int token, vf (&k)[M][V]) const {
+    each<M>([&](auto m) INLINE {
+      const bool exists = 2 * f + m < 2 * a.half;
+      const int dimension = exists ? m % 2 * a.half + a.order[f + m / 2] : 0;
+      const float* keys = &exact_keys[(size_t)dimension * TILE + token];
+      const vf bias =
+          set1(a.bias ? number(a.bias, (int64_t)(first_head + head) * 2 * a.half + dimension, a.weight_type) : 0);
+      each<V>([&](auto v) INLINE { k[m][v] = exists ? add(load(keys + 16 * v), bias) : set1(0); });
+    });
+  }
+
   template <int V, int PAIRS>
   void score_tokens(int head, const ExpansionRows& rows, const Rounded& fast, const Rounded& nodes,
                     const Tokens& tokens, int token, int offset, float* out) {
@@ -306,9 +357,13 @@ struct Worker {
     const float* q = &rows.fast_query[offset / HALF * (size_t)queries * 2 * rows.padded];
     for (int f = 0; f < d.fast; f += PAIRS) {
       vf k[2 * PAIRS][V];
-      const bool is_kept = !is_exact || exact_division.nodes;
-      const Lanes lanes = is_kept ? rows.fast().from(2 * f) : exact_rows(head, 2 * f, 2 * PAIRS);
-      multiply<2 * PAIRS, V>(fast, lanes, columns, tokens, 2 * f, token, k);
+      if (is_exact && exact_by_tiles()) {
+        load_exact<2 * PAIRS, V>(head, f, token, k);
+      } else {
+        const bool is_kept = !is_exact || exact_division.nodes;
+        const Lanes lanes = is_kept ? rows.fast().from(2 * f) : exact_rows(head, 2 * f, 2 * PAIRS);
+        multiply<2 * PAIRS, V>(fast, lanes, columns, tokens, 2 * f, token, k);
+      }
       each<PAIRS>([&](auto p) INLINE {
         const float* cosine = &d.cosine[(size_t)(f + p) * 2 * HALF + offset % HALF];
         const float* sine = &d.sine[(size_t)(f + p) * 2 * HALF + offset % HALF];
@@ -359,6 +414,9 @@ struct Worker {
 #endif
     for (size_t h = 0; h < heads.size(); h++) {
       const Head& head = heads[h];
+#if ALRD_TILES
+      if (is_exact && exact_by_tiles()) multiply_exact(h, n);
+#endif
       const auto score = [&](auto vectors, int token) INLINE {
         const bool two = (head.*rows).division->together == 2;
         (this->*(two ? &Worker::score_tokens<vectors, 2> : &Worker::score_tokens<vectors, 3>))(
@@ -1082,7 +1140,10 @@ struct Worker {
       for (Head& head : heads) head.exact_expansion.move(position);
       for (int tile = 0; tile < n; tile += TILE) {
         const int in_tile = std::min(TILE, n - tile);
-        for (int t = 0; t < in_tile; t += 16) {
+#if ALRD_TILES
+        if (exact_by_tiles()) load_pairs(exact, first + tile, in_tile);
+#endif
+        for (int t = 0; t < in_tile && !exact_by_tiles(); t += 16) {
           const int64_t at = row * exact.key_row + (first + tile + t) * exact.key_token + a.key_start[group];
           for (int c = 0; c < channels; c += 16) {
             alignas(64) float states[16 * 16];

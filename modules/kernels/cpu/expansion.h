@@ -15,7 +15,6 @@
 namespace {
 
 constexpr int SPAN = 256;  // tokens of a batch
-constexpr int TILE = 64;   // tokens that are unpacked together
 constexpr int HALF = 128;  // tokens for which cosines and sines are tabulated
 constexpr int LEVELS = 4;
 constexpr float LIMIT = 0.008f;      // relative error of an expansion row of 8 bits

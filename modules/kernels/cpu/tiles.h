@@ -1,10 +1,11 @@
-// Products of bytes by the tile registers of AMX, where the processor has them and the system lends them.
+// Products of bytes, and of pairs of bfloat16, by the tile registers of AMX, where the processor has them and the
+// system lends them.
 
 #pragma once
 
 #include "vectors.h"
 
-#if ALRD_AVX512 && defined(__AMX_INT8__)
+#if ALRD_AVX512 && defined(__AMX_INT8__) && defined(__AMX_BF16__)
 #define ALRD_TILES 1
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -13,6 +14,8 @@
 #endif
 
 namespace {
+
+constexpr int TILE = 64;  // tokens that are unpacked together
 
 #if ALRD_TILES
 
@@ -114,6 +117,43 @@ inline void turn_codes(const uint8_t* from, int64_t quad_bytes, uint8_t* to) {
     storei(to + 16 * t + 128, _mm512_shuffle_i32x4(c, d, 0x88));
     storei(to + 16 * t + 192, _mm512_shuffle_i32x4(c, d, 0xDD));
   }
+}
+
+// Rows [16][32], and tokens [16 pairs][tokens], of pairs of bfloat16, to whose products with 16 V tokens a step is
+// added.
+template <int V>
+INLINE inline void add_pairs(const void* rows, int64_t row_bytes, const uint32_t* tokens, int64_t token_bytes) {
+  _tile_loadd(4, rows, row_bytes);
+  _tile_loadd(5, tokens, token_bytes);
+  _tile_loadd(6, tokens + 16, token_bytes);
+  _tile_dpbf16ps(0, 4, 5);
+  _tile_dpbf16ps(1, 4, 6);
+  if (V == 2) return;
+  _tile_loadd(5, tokens + 32, token_bytes);
+  _tile_loadd(6, tokens + 48, token_bytes);
+  _tile_dpbf16ps(2, 4, 5);
+  _tile_dpbf16ps(3, 4, 6);
+}
+
+// The products of 16 rows of n numbers in bfloat16, `stride` apart, with 16 V tokens of TILE, [pairs][TILE]:
+// [16][TILE]. Pairs behind the last number are zeros.
+template <int V>
+inline void multiply_pairs(const uint16_t* rows, int64_t stride, int n, const uint32_t* tokens, float* products) {
+  alignas(64) uint16_t last[16 * 32];
+  for (int i = 0; i < 16 && n % 32; i++)
+    storei(last + 32 * i, _mm512_maskz_loadu_epi16((1u << n % 32) - 1, rows + i * stride + n / 32 * 32));
+  finish_stores();
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int c = 0; c + 32 <= n; c += 32) add_pairs<V>(rows + c, 2 * stride, tokens + c / 2 * TILE, 4 * TILE);
+  if (n % 32) add_pairs<V>(last, 64, tokens + n / 32 * 16 * TILE, 4 * TILE);
+  _tile_stored(0, products, 4 * TILE);
+  _tile_stored(1, products + 16, 4 * TILE);
+  if (V == 2) return;
+  _tile_stored(2, products + 32, 4 * TILE);
+  _tile_stored(3, products + 48, 4 * TILE);
 }
 
 // Sums over `steps` times 64 tokens of 16 rows' weights, high and low bytes [16][row_bytes], times turned codes
