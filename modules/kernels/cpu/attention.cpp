@@ -1242,11 +1242,15 @@ extern "C" int alrd_attention(const Arguments* arguments) {
   const int batches = std::max<int>(1, ceil_div(a.blocks - unseen, blocks_of_batch));
   // Heads that share their latents are an item, fewer of them where threads would have nothing to do.
   const int sharing = a.keys.groups == a.values.groups ? a.heads / a.keys.groups : 1;
+  const int most_splits = batches + (a.blocks && a.n_exact);
   int of_item = std::min(sharing, MOST_HEADS);
-  while (sharing % of_item || (of_item > 1 && a.batch * a.heads / of_item * batches < a.threads)) of_item--;
+  while (sharing % of_item || (of_item > 1 && a.batch * a.heads / of_item * most_splits < a.threads)) of_item--;
   const int items = a.blocks || a.n_exact ? a.batch * a.heads / of_item : 0;
-  int splits = 1;
-  if (items % a.threads) splits = std::min<int>(ceil_div(4 * a.threads, items), batches);
+  int splits = 1, of_exact = 0;  // the first ones are those of tokens in full precision
+  if (items % a.threads) {
+    splits = std::min<int>(ceil_div(4 * a.threads, items), most_splits);
+    of_exact = splits > 1 && a.n_exact;
+  }
   const Division& division =
       division_of(a.frequency, a.half, a.tolerance, a.keys.width, queries, has_tiles() && !a.keys.by_block);
   // Of few exact tokens all pairs are rebuilt: sums at nodes would be for more.
@@ -1269,9 +1273,10 @@ extern "C" int alrd_attention(const Arguments* arguments) {
       worker.start(item % a.batch, item / a.batch * of_item, of_item);
       if (split == 0)
         for (int e = 0; e < a.n_exact; e++) worker.attend_exact(a.exact[e]);
-      const int first = unseen + (int64_t)batches * split / splits * blocks_of_batch,
-                last = unseen + (int64_t)batches * (split + 1) / splits * blocks_of_batch;
-      if (a.blocks) worker.attend_blocks(first, std::min(last, a.blocks));
+      const int part = split - of_exact, parts = splits - of_exact;
+      const int first = unseen + (int64_t)batches * part / parts * blocks_of_batch,
+                last = unseen + (int64_t)batches * (part + 1) / parts * blocks_of_batch;
+      if (a.blocks && part >= 0) worker.attend_blocks(first, std::min(last, a.blocks));
       worker.finish(&partial[(size_t)i * share]);
     }
     HeadOutput output(a);
