@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from configuration_alrd_llama import ALRDLlamaConfig, QuantScheme
-from modules.cache.pages import PageLayout, Pages
+from modules.cache.pages import PageLayout, Pages, check_page_length
 from modules.cache.scheme import CacheScheme
 from modules.kernels import get_backend
 from modules.kernels.attention import latent_attention
@@ -324,15 +324,28 @@ def test_a_text_has_two_open_pages_at_most():
 
 
 def test_open_pages_that_are_left_behind_go_when_there_are_too_many():
-    engine = WholePages("measured", 32, 12, limit=4)
-    for page in range(8):
-        engine.write(engine.step([1, 3], [page, 0], [[9], [page]]), torch.randn(4, sum(WIDTHS)))
-    assert list(engine.store.row_of) == [5, 6, 9, 7]
+    engine = WholePages("measured", 32, 20, limit=16)
+    for page in range(18):
+        engine.write(engine.step([1, 3], [page, 0], [[19], [page]]), torch.randn(4, sum(WIDTHS)))
+    assert sorted(engine.store.row_of) == [*range(3, 18), 19]
+    assert len(engine.store.states["keys"]) == 16  # no room for more than are kept
     step = engine.step([1], [3], [[2]])
     (requests,) = step.requests
     for touch in (lambda: engine.store.tiles(requests), lambda: engine.write(step, torch.randn(1, sum(WIDTHS)))):
-        with pytest.raises(RuntimeError, match="page 2: its tokens are gone"):
+        with pytest.raises(RuntimeError, match=r"max_num_seqs=8: must be more: .* page 2, which is not packed"):
             touch()
+    # Those of one step have room in any case; pages that it fills for good need none.
+    engine.write(engine.step([3] * 18, [0] * 18, [[page] for page in range(18)]), torch.randn(54, sum(WIDTHS)))
+    assert len(engine.store.states["keys"]) == 18
+    engine.write(engine.step([32 * 17], [0], [list(range(17))]), torch.randn(32 * 17, sum(WIDTHS)))
+    assert sorted(engine.store.row_of) == [16, 17]
+
+
+def test_an_open_page_takes_no_token_that_is_not_finite():
+    engine = WholePages("measured", 32, 2)
+    with pytest.raises(ValueError, match="keys: must be finite"):
+        engine.write(engine.step([2], [0], [[1]]), torch.tensor([[0.0], [torch.nan]]).expand(2, sum(WIDTHS)))
+    assert not engine.store.row_of
 
 
 def test_an_open_page_that_is_being_filled_is_shared():
@@ -364,6 +377,14 @@ def test_an_open_page_that_is_being_filled_is_shared():
 def test_which_schemes_pack_whole_pages(fields, whole):
     config = ALRDLlamaConfig(**TINY_LLAMA, truncation_ranks=all_ranks(3, 8), **fields)
     assert needs_whole_pages(config) == whole
+
+
+def test_pages_that_are_refused():
+    check_page_length(64, 64)
+    with pytest.raises(ValueError, match="block_size=48: must be a multiple of 32"):
+        check_page_length(48)
+    with pytest.raises(ValueError, match="sink_length=65: must be at most block_size=64"):
+        check_page_length(64, 65)
 
 
 def test_a_model_without_packed_latents_is_refused():

@@ -9,6 +9,8 @@ block (calibrated scales, scales by token, 16 bits), a token is packed when it c
 of its page, which are those of another text before. By other schemes a page is packed when it is full (`needs_whole`).
 """
 
+from collections.abc import Set
+
 import torch
 
 from configuration_alrd_llama import QuantScheme
@@ -26,10 +28,14 @@ PAGE_MULTIPLE = 32
 _LOW_BITS = {3: 2, 5: 4, 6: 4}
 
 
-def check_page_length(length: int) -> None:
-    """Refuse a `--block-size` of vLLM whose tokens do not fill words."""
+def check_page_length(length: int, sinks: int = 0) -> None:
+    """Refuse a `--block-size` of vLLM whose tokens do not fill words, or of which the first page has not all sinks."""
     if length % PAGE_MULTIPLE:
         raise ValueError(f"block_size={length}: must be a multiple of {PAGE_MULTIPLE} tokens for packed pages")
+    if sinks > length:
+        raise ValueError(
+            f"sink_length={sinks}: must be at most block_size={length}, for sinks go by a text's first page"
+        )
 
 
 def needs_whole(scheme: QuantScheme) -> bool:
@@ -71,7 +77,7 @@ class PageLayout:
         self.codecs = _codecs(scheme, length, widths, dtype, backend, scales)
         #: Of one token, for codes that depend on nothing else.
         self.token_codecs: dict[str, BlockCodec] = {}
-        if not any([needs_whole(codec.scheme) for codec in self.codecs.values()]):
+        if not any([needs_whole(getattr(scheme, side)) for side in self.codecs]):
             self.token_codecs = _codecs(scheme, 1, widths, dtype, backend, scales)
         # Wide types come first, so that every field starts where its type may.
         fields = []
@@ -132,15 +138,10 @@ class Pages:
         self.values: PackedSide = sides[-1]
 
     def write_whole(self, pages: list[int], states: dict[str, torch.Tensor]) -> None:
-        """Store the tokens of whole pages, of each side `[m, T, C]`.
-
-        Raises:
-            ValueError: A value is not finite.
-        """
+        """Store the tokens of whole pages, finite ones, of each side `[m, T, C]`."""
         if not pages:
             return
         for side, codec in self.layout.codecs.items():
-            require(torch.isfinite(states[side]).all(), f"{side}: must be finite; NaN or Inf were found")
             for name, value in codec.encode(states[side]).items():
                 self.storage[side][name][pages] = value
 
@@ -182,3 +183,40 @@ class Pages:
             # Tokens of one word must not overwrite each other. They have bits of their own, so differences add up.
             words.index_put_((page, word), (codes[:, plane] & mask) - old << shift, accumulate=True)
             first += self.layout.length // per_word
+
+
+class PageRows:
+    """States of tokens as they are, in a row for each page that has one.
+
+    Args:
+        length: Tokens of a row.
+        channels: By side.
+        like: Tensor of the type and on the device of the states.
+        limit: Rows at most, but for those of one step.
+    """
+
+    def __init__(self, length: int, channels: dict[str, int], like: torch.Tensor, limit: int = 1 << 31):
+        self.length, self.limit, self.row_of, self.free = length, limit, {}, []
+        self.states = {side: like.new_zeros((0, length, width)) for side, width in channels.items()}
+
+    def _row(self, page: int) -> int:
+        if page not in self.row_of:
+            if not self.free:
+                self._grow()
+            self.row_of[page] = self.free.pop()
+        return self.row_of[page]
+
+    def _grow(self) -> None:
+        for side, old in self.states.items():
+            rows = len(old)
+            added = max(1, min(max(8, rows), self.limit - rows))
+            self.states[side] = torch.cat([old, old.new_zeros((added, *old.shape[1:]))])
+        self.free = list(range(rows, rows + added))
+
+    def _drop(self, pages: Set[int]) -> None:
+        for page in pages & set(self.row_of):
+            self.free.append(self.row_of.pop(page))
+
+    def _index(self, rows: list[int]) -> torch.Tensor:
+        device = next(iter(self.states.values())).device
+        return torch.tensor(rows, dtype=torch.int64, device=device)

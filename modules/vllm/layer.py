@@ -144,7 +144,7 @@ class LatentPages(AttentionLayerBase):
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> FullAttentionSpec | SlidingWindowSpec:
         """A page is one state, of all its tokens: its bytes need not divide by them."""
         length = vllm_config.cache_config.block_size
-        check_page_length(length)
+        check_page_length(length, self.scheme.sink_length)
         layout = PageLayout(self.scheme, self.widths, length, self.dtype)
         kind, how = FullAttentionSpec, {}
         config = vllm_config.model_config.hf_config

@@ -1,7 +1,7 @@
 """The new tokens of a step of vLLM: requests of all lengths in one flat batch, and where their history lies.
 
-A token attends to the packed pages that were written before the step, and to the new tokens of its own request as they
-are. vLLM also lets a request share pages which another one is writing in this very step. Those are not packed before
+A token attends to the pages that were written before the step, and to the new tokens of its own request as they are.
+vLLM also lets a request share pages which another one is writing in this very step. Those are not packed before
 the last layer of their block has run, so what is new in them is read from the other request's new tokens.
 """
 
@@ -63,7 +63,7 @@ class Requests:
         positions: `[n, L]` int64.
         start, added: `[n, 1]` int32: tokens before the new ones, and L.
         least_held: Least of `start`, as the host knows it.
-        table, full: `[3, n, blocks]` int32 and a flag, as in `PackedCache`; `None`: there is no history.
+        table, full: `[3, n, blocks]` int32 and a flag, as in `PackedCache`; `None`: no history is packed.
         first_pages: Page of the first token of each request's history, -1: it has none.
         open_pages: History that is not packed yet and not in `table`.
         borrowed: Runs of other requests' tokens that are history here (n = 1).

@@ -2,44 +2,10 @@
 
 import torch
 
+from modules.cache.pages import PageRows
 from modules.kernels.packed import Tile
+from modules.quant_utils import require
 from modules.vllm.step import Requests, Step
-
-
-class PageRows:
-    """States of tokens as they are, in a row for each page that has one.
-
-    Args:
-        length: Tokens of a row.
-        channels: By side.
-        like: Tensor of the type and on the device of the states.
-    """
-
-    def __init__(self, length: int, channels: dict[str, int], like: torch.Tensor):
-        self.length, self.row_of, self.free = length, {}, []
-        self.states = {side: like.new_zeros((0, length, width)) for side, width in channels.items()}
-
-    def _row(self, page: int) -> int:
-        if page not in self.row_of:
-            if not self.free:
-                self._grow()
-            self.row_of[page] = self.free.pop()
-        return self.row_of[page]
-
-    def _grow(self) -> None:
-        for side, old in self.states.items():
-            rows = len(old)
-            added = max(8, rows)
-            self.states[side] = torch.cat([old, old.new_zeros((added, *old.shape[1:]))])
-        self.free = list(range(rows, rows + added))
-
-    def _drop(self, pages: set[int]) -> None:
-        for page in pages & set(self.row_of):
-            self.free.append(self.row_of.pop(page))
-
-    def _index(self, rows: list[int]) -> torch.Tensor:
-        device = next(iter(self.states.values())).device
-        return torch.tensor(rows, dtype=torch.int64, device=device)
 
 
 class SinkStore(PageRows):
@@ -89,7 +55,7 @@ class OpenStore(PageRows):
 
     Of a request there are at most two: the page that it goes on in, and the one before, until its last tokens are known
     to be no rejected drafts. What requests leave behind that are finished, or lost their pages, nobody tells; the pages
-    that were written longest ago go when there are too many.
+    that were written longest ago go when there are too many, as do those behind windows shorter than 32 tokens.
 
     Args:
         limit: Pages at most; two for each request that may be under way at once.
@@ -97,13 +63,16 @@ class OpenStore(PageRows):
     """
 
     def __init__(self, length: int, channels: dict[str, int], like: torch.Tensor, limit: int, sinks: int):
-        super().__init__(length, channels, like)
-        self.limit, self.sinks = limit, sinks
+        super().__init__(length, channels, like, limit)
+        self.sinks, self._made = sinks, {}
 
     def _row_of(self, page: int) -> int:
         """The row of a page that has one; any for -1, which is none."""
         if page >= 0 and page not in self.row_of:
-            raise RuntimeError(f"page {page}: its tokens are gone, though it is not packed; more requests than limit")
+            raise RuntimeError(
+                f"max_num_seqs={self.limit // 2}: must be more: a request has waited until the tokens of page {page}, "
+                "which is not packed, had to go; twice as many such pages are kept"
+            )
         return self.row_of.get(page, 0)
 
     def write(self, step: Step, states: dict[str, torch.Tensor]) -> tuple[list[int], dict[str, torch.Tensor]]:
@@ -112,16 +81,22 @@ class OpenStore(PageRows):
         Returns:
             Pages that are full now, and their tokens `[m, T, C]`.
         """
-        own, rows, places, full, done = [], [], [], [], set(step.closed)
+        for side, x in states.items():
+            require(torch.isfinite(x).all(), f"{side}: must be finite; NaN or Inf were found")
+        self._made.clear()
+        # A page that is begun and ended for good in one step needs no row, and what it has is another text's.
+        kept = {piece.page for piece in step.pieces if piece.count < self.length or piece.stays_open}
+        self._drop(step.closed | {piece.page for piece in step.pieces if piece.page not in kept})
+        others = [page for page in self.row_of if page not in kept]
+        self._drop(set(others[: max(0, len(others) + len(kept) - self.limit)]))
+        own, rows, places, full, done = [], [], [], [], set()
         for piece in step.pieces:
             if piece.place + piece.count == self.length:
                 full.append(piece)
                 if not piece.stays_open:
                     done.add(piece.page)
-                    # Begun and ended in one step, it needs no row, and what it has is another text's.
-                    if piece.place == 0:
-                        self._drop({piece.page})
-                        continue
+            if piece.page not in kept:
+                continue
             row = self._row(piece.page) if piece.place == 0 else self._row_of(piece.page)
             self.row_of[piece.page] = self.row_of.pop(piece.page)  # in the order in which they are written
             own += range(piece.row, piece.row + piece.count)
@@ -129,26 +104,25 @@ class OpenStore(PageRows):
             places += range(piece.place, piece.place + piece.count)
         own, rows, places = map(self._index, (own, rows, places))
         whole = {}
-        for side, kept in self.states.items():
-            kept[rows, places] = states[side][own]
+        for side, held in self.states.items():
+            held[rows, places] = states[side][own]
             of_page = []
             for piece in full:
                 row = self.row_of.get(piece.page)
-                of_page.append(states[side][piece.row : piece.row + self.length] if row is None else kept[row])
-            whole[side] = torch.stack(of_page) if full else kept[:0]
+                of_page.append(states[side][piece.row : piece.row + self.length] if row is None else held[row])
+            whole[side] = torch.stack(of_page) if full else held[:0]
             # Sinks, which are read elsewhere, are unlike other tokens, and must not stretch their scales.
             for page, piece in zip(whole[side], full, strict=True):
                 hidden = max(0, min(self.sinks - piece.start, self.length - 1))
                 page[:hidden] = page[hidden]
         self._drop(done)
-        while len(self.row_of) > self.limit:
-            self._drop({next(iter(self.row_of))})
         return [piece.page for piece in full], whole
 
     def tiles(self, requests: Requests) -> tuple[Tile, ...]:
         """History that is not packed yet as attention reads it, without sinks."""
-        tiles = []
-        for of in requests.open_pages:
+        # All layers of a block ask for the same.
+        tiles = self._made.setdefault(requests, [])
+        for of in requests.open_pages[len(tiles) :]:
             index = self._index(list(map(self._row_of, of.pages)))[:, None]
             skipped = (self.sinks - of.start).clamp(min=0, max=self.length)
             places = (skipped + torch.arange(of.longest, dtype=torch.int64, device=index.device)).clamp(
