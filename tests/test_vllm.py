@@ -161,21 +161,26 @@ def saved(model, path: Path) -> Path:
     return path
 
 
+def calibrated(path: Path, budget: float) -> Path:
+    """The toy at a budget: three layers and both sides share a latent, tiers, scales of tokens."""
+    how = ["--budget", str(budget), "--layer_group_size", "3", "--text", "stdlib:calibration", "--windows", "4"]
+    command = [sys.executable, "scripts/calibrate_svd_ranks.py", *how, "--output", str(path)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    return path
+
+
 @pytest.fixture(scope="module")
 def sixteenth(tmp_path_factory) -> Path:
-    """The toy at a sixteenth of the bytes: three layers and both sides share a latent, tiers, scales of tokens."""
-    output = tmp_path_factory.mktemp("served") / "sixteenth"
-    budget = ["--budget", "0.0625", "--layer_group_size", "3"]
-    text = ["--text", "stdlib:calibration", "--windows", "4", "--output", str(output)]
-    subprocess.run([sys.executable, "scripts/calibrate_svd_ranks.py", *budget, *text], cwd=ROOT, check=True)
-    return output
+    return calibrated(tmp_path_factory.mktemp("served") / "sixteenth", 0.0625)
 
 
-def test_tokens_are_those_of_our_own_cache(sixteenth, engines):
+@pytest.mark.parametrize("budget", [0.125, 0.0625])
+def test_tokens_are_those_of_our_own_cache(budget, request, tmp_path, engines):
     """Sixteen prompts at once, of all lengths; four share a prefix, three of them after the first has been served."""
-    model = ALRDLlamaForCausalLM.from_pretrained(sixteenth, dtype=torch.float32).eval()
+    path = request.getfixturevalue("sixteenth") if budget == 0.0625 else calibrated(tmp_path / "eighth", budget)
+    model = ALRDLlamaForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     prompts = prompts_of(model.config.vocab_size)
-    result = run_engine(engines, sixteenth, [prompts[:13], prompts[13:]])
+    result = run_engine(engines, path, [prompts[:13], prompts[13:]])
     assert tokens_of(result) + tokens_of(result, 1) == own_tokens(model, prompts)
     assert [cached for _, cached in result["batches"][1]] == [3 * PIECE] * 3
 
