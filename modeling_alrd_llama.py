@@ -346,11 +346,9 @@ class ALRDLlamaBlockAttention(ALRDLlamaAttention):
         query, keys, values = self._project(hidden_states)
         layer = past_key_values.layer(self.config.cache_layer(self.layer_idx), self.widths, self.sliding_window)
         step = latent_step.on(query.device)
-        sums, held = step.sums, (None, ())
+        sums = step.sums
         if self.layer_idx == self.block.first:
-            if step.has_past:
-                held = (layer.packed(), layer.sinks())
-            sums.begin(self.layer_idx, layer.sink_slots(step.real, keys.shape[1]), *held)
+            sums.begin(self.layer_idx, layer.sink_slots(step.real, keys.shape[1]), layer if step.has_past else None)
         sums.enter(self.layer_idx)
         if step.has_past:
             output, weights = self._attend_block(query, keys, values, layer, step, sums.history, sums.sinks)

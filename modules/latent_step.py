@@ -4,8 +4,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from modules.cache.layer import LatentLayer
 from modules.kernels import MAX_QUERY_LENGTH, Backend, add_latents
-from modules.kernels.packed import NewTokens, PackedCache, Rope, Tile, counts_of_rows
+from modules.kernels.packed import NewTokens, Rope, counts_of_rows
 from modules.kivi_cache import KIVILatentCache
 from modules.quant_utils import require
 
@@ -17,15 +18,23 @@ class LatentSums:
     one.
 
     Attributes:
-        history: The tokens that have latents; `None`: the cache is empty.
+        history: The tokens that have latents, until the cache is given more; `None`: it is empty.
         sinks: Those that have none, keys and values of all members side by side.
         latents: By side of the cache `[B, L, Σ r]` float32.
         dense: By "keys" and "values", of each layer so far `[B, n, H_kv * d]`: the first n slots, which may be sinks.
     """
 
-    def begin(self, layer: int, sink_slots: int, history: PackedCache | None, sinks: tuple[Tile, ...]) -> None:
-        """Start with no new tokens; of the layers' own states keep those of the first `sink_slots` slots."""
-        self.history, self.sinks = history, sinks
+    def begin(self, layer: int, sink_slots: int, held: LatentLayer | None) -> None:
+        """Start with no new tokens.
+
+        Args:
+            layer: The first layer of the block.
+            sink_slots: Of the layers' own states those of so many first slots are kept.
+            held: What the cache holds of the block; `None`: nothing.
+        """
+        self.history, self.sinks = None, ()
+        if held is not None:
+            self.history, self.sinks = held.packed(), held.sinks()
         self.latents, self.dense = {}, {"keys": [], "values": []}
         self._next, self._sink_slots = layer, sink_slots
 
@@ -56,7 +65,9 @@ class LatentSums:
                 kept.append(state.new_empty((len(state), 0, state.shape[2])))
 
     def members(self) -> dict[str, torch.Tensor]:
-        """The layers' own keys and values side by side, `[B, n, layers * H_kv * d]`."""
+        """The layers' own keys and values side by side, `[B, n, layers * H_kv * d]`, at the end of the block."""
+        # A cache that grows must not find its old storage held.
+        self.history, self.sinks = None, ()
         keys, values = self.dense.values()
         return {"keys": torch.cat(keys, dim=-1), "values": torch.cat(values, dim=-1)}
 

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import weakref
 from functools import partial
 
 import pytest
@@ -12,6 +13,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from configuration_alrd_llama import ALRDLlamaConfig, Block
 from modeling_alrd_llama import ALRDLlamaForCausalLM, ALRDLlamaModel
+from modules.cache.pool import BlockPool
 from modules.cache.scheme import TABLE_ENTRY_NBYTES, CacheScheme
 from modules.kivi_cache import KIVILatentCache, KIVILatentLayer, config_sink_channels, create_kivi_cache
 from modules.loading import check_whole_blocks
@@ -363,6 +365,25 @@ def check_attention(shape, kind: dict, backend: str) -> None:
         inv_freq = model.model.rotary_emb.inv_freq
         expected = member_attention(attention, seen[i, "q_proj"], keys, values, inv_freq, new)
         assert torch.allclose(seen[i, "output"].double(), expected, atol=2e-4 * expected.abs().max().item()), i
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_nobody_holds_the_storage_that_a_pool_has_outgrown(dense, layers, monkeypatch):
+    """What a step reads is let go before the cache is given its tokens."""
+    model, seen = quantized_model(dense, shape_fields((layers, True, None)), {}), []
+    grow = BlockPool._grow
+
+    def grown(pool, capacity):
+        old = weakref.ref(pool.sides()[0])
+        grow(pool, capacity)
+        seen.append(old())
+
+    cache, ids = model.create_kivi_cache(), text(1, 90)
+    logits(model, ids[:, :50], cache)
+    monkeypatch.setattr(BlockPool, "_grow", grown)
+    for i in range(50, 90):
+        logits(model, ids[:, i : i + 1], cache)
+    assert seen and not any(seen)
 
 
 @pytest.mark.parametrize("shape", [(3, True, None), (2, True, 1), (2, False, 2), (1, False, None)], ids=str)
