@@ -432,6 +432,27 @@ def config_schemes(config: ALRDLlamaConfig, **settings) -> tuple[CacheScheme, di
     return scheme, layers
 
 
+def page_schemes(config: ALRDLlamaConfig) -> list[CacheScheme]:
+    """What each layer of a cache stores in the pages of a serving engine.
+
+    Raises:
+        ValueError: The model keeps no packed latents.
+    """
+    if not config.use_kivi:
+        raise ValueError("use_kivi=False: must be True, for pages hold packed latents")
+    shared, layers = config_schemes(config)
+    return [layers.get(i, shared) for i in range(config.num_cache_layers)]
+
+
+def needs_whole_pages(config: ALRDLlamaConfig) -> bool:
+    """Whether some layer of a cache packs pages when they are full, as all of them do then."""
+    sides = [scheme.keys for scheme in page_schemes(config)]
+    # A latent of keys and values is stored as keys are.
+    if not config.joint_kv:
+        sides += [scheme.values for scheme in page_schemes(config)]
+    return any(map(needs_whole, sides))
+
+
 def check_token_score(config: ALRDLlamaConfig, token_score: TokenScore | str | None) -> None:
     """Raise a `ValueError` for scores of tokens whose latents are those of several layers."""
     if config.keep_dense and token_score is not None:
@@ -484,24 +505,3 @@ def create_kivi_cache(
         check_token_score(config, token_score)
         widths = config_widths(config)
     return KIVILatentCache(scheme, widths, layer_schemes, static_scales, backend, token_score, capacity)
-
-
-def page_schemes(config: ALRDLlamaConfig) -> list[CacheScheme]:
-    """What each layer of a cache stores in the pages of a serving engine.
-
-    Raises:
-        ValueError: The model keeps no packed latents.
-    """
-    if not config.use_kivi:
-        raise ValueError("use_kivi=False: must be True, for pages hold packed latents")
-    shared, layers = config_schemes(config)
-    return [layers.get(i, shared) for i in range(config.num_cache_layers)]
-
-
-def needs_whole_pages(config: ALRDLlamaConfig) -> bool:
-    """Whether some layer of a cache packs pages when they are full, as all of them do then."""
-    sides = [scheme.keys for scheme in page_schemes(config)]
-    # A latent of keys and values is stored as keys are.
-    if not config.joint_kv:
-        sides += [scheme.values for scheme in page_schemes(config)]
-    return any(map(needs_whole, sides))
