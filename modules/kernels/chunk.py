@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from modules.kernels.attention import Attended, merge_attended
+from modules.kernels.attention import Attended
 from modules.kernels.packed import LatentQuery, PackedCache, Tile
 
 #: Cached tokens, and queries, that meet at a time.
@@ -58,12 +58,17 @@ def chunk_attention(
                 seen = valid[:, None] & (distance >= 0)
                 if query.sliding_window is not None:
                     seen &= distance < query.sliding_window
+                # Other devices would have to be waited for.
+                if seen.device.type == "cpu":
+                    if not seen.any():
+                        continue
+                    seen = None if seen.all() else seen
             so_far.add(piece, keys, values, seen)
     return so_far.attended()
 
 
 class Merged:
-    """What pieces of at most `TILE` queries have attended to so far, tile by tile, by the library's flash attention.
+    """What queries have attended to so far, tile by tile, by the library's flash attention.
 
     Args:
         states: The queries `[B, H_q, L, d]`, rotated.
@@ -72,13 +77,14 @@ class Merged:
 
     def __init__(self, states: torch.Tensor, scaling: float):
         self.states, self.scaling = states, scaling
-        self.found: dict[int, Attended] = {}
+        self.summed = torch.zeros_like(states, dtype=torch.promote_types(states.dtype, torch.float32))
+        self.log_sum = self.summed.new_full(states.shape[:-1], -torch.inf)
 
     def add(self, piece: slice, keys: torch.Tensor, values: torch.Tensor, seen: torch.Tensor | None) -> None:
         """Attend to a tile.
 
         Args:
-            piece: Which of the L queries; always the same pieces.
+            piece: Which of the L queries.
             keys, values: `[B, H_kv, n, d]`, keys rotated.
             seen: `[B, L of the piece, n]` bool; `None`: all queries see all tokens.
         """
@@ -86,14 +92,15 @@ class Merged:
         if seen is not None:
             mask = states.new_zeros(seen.shape).masked_fill_(~seen, torch.finfo(states.dtype).min)
         attended = _attend(states, keys, values, mask, self.scaling)
-        if piece.start in self.found:
-            attended = merge_attended(self.found[piece.start], attended)
-        self.found[piece.start] = attended
+        # As `merge_attended`, in place: the two shares sum to one. A query that sees nothing yet has -inf twice.
+        log_sum = self.log_sum[:, :, piece]
+        share = torch.sigmoid(attended.log_sum - log_sum).nan_to_num_(0.0)
+        self.summed[:, :, piece].lerp_(attended.summed, share[..., None])
+        self.log_sum[:, :, piece] = torch.logaddexp(log_sum, attended.log_sum)
 
     def attended(self) -> Attended:
         """The heads' outputs `[B, H_q, L, d]` and the log-sums."""
-        summed, log_sums, _ = zip(*self.found.values(), strict=True)
-        return Attended(torch.cat(summed, dim=2), torch.cat(log_sums, dim=2))
+        return Attended(self.summed, self.log_sum)
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:

@@ -43,6 +43,12 @@ struct Words {
   int count, weights;
 };
 
+// What is prefetched together.
+struct Read {
+  const char* first;
+  int bytes;
+};
+
 // Columns whose channels follow each other, which are read together.
 struct Stretch {
   int column, channel, count;
@@ -102,13 +108,11 @@ struct Worker {
   std::vector<uint8_t> points;  // of a trellis, as `codes`
   // Whether values are the keys' codes, of which all those of a batch are kept; and the first of the tile.
   bool shares_codes = false;
-#if ALRD_TILES
-  std::vector<TileRows> tile_rows;
-#endif
   int code_stride = STRIDE, first_code = 0;
   // Queries of a head, and of all heads of the item: [head][query].
   int row = -1, first_head = -1, group = 0, value_group = 0, queries = 0, all_queries = 0;
-  int next_block = 0, end_of_next = 0;  // of the next batch, not prefetched yet
+  std::vector<Read> next_reads;  // of the next batch; so many are prefetched at a time, and so far
+  size_t at_a_time = 0, prefetched = 0;
   bool fast_is_rounded = false, nodes_are_rounded = false;
   bool exact_is_expanded = false, exact_is_started = false, is_exact = false;
   int64_t rounded_anchor = 0, reference = 0;  // `reference`: position to which the queries are rotated
@@ -118,6 +122,7 @@ struct Worker {
   // By tile registers: such tokens as pairs of bfloat16 [channels / 2][TILE], and a head's keys [2 half][TILE].
   std::vector<uint32_t> exact_pairs;
   Floats exact_keys;
+  Integers products;  // of a tile's codes with 16 expansion rows, [2][16][TILE]
 
   Worker(const Arguments& arguments, const Division& d, const Division& e)
       : a(arguments), division(d), exact_division(e) {}
@@ -350,12 +355,23 @@ struct Worker {
     });
   }
 
-  template <int V, int PAIRS>
-  void score_tokens(int head, const ExpansionRows& rows, const Rounded& fast, const Rounded& nodes,
-                    const Tokens& tokens, int token, int offset, float* out) {
+  // Whether the scores of a tile stay in registers while pair after pair is added to them: those of a few queries do,
+  // where rows are multiplied by tiles.
+  bool keeps_scores() const { return has_tiles() && queries <= 4 && columns.groups.empty(); }
+
+  // Pairs that are rebuilt together for a tile of tokens.
+  int pairs_together(const Division& d) const { return keeps_scores() ? 1 : d.together; }
+
+  // Add to the scores of 16 V tokens what pairs [first, last) of a head give; KEPT: all queries, 0: they are many.
+  template <int V, int PAIRS, int KEPT>
+  void score_pairs(int head, const ExpansionRows& rows, const Rounded& fast, const Tokens& tokens, int first, int last,
+                   int token, int offset, float* out) {
     const Division& d = *rows.division;
-    const float* q = &rows.fast_query[offset / HALF * (size_t)queries * 2 * rows.padded];
-    for (int f = 0; f < d.fast; f += PAIRS) {
+    const float* q = &rows.fast_query[offset / TURN * (size_t)queries * 2 * rows.padded];
+    vf kept[std::max(1, KEPT)][V];
+    each<KEPT>([&](auto j) INLINE { each<V>([&](auto v) INLINE { kept[j][v] = load(out + j * TILE + 16 * v); }); });
+    for (int f = first; f < last; f += PAIRS) {
+      prefetch_next();
       vf k[2 * PAIRS][V];
       if (is_exact && exact_by_tiles()) {
         load_exact<2 * PAIRS, V>(head, f, token, k);
@@ -365,38 +381,61 @@ struct Worker {
         multiply<2 * PAIRS, V>(fast, lanes, columns, tokens, 2 * f, token, k);
       }
       each<PAIRS>([&](auto p) INLINE {
-        const float* cosine = &d.cosine[(size_t)(f + p) * 2 * HALF + offset % HALF];
-        const float* sine = &d.sine[(size_t)(f + p) * 2 * HALF + offset % HALF];
+        const float* cosine = &d.cosine[(size_t)(f + p) * 2 * TURN + offset % TURN];
+        const float* sine = &d.sine[(size_t)(f + p) * 2 * TURN + offset % TURN];
         each<V>([&](auto v) INLINE {
           const vf c = load(cosine + 16 * v), s = load(sine + 16 * v), x = k[2 * p][v];
           k[2 * p][v] = fnma(k[2 * p + 1][v], s, mul(x, c));
           k[2 * p + 1][v] = fma(x, s, mul(k[2 * p + 1][v], c));
         });
       });
-      for (int j = 0; j < queries; j++) {
-        float* score = out + (size_t)j * TILE;
-        vf sum[V];
-        each<V>([&](auto v) INLINE { sum[v] = load(score + 16 * v); });
+      const auto add_query = [&](int j, vf(&sum)[V]) INLINE {
         each<PAIRS>([&](auto p) INLINE {
           const vf q1 = set1(q[(size_t)j * 2 * rows.padded + f + p]),
                    q2 = set1(q[((size_t)j * 2 + 1) * rows.padded + f + p]);
           each<V>([&](auto v) INLINE { sum[v] = fma(q2, k[2 * p + 1][v], fma(q1, k[2 * p][v], sum[v])); });
         });
+      };
+      each<KEPT>([&](auto j) INLINE { add_query(j, kept[j]); });
+      for (int j = 0; j < queries && !KEPT; j++) {
+        float* score = out + (size_t)j * TILE;
+        vf sum[V];
+        each<V>([&](auto v) INLINE { sum[v] = load(score + 16 * v); });
+        add_query(j, sum);
         each<V>([&](auto v) INLINE { store(score + 16 * v, sum[v]); });
       }
     }
-    const int n_lanes = d.nodes * queries;
-    for (int lane = 0; lane < n_lanes; lane += 4) {
+    each<KEPT>([&](auto j) INLINE { each<V>([&](auto v) INLINE { store(out + j * TILE + 16 * v, kept[j][v]); }); });
+  }
+
+  // The same of lanes [first, last) of the nodes.
+  template <int V>
+  void score_nodes(const ExpansionRows& rows, const Rounded& nodes, const Tokens& tokens, int first, int last,
+                   int token, int offset, float* out) {
+    for (int lane = first; lane < last; lane += 4) {
+      prefetch_next();
       vf y[4][V];
       multiply<4, V>(nodes, rows.node_rows().from(lane), columns, tokens, lane, token, y);
       each<4>([&](auto m) INLINE {
-        if (lane + m >= n_lanes) return;
+        if (lane + m >= last) return;
         float* score = out + (size_t)((lane + m) % queries) * TILE;
-        const float* weight = &d.lagrange[(size_t)((lane + m) / queries) * 2 * SPAN + offset];
+        const float* weight = &rows.division->lagrange[(size_t)((lane + m) / queries) * 2 * SPAN + offset];
         each<V>([&](auto v)
                     INLINE { store(score + 16 * v, fma(load(weight + 16 * v), y[m][v], load(score + 16 * v))); });
       });
     }
+  }
+
+  // Which `score_pairs` it is.
+  template <int V>
+  auto scorer(const Division& d) const {
+    if constexpr (V == 4) {
+      if (keeps_scores() && queries == 1) return &Worker::score_pairs<V, 1, 1>;
+      if (keeps_scores() && queries == 2) return &Worker::score_pairs<V, 1, 2>;
+      if (keeps_scores() && queries == 3) return &Worker::score_pairs<V, 1, 3>;
+      if (keeps_scores()) return &Worker::score_pairs<V, 1, 4>;
+    }
+    return d.together == 2 ? &Worker::score_pairs<V, 2, 0> : &Worker::score_pairs<V, 3, 0>;
   }
 
   // Whether the products of the codes are those of tile registers.
@@ -404,33 +443,51 @@ struct Worker {
 
   // Scores of the n tokens of the buffers, at most TILE, whose offsets from the anchor of the heads' `rows` start at
   // `offset`.
-  void score_tile(ExpansionRows Head::* rows, int n, int offset) {
+  void score_tile(ExpansionRows Head::* member, int n, int offset) {
     const bool by_tiles = takes_tiles();
-    const Tokens tokens = {first_code_of(0), column_numbers.data(), code_stride, STRIDE, by_tiles};
+    products.resize(2 * 16 * TILE);
+    const Tokens tokens = {first_code_of(0), column_numbers.data(), code_stride, STRIDE,
+                           by_tiles ? products.data() : nullptr};
     std::fill(tile_scores.begin(), tile_scores.end(), 0.0f);
     float* out = tile_scores.data();
-#if ALRD_TILES
-    if (by_tiles) multiply_tiles(tile_rows, tokens.codes, 4 * code_stride, n);
-#endif
-    for (size_t h = 0; h < heads.size(); h++) {
+    for (size_t h = 0; h < heads.size(); h++, out += (size_t)queries * TILE) {
       const Head& head = heads[h];
+      const ExpansionRows& rows = head.*member;
+      const Division& d = *rows.division;
 #if ALRD_TILES
       if (is_exact && exact_by_tiles()) multiply_exact(h, n);
 #endif
-      const auto score = [&](auto vectors, int token) INLINE {
-        const bool two = (head.*rows).division->together == 2;
-        (this->*(two ? &Worker::score_tokens<vectors, 2> : &Worker::score_tokens<vectors, 3>))(
-            h, head.*rows, head.fast, head.nodes, tokens, token, offset + token, out + token);
-      };
-      if (n > 32)
-        score(std::integral_constant<int, 4>(), 0);
-      else
-        for (int t = 0; t < n; t += 16) score(std::integral_constant<int, 1>(), t);
-      out += (size_t)queries * TILE;
-      prefetch_next();
+      const int n_lanes = d.nodes * queries, step = n > 32 ? TILE : 16;
+      const auto score_pairs_ = n > 32 ? scorer<4>(d) : scorer<1>(d);
+      const auto score_nodes_ = n > 32 ? &Worker::score_nodes<4> : &Worker::score_nodes<1>;
+      // All lanes, or 16 at a time, whose products stay in the first cache.
+      const int lanes = by_tiles ? 16 : std::max(2 * d.half, n_lanes);
+      for (int f = 0; f < d.fast; f += lanes / 2) {
+        if (by_tiles) multiply_lanes(head.fast, f / 8, n);
+        for (int t = 0; t < n; t += step)
+          (this->*score_pairs_)(h, rows, head.fast, tokens, f, std::min(f + lanes / 2, d.fast), t, offset + t, out + t);
+      }
+      for (int lane = 0; lane < n_lanes; lane += lanes) {
+        if (by_tiles) multiply_lanes(head.nodes, lane / 16, n);
+        for (int t = 0; t < n; t += step)
+          (this->*score_nodes_)(rows, head.nodes, tokens, lane, std::min(lane + lanes, n_lanes), t, offset + t,
+                                out + t);
+      }
     }
     for (int j = 0; j < all_queries; j++)
       memcpy(&scores[(size_t)j * (SPAN + 16) + offset], &tile_scores[(size_t)j * TILE], 4 * n);
+  }
+
+  // The products of 16 lanes with the codes of n tokens of the buffers.
+  void multiply_lanes(const Rounded& rounded, int lanes, int n) {
+#if ALRD_TILES
+    const auto multiply = n > 32 ? multiply_rows<4> : multiply_rows<2>;
+    const int8_t *low = (const int8_t*)rounded.tiles.data(), *high = (const int8_t*)rounded.high_tiles.data();
+    const size_t first = (size_t)lanes * rounded.steps * 1024;
+    multiply(low + first, rounded.steps, first_code_of(0), 4 * code_stride, products.data());
+    if (rounded.high_steps[lanes])
+      multiply(high + first, rounded.high_steps[lanes], first_code_of(0), 4 * code_stride, &products[16 * TILE]);
+#endif
   }
 
   // Step of the codes and the value of their first level, or of their middle (`centred`), for n channels from `c` on.
@@ -663,15 +720,6 @@ struct Worker {
       }
       fast_is_rounded = nodes_are_rounded = true;
       rounded_anchor = anchor;
-#if ALRD_TILES
-      if (!takes_tiles()) return;
-      tile_rows.clear();
-      for (Head& head : heads) {
-        if (division.fast) head.fast.list_tiles(tile_rows);
-        if (division.nodes) head.nodes.list_tiles(tile_rows);
-      }
-      std::sort(tile_rows.begin(), tile_rows.end(), [](auto& a, auto& b) { return a.steps > b.steps; });
-#endif
     };
     if (by_block) {
       for (const Piece& piece : pieces_of(batch, a.keys.run))
@@ -1167,25 +1215,38 @@ struct Worker {
     is_exact = false;
   }
 
-  // Start to read one block of the next batch; called again and again while this one is computed.
+  // Start to read a part of the next batch; called again and again while this one is computed, so that the reads are
+  // spread over it: a burst of them would be waited for.
   void prefetch_next() {
-    if (next_block >= end_of_next) return;
-    const int slot = a.table[(int64_t)row * a.blocks + next_block++];
-    prefetch_block(a.keys, group, slot);
-    if (a.values.parts[0].packed != a.keys.parts[0].packed) prefetch_block(a.values, value_group, slot);
+    for (const size_t end = std::min(next_reads.size(), prefetched + at_a_time); prefetched < end; prefetched++)
+      prefetch<_MM_HINT_T0>(next_reads[prefetched].first, next_reads[prefetched].bytes);
   }
 
   // The words of a head group in a block.
-  void prefetch_block(const Side& side, int of, int slot) const {
+  void list_words(const Side& side, int of, int slot) {
     for (int i = side.first_segment[of]; i < side.first_segment[of + 1]; i++) {
       const Segment& segment = side.segments[i];
       const Part& part = side.parts[segment.part];
       const int size = part.bits == 16 && a.state_type != FLOAT32 ? 2 : 4;
       for (int w = 0; w < part.words; w++) {
         const int64_t first = slot * part.slot_stride + w * part.token_stride + segment.channel;
-        prefetch<_MM_HINT_T0>((const char*)part.packed + first * size, (int64_t)segment.count * size);
+        next_reads.push_back({(const char*)part.packed + first * size, segment.count * size});
       }
     }
+  }
+
+  // Blocks [first, last) of the row are the next batch.
+  void expect(int first, int last) {
+    next_reads.clear();
+    prefetched = 0;
+    for (int i = first; i < last; i++) {
+      const int slot = a.table[(int64_t)row * a.blocks + i];
+      list_words(a.keys, group, slot);
+      if (a.values.parts[0].packed != a.keys.parts[0].packed) list_words(a.values, value_group, slot);
+    }
+    const int calls =
+        (ceil_div(division.fast, pairs_together(division)) + ceil_div(division.nodes * queries, 4)) * heads.size();
+    at_a_time = ceil_div(next_reads.size(), std::max(1, calls * (SPAN / TILE)));
   }
 
   // Blocks [first, last) of the row.
@@ -1196,8 +1257,7 @@ struct Worker {
     int tokens = 0;
     // `next`: the first block that is not in the batch.
     auto flush = [&](int next) {
-      next_block = next;
-      end_of_next = std::min(last, next + std::max(1, SPAN / a.block_length));
+      expect(next, std::min(last, next + std::max(1, SPAN / a.block_length)));
       if (!batch.empty()) attend_batch(batch);
       batch.clear();
       tokens = 0;

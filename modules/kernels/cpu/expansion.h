@@ -15,7 +15,7 @@
 namespace {
 
 constexpr int SPAN = 256;  // tokens of a batch
-constexpr int HALF = 128;  // tokens for which cosines and sines are tabulated
+constexpr int TURN = 64;   // tokens for which cosines and sines are tabulated
 constexpr int LEVELS = 4;
 constexpr float LIMIT = 0.008f;      // relative error of an expansion row of 8 bits
 constexpr float WITH_HIGH = 0.004f;  // and of one that has high bytes
@@ -66,8 +66,8 @@ struct Rounded {
   std::vector<float> shift;          // with scales of tokens: score = scale * (step * product + shift) + constant
   std::vector<float> totals, sums;   // per token, [scale group][lane]: sum of the integers, and of the weights
   // As tile registers take them, 16 lanes at a time: the low bytes of all quads, and the high ones up to the last that
-  // has some, [quad / 16][16 lanes][16 quads], and their products with the codes of a tile, [lane][TILE].
-  Integers tiles, high_tiles, products, high_products;
+  // has some, [quad / 16][16 lanes][16 quads].
+  Integers tiles, high_tiles;
   int steps = 0;
   std::vector<int> high_steps;  // [lane / 16]
 
@@ -143,16 +143,6 @@ struct Rounded {
         transpose_words(&weights[from], lanes, &tiles[to], 16);
         if (step < high_steps[v]) transpose_words(&by_quad[from], lanes, &high_tiles[to], 16);
       }
-  }
-
-  void list_tiles(std::vector<TileRows>& rows) {
-    products.resize((size_t)lanes * TILE);
-    high_products.resize(products.size());
-    for (int v = 0; v < lanes / 16; v++) {
-      const size_t tile = (size_t)v * steps * 256, product = (size_t)v * 16 * TILE;
-      rows.push_back({(const int8_t*)&tiles[tile], steps, &products[product]});
-      if (high_steps[v]) rows.push_back({(const int8_t*)&high_tiles[tile], high_steps[v], &high_products[product]});
-    }
   }
 #endif
 
@@ -388,7 +378,8 @@ struct Tokens {
   const uint8_t* codes;            // [quad][token][4]
   const float* numbers;            // [column][token]
   int code_stride, number_stride;  // tokens
-  bool by_tiles;                   // whether the products of codes are computed already
+  // Products of codes with the low bytes of 16 lanes, and with the high ones, [2][16][TILE]; null: not by tiles.
+  const int32_t* products;
 };
 
 // Codes of quads [first, last) times M expansion rows, for 16 V tokens.
@@ -411,13 +402,13 @@ INLINE inline void multiply_codes(const int32_t* weights, int lanes, const uint8
 template <int M, int V>
 INLINE inline void multiply_rounded(const Rounded& rounded, const Tokens& tokens, int lane, int token, int group,
                                     int first, int last, vi (&sum)[M][V]) {
-  if (tokens.by_tiles) {
+  if (tokens.products) {
+    const int32_t* products = tokens.products + lane % 16 * TILE + token;
+    each<M>([&](auto m) INLINE { each<V>([&](auto v) INLINE { sum[m][v] = loadi(products + m * TILE + 16 * v); }); });
+    if (!rounded.high_steps[lane / 16]) return;
+    const int32_t* high = products + 16 * TILE;
     each<M>([&](auto m) INLINE {
-      const int product = (lane + m) * TILE + token;
-      each<V>([&](auto v) INLINE { sum[m][v] = loadi(&rounded.products[product + 16 * v]); });
-      if (!rounded.high_steps[(lane + m) / 16]) return;
-      each<V>([&](auto v)
-                  INLINE { sum[m][v] = addi(shl(loadi(&rounded.high_products[product + 16 * v]), 8), sum[m][v]); });
+      each<V>([&](auto v) INLINE { sum[m][v] = addi(shl(loadi(high + m * TILE + 16 * v), 8), sum[m][v]); });
     });
     return;
   }
@@ -498,8 +489,8 @@ struct Division {
   int together;           // pairs that are rebuilt together
   int first[LEVELS + 1];  // pairs of level l: [first[l], first[l + 1])
   double span[LEVELS], interval[LEVELS], node[LEVELS][MAX_NODES];
-  std::vector<float> cosine, sine;            // [fast, padded][2 HALF] of offsets
-  std::vector<float> half_cosine, half_sine;  // [fast], a turn back by HALF
+  std::vector<float> cosine, sine;            // [fast, padded][2 TURN] of offsets
+  std::vector<float> turn_cosine, turn_sine;  // [SPAN / TURN][fast], turns back by multiples of TURN
   std::vector<float> lagrange;                // [nodes][2 SPAN]
   std::vector<float> node_cosine, node_sine;  // [half][MAX_NODES]
   double scale[LEVELS][MAX_NODES];            // of the Lagrange polynomials
@@ -525,7 +516,7 @@ Division divide(const double* frequency, int half, double tolerance, int columns
   Division best;
   double best_cost = std::numeric_limits<double>::infinity();
   const double quads = columns / 4.0 * (by_tiles ? 0.3 : 1);
-  const int together = by_tiles ? 2 : 3;  // three load fewer codes, two leave fewer lanes of a tile empty
+  const int together = has_tiles() ? 2 : 3;  // three load fewer codes, two leave fewer lanes of a tile empty
   for (int nodes : {0, 1, 4, 6, 8}) {
     if (nodes && tolerance < 0) continue;
     if (nodes == 1 && frequency[0] != 0) continue;
@@ -573,17 +564,18 @@ Division divide(const double* frequency, int half, double tolerance, int columns
       for (int m = 0; m < d.nodes; m++)
         if (m != k) d.scale[l][k] /= d.node[l][k] - d.node[l][m];
     }
-  d.cosine.assign((size_t)fast * 2 * HALF, 0);
+  d.cosine.assign((size_t)fast * 2 * TURN, 0);
   d.sine = d.cosine;
   for (int f = 0; f < d.fast; f++)
-    for (int o = 0; o < 2 * HALF; o++) {
-      d.cosine[(size_t)f * 2 * HALF + o] = std::cos(frequency[f] * o);
-      d.sine[(size_t)f * 2 * HALF + o] = std::sin(frequency[f] * o);
+    for (int o = 0; o < 2 * TURN; o++) {
+      d.cosine[(size_t)f * 2 * TURN + o] = std::cos(frequency[f] * o);
+      d.sine[(size_t)f * 2 * TURN + o] = std::sin(frequency[f] * o);
     }
-  for (int f = 0; f < d.fast; f++) {
-    d.half_cosine.push_back(std::cos(frequency[f] * HALF));
-    d.half_sine.push_back(-std::sin(frequency[f] * HALF));
-  }
+  for (int o = 0; o < SPAN; o += TURN)
+    for (int f = 0; f < d.fast; f++) {
+      d.turn_cosine.push_back(std::cos(frequency[f] * o));
+      d.turn_sine.push_back(-std::sin(frequency[f] * o));
+    }
   d.lagrange.resize((size_t)d.nodes * 2 * SPAN);
   for (int o = 0; o < 2 * SPAN; o++) {
     double weight[MAX_NODES];
@@ -637,7 +629,7 @@ struct ExpansionRows {
   int64_t reference;              // position to which the queries below are rotated
   std::vector<float> query;       // [half][2][queries]
   std::vector<float> pair_query;  // [queries][2][fast, padded]: of the fast pairs
-  std::vector<float> fast_query;  // [2][queries][2][fast, padded]: rotated to the distance from the anchor, and + HALF
+  std::vector<float> fast_query;  // [SPAN / TURN][queries][2][fast, padded]: rotated to the distances from the anchor
   int padded;                     // fast, padded
   std::vector<float> nodes;       // [columns + 1][node_lanes], lane k * queries + j
   struct Level {
@@ -664,7 +656,7 @@ struct ExpansionRows {
     node_lanes = round_up(d.nodes * queries, 16);
     padded = round_up(d.fast + 2, 16);
     pair_query.assign((size_t)queries * 2 * padded, 0);
-    fast_query.assign((size_t)queries * 4 * padded, 0);
+    fast_query.assign((size_t)SPAN / TURN * queries * 2 * padded, 0);
     lane_of.resize((size_t)d.nodes * node_lanes);
     for (int k = 0; k < d.nodes; k++)
       for (int lane = 0; lane < node_lanes; lane++)
@@ -753,15 +745,20 @@ struct ExpansionRows {
     for (int j = 0; j < queries; j++) {
       const float *q1 = &pair_query[(size_t)j * 2 * padded], *q2 = q1 + padded;
       float *a = &fast_query[(size_t)j * 2 * padded], *b = a + padded;
-      float *c = a + (size_t)queries * 2 * padded, *d_ = c + padded;
 #pragma GCC ivdep
       for (int f = 0; f < d.fast; f++) {
         const float x = cosine[f], y = sine[f];
-        const float u = q1[f] * x - q2[f] * y, v = q2[f] * x + q1[f] * y;
-        a[f] = u;
-        b[f] = v;
-        c[f] = u * d.half_cosine[f] - v * d.half_sine[f];
-        d_[f] = v * d.half_cosine[f] + u * d.half_sine[f];
+        a[f] = q1[f] * x - q2[f] * y;
+        b[f] = q2[f] * x + q1[f] * y;
+      }
+      for (int i = 1; i < SPAN / TURN; i++) {
+        const float *x = &d.turn_cosine[(size_t)i * d.fast], *y = &d.turn_sine[(size_t)i * d.fast];
+        float *u = a + (size_t)i * queries * 2 * padded, *v = u + padded;
+#pragma GCC ivdep
+        for (int f = 0; f < d.fast; f++) {
+          u[f] = a[f] * x[f] - b[f] * y[f];
+          v[f] = b[f] * x[f] + a[f] * y[f];
+        }
       }
     }
     level[0].valid = true;

@@ -59,50 +59,32 @@ class Tiles {
 // Before tiles are loaded: what was stored is in memory. With the intrinsics GCC 12 does not know that they read it.
 inline void finish_stores() { asm volatile("" : : : "memory"); }
 
-// 16 rows of signed bytes, in tiles [steps][16][64], and where their products with 64 tokens go, [16][64].
-struct TileRows {
-  const int8_t* bytes;
-  int steps;
-  int32_t* products;
-};
-
-// The products of ROWS such rows, the first of them the longest, with 32 tokens of codes, [quad][token][4].
-template <int ROWS>
-inline void multiply_tiles(const TileRows* rows, const uint8_t* codes, int64_t quad_bytes, int token) {
+// The products of 16 rows of signed bytes, in tiles [steps][16][64], with 16 V tokens of codes, [quad][token][4]:
+// [16][TILE].
+template <int V>
+inline void multiply_rows(const int8_t* rows, int steps, const uint8_t* codes, int64_t quad_bytes, int32_t* products) {
   finish_stores();
   _tile_zero(0);
   _tile_zero(1);
-  if (ROWS == 2) {
-    _tile_zero(2);
-    _tile_zero(3);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int step = 0; step < steps; step++, rows += 1024, codes += 16 * quad_bytes) {
+    _tile_loadd(4, rows, 64);
+    _tile_loadd(5, codes, quad_bytes);
+    _tile_dpbsud(0, 4, 5);
+    _tile_loadd(6, codes + 64, quad_bytes);
+    _tile_dpbsud(1, 4, 6);
+    if (V == 2) continue;
+    _tile_loadd(7, codes + 128, quad_bytes);
+    _tile_dpbsud(2, 4, 7);
+    _tile_loadd(5, codes + 192, quad_bytes);
+    _tile_dpbsud(3, 4, 5);
   }
-  codes += 4 * token;
-  for (int step = 0; step < rows[0].steps; step++, codes += 16 * quad_bytes) {
-    _tile_loadd(6, codes, quad_bytes);
-    _tile_loadd(7, codes + 64, quad_bytes);
-    _tile_loadd(4, rows[0].bytes + 1024 * step, 64);
-    _tile_dpbsud(0, 4, 6);
-    _tile_dpbsud(1, 4, 7);
-    if (ROWS == 2 && step < rows[1].steps) {
-      _tile_loadd(5, rows[1].bytes + 1024 * step, 64);
-      _tile_dpbsud(2, 5, 6);
-      _tile_dpbsud(3, 5, 7);
-    }
-  }
-  _tile_stored(0, rows[0].products + token, 256);
-  _tile_stored(1, rows[0].products + token + 16, 256);
-  if (ROWS == 2) {
-    _tile_stored(2, rows[1].products + token, 256);
-    _tile_stored(3, rows[1].products + token + 16, 256);
-  }
-}
-
-// The products of all rows, the longest first, with n of 64 tokens; half of them at a time, whose codes stay in the
-// first cache meanwhile.
-inline void multiply_tiles(const std::vector<TileRows>& rows, const uint8_t* codes, int64_t quad_bytes, int n) {
-  for (int token = 0; token < n; token += 32)
-    for (size_t i = 0; i < rows.size(); i += 2)
-      (i + 1 < rows.size() ? multiply_tiles<2> : multiply_tiles<1>)(&rows[i], codes, quad_bytes, token);
+  _tile_stored(0, products, 4 * TILE);
+  _tile_stored(1, products + 16, 4 * TILE);
+  if (V == 2) return;
+  _tile_stored(2, products + 32, 4 * TILE);
+  _tile_stored(3, products + 48, 4 * TILE);
 }
 
 // Bytes [quad][token][4] of 16 channels and 64 tokens as a tile, [token / 4][channel][4].
