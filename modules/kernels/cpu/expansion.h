@@ -530,9 +530,11 @@ Division divide(const double* frequency, int half, double tolerance, int columns
     const int node_lanes = round_up(nodes * queries, 16), lanes = round_up(2 * fast, 16) + node_lanes;
     // Sums at more nodes than a vector holds took five times as long (16 lanes against 32).
     const double sums = node_lanes * (nodes + 16) / 12.0 * (node_lanes > 16 ? 2.5 : 1);
-    // Products and their rotations, per 16 tokens; rounding, and the sums at the nodes, per batch of SPAN.
-    const double cost = fast * (2 * quads + 8 + 2 * queries) + nodes * queries * (quads + 2) +
-                        columns * ((by_tiles ? node_lanes : lanes) / 2.0 + sums) / (SPAN / 16);
+    // Per batch of SPAN: rounding, and the sums at the nodes, beside which products by tiles are half as dear as
+    // others.
+    const double of_batch = by_tiles ? 2 * columns * (node_lanes / 2.0 + sums) : columns * (lanes / 2.0 + sums);
+    // Products and their rotations are per 16 tokens.
+    const double cost = fast * (2 * quads + 8 + 2 * queries) + nodes * queries * (quads + 2) + of_batch / (SPAN / 16);
     if (cost >= best_cost) continue;
     best_cost = cost;
     Division d;
