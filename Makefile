@@ -2,7 +2,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 
 .PHONY: install demo real real-results real-amx surface test test-real test-oldest check results schemes gpu vllm vllm-results \
-	test-vllm test-vllm-oldest
+	vllm-amx test-vllm test-vllm-oldest
 
 # One installation, made again when the requirements change.
 .venv/installed: requirements.txt pyproject.toml
@@ -187,6 +187,11 @@ vllm-results: .venv-vllm/installed .venv/installed
 			--text stdlib:calibration --windows 4 --output build/vllm_models/$$budget || exit 1; done
 	.venv-vllm/bin/python scripts/benchmark_vllm.py --latent build/vllm_models/0.125 build/vllm_models/0.0625 \
 		--output scripts/results/benchmark_vllm.json
+	$(RUN) scripts/results_tables.py
+
+# Eight requests of 16,384 tokens, on a processor with AMX (ten minutes).
+vllm-amx: .venv-vllm/installed .venv/installed
+	.venv-vllm/bin/python scripts/benchmark_vllm.py --requests 8 --contexts 16384 --output scripts/results/vllm_amx.json
 	$(RUN) scripts/results_tables.py
 
 # vLLM's build for CPUs wants torchvision and its like, of which the index may have builds that do not fit its torch.
