@@ -128,6 +128,17 @@ def test_without_the_flash_kernel(monkeypatch):
     assert torch.allclose(found.summed, flash.summed, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_query_that_is_not_finite_shows(dtype):
+    step = make_step(size=SIZE, dtype=dtype, tokens=(500,), new=40)
+    query = step.arguments["query"].clone()
+    query[:, 0, 3] = torch.nan
+    found = attend(chunk_attention, values_of(step, 2), **step.but(query=query).arguments)
+    assert found.summed[:, 0, 3].isnan().all()
+    found.summed[:, 0, 3] = 0
+    assert found.summed.isfinite().all()
+
+
 def largest_tensor(tokens: int) -> int:
     """Bytes of the largest tensor that attention to so many tokens makes."""
     step = make_step(
@@ -163,6 +174,11 @@ def test_who_asks_for_it(monkeypatch):
     step.arguments["query"].requires_grad_()
     attend(backend.attend_values, expand, **step.arguments).summed.sum().backward()
     assert step.arguments["query"].grad.abs().sum() > 0
+    step.arguments["query"].requires_grad_(False)
+    expand.requires_grad_(True)
+    calls.clear()
+    attend(backend.attend_values, expand, **step.arguments).summed.sum().backward()
+    assert expand.weight.grad.abs().sum() > 0 and not calls
 
 
 def test_the_benchmark(tmp_path, capsys, monkeypatch):

@@ -127,8 +127,10 @@ class Backend:
             query, cache, weights_length: As for `attend`.
             expand_values: An `ALinear` of the values; `None`: the values themselves are cached.
         """
-        states = query.states
-        if states.shape[2] > MAX_QUERY_LENGTH and weights_length is None and not states.requires_grad:
+        states, trains = query.states, query.states.requires_grad
+        for expand in (query.expand_keys, expand_values):
+            trains |= torch.is_grad_enabled() and expand is not None and expand.weight.requires_grad
+        if states.shape[2] > MAX_QUERY_LENGTH and weights_length is None and not trains:
             return chunk_attention(query, cache, expand_values, self.folded)
         if self._expands(expand_values) and self._is_fused(query, cache, weights_length):
             return _without_gradient(query, self.fused_attention(query, cache, expand_values))

@@ -92,9 +92,9 @@ class Merged:
         if seen is not None:
             mask = states.new_zeros(seen.shape).masked_fill_(~seen, torch.finfo(states.dtype).min)
         attended = _attend(states, keys, values, mask, self.scaling)
-        # As `merge_attended`, in place: the two shares sum to one. A query that sees nothing yet has -inf twice.
+        # As `merge_attended`, in place: the two shares sum to one. Where a query sees nothing here, -inf, there is none.
         log_sum = self.log_sum[:, :, piece]
-        share = torch.sigmoid(attended.log_sum - log_sum).nan_to_num_(0.0)
+        share = torch.sigmoid(attended.log_sum - log_sum).masked_fill_(attended.log_sum == -torch.inf, 0.0)
         self.summed[:, :, piece].lerp_(attended.summed, share[..., None])
         self.log_sum[:, :, piece] = torch.logaddexp(log_sum, attended.log_sum)
 

@@ -43,7 +43,8 @@ struct Words {
   int count, weights;
 };
 
-// What is prefetched together.
+// What is prefetched together, at most READ bytes.
+constexpr int READ = 256;
 struct Read {
   const char* first;
   int bytes;
@@ -111,8 +112,9 @@ struct Worker {
   int code_stride = STRIDE, first_code = 0;
   // Queries of a head, and of all heads of the item: [head][query].
   int row = -1, first_head = -1, group = 0, value_group = 0, queries = 0, all_queries = 0;
-  std::vector<Read> next_reads;  // of the next batch; so many are prefetched at a time, and so far
-  size_t at_a_time = 0, prefetched = 0;
+  std::vector<Read> next_reads;  // of the next batch, of which so many are prefetched
+  size_t prefetched = 0;
+  float due = 0, at_a_time = 0;  // how many should be, and how many more each time
   bool fast_is_rounded = false, nodes_are_rounded = false;
   bool exact_is_expanded = false, exact_is_started = false, is_exact = false;
   int64_t rounded_anchor = 0, reference = 0;  // `reference`: position to which the queries are rotated
@@ -357,12 +359,12 @@ struct Worker {
 
   // Whether the scores of a tile stay in registers while pair after pair is added to them: those of a few queries do,
   // where rows are multiplied by tiles.
-  bool keeps_scores() const { return has_tiles() && queries <= 4 && columns.groups.empty(); }
+  bool keeps_scores() const { return queries <= 4 && (is_exact ? exact_by_tiles() : takes_tiles()); }
 
   // Pairs that are rebuilt together for a tile of tokens.
   int pairs_together(const Division& d) const { return keeps_scores() ? 1 : d.together; }
 
-  // Add to the scores of 16 V tokens what pairs [first, last) of a head give; KEPT: all queries, 0: they are many.
+  // Add to the scores of 16 V tokens what pairs [first, last) of a head give; KEPT: the queries, 0: any number.
   template <int V, int PAIRS, int KEPT>
   void score_pairs(int head, const ExpansionRows& rows, const Rounded& fast, const Tokens& tokens, int first, int last,
                    int token, int offset, float* out) {
@@ -1218,7 +1220,8 @@ struct Worker {
   // Start to read a part of the next batch; called again and again while this one is computed, so that the reads are
   // spread over it: a burst of them would be waited for.
   void prefetch_next() {
-    for (const size_t end = std::min(next_reads.size(), prefetched + at_a_time); prefetched < end; prefetched++)
+    due += at_a_time;
+    for (const size_t end = std::min(next_reads.size(), (size_t)due); prefetched < end; prefetched++)
       prefetch<_MM_HINT_T0>(next_reads[prefetched].first, next_reads[prefetched].bytes);
   }
 
@@ -1230,7 +1233,9 @@ struct Worker {
       const int size = part.bits == 16 && a.state_type != FLOAT32 ? 2 : 4;
       for (int w = 0; w < part.words; w++) {
         const int64_t first = slot * part.slot_stride + w * part.token_stride + segment.channel;
-        next_reads.push_back({(const char*)part.packed + first * size, segment.count * size});
+        const char* word = (const char*)part.packed + first * size;
+        for (int at = 0; at < segment.count * size; at += READ)
+          next_reads.push_back({word + at, std::min(READ, segment.count * size - at)});
       }
     }
   }
@@ -1238,7 +1243,7 @@ struct Worker {
   // Blocks [first, last) of the row are the next batch.
   void expect(int first, int last) {
     next_reads.clear();
-    prefetched = 0;
+    due = prefetched = 0;
     for (int i = first; i < last; i++) {
       const int slot = a.table[(int64_t)row * a.blocks + i];
       list_words(a.keys, group, slot);
@@ -1246,7 +1251,7 @@ struct Worker {
     }
     const int calls =
         (ceil_div(division.fast, pairs_together(division)) + ceil_div(division.nodes * queries, 4)) * heads.size();
-    at_a_time = ceil_div(next_reads.size(), std::max(1, calls * (SPAN / TILE)));
+    at_a_time = 1.01f * next_reads.size() / std::max(1, calls * (SPAN / TILE));
   }
 
   // Blocks [first, last) of the row.
@@ -1311,8 +1316,9 @@ extern "C" int alrd_attention(const Arguments* arguments) {
     splits = std::min<int>(ceil_div(4 * a.threads, items), most_splits);
     of_exact = splits > 1 && a.n_exact;
   }
-  const Division& division =
-      division_of(a.frequency, a.half, a.tolerance, a.keys.width, queries, has_tiles() && !a.keys.by_block);
+  bool by_tiles = has_tiles() && !a.keys.by_block;
+  for (int i = 0; a.blocks && i < a.keys.first_segment[a.keys.groups]; i++) by_tiles &= a.keys.segments[i].column < 0;
+  const Division& division = division_of(a.frequency, a.half, a.tolerance, a.keys.width, queries, by_tiles);
   // Of few exact tokens all pairs are rebuilt: sums at nodes would be for more.
   int exact_tokens = 0;
   for (int e = 0; e < a.n_exact; e++) exact_tokens += *std::max_element(a.exact[e].count, a.exact[e].count + a.batch);

@@ -15,7 +15,7 @@
 namespace {
 
 constexpr int SPAN = 256;  // tokens of a batch
-constexpr int TURN = 64;   // tokens for which cosines and sines are tabulated
+constexpr int TURN = 64;   // tokens by which queries are turned; cosines and sines are tabulated for twice as many
 constexpr int LEVELS = 4;
 constexpr float LIMIT = 0.008f;      // relative error of an expansion row of 8 bits
 constexpr float WITH_HIGH = 0.004f;  // and of one that has high bytes
@@ -754,7 +754,7 @@ struct ExpansionRows {
         b[f] = q2[f] * x + q1[f] * y;
       }
       for (int i = 1; i < SPAN / TURN; i++) {
-        const float *x = &d.turn_cosine[(size_t)i * d.fast], *y = &d.turn_sine[(size_t)i * d.fast];
+        const float *x = d.turn_cosine.data() + (size_t)i * d.fast, *y = d.turn_sine.data() + (size_t)i * d.fast;
         float *u = a + (size_t)i * queries * 2 * padded, *v = u + padded;
 #pragma GCC ivdep
         for (int f = 0; f < d.fast; f++) {
