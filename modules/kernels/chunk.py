@@ -92,7 +92,7 @@ class Merged:
         if seen is not None:
             mask = states.new_zeros(seen.shape).masked_fill_(~seen, torch.finfo(states.dtype).min)
         attended = _attend(states, keys, values, mask, self.scaling)
-        # As `merge_attended`, in place: the two shares sum to one. Where a query sees nothing here, -inf, there is none.
+        # As `merge_attended`, in place: the two shares sum to one; of a tile that a query does not see it is none.
         log_sum = self.log_sum[:, :, piece]
         share = torch.sigmoid(attended.log_sum - log_sum).masked_fill_(attended.log_sum == -torch.inf, 0.0)
         self.summed[:, :, piece].lerp_(attended.summed, share[..., None])
