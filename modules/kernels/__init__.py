@@ -11,6 +11,7 @@ tile by tile (`modules/kernels/chunk.py`). Every back end uses the reference ins
 * states of other types than `FUSED_DTYPES` (float64),
 * a quantizer that the kernels do not know (`Backend.attends_to`),
 * attention weights,
+* more than 16 new tokens whose queries, or expansions, get a gradient,
 * packed tokens that are not seen (`PackedCache.hidden`, triton),
 * a layer whose weights are offloaded.
 """
